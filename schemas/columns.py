@@ -1,0 +1,106 @@
+"""Every column of a record: name, Arrow type, and what it holds (shape, unit, colour order, frame).
+
+A record is one image's row, from its URL to its sample in a tar. `LEDGER` columns survive a drop and
+stand in the ledger; all others are payload (pixels, captions, embeddings) and are lost with it.
+"""
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Column:
+    """One typed field of a record."""
+
+    name: str
+    type: pa.DataType
+    doc: str
+    ledger: bool = True
+    """Kept in the ledger for every row; payload otherwise."""
+    optional: bool = False
+    """May be null for a row that is alive after the stage that writes it."""
+
+
+def _payload(name: str, doc: str, *, optional: bool = False, type: pa.DataType | None = None) -> Column:
+    return Column(name, type or pa.binary(), doc, ledger=False, optional=optional)
+
+
+_BBOX = pa.list_(pa.float32(), 4)
+_KPS = pa.list_(pa.list_(pa.float32(), 2), 5)
+
+_ALL = (
+    # seed: what the metadata says
+    Column("key", pa.string(), "dot-free id, <part>-<row with 9 digits>; unique in the dataset, sorts as the rows do"),
+    Column("part", pa.string(), "name of the metadata part"),
+    Column("row", pa.int64(), "row number in the part, from 0"),
+    Column("url", pa.string(), "where the image is fetched from", optional=True),
+    _payload("text", "caption", optional=True, type=pa.string()),
+    Column("meta_width", pa.int32(), "width that the metadata claims, pixels", optional=True),
+    Column("meta_height", pa.int32(), "height that the metadata claims, pixels", optional=True),
+    Column("nsfw", pa.string(), "safety tag of the metadata (UNLIKELY, UNSURE, NSFW)", optional=True),
+    Column("punsafe", pa.float32(), "probability that the image is not safe for work, 0..1, metadata", optional=True),
+    Column("pwatermark", pa.float32(), "probability of a watermark, 0..1, metadata", optional=True),
+    _payload("image_ref", "file, offset and size of bytes that were downloaded before", optional=True, type=pa.string()),
+    # download
+    _payload("image", "the image file as fetched, encoded bytes, EXIF not yet applied"),
+    Column("sha256", pa.string(), "sha256 of the image file as fetched, hex"),
+    Column("n_bytes", pa.int64(), "length of the image file, bytes"),
+    # size
+    Column("format", pa.string(), "container of the image file as Pillow names it (JPEG, PNG, WEBP, …)"),
+    Column("width", pa.int32(), "width after the EXIF turn, pixels; the frame of all boxes and points"),
+    Column("height", pa.int32(), "height after the EXIF turn, pixels"),
+    # detect
+    Column("n_faces", pa.int32(), "faces with a score of at least models.det_thresh"),
+    Column("bbox", _BBOX, "box of the largest face, x1 y1 x2 y2, pixels of the turned photo", optional=True),
+    Column("kps", _KPS, "its points: left eye, right eye, nose, left and right mouth corner; x y, pixels", optional=True),
+    Column("det_score", pa.float32(), "detector score of the largest face, 0..1", optional=True),
+    Column("face_px", pa.float32(), "short side of bbox, pixels of the original", optional=True),
+    Column("second_score", pa.float32(), "best score among the other boxes, 0 when there is none"),
+    # align
+    _payload("face", "224x224 norm_crop of the photo (ArcFace template x 2), RGB, JPEG"),
+    _payload("face112", "112x112 norm_crop of the photo (ArcFace template), RGB, PNG: the input of face embedders"),
+    Column("sharpness", pa.float32(), "variance of the Laplacian of the grey face crop, grey levels squared"),
+    Column("brightness", pa.float32(), "mean grey level of the face crop, 0..255"),
+    Column("roll_deg", pa.float32(), "in-plane turn of the eye line, degrees, clockwise positive"),
+    # segment
+    _payload("mask", "224x224 uint8 label map aligned with face, 19 CelebAMask classes in BiSeNet order, PNG"),
+    Column("mask_share", pa.float32(), "share of the face crop that is kept as foreground, 0..1"),
+    # crop
+    _payload("portrait", "square crop, the face fills crop.face_share.portrait of its height, RGB, JPEG", optional=True),
+    _payload("half", "square crop, the face fills crop.face_share.half of its height, RGB, JPEG", optional=True),
+    _payload("full", "the whole photo at its own aspect, long side bounded, RGB, JPEG", optional=True),
+    _payload("crops", "JSON: per crop its box in the photo, its size, its face share, or why it is absent", type=pa.string()),
+    # embed_face
+    _payload("arcface", "npy (512,) float32: normed_embedding of face112, unit length"),
+    Column("embedding_norm", pa.float32(), "L2 norm of the raw embedding: raw = arcface x embedding_norm"),
+    # embed_image
+    _payload("clip", "npy (1024,) float16: image_embeds of the segmented face", optional=True),
+    _payload("clip_hidden", "npy (257, 1280) float16: penultimate hidden_states of the segmented face", optional=True),
+    _payload("dino", "npy (257, D) float16: last hidden state of DINOv2 on the segmented face", optional=True),
+    # pack
+    _payload("json", "the sample's metadata as UTF-8 JSON"),
+    # the runner
+    Column("verdict", pa.string(), "`kept`, or the reason of the drop"),
+    Column("stage", pa.string(), "the stage that said so; `pack` for kept rows"),
+)
+
+COLUMNS: dict[str, Column] = {column.name: column for column in _ALL}
+
+SEED = tuple(COLUMNS)[: tuple(COLUMNS).index("image_ref") + 1]
+"""Columns that a source fills, in order."""
+
+LEDGER = tuple(name for name, column in COLUMNS.items() if column.ledger)
+"""Columns of the ledger, in order."""
+
+KEPT = "kept"
+"""The verdict of a row that ended as a sample."""
+
+
+def schema(names: tuple[str, ...]) -> pa.Schema:
+    """The Arrow schema of the named columns, in the given order."""
+    return pa.schema([pa.field(name, COLUMNS[name].type) for name in names])
+
+
+LEDGER_SCHEMA = schema(LEDGER)
+SEED_SCHEMA = schema(SEED)

@@ -1,0 +1,52 @@
+"""Why a row is dropped: a closed list. Every reason is declared by a stage and provoked by a test."""
+
+from enum import StrEnum
+
+
+class DropReason(StrEnum):
+    """One word per reason, as it stands in ledgers, manifests and the funnel; `sentence` explains it."""
+
+    sentence: str
+
+    def __new__(cls, value: str, sentence: str) -> "DropReason":
+        """Make a member that is the string `value` and carries its explanation."""
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.sentence = sentence
+        return member
+
+    # metadata, before any download
+    BAD_URL = "bad_url", "the URL is missing, malformed, or neither http nor https"
+    DUPLICATE_URL = "duplicate_url", "an earlier row of the same part has the same URL"
+    UNSAFE = "unsafe", "the metadata marks the image as not safe for work"
+    WATERMARK = "watermark", "the metadata says that the image carries a watermark"
+    SMALL_IMAGE = "small_image", "a side of the image is shorter than filter.min_image_px"
+    # download
+    FORBIDDEN_ADDRESS = "forbidden_address", "the host resolves to a private, loopback or metadata address"
+    DNS_ERROR = "dns_error", "the host name does not resolve"
+    CONNECTION_ERROR = "connection_error", "the connection was refused, reset or could not be made"
+    TIMEOUT = "timeout", "the image did not arrive within download.timeout_s"
+    NOT_FOUND = "not_found", "the server answered 404 or 410"
+    ACCESS_DENIED = "access_denied", "the server answered 401, 402, 403 or 451"
+    RATE_LIMITED = "rate_limited", "the server answered 429"
+    HTTP_ERROR = "http_error", "the server answered with another 4xx status, or not in HTTP"
+    SERVER_ERROR = "server_error", "the server answered with a 5xx status"
+    REDIRECT_LOOP = "redirect_loop", "more redirects than download.max_redirects"
+    TOO_MANY_BYTES = "too_many_bytes", "the body is larger than download.max_bytes"
+    EMPTY_BODY = "empty_body", "the server sent no bytes"
+    INCOMPLETE_BODY = "incomplete_body", "the connection ended before the announced length"
+    OPTED_OUT = "opted_out", "the site asks by X-Robots-Tag not to be used for AI training"
+    NOT_IN_TAR = "not_in_tar", "the existing download holds no image for this row"
+    # decoding
+    NOT_AN_IMAGE = "not_an_image", "the bytes are not an image (a web page, say)"
+    UNSUPPORTED_FORMAT = "unsupported_format", "an image format that is not decoded here"
+    TRUNCATED_IMAGE = "truncated_image", "the image file ends before its pixels do"
+    CORRUPT_IMAGE = "corrupt_image", "the image file cannot be decoded"
+    TOO_MANY_PIXELS = "too_many_pixels", "the image has more pixels than filter.max_pixels"
+    # faces
+    NO_FACE = "no_face", "the detector found no face"
+    SEVERAL_FACES = "several_faces", "the detector found more than one face"
+    SMALL_FACE = "small_face", "the short side of the face box is under filter.min_face_px"
+    BAD_LANDMARKS = "bad_landmarks", "the five points do not span a face (coincident or not finite)"
+    EMPTY_MASK = "empty_mask", "the segmenter kept less of the face crop than segment.min_share"
+    BAD_EMBEDDING = "bad_embedding", "the face embedding is zero or not finite"

@@ -1,0 +1,61 @@
+"""Names: SHARDS ranges, sample keys, shard names. No name ever holds a dot (webdataset splits there)."""
+
+import re
+
+from schemas.errors import SourceError
+
+SAMPLE = "sample"
+"""The bundled part."""
+
+_RANGE = re.compile(r"laion-part-(\d+)(?:\.\.(\d+))?")
+_UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
+_ROW_DIGITS = 9
+_SHARD_DIGITS = 5
+
+
+def split_spec(spec: str) -> list[str]:
+    """Split SHARDS at commas, and expand each inclusive range `laion-part-A..B`, in the given order.
+
+    Raises:
+        SourceError: when SHARDS is empty or a range runs backwards.
+    """
+    words: list[str] = []
+    for word in (piece.strip() for piece in spec.split(",")):
+        if word:
+            words.extend(_expand(word))
+    if not words:
+        raise SourceError("SHARDS is empty: give `sample`, `laion-part-0..99`, or a path, glob or URL of metadata files.")
+    return words
+
+
+def _expand(word: str) -> list[str]:
+    match = _RANGE.fullmatch(word)
+    if not match:
+        return [word]
+    first, last = int(match[1]), int(match[2] or match[1])
+    if last < first:
+        raise SourceError(f"The range {word!r} runs backwards: write laion-part-{last}..{first}.")
+    return [f"laion-part-{number}" for number in range(first, last + 1)]
+
+
+def part_number(word: str) -> int | None:
+    """The N of `laion-part-N`, or None when the word is something else (a path, say)."""
+    match = _RANGE.fullmatch(word)
+    return int(match[1]) if match and match[2] is None else None
+
+
+def part_name(path: str) -> str:
+    """A part's name from its file's path or URL: the stem, with all but letters, digits, `_` and `-` replaced."""
+    stem = path.rstrip("/").rsplit("/", 1)[-1].split("?", 1)[0]
+    stem = re.sub(r"\.(parquet|csv|jsonl|json|tsv|tar|gz|snappy|zst)$", "", stem, flags=re.IGNORECASE)
+    return _UNSAFE.sub("-", stem).strip("-") or "part"
+
+
+def sample_key(part: str, row: int) -> str:
+    """The key of a row: `<part>-<row>`, zero-padded so that keys sort as rows do."""
+    return f"{part}-{row:0{_ROW_DIGITS}d}"
+
+
+def shard_name(part: str, number: int) -> str:
+    """The name of a part's shard without suffix: `<part>-<NNNNN>`."""
+    return f"{part}-{number:0{_SHARD_DIGITS}d}"

@@ -1,0 +1,100 @@
+"""The shard contract: which file of a sample holds which column, and what a manifest says.
+
+A sample is the files of one key in a tar: `<key>.<suffix>`, split at the first dot as webdataset does.
+Array files are npy without pickles; all images are RGB.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from schemas.errors import CorruptShardError
+from schemas.record import SCHEMA_VERSION
+
+SUFFIXES: dict[str, str] = {
+    "arcface.npy": "arcface",
+    "clip.npy": "clip",
+    "clip_hidden.npy": "clip_hidden",
+    "dino.npy": "dino",
+    "face.jpg": "face",
+    "full.jpg": "full",
+    "half.jpg": "half",
+    "json": "json",
+    "mask.png": "mask",
+    "portrait.jpg": "portrait",
+}
+"""Suffix in the tar -> column that holds the file's bytes, in the order in which they are written."""
+
+
+def encode_npy(array: npt.NDArray[Any]) -> bytes:
+    """An array as the bytes of an npy file, version 1.0, C order, no pickles."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def decode_npy(data: bytes) -> npt.NDArray[Any]:
+    """The array in the bytes of an npy file; pickled objects are refused.
+
+    Raises:
+        CorruptShardError: when the bytes are no npy file.
+    """
+    try:
+        array: npt.NDArray[Any] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise CorruptShardError(f"not an npy file: {error}") from error
+    return array
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The proof of a shard: written last, so that a shard with a manifest is done. See `to_json` for the text."""
+
+    shard: str
+    profile: str
+    plan_digest: str
+    rows_in: int
+    kept: int
+    dropped: dict[str, int]
+    """Count for every reason that the plan can give, zeros too."""
+    models: list[dict[str, str]]
+    """name, task, sha256 and licence of each weight (and of each method without weights)."""
+    files: dict[str, dict[str, Any]]
+    """File name -> {bytes, sha256}."""
+    schema_version: int = SCHEMA_VERSION
+
+    def conserves_rows(self) -> bool:
+        """Whether every row in is either kept or dropped for a reason."""
+        return self.rows_in == self.kept + sum(self.dropped.values())
+
+    def to_json(self) -> str:
+        """The manifest as stable, readable JSON text."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str | bytes) -> "Manifest":
+        """Read a manifest.
+
+        Raises:
+            CorruptShardError: when the text is not a manifest of this schema version.
+        """
+        try:
+            fields = json.loads(text)
+            manifest = Manifest(**{name: fields[name] for name in Manifest.__dataclass_fields__})
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptShardError(f"not a manifest: {type(error).__name__}: {error}") from error
+        if manifest.schema_version != SCHEMA_VERSION:
+            raise CorruptShardError(f"schema version {manifest.schema_version}; this faceshards reads {SCHEMA_VERSION}")
+        return manifest
+
+
+def digest(value: Mapping[str, Any]) -> str:
+    """sha256 of a JSON-able mapping in canonical form (sorted keys, no white space), hex."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,78 @@
+"""The Stage protocol, and what row-wise stages share."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+import pyarrow as pa
+
+from schemas.columns import COLUMNS
+from schemas.drops import DropReason
+from stages.settings import Settings
+
+DROP = "drop"
+"""The column in which a stage says why a row is dropped; null for rows that live on."""
+
+
+class Stage(Protocol):
+    """One step of the pipeline: 1:1 in rows, same order.
+
+    The runner hands a stage exactly the columns that it `reads` (of living rows only), and accepts exactly
+    `writes`, and `DROP` if it declares `drops`. A dropped row keeps the ledger columns that were written for it;
+    the others may be null. Foreseen trouble with one image is a drop; anything else raises and stops the shard.
+    """
+
+    name: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]]
+    writes: ClassVar[tuple[str, ...]]
+    drops: ClassVar[tuple[DropReason, ...]]
+
+    def __init__(self, settings: Settings) -> None:
+        """Load what the stage needs (models too); runs on the worker, once per process."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Return `writes` (and `DROP`) for the rows of `table`, in its order."""
+
+
+class Dropped(Exception):
+    """Raised for one row inside a `RowStage`: the row is dropped, with what was measured so far."""
+
+    def __init__(self, reason: DropReason, **measured: Any) -> None:
+        """Remember the reason and the ledger columns that are known in spite of it."""
+        super().__init__(reason)
+        self.reason = reason
+        self.measured = measured
+
+
+class RowStage:
+    """A stage that works row by row: subclasses write `row`, and raise `Dropped` to drop."""
+
+    name: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]]
+    writes: ClassVar[tuple[str, ...]]
+    drops: ClassVar[tuple[DropReason, ...]] = ()
+
+    def __init__(self, settings: Settings) -> None:
+        """Keep the settings."""
+        self.settings = settings
+
+    def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """The written columns of one record (its read columns as Python values); may raise `Dropped`."""
+        raise TypeError(f"{type(self).__name__} does not define row()")
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Apply `row` to each record."""
+        return to_table([self._outcome(record) for record in table.to_pylist()], self.writes, self.drops)
+
+    def _outcome(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return self.row(record)
+        except Dropped as dropped:
+            return {**dropped.measured, DROP: dropped.reason}
+
+
+def to_table(rows: list[dict[str, Any]], writes: tuple[str, ...], drops: tuple[DropReason, ...]) -> pa.Table:
+    """Rows of Python values as a table of `writes` (and `DROP` if the stage can drop); absent values are null."""
+    columns = {name: pa.array([row.get(name) for row in rows], COLUMNS[name].type) for name in writes}
+    if drops:
+        columns[DROP] = pa.array([row.get(DROP) for row in rows], pa.string())
+    return pa.table(columns) if columns else pa.table({DROP: pa.nulls(len(rows), pa.string())})

@@ -1,0 +1,1 @@
+"""Model backends behind four small protocols; see `stages.models.base`."""

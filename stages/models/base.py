@@ -1,0 +1,121 @@
+"""What a model backend is, and the registries that name them."""
+
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from schemas.errors import ConfigError
+from stages.settings import ModelSettings
+
+Image = npt.NDArray[np.uint8]
+"""(H, W, 3) uint8, RGB."""
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a manifest says of a model: one per weight file (or per method without weights)."""
+
+    name: str
+    task: str
+    """detector, segmenter, face_embedder or image_embedder."""
+    sha256: str
+    """Of the weight file, hex; empty for a method without weights."""
+    licence: str
+    commercial: bool
+    """Whether the licence allows commercial use."""
+
+
+class Faces(NamedTuple):
+    """Detections of one image, best score first, in its pixels; scores go lower than det_thresh."""
+
+    bbox: Floats
+    """(N, 4): x1 y1 x2 y2."""
+    kps: Floats
+    """(N, 5, 2): left eye, right eye, nose, left and right mouth corner (left as seen in the image)."""
+    score: Floats
+    """(N,): 0..1."""
+
+
+class Backend(Protocol):
+    """What all model backends share."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        """Load the model, on `settings.device`; runs on the worker."""
+
+    @classmethod
+    def cards(cls, settings: ModelSettings) -> list[ModelCard]:
+        """Find and verify the weights without loading them; raises WeightsError with what to do."""
+
+
+class Detector(Backend, Protocol):
+    """Finds faces."""
+
+    def detect(self, image: Image) -> Faces:
+        """Faces of one RGB photo."""
+
+
+class Segmenter(Backend, Protocol):
+    """Labels the parts of a face."""
+
+    def segment(self, image: Image, kps: Floats) -> npt.NDArray[np.uint8]:
+        """(512, 512) labels, 19 CelebAMask classes in BiSeNet order, of an FFHQ-style aligned (512, 512, 3) RGB crop.
+
+        `kps` are the five points in that crop, (5, 2).
+        """
+
+
+class FaceEmbedder(Backend, Protocol):
+    """Turns aligned faces into identity vectors."""
+
+    def embed(self, faces: Image) -> Floats:
+        """(N, 512) raw embeddings of (N, 112, 112, 3) RGB norm_crops."""
+
+
+class ImageEmbedder(Backend, Protocol):
+    """Turns face crops into image features."""
+
+    def embed(self, images: Image) -> Mapping[str, npt.NDArray[np.float16]]:
+        """Column name (clip, clip_hidden or dino) -> features of (N, 224, 224, 3) RGB images, N first."""
+
+
+REGISTRIES: dict[str, dict[str, str]] = {
+    "detector": {
+        "scrfd": "stages.models.detectors.scrfd:Scrfd",
+        "yunet": "stages.models.detectors.yunet:YuNet",
+        "haar": "stages.models.detectors.haar:Haar",
+    },
+    "segmenter": {
+        "facexlib": "stages.models.segmenters.facexlib:FacexlibParser",
+        "grabcut": "stages.models.segmenters.grabcut:GrabCut",
+    },
+    "face_embedder": {
+        "arcface": "stages.models.face_embedders.arcface:ArcFace",
+        "lbp": "stages.models.face_embedders.lbp:Lbp",
+    },
+    "image_embedder": {
+        "clip-vit-h": "stages.models.image_embedders.clip:ClipVitH",
+        "dinov2": "stages.models.image_embedders.dinov2:DinoV2",
+        "patches": "stages.models.image_embedders.patches:Patches",
+    },
+}
+"""Task -> registry name -> backend class."""
+
+
+def backend(task: str, name: str) -> Any:
+    """The backend class that is registered under a name.
+
+    Raises:
+        ConfigError: for an unknown name; lists the known ones.
+    """
+    known = REGISTRIES[task]
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ConfigError(f"models.{task} = {name!r} is not known{hint}; choose one of: {', '.join(known)}.")
+    return pkgutil.resolve_name(known[name])

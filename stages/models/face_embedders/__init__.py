@@ -1,0 +1,1 @@
+"""Identity embedders, one backend per file."""

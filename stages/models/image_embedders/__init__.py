@@ -1,0 +1,1 @@
+"""Image feature extractors, one backend per file."""

@@ -1,0 +1,1 @@
+"""Face parsers, one backend per file."""

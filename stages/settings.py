@@ -1,0 +1,143 @@
+"""What a stage may be told: one frozen section per topic. The run's config (pipeline.config) extends this."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A frozen group of settings; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class MetadataSettings(Section):
+    """What the metadata alone decides, before any download. A null never drops a row."""
+
+    max_punsafe: float = Field(0.5, ge=0, le=1)
+    """Rows with a higher probability of being not safe for work are dropped (LAION's threshold)."""
+    max_pwatermark: float = Field(0.8, ge=0, le=1)
+    """Rows with a higher probability of a watermark are dropped (LAION's threshold)."""
+    nsfw_tags: tuple[str, ...] = ("NSFW",)
+    """Safety tags that drop a row; add UNSURE to be stricter."""
+
+
+class DownloadSettings(Section):
+    """How images are fetched."""
+
+    engine: Literal["native", "img2dataset"] = "native"
+    """`native`: asynchronous, stops as soon as the header shows a small image. `img2dataset`: its own downloader."""
+    allow_loopback: bool = False
+    """Fetch from loopback addresses too (tests and the bundled sample)."""
+    timeout_s: float = Field(20.0, gt=0)
+    """Total deadline per URL, redirects and retries included, seconds."""
+    max_bytes: int = Field(50_000_000, gt=0)
+    """Bodies larger than this are dropped, bytes."""
+    max_redirects: int = Field(5, ge=0)
+    """Redirects followed per URL."""
+    retries: int = Field(1, ge=0)
+    """Further attempts after a transient failure (connection error, 429, 5xx), within the deadline."""
+    concurrency: int = Field(128, ge=1)
+    """Downloads at a time, per process."""
+    per_host: int = Field(16, ge=1)
+    """Connections to one host at a time, per process."""
+    user_agent: str = "faceshards/0.1 (+image dataset builder; set download.contact)"
+    """User-Agent header."""
+    contact: str = ""
+    """Address or URL that site owners can write to; appended to the User-Agent."""
+    respect_opt_out: bool = True
+    """Drop images whose X-Robots-Tag says noai, noimageai, noindex or noimageindex."""
+    sample_port: int | None = None
+    """Port of the bundled sample's loopback server; set by the run itself."""
+
+
+class FilterSettings(Section):
+    """Thresholds on measurements."""
+
+    min_image_px: int = Field(1024, ge=1)
+    """Both sides of the image must have at least this many pixels."""
+    max_pixels: int = Field(100_000_000, ge=1)
+    """Images with more pixels are never decoded (decompression bombs)."""
+    min_face_px: float = Field(128, ge=0)
+    """Short side of the face box, pixels of the original."""
+    max_second_score: float = Field(0.4, ge=0, le=1)
+    """A further box with a score above this counts as a second face, even under models.det_thresh."""
+
+
+class SegmentSettings(Section):
+    """The face mask."""
+
+    keep: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 18)
+    """CelebAMask labels (BiSeNet order) that are foreground; by default all but background and cloth."""
+    fill: tuple[int, int, int] = (128, 128, 128)
+    """RGB that replaces the background before the image embedding."""
+    min_share: float = Field(0.1, ge=0, le=1)
+    """Smallest share of the face crop that must be foreground."""
+
+
+class FaceShare(Section):
+    """Face height / crop height."""
+
+    portrait: float = Field(0.5, gt=0, le=1)
+    """Head and shoulders."""
+    half: float = Field(0.22, gt=0, le=1)
+    """Half body."""
+    full: float = Field(1.0, gt=0, le=1)
+    """The whole photo is taken as it is; photos whose face fills more than this share have no `full`."""
+
+
+class CropSettings(Section):
+    """Crops of the photo at several face proportions."""
+
+    size: int = Field(512, ge=1)
+    """Smallest side of a crop, pixels of the original: nothing is upsampled."""
+    max_size: int = Field(1024, ge=1)
+    """Larger square crops are reduced to this side."""
+    max_long_side: int = Field(2048, ge=1)
+    """`full` is reduced to this long side."""
+    face_share: FaceShare = FaceShare()
+    """Face height / crop height per crop."""
+    tolerance: float = Field(0.1, ge=0)
+    """How far the face share may exceed face_share, relatively, when the photo is too small for the exact one."""
+    jpeg_quality: int = Field(95, ge=1, le=100)
+    """JPEG quality of all crops."""
+
+
+class ModelSettings(Section):
+    """Which models do the work. Names are registry names; backends of different profiles can be mixed."""
+
+    detector: str = "scrfd"
+    """scrfd, yunet or haar."""
+    segmenter: str = "facexlib"
+    """facexlib or grabcut."""
+    face_embedder: str = "arcface"
+    """arcface or lbp."""
+    image_embedder: str = "clip-vit-h"
+    """clip-vit-h, dinov2 or patches."""
+    pack: str = "buffalo_l"
+    """Name or folder of an insightface pack (detection and recognition are used)."""
+    parser: Literal["bisenet", "parsenet"] = "bisenet"
+    """The face parser of facexlib."""
+    det_size: int = Field(640, ge=32, multiple_of=32)
+    """Side of the square that the detector sees, pixels."""
+    det_thresh: float = Field(0.5, gt=0, lt=1)
+    """Smallest detector score of a face."""
+    paths: dict[str, str] = {}
+    """Weight name -> file or folder, looked at before all else, such as {yunet = "/models/yunet.onnx"}."""
+    accept_noncommercial: bool = False
+    """Needed once for weights whose licence forbids commercial use; the licence is stamped into every manifest."""
+    allow_download: bool = False
+    """Fetch missing weights during a run; otherwise only `models fetch` does."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Set by the plan: cuda when executor.gpus > 0."""
+
+
+class Settings(Section):
+    """All that stages are told."""
+
+    metadata: MetadataSettings = MetadataSettings()
+    download: DownloadSettings = DownloadSettings()
+    filter: FilterSettings = FilterSettings()
+    segment: SegmentSettings = SegmentSettings()
+    crop: CropSettings = CropSettings()
+    models: ModelSettings = ModelSettings()
