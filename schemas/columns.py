@@ -41,7 +41,9 @@ _ALL = (
     Column("nsfw", pa.string(), "safety tag of the metadata (UNLIKELY, UNSURE, NSFW)", optional=True),
     Column("punsafe", pa.float32(), "probability that the image is not safe for work, 0..1, metadata", optional=True),
     Column("pwatermark", pa.float32(), "probability of a watermark, 0..1, metadata", optional=True),
-    _payload("image_ref", "file, offset and size of bytes that were downloaded before", optional=True, type=pa.string()),
+    _payload(
+        "image_ref", "file, offset and size of bytes that were downloaded before", optional=True, type=pa.string()
+    ),
     # download
     _payload("image", "the image file as fetched, encoded bytes, EXIF not yet applied"),
     Column("sha256", pa.string(), "sha256 of the image file as fetched, hex"),
@@ -53,7 +55,9 @@ _ALL = (
     # detect
     Column("n_faces", pa.int32(), "faces with a score of at least models.det_thresh"),
     Column("bbox", _BBOX, "box of the largest face, x1 y1 x2 y2, pixels of the turned photo", optional=True),
-    Column("kps", _KPS, "its points: left eye, right eye, nose, left and right mouth corner; x y, pixels", optional=True),
+    Column(
+        "kps", _KPS, "its points: left eye, right eye, nose, left and right mouth corner; x y, pixels", optional=True
+    ),
     Column("det_score", pa.float32(), "detector score of the largest face, 0..1", optional=True),
     Column("face_px", pa.float32(), "short side of bbox, pixels of the original", optional=True),
     Column("second_score", pa.float32(), "best score among the other boxes, 0 when there is none"),
@@ -67,10 +71,14 @@ _ALL = (
     _payload("mask", "224x224 uint8 label map aligned with face, 19 CelebAMask classes in BiSeNet order, PNG"),
     Column("mask_share", pa.float32(), "share of the face crop that is kept as foreground, 0..1"),
     # crop
-    _payload("portrait", "square crop, the face fills crop.face_share.portrait of its height, RGB, JPEG", optional=True),
+    _payload(
+        "portrait", "square crop, the face fills crop.face_share.portrait of its height, RGB, JPEG", optional=True
+    ),
     _payload("half", "square crop, the face fills crop.face_share.half of its height, RGB, JPEG", optional=True),
     _payload("full", "the whole photo at its own aspect, long side bounded, RGB, JPEG", optional=True),
-    _payload("crops", "JSON: per crop its box in the photo, its size, its face share, or why it is absent", type=pa.string()),
+    _payload(
+        "crops", "JSON: per crop its box in the photo, its size, its face share, or why it is absent", type=pa.string()
+    ),
     # embed_face
     _payload("arcface", "npy (512,) float32: normed_embedding of face112, unit length"),
     Column("embedding_norm", pa.float32(), "L2 norm of the raw embedding: raw = arcface x embedding_norm"),

@@ -1,15 +1,15 @@
 """The exceptions of faceshards, and the exit codes that they lead to.
 
-    FaceShardsError
-    ├── UserError            the call, the config or the machine is wrong: exit 2, nothing was written
-    │   ├── ConfigError      an unknown key, a value out of range, an unknown name
-    │   ├── SourceError      SHARDS that does not exist, unreadable or incomplete metadata
-    │   ├── WeightsError     a model file missing, with a wrong hash, or under an unaccepted licence
-    │   ├── PlanError        steps that do not fit together, resources that are not there
-    │   └── OutputError      OUT cannot be written, or holds a dataset of another plan
-    ├── ShardError           one shard failed; the others are done and kept: exit 3
-    ├── CorruptShardError    a published file does not match its manifest
-    └── ContractError        a stage broke its own declaration: a bug in the stage, never in the data
+FaceShardsError
+├── UserError            the call, the config or the machine is wrong: exit 2, nothing was written
+│   ├── ConfigError      an unknown key, a value out of range, an unknown name
+│   ├── SourceError      SHARDS that does not exist, unreadable or incomplete metadata
+│   ├── WeightsError     a model file missing, with a wrong hash, or under an unaccepted licence
+│   ├── PlanError        steps that do not fit together, resources that are not there
+│   └── OutputError      OUT cannot be written, or holds a dataset of another plan
+├── ShardError           one shard failed; the others are done and kept: exit 3
+├── CorruptShardError    a published file does not match its manifest
+└── ContractError        a stage broke its own declaration: a bug in the stage, never in the data
 """
 
 from enum import IntEnum

@@ -24,7 +24,9 @@ def split_spec(spec: str) -> list[str]:
         if word:
             words.extend(_expand(word))
     if not words:
-        raise SourceError("SHARDS is empty: give `sample`, `laion-part-0..99`, or a path, glob or URL of metadata files.")
+        raise SourceError(
+            "SHARDS is empty: give `sample`, `laion-part-0..99`, or a path, glob or URL of metadata files."
+        )
     return words
 
 

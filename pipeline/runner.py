@@ -1,0 +1,141 @@
+"""Where a stage meets data: projection in, contract checks out, tombstones for dropped rows. The only such place."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas.columns import COLUMNS, LEDGER, LEDGER_SCHEMA, SEED, schema
+from schemas.errors import ContractError
+from schemas.record import check, check_filled
+from stages.base import DROP, Stage
+
+WITNESS_SCHEMA = pa.schema([("key", pa.string()), ("verdict", pa.string()), ("image", pa.binary())])
+"""Photos of a few dropped rows, for the report alone."""
+_WITNESSES_PER_REASON = 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The records of a batch: the living with their payload, the dropped as tombstones."""
+
+    alive: pa.Table
+    dead: pa.Table
+    """LEDGER columns."""
+    witnesses: pa.Table
+
+    @staticmethod
+    def living(table: pa.Table) -> "Rows":
+        """Rows of which none was dropped yet."""
+        return Rows(table, LEDGER_SCHEMA.empty_table(), WITNESS_SCHEMA.empty_table())
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A stage that was loaded on this worker, and the columns that anything after it still needs."""
+
+    stage: Stage
+    keep: frozenset[str]
+
+
+def apply(step: Loaded, rows: Rows) -> Rows:
+    """Run one stage on the living rows; its drops become tombstones, and columns nobody needs any more are let go."""
+    stage, alive = step.stage, rows.alive
+    if alive.num_rows == 0:
+        names = tuple(n for n in COLUMNS if n in step.keep and n in {*alive.column_names, *stage.writes})
+        return Rows(schema(names).empty_table(), rows.dead, rows.witnesses)
+    written, drop = outcome(stage, alive)
+    for name in stage.writes:
+        alive = _put(alive, name, written.column(name))
+    dropped = pc.is_valid(drop)
+    fallen = alive.filter(dropped)
+    survivors = alive.filter(pc.invert(dropped))
+    check_filled(survivors, stage.writes, stage.name)
+    return Rows(
+        alive=survivors.select([name for name in survivors.column_names if name in step.keep]),
+        dead=pa.concat_tables([rows.dead, tombstones(fallen, drop.filter(dropped), stage.name)]),
+        witnesses=_witnesses(rows.witnesses, fallen, drop.filter(dropped)),
+    )
+
+
+def apply_all(steps: Sequence[Loaded], rows: Rows) -> Rows:
+    """Run several stages, one after the other."""
+    for step in steps:
+        rows = apply(step, rows)
+    return rows
+
+
+def outcome(stage: Stage, table: pa.Table) -> tuple[pa.Table, pa.Array]:
+    """Call a stage with exactly the columns that it reads, and check what comes back.
+
+    Returns:
+        The written columns, and per row the reason of its drop or null.
+
+    Raises:
+        ContractError: when the stage breaks its declaration.
+    """
+    result = stage(table.select(list(stage.reads)))
+    if result.num_rows != table.num_rows:
+        raise ContractError(f"{stage.name}: {table.num_rows} rows in, {result.num_rows} rows out")
+    drop = pa.nulls(result.num_rows, pa.string())
+    if stage.drops:
+        drop = result.column(DROP).combine_chunks()
+        undeclared = set(pc.unique(drop).to_pylist()) - set(stage.drops) - {None}
+        if undeclared:
+            raise ContractError(f"{stage.name}: dropped rows for undeclared reasons {sorted(undeclared)}")
+    written = result.select([name for name in result.column_names if name != DROP])
+    check(written, stage.writes, stage.name)
+    return written, drop
+
+
+def judge_seeds(stage: Stage, seeds: pa.Table) -> pa.Table:
+    """Apply the metadata stage to seed rows: the same rows with `verdict` and `stage`, null where they live on."""
+    _, drop = outcome(stage, seeds)
+    said = pc.if_else(pc.is_valid(drop), stage.name, pa.scalar(None, pa.string()))
+    return seeds.append_column("verdict", drop).append_column("stage", said)
+
+
+def split_seeds(seeds: pa.Table) -> Rows:
+    """Judged seed rows as living rows and tombstones."""
+    alive = pc.is_null(seeds.column("verdict"))
+    dead = seeds.filter(pc.invert(alive))
+    return Rows(
+        seeds.filter(alive).select(list(SEED)),
+        _as_ledger(dead),
+        WITNESS_SCHEMA.empty_table(),
+    )
+
+
+def tombstones(rows: pa.Table, verdicts: pa.Array, stage: str) -> pa.Table:
+    """Rows as ledger rows: the measurements so far, the verdict, and the stage that said so; no payload."""
+    rows = _put(rows, "verdict", verdicts)
+    return _as_ledger(_put(rows, "stage", pa.array([stage] * rows.num_rows, pa.string())))
+
+
+def _as_ledger(rows: pa.Table) -> pa.Table:
+    known = set(rows.column_names)
+    arrays = [rows.column(name) if name in known else pa.nulls(rows.num_rows, COLUMNS[name].type) for name in LEDGER]
+    return pa.table(arrays, schema=LEDGER_SCHEMA)
+
+
+def _put(table: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
+    if name in table.column_names:
+        return table.set_column(table.column_names.index(name), name, values)
+    return table.append_column(name, values)
+
+
+def _witnesses(known: pa.Table, fallen: pa.Table, verdicts: pa.Array) -> pa.Table:
+    """Add the photo of the first dropped row of each new reason, where it was fetched at all."""
+    if fallen.num_rows == 0 or "image" not in fallen.column_names:
+        return known
+    seen = known.column("verdict").to_pylist()
+    chosen = []
+    for index, reason in enumerate(verdicts.to_pylist()):
+        if seen.count(reason) < _WITNESSES_PER_REASON and fallen.column("image")[index].is_valid:
+            seen.append(reason)
+            chosen.append(index)
+    if not chosen:
+        return known
+    picked = _put(fallen, "verdict", verdicts).select(["key", "verdict", "image"]).take(chosen)
+    return pa.concat_tables([known, picked])

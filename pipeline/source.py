@@ -1,0 +1,96 @@
+"""Parts to seed tables: the rows of a part, judged by their metadata and cut into shards, as a stream."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.sources import formats, tars
+from pipeline.sources.parts import Part, SourceSettings, find_parts
+from pipeline.sources.values import to_seeds
+from schemas.columns import SEED, schema
+from schemas.names import shard_name
+
+__all__ = ["Part", "Seeds", "SourceSettings", "find_parts", "iter_shards"]
+
+_COLUMNS = (*SEED, "verdict", "stage")
+_ROWS_PER_CANDIDATE = 100
+"""A shard holds at most this many input rows per candidate row, so that a part of small images is cut as well."""
+
+Judge = Callable[[pa.Table], pa.Table]
+"""Seed columns -> the same rows with `verdict` and `stage`, null for candidates; called on a part's rows in order."""
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """The input rows of one shard."""
+
+    name: str
+    part: str
+    table: pa.Table
+    """Seed columns, and `verdict` and `stage` where the metadata drops a row."""
+
+    @property
+    def candidates(self) -> int:
+        """Rows that their metadata lets live on."""
+        return int(self.table.column("verdict").null_count)
+
+
+def iter_shards(part: Part, settings: SourceSettings, metadata: Judge) -> Iterator[Seeds]:
+    """The shards of a part, in row order, in memory that its length does not change.
+
+    Which rows a shard gets depends on the rows, `rows_per_shard` and `metadata` alone: it ends with the row that makes
+    its candidates `rows_per_shard`, or at 100 times as many input rows. A part without rows gives one empty shard.
+
+    Raises:
+        SourceError: for a part that turns out to be truncated or corrupt.
+    """
+    number = 0
+    for number, table in enumerate(_cut(map(metadata, seed_tables(part)), settings.rows_per_shard), 1):
+        yield Seeds(shard_name(part.name, number - 1), part.name, table)
+    if number == 0:
+        yield Seeds(shard_name(part.name, 0), part.name, schema(_COLUMNS).empty_table())
+
+
+def seed_tables(part: Part) -> Iterator[pa.Table]:
+    """The rows of a part in order, as tables of seed columns of bounded size.
+
+    Raises:
+        SourceError: for what cannot be read.
+    """
+    row = 0
+    for raw in tars.tables(part.path) if part.kind == "tar" else formats.tables(part.path):
+        yield to_seeds(raw, part.name, row, part.path)
+        row += raw.num_rows
+
+
+def _cut(judged: Iterator[pa.Table], rows_per_shard: int) -> Iterator[pa.Table]:
+    held: list[pa.Table] = []
+    candidates, rows = rows_per_shard, rows_per_shard * _ROWS_PER_CANDIDATE
+    for table in judged:
+        alive = table.column("verdict").is_null().to_numpy()
+        start = 0
+        while start < len(alive):
+            end = start + _until(alive[start:], candidates, rows)
+            held.append(table.slice(start, end - start))
+            candidates -= int(np.count_nonzero(alive[start:end]))
+            rows -= end - start
+            start = end
+            if candidates == 0 or rows == 0:
+                yield _joined(held)
+                held, candidates, rows = [], rows_per_shard, rows_per_shard * _ROWS_PER_CANDIDATE
+    if held:
+        yield _joined(held)
+
+
+def _until(alive: "np.ndarray[tuple[int], np.dtype[np.bool_]]", candidates: int, rows: int) -> int:
+    """How many of these rows fit where so many candidates and rows are still wanted; at least one."""
+    hits = np.flatnonzero(alive[:rows])
+    return int(hits[candidates - 1]) + 1 if len(hits) >= candidates else min(rows, len(alive))
+
+
+def _joined(tables: list[pa.Table]) -> pa.Table:
+    # take() copies: slices would carry the whole of their batches along when they are sent to another process.
+    table = pa.concat_tables(tables).select(_COLUMNS)
+    return table.take(np.arange(table.num_rows)).combine_chunks()

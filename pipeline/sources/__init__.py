@@ -1,0 +1,1 @@
+"""Where rows come from: SHARDS words, file systems, formats of metadata, and existing downloads."""

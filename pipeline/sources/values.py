@@ -1,0 +1,97 @@
+"""How the values of metadata files become seed columns: sizes, scores and texts in whatever types they came."""
+
+from collections.abc import Callable, Mapping
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas.columns import SEED, SEED_SCHEMA
+from schemas.errors import SourceError
+from schemas.names import sample_key
+
+_NUMBER = r"^[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?$"
+_INT32_MAX = 2**31 - 1
+
+
+def to_seeds(raw: pa.Table, part: str, first_row: int, path: str) -> pa.Table:
+    """A table of seed columns from one that has a file's values under their names; absent columns are null.
+
+    Raises:
+        SourceError: when a column holds what cannot be what its name says, such as lists or dates.
+    """
+    rows = range(first_row, first_row + raw.num_rows)
+    columns = {name: pa.nulls(raw.num_rows, SEED_SCHEMA.field(name).type) for name in SEED}
+    columns |= {
+        "key": pa.array([sample_key(part, row) for row in rows], pa.string()),
+        "part": pa.repeat(pa.scalar(part), raw.num_rows),
+        "row": pa.array(rows, pa.int64()),
+    }
+    columns |= {name: _convert(path, name, raw.column(name).combine_chunks()) for name in raw.column_names}
+    if "nsfw" in raw.column_names:
+        columns["punsafe"] = pc.coalesce(columns["punsafe"], score(_truth(columns["nsfw"])))
+    return pa.table([columns[name] for name in SEED], schema=SEED_SCHEMA)
+
+
+def _convert(path: str, name: str, values: pa.Array) -> pa.Array:
+    try:
+        return _CONVERT[name](values.dictionary_decode() if pa.types.is_dictionary(values.type) else values)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise SourceError(
+            f"{path} has {values.type} in the column for {name}, which cannot be read as such."
+        ) from error
+
+
+def text(values: pa.Array) -> pa.Array:
+    """Values as valid UTF-8 strings: broken bytes become U+FFFD, numbers and booleans their text."""
+    options = pc.CastOptions(pa.string(), allow_invalid_utf8=True)
+    strings = pc.cast(values, options=options)
+    try:
+        strings.validate(full=True)
+    except pa.ArrowInvalid:
+        raw = strings.cast(pa.binary()).to_pylist()
+        return pa.array([None if item is None else item.decode("utf-8", "replace") for item in raw], pa.string())
+    return strings
+
+
+def url(values: pa.Array) -> pa.Array:
+    """Addresses without white space around them."""
+    return pc.utf8_trim_whitespace(text(values))
+
+
+def size(values: pa.Array) -> pa.Array:
+    """Pixels as int32, rounded down: null for what is no number, not finite, under 1 or beyond int32."""
+    pixels = pc.floor(_numbers(values))
+    known = pc.and_(pc.greater_equal(pixels, 1), pc.less_equal(pixels, _INT32_MAX))
+    return pc.if_else(known, pixels, None).cast(pa.int32())
+
+
+def score(values: pa.Array) -> pa.Array:
+    """Probabilities as float32: null for what is no number or not finite."""
+    scores = _numbers(values).cast(pa.float32(), safe=False)
+    return pc.if_else(pc.is_finite(scores), scores, None)
+
+
+def _numbers(values: pa.Array) -> pa.Array:
+    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_null(values.type):
+        return values.cast(pa.float64(), safe=False)
+    strings = pc.utf8_trim_whitespace(text(values))
+    plain = pc.if_else(pc.match_substring_regex(strings, _NUMBER), pc.utf8_ltrim(strings, "+"), None)
+    return plain.cast(pa.float64())
+
+
+def _truth(tags: pa.Array) -> pa.Array:
+    # Some sets have a yes/no or a probability where LAION has a tag: as a score it is judged, as a tag it would pass.
+    yes, no = pc.equal(pc.utf8_lower(tags), "true"), pc.equal(pc.utf8_lower(tags), "false")
+    return pc.if_else(yes, "1", pc.if_else(no, "0", tags))
+
+
+_CONVERT: Mapping[str, Callable[[pa.Array], pa.Array]] = {
+    "url": url,
+    "text": text,
+    "meta_width": size,
+    "meta_height": size,
+    "nsfw": text,
+    "punsafe": score,
+    "pwatermark": score,
+    "image_ref": text,
+}

@@ -1,0 +1,119 @@
+"""What a fetching engine is, and what all engines share: headers, status codes, retries."""
+
+import errno
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Protocol
+
+from schemas.drops import DropReason
+from stages.base import Dropped
+from stages.fetch import robots
+from stages.settings import DownloadSettings, Settings
+
+Outcome = bytes | Dropped
+"""The image file, or why there is none."""
+
+TRANSIENT = frozenset(
+    {
+        DropReason.CONNECTION_ERROR,
+        DropReason.RATE_LIMITED,
+        DropReason.SERVER_ERROR,
+        DropReason.INCOMPLETE_BODY,
+    }
+)
+"""Reasons that a further attempt may avert; no other is ever retried."""
+
+LOCAL_TROUBLE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL})
+"""This machine's own trouble (no more files, ports, memory): stops the shard, never drops a row."""
+
+_BACK_OFF_S = 0.25
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_REASONS = {
+    401: DropReason.ACCESS_DENIED,
+    402: DropReason.ACCESS_DENIED,
+    403: DropReason.ACCESS_DENIED,
+    404: DropReason.NOT_FOUND,
+    410: DropReason.NOT_FOUND,
+    429: DropReason.RATE_LIMITED,
+    451: DropReason.ACCESS_DENIED,
+}
+
+
+class Engine(Protocol):
+    """Fetches image files; may be called from several threads at once."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Make what is shared by all calls (a session, a thread pool)."""
+
+    def fetch(self, urls: Sequence[str | None]) -> list[Outcome]:
+        """The outcome of each URL, in their order."""
+
+    def close(self) -> None:
+        """Let go of threads and connections; a closed engine fetches nothing more."""
+
+
+class Refused(Dropped):
+    """The server's status says no."""
+
+    def __init__(self, reason: DropReason, retry_after_s: float | None = None) -> None:
+        """Remember how long the server wants to be left alone, seconds."""
+        super().__init__(reason)
+        self.retry_after_s = retry_after_s
+
+
+def check_head(status: int, robots_tags: Iterable[str], retry_after: str | None, settings: DownloadSettings) -> bool:
+    """Judge the head of a response; True when it is a redirect.
+
+    `robots_tags` are its X-Robots-Tag values. The wish of a site counts on every hop of a redirect chain.
+
+    Raises:
+        Dropped: for an opt-out, and for a status other than 2xx (and the redirects).
+    """
+    if settings.respect_opt_out and status < 400 and robots.opted_out(robots_tags, settings.user_agent):
+        raise Dropped(DropReason.OPTED_OUT)
+    if 200 <= status < 300:
+        return False
+    if status in _REDIRECTS:
+        return True
+    fallback = DropReason.SERVER_ERROR if 500 <= status < 600 else DropReason.HTTP_ERROR
+    raise Refused(_REASONS.get(status, fallback), _seconds(retry_after))
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """Retry-After (RFC 9110, 10.2.3: seconds or a date) in seconds from now; None when absent or malformed."""
+    if retry_after is None:
+        return None
+    if retry_after.strip().isdecimal():
+        return float(retry_after)
+    try:
+        date = parsedate_to_datetime(retry_after)
+    except ValueError:
+        return None
+    return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+
+
+def wait_s(failure: Dropped, attempt: int, settings: DownloadSettings, left_s: float) -> float:
+    """How long to wait before the attempt after `attempt` (from 0), seconds.
+
+    Raises:
+        Dropped: the failure itself, when it is not transient, retries are used up, or the wait would pass the deadline.
+    """
+    if failure.reason not in TRANSIENT or attempt >= settings.retries:
+        raise failure
+    asked = failure.retry_after_s if isinstance(failure, Refused) else None
+    wait: float = _BACK_OFF_S * 2**attempt if asked is None else asked
+    if wait >= left_s:
+        raise failure
+    return wait
+
+
+def user_agent(settings: DownloadSettings) -> str:
+    """The User-Agent header, with the contact that site owners can write to."""
+    return f"{settings.user_agent} ({settings.contact})" if settings.contact else settings.user_agent
+
+
+def bare(dropped: Dropped) -> Dropped:
+    """The same drop without its traceback, whose frames would keep the body in memory as long as the outcome lives."""
+    dropped.__cause__ = dropped.__context__ = dropped.__traceback__ = None
+    return dropped

@@ -1,0 +1,57 @@
+"""Images of an existing download (img2dataset's webdataset tars), read where they lie."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import fsspec
+
+from schemas.drops import DropReason
+from schemas.errors import SourceError
+from stages.base import Dropped
+from stages.fetch.base import Outcome
+from stages.fetch.body import Body
+from stages.settings import Settings
+
+
+def read(refs: Sequence[str], settings: Settings) -> list[Outcome]:
+    """The outcome of each `<path or fsspec URL>#<offset>:<size>`, in their order; "" is a row without an image.
+
+    Raises:
+        SourceError: when a tar cannot be opened or read.
+    """
+    outcomes: list[Outcome] = [Dropped(DropReason.NOT_IN_TAR)] * len(refs)
+    places: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+    for index, ref in enumerate(refs):
+        if ref:
+            path, offset, size = _split(ref)
+            places[path].append((offset, size, index))
+    for path, members in places.items():
+        try:
+            with fsspec.open(path, "rb") as tar:
+                # In the order of the tar: one pass, also over a remote file.
+                for offset, size, index in sorted(members):
+                    outcomes[index] = _member(tar, offset, size, settings)
+        except OSError as error:
+            raise SourceError(f"The existing download {path} cannot be read ({error}): restore it, or fetch anew.") from error
+    return outcomes
+
+
+def _split(ref: str) -> tuple[str, int, int]:
+    path, _, span = ref.rpartition("#")
+    offset, _, size = span.partition(":")
+    return path, int(offset), int(size)
+
+
+def _member(tar: fsspec.core.OpenFile, offset: int, size: int, settings: Settings) -> Outcome:
+    body = Body(settings)
+    try:
+        body.announce(size)
+        tar.seek(offset)
+        data = tar.read(size)
+        # A tar that was cut off (its writer was killed) does not hold the image that its index names.
+        if len(data) < size:
+            return Dropped(DropReason.NOT_IN_TAR)
+        body.feed(data)
+        return body.finish()
+    except Dropped as dropped:
+        return dropped

@@ -1,0 +1,128 @@
+"""What the metadata alone decides: addresses, safety tags, watermarks, sizes and duplicates, before any download."""
+
+import hashlib
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas.columns import COLUMNS
+from schemas.drops import DropReason
+from stages.base import DROP
+from stages.settings import Settings
+
+_PORT = r"[0-9]{0,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+_HOST = r"\[[0-9a-f:.]+\]|[^\s/?#@:\[\]\\]*[\pL\pN][^\s/?#@:\[\]\\]*"
+_URL = rf"(?i)^https?://(?:[^/?#@\s]*@)?(?:{_HOST})(?::(?:{_PORT}))?(?:[/?#][^\x00-\x1f]*)?$"
+
+Mask = npt.NDArray[np.bool_]
+
+
+class Metadata:
+    """Drop rows that their metadata rules out; of several reasons the first of `drops` stands.
+
+    One instance judges one part, in row order: it remembers the URLs of the candidates so far (16 bytes each), and a
+    row is a duplicate when an earlier candidate has its URL. A null never drops a row, except a null URL. Rows with an
+    `image_ref` were downloaded before, so their URL may be anything; those without an image in the tar ("") neither
+    are nor make duplicates.
+    """
+
+    name: ClassVar[str] = "metadata"
+    reads: ClassVar[tuple[str, ...]] = (
+        "url", "image_ref", "meta_width", "meta_height", "nsfw", "punsafe", "pwatermark",
+    )  # fmt: skip
+    writes: ClassVar[tuple[str, ...]] = ()
+    drops: ClassVar[tuple[DropReason, ...]] = (
+        DropReason.BAD_URL,
+        DropReason.UNSAFE,
+        DropReason.WATERMARK,
+        DropReason.SMALL_IMAGE,
+        DropReason.DUPLICATE_URL,
+    )
+
+    def __init__(self, settings: Settings) -> None:
+        """Keep the thresholds, and start with no URL seen."""
+        self.settings = settings
+        self._tags = pa.array([tag.strip().upper() for tag in settings.metadata.nsfw_tags], pa.string())
+        self._seen = SeenUrls()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """The reason of each row, or null."""
+        limits = self.settings.metadata
+        reasons = np.full(table.num_rows, None, dtype=object)
+        for reason, mask in (
+            (DropReason.BAD_URL, _is_null(table["image_ref"]) & ~_matches(table["url"])),
+            (DropReason.UNSAFE, _above(table["punsafe"], limits.max_punsafe) | self._tagged(table["nsfw"])),
+            (DropReason.WATERMARK, _above(table["pwatermark"], limits.max_pwatermark)),
+            (DropReason.SMALL_IMAGE, self._small(table["meta_width"]) | self._small(table["meta_height"])),
+        ):
+            reasons[mask & (reasons == None)] = reason.value  # noqa: E711 (elementwise)
+        alive = np.flatnonzero(reasons == None)  # noqa: E711
+        reasons[alive[self._seen.repeats(table, alive)]] = DropReason.DUPLICATE_URL.value
+        return pa.table({DROP: pa.array(reasons, pa.string())})
+
+    def _tagged(self, tags: pa.ChunkedArray) -> Mask:
+        return _mask(pc.is_in(pc.utf8_upper(pc.utf8_trim_whitespace(tags)), value_set=self._tags))
+
+    def _small(self, sides: pa.ChunkedArray) -> Mask:
+        # Either side decides alone, so swapped columns and a single known side are judged alike.
+        return _mask(pc.less(sides, self.settings.filter.min_image_px))
+
+
+class SeenUrls:
+    """The URLs of a part's candidates so far, as 128-bit hashes in sorted arrays: 16 bytes per URL, at most twice."""
+
+    def __init__(self) -> None:
+        self._runs: list[npt.NDArray[np.bytes_]] = []
+
+    def repeats(self, table: pa.Table, rows: npt.NDArray[np.intp]) -> Mask:
+        """Which of these rows have the URL of an earlier one, of this table or of a table before; adds the others."""
+        repeated = np.zeros(len(rows), dtype=bool)
+        chosen = table.select(["url", "image_ref"]).take(pa.array(rows))
+        known = np.flatnonzero(~_is_null(chosen["url"]) & ~_mask(pc.equal(chosen["image_ref"], "")))
+        if len(known):
+            repeated[known] = self._repeats(_hashes(chosen["url"].take(pa.array(known))))
+        return repeated
+
+    def _repeats(self, hashes: npt.NDArray[np.bytes_]) -> Mask:
+        distinct, first = np.unique(hashes, return_index=True)
+        fresh = np.ones(len(distinct), dtype=bool)
+        for run in self._runs:
+            fresh &= run[np.minimum(np.searchsorted(run, distinct), len(run) - 1)] != distinct
+        self._add(distinct[fresh])
+        repeated = np.ones(len(hashes), dtype=bool)
+        repeated[first[fresh]] = False
+        return repeated
+
+    def _add(self, run: npt.NDArray[np.bytes_]) -> None:
+        # Merging only runs of like length keeps few runs to look in, at a logarithmic number of sorts per URL.
+        while self._runs and len(self._runs[-1]) < 2 * len(run):
+            run = np.sort(np.concatenate([self._runs.pop(), run]), kind="stable")
+        if len(run):
+            self._runs.append(run)
+
+
+def _hashes(urls: pa.ChunkedArray) -> npt.NDArray[np.bytes_]:
+    digests = [hashlib.blake2b(url.strip().encode(), digest_size=16).digest() for url in urls.to_pylist()]
+    # numpy's S16 ignores trailing NULs, which is exact here: all hashes have the same length.
+    return np.frombuffer(b"".join(digests), dtype="S16")
+
+
+def _matches(urls: pa.ChunkedArray) -> Mask:
+    return _mask(pc.match_substring_regex(pc.utf8_trim_whitespace(urls), _URL))
+
+
+def _above(column: pa.ChunkedArray, limit: float) -> Mask:
+    # The limit in the column's own precision: 0.8 as float32 is more than 0.8, and must not count as above it.
+    return _mask(pc.greater(column, pa.scalar(limit, COLUMNS["punsafe"].type)))
+
+
+def _is_null(column: pa.ChunkedArray) -> Mask:
+    return _mask(pc.is_null(column))
+
+
+def _mask(column: Any) -> Mask:
+    mask: Mask = pc.fill_null(column, False).to_numpy(zero_copy_only=False)
+    return mask

@@ -1,0 +1,73 @@
+"""ONNX models of insightface packs, loaded by insightface's own model zoo on the device that the plan asks for."""
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import onnxruntime
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from insightface.model_zoo import get_model
+from insightface.model_zoo.package_manifest import has_model_package_manifest
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from schemas.errors import PlanError, WeightsError
+from stages.settings import ModelSettings
+
+_UNLOADABLE = (
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+    DecodeError,
+)
+
+
+def load(path: Path, task: str, settings: ModelSettings) -> Any:
+    """insightface's model of an ONNX file; `task` is detection or recognition.
+
+    One thread on the CPU: parallel work is one process per core, and sums must not depend on the thread count.
+
+    Raises:
+        WeightsError: when the file is not a model for the task.
+        PlanError: when a GPU is asked for and ONNX Runtime does not run the model there.
+    """
+    cv2.setNumThreads(1)
+    declared = task if has_model_package_manifest(path.parent) else None
+    try:
+        model = get_model(str(path), model_task=declared, providers=_providers(settings), sess_options=_options())
+    except _UNLOADABLE as error:
+        raise WeightsError(f"{path} cannot be loaded by ONNX Runtime ({error}): fetch it again.") from error
+    if getattr(model, "taskname", None) != task:
+        raise WeightsError(f"{path} is not a {task} model of insightface: set models.pack to a folder that holds one.")
+    require_device(model.session, settings)
+    return model
+
+
+def require_device(session: Any, settings: ModelSettings) -> None:
+    """Refuse a session that quietly fell back to the CPU.
+
+    Raises:
+        PlanError: says what to install or set.
+    """
+    if settings.device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+        raise PlanError(
+            "executor.gpus asks for a GPU, but ONNX Runtime has none here: install onnxruntime-gpu in place of "
+            "onnxruntime (README, GPU), or set executor.gpus = 0."
+        )
+
+
+def _options() -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
+
+
+def _providers(settings: ModelSettings) -> list[str]:
+    cpu = "CPUExecutionProvider"
+    if settings.device == "cpu" or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return [cpu]
+    return ["CUDAExecutionProvider", cpu]

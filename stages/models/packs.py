@@ -1,0 +1,96 @@
+"""Packs of insightface: which file of a named pack, or of any folder, detects and which recognises."""
+
+import json
+from pathlib import Path
+
+from schemas.errors import WeightsError
+from stages.models.base import ModelCard
+from stages.models.downloads import sha256_of
+from stages.models.weights import INSIGHTFACE_LICENCE, WEIGHTS, Weight, known, resolve
+from stages.settings import ModelSettings
+
+_UNUSED = ("1k3d68.onnx", "2d106det.onnx", "genderage.onnx")
+_MANIFEST_TASKS = {"detector": "detection", "face_embedder": "recognition"}
+
+
+def pack_file(task: str, settings: ModelSettings) -> Path:
+    """The ONNX file of `models.pack` that does a task (detector or face_embedder), verified if the pack is known.
+
+    Raises:
+        WeightsError: when the pack is neither a known name nor a folder, or has no file for the task.
+    """
+    if settings.pack in WEIGHTS:
+        weight = known(settings.pack)
+        path = resolve(weight.name, settings, task)
+        for file, place in weight.paths(path, task).items():
+            if file.task == task:
+                return place
+        raise WeightsError(f"models.pack = {settings.pack!r} has no {task}: choose another models.{task} or pack.")
+    folder = Path(settings.pack).expanduser()
+    if not folder.is_dir():
+        packs = [weight.name for weight in WEIGHTS.values() if "face_embedder" in weight.tasks]
+        raise WeightsError(f"models.pack = {settings.pack!r} is neither a folder nor one of {', '.join(packs)}.")
+    return _find_in(folder, task)
+
+
+def _find_in(folder: Path, task: str) -> Path:
+    """The file for a task in a folder of unknown origin: by manifest, known names, then graphs."""
+    declared = _manifest_file(folder, task)
+    if declared:
+        return declared
+    names = {file.name for weight in WEIGHTS.values() for file in weight.files if file.task == task}
+    others = {file.name for weight in WEIGHTS.values() for file in weight.files} - names
+    candidates = sorted(path for path in folder.glob("*.onnx") if path.name not in (*_UNUSED, *others))
+    for path in [path for path in candidates if path.name in names] or candidates:
+        if path.name in names or _task_of(path) == task:
+            return path
+    raise WeightsError(f"The pack {folder} holds no ONNX file for the {task}: set models.pack to a folder with one.")
+
+
+def _manifest_file(folder: Path, task: str) -> Path | None:
+    """The manifest of insightface of version 2 names a file per task; older ones do not count."""
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        return None
+    try:
+        content = json.loads(manifest.read_bytes())
+        if content.get("manifest_version") != 2:
+            return None
+        path = folder / str(content["tasks"][_MANIFEST_TASKS[task]]["file"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{manifest} names no file for the {task} ({error!r}): correct or remove it.") from error
+    if not path.is_file():
+        raise WeightsError(f"{manifest} names {path.name}, which is not there: correct or remove it.")
+    return path
+
+
+def _task_of(path: Path) -> str:
+    """The task of an ONNX graph, by the rules of insightface's router; empty when it is neither of ours."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except DecodeError as error:
+        raise WeightsError(f"{path} is not an ONNX model: remove it from the pack or fetch it again.") from error
+    fed = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in fed]
+    if len(graph.output) >= 5:
+        return "detector"
+    shape = [dim.dim_value for dim in inputs[0].type.tensor_type.shape.dim] if len(inputs) == 1 else []
+    square = len(shape) == 4 and shape[2] == shape[3] and shape[2] >= 112 and shape[2] % 16 == 0 and shape[2] != 192
+    return "face_embedder" if square and len(graph.output) == 1 else ""
+
+
+def pack_card(task: str, settings: ModelSettings) -> ModelCard:
+    """The card of the file of `models.pack` for a task; in a folder, a file's licence is told by its sha256."""
+    path = pack_file(task, settings)
+    sha256 = sha256_of(path)
+    weight = WEIGHTS.get(settings.pack) or _with_hash(sha256)
+    pack = settings.pack if settings.pack in WEIGHTS else Path(settings.pack).expanduser().resolve().name
+    licence, commercial = (weight.licence, weight.commercial) if weight else (INSIGHTFACE_LICENCE, False)
+    return ModelCard(f"{pack}/{path.name}", task, sha256, licence, commercial)
+
+
+def _with_hash(sha256: str) -> Weight | None:
+    return next((w for w in WEIGHTS.values() if any(file.sha256 == sha256 for file in w.files)), None)
