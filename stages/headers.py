@@ -1,6 +1,6 @@
 """Headers of image files: what a file is, how large its picture is, whether its end has arrived. No pixel is decoded.
 
-Only this module and `stages.images` translate what a decoder raises, from a closed list.
+`stages.images` decodes them. Only these two modules translate what a decoder raises, from a closed list.
 """
 
 import io
@@ -142,6 +142,7 @@ def check_whole(data: bytes, header: Header) -> None:
 
 
 def format_of(prefix: bytes) -> str | None:
+    """The format that the first bytes show, None for all that is never decoded here."""
     match = _FORMAT.match(prefix)
     return match.lastgroup if match else None
 
@@ -152,6 +153,7 @@ def _header(format: str, stored: Stored) -> Header:
 
 
 def read_stored(format: str, data: bytes) -> Stored:
+    """Read the header of a file of a known format; raises one of DECODER_ERRORS when that is impossible."""
     if format == "WEBP":
         # Pillow would set up the decoder for the whole canvas, and needs the whole file for it
         stored = Stored(*_webp_size(data), "RGBA", _orientation(_webp_exif(data)))
@@ -164,6 +166,7 @@ def read_stored(format: str, data: bytes) -> Stored:
 
 
 def open_lazily(format: str, data: bytes) -> ImageFile:
+    """Pillow's image of a file of a known format, before its pixels are loaded; raises one of DECODER_ERRORS."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # remarks on broken metadata, which is not used
         return OPENERS[format](io.BytesIO(data))
@@ -216,6 +219,7 @@ def _webp_exif(data: bytes) -> bytes:
 
 
 def undecodable(format: str, data: bytes, error: Exception) -> Dropped:
+    """The drop that a decoder's error stands for: truncated_image or corrupt_image."""
     truncated = _ends_early(format, data) or "truncated" in str(error).lower()
     return Dropped(DropReason.TRUNCATED_IMAGE if truncated else DropReason.CORRUPT_IMAGE)
 
@@ -250,5 +254,3 @@ def _has_png_end(data: bytes) -> bool:
             return True
         place += 12 + int.from_bytes(data[place : place + 4], "big")
     return False
-
-

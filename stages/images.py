@@ -1,47 +1,65 @@
-"""Image files: what they are, their size, their pixels, and back. RGB, HWC, uint8, EXIF turned.
+"""Image files and their pixels, both ways. RGB, HWC, uint8, EXIF turned.
 
-Headers and all but JPEG pixels are read by Pillow; JPEG pixels by OpenCV, which gives the same values faster.
-Colour profiles are ignored, as OpenCV does. Only this module translates what a decoder raises, from a closed list.
+JPEG pixels are read by OpenCV, all others by Pillow, which gives the same values for JPEG but slower.
+Colour profiles are ignored, as OpenCV does. The headers' functions are offered here too.
 """
 
-import io
 import os
-import re
-import struct
 import sys
 import warnings
-import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image as Pillow
-from PIL import features
-from PIL.AvifImagePlugin import AvifImageFile
-from PIL.BmpImagePlugin import BmpImageFile
-from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import TiffImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 
 from schemas.drops import DropReason
 from stages.base import Dropped
+from stages.headers import (
+    DECODER_ERRORS,
+    DEEP_MODES,
+    OPENERS,
+    Header,
+    check_whole,
+    format_of,
+    is_web_page,
+    open_lazily,
+    read_header,
+    read_stored,
+    sniff,
+    undecodable,
+)
 from stages.models.base import Image
 
+__all__ = [
+    "Header",
+    "PhotoCache",
+    "check_whole",
+    "decode",
+    "decode_jpeg",
+    "decode_png",
+    "encode_jpeg",
+    "encode_png",
+    "is_web_page",
+    "photo",
+    "read_header",
+    "shrink",
+    "sniff",
+    "thumbnail",
+]
+
 cv2.setNumThreads(1)  # the processes of a run are its parallelism
-Pillow.MAX_IMAGE_PIXELS = None  # type: ignore[assignment]  # the cap is filter.max_pixels, judged before any decode
 
 _CACHE_BYTES = 256 * 2**20
-_MAX_THUMBNAIL_PIXELS = 200_000_000
+_MAX_THUMBNAIL_PIXELS = 100_000_000
 _THUMBNAIL_QUALITY = 85
 _PNG_LEVEL = 1
+_FULL_COLOUR = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
 
 
 def decode(data: bytes) -> Image:
@@ -55,7 +73,8 @@ def decode(data: bytes) -> Image:
         raise Dropped(DropReason.CORRUPT_IMAGE)
     try:
         stored = read_stored(format, data)
-        pixels = _jpeg_pixels(data) if format == "JPEG" and stored.mode in ("L", "RGB") else _pixels(open_lazily(format, data))
+        by_opencv = format == "JPEG" and stored.mode in ("L", "RGB")
+        pixels = _jpeg_pixels(data) if by_opencv else _pixels(open_lazily(format, data))
         if pixels.shape != (stored.height, stored.width, 3):
             raise ValueError(f"the header says {stored}, the pixels are {pixels.shape}")
     except DECODER_ERRORS as error:
@@ -93,7 +112,7 @@ def shrink(image: Image, max_side: int) -> Image:
 
 def encode_jpeg(image: Image, quality: int) -> bytes:
     """(H, W, 3) uint8 RGB as JPEG, colour at full resolution (4:4:4), same bytes for same pixels."""
-    options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, _FULL_COLOUR]
     return _encode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
 
 
@@ -167,12 +186,12 @@ def photo(sha256: str, data: bytes) -> Image:
 
 
 def _pixels(image: ImageFile) -> Image:
-    with warnings.catch_warnings():
+    with _no_stderr(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image.load()
         if image.mode in DEEP_MODES:
             grey = np.asarray(image).astype(np.uint32)
-            return cv2.cvtColor(((grey * 255 + 32767) // 65535).astype(np.uint8), cv2.COLOR_GRAY2RGB)
+            return np.repeat(((grey * 255 + 32767) // 65535).astype(np.uint8)[:, :, None], 3, axis=2)
         if not image.has_transparency_data:
             return np.array(image.convert("RGB"))
         layer = image.convert("RGBA")
@@ -196,7 +215,7 @@ _STDERR_LOCK = Lock()
 
 @contextmanager
 def _no_stderr() -> Iterator[None]:
-    """libjpeg prints its remarks on corrupt data from C, past every setting of OpenCV."""
+    """Mute stderr: libjpeg and libtiff print remarks on corrupt data from C, past every setting of their users."""
     with _STDERR_LOCK:
         try:
             kept = os.dup(2)

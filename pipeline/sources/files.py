@@ -25,6 +25,7 @@ _FOREIGN = (
     ("gcsfs.retry", "HttpError"),
     ("google.auth.exceptions", "GoogleAuthError"),
     ("httpx", "HTTPError"),
+    ("httpx2", "HTTPError"),
 )
 """Errors of remote file systems (no credentials, no route) that are no OSError; known once their module is loaded."""
 

@@ -43,7 +43,10 @@ def rows_in(path: str) -> int | None:
     """
     fs, inside = locate(path)
     with reading(path), fs.open(inside, "rb") as file:
-        tarfile.TarInfo.frombuf(file.read(_BLOCK), tarfile.ENCODING, "surrogateescape")
+        head = file.read(_BLOCK)
+        # A tar without members starts with its end mark.
+        if head.strip(b"\0"):
+            tarfile.TarInfo.frombuf(head, tarfile.ENCODING, "surrogateescape")
         file.seek(max(0, fs.size(inside) - len(_END_MARK)))
         _require_end(path, file.read(len(_END_MARK)))
     table = table_path(path)

@@ -6,8 +6,8 @@ cloud metadata) are refused after the name was resolved, on every hop.
 
 import re
 import socket
-from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from urllib.parse import quote, urljoin, urlsplit
 
 from yarl import URL
 
@@ -18,44 +18,47 @@ from stages.settings import DownloadSettings
 SAMPLE_HOST = "sample.localhost"
 """Host of the bundled sample part: no real host can have this name (RFC 6761)."""
 
+_KEPT = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in '"<>\\^`{|}')
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+", re.IGNORECASE)
 _NUMERIC = re.compile(r"(?:0x[0-9a-f]*|[0-9]+)(?:\.(?:0x[0-9a-f]*|[0-9]+)){0,3}\.?", re.IGNORECASE)
 _AZURE = IPv4Address("168.63.129.16")
 _GLOBAL_UNICAST = IPv6Network("2000::/3")
-_SIX_TO_FOUR = IPv6Network("2002::/16")
-_DOCUMENTATION = IPv6Network("3fff::/20")
+_REFUSED = (IPv6Network("2002::/16"), IPv6Network("3fff::/20"))
+"""6to4, which leads to any IPv4 address, and documentation: global by the tables of Python 3.11."""
 _NAT64 = IPv6Network("64:ff9b::/96")
 _RELAY = IPv4Network("192.88.99.0/24")
 
 
 def parse(text: str | None) -> URL:
-    """A fetchable URL.
+    """A fetchable URL; what is already percent-encoded stays as it is, as signatures in URLs need.
 
     Raises:
         Dropped: BAD_URL when it is missing, malformed, or neither http nor https.
     """
+    written = (text or "").strip()
     try:
-        url = URL((text or "").strip())
+        url, exact = URL(written), urlsplit(written)
+        path, query = quote(exact.path or "/", safe=_KEPT), quote(exact.query, safe=_KEPT)
     except ValueError as error:
         raise Dropped(DropReason.BAD_URL) from error
-    if url.scheme not in ("http", "https") or not _HOST.fullmatch(url.raw_host or ""):
+    if url.scheme not in ("http", "https") or not _HOST.fullmatch(url.raw_host or "") or _CONTROL.search(written):
         raise Dropped(DropReason.BAD_URL)
-    return url
+    return URL.build(scheme=url.scheme, authority=url.raw_authority, path=path, query_string=query, encoded=True)
 
 
-def redirected(url: URL, headers: Mapping[str, str], hops: int, settings: DownloadSettings) -> URL:
-    """Where a redirect leads; `hops` are the redirects followed so far.
+def redirected(url: URL, location: str | None, hops: int, settings: DownloadSettings) -> URL:
+    """Where a redirect with this Location leads; `hops` are the redirects followed so far.
 
     Raises:
         Dropped: REDIRECT_LOOP after too many, HTTP_ERROR without a target, BAD_URL for one that cannot be fetched.
     """
     if hops >= settings.max_redirects:
         raise Dropped(DropReason.REDIRECT_LOOP)
-    location = headers.get("Location")
     if not location:
         raise Dropped(DropReason.HTTP_ERROR)
     try:
-        return parse(str(url.join(URL(location.strip()))))
+        return parse(urljoin(str(url), location.strip()))
     except ValueError as error:
         raise Dropped(DropReason.BAD_URL) from error
 
@@ -88,10 +91,10 @@ class Guard:
             return self._loopback or (self._sample_port is not None and port == self._sample_port)
         if isinstance(plain, IPv4Address):
             return plain.is_global and not plain.is_multicast and plain != _AZURE and plain not in _RELAY
-        return plain.is_global and plain in _GLOBAL_UNICAST and plain not in _SIX_TO_FOUR and plain not in _DOCUMENTATION
+        return plain.is_global and plain in _GLOBAL_UNICAST and not any(plain in net for net in _REFUSED)
 
     def check(self, address: str, port: int | None) -> None:
-        """Raise `Dropped` (FORBIDDEN_ADDRESS) unless this numeric address, as a socket takes it, may be connected to."""
+        """Raise `Dropped` (FORBIDDEN_ADDRESS) unless this numeric address may be connected to."""
         if not self.allows(ip_address(address), port):
             raise Dropped(DropReason.FORBIDDEN_ADDRESS)
 

@@ -1,7 +1,7 @@
 """A body as it arrives: bounded, and looked at early, so that a hopeless one is not read to its end."""
 
 from schemas.drops import DropReason
-from stages import images
+from stages import headers
 from stages.base import Dropped
 from stages.settings import Settings
 
@@ -57,8 +57,8 @@ class Body:
 
     def _look(self) -> None:
         prefix = b"".join(self._chunks)
-        header = images.sniff(prefix)
-        if header is None and images.is_web_page(prefix):
+        header = headers.sniff(prefix)
+        if header is None and headers.is_web_page(prefix):
             raise Dropped(DropReason.NOT_AN_IMAGE)
         if header is not None and min(header.width, header.height) < self._min_px:
             raise Dropped(DropReason.SMALL_IMAGE, width=header.width, height=header.height)

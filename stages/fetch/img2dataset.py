@@ -2,7 +2,7 @@
 
 It runs with an `urlopen` that keeps our promises (`stages.fetch.opener`): left alone it would follow redirects to any
 address, read bodies of any size, and wait as long as a server drips. What it cannot promise: the deadline does not
-cover the look-up of a name, which blocks; and a body is read to its end before the size of the image is looked at.
+cover the look-up of a name, which blocks its thread.
 """
 
 import os
@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from itertools import count
 from threading import BoundedSemaphore, Lock
 from types import FunctionType, ModuleType, SimpleNamespace
@@ -22,7 +23,6 @@ from schemas.drops import DropReason
 from stages.base import Dropped
 from stages.fetch import address, robots
 from stages.fetch.base import Outcome, bare, wait_s
-from stages.fetch.body import Body
 from stages.fetch.opener import Opener
 from stages.settings import Settings
 
@@ -53,9 +53,7 @@ class Img2dataset:
         try:
             url = address.parse(text)
             with self._host(url.raw_host or ""):
-                body = Body(self._settings)
-                body.feed(self._persist(url))
-                return body.finish()
+                return self._persist(url)
         except Dropped as dropped:
             return bare(dropped)
 
@@ -77,7 +75,7 @@ class Img2dataset:
         raise AssertionError("count() does not end")
 
     def _attempt(self, url: URL, deadline: float) -> bytes:
-        opener = Opener(self._settings.download, deadline)
+        opener = Opener(self._settings, deadline)
         # Retries are ours: img2dataset repeats every failure, a 404 and an opt-out too.
         _, stream, text = _with_urlopen(self._downloader, opener.open)(
             (0, str(url)),
@@ -99,9 +97,7 @@ def _import() -> ModuleType:
     # The package imports wandb and albumentations, which phone home unless told not to.
     os.environ.setdefault("WANDB_MODE", "disabled")
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-    import img2dataset.downloader as downloader
-
-    return downloader
+    return import_module("img2dataset.downloader")
 
 
 def _with_urlopen(downloader: ModuleType, urlopen: Callable[..., Any]) -> Callable[..., Any]:

@@ -86,6 +86,8 @@ class _Client:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
             trust_env=False,
         )
+        # aiohttp would repeat each broken connection once more, behind the back of download.retries.
+        self._session._retry_connection = False
 
     async def close(self) -> None:
         await self._session.close()
@@ -129,7 +131,7 @@ class _Client:
                 tags, later = head.getall("X-Robots-Tag", ()), head.get("Retry-After")
                 if not check_head(response.status, tags, later, self._told):
                     return await self._body(response)
-                url = address.redirected(url, head, hops, self._told)
+                url = address.redirected(url, head.get("Location"), hops, self._told)
         raise AssertionError("count() does not end")
 
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:

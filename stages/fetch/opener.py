@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from functools import cache
 from ipaddress import ip_address
 from itertools import count
-from typing import Any
-from urllib.error import URLError
-from urllib.request import AbstractHTTPHandler, Request
+from typing import Any, Self
+from urllib.request import Request
 
 from yarl import URL
 
@@ -46,7 +45,7 @@ class Opener:
         self._deadline = deadline
         self.failure: Dropped | None = None
 
-    def open(self, request: Request, timeout: float | None = None) -> "_Response":
+    def open(self, request: Request, timeout: float | None = None) -> "Response":
         """The response to `request` after its redirects; `timeout` is overruled by the deadline.
 
         Raises:
@@ -58,10 +57,13 @@ class Opener:
                 response = self._get(self._guard.route(url))
                 head = response.headers
                 tags, later = head.get_all("X-Robots-Tag", []), head.get("Retry-After")
-                with _closed_on_error(response):
+                try:
                     if not check_head(response.status, tags, later, self._told):
-                        return _Response(self, response)
-                    url = address.redirected(url, head, hops, self._told)
+                        return Response(self, response)
+                    url = address.redirected(url, head.get("Location"), hops, self._told)
+                except Dropped:
+                    response.close()
+                    raise
                 response.close()
         raise AssertionError("count() does not end")
 
@@ -78,16 +80,18 @@ class Opener:
             return body.finish()
 
     def _get(self, url: URL) -> http.client.HTTPResponse:
-        request = Request(str(url), headers={"User-Agent": user_agent(self._told)})  # noqa: S310 (address.parse)
-        request.timeout = max(0.001, self._deadline - time.monotonic())
-        secure: dict[str, Any] = {"context": _tls()} if url.scheme == "https" else {}
-        handler = AbstractHTTPHandler()
-        handler.parent = _NoHeaders()
-        kind = _HTTPS if url.scheme == "https" else _HTTP
-        response: http.client.HTTPResponse = handler.do_open(
-            kind, handler.do_request_(request), guard=self._guard, deadline=self._deadline, **secure
-        )
-        return response
+        connection = (_Tls if url.scheme == "https" else _Plain)(url, self._guard, self._deadline)
+        try:
+            headers = {"User-Agent": user_agent(self._told), "Connection": "close"}
+            connection.request("GET", url.raw_path_qs, headers=headers)
+            return connection.getresponse()
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            # The response holds a file of its own on the socket; with this one closed, closing that one ends it.
+            if connection.sock is not None:
+                connection.sock.close()
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -99,3 +103,107 @@ class Opener:
         except Dropped as dropped:
             self.failure = dropped
             raise
+
+
+def _reason(error: Exception) -> DropReason:
+    if isinstance(error, OSError) and error.errno in LOCAL_TROUBLE:
+        raise error
+    return next(reason for kind, reason in _REASONS if isinstance(error, kind))
+
+
+class Response:
+    """As much of urllib's response as img2dataset uses."""
+
+    def __init__(self, opener: Opener, response: http.client.HTTPResponse) -> None:
+        """Wrap a response whose head was judged."""
+        self._opener = opener
+        self._response = response
+        self.headers = response.headers
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._response.close()
+
+    def read(self) -> bytes:
+        """The body; raises `Dropped` as `Opener.open` does."""
+        return self._opener.read(self._response)
+
+
+class _Deadline:
+    """Mixed into a socket: its reads end at a moment, however slowly the bytes drip."""
+
+    deadline: float
+
+    def recv_into(self, *args: Any) -> int:
+        self.settimeout(_left(self.deadline))  # type: ignore[attr-defined]
+        got: int = super().recv_into(*args)  # type: ignore[misc]
+        return got
+
+
+class _Socket(_Deadline, socket.socket):
+    """A plain socket with a deadline."""
+
+
+class _TlsSocket(_Deadline, ssl.SSLSocket):
+    """A TLS socket with a deadline."""
+
+
+class _Plain(http.client.HTTPConnection):
+    """An http connection to an address that was checked."""
+
+    def __init__(self, url: URL, guard: address.Guard, deadline: float) -> None:
+        super().__init__(url.raw_host or "", url.port)
+        self._guard = guard
+        self._deadline = deadline
+
+    def connect(self) -> None:
+        self.sock = _connect(self.host, self.port, self._guard, self._deadline)
+
+
+class _Tls(_Plain):
+    """An https connection to an address that was checked."""
+
+    def connect(self) -> None:
+        super().connect()
+        secured = _context().wrap_socket(self.sock, server_hostname=self.host)
+        secured.deadline = self._deadline  # type: ignore[attr-defined]
+        self.sock = secured
+
+
+@cache
+def _context() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.sslsocket_class = _TlsSocket
+    return context
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("the deadline has passed")
+    return left
+
+
+def _connect(host: str, port: int, guard: address.Guard, deadline: float) -> socket.socket:
+    """A socket to the first address of `host` that is allowed and answers: the very address that was checked."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError as error:  # a label that is empty or too long
+        raise Dropped(DropReason.DNS_ERROR) from error
+    allowed = [place for place in found if guard.allows(ip_address(place[4][0]), port)]
+    if not allowed:
+        raise Dropped(DropReason.FORBIDDEN_ADDRESS)
+    for last, (family, kind, proto, _, place) in enumerate(allowed, start=1 - len(allowed)):
+        made = _Socket(family, kind, proto)
+        made.deadline = deadline
+        try:
+            made.settimeout(_left(deadline))
+            made.connect(place)
+            return made
+        except OSError:
+            made.close()
+            if last == 0:
+                raise
+    raise AssertionError("the last address either answered or raised")

@@ -32,7 +32,9 @@ def read(refs: Sequence[str], settings: Settings) -> list[Outcome]:
                 for offset, size, index in sorted(members):
                     outcomes[index] = _member(tar, offset, size, settings)
         except OSError as error:
-            raise SourceError(f"The existing download {path} cannot be read ({error}): restore it, or fetch anew.") from error
+            raise SourceError(
+                f"{path} cannot be read ({error}): restore the existing download, or fetch anew."
+            ) from error
     return outcomes
 
 

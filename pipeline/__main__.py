@@ -1,0 +1,189 @@
+"""The command line: `python -m pipeline dataset | plan | report | verify | models`."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+# Telemetry and version look-ups of dependencies are off, before any of them is imported.
+for _name, _value in {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+    "WANDB_MODE": "disabled",
+    "ORT_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.config import Config, keys, load_config
+from pipeline.ledger import funnel, funnel_table
+from pipeline.publish import Output
+from pipeline.report import write_report
+from pipeline.run import Job, make_dataset, prepared
+from pipeline.verify import verify as verify_output
+from schemas.errors import CorruptShardError, ExitCode, OutputError, UserError
+from schemas.names import SAMPLE
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+models_app = typer.Typer(no_args_is_help=False, help="Weights: where they are, what they cost, how to get them.")
+app.add_typer(models_app, name="models")
+console = Console()
+errors = Console(stderr=True)
+
+Shards = Annotated[
+    str, typer.Option(help="`sample`, `laion-part-0..99`, or paths, globs, URLs; comma-separated.", show_default=True)
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with the keys that --set takes.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="One config key, such as filter.min_face_px=160.")]
+ProfileName = Annotated[str | None, typer.Option("--profile", help="embedded, insightface or permissive.")]
+Executor = Annotated[str | None, typer.Option("--executor", help="ray or local.")]
+RayAddress = Annotated[str | None, typer.Option("--ray-address", help="Join this Ray cluster.")]
+Out = Annotated[Path, typer.Option("--out", help="Where the dataset goes.")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The OUT of a run.")]
+
+
+def _config(
+    shards: str, file: Path | None, sets: list[str] | None, profile: str | None, executor: str | None, ray: str | None
+) -> Config:
+    pairs = [*(sets or []), *([f"executor.ray_address={ray}"] if ray else [])]
+    return load_config(file, pairs, shards=shards, profile=profile, executor=executor or ("ray" if ray else None))
+
+
+@app.command()
+def dataset(
+    shards: Shards = SAMPLE,
+    out: Out = Path("out"),
+    config: ConfigFile = None,
+    sets: Sets = None,
+    executor: Executor = None,
+    profile: ProfileName = None,
+    ray_address: RayAddress = None,
+    replan: Annotated[bool, typer.Option(help="Go on in an OUT of another plan; its shards are removed.")] = False,
+) -> None:
+    """Make training shards from metadata parts; a rerun skips what is done."""
+    if "://" in str(out):
+        raise OutputError(f"OUT {str(out)!r} is a URL; it must be a folder on a local or mounted disk.")
+    with prepared(shards, _config(shards, config, sets, profile, executor, ray_address)) as job:
+        code = make_dataset(job, out, console, replan=replan)
+    console.print(funnel_table(funnel(out)))
+    console.print(f"Shards: {out / 'shards'}\nReport: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    if code is ExitCode.SHARDS_FAILED:
+        errors.print("Some shards failed; the others are done. The same command tries the failed ones again.")
+    raise typer.Exit(code)
+
+
+@app.command()
+def plan(
+    shards: Shards = SAMPLE,
+    out: Out = Path("out"),
+    config: ConfigFile = None,
+    sets: Sets = None,
+    executor: Executor = None,
+    profile: ProfileName = None,
+    ray_address: RayAddress = None,
+) -> None:
+    """Prove the plan and show what would be done; nothing is written."""
+    with prepared(shards, _config(shards, config, sets, profile, executor, ray_address)) as job:
+        output = Output(out)
+        output.refuse_other_plan(job.plan)
+        _print_steps(job)
+        _print_models(job)
+        _print_work(job, output)
+
+
+def _print_steps(job: Job) -> None:
+    table = Table("step", "runs", "reads", "writes", "drops for", title="Steps", title_justify="left")
+    for step in job.plan.steps:
+        table.add_row(step.name, step.place, ", ".join(step.reads), ", ".join(step.writes), ", ".join(step.drops))
+    console.print(table)
+    executor = job.plan.config.executor
+    if executor.name == "local":
+        console.print("Executor: local, in this process")
+    for pool in job.plan.pools() if executor.name == "ray" else ():
+        console.print(f"Executor: ray, pool {pool.name}: {pool.workers} x {pool.cpus:g} CPU, {pool.gpus:g} GPU")
+
+
+def _print_models(job: Job) -> None:
+    table = Table("task", "model", "licence", "sha256", title="Models", title_justify="left")
+    for card in job.plan.cards:
+        table.add_row(card.task, card.name, card.licence, card.sha256[:16] or "no weights")
+    console.print(table)
+
+
+def _print_work(job: Job, output: Output) -> None:
+    rows = candidates = done = total = 0
+    for seeds in job.shards():
+        total += 1
+        rows += seeds.table.num_rows
+        candidates += seeds.candidates
+        done += output.is_done(seeds.name, job.plan)
+    console.print(
+        f"Parts: {len(job.parts):,}; rows: {rows:,}, of which {candidates:,} pass the metadata filter\n"
+        f"Shards: {total:,} of up to {job.plan.config.source.rows_per_shard:,} candidate rows; "
+        f"{done:,} done, {total - done:,} left\nPlan: {job.plan.digest[:16]}",
+        highlight=False,
+    )
+
+
+@app.command()
+def report(folder: Folder = Path("out")) -> None:
+    """Write DIR/report.html: the funnel, kept samples, and some of what was dropped."""
+    console.print(f"Report: {write_report(folder)}", highlight=False, soft_wrap=True)
+    console.print(funnel_table(funnel(folder)))
+
+
+@app.command()
+def verify(folder: Folder = Path("out")) -> None:
+    """Check manifests, hashes, counts, and that every sample can be decoded."""
+    problems = verify_output(folder)
+    for problem in problems:
+        where = f"{problem.file}{f' [{problem.key}]' if problem.key else ''}"
+        errors.print(f"{where}: {problem.message}", highlight=False, markup=False, soft_wrap=True)
+    if problems:
+        errors.print(f"{len(problems)} problems found.")
+        raise typer.Exit(ExitCode.SHARDS_FAILED)
+    console.print(f"{folder}: all shards verify.", highlight=False, soft_wrap=True)
+
+
+@app.command("config")
+def show_config() -> None:
+    """List every config key with its default and explanation."""
+    defaults = Config()
+    table = Table("key", "default", "meaning")
+    for name, meaning in keys():
+        value: object = defaults
+        for piece in name.split("."):
+            value = getattr(value, piece)
+        table.add_row(name, repr(value), meaning)
+    console.print(table)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line, with the exit codes of schemas.errors."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except UserError as error:
+        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(ExitCode.USER_ERROR)
+    except CorruptShardError as error:
+        errors.print(f"error: {error}; `verify` tells more.", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(ExitCode.SHARDS_FAILED)
+    except KeyboardInterrupt:
+        errors.print("Interrupted. Finished shards are kept; the same command goes on.")
+        sys.exit(ExitCode.INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

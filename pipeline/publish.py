@@ -1,0 +1,269 @@
+"""A shard on disk: temporary names, fsync, rename, manifest last. Same rows and plan give the same bytes."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.ledger import counts
+from pipeline.plan import Plan
+from pipeline.runner import WITNESS_SCHEMA, Rows, tombstones
+from schemas.columns import KEPT, LEDGER_SCHEMA
+from schemas.errors import CorruptShardError, OutputError, ShardError
+from schemas.shard import SUFFIXES, Manifest
+from stages.images import thumbnail
+
+_TEMPORARY = ".tmp-"
+_THUMBNAIL_PX = 256
+DATASET = "dataset.json"
+
+
+class Output:
+    """The directory of a dataset: OUT/shards, OUT/drops and OUT/dataset.json."""
+
+    def __init__(self, root: Path) -> None:
+        """Name the directory; nothing is created yet."""
+        self.root = root
+        self.shards = root / "shards"
+        self.drops = root / "drops"
+
+    @contextlib.contextmanager
+    def prepared(self, plan: Plan, *, replan: bool = False) -> Iterator[None]:
+        """Create the directories, hold them alone for this run, and clear away what an interrupted run left.
+
+        Raises:
+            OutputError: when OUT cannot be written, is in use by another run, or holds shards of another plan.
+        """
+        try:
+            for folder in (self.shards, self.drops):
+                folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.shards, os.O_RDONLY)
+        except OSError as error:
+            raise OutputError(f"OUT {self.root} cannot be written: {error.strerror or error}.") from error
+        try:
+            self._lock(handle)
+            self.refuse_other_plan(plan, replan=replan)
+            self._clear_temporaries()
+            if replan:
+                self._remove_other_plans(plan)
+            self.describe(plan, {})
+            try:
+                yield
+            finally:
+                self._clear_temporaries()
+        finally:
+            os.close(handle)
+
+    def _clear_temporaries(self) -> None:
+        for folder in (self.root, self.shards, self.drops):
+            for stray in folder.glob(f"{_TEMPORARY}*"):
+                stray.unlink(missing_ok=True)
+
+    def _remove_other_plans(self, plan: Plan) -> None:
+        """Remove the shards of other plans, manifest first, so that no half of a shard ever counts as done."""
+        for path in self.shards.glob("*.json"):
+            try:
+                manifest = Manifest.from_json(path.read_bytes())
+            except CorruptShardError:
+                continue
+            if manifest.plan_digest != plan.digest:
+                path.unlink()
+                for name in manifest.files:
+                    (self.shards / Path(name).name).unlink(missing_ok=True)
+                (self.drops / f"{manifest.shard}.parquet").unlink(missing_ok=True)
+
+    def _lock(self, handle: int) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"Another run is writing to {self.root}; wait for it, or choose another OUT.") from None
+
+    def refuse_other_plan(self, plan: Plan, *, replan: bool = False) -> None:
+        """Check that OUT is new or was made under an equal plan.
+
+        Raises:
+            OutputError: says what differs.
+        """
+        try:
+            text = (self.root / DATASET).read_text(encoding="utf-8")
+            before = json.loads(text)
+            identity: dict[str, Any] = before["plan"]
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OutputError(f"{self.root / DATASET} cannot be read ({error}); choose another OUT.") from error
+        if before.get("plan_digest") == plan.digest or replan:
+            return
+        differences = "; ".join(_differences(identity, plan.identity))
+        raise OutputError(
+            f"{self.root} holds a dataset of another plan ({differences}): "
+            "choose another OUT, or give --replan to make its shards anew."
+        )
+
+    def describe(self, plan: Plan, summary: dict[str, Any]) -> None:
+        """Write dataset.json: the plan, and what the run came to."""
+        content = {
+            "schema_version": plan.identity["schema_version"],
+            "profile": plan.config.profile,
+            "plan_digest": plan.digest,
+            "plan": plan.identity,
+            **summary,
+        }
+        write_atomically(self.root / DATASET, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+    def is_done(self, shard: str, plan: Plan) -> bool:
+        """Whether the shard has a manifest of this plan and files of the lengths that it names."""
+        try:
+            manifest = Manifest.from_json((self.shards / f"{shard}.json").read_bytes())
+        except (FileNotFoundError, CorruptShardError):
+            return False
+        lengths = {name: entry["bytes"] for name, entry in manifest.files.items()}
+        return manifest.plan_digest == plan.digest and all(
+            (self.shards / name).is_file() and (self.shards / name).stat().st_size == length
+            for name, length in lengths.items()
+        )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            label = f"{prefix}{name}".removeprefix("settings.")
+            yield label if isinstance(old, list) or isinstance(new, list) else f"{label} was {old!r}, is now {new!r}"
+
+
+class ShardWriter:
+    """Writes one shard, batch by batch, and publishes it whole; leaves nothing behind when it fails."""
+
+    def __init__(self, output: Output, shard: str, plan: Plan) -> None:
+        """Open the temporary tar."""
+        from webdataset import TarWriter  # it imports torch: only processes that write shards pay for it
+
+        self._output, self._shard, self._plan = output, shard, plan
+        self._ledgers: list[pa.Table] = []
+        self._witnesses = WITNESS_SCHEMA.empty_table()
+        self._temporary = {
+            suffix: output.shards / f"{_TEMPORARY}{shard}.{suffix}.{os.getpid()}" for suffix in ("tar", "parquet")
+        }
+        self._stream = self._temporary["tar"].open("wb")
+        self._tar = TarWriter(self._stream, user="", group="", mode=0o644, mtime=0, encoder=False)
+
+    def __enter__(self) -> "ShardWriter":
+        """Enter the block that writes the shard."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove what was not published."""
+        self._stream.close()
+        for path in self._temporary.values():
+            path.unlink(missing_ok=True)
+
+    def add_tombstones(self, ledger: pa.Table) -> None:
+        """Add ledger rows that were dropped before any batch was made."""
+        self._ledgers.append(ledger)
+
+    def add(self, rows: Rows) -> None:
+        """Append the samples of the living rows, and all rows to the ledger."""
+        for record in rows.alive.select(["key", *SUFFIXES.values()]).to_pylist():
+            files = {suffix: record[column] for suffix, column in SUFFIXES.items() if record[column] is not None}
+            self._tar.write({"__key__": record["key"], **files})
+        kept = pa.array([KEPT] * rows.alive.num_rows, pa.string())
+        self._ledgers += [rows.dead, tombstones(rows.alive, kept, self._plan.steps[-1].name)]
+        self._witnesses = pa.concat_tables([self._witnesses, rows.witnesses])
+
+    def publish(self, rows_in: int) -> Manifest:
+        """Make the shard durable under its final names, the manifest last.
+
+        Raises:
+            ShardError: when rows were lost or doubled on the way.
+        """
+        self._tar.close()
+        _sync(self._stream)
+        self._stream.close()
+        ledger = pa.concat_tables(self._ledgers).sort_by("row").combine_chunks()
+        manifest = self._manifest(ledger, rows_in)
+        if not manifest.conserves_rows() or pc.count_distinct(ledger.column("key")).as_py() != rows_in:
+            raise ShardError(f"{self._shard}: {rows_in} rows in, but the ledger holds {ledger.num_rows}")
+        self._publish_witnesses()
+        (self._output.shards / f"{self._shard}.json").unlink(missing_ok=True)
+        for suffix, path in self._temporary.items():
+            path.replace(self._output.shards / f"{self._shard}.{suffix}")
+        sync_folder(self._output.shards)
+        write_atomically(self._output.shards / f"{self._shard}.json", manifest.to_json().encode())
+        return manifest
+
+    def _manifest(self, ledger: pa.Table, rows_in: int) -> Manifest:
+        pq.write_table(ledger.cast(LEDGER_SCHEMA), self._temporary["parquet"], compression="zstd")
+        with self._temporary["parquet"].open("rb") as stream:
+            _sync(stream)
+        kept, dropped = counts(ledger.column("verdict"), self._plan.reasons)
+        return Manifest(
+            shard=self._shard,
+            profile=self._plan.config.profile,
+            plan_digest=self._plan.digest,
+            rows_in=rows_in,
+            kept=kept,
+            dropped=dropped,
+            models=self._plan.model_list,
+            files={f"{self._shard}.{suffix}": _fingerprint(path) for suffix, path in self._temporary.items()},
+        )
+
+    def _publish_witnesses(self) -> None:
+        """Thumbnails of a few dropped photos, for the report; not part of the shard."""
+        limit = self._plan.config.report.drops_per_reason
+        seen: dict[str, int] = {}
+        rows = []
+        for record in self._witnesses.to_pylist():
+            small = thumbnail(record["image"], _THUMBNAIL_PX) if seen.get(record["verdict"], 0) < limit else None
+            if small is not None:
+                seen[record["verdict"]] = seen.get(record["verdict"], 0) + 1
+                rows.append({"key": record["key"], "verdict": record["verdict"], "thumbnail": small})
+        names = pa.schema([("key", pa.string()), ("verdict", pa.string()), ("thumbnail", pa.binary())])
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows, schema=names), sink)
+        write_atomically(self._output.drops / f"{self._shard}.parquet", sink.getvalue().to_pybytes())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that its name holds the old content or the new, never a part."""
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            _sync(stream)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(stream: Any) -> None:
+    stream.flush() if stream.writable() else None
+    os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

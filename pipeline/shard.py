@@ -1,0 +1,110 @@
+"""One shard from its seed rows to its manifest: fetch ahead, compute, write. Shared by all executors."""
+
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pipeline.plan import Plan, Step
+from pipeline.publish import Output, ShardWriter
+from pipeline.runner import Loaded, Rows, apply_all, split_seeds
+from pipeline.source import Seeds
+from schemas.errors import FaceShardsError
+from schemas.shard import Manifest
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+Compute = Callable[[Iterator[Rows]], Iterator[Rows]]
+"""The model steps over a shard's batches, order kept: a loop in this process, or calls of actors."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """A shard was begun."""
+
+    shard: str
+    rows: int
+    """Input rows of the shard."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """News of a shard while it is made."""
+
+    shard: str
+    rows: int
+    """Input rows that were finished since the last news."""
+    kept: int
+    """Of these, kept."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of a shard: its manifest, or why it failed."""
+
+    shard: str
+    manifest: Manifest | None
+    error: str = ""
+
+    @staticmethod
+    def failed(shard: str, error: BaseException) -> "Finished":
+        """A shard that stays to be tried again. The traceback is for what nobody foresaw: a full disk needs none."""
+        foreseen = isinstance(error, FaceShardsError | OSError)
+        text = f"{type(error).__name__}: {error}" if foreseen else "".join(traceback.format_exception(error)).strip()
+        return Finished(shard, None, text)
+
+
+Event = Started | Progress | Finished
+
+
+def load(plan: Plan, steps: tuple[Step, ...]) -> list[Loaded]:
+    """Load stages, and their models, in this process."""
+    return [Loaded(step.stage_class()(plan.config), plan.keep_after(step)) for step in steps]
+
+
+def make_shard(plan: Plan, seeds: Seeds, output: Output, worker: "Worker", compute: Compute) -> Iterator[Event]:
+    """Make and publish one shard, telling its progress batch by batch."""
+    rows = split_seeds(seeds.table)
+    size = plan.config.executor.batch_rows
+    batches = (Rows.living(rows.alive.slice(start, size)) for start in range(0, rows.alive.num_rows, size))
+    yield Started(seeds.name, seeds.table.num_rows)
+    with ShardWriter(output, seeds.name, plan) as writer:
+        writer.add_tombstones(rows.dead)
+        yield Progress(seeds.name, rows.dead.num_rows, 0)
+        for done in compute(worker.fetched(batches)):
+            packed = apply_all(worker.write, done)
+            writer.add(packed)
+            yield Progress(seeds.name, packed.alive.num_rows + packed.dead.num_rows, packed.alive.num_rows)
+        yield Finished(seeds.name, writer.publish(seeds.table.num_rows))
+
+
+class Worker:
+    """What a process that makes shards holds: the stages around the models."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Load the fetching and packing stages."""
+        self._fetch = load(plan, plan.at("fetch"))
+        self._ahead = plan.config.executor.fetch_ahead
+        self.write = load(plan, plan.at("write"))
+
+    def fetched(self, batches: Iterator[Rows]) -> Iterator[Rows]:
+        """Batches with their images, several being fetched at a time, in order."""
+        return ordered_ahead(lambda rows: apply_all(self._fetch, rows), batches, self._ahead)
+
+
+def ordered_ahead(function: Callable[[In], Out], items: Iterator[In], ahead: int) -> Iterator[Out]:
+    """`map` in threads: up to `ahead` calls run before their turn; results come in order."""
+    waiting: deque[Future[Out]] = deque()
+    pool = ThreadPoolExecutor(ahead, thread_name_prefix="fetch")
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,184 @@
+"""Geometry of faces: similarity transforms, aligned crops, label maps between crops, boxes. Pixels, x y, y down."""
+
+from math import ceil, floor
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from skimage.transform import SimilarityTransform
+
+from stages.models.base import Floats, Image
+
+Matrix = npt.NDArray[np.float64]
+"""(2, 3): maps x y 1 to x y."""
+
+ARCFACE_SIZE = 112
+ARCFACE_TEMPLATE: Floats = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float32
+)
+"""(5, 2) points of an aligned 112x112 face: left eye, right eye, nose, mouth corners (insightface, face_align.py)."""
+
+FFHQ_SIZE = 512
+FFHQ_TEMPLATE: Floats = np.array(
+    [
+        [192.98138, 239.94708],
+        [318.90277, 240.1936],
+        [256.63416, 314.01935],
+        [201.26117, 371.41043],
+        [313.08905, 371.15118],
+    ],
+    np.float32,
+)
+"""(5, 2) points of a 512x512 face framed as in FFHQ, on which face parsers are trained (facexlib)."""
+
+_FFHQ_BORDER = (132, 133, 135)
+"""RGB around the photo in FFHQ crops, as facexlib fills it."""
+
+
+def similarity(kps: npt.ArrayLike, template: npt.ArrayLike) -> Matrix:
+    """The (2, 3) similarity that maps kps onto template, both (N, 2), with least squares (Umeyama 1991).
+
+    Computed in float32 up to the SVD, as insightface's `estimate_norm` does for float32 points.
+
+    Raises:
+        ValueError: when the points do not determine it (coincident or not finite).
+    """
+    points = np.asarray(kps, np.float32)
+    if not np.isfinite(points).all():
+        raise ValueError("points are not finite")
+    transform = SimilarityTransform.from_estimate(points, np.asarray(template, np.float32))
+    if not transform:
+        raise ValueError(f"points do not determine a similarity: {points.tolist()}")
+    matrix: Matrix = transform.params[:2]
+    return matrix
+
+
+def norm_matrix(kps: npt.ArrayLike, size: int) -> Matrix:
+    """The (2, 3) similarity from the photo to its norm_crop of `size`, a multiple of 112."""
+    return similarity(kps, ARCFACE_TEMPLATE * np.float32(size / ARCFACE_SIZE))
+
+
+def norm_crop(image: Image, kps: npt.ArrayLike, size: int) -> Image:
+    """(size, size, 3) aligned face, bilinear, black outside of the photo: insightface's `face_align.norm_crop`."""
+    return _warp(image, norm_matrix(kps, size), size)
+
+
+def ffhq_matrix(kps: npt.ArrayLike) -> Matrix:
+    """The (2, 3) similarity from the photo to its FFHQ-style crop."""
+    return similarity(kps, FFHQ_TEMPLATE)
+
+
+def ffhq_crop(image: Image, kps: npt.ArrayLike) -> Image:
+    """(512, 512, 3) aligned face with hair and neck, bilinear, grey outside of the photo: what face parsers expect."""
+    return _warp(image, ffhq_matrix(kps), FFHQ_SIZE, _FFHQ_BORDER)
+
+
+def transform_points(matrix: Matrix, points: npt.ArrayLike) -> Floats:
+    """(N, 2) points moved by a (2, 3) matrix, float32."""
+    moved = np.asarray(points, np.float64) @ matrix[:, :2].T + matrix[:, 2]
+    return moved.astype(np.float32)
+
+
+def warp_labels(labels: npt.NDArray[np.uint8], kps: npt.ArrayLike, size: int) -> npt.NDArray[np.uint8]:
+    """(512, 512) labels of the FFHQ crop as (size, size) labels of the norm_crop, nearest; 0 outside of the former.
+
+    `kps` are the five points in the photo.
+    """
+    return _warp(labels, compose(norm_matrix(kps, size), invert(ffhq_matrix(kps))), size, 0, cv2.INTER_NEAREST)
+
+
+def inside_photo(kps: npt.ArrayLike, width: int, height: int, size: int) -> npt.NDArray[np.bool_]:
+    """(size, size): which pixels of the norm_crop show the photo of width x height, not the border around it."""
+    rows, columns = np.indices((size, size)).reshape(2, -1)
+    x, y = transform_points(invert(norm_matrix(kps, size)), np.stack([columns, rows], axis=1)).T
+    inside: npt.NDArray[np.bool_] = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+    return inside.reshape(size, size)
+
+
+def foreground(face: Image, mask: npt.NDArray[np.uint8], keep: tuple[int, ...], fill: tuple[int, int, int]) -> Image:
+    """(H, W, 3) RGB face with every pixel whose label in mask (H, W) is not in `keep` replaced by the RGB `fill`."""
+    kept = np.isin(mask, keep)[:, :, None]
+    return np.where(kept, face, np.array(fill, np.uint8))
+
+
+def compose(after: Matrix, before: Matrix) -> Matrix:
+    """The (2, 3) matrix that does `before`, then `after`."""
+    matrix: Matrix = after @ np.vstack([before, [0, 0, 1]])
+    return matrix
+
+
+def invert(matrix: Matrix) -> Matrix:
+    """The (2, 3) matrix that undoes a (2, 3) matrix."""
+    inverse: Matrix = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))[:2]
+    return inverse
+
+
+def roll_degrees(kps: npt.ArrayLike) -> float:
+    """In-plane turn of the line from the left to the right eye, degrees, clockwise positive."""
+    left, right = np.asarray(kps, np.float64)[:2]
+    return float(np.degrees(np.arctan2(right[1] - left[1], right[0] - left[0])))
+
+
+class Box(NamedTuple):
+    """A box in whole pixels: x0 <= x < x1, y0 <= y < y1."""
+
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+
+
+class Framing(NamedTuple):
+    """How a square crop shows a face."""
+
+    share: float
+    """Face height / side."""
+    tolerance: float
+    """How far the share may exceed that, relatively, where the photo is too small."""
+    centre: float
+    """Where the centre of the face is wished for, share of the side from the top."""
+    min_side: int
+    """Smallest side, pixels of the photo."""
+
+
+def crop_box(bbox: npt.ArrayLike, width: int, height: int, framing: Framing) -> Box | str:
+    """The square of a photo that shows a face as `framing` says, or why the photo cannot give it, as a sentence.
+
+    `bbox` is the face's box in the photo of width x height; it may reach beyond it. The square lies in the photo,
+    and holds all of the face that the photo holds.
+    """
+    x0, y0, x1, y1 = (float(edge) for edge in np.asarray(bbox, np.float64))
+    exact = ceil((y1 - y0) / framing.share)
+    side = max(1, min(exact, width, height))
+    if (y1 - y0) / side > framing.share * (1 + framing.tolerance):
+        return f"the photo is too small: a square of {exact} px is wanted, {side} px is there"
+    if side < framing.min_side:
+        return f"the face is too small: the crop would have {side} px, the least is {framing.min_side}"
+    across, down = _visible(x0, x1, width), _visible(y0, y1, height)
+    if max(across[1] - across[0], down[1] - down[0]) > side:
+        return f"the face does not fit into a square of {side} px"
+    left = _place((x0 + x1) / 2 - side / 2, across, side, width)
+    top = _place((y0 + y1) / 2 - side * framing.centre, down, side, height)
+    return Box(left, top, left + side, top + side)
+
+
+def _visible(low: float, high: float, limit: int) -> tuple[int, int]:
+    return min(max(floor(low), 0), limit), max(min(ceil(high), limit), 0)
+
+
+def _place(wanted: float, face: tuple[int, int], side: int, limit: int) -> int:
+    """The start of a stretch of `side` within 0..limit that covers `face`, as near to `wanted` as can be."""
+    first, last = max(0, face[1] - side), min(limit - side, face[0])
+    return min(max(round(wanted), first), last)
+
+
+def _warp(
+    image: npt.NDArray[np.uint8],
+    matrix: Matrix,
+    size: int,
+    border: int | tuple[int, int, int] = 0,
+    interpolation: int = cv2.INTER_LINEAR,
+) -> npt.NDArray[np.uint8]:
+    warped: npt.NDArray[np.uint8] = cv2.warpAffine(image, matrix, (size, size), flags=interpolation, borderValue=border)
+    return warped

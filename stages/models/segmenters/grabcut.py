@@ -1,0 +1,82 @@
+"""GrabCut: splits a face from its background by colour alone, without weights.
+
+Honest about what it is: it cannot tell the parts of a face, so everything that it keeps is labelled skin.
+Paper: Rother, Kolmogorov and Blake, SIGGRAPH 2004, doi:10.1145/1186562.1015720; the code is OpenCV's.
+"""
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from stages.models.base import Floats, Image, ModelCard
+from stages.settings import ModelSettings
+
+SKIN = 1
+"""The CelebAMask label of all that is kept."""
+
+_SIDE = 128
+"""Side at which the cut is made: a quarter of the crop, so that a face costs milliseconds."""
+_ITERATIONS = 2
+_SEED = 0
+
+_FACE_CENTRE = 0.4
+"""Where the middle of the face lies on the line from the eyes to the mouth."""
+_HEAD_CENTRE = 0.2
+"""The same for the head with its hair."""
+_SURE, _LIKELY, _POSSIBLE = (0.62, 0.85), (0.92, 1.3), (1.5, 1.9)
+"""Half axes of the ellipses (across, along) in eye-to-mouth distances: within the first all is face, beyond the last
+none is, and between them the colours decide, starting from the second as a guess."""
+
+
+class GrabCut:
+    """Face against background, from three ellipses around the five points."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        """Nothing to load."""
+        cv2.setNumThreads(1)
+
+    @classmethod
+    def cards(cls, settings: ModelSettings) -> list[ModelCard]:
+        """A method without weights."""
+        return [ModelCard("grabcut", "segmenter", "", "Apache-2.0", True)]
+
+    def segment(self, image: Image, kps: Floats) -> npt.NDArray[np.uint8]:
+        """(512, 512) labels, 0 background and 1 face, of an aligned (512, 512, 3) RGB crop; `kps` (5, 2) lie in it."""
+        side = image.shape[0]
+        small = cv2.resize(image, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA)
+        guess = _guess(np.asarray(kps, np.float64) * (_SIDE / side))
+        cv2.setRNGSeed(_SEED)  # the colour clusters start from OpenCV's own random numbers
+        background, foreground = np.zeros((1, 65)), np.zeros((1, 65))
+        cv2.grabCut(small, guess, None, background, foreground, _ITERATIONS, cv2.GC_INIT_WITH_MASK)
+        kept = np.isin(guess, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(np.float32)
+        smooth = cv2.resize(kept, (side, side), interpolation=cv2.INTER_CUBIC)
+        return np.where(smooth > 0.5, SKIN, 0).astype(np.uint8)
+
+
+def _guess(kps: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
+    """GrabCut's mask to start from: (_SIDE, _SIDE), sure and likely, face and background."""
+    eyes, mouth = kps[:2].mean(axis=0), kps[3:].mean(axis=0)
+    mask = np.full((_SIDE, _SIDE), cv2.GC_BGD, np.uint8)
+    head, face = eyes + _HEAD_CENTRE * (mouth - eyes), eyes + _FACE_CENTRE * (mouth - eyes)
+    _ellipse(mask, head, mouth - eyes, _POSSIBLE, cv2.GC_PR_BGD)
+    _ellipse(mask, face, mouth - eyes, _LIKELY, cv2.GC_PR_FGD)
+    _ellipse(mask, face, mouth - eyes, _SURE, cv2.GC_FGD)
+    return mask
+
+
+def _ellipse(
+    mask: npt.NDArray[np.uint8],
+    centre: npt.NDArray[np.float64],
+    axis: npt.NDArray[np.float64],
+    half_axes: tuple[float, float],
+    label: int,
+) -> None:
+    """Fill an ellipse whose second half axis lies along `axis`, in units of its length."""
+    rows, columns = np.indices(mask.shape, np.float64)
+    length = max(float(np.hypot(*axis)), 1.0)
+    down = axis / length
+    offset = columns - centre[0], rows - centre[1]
+    along = offset[0] * down[0] + offset[1] * down[1]
+    across = offset[1] * down[0] - offset[0] * down[1]
+    inside = (across / (half_axes[0] * length)) ** 2 + (along / (half_axes[1] * length)) ** 2 <= 1
+    mask[inside] = label

@@ -1,0 +1,44 @@
+"""Segment: which part of the face crop is skin, hair, background. Parsed on a wider crop, warped onto the face crop."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from schemas.drops import DropReason
+from stages.align import FACE_SIZE
+from stages.base import Dropped, RowStage
+from stages.geometry import ffhq_crop, ffhq_matrix, inside_photo, transform_points, warp_labels
+from stages.images import encode_png, photo
+from stages.models.base import Image, Segmenter, backend
+from stages.settings import Settings
+
+
+class Segment(RowStage):
+    """Labels the face crop by the configured segmenter, and drops faces of which next to nothing is kept."""
+
+    name: ClassVar[str] = "segment"
+    reads: ClassVar[tuple[str, ...]] = ("image", "sha256", "kps")
+    writes: ClassVar[tuple[str, ...]] = ("mask", "mask_share")
+    drops: ClassVar[tuple[DropReason, ...]] = (DropReason.EMPTY_MASK,)
+
+    def __init__(self, settings: Settings) -> None:
+        """Load the segmenter."""
+        super().__init__(settings)
+        self._segmenter: Segmenter = backend("segmenter", settings.models.segmenter)(settings.models)
+
+    def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Label one face."""
+        mask = self._mask(photo(record["sha256"], record["image"]), record["kps"])
+        share = float(np.isin(mask, self.settings.segment.keep).mean())
+        if share < self.settings.segment.min_share:
+            raise Dropped(DropReason.EMPTY_MASK, mask_share=share)
+        return {"mask": encode_png(mask), "mask_share": share}
+
+    def _mask(self, image: Image, kps: list[list[float]]) -> npt.NDArray[np.uint8]:
+        labels = self._segmenter.segment(ffhq_crop(image, kps), transform_points(ffhq_matrix(kps), kps))
+        mask = warp_labels(labels, kps, FACE_SIZE)
+        height, width = image.shape[:2]
+        mask[~inside_photo(kps, width, height, FACE_SIZE)] = 0  # the border around the photo is background
+        return mask

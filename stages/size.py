@@ -1,0 +1,39 @@
+"""Size: what the image file is, whether it is whole, whether its picture is large enough. Pixels are not decoded."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from schemas.drops import DropReason
+from stages.base import Dropped, RowStage
+from stages.images import check_whole, read_header
+
+
+class Size(RowStage):
+    """Measures format, width and height from the header, and drops what later stages could not use."""
+
+    name: ClassVar[str] = "size"
+    reads: ClassVar[tuple[str, ...]] = ("image",)
+    writes: ClassVar[tuple[str, ...]] = ("format", "width", "height")
+    drops: ClassVar[tuple[DropReason, ...]] = (
+        DropReason.NOT_AN_IMAGE,
+        DropReason.UNSUPPORTED_FORMAT,
+        DropReason.TRUNCATED_IMAGE,
+        DropReason.CORRUPT_IMAGE,
+        DropReason.TOO_MANY_PIXELS,
+        DropReason.SMALL_IMAGE,
+    )
+
+    def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Measure one image; a small one is called small even when it is truncated too."""
+        header = read_header(record["image"])
+        measured = header._asdict()
+        limits = self.settings.filter
+        if min(header.width, header.height) < limits.min_image_px:
+            raise Dropped(DropReason.SMALL_IMAGE, **measured)
+        if header.width * header.height > limits.max_pixels:
+            raise Dropped(DropReason.TOO_MANY_PIXELS, **measured)
+        try:
+            check_whole(record["image"], header)
+        except Dropped as dropped:
+            raise Dropped(dropped.reason, **measured) from dropped
+        return measured
