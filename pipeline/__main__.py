@@ -7,23 +7,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
-# Telemetry and version look-ups of dependencies are off, before any of them is imported.
-for _name, _value in {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "NO_ALBUMENTATIONS_UPDATE": "1",
-    "WANDB_MODE": "disabled",
-    "ORT_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "DO_NOT_TRACK": "1",
-}.items():
-    os.environ.setdefault(_name, _value)
-
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import Config, keys, load_config
 from pipeline.ledger import funnel, funnel_table
+from pipeline.models import app as models_app
 from pipeline.publish import Output
 from pipeline.report import write_report
 from pipeline.run import Job, make_dataset, prepared
@@ -32,7 +22,6 @@ from schemas.errors import CorruptShardError, ExitCode, OutputError, UserError
 from schemas.names import SAMPLE
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-models_app = typer.Typer(no_args_is_help=False, help="Weights: where they are, what they cost, how to get them.")
 app.add_typer(models_app, name="models")
 console = Console()
 errors = Console(stderr=True)
@@ -165,12 +154,24 @@ def show_config() -> None:
     console.print(table)
 
 
+_NO_TELEMETRY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+    "WANDB_MODE": "disabled",
+    "ORT_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+}
+"""Switches of dependencies, which are all imported later than this is set; worker processes inherit them."""
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
 def main() -> None:
     """Run the command line, with the exit codes of schemas.errors."""
+    os.environ.update(_NO_TELEMETRY)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()

@@ -5,13 +5,10 @@ between processes. A task or actor that dies is started again by Ray; a shard is
 that a second attempt is harmless.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 from ray.exceptions import RayError
@@ -58,7 +55,7 @@ def started(plan: Plan) -> Iterator[None]:
 
 
 def _require_resources(pools: Sequence[Pool]) -> None:
-    have = ray.cluster_resources()
+    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     for resource, need in (
         ("CPU", sum(pool.workers * pool.cpus for pool in pools)),
         ("GPU", sum(pool.workers * pool.gpus for pool in pools)),
@@ -73,13 +70,13 @@ def _require_resources(pools: Sequence[Pool]) -> None:
 def run(plan: Plan, shards: Iterable[Seeds], output: Output) -> Iterator[Event]:
     """Make the shards inside `started`, a bounded number at a time; news come as they happen."""
     pools = [[_actor(plan, pool) for _ in range(pool.workers)] for pool in plan.pools()]
-    busy: list[deque[int]] = [deque([0] * len(pool)) for pool in pools]
+    busy = [[0] * len(pool) for pool in pools]
     limit = max(pool.workers for pool in plan.pools()) + 1
     waiting = iter(shards)
     running: dict[Any, tuple[str, tuple[int, ...]]] = {}
     while True:
         while len(running) < limit and (seeds := next(waiting, None)) is not None:
-            chosen = tuple(min(range(len(load)), key=load.__getitem__) for load in busy)
+            chosen = tuple(min(range(len(counts)), key=counts.__getitem__) for counts in busy)
             _count(busy, chosen, +1)
             actors = [pool[index] for pool, index in zip(pools, chosen, strict=True)]
             running[_make.remote(plan, seeds, output, actors)] = (seeds.name, chosen)
@@ -93,9 +90,9 @@ def run(plan: Plan, shards: Iterable[Seeds], output: Output) -> Iterator[Event]:
             yield event
 
 
-def _count(busy: list[deque[int]], chosen: tuple[int, ...], change: int) -> None:
-    for load, index in zip(busy, chosen, strict=True):
-        load[index] += change
+def _count(busy: list[list[int]], chosen: tuple[int, ...], change: int) -> None:
+    for counts, index in zip(busy, chosen, strict=True):
+        counts[index] += change
 
 
 def _next_event(stream: Any, shard: str) -> Event | None:
@@ -110,16 +107,10 @@ def _next_event(stream: Any, shard: str) -> Event | None:
 
 
 def _actor(plan: Plan, pool: Pool) -> Any:
-    options = {
-        "num_cpus": pool.cpus,
-        "num_gpus": pool.gpus,
-        "max_restarts": -1,
-        "max_task_retries": _RETRIES,
-    }
-    return _Models.options(**options).remote(plan, pool.name)
+    remote = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_restarts=-1, max_task_retries=_RETRIES)
+    return remote(_Models).remote(plan, pool.name)
 
 
-@ray.remote
 class _Models:
     """A model worker: loads the stages of its pool once."""
 

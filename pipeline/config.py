@@ -160,11 +160,20 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{name}", field.description or ""
 
 
+def _leaf(key: str, value: Any) -> str:
+    """The full name of what was set: pydantic stops at the first unknown section."""
+    while isinstance(value, Mapping) and value:
+        name, value = next(iter(value.items()))
+        key = f"{key}.{name}"
+    return key
+
+
 def _explain(error: ValidationError) -> str:
     """The first problem of a validation as one sentence."""
     first = error.errors()[0]
     key = ".".join(str(piece) for piece in first["loc"])
     if first["type"] == "extra_forbidden":
+        key = _leaf(key, first["input"])
         known = [name for name, _ in keys()]
         near = get_close_matches(key, known, n=1, cutoff=0.5) or get_close_matches(
             key.rsplit(".", 1)[-1], [name.rsplit(".", 1)[-1] for name in known], n=1

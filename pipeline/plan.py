@@ -140,9 +140,7 @@ def make_plan(config: Config) -> Plan:
     steps = tuple(_step(name, path) for name, path in STAGES.items())
     prove(steps)
     cards = tuple(
-        card
-        for task in REGISTRIES
-        for card in backend(task, getattr(config.models, task)).cards(config.models)
+        card for task in REGISTRIES for card in backend(task, getattr(config.models, task)).cards(config.models)
     )
     require_licences(cards, config.models)
     return Plan(config, steps, cards)

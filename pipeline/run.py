@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,7 +44,7 @@ class Job:
         metadata = self.plan.steps[0].stage_class()
         for part in self.parts:
             stage = metadata(self.plan.config)  # one per part: it remembers the URLs that it has seen
-            yield from iter_shards(part, self.plan.config.source, lambda table, stage=stage: judge_seeds(stage, table))
+            yield from iter_shards(part, self.plan.config.source, partial(judge_seeds, stage))
 
 
 @contextmanager

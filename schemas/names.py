@@ -49,7 +49,7 @@ def part_number(word: str) -> int | None:
 def part_name(path: str) -> str:
     """A part's name from its file's path or URL: the stem, with all but letters, digits, `_` and `-` replaced."""
     stem = path.rstrip("/").rsplit("/", 1)[-1].split("?", 1)[0]
-    stem = re.sub(r"\.(parquet|csv|jsonl|json|tsv|tar|gz|snappy|zst)$", "", stem, flags=re.IGNORECASE)
+    stem = re.sub(r"(\.(parquet|csv|jsonl|json|tsv|tar|gz|snappy|zst))+$", "", stem, flags=re.IGNORECASE)
     return _UNSAFE.sub("-", stem).strip("-") or "part"
 
 

@@ -4,6 +4,7 @@
 """
 
 import io
+import logging
 import re
 import struct
 import warnings
@@ -27,6 +28,7 @@ from schemas.drops import DropReason
 from stages.base import Dropped
 
 Pillow.MAX_IMAGE_PIXELS = None  # the cap is filter.max_pixels, judged before any decode
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # broken files are counted as drops, not logged one by one
 
 OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
     "JPEG": JpegImageFile,
@@ -71,7 +73,7 @@ DECODER_ERRORS = (
     zlib.error,
     cv2.error,
 )
-"""What Pillow and OpenCV raise for bytes that they cannot read (found by fuzzing; see tests/test_images.py)."""
+"""What Pillow and OpenCV raise for bytes that they cannot read: what `PIL.Image.open` expects, and fuzzing found."""
 
 
 class Header(NamedTuple):

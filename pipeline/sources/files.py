@@ -1,6 +1,7 @@
 """Files on any file system that fsspec knows; every failure to reach one is a `SourceError` of one sentence."""
 
 import difflib
+import errno
 import sys
 import tarfile
 import zlib
@@ -14,8 +15,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from schemas.errors import SourceError
 
-UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError, tarfile.TarError, pa.ArrowException)
-"""What unreadable, truncated or corrupt files raise, in all formats that are read here."""
+UNREADABLE = (OSError, EOFError, ValueError, zlib.error, tarfile.TarError, pa.ArrowException)
+"""What unreadable, truncated or corrupt files raise, in all formats that are read here; ValueError: text and URLs."""
 
 
 _FOREIGN = (
@@ -62,19 +63,21 @@ def locate(path: str) -> tuple[Any, str]:
     except ImportError as error:
         raise SourceError(f"{path} needs a package that is not installed here ({first_line(error)}).") from error
     except unreadable() as error:
-        raise SourceError(f"{path} cannot be reached: {first_line(error)}.") from error
-    except ValueError as error:
         raise SourceError(f"{path} cannot be reached: {first_line(error)}{_near_protocol(path)}.") from error
     return fs, inside
 
 
 def _near_protocol(path: str) -> str:
-    near = difflib.get_close_matches(path.split("://")[0], fsspec.available_protocols(), n=3)
+    protocol, known = path.split("://")[0], fsspec.available_protocols()
+    near = [] if protocol in known else difflib.get_close_matches(protocol, known, n=3)
     return f"; did you mean {' or '.join(f'{name}://' for name in near)}" if near else ""
 
 
-def full_path(fs: Any, inside: str) -> str:
+def full_path(fs: Any, inside: str, word: str = "") -> str:
     """The path with its protocol; local paths are absolute and have none."""
+    if "::" in word:
+        # A chain such as simplecache::https://… is known to the word alone.
+        return word
     return inside if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(inside))
 
 
@@ -102,7 +105,10 @@ def kind_of(path: str) -> Literal["file", "directory"] | None:
     with reading(path):
         try:
             return "directory" if fs.info(inside)["type"] == "directory" else "file"
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            # Over HTTP, a server that does not answer is "not found" too; only the cause tells.
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno not in (None, errno.ENOENT):
+                raise error.__cause__ from error
             return None
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from pipeline.sources import formats, tars
-from pipeline.sources.files import UNREADABLE, full_path, kind_of, listing, locate, reading
+from pipeline.sources.files import full_path, kind_of, listing, locate, reading, unreadable
 from schemas.errors import SourceError
 from schemas.names import SAMPLE, part_name, part_number, split_spec
 from stages.settings import Section
@@ -113,7 +113,7 @@ def _resolve_path(word: str) -> list[str]:
     fs, inside = locate(path)
     kind = kind_of(path)
     if kind == "file":
-        return [_require_readable(full_path(fs, inside))]
+        return [_require_readable(full_path(fs, inside, word=path))]
     if kind == "directory":
         return files_under(path) or _none(f"{word} holds no metadata ({_KINDS}); {listing(path)}.")
     if has_magic(inside):
@@ -162,7 +162,7 @@ def _near_paths(fs: Any, inside: str) -> list[str]:
     folder, slash, name = inside.rstrip("/").rpartition("/")
     try:
         siblings = [str(path).rstrip("/").rpartition("/")[2] for path in fs.ls(folder + slash, detail=False)]
-    except UNREADABLE:
+    except unreadable():
         # The folder is missing too, so there is nothing to suggest.
         return []
     return [folder + slash + near for near in difflib.get_close_matches(name, siblings, n=2)]

@@ -20,6 +20,8 @@ class Body:
         self._chunks: list[bytes] = []
         self._size = 0
         self._next_look: float = _FIRST_LOOK
+        self.promising = False
+        """The header is seen, and large enough."""
 
     def announce(self, length: int | None) -> None:
         """Take note of the Content-Length.
@@ -62,6 +64,7 @@ class Body:
             raise Dropped(DropReason.NOT_AN_IMAGE)
         if header is not None and min(header.width, header.height) < self._min_px:
             raise Dropped(DropReason.SMALL_IMAGE, width=header.width, height=header.height)
+        self.promising = header is not None
         # Each look costs as much as what it sees: at growing sizes, and never again once the size is known.
-        settled = header is not None or self._size >= _LAST_LOOK
+        settled = self.promising or self._size >= _LAST_LOOK
         self._next_look = float("inf") if settled else max(self._next_look * _GROWTH, self._size + 1)

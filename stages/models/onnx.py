@@ -25,7 +25,7 @@ _UNLOADABLE = (
 
 
 def load(path: Path, task: str, settings: ModelSettings) -> Any:
-    """insightface's model of an ONNX file; `task` is detection or recognition.
+    """The model that insightface makes of an ONNX file; `task` is detection or recognition.
 
     One thread on the CPU: parallel work is one process per core, and sums must not depend on the thread count.
 

@@ -47,7 +47,9 @@ class Scrfd:
         self._size = settings.det_size
         self._threshold = settings.det_thresh
         if not self._model.use_kps:
-            raise WeightsError(f"{path} gives boxes without the five points: choose a pack whose detector has them (kps).")
+            raise WeightsError(
+                f"{path} gives boxes without the five points: choose a pack whose detector has them (kps)."
+            )
         fixed = self._model.static_input_size
         if fixed not in (None, (self._size, self._size)):
             raise ConfigError(f"{path} only takes images of {fixed[0]}x{fixed[1]}: set models.det_size = {fixed[0]}.")

@@ -1,0 +1,77 @@
+"""Detect: measures the faces of a photo. It judges nothing; see stages.filter."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from schemas.drops import DropReason
+from stages.base import RowStage
+from stages.images import photo
+from stages.models.base import Detector, Faces, Floats, backend
+from stages.settings import Settings
+
+_SAME_FACE_IOU = 0.3
+
+
+class Detect(RowStage):
+    """Counts the faces of a photo by the configured detector, and measures the largest."""
+
+    name: ClassVar[str] = "detect"
+    reads: ClassVar[tuple[str, ...]] = ("image", "sha256")
+    writes: ClassVar[tuple[str, ...]] = ("n_faces", "bbox", "kps", "det_score", "face_px", "second_score")
+    drops: ClassVar[tuple[DropReason, ...]] = (DropReason.TRUNCATED_IMAGE, DropReason.CORRUPT_IMAGE)
+
+    def __init__(self, settings: Settings) -> None:
+        """Load the detector."""
+        super().__init__(settings)
+        self._detector: Detector = backend("detector", settings.models.detector)(settings.models)
+
+    def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Measure one photo."""
+        faces = self._detector.detect(photo(record["sha256"], record["image"]))
+        return measure(faces, self.settings.models.det_thresh)
+
+
+def measure(faces: Faces, det_thresh: float) -> dict[str, Any]:
+    """The columns that `Detect` writes, from the detections of one photo (a score is a face from det_thresh on).
+
+    `second_score` is the best score, however low, of a box that is not the largest face seen a second time: boxes
+    that overlap it, or lie with their centre in it, do not count.
+    """
+    certain = np.flatnonzero(faces.score >= det_thresh)
+    if certain.size == 0:
+        return {"n_faces": 0, "second_score": _best(faces.score)}
+    main = int(certain[np.argmax(_areas(faces.bbox[certain]))])
+    box = faces.bbox[main]
+    return {
+        "n_faces": int(certain.size),
+        "bbox": box.tolist(),
+        "kps": faces.kps[main].tolist(),
+        "det_score": float(faces.score[main]),
+        "face_px": float(min(box[2] - box[0], box[3] - box[1])),
+        "second_score": _best(faces.score[_others(faces.bbox, main)]),
+    }
+
+
+def _best(scores: Floats) -> float:
+    return float(scores.max(initial=0.0))
+
+
+def _areas(boxes: Floats) -> Floats:
+    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
+    areas: Floats = sides[:, 0] * sides[:, 1]
+    return areas
+
+
+def _others(boxes: Floats, main: int) -> npt.NDArray[np.bool_]:
+    """(N,): which boxes show another face than box `main`."""
+    box = boxes[main]
+    shared = _areas(np.hstack([np.maximum(boxes[:, :2], box[:2]), np.minimum(boxes[:, 2:], box[2:])]))
+    union = _areas(boxes) + _areas(box[None]) - shared
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    inside = ((centres >= box[:2]) & (centres <= box[2:])).all(axis=1)
+    apart: npt.NDArray[np.bool_] = (shared < _SAME_FACE_IOU * union) & ~inside
+    apart[main] = False
+    return apart

@@ -1,0 +1,45 @@
+"""Embed the picture of the face: CLIP (or DINOv2) features of the face crop without its background."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from schemas.drops import DropReason
+from schemas.shard import encode_npy
+from stages.base import to_table
+from stages.geometry import foreground
+from stages.images import decode_jpeg, decode_png
+from stages.models.base import Image, ImageEmbedder, backend
+from stages.settings import Settings
+
+
+class EmbedImage:
+    """Embeds the segmented face crops by the configured image embedder; drops nothing."""
+
+    name: ClassVar[str] = "embed_image"
+    reads: ClassVar[tuple[str, ...]] = ("face", "mask")
+    writes: ClassVar[tuple[str, ...]] = ("clip", "clip_hidden", "dino")
+    drops: ClassVar[tuple[DropReason, ...]] = ()
+
+    def __init__(self, settings: Settings) -> None:
+        """Load the image embedder."""
+        self._settings = settings
+        self._embedder: ImageEmbedder = backend("image_embedder", settings.models.image_embedder)(settings.models)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Embed all rows; columns that the backend does not give stay null."""
+        images = [self._segmented(row) for row in table.to_pylist()]
+        # On a CPU a batch gains nothing, and its sums may depend on its size; on a GPU it gains 3 to 10 times.
+        step = max(1, len(images)) if self._settings.models.device == "cuda" else 1
+        batches = [np.stack(images[start : start + step]) for start in range(0, len(images), step)]
+        return to_table([row for batch in batches for row in self._rows(batch)], self.writes, self.drops)
+
+    def _segmented(self, record: Mapping[str, Any]) -> Image:
+        told = self._settings.segment
+        return foreground(decode_jpeg(record["face"]), decode_png(record["mask"]), told.keep, told.fill)
+
+    def _rows(self, images: Image) -> list[dict[str, Any]]:
+        features = self._embedder.embed(images)
+        return [{name: encode_npy(column[i]) for name, column in features.items()} for i in range(len(images))]

@@ -1,0 +1,55 @@
+"""YuNet by OpenCV: a small detector whose licence (MIT) allows commercial use."""
+
+import cv2
+import numpy as np
+
+from schemas.errors import WeightsError
+from stages.models.base import Faces, Image, ModelCard
+from stages.models.weights import card, resolve
+from stages.settings import ModelSettings
+
+_LOWEST = 0.2
+_NMS = 0.3
+_TOP_K = 5000
+
+
+class YuNet:
+    """OpenCV's FaceDetectorYN on the photo, reduced so that its long side is at most `det_size`."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        cv2.setNumThreads(1)
+        path = resolve("yunet", settings)
+        self._side = settings.det_size
+        try:
+            self._model = cv2.FaceDetectorYN.create(str(path), "", (self._side, self._side), _LOWEST, _NMS, _TOP_K)
+        except cv2.error as error:
+            raise WeightsError(f"{path} cannot be loaded by OpenCV ({error.err}): fetch it again.") from error
+
+    @classmethod
+    def cards(cls, settings: ModelSettings) -> list[ModelCard]:
+        """The ONNX file; see the protocol."""
+        return [card("yunet", "detector", settings)]
+
+    def detect(self, image: Image) -> Faces:
+        """Faces of one RGB photo; boxes may reach over its edge."""
+        height, width = image.shape[:2]
+        scale = min(1.0, self._side / max(height, width))
+        size = max(round(width * scale), 1), max(round(height * scale), 1)
+        # area averaging: YuNet was trained on photos, not on the aliases that other reductions leave
+        small = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image
+        self._model.setInputSize(size)
+        _, found = self._model.detect(cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
+        rows = np.zeros((0, 15), np.float32) if found is None else np.asarray(found, np.float32)
+        return _faces(rows, width / size[0], height / size[1])
+
+
+def _faces(rows: np.typing.NDArray[np.float32], x_scale: float, y_scale: float) -> Faces:
+    """OpenCV's rows (x y w h, five points, score) in pixels of the photo.
+
+    The points start with the person's right eye, which is the left one in the image: our order already.
+    """
+    scale = np.array([x_scale, y_scale], np.float32)
+    corner, extent = rows[:, 0:2] * scale, rows[:, 2:4] * scale
+    order = np.argsort(-rows[:, 14], kind="stable")
+    bbox = np.hstack((corner, corner + extent))
+    return Faces(bbox[order], (rows[:, 4:14].reshape(-1, 5, 2) * scale)[order], rows[order, 14])

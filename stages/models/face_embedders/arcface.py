@@ -1,0 +1,35 @@
+"""ArcFace recognisers of insightface packs, by insightface's own model code."""
+
+import cv2
+import numpy as np
+
+from schemas.errors import WeightsError
+from stages.models.base import Floats, Image, ModelCard
+from stages.models.packs import pack_card, pack_file
+from stages.settings import ModelSettings
+
+
+class ArcFace:
+    """The recogniser of `models.pack`: identity vectors as `app.get` gives them, one face at a time on the CPU."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        from stages.models.onnx import load
+
+        path = pack_file("face_embedder", settings)
+        self._model = load(path, "recognition", settings)
+        dimension = self._model.output_shape[-1]
+        if self._model.input_size != (112, 112) or dimension != 512:
+            raise WeightsError(
+                f"{path} takes {self._model.input_size} and gives {dimension} values; a pack's recogniser must take "
+                "112x112 and give 512."
+            )
+
+    @classmethod
+    def cards(cls, settings: ModelSettings) -> list[ModelCard]:
+        """The pack's recognition file; see the protocol."""
+        return [pack_card("face_embedder", settings)]
+
+    def embed(self, faces: Image) -> Floats:
+        """(N, 512) raw embeddings of (N, 112, 112, 3) RGB norm_crops."""
+        vectors = [self._model.get_feat(cv2.cvtColor(face, cv2.COLOR_RGB2BGR)) for face in faces]
+        return np.concatenate(vectors).astype(np.float32) if vectors else np.zeros((0, 512), np.float32)

@@ -1,0 +1,93 @@
+"""Colours and gradients of 16x16 patches, projected to the shapes of the CLIP ViT-H/14 image tower.
+
+Classical and honest about it: the numbers describe what each patch looks like and know nothing of what it shows.
+They let everything behind an image embedder run, and be tested, without 2.5 GB of weights.
+Gradients are summed by direction and sign as in HOG (Dalal and Triggs, CVPR 2005, doi:10.1109/CVPR.2005.177).
+"""
+
+from collections.abc import Mapping
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from stages.models.base import Floats, Image, ModelCard
+from stages.settings import ModelSettings
+
+_GRID = 16
+_QUARTER = 7
+"""Side of a quarter of a patch, pixels: 14 px patches as in ViT-H/14 are described in quarters."""
+_POOLED_GRID = 4
+_HIDDEN, _EMBEDS = 1280, 1024
+_FEATURES = 4 * (3 + 8) + 2
+_SEED = 20_050_177
+_STEPS = 32
+"""Projections are rounded to multiples of 1 / 32 and features are whole: every sum below is exact, so that the
+numbers do not depend on the order in which a linear algebra library adds, nor on its threads."""
+_SPREAD = 400.0
+"""Divides the features after projection: tokens then have a root mean square near 1, as CLIP's have."""
+
+_Halves = npt.NDArray[np.float16]
+
+
+class Patches:
+    """`clip` (N, 1024) and `clip_hidden` (N, 257, 1280), float16, by fixed random projections."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        """Draw the projections from their fixed seed."""
+        cv2.setNumThreads(1)
+        random = np.random.Generator(np.random.PCG64(_SEED))
+        self._to_hidden = _projection(random, _FEATURES, _HIDDEN).astype(np.float32)
+        self._to_embeds = _projection(random, _FEATURES * _POOLED_GRID**2, _EMBEDS)
+
+    @classmethod
+    def cards(cls, settings: ModelSettings) -> list[ModelCard]:
+        """A method without weights."""
+        return [ModelCard("patches", "image_embedder", "", "Apache-2.0", True)]
+
+    def embed(self, images: Image) -> Mapping[str, _Halves]:
+        """`clip` and `clip_hidden` of (N, 224, 224, 3) RGB images; row 0 of `clip_hidden` describes the mean patch."""
+        described = [_describe(image) for image in images]
+        embeds = np.array([self._embeds(patches) for patches in described], np.float16)
+        hidden = np.array([self._hidden(patches) for patches in described], np.float16)
+        return {"clip": embeds.reshape(-1, _EMBEDS), "clip_hidden": hidden.reshape(-1, 1 + _GRID**2, _HIDDEN)}
+
+    def _hidden(self, patches: Floats) -> _Halves:
+        flat = patches.reshape(-1, _FEATURES)
+        rows = np.vstack([np.rint(flat.mean(axis=0, dtype=np.float64)).astype(np.float32), flat])
+        hidden: _Halves = (rows @ self._to_hidden / np.float32(_STEPS * _SPREAD)).astype(np.float16)
+        return hidden
+
+    def _embeds(self, patches: Floats) -> _Halves:
+        pooled = np.rint(_mean_blocks(patches, _GRID // _POOLED_GRID).astype(np.float64)).ravel()
+        embeds: _Halves = (pooled @ self._to_embeds / (_STEPS * _SPREAD * _POOLED_GRID)).astype(np.float16)
+        return embeds
+
+
+def _projection(random: np.random.Generator, n_in: int, n_out: int) -> npt.NDArray[np.float64]:
+    whole: npt.NDArray[np.float64] = np.rint(random.standard_normal((n_in, n_out)) * _STEPS)
+    return whole
+
+
+def _describe(image: Image) -> Floats:
+    """(16, 16, 46) whole numbers: per patch its quarters' mean colours (-128..127) and gradients, and its place."""
+    colours = _mean_blocks(image.astype(np.float32), _QUARTER) - 128
+    quarters = np.rint(np.concatenate([colours, _mean_blocks(_gradients(image), _QUARTER)], axis=2))
+    patches = quarters.reshape(_GRID, 2, _GRID, 2, -1).transpose(0, 2, 1, 3, 4).reshape(_GRID, _GRID, -1)
+    place = np.indices((_GRID, _GRID), np.float32).transpose(1, 2, 0) * 16 - 120
+    return np.concatenate([patches, place], axis=2).astype(np.float32)
+
+
+def _gradients(image: Image) -> Floats:
+    """(224, 224, 8) grey-level slopes towards the 8 neighbours, each 0 where it falls."""
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    x, y = cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1)
+    slopes = np.stack([x, y, (x + y) * np.float32(0.5**0.5), (x - y) * np.float32(0.5**0.5)], axis=2)
+    return np.concatenate([np.maximum(slopes, 0), np.maximum(-slopes, 0)], axis=2)
+
+
+def _mean_blocks(values: Floats, side: int) -> Floats:
+    """Means of (H, W, C) over blocks of side x side: (H / side, W / side, C)."""
+    size = values.shape[1] // side, values.shape[0] // side
+    means: Floats = cv2.resize(values, size, interpolation=cv2.INTER_AREA)
+    return means

@@ -1,0 +1,75 @@
+"""What the backends on torch share: imports without network, device, threads, and one-by-one inference on the CPU."""
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from schemas.errors import PlanError, WeightsError
+from stages.models.base import Floats, Image
+from stages.models.torchvision_cpu import install
+from stages.settings import ModelSettings
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+"""Mean and standard deviation of pixels in 0..1, RGB."""
+
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+
+
+def prepare(settings: ModelSettings) -> str:
+    """Make torch ready in this process, and name its device; call before importing transformers or facexlib.
+
+    One thread on the CPU: parallel work is one process per core, and sums must not depend on the thread count.
+
+    Raises:
+        PlanError: when a GPU is asked for and torch has none.
+    """
+    os.environ.update(_OFFLINE)
+    install()
+    import torch
+
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise PlanError(
+            "executor.gpus asks for a GPU, but torch has none here: install a CUDA build of torch, or set "
+            "executor.gpus = 0."
+        )
+    torch.set_num_threads(1)
+    return settings.device
+
+
+def normalise(images: Image, mean_std: tuple[tuple[float, ...], tuple[float, ...]]) -> Floats:
+    """(N, H, W, 3) RGB uint8 -> (N, 3, H, W) float32 with the mean and standard deviation that a model expects."""
+    mean, std = (np.array(values, np.float32) for values in mean_std)
+    pixels = (images.astype(np.float32) / np.float32(255) - mean) / std
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+
+
+def in_batches(
+    run: Callable[[Image], dict[str, npt.NDArray[np.float16]]], images: Image, device: str, largest: int = 32
+) -> dict[str, npt.NDArray[np.float16]]:
+    """Run a model over images: singly on the CPU, where results must not depend on the batch, else in batches."""
+    step = 1 if device == "cpu" else largest
+    parts = [run(images[start : start + step]) for start in range(0, max(len(images), 1), step)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def require_batches_equal_singles(
+    run: Callable[[Image], dict[str, npt.NDArray[np.float16]]], name: str, device: str, tolerance: float = 2e-2
+) -> None:
+    """Prove on a GPU, where batches are used, that two images in a batch give what each gives alone.
+
+    Raises:
+        WeightsError: when their features differ by more than `tolerance` of their norm.
+    """
+    if device == "cpu":
+        return
+    images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8)
+    together = run(images)
+    for i in range(2):
+        for column, alone in run(images[i : i + 1]).items():
+            difference = np.linalg.norm((together[column][i] - alone[0]).astype(np.float32))
+            if difference > tolerance * np.linalg.norm(alone[0].astype(np.float32)):
+                raise WeightsError(f"{name} mixes the images of a batch ({column}): set executor.gpus = 0 for this model.")

@@ -1,0 +1,64 @@
+"""Fixtures shared by all tests: telemetry off, loopback servers, the real photos where they are given."""
+
+import csv
+import os
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+for _name, _value in {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+    "WANDB_MODE": "disabled",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+}.items():
+    os.environ[_name] = _value
+
+_NO_DATA = "FACESHARDS_DATA is not set to a folder with labelled photos and weights"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip real-data tests, with a reason, where there is no real data."""
+    if not os.environ.get("FACESHARDS_DATA"):
+        for item in items:
+            if item.get_closest_marker("real_data"):
+                item.add_marker(pytest.mark.skip(reason=_NO_DATA))
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder with real photos and weights."""
+    given = os.environ.get("FACESHARDS_DATA")
+    if not given:
+        pytest.skip(_NO_DATA)
+    return Path(given).resolve()
+
+
+@pytest.fixture(scope="session")
+def labels(data: Path) -> list[dict[str, str]]:
+    """The unambiguous labelled photos."""
+    with (data / "photos" / "labels.csv").open(newline="") as stream:
+        return [row for row in csv.DictReader(stream) if not row["ambiguous"]]
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Serves a folder without writing a log."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="session")
+def photo_server(data: Path) -> Iterator[str]:
+    """A loopback server of the labelled photos; the value is its base URL."""
+    handler = partial(QuietHandler, directory=str(data / "photos"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()

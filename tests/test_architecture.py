@@ -1,0 +1,306 @@
+"""The house's rules as tests: who may import whom, and that every declaration is true."""
+
+import ast
+import functools
+import graphlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from schemas.columns import COLUMNS, SEED
+from schemas.drops import DropReason
+from stages import STAGES
+from stages.base import Stage
+from stages.models import base as models
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("schemas", "stages", "pipeline")
+TRAINER = ("pipeline.train", "pipeline.loader", "pipeline.adapters")
+HEAVY = {"facexlib", "insightface", "onnxruntime", "torch", "torchvision", "transformers"}
+SHARD_BOUNDARY = "pipeline.local"
+"""Where whatever stopped a shard is caught: it is reported, the other shards go on, the run exits with 3."""
+HEAVY_ROOMS = ("stages.models", "pipeline.adapters", "pipeline.train")
+PROTOCOLS = {
+    "detector": models.Detector,
+    "segmenter": models.Segmenter,
+    "face_embedder": models.FaceEmbedder,
+    "image_embedder": models.ImageEmbedder,
+}
+
+
+class Import(NamedTuple):
+    """One imported name, as far as it is a module: `schemas.columns`, `torch`, …"""
+
+    importer: str
+    target: str
+    line: int
+    on_load: bool
+    """Runs when the importer is loaded, not only inside a function or for the type checker."""
+
+    def __str__(self) -> str:
+        return f"{self.importer}:{self.line} imports {self.target}"
+
+
+def inside(module: str, *rooms: str) -> bool:
+    return any(module == room or module.startswith(f"{room}.") for room in rooms)
+
+
+@functools.cache
+def modules() -> dict[str, Path]:
+    """Our modules by dotted name; a package goes by its own name."""
+    paths = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+
+
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def import_nodes(node: ast.AST, on_load: bool = True) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    for child in ast.iter_child_nodes(node):
+        deferred = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or (
+            isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")
+        )
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child, on_load
+        yield from import_nodes(child, on_load and not deferred)
+
+
+def targets(importer: str, node: ast.Import | ast.ImportFrom) -> set[str]:
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    package = importer if modules()[importer].name == "__init__.py" else importer.rpartition(".")[0]
+    anchor = package.rsplit(".", node.level - 1)[0] if node.level else ""
+    source = ".".join(part for part in (anchor, node.module) if part)
+    return {f"{source}.{name.name}" if f"{source}.{name.name}" in modules() else source for name in node.names}
+
+
+@functools.cache
+def imports() -> tuple[Import, ...]:
+    return tuple(
+        Import(importer, target, node.lineno, on_load)
+        for importer, path in modules().items()
+        for node, on_load in import_nodes(tree(path))
+        for target in targets(importer, node)
+    )
+
+
+def may_import(importer: str, target: str) -> bool:
+    """The floors: schemas <- stages <- pipeline, and schemas <- the trainer."""
+    if inside(importer, "schemas"):
+        return inside(target, "schemas")
+    if inside(importer, "stages"):
+        return inside(target, "schemas", "stages")
+    if inside(importer, *TRAINER):
+        return inside(target, "schemas", *TRAINER)
+    return not inside(target, *TRAINER)
+
+
+def listing(found: list[Import]) -> str:
+    return "\n".join(map(str, found))
+
+
+@pytest.mark.parametrize(
+    ("importer", "target", "allowed"),
+    [
+        ("schemas.shard", "stages.base", False),
+        ("stages.detect", "pipeline.plan", False),
+        ("stages.detect", "stages.models.base", True),
+        ("pipeline.plan", "stages", True),
+        ("pipeline.train", "stages.images", False),
+        ("pipeline.adapters.plus", "pipeline.plan", False),
+        ("pipeline.report", "pipeline.loader", False),
+    ],
+)
+def test_the_floors_themselves(importer: str, target: str, allowed: bool) -> None:
+    assert may_import(importer, target) is allowed
+
+
+def test_imports_are_found_wherever_they_hide() -> None:
+    lines = (
+        "import a.b",
+        "class C:\n import c",
+        "def f():\n import d",
+        "if TYPE_CHECKING:\n import e",
+        "with g: import g",
+    )
+    source = "\n".join(lines)
+    found = {(next(iter(targets("schemas", node))), on_load) for node, on_load in import_nodes(ast.parse(source))}
+    assert found == {("a.b", True), ("c", True), ("d", False), ("e", False), ("g", True)}
+    relative = ast.parse("from ..models import base").body[0]
+    assert isinstance(relative, ast.ImportFrom)
+    assert targets("stages.models.base", relative) == {"stages.models.base"}
+
+
+def test_imports_go_down_only() -> None:
+    wrong = [i for i in imports() if inside(i.target, *PACKAGES) and not may_import(i.importer, i.target)]
+    assert not wrong, listing(wrong)
+
+
+def test_schemas_use_only_numpy_and_pyarrow() -> None:
+    allowed = sys.stdlib_module_names | {"schemas", "numpy", "pyarrow"}
+    wrong = [i for i in imports() if inside(i.importer, "schemas") and i.target.partition(".")[0] not in allowed]
+    assert not wrong, listing(wrong)
+
+
+def test_only_the_cluster_imports_ray() -> None:
+    wrong = [i for i in imports() if inside(i.target, "ray") and i.importer != "pipeline.cluster"]
+    assert not wrong, listing(wrong)
+
+
+def test_model_libraries_load_only_in_model_rooms() -> None:
+    heavy = [i for i in imports() if i.on_load and i.target.partition(".")[0] in HEAVY]
+    wrong = [i for i in heavy if not inside(i.importer, *HEAVY_ROOMS)]
+    assert not wrong, listing(wrong)
+
+
+def test_no_import_cycles() -> None:
+    graph: dict[str, set[str]] = {module: set() for module in modules()}
+    for found in imports():
+        if found.target in graph and found.target != found.importer:
+            graph[found.importer].add(found.target)
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_every_folder_of_ours_is_a_package_and_pipeline_is_an_empty_one() -> None:
+    folders = {path.parent for path in modules().values()}
+    assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]
+    assert (ROOT / "pipeline/__init__.py").read_bytes() == b""
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def goes_on_after_anything(node: ast.AST) -> bool:
+    if not isinstance(node, ast.ExceptHandler) or any(isinstance(inner, ast.Raise) for inner in ast.walk(node)):
+        return False
+    caught = {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)} if node.type else {"BaseException"}
+    return bool(caught & {"Exception", "BaseException"})
+
+
+@pytest.mark.parametrize(
+    ("clause", "wrong"),
+    [
+        ("except:\n  log()", True),
+        ("except (OSError, Exception):\n  log()", True),
+        ("except BaseException:\n  clean()\n  raise", False),
+        ("except OSError:\n  log()", False),
+    ],
+)
+def test_the_rule_of_catching_itself(clause: str, wrong: bool) -> None:
+    assert any(map(goes_on_after_anything, ast.walk(ast.parse(f"try:\n  f()\n{clause}")))) is wrong
+
+
+def test_only_the_shard_boundary_catches_everything_to_go_on() -> None:
+    wrong = [
+        f"{module}:{node.lineno}"
+        for module, path in modules().items()
+        for node in ast.walk(tree(path))
+        if module != SHARD_BOUNDARY and goes_on_after_anything(node)
+    ]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stage_is_what_it_declares(name: str) -> None:
+    stage = pkgutil.resolve_name(STAGES[name])
+    assert inspect.isclass(stage)
+    assert inspect.isfunction(stage.__call__), "its instances are called with a table"
+    assert list(inspect.signature(stage).parameters) == ["settings"]
+    assert set(Stage.__annotations__) == {"name", "reads", "writes", "drops"}
+    assert stage.name == name
+    for columns in (stage.reads, stage.writes):
+        assert isinstance(columns, tuple)
+        assert set(columns) <= set(COLUMNS)
+        assert len(set(columns)) == len(columns)
+    assert isinstance(stage.drops, tuple)
+    assert all(isinstance(reason, DropReason) for reason in stage.drops)
+    assert len(set(stage.drops)) == len(stage.drops)
+
+
+def methods(protocol: type) -> set[str]:
+    return {name for name, _ in inspect.getmembers(protocol, inspect.isroutine) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("task", models.REGISTRIES)
+def test_registered_task_has_a_protocol(task: str) -> None:
+    assert methods(PROTOCOLS[task]) - {"cards"}
+
+
+@pytest.mark.parametrize(
+    ("task", "name"), [(task, name) for task, known in models.REGISTRIES.items() for name in known]
+)
+def test_backend_has_its_protocols_methods(task: str, name: str) -> None:
+    backend = models.backend(task, name)
+    assert inspect.isclass(backend)
+    assert list(inspect.signature(backend).parameters) == ["settings"]
+    assert inspect.ismethod(backend.cards), "cards is a classmethod"
+    for method in methods(PROTOCOLS[task]):
+        expected = inspect.signature(getattr(PROTOCOLS[task], method))
+        assert list(inspect.signature(getattr(backend, method)).parameters) == list(expected.parameters)
+
+
+def test_every_reason_is_declared_by_a_stage() -> None:
+    declared = {reason for stage in STAGES.values() for reason in pkgutil.resolve_name(stage).drops}
+    assert declared == set(DropReason)
+
+
+def functions(path: Path) -> set[str]:
+    defined = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return {node.name for node in ast.walk(tree(path)) if isinstance(node, defined)}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_reason_of_a_stage_has_a_witness(name: str) -> None:
+    drops = pkgutil.resolve_name(STAGES[name]).drops
+    tests = {test for path in (ROOT / "tests").rglob(f"test_{name}*.py") for test in functions(path)}
+    missing = {f"test_drops_{reason.value}" for reason in drops} - tests
+    assert not missing, f"tests/test_{name}.py lacks {sorted(missing)}"
+
+
+def test_every_column_is_written() -> None:
+    written = {column for stage in STAGES.values() for column in pkgutil.resolve_name(stage).writes}
+    assert not set(COLUMNS) - written - {*SEED, "verdict", "stage"}
+    assert not written & {*SEED, "verdict", "stage"}
+
+
+@functools.cache
+def files() -> tuple[Path, ...]:
+    """All that would be committed."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout: there is no list of the project's files")
+    paths = (ROOT / name for name in listed.stdout.decode().split("\0") if name)
+    return tuple(path for path in paths if path.is_file() and not path.is_symlink())
+
+
+# in two halves, since this file is searched too
+PLACES = [
+    "".join(halves)
+    for halves in (
+        ("/wo", "rk/"),
+        ("py", "pi.org"),
+        ("python", "hosted.org"),
+        ("py", "torch.org"),
+        ("npm", "js.org"),
+        ("debian", ".org"),
+        ("anaconda", ".org"),
+        ("conda", "-forge"),
+    )
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_file_names_a_place_of_its_own_machine_or_a_package_index(place: str) -> None:
+    wrong = [str(path.relative_to(ROOT)) for path in files() if place.encode() in path.read_bytes()]
+    assert not wrong, f"{place} stands in {wrong}"

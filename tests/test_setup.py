@@ -1,0 +1,110 @@
+"""What `make setup` installs: one environment for all, at the pinned versions."""
+
+import functools
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parent.parent
+TOGETHER = {
+    "insightface": "insightface",
+    "onnxruntime": "onnxruntime",
+    "cv2": "opencv-python",
+    "numpy": "numpy",
+    "pyarrow": "pyarrow",
+    "webdataset": "webdataset",
+    "img2dataset": "img2dataset",
+    "ray": "ray",
+    "facexlib": "facexlib",
+    "albumentations": "albumentations",
+}
+"""Module -> distribution: the libraries that faceshards stands on."""
+
+IMPORT_ALL = """
+import importlib, json, sys
+from stages.models import torchvision_cpu
+torchvision_cpu.install()
+for name in json.loads(sys.argv[1]):
+    importlib.import_module(name)
+import cv2, facexlib.parsing, torchvision
+cascade = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_default.xml")
+print(json.dumps({"cv2": cv2.__version__, "cascade": not cascade.empty()}))
+"""
+
+
+@functools.cache
+def pins() -> dict[str, Version]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
+    return {canonicalize_name(name): Version(version) for name, version in pairs}
+
+
+def requirements() -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
+    return [Requirement(line) for line in [*project["dependencies"], *extras]]
+
+
+def installed(distribution: str) -> Version:
+    return Version(Version(metadata.version(distribution)).public)
+
+
+def runtimes() -> list[str]:
+    return [name for name in ("onnxruntime", "onnxruntime-gpu") if any(metadata.distributions(name=name))]
+
+
+@pytest.fixture(scope="module")
+def together() -> dict[str, object]:
+    """One fresh process that imports all ten, as a worker does."""
+    environment = {
+        "NO_ALBUMENTATIONS_UPDATE": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": "",
+        "HOME": str(ROOT / "build"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, json.dumps(list(TOGETHER))],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_all_ten_import_together(together: dict[str, object]) -> None:
+    assert together == {"cv2": str(pins()["opencv-python"]).rpartition(".")[0], "cascade": True}
+
+
+@pytest.mark.parametrize("distribution", sorted(TOGETHER.values()))
+def test_version_is_the_pinned_one(distribution: str) -> None:
+    name = runtimes()[0] if distribution == "onnxruntime" else distribution
+    assert installed(name) == pins()[name]
+
+
+def test_constraints_are_names_and_versions_only() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if not line.startswith("#") and not re.fullmatch(r"[\w.-]+==[\w.]+", line)]
+    assert len(pins()) == len([line for line in lines if not line.startswith("#")])
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=str)
+def test_every_requirement_has_a_pin_that_it_allows(requirement: Requirement) -> None:
+    assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)], prereleases=True)
+
+
+def test_pins_that_share_a_folder_agree() -> None:
+    assert pins()["opencv-python"] == pins()["opencv-python-headless"]
+    assert pins()["onnxruntime"] == pins()["onnxruntime-gpu"]
+    assert len(runtimes()) == 1

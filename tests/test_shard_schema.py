@@ -1,0 +1,66 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from schemas.columns import COLUMNS
+from schemas.errors import CorruptShardError
+from schemas.shard import SUFFIXES, Manifest, decode_npy, digest, encode_npy
+
+MANIFEST = Manifest("p-00000", "embedded", "ab", 3, 1, {"no_face": 2, "unsafe": 0}, [], {"p-00000.tar": {"bytes": 1}})
+
+
+@given(hnp.arrays(st.sampled_from([np.float16, np.float32, np.uint8]), hnp.array_shapes(max_dims=3, max_side=5)))
+def test_npy_bytes_come_back_equal(array):
+    back = decode_npy(encode_npy(array))
+    assert back.dtype == array.dtype
+    np.testing.assert_array_equal(back, array)
+
+
+def test_equal_arrays_give_equal_bytes_whatever_their_memory_order():
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    assert encode_npy(array) == encode_npy(np.asfortranarray(array))
+
+
+def test_pickled_objects_are_refused(tmp_path):
+    path = tmp_path / "evil.npy"
+    np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(CorruptShardError):
+        decode_npy(path.read_bytes())
+
+
+@given(st.binary(max_size=200))
+def test_any_other_bytes_are_a_corrupt_shard(data):
+    with pytest.raises(CorruptShardError):
+        decode_npy(data)
+
+
+def test_a_manifest_comes_back_equal_and_its_text_is_stable():
+    assert Manifest.from_json(MANIFEST.to_json()) == MANIFEST
+    assert MANIFEST.to_json() == Manifest.from_json(MANIFEST.to_json()).to_json()
+    assert MANIFEST.conserves_rows()
+
+
+@given(st.binary(max_size=100) | st.text(max_size=100).map(str.encode) | st.integers().map(lambda n: str(n).encode()))
+def test_what_is_no_manifest_is_a_corrupt_shard(data):
+    with pytest.raises(CorruptShardError):
+        Manifest.from_json(data)
+
+
+def test_a_manifest_of_another_schema_version_is_refused():
+    text = json.dumps({**json.loads(MANIFEST.to_json()), "schema_version": 99})
+    with pytest.raises(CorruptShardError, match="99"):
+        Manifest.from_json(text)
+
+
+def test_each_file_of_a_sample_is_a_payload_column_and_suffixes_are_sorted():
+    assert all(not COLUMNS[name].ledger for name in SUFFIXES.values())
+    assert list(SUFFIXES) == sorted(SUFFIXES)
+
+
+def test_the_digest_does_not_depend_on_the_order_of_keys():
+    assert digest({"a": 1, "b": {"c": 2, "d": 3}}) == digest({"b": {"d": 3, "c": 2}, "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
