@@ -50,8 +50,11 @@ _ALL = (
     Column("n_bytes", pa.int64(), "length of the image file, bytes"),
     # size
     Column("format", pa.string(), "container of the image file as Pillow names it (JPEG, PNG, WEBP, …)"),
-    Column("width", pa.int32(), "width after the EXIF turn, pixels; the frame of all boxes and points"),
-    Column("height", pa.int32(), "height after the EXIF turn, pixels"),
+    # size; download knows them only of the rows that it drops for their header
+    Column(
+        "width", pa.int32(), "width after the EXIF turn, pixels; the frame of all boxes and points", optional=True
+    ),
+    Column("height", pa.int32(), "height after the EXIF turn, pixels", optional=True),
     # detect
     Column("n_faces", pa.int32(), "faces with a score of at least models.det_thresh"),
     Column("bbox", _BBOX, "box of the largest face, x1 y1 x2 y2, pixels of the turned photo", optional=True),

@@ -151,7 +151,7 @@ def crop_box(bbox: npt.ArrayLike, width: int, height: int, framing: Framing) -> 
     x0, y0, x1, y1 = (float(edge) for edge in np.asarray(bbox, np.float64))
     exact = ceil((y1 - y0) / framing.share)
     side = max(1, min(exact, width, height))
-    if (y1 - y0) / side > framing.share * (1 + framing.tolerance):
+    if side < exact and (y1 - y0) / side > framing.share * (1 + framing.tolerance):
         return f"the photo is too small: a square of {exact} px is wanted, {side} px is there"
     if side < framing.min_side:
         return f"the face is too small: the crop would have {side} px, the least is {framing.min_side}"

@@ -63,14 +63,10 @@ def runtimes() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def together() -> dict[str, object]:
+def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """One fresh process that imports all ten, as a worker does."""
-    environment = {
-        "NO_ALBUMENTATIONS_UPDATE": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "PATH": "",
-        "HOME": str(ROOT / "build"),
-    }
+    home = str(tmp_path_factory.mktemp("home"))
+    environment = {"NO_ALBUMENTATIONS_UPDATE": "1", "RAY_USAGE_STATS_ENABLED": "0", "PATH": "", "HOME": home}
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL, json.dumps(list(TOGETHER))],
         cwd=ROOT,

@@ -7,6 +7,7 @@ cover the look-up of a name, which blocks its thread.
 
 import os
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -97,7 +98,9 @@ def _import() -> ModuleType:
     # The package imports wandb and albumentations, which phone home unless told not to.
     os.environ.setdefault("WANDB_MODE", "disabled")
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-    return import_module("img2dataset.downloader")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it imports imghdr
+        return import_module("img2dataset.downloader")
 
 
 def _with_urlopen(downloader: ModuleType, urlopen: Callable[..., Any]) -> Callable[..., Any]:

@@ -72,8 +72,11 @@ class Opener:
         with self._translated():
             body = Body(self._settings)
             body.announce(response.length)
-            while chunk := response.read(_CHUNK):
-                body.feed(chunk)
+            try:
+                while chunk := response.read(_CHUNK):
+                    body.feed(chunk)
+            except ConnectionError as error:
+                raise Dropped(DropReason.INCOMPLETE_BODY) from error
             # http.client notices a short body only when asked for all of it at once.
             if response.length:
                 raise Dropped(DropReason.INCOMPLETE_BODY)

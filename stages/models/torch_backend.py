@@ -1,12 +1,10 @@
-"""What the backends on torch share: imports without network, device, threads, and one-by-one inference on the CPU."""
+"""What the backends on torch share: imports without network, the device, threads, and pixels as models expect them."""
 
 import os
-from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
-from schemas.errors import PlanError, WeightsError
+from schemas.errors import PlanError
 from stages.models.base import Floats, Image
 from stages.models.torchvision_cpu import install
 from stages.settings import ModelSettings
@@ -45,31 +43,3 @@ def normalise(images: Image, mean_std: tuple[tuple[float, ...], tuple[float, ...
     mean, std = (np.array(values, np.float32) for values in mean_std)
     pixels = (images.astype(np.float32) / np.float32(255) - mean) / std
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
-
-
-def in_batches(
-    run: Callable[[Image], dict[str, npt.NDArray[np.float16]]], images: Image, device: str, largest: int = 32
-) -> dict[str, npt.NDArray[np.float16]]:
-    """Run a model over images: singly on the CPU, where results must not depend on the batch, else in batches."""
-    step = 1 if device == "cpu" else largest
-    parts = [run(images[start : start + step]) for start in range(0, max(len(images), 1), step)]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def require_batches_equal_singles(
-    run: Callable[[Image], dict[str, npt.NDArray[np.float16]]], name: str, device: str, tolerance: float = 2e-2
-) -> None:
-    """Prove on a GPU, where batches are used, that two images in a batch give what each gives alone.
-
-    Raises:
-        WeightsError: when their features differ by more than `tolerance` of their norm.
-    """
-    if device == "cpu":
-        return
-    images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8)
-    together = run(images)
-    for i in range(2):
-        for column, alone in run(images[i : i + 1]).items():
-            difference = np.linalg.norm((together[column][i] - alone[0]).astype(np.float32))
-            if difference > tolerance * np.linalg.norm(alone[0].astype(np.float32)):
-                raise WeightsError(f"{name} mixes the images of a batch ({column}): set executor.gpus = 0 for this model.")

@@ -63,7 +63,7 @@ def _loads_natively(folders: Sequence[str]) -> bool:
 
     for extension in (path for folder in folders for path in Path(folder).glob("_C*.so")):
         try:
-            torch.ops.load_library(str(extension))
+            torch.ops.load_library(str(extension))  # type: ignore[no-untyped-call]
         except (OSError, ImportError):
             return False
     return True
@@ -74,5 +74,5 @@ def _declare() -> None:
 
     library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for operator in _OPERATORS:
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
     _declared.append(library)  # torch forgets the schemas when the library is collected

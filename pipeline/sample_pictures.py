@@ -1,0 +1,183 @@
+"""The files of the bundled part: two photos of the public domain, enlarged or set into drawn scenes. Pictures are RGB.
+
+The same installed packages give the same bytes.
+"""
+
+from functools import cache
+from io import BytesIO
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image as Pillow
+
+ORIENTATION_TAG = 0x0112
+_LYING = 6
+"""EXIF orientation of a picture that is stored turned to the left and must be turned to the right."""
+_QUALITY = 92
+_FEATHER = 0.08
+"""Width of the soft edge of a photo set into a scene, share of its shorter side."""
+
+Picture = npt.NDArray[np.uint8]
+"""(H, W, 3) RGB."""
+
+_HILLS = ((0.55, 0.06, (130, 170, 130)), (0.7, 0.04, (90, 140, 80)), (0.85, 0.02, (70, 110, 60)))
+"""Level and swing, shares of the height, and colour."""
+
+@cache
+def astronaut() -> Picture:
+    """Eileen Collins, (512, 512, 3): NASA, public domain, in scikit-image."""
+    from skimage import data
+
+    photo: Picture = np.ascontiguousarray(data.astronaut())
+    return photo
+
+
+@cache
+def hopper() -> Picture:
+    """Grace Hopper, (600, 512, 3): US Navy, public domain, in matplotlib."""
+    from matplotlib import cbook
+
+    with Pillow.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as image:
+        return np.array(image.convert("RGB"))
+
+
+def enlarged(photo: Picture, factor: float) -> Picture:
+    """The photo with each side `factor` times as long, bicubic."""
+    size = round(photo.shape[1] * factor), round(photo.shape[0] * factor)
+    larger: Picture = cv2.resize(photo, size, interpolation=cv2.INTER_CUBIC)
+    return larger
+
+
+def _mirrored(photo: Picture) -> Picture:
+    return np.ascontiguousarray(photo[:, ::-1])
+
+
+def _lit(photo: Picture, red: float, green: float, blue: float) -> Picture:
+    """Multiply the channels: another light."""
+    return (photo * np.array([red, green, blue])).clip(0, 255).astype(np.uint8)
+
+
+def scene(width: int, height: int) -> Picture:
+    """A drawn landscape: sky, sun, hills, a house and trees."""
+    canvas = np.empty((height, width, 3), np.uint8)
+    canvas[:] = np.linspace((90, 150, 220), (230, 235, 240), height)[:, None]
+    cv2.circle(canvas, (width * 4 // 5, height // 5), height // 12, (255, 236, 150), -1, cv2.LINE_AA)
+    across = np.arange(width)
+    for level, swing, colour in _HILLS:
+        hill = height * (level + swing * np.sin(across / width * 7 + level * 20))
+        outline = np.stack([across, hill], axis=1).astype(np.int32)
+        cv2.fillPoly(canvas, [np.vstack([outline, [[width - 1, height], [0, height]]])], colour, cv2.LINE_AA)
+    left, top, side = width // 10, height * 3 // 5, height // 7
+    cv2.rectangle(canvas, (left, top), (left + side, top + side), (190, 120, 90), -1)
+    roof = np.array([[left - side // 6, top], [left + side // 2, top - side // 2], [left + side * 7 // 6, top]])
+    cv2.fillPoly(canvas, [roof.astype(np.int32)], (120, 60, 50), cv2.LINE_AA)
+    for place in (0.3, 0.36, 0.9):
+        root = round(width * place), height * 3 // 4
+        cv2.line(canvas, root, (root[0], root[1] - side), (90, 70, 50), max(2, side // 10))
+        cv2.circle(canvas, (root[0], root[1] - side), side // 3, (60, 100, 60), -1, cv2.LINE_AA)
+    return canvas
+
+
+def set_into(around: Picture, photo: Picture, left: int, top: int) -> Picture:
+    """The scene with a photo in it, its edges soft where they do not meet the scene's; left and top in pixels."""
+    height, width = photo.shape[:2]
+    feather = _FEATHER * min(width, height)
+    x, y = np.arange(width), np.arange(height)
+    right, bottom = around.shape[1] - left - width, around.shape[0] - top - height
+    fade_x = np.minimum(_ramp(x, left, feather), _ramp(width - 1 - x, right, feather))
+    fade_y = np.minimum(_ramp(y, top, feather), _ramp(height - 1 - y, bottom, feather))
+    alpha = np.minimum(fade_x[None, :], fade_y[:, None])[:, :, None]
+    composed, place = around.copy(), (slice(top, top + height), slice(left, left + width))
+    composed[place] = np.rint(alpha * photo + (1 - alpha) * around[place]).astype(np.uint8)
+    return composed
+
+
+def _ramp(depth: npt.NDArray[np.intp], gap: int, feather: float) -> npt.NDArray[np.float64]:
+    """Opacity at a depth behind an edge that lies `gap` pixels inside the scene."""
+    return np.ones(depth.shape) if gap == 0 else np.clip(depth / feather, 0, 1)
+
+
+def jpeg(picture: Picture, **options: object) -> bytes:
+    """The picture as JPEG."""
+    return _saved(Pillow.fromarray(picture), "JPEG", quality=_QUALITY, **options)
+
+
+def _saved(image: Pillow.Image, format: str, **options: object) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def on_its_side() -> bytes:
+    """The astronaut stored on her left side, with the EXIF tag that says how to turn her upright."""
+    exif = Pillow.Exif()
+    exif[ORIENTATION_TAG] = _LYING
+    return jpeg(np.rot90(enlarged(astronaut(), 2.4)), exif=exif)
+
+
+def vignette() -> bytes:
+    """Grace Hopper as a PNG whose corners fade into nothing."""
+    photo = enlarged(hopper(), 2)
+    height, width = photo.shape[:2]
+    y, x = np.indices((height, width))
+    radius = np.hypot((x - width / 2) / width, (y - height / 2) / height) * 2
+    alpha = (np.clip(1.3 - radius, 0, 0.25) * 4 * 255).astype(np.uint8)
+    return _saved(Pillow.fromarray(np.dstack([photo, alpha])), "PNG", compress_level=3)
+
+
+def warm_webp() -> bytes:
+    """Grace Hopper, mirrored, in warmer light, as WebP."""
+    photo = _lit(_mirrored(hopper()), 1.1, 1.0, 0.85)
+    return _saved(Pillow.fromarray(enlarged(photo, 2.2)), "WEBP", quality=90, method=0)
+
+
+def couple() -> bytes:
+    """Both in one landscape."""
+    one = set_into(scene(1700, 1200), enlarged(hopper(), 1.5), 100, 300)
+    return jpeg(set_into(one, enlarged(astronaut(), 1.6), 850, 1200 - 819))
+
+
+def half_body() -> bytes:
+    """The astronaut, mirrored, in a landscape."""
+    return jpeg(set_into(scene(1800, 1300), enlarged(_mirrored(astronaut()), 2.3), 320, 1300 - 1178))
+
+
+def full_scene() -> bytes:
+    """Grace Hopper, small in a landscape."""
+    return jpeg(set_into(scene(1800, 1200), enlarged(hopper(), 1.1), 1000, 1200 - 660))
+
+
+def tall() -> bytes:
+    """The astronaut in colder light under a high sky."""
+    cold = _lit(enlarged(astronaut(), 2.2), 0.75, 0.8, 0.95)
+    return jpeg(set_into(scene(1126, 1700), cold, 0, 1700 - 1126))
+
+
+def close_up() -> bytes:
+    """The face of the astronaut, mirrored."""
+    return jpeg(enlarged(_mirrored(astronaut())[20:250, 180:400], 5.2))
+
+
+def html() -> bytes:
+    """A web page."""
+    return b"<!DOCTYPE html>\n<html><head><title>Sorry</title></head><body>This image has moved.</body></html>\n"
+
+
+def svg() -> bytes:
+    """A vector drawing."""
+    return b'<svg xmlns="http://www.w3.org/2000/svg" width="1200" height="1200"><circle r="500"/></svg>\n'
+
+
+def corrupt() -> bytes:
+    """A PNG whose compressed pixels were overwritten in the middle."""
+    data = bytearray(_saved(Pillow.fromarray(scene(1200, 1100)), "PNG", compress_level=1))
+    middle = len(data) // 2
+    data[middle : middle + 4096] = bytes(4096)
+    return bytes(data)
+
+
+def truncated() -> bytes:
+    """The astronaut as a JPEG of which the last two fifths are missing."""
+    whole = jpeg(enlarged(astronaut(), 2.5))
+    return whole[: len(whole) * 3 // 5]

@@ -1,0 +1,83 @@
+"""Face parsing by facexlib's BiSeNet or ParseNet, loaded by facexlib itself from a verified file."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from schemas.errors import WeightsError
+from stages.models.base import Floats, Image, ModelCard
+from stages.models.torch_backend import HALF, IMAGENET, normalise, prepare
+from stages.models.weights import card, known, resolve
+from stages.settings import ModelSettings
+
+# fmt: off
+BISENET_LABELS = (
+    "background", "skin", "left brow", "right brow", "left eye", "right eye", "glasses", "left ear", "right ear",
+    "earring", "nose", "mouth", "upper lip", "lower lip", "neck", "necklace", "cloth", "hair", "hat",
+)
+PARSENET_LABELS = (
+    "background", "skin", "nose", "glasses", "left eye", "right eye", "left brow", "right brow", "left ear",
+    "right ear", "mouth", "upper lip", "lower lip", "hair", "hat", "earring", "necklace", "neck", "cloth",
+)
+# fmt: on
+_TO_BISENET = {
+    "bisenet": np.arange(len(BISENET_LABELS), dtype=np.uint8),
+    "parsenet": np.array([BISENET_LABELS.index(label) for label in PARSENET_LABELS], np.uint8),
+}
+_MEAN_STD = {"bisenet": IMAGENET, "parsenet": HALF}
+
+
+class FacexlibParser:
+    """The parser that `models.parser` names; float32, one image at a time."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        self._device = prepare(settings)
+        self._name = settings.parser
+        self._model = _load(self._name, resolve(self._name, settings), self._device)
+
+    @classmethod
+    def cards(cls, settings: ModelSettings) -> list[ModelCard]:
+        """The parser's weight file; see the protocol."""
+        return [card(settings.parser, "segmenter", settings)]
+
+    def segment(self, image: Image, kps: Floats) -> npt.NDArray[np.uint8]:
+        """(512, 512) labels in BiSeNet's order of an FFHQ-style (512, 512, 3) RGB crop; `kps` are not needed."""
+        import torch
+
+        with torch.inference_mode():
+            pixels = torch.from_numpy(normalise(image[None], _MEAN_STD[self._name])).to(self._device)
+            labels = self._model(pixels)[0][0].argmax(0).cpu().numpy()
+        mapped: npt.NDArray[np.uint8] = _TO_BISENET[self._name][labels]
+        return mapped
+
+
+def _load(name: str, path: Path, device: str) -> Any:
+    """Let facexlib load a file, which it finds under the only name that it knows: otherwise it would fetch one."""
+    from facexlib.parsing import init_parsing_model
+
+    with TemporaryDirectory() as folder, _no_pickled_code():
+        (Path(folder) / known(name).files[0].name).symlink_to(path.resolve())
+        try:
+            return init_parsing_model(name, device=device, model_rootpath=folder)
+        except (UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
+            raise WeightsError(f"{path} holds no weights of facexlib's {name} ({error}): fetch it again.") from error
+
+
+@contextmanager
+def _no_pickled_code() -> Iterator[None]:
+    """Make `torch.load` inside facexlib refuse all but tensors, whatever the environment says."""
+    before = os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        if before is not None:
+            os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = before

@@ -1,0 +1,101 @@
+"""Vision towers of transformers, from a local folder: what CLIP and DINOv2 share."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from schemas.errors import PlanError, WeightsError
+from stages.models.base import Image, ModelCard
+from stages.models.torch_backend import normalise, prepare
+from stages.models.weights import card, resolve
+from stages.settings import ModelSettings
+
+Features = dict[str, npt.NDArray[np.float16]]
+"""Column -> features, images first."""
+
+_GPU_BATCH = 32
+_TOLERANCE = 2e-2
+
+
+class Tower:
+    """An image embedder; subclasses name the weights and pick the features.
+
+    Shapes follow the folder's config. The CPU computes in float32 and one image at a time, so that an image's bytes
+    do not depend on its neighbours; a GPU computes in float16 and in batches, and proves first that they do not mix.
+    """
+
+    weights: ClassVar[str]
+    """Name of the weights."""
+    model_class: ClassVar[str]
+    """Name in transformers."""
+    mean_std: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]]
+    """Of the pixels that the model was trained on."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        self._device = prepare(settings)
+        import transformers
+
+        folder = resolve(self.weights, settings)
+        self._model = load_folder(getattr(transformers, self.model_class), folder, self._device)
+        if self._device == "cuda":
+            self._require_batches_equal_singles()
+
+    @classmethod
+    def cards(cls, settings: ModelSettings) -> list[ModelCard]:
+        """The safetensors file; see the protocol."""
+        return [card(cls.weights, "image_embedder", settings)]
+
+    def embed(self, images: Image) -> Features:
+        """Features of (N, 224, 224, 3) RGB images."""
+        step = 1 if self._device == "cpu" else _GPU_BATCH
+        parts = [self._run(images[start : start + step]) for start in range(0, max(len(images), 1), step)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _run(self, images: Image) -> Features:
+        import torch
+
+        with torch.inference_mode():
+            pixels = torch.from_numpy(normalise(images, self.mean_std)).to(self._device, self._model.dtype)
+            picked = self._features(pixels)
+        return {name: tensor.cpu().numpy().astype(np.float16) for name, tensor in picked.items()}
+
+    def _features(self, pixels: Any) -> dict[str, Any]:
+        """Column -> tensor, for normalised (N, 3, 224, 224) pixels."""
+        raise TypeError(f"{type(self).__name__} does not define _features()")
+
+    def _require_batches_equal_singles(self) -> None:
+        images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8)
+        together = self._run(images)
+        for i in range(2):
+            for column, alone in self._run(images[i : i + 1]).items():
+                difference = np.linalg.norm(together[column][i].astype(np.float32) - alone[0].astype(np.float32))
+                if difference > _TOLERANCE * np.linalg.norm(alone[0].astype(np.float32)):
+                    raise PlanError(f"{self.weights} mixes the images of a batch ({column}): set executor.gpus = 0.")
+
+
+def load_folder(model_class: Any, folder: Path, device: str) -> Any:
+    """A transformers model of a local folder (config.json, model.safetensors): float32 on the CPU, float16 on a GPU.
+
+    Pickled weights are never read, nothing is looked up on the hub, and every parameter must be in the file.
+
+    Raises:
+        WeightsError: when the folder does not hold this kind of model.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, "dtype": dtype}
+    try:
+        model, info = model_class.from_pretrained(str(folder), **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise WeightsError(f"{folder} cannot be loaded as {model_class.__name__} ({error}): fetch it again.") from error
+    if info["missing_keys"]:
+        first = sorted(info["missing_keys"])[0]
+        raise WeightsError(f"{folder} is no complete {model_class.__name__} ({first} is missing): fetch it again.")
+    return model.eval().requires_grad_(False).to(device)
