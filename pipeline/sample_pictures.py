@@ -3,6 +3,7 @@
 The same installed packages give the same bytes.
 """
 
+from collections.abc import Callable
 from functools import cache
 from io import BytesIO
 
@@ -11,12 +12,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image as Pillow
 
-ORIENTATION_TAG = 0x0112
+_ORIENTATION_TAG = 0x0112
 _LYING = 6
 """EXIF orientation of a picture that is stored turned to the left and must be turned to the right."""
 _QUALITY = 92
 _FEATHER = 0.08
 """Width of the soft edge of a photo set into a scene, share of its shorter side."""
+
+_HTML = b"<!DOCTYPE html>\n<html><head><title>Sorry</title></head><body>This image has moved.</body></html>\n"
+_SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="1200" height="1200"><circle r="500"/></svg>\n'
 
 Picture = npt.NDArray[np.uint8]
 """(H, W, 3) RGB."""
@@ -24,8 +28,9 @@ Picture = npt.NDArray[np.uint8]
 _HILLS = ((0.55, 0.06, (130, 170, 130)), (0.7, 0.04, (90, 140, 80)), (0.85, 0.02, (70, 110, 60)))
 """Level and swing, shares of the height, and colour."""
 
+
 @cache
-def astronaut() -> Picture:
+def _astronaut() -> Picture:
     """Eileen Collins, (512, 512, 3): NASA, public domain, in scikit-image."""
     from skimage import data
 
@@ -34,15 +39,16 @@ def astronaut() -> Picture:
 
 
 @cache
-def hopper() -> Picture:
+def _hopper() -> Picture:
     """Grace Hopper, (600, 512, 3): US Navy, public domain, in matplotlib."""
     from matplotlib import cbook
 
     with Pillow.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as image:
-        return np.array(image.convert("RGB"))
+        photo: Picture = np.array(image.convert("RGB"))
+    return photo
 
 
-def enlarged(photo: Picture, factor: float) -> Picture:
+def _enlarged(photo: Picture, factor: float) -> Picture:
     """The photo with each side `factor` times as long, bicubic."""
     size = round(photo.shape[1] * factor), round(photo.shape[0] * factor)
     larger: Picture = cv2.resize(photo, size, interpolation=cv2.INTER_CUBIC)
@@ -55,10 +61,11 @@ def _mirrored(photo: Picture) -> Picture:
 
 def _lit(photo: Picture, red: float, green: float, blue: float) -> Picture:
     """Multiply the channels: another light."""
-    return (photo * np.array([red, green, blue])).clip(0, 255).astype(np.uint8)
+    lit: Picture = (photo * np.array([red, green, blue])).clip(0, 255).astype(np.uint8)
+    return lit
 
 
-def scene(width: int, height: int) -> Picture:
+def _scene(width: int, height: int) -> Picture:
     """A drawn landscape: sky, sun, hills, a house and trees."""
     canvas = np.empty((height, width, 3), np.uint8)
     canvas[:] = np.linspace((90, 150, 220), (230, 235, 240), height)[:, None]
@@ -79,7 +86,7 @@ def scene(width: int, height: int) -> Picture:
     return canvas
 
 
-def set_into(around: Picture, photo: Picture, left: int, top: int) -> Picture:
+def _set_into(around: Picture, photo: Picture, left: int, top: int) -> Picture:
     """The scene with a photo in it, its edges soft where they do not meet the scene's; left and top in pixels."""
     height, width = photo.shape[:2]
     feather = _FEATHER * min(width, height)
@@ -98,7 +105,7 @@ def _ramp(depth: npt.NDArray[np.intp], gap: int, feather: float) -> npt.NDArray[
     return np.ones(depth.shape) if gap == 0 else np.clip(depth / feather, 0, 1)
 
 
-def jpeg(picture: Picture, **options: object) -> bytes:
+def _jpeg(picture: Picture, **options: object) -> bytes:
     """The picture as JPEG."""
     return _saved(Pillow.fromarray(picture), "JPEG", quality=_QUALITY, **options)
 
@@ -109,16 +116,16 @@ def _saved(image: Pillow.Image, format: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def on_its_side() -> bytes:
+def _on_its_side() -> bytes:
     """The astronaut stored on her left side, with the EXIF tag that says how to turn her upright."""
     exif = Pillow.Exif()
-    exif[ORIENTATION_TAG] = _LYING
-    return jpeg(np.rot90(enlarged(astronaut(), 2.4)), exif=exif)
+    exif[_ORIENTATION_TAG] = _LYING
+    return _jpeg(np.rot90(_enlarged(_astronaut()[:, 40:480], 2.4)), exif=exif)
 
 
-def vignette() -> bytes:
+def _vignette() -> bytes:
     """Grace Hopper as a PNG whose corners fade into nothing."""
-    photo = enlarged(hopper(), 2)
+    photo = _enlarged(_hopper(), 2)
     height, width = photo.shape[:2]
     y, x = np.indices((height, width))
     radius = np.hypot((x - width / 2) / width, (y - height / 2) / height) * 2
@@ -126,58 +133,63 @@ def vignette() -> bytes:
     return _saved(Pillow.fromarray(np.dstack([photo, alpha])), "PNG", compress_level=3)
 
 
-def warm_webp() -> bytes:
+def _warm_webp() -> bytes:
     """Grace Hopper, mirrored, in warmer light, as WebP."""
-    photo = _lit(_mirrored(hopper()), 1.1, 1.0, 0.85)
-    return _saved(Pillow.fromarray(enlarged(photo, 2.2)), "WEBP", quality=90, method=0)
+    photo = _lit(_mirrored(_hopper()), 1.1, 1.0, 0.85)
+    return _saved(Pillow.fromarray(_enlarged(photo, 2.2)), "WEBP", quality=90, method=0)
 
 
-def couple() -> bytes:
+def _couple() -> bytes:
     """Both in one landscape."""
-    one = set_into(scene(1700, 1200), enlarged(hopper(), 1.5), 100, 300)
-    return jpeg(set_into(one, enlarged(astronaut(), 1.6), 850, 1200 - 819))
+    one = _set_into(_scene(1700, 1200), _enlarged(_hopper(), 1.5), 100, 300)
+    return _jpeg(_set_into(one, _enlarged(_astronaut(), 1.6), 850, 1200 - 819))
 
 
-def half_body() -> bytes:
+def _half_body() -> bytes:
     """The astronaut, mirrored, in a landscape."""
-    return jpeg(set_into(scene(1800, 1300), enlarged(_mirrored(astronaut()), 2.3), 320, 1300 - 1178))
+    return _jpeg(_set_into(_scene(1800, 1300), _enlarged(_mirrored(_astronaut()), 2.3), 320, 1300 - 1178))
 
 
-def full_scene() -> bytes:
-    """Grace Hopper, small in a landscape."""
-    return jpeg(set_into(scene(1800, 1200), enlarged(hopper(), 1.1), 1000, 1200 - 660))
-
-
-def tall() -> bytes:
+def _tall() -> bytes:
     """The astronaut in colder light under a high sky."""
-    cold = _lit(enlarged(astronaut(), 2.2), 0.75, 0.8, 0.95)
-    return jpeg(set_into(scene(1126, 1700), cold, 0, 1700 - 1126))
+    cold = _lit(_enlarged(_astronaut(), 2.2), 0.75, 0.8, 0.95)
+    return _jpeg(_set_into(_scene(1126, 1700), cold, 0, 1700 - 1126))
 
 
-def close_up() -> bytes:
-    """The face of the astronaut, mirrored."""
-    return jpeg(enlarged(_mirrored(astronaut())[20:250, 180:400], 5.2))
-
-
-def html() -> bytes:
-    """A web page."""
-    return b"<!DOCTYPE html>\n<html><head><title>Sorry</title></head><body>This image has moved.</body></html>\n"
-
-
-def svg() -> bytes:
-    """A vector drawing."""
-    return b'<svg xmlns="http://www.w3.org/2000/svg" width="1200" height="1200"><circle r="500"/></svg>\n'
-
-
-def corrupt() -> bytes:
+def _corrupt() -> bytes:
     """A PNG whose compressed pixels were overwritten in the middle."""
-    data = bytearray(_saved(Pillow.fromarray(scene(1200, 1100)), "PNG", compress_level=1))
+    data = bytearray(_saved(Pillow.fromarray(_scene(1200, 1100)), "PNG", compress_level=1))
     middle = len(data) // 2
     data[middle : middle + 4096] = bytes(4096)
     return bytes(data)
 
 
-def truncated() -> bytes:
+def _truncated() -> bytes:
     """The astronaut as a JPEG of which the last two fifths are missing."""
-    whole = jpeg(enlarged(astronaut(), 2.5))
+    whole = _jpeg(_enlarged(_astronaut(), 2.5))
     return whole[: len(whole) * 3 // 5]
+
+
+FILES: dict[str, Callable[[], bytes]] = {
+    "astronaut.jpg": lambda: _jpeg(_enlarged(_astronaut(), 3)),
+    "admiral.jpg": lambda: _jpeg(_enlarged(_hopper(), 2.5)),
+    "half-body.jpg": _half_body,
+    "full-scene.jpg": lambda: _jpeg(_set_into(_scene(1800, 1200), _enlarged(_hopper(), 1.1), 1000, 1200 - 660)),
+    "tall.jpg": _tall,
+    "close-up.jpg": lambda: _jpeg(_enlarged(_mirrored(_astronaut())[20:250, 180:400], 5.2)),
+    "on-its-side.jpg": _on_its_side,
+    "vignette.png": _vignette,
+    "warm.webp": _warm_webp,
+    "small.jpg": lambda: _jpeg(_astronaut()),
+    "boasting.jpg": lambda: _jpeg(_hopper()),
+    "landscape.jpg": lambda: _jpeg(_scene(1600, 1100)),
+    "couple.jpg": _couple,
+    "tiny-face.jpg": lambda: _jpeg(_set_into(_scene(1400, 1100), _astronaut(), 700, 1100 - 512)),
+    "truncated.jpg": _truncated,
+    "corrupt.png": _corrupt,
+    "page.jpg": lambda: _HTML,
+    "drawing.svg": lambda: _SVG,
+    "empty.jpg": bytes,
+    "opted-out.jpg": lambda: _jpeg(_scene(1100, 1100)),
+}
+"""Name -> the bytes of the file."""

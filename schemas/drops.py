@@ -29,7 +29,7 @@ class DropReason(StrEnum):
     NOT_FOUND = "not_found", "the server answered 404 or 410"
     ACCESS_DENIED = "access_denied", "the server answered 401, 402, 403 or 451"
     RATE_LIMITED = "rate_limited", "the server answered 429"
-    HTTP_ERROR = "http_error", "the server answered with another 4xx status, or not in HTTP"
+    HTTP_ERROR = "http_error", "the server answered with another status that is no success, or not in HTTP"
     SERVER_ERROR = "server_error", "the server answered with a 5xx status"
     REDIRECT_LOOP = "redirect_loop", "more redirects than download.max_redirects"
     TOO_MANY_BYTES = "too_many_bytes", "the body is larger than download.max_bytes"

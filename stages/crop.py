@@ -1,4 +1,4 @@
-"""Crop: the photo at several face proportions. Nothing is upsampled; what a photo cannot give is absent, with a reason."""
+"""Crop: the photo at several face proportions. Nothing is upsampled; a crop that the photo cannot give is absent."""
 
 import json
 from collections.abc import Mapping

@@ -154,7 +154,7 @@ def crop_box(bbox: npt.ArrayLike, width: int, height: int, framing: Framing) -> 
     if side < exact and (y1 - y0) / side > framing.share * (1 + framing.tolerance):
         return f"the photo is too small: a square of {exact} px is wanted, {side} px is there"
     if side < framing.min_side:
-        return f"the face is too small: the crop would have {side} px, the least is {framing.min_side}"
+        return f"the crop would be too small: {side} px, the least is {framing.min_side}"
     across, down = _visible(x0, x1, width), _visible(y0, y1, height)
     if max(across[1] - across[0], down[1] - down[0]) > side:
         return f"the face does not fit into a square of {side} px"

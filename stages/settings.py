@@ -30,13 +30,13 @@ class DownloadSettings(Section):
     allow_loopback: bool = False
     """Fetch from loopback addresses too (tests and the bundled sample)."""
     timeout_s: float = Field(20.0, gt=0)
-    """Total deadline per URL, redirects and retries included, seconds."""
+    """Total deadline per URL, from its turn on, redirects and retries included, seconds."""
     max_bytes: int = Field(50_000_000, gt=0)
     """Bodies larger than this are dropped, bytes."""
     max_redirects: int = Field(5, ge=0)
     """Redirects followed per URL."""
     retries: int = Field(1, ge=0)
-    """Further attempts after a transient failure (connection error, 429, 5xx), within the deadline."""
+    """Further attempts after a transient failure (connection error, short body, 429, 5xx), within the deadline."""
     concurrency: int = Field(128, ge=1)
     """Downloads at a time, per process."""
     per_host: int = Field(16, ge=1)

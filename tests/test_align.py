@@ -53,6 +53,8 @@ def test_measures_tell_faces_apart() -> None:
     sharp, soft, dark = (align(png(p)) for p in (photo, cv2.GaussianBlur(photo, (0, 0), 4), photo // 4))
     assert sharp["sharpness"] > 10 * soft["sharpness"] > 0
     assert sharp["brightness"] == pytest.approx(4 * dark["brightness"], rel=0.02)
+    grey = reference(photo, KPS, 224) @ np.array([0.299, 0.587, 0.114])
+    assert sharp["brightness"] == pytest.approx(grey.mean(), abs=0.5)
     assert sharp["roll_deg"] == pytest.approx(3.07, abs=0.01)
 
 

@@ -75,7 +75,7 @@ def test_full_keeps_the_photo_s_aspect() -> None:
 def test_what_is_too_small_is_absent_and_says_why() -> None:
     row, crops = crop(*enlarged(1), face_share=FaceShare(half=0.22), tolerance=0.05)
     assert (row["portrait"], row["half"]) == (None, None)
-    assert crops["portrait"] == {"absent": "the face is too small: the crop would have 246 px, the least is 512"}
+    assert crops["portrait"] == {"absent": "the crop would be too small: 246 px, the least is 512"}
     assert crops["half"] == {"absent": "the photo is too small: a square of 558 px is wanted, 512 px is there"}
     assert crops["full"]["size"] == [512, 512]
 

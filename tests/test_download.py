@@ -263,7 +263,7 @@ def test_drops_access_denied(stage, hostile_server, engine, status):
     assert fetch(stage(engine), hostile_server.url(f"/{status}.jpg")) == [DropReason.ACCESS_DENIED]
 
 
-def test_drops_rate_limited_at_once_when_the_wait_would_pass_the_deadline(stage, hostile_server, engine):
+def test_drops_rate_limited(stage, hostile_server, engine):
     begun = time.monotonic()
     assert fetch(stage(engine), hostile_server.url("/429.jpg")) == [DropReason.RATE_LIMITED]
     assert hostile_server.hits["/429.jpg"] == 1
@@ -349,7 +349,7 @@ def test_drops_not_in_tar(stage, tar):
 
 
 def test_an_absent_tar_is_the_users_trouble(stage, tmp_path):
-    with pytest.raises(SourceError, match="gone.tar"):
+    with pytest.raises(SourceError, match=r"gone\.tar"):
         stage()(rows([None], [f"{tmp_path}/gone.tar#0:10"]))
 
 
@@ -471,10 +471,3 @@ def test_a_closed_stage_leaves_no_thread(hostile_server):
     download.close()
     mine = {thread for thread in set(threading.enumerate()) - before if thread.name == "faceshards-fetch"}
     assert mine == set()
-
-
-def test_every_declared_reason_has_its_witness():
-    unseen = [
-        reason for reason in Download.drops if not any(name.startswith(f"test_drops_{reason}") for name in globals())
-    ]
-    assert unseen == []

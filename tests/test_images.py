@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, features
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from skimage import data as samples
 
 from schemas.drops import DropReason
@@ -259,6 +260,11 @@ def test_a_picture_whose_pixels_do_not_match_its_header_is_corrupt() -> None:
     data = bytearray(saved(picture(), "WEBP", exif=exif(1)))
     data[24] += 8  # canvas width
     assert reason_of(bytes(data)) == DropReason.CORRUPT_IMAGE
+    tags = ImageFileDirectory_v2()
+    tags[700] = (
+        b'<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'  # Pillow turns by this on load only
+    )
+    assert reason_of(saved(picture(), "TIFF", tiffinfo=tags)) == DropReason.CORRUPT_IMAGE
 
 
 def test_a_bomb_is_measured_but_not_decoded() -> None:

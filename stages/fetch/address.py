@@ -22,12 +22,12 @@ _KEPT = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in '"<>
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+", re.IGNORECASE)
 _NUMERIC = re.compile(r"(?:0x[0-9a-f]*|[0-9]+)(?:\.(?:0x[0-9a-f]*|[0-9]+)){0,3}\.?", re.IGNORECASE)
-_AZURE = IPv4Address("168.63.129.16")
 _GLOBAL_UNICAST = IPv6Network("2000::/3")
-_REFUSED = (IPv6Network("2002::/16"), IPv6Network("3fff::/20"))
-"""6to4, which leads to any IPv4 address, and documentation: global by the tables of Python 3.11."""
+_REFUSED_4 = tuple(map(IPv4Network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")))
+"""Special purpose (and Oracle's metadata), the 6to4 relay, Azure's metadata: global by the tables of Python 3.11."""
+_REFUSED_6 = tuple(map(IPv6Network, ("2002::/16", "3fff::/20")))
+"""6to4, which leads to any IPv4 address, and documentation: global by the same tables."""
 _NAT64 = IPv6Network("64:ff9b::/96")
-_RELAY = IPv4Network("192.88.99.0/24")
 
 
 def parse(text: str | None) -> URL:
@@ -90,8 +90,8 @@ class Guard:
         if plain.is_loopback:
             return self._loopback or (self._sample_port is not None and port == self._sample_port)
         if isinstance(plain, IPv4Address):
-            return plain.is_global and not plain.is_multicast and plain != _AZURE and plain not in _RELAY
-        return plain.is_global and plain in _GLOBAL_UNICAST and not any(plain in net for net in _REFUSED)
+            return plain.is_global and not plain.is_multicast and not any(plain in net for net in _REFUSED_4)
+        return plain.is_global and plain in _GLOBAL_UNICAST and not any(plain in net for net in _REFUSED_6)
 
     def check(self, address: str, port: int | None) -> None:
         """Raise `Dropped` (FORBIDDEN_ADDRESS) unless this numeric address may be connected to."""

@@ -1,0 +1,222 @@
+"""The ledgers of a dataset: the funnel, what manifests count, and verdicts under other thresholds."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from rich import box
+from rich.table import Table
+
+from schemas.columns import KEPT
+from schemas.errors import ContractError, CorruptShardError, OutputError
+from schemas.shard import Manifest, digest
+from stages import STAGES
+from stages.filter import Filter
+
+UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError)
+"""What pyarrow raises for a file that is no such parquet."""
+
+_RECORDS = 1024
+"""Ledger rows that are Python objects at a time."""
+
+
+@dataclass(frozen=True)
+class FunnelRow:
+    """One stage: how many rows reached it, and how many it dropped."""
+
+    stage: str
+    rows_in: int
+    dropped: dict[str, int]
+    """Reason -> count, the most frequent first; only reasons that occur."""
+
+    @property
+    def rows_left(self) -> int:
+        """Rows that went on to the next stage."""
+        return self.rows_in - sum(self.dropped.values())
+
+
+@dataclass(frozen=True)
+class Funnel:
+    """What became of all rows of the finished shards."""
+
+    shards: int
+    rows_in: int
+    rows: tuple[FunnelRow, ...]
+    """One per stage, in the pipeline's order."""
+
+    @property
+    def kept(self) -> int:
+        """Rows that no stage dropped."""
+        return self.rows[-1].rows_left
+
+    def share(self, count: int) -> float:
+        """A number of rows as a share of all rows in, 0 when there are none."""
+        return count / self.rows_in if self.rows_in else 0.0
+
+
+def shards_folder(out: Path) -> Path:
+    """Where the shards of OUT lie.
+
+    Raises:
+        OutputError: when OUT is no dataset.
+    """
+    folder = out / "shards"
+    if not folder.is_dir():
+        raise OutputError(f"{out} holds no dataset: there is no folder {folder}; give the OUT of a `dataset` run.")
+    return folder
+
+
+def shard_names(out: Path) -> list[str]:
+    """The finished shards of OUT (those with a manifest), sorted."""
+    return sorted(path.stem for path in shards_folder(out).glob("*.json") if not path.name.startswith("."))
+
+
+def read_manifest(out: Path, shard: str) -> Manifest:
+    """The manifest of one shard.
+
+    Raises:
+        CorruptShardError: names the file.
+    """
+    path = out / "shards" / f"{shard}.json"
+    try:
+        return Manifest.from_json(path.read_bytes())
+    except (CorruptShardError, OSError, RecursionError) as error:
+        raise CorruptShardError(f"{path.name}: {error}") from error
+
+
+def read_manifests(out: Path) -> list[Manifest]:
+    """The manifests of all finished shards, in the order of their names.
+
+    Raises:
+        CorruptShardError: names the file that is no manifest.
+    """
+    return [read_manifest(out, shard) for shard in shard_names(out)]
+
+
+def summary(manifests: Sequence[Manifest]) -> dict[str, Any]:
+    """What manifests add up to, as dataset.json tells it."""
+    dropped: Counter[str] = Counter()
+    for manifest in manifests:
+        dropped.update(manifest.dropped)
+    return {
+        "shards": [manifest.shard for manifest in manifests],
+        "rows_in": sum(manifest.rows_in for manifest in manifests),
+        "kept": sum(manifest.kept for manifest in manifests),
+        "dropped": dict(dropped),
+        "dataset_digest": digest({manifest.shard: manifest.files for manifest in manifests}),
+    }
+
+
+def counts(verdicts: pa.ChunkedArray, reasons: Sequence[str]) -> tuple[int, dict[str, int]]:
+    """How many verdicts are `kept`, and how many are each of `reasons`, zeros too.
+
+    Raises:
+        ContractError: when a verdict is neither.
+    """
+    found = {entry["values"]: entry["counts"] for entry in pc.value_counts(verdicts).to_pylist()}
+    kept: int = found.pop(KEPT, 0)
+    undeclared = set(found) - set(reasons)
+    if undeclared:
+        raise ContractError(f"no stage declares the verdicts {sorted(map(str, undeclared))}")
+    return kept, {str(reason): found.get(reason, 0) for reason in reasons}
+
+
+def read_ledger(out: Path, shard: str, columns: Sequence[str], verdict: str | None = None) -> pa.Table:
+    """Some columns of one ledger; of rows with this verdict alone, when one is given.
+
+    Raises:
+        CorruptShardError: names the file.
+    """
+    path = out / "shards" / f"{shard}.parquet"
+    try:
+        table = pq.ParquetFile(path).read(columns=list(dict.fromkeys([*columns, "verdict"])))
+        return (table if verdict is None else table.filter(pc.equal(table["verdict"], verdict))).select(list(columns))
+    except UNREADABLE as error:
+        raise CorruptShardError(f"{path.name}: not a ledger: {error}") from error
+
+
+def funnel(out: Path) -> Funnel:
+    """The funnel of all finished shards, counted from their ledgers, one ledger in memory at a time.
+
+    Raises:
+        CorruptShardError: when a ledger cannot be read or contradicts its manifest; names it.
+        OutputError: when OUT is no dataset.
+    """
+    total: Counter[tuple[str, str]] = Counter()
+    shards = shard_names(out)
+    for shard in shards:
+        total += _counted(read_manifest(out, shard), read_ledger(out, shard, ("stage", "verdict")))
+    left = rows_in = total.total()
+    rows = []
+    for stage in STAGES:
+        dropped = {verdict: n for (said, verdict), n in total.most_common() if said == stage and verdict != KEPT}
+        rows.append(FunnelRow(stage, left, dropped))
+        left = rows[-1].rows_left
+    return Funnel(len(shards), rows_in, tuple(rows))
+
+
+def _counted(manifest: Manifest, ledger: pa.Table) -> Counter[tuple[str, str]]:
+    """(stage, verdict) -> rows of one ledger, after a check against its manifest."""
+    groups = ledger.group_by(["stage", "verdict"]).aggregate([([], "count_all")]).to_pylist()
+    counted = Counter({(group["stage"], group["verdict"]): group["count_all"] for group in groups})
+    by_verdict: Counter[str] = Counter()
+    for (stage, verdict), count in counted.items():
+        if stage not in STAGES:
+            raise CorruptShardError(f"{manifest.shard}.parquet: the stage {stage!r} is not known")
+        by_verdict[verdict] += count
+    claimed = Counter({KEPT: manifest.kept, **manifest.dropped})
+    if by_verdict != claimed or by_verdict.total() != manifest.rows_in:
+        differing = sorted(str(v) for v in {*by_verdict, *claimed} if by_verdict[v] != claimed[v]) or ["rows_in"]
+        raise CorruptShardError(f"{manifest.shard}: ledger and manifest count {', '.join(differing)} differently")
+    return counted
+
+
+def funnel_table(funnel: Funnel) -> Table:
+    """The funnel for a terminal or a log: a line per stage, and one per reason below it."""
+    table = Table(
+        "stage", "rows", "%", title=f"Funnel of {funnel.shards:,} shards", title_justify="left", box=box.ASCII
+    )
+    table.columns[1].justify = table.columns[2].justify = "right"
+    for row in funnel.rows:
+        table.add_row(row.stage, *_numbers(funnel, row.rows_in))
+        for reason, count in row.dropped.items():
+            table.add_row(f"  - {reason}", *_numbers(funnel, count), style="dim")
+    table.add_row("kept", *_numbers(funnel, funnel.kept), style="bold")
+    return table
+
+
+def _numbers(funnel: Funnel, count: int) -> tuple[str, str]:
+    return f"{count:,}", f"{100 * funnel.share(count):.1f}"
+
+
+Judge = Callable[[Mapping[str, Any]], str | None]
+"""Measurements of one row -> the reason to drop it, or None; such as `stages.filter.judge` with other thresholds."""
+
+
+def replay(ledger: pa.Table, judge: Judge) -> list[str | None]:
+    """Verdicts of a ledger's rows, had `filter` judged them by `judge`; no image is touched.
+
+    Rows that never reached `filter` keep their verdict, and so do those that pass it again. None stands for a row
+    that `filter` had dropped and now lets pass: what the stages behind it would say is not known.
+    """
+    order = list(STAGES)
+    behind = frozenset(order[order.index(Filter.name) + 1 :])
+    table = ledger.select(["verdict", "stage", *Filter.reads])
+    return [
+        _replayed(record, behind, judge)
+        for batch in table.to_batches(max_chunksize=_RECORDS)
+        for record in batch.to_pylist()
+    ]
+
+
+def _replayed(record: Mapping[str, Any], behind: frozenset[str], judge: Judge) -> str | None:
+    verdict: str = record["verdict"]
+    if record["stage"] not in behind and record["stage"] != Filter.name:
+        return verdict
+    reason = judge(record)
+    return reason if reason is not None else verdict if record["stage"] in behind else None
