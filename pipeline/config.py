@@ -179,5 +179,7 @@ def _explain(error: ValidationError) -> str:
             key.rsplit(".", 1)[-1], [name.rsplit(".", 1)[-1] for name in known], n=1
         )
         return f"Unknown config key {key!r}" + (f": did you mean {near[0]!r}?" if near else ".")
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"]) + "."
     message = first["msg"][0].lower() + first["msg"][1:]
     return f"Config key {key!r} has the value {first['input']!r}: {message}."

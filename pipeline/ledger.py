@@ -84,9 +84,27 @@ def read_manifest(out: Path, shard: str) -> Manifest:
     """
     path = out / "shards" / f"{shard}.json"
     try:
-        return Manifest.from_json(path.read_bytes())
+        manifest = Manifest.from_json(path.read_bytes())
+        _check_types(manifest)
     except (CorruptShardError, OSError, RecursionError) as error:
         raise CorruptShardError(f"{path.name}: {error}") from error
+    return manifest
+
+
+def _check_types(manifest: Manifest) -> None:
+    words = [manifest.shard, manifest.profile, manifest.plan_digest]
+    numbers = [manifest.rows_in, manifest.kept]
+    mappings = [manifest.dropped, manifest.files]
+    if all(isinstance(mapping, dict) for mapping in mappings) and isinstance(manifest.models, list):
+        numbers += manifest.dropped.values()
+        mappings += [*manifest.files.values(), *manifest.models]
+    if not (
+        all(isinstance(word, str) for word in words)
+        and all(type(number) is int and number >= 0 for number in numbers)
+        and all(isinstance(mapping, dict) for mapping in mappings)
+        and isinstance(manifest.models, list)
+    ):
+        raise CorruptShardError("not a manifest: a field has another type")
 
 
 def read_manifests(out: Path) -> list[Manifest]:
@@ -216,7 +234,10 @@ def replay(ledger: pa.Table, judge: Judge) -> list[str | None]:
 
 def _replayed(record: Mapping[str, Any], behind: frozenset[str], judge: Judge) -> str | None:
     verdict: str = record["verdict"]
-    if record["stage"] not in behind and record["stage"] != Filter.name:
+    passed_before = record["stage"] in behind
+    if not passed_before and record["stage"] != Filter.name:
         return verdict
     reason = judge(record)
-    return reason if reason is not None else verdict if record["stage"] in behind else None
+    if reason is not None:
+        return str(reason)
+    return verdict if passed_before else None

@@ -14,7 +14,7 @@ from schemas.shard import SUFFIXES, digest
 from stages import STAGES
 from stages.base import Stage
 from stages.models.base import REGISTRIES, ModelCard, backend
-from stages.models.weights import require_licences
+from stages.models.weights import known, require_licences
 
 Place = Literal["source", "fetch", "models", "images", "write"]
 """Where a step runs: while the part is read; on the shard's worker; in a model pool; on the shard's worker again."""
@@ -139,6 +139,8 @@ def make_plan(config: Config) -> Plan:
     """
     steps = tuple(_step(name, path) for name, path in STAGES.items())
     prove(steps)
+    for name in config.models.paths:
+        known(name)
     cards = tuple(
         card for task in REGISTRIES for card in backend(task, getattr(config.models, task)).cards(config.models)
     )

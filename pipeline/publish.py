@@ -167,6 +167,8 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Remove what was not published."""
+        with contextlib.suppress(OSError):  # a full disk has failed the shard already
+            self._tar.close()
         self._stream.close()
         for path in self._temporary.values():
             path.unlink(missing_ok=True)

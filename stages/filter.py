@@ -11,9 +11,9 @@ from stages.base import Dropped, RowStage
 from stages.settings import FilterSettings
 
 _MIN_EYE_DISTANCE = 0.05
-"""Share of the long side of the face box; on frontal faces it is 0.3 to 0.4."""
+"""Share of the long side of the face box; over 70 faces of SCRFD it was 0.13 to 0.40, median 0.33."""
 _MIN_SPREAD = 0.05
-"""Extent of the five points across their main direction / along it; on frontal faces it is 0.6 to 0.9."""
+"""Extent of the five points across their main direction / along it; over the same faces 0.47 to 0.99."""
 
 
 class Filter(RowStage):

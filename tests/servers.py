@@ -167,7 +167,7 @@ class HostileServer:
         self.times: list[tuple[str, float]] = []
         self.heads: list[str] = []
         self.poured = 0
-        self.at_once = self.most_at_once = 0
+        self.answering = 0
         self._paths: dict[socket.socket, str] = {}
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
@@ -192,18 +192,12 @@ class HostileServer:
             threading.Thread(target=self._serve, args=(link,), daemon=True).start()
 
     def _serve(self, link: socket.socket) -> None:
-        with self._lock:
-            self.at_once += 1
-            self.most_at_once = max(self.most_at_once, self.at_once)
         try:
             with link:
                 for request in _requests(link):
                     self._answer(link, request)
         except OSError:
             return  # the client hung up, as it should on many of these
-        finally:
-            with self._lock:
-                self.at_once -= 1
 
     def _answer(self, link: socket.socket, request: str) -> None:
         target = request.split(" ", 2)[1]
@@ -212,7 +206,12 @@ class HostileServer:
             self.times.append((target, time.monotonic()))
             self.heads.append(request)
             self._paths[link] = target
-        self.answers.get(target, ANSWERS["/404.jpg"])(link, self)
+            self.answering += 1
+        try:
+            self.answers.get(target, ANSWERS["/404.jpg"])(link, self)
+        finally:
+            with self._lock:
+                self.answering -= 1
 
 
 def _requests(link: socket.socket) -> Iterator[str]:

@@ -28,6 +28,7 @@ def test_set_beats_the_file_and_both_beat_the_profile(tmp_path):
         ("models.det_size=100", "models.det_size"),
         ("filter", "key=value"),
         ("profile=fast", "embedded"),
+        ("crop.size=2000", "crop.max_size"),
     ],
 )
 def test_a_wrong_key_or_value_is_one_sentence_that_names_the_right_one(pair, expected):

@@ -20,7 +20,7 @@ def test_the_steps_are_the_registry_in_its_order():
 
 def test_a_step_that_reads_what_comes_later_is_refused():
     steps = plan_of().steps
-    with pytest.raises(PlanError, match="align reads 'kps'"):
+    with pytest.raises(PlanError, match="filter reads 'n_faces'"):
         prove(step for step in steps if step.name != "detect")
 
 

@@ -404,6 +404,13 @@ def test_csv_with_lines_in_captions_and_late_surprises(tmp_path):
     assert [row["meta_width"] for row in found] == [1024] * 3 + [None, None]
 
 
+def test_csv_captions_may_break_where_a_block_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "_CSV_BLOCK", 64)
+    lines = [f'http://a.org/{n},"{"x" * (n % 23)}\ny",{n + 1024}' for n in range(60)]
+    (tmp_path / "p.csv").write_text("\ufeffurl,text,width\n" + "\n".join(lines))
+    assert [row["text"] for row in rows(tmp_path / "p.csv")] == ["x" * (n % 23) + "\ny" for n in range(60)]
+
+
 def test_jsonl_rows_may_differ_in_keys_and_types(tmp_path):
     lines = (
         '{"url": "http://a.org", "width": 1024}', '{"URL": "http://b.org", "WIDTH": "2000.5", "text": ["no", "text"]}',

@@ -15,7 +15,7 @@ SKIN = 1
 """The CelebAMask label of all that is kept."""
 
 _SIDE = 128
-"""Side at which the cut is made: a quarter of the crop, so that a face costs milliseconds."""
+"""Side at which the cut is made: a quarter of the crop; a face then costs 13 to 40 ms of one CPU thread."""
 _ITERATIONS = 2
 _SEED = 0
 
@@ -45,12 +45,17 @@ class GrabCut:
         side = image.shape[0]
         small = cv2.resize(image, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA)
         guess = _guess(np.asarray(kps, np.float64) * (_SIDE / side))
-        cv2.setRNGSeed(_SEED)  # the colour clusters start from OpenCV's own random numbers
-        background, foreground = np.zeros((1, 65)), np.zeros((1, 65))
-        cv2.grabCut(small, guess, None, background, foreground, _ITERATIONS, cv2.GC_INIT_WITH_MASK)
-        kept = np.isin(guess, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(np.float32)
+        if _kept(guess).any() and not _kept(guess).all():  # else there are not two kinds of colour to learn
+            cv2.setRNGSeed(_SEED)  # the colour clusters start from OpenCV's own random numbers
+            background, foreground = np.zeros((1, 65)), np.zeros((1, 65))
+            cv2.grabCut(small, guess, None, background, foreground, _ITERATIONS, cv2.GC_INIT_WITH_MASK)
+        kept = _kept(guess).astype(np.float32)
         smooth = cv2.resize(kept, (side, side), interpolation=cv2.INTER_CUBIC)
         return np.where(smooth > 0.5, SKIN, 0).astype(np.uint8)
+
+
+def _kept(guess: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    return np.isin(guess, (cv2.GC_FGD, cv2.GC_PR_FGD))
 
 
 def _guess(kps: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:

@@ -1,0 +1,151 @@
+"""The contract of one sample: which files it has, and what each holds."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from pipeline.unpack import Sample
+from schemas.columns import COLUMNS
+from schemas.record import SCHEMA_VERSION
+from schemas.shard import SUFFIXES, decode_npy, encode_npy
+from stages.align import FACE_SIZE
+from stages.base import Dropped
+from stages.headers import DECODER_ERRORS
+from stages.images import check_whole, decode_jpeg, decode_png, sniff
+
+_REQUIRED = ("json", "face.jpg", "mask.png", "arcface.npy")
+_CROPS = ("portrait", "half", "full")
+_SQUARE = ("portrait", "half")
+_FEATURES = ({"clip.npy", "clip_hidden.npy"}, {"dino.npy"})
+"""What an image embedder writes: one of these must be whole."""
+_LABELS = 19
+_NORM_TOLERANCE = 1e-3
+
+_ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "arcface.npy": ("<f4", (512,)),
+    "clip.npy": ("<f2", (1024,)),
+    "clip_hidden.npy": ("<f2", (257, 1280)),
+    "dino.npy": ("<f2", (257, -1)),
+}
+"""dtype and shape; -1 is free."""
+
+_JSON_FIELDS = ("key", "part", "row", "url", "text", "sha256", "width", "height", "bbox", "kps", "det_score", "face_px")
+_ROUNDED = 1e-4
+"""The json holds measurements with four decimals."""
+
+
+def sample_problems(sample: Sample, record: Mapping[str, Any] | None) -> Iterator[str]:
+    """What is wrong with a sample, whose ledger row is `record`; nothing when all is well."""
+    if record is None:
+        yield "the ledger does not keep it"
+    unknown, missing = sorted(set(sample.files) - set(SUFFIXES)), sorted(set(_REQUIRED) - set(sample.files))
+    if unknown:
+        yield f"unknown files: {', '.join(unknown)}"
+    if missing:
+        yield f"missing files: {', '.join(missing)}"
+    if not any(wanted <= set(sample.files) for wanted in _FEATURES):
+        yield "no image features: neither clip.npy with clip_hidden.npy nor dino.npy"
+    for suffix, shape in (("face.jpg", (FACE_SIZE, FACE_SIZE)), ("mask.png", (FACE_SIZE, FACE_SIZE))):
+        if suffix in sample.files:
+            yield from _image_problems(suffix, sample.files[suffix], shape)
+    for suffix in _ARRAYS:
+        if suffix in sample.files:
+            yield from _array_problems(suffix, sample.files[suffix])
+    if "json" in sample.files:
+        yield from _json_problems(sample, record)
+
+
+def _image_problems(suffix: str, data: bytes, size: tuple[int, int]) -> Iterator[str]:
+    """`size` is (width, height), pixels; nothing larger is ever decoded."""
+    header = sniff(data)
+    wanted = "PNG" if suffix.endswith("png") else "JPEG"
+    if header is None or header.format != wanted:
+        yield f"{suffix} is not a {wanted}"
+        return
+    if (header.width, header.height) != size:
+        yield f"{suffix} is {header.width} x {header.height} pixels, not {size[0]} x {size[1]}"
+        return
+    try:
+        check_whole(data, header)
+        pixels = decode_png(data) if wanted == "PNG" else decode_jpeg(data)
+    except (Dropped, *DECODER_ERRORS) as error:
+        yield f"{suffix} cannot be decoded: {error}"
+        return
+    if wanted == "JPEG" and pixels.shape != (size[1], size[0], 3):
+        yield f"{suffix} has the shape {pixels.shape}"
+    if wanted == "PNG" and (pixels.shape != (size[1], size[0]) or pixels.dtype != np.uint8 or pixels.max() >= _LABELS):
+        yield f"{suffix} is not a map of {_LABELS} labels, one byte per pixel"
+
+
+def _array_problems(suffix: str, data: bytes) -> Iterator[str]:
+    dtype, shape = _ARRAYS[suffix]
+    array = np.empty([max(side, 1) for side in shape], dtype)
+    if -1 in shape:
+        header_bytes = len(encode_npy(array)) - array.nbytes
+        array = np.empty([*shape[:-1], max((len(data) - header_bytes) // array.nbytes, 1)], dtype)
+    # The header is compared, not parsed: parsing a broken one can raise anything, or ask for any amount of memory.
+    expected = encode_npy(array)
+    if len(data) != len(expected) or data[: -array.nbytes] != expected[: -array.nbytes]:
+        yield f"{suffix} is not an npy of {np.dtype(dtype).name} {shape}"
+        return
+    values = decode_npy(data)
+    if not np.isfinite(values).all():
+        yield f"{suffix} holds numbers that are not finite"
+    elif suffix == "arcface.npy" and abs(float(np.linalg.norm(values)) - 1) >= _NORM_TOLERANCE:
+        yield f"{suffix} has the length {np.linalg.norm(values):.4f}, not 1"
+
+
+def _json_problems(sample: Sample, record: Mapping[str, Any] | None) -> Iterator[str]:
+    try:
+        content = json.loads(sample.files["json"])
+    except (ValueError, RecursionError) as error:
+        yield f"json cannot be parsed: {error}"
+        return
+    if not isinstance(content, dict):
+        yield "json is not an object"
+        return
+    missing = [name for name in (*_JSON_FIELDS, "crops", "schema_version") if name not in content]
+    if missing:
+        yield f"json lacks {', '.join(missing)}"
+    if content.get("key", sample.key) != sample.key:
+        yield f"json is that of the key {content['key']!r}"
+    if content.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+        yield f"json has the schema version {content['schema_version']!r}"
+    for name in sorted(set(content) & set(record or {})):
+        if COLUMNS[name].ledger and not _equal(content[name], (record or {})[name]):
+            yield f"json and ledger differ in {name}"
+    yield from _crop_problems(sample, content.get("crops"))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, float) or isinstance(other, float):
+        numbers = isinstance(one, int | float) and isinstance(other, int | float)
+        return numbers and math.isclose(one, other, rel_tol=1e-6, abs_tol=_ROUNDED)
+    return bool(one == other)
+
+
+def _crop_problems(sample: Sample, crops: Any) -> Iterator[str]:
+    """Where the crops are not those that the json describes: there with their size, or absent with a reason."""
+    for name in _CROPS:
+        told, suffix = crops.get(name) if isinstance(crops, dict) else None, f"{name}.jpg"
+        if not isinstance(told, dict):
+            yield f"json does not describe {suffix}"
+        elif suffix not in sample.files:
+            if not told.get("absent"):
+                yield f"{suffix} is absent, and json does not say why"
+        elif not _is_size(told.get("size")):
+            yield f"json does not give the size of {suffix}"
+        else:
+            width, height = told["size"]
+            if name in _SQUARE and width != height:
+                yield f"{suffix} is not square"
+            yield from _image_problems(suffix, sample.files[suffix], (width, height))
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(side) is int and side > 0 for side in value)
