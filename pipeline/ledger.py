@@ -172,8 +172,8 @@ def funnel(out: Path) -> Funnel:
     left = rows_in = total.total()
     rows = []
     for stage in STAGES:
-        dropped = {verdict: n for (said, verdict), n in total.most_common() if said == stage and verdict != KEPT}
-        rows.append(FunnelRow(stage, left, dropped))
+        dropped = [(verdict, n) for (said, verdict), n in total.items() if said == stage and verdict != KEPT]
+        rows.append(FunnelRow(stage, left, dict(sorted(dropped, key=lambda entry: (-entry[1], entry[0])))))
         left = rows[-1].rows_left
     return Funnel(len(shards), rows_in, tuple(rows))
 
@@ -196,9 +196,8 @@ def _counted(manifest: Manifest, ledger: pa.Table) -> Counter[tuple[str, str]]:
 
 def funnel_table(funnel: Funnel) -> Table:
     """The funnel for a terminal or a log: a line per stage, and one per reason below it."""
-    table = Table(
-        "stage", "rows", "%", title=f"Funnel of {funnel.shards:,} shards", title_justify="left", box=box.ASCII
-    )
+    title = f"Funnel of {funnel.shards:,} shard{'' if funnel.shards == 1 else 's'}"
+    table = Table("stage", "rows", "%", title=title, title_justify="left", box=box.ASCII)
     table.columns[1].justify = table.columns[2].justify = "right"
     for row in funnel.rows:
         table.add_row(row.stage, *_numbers(funnel, row.rows_in))

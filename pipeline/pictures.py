@@ -17,14 +17,14 @@ _LABEL_WEIGHT = 0.55
 
 # fmt: off
 LABEL_COLOURS: dict[str, tuple[int, int, int]] = {
-    "background": (40, 40, 40), "skin": (244, 178, 128), "left brow": (140, 86, 75), "right brow": (196, 132, 110),
-    "left eye": (31, 119, 180), "right eye": (110, 190, 235), "glasses": (23, 190, 207), "left ear": (188, 189, 34),
-    "right ear": (219, 219, 110), "earring": (255, 215, 0), "nose": (44, 160, 44), "mouth": (130, 20, 50),
-    "upper lip": (227, 60, 90), "lower lip": (255, 110, 160), "neck": (152, 210, 138), "necklace": (255, 160, 20),
-    "cloth": (127, 127, 127), "hair": (148, 103, 189), "hat": (90, 60, 200),
+    "background": (40, 40, 40), "skin": (60, 130, 255), "left brow": (160, 90, 40), "right brow": (200, 140, 70),
+    "left eye": (255, 255, 255), "right eye": (200, 255, 255), "glasses": (0, 200, 210), "left ear": (150, 190, 40),
+    "right ear": (200, 230, 90), "earring": (255, 215, 0), "nose": (50, 190, 90), "mouth": (120, 0, 40),
+    "upper lip": (230, 40, 80), "lower lip": (255, 110, 160), "neck": (120, 90, 230), "necklace": (255, 160, 20),
+    "cloth": (127, 127, 127), "hair": (225, 60, 200), "hat": (255, 120, 60),
 }
 # fmt: on
-"""CelebAMask label -> RGB, in BiSeNet order: the n-th is the colour of label n."""
+"""CelebAMask label -> RGB, in BiSeNet order: the n-th is the colour of label n. No skin is blue: it shows on all."""
 
 
 def data_uri(jpeg: bytes) -> str:
@@ -37,7 +37,9 @@ def reduced(image: Image, side: int) -> bytes:
     return encode_jpeg(shrink(image, side), _QUALITY)
 
 
-def marked(image: Image, side: int, frame: npt.ArrayLike, bbox: npt.ArrayLike | None, kps: npt.ArrayLike | None) -> bytes:
+def marked(
+    image: Image, side: int, frame: npt.ArrayLike, bbox: npt.ArrayLike | None, kps: npt.ArrayLike | None
+) -> bytes:
     """A reduced photo with its face box and five points drawn, as JPEG.
 
     Args:
@@ -48,26 +50,28 @@ def marked(image: Image, side: int, frame: npt.ArrayLike, bbox: npt.ArrayLike | 
         kps: (5, 2), pixels of the photo, or None.
     """
     canvas = shrink(image, side).copy()
-    corner, extent = np.asarray(frame, np.float64).reshape(2, 2)[0], np.diff(np.reshape(frame, (2, 2)), axis=0)[0]
-    scale = np.array([canvas.shape[1], canvas.shape[0]]) / extent
-    thickness = max(1, round(max(canvas.shape) / 200))
+    corners = np.asarray(frame, np.float64).reshape(2, 2)
+    scale = np.array([canvas.shape[1], canvas.shape[0]]) / (corners[1] - corners[0])
+    thickness = max(1, round(max(canvas.shape) / 220))
     if bbox is not None:
-        first, second = _pixels((np.reshape(bbox, (2, 2)) - corner) * scale)
+        first, second = _pixels((np.reshape(bbox, (2, 2)) - corners[0]) * scale)
         cv2.rectangle(canvas, first, second, _BOX_COLOUR, thickness, cv2.LINE_AA)
     if kps is not None:
-        for point, colour in zip(_pixels((np.asarray(kps) - corner) * scale), _POINT_COLOURS, strict=True):
-            cv2.circle(canvas, point, thickness + 1, colour, cv2.FILLED, cv2.LINE_AA)
+        points = (np.asarray(kps) - corners[0]) * scale
+        radius = int(np.clip(np.nan_to_num(np.ptp(points[:, 1])) / 12, 1, 2 * thickness))
+        for point, colour in zip(_pixels(points), _POINT_COLOURS, strict=True):
+            cv2.circle(canvas, point, radius, colour, cv2.FILLED, cv2.LINE_AA)
     return encode_jpeg(canvas, _QUALITY)
 
 
 def _pixels(points: npt.NDArray[Any]) -> list[tuple[int, int]]:
-    """(N, 2) positions as OpenCV wants them; those far outside a picture, or undefined, are moved where none sees them."""
+    """(N, 2) positions as OpenCV wants them; undefined ones, and those far away, are put where none sees them."""
     safe = np.clip(np.nan_to_num(points, nan=-1e4, posinf=1e4, neginf=-1e4), -1e4, 1e4)
     return [(int(x), int(y)) for x, y in safe.round()]
 
 
 def masked(face: Image, mask: npt.NDArray[np.uint8], side: int) -> bytes:
-    """A face (H, W, 3) RGB under the colours of its labels (H, W), as JPEG; labels beyond the 19 count as background."""
+    """A face (H, W, 3) RGB under the colours of its labels (H, W), as JPEG; unknown labels are black."""
     colours = np.zeros((256, 3), np.float32)
     colours[: len(LABEL_COLOURS)] = list(LABEL_COLOURS.values())
     mixed = face * (1 - _LABEL_WEIGHT) + colours[mask] * _LABEL_WEIGHT

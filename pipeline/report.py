@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import jinja2
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.ledger import UNREADABLE, Funnel, funnel, read_ledger, read_manifests, shards_folder
@@ -59,6 +61,8 @@ class Card:
     url: str
     facts: list[str]
     pictures: list[Picture] = field(default_factory=list)
+    labels: frozenset[int] = frozenset()
+    """Labels that occur in its mask."""
 
     @property
     def length(self) -> int:
@@ -108,14 +112,15 @@ def _environment() -> jinja2.Environment:
 def _context(out: Path) -> dict[str, Any]:
     manifests, dataset, counted = read_manifests(out), _dataset(out), funnel(out)
     first = manifests[0] if manifests else None
-    labels: set[int] = set()
+    samples = list(_kept_cards(out, manifests))
+    labels = frozenset[int]().union(*(card.labels for card in samples))
     return {
         "profile": first.profile if first else dataset.get("profile", ""),
         "plan_digest": first.plan_digest if first else dataset.get("plan_digest", ""),
         "models": first.models if first else [],
         "finished": "shards" in dataset,
         "funnel": counted,
-        "samples": list(_kept_cards(out, manifests, labels)),
+        "samples": samples,
         "reasons": list(_reasons(out, manifests, counted)),
         "labels": [(name, rgb) for n, (name, rgb) in enumerate(LABEL_COLOURS.items()) if n in labels and n],
     }
@@ -149,15 +154,14 @@ def quotas(manifests: Sequence[Manifest], wanted: int) -> Counter[str]:
     return given
 
 
-def _kept_cards(out: Path, manifests: list[Manifest], labels: set[int]) -> Iterator[Card]:
-    """Cards of kept samples; the labels of their masks are added to `labels`."""
+def _kept_cards(out: Path, manifests: list[Manifest]) -> Iterator[Card]:
     length, kept = 0, {manifest.shard: manifest.kept for manifest in manifests}
     for shard, quota in sorted(quotas(manifests, _SAMPLES).items()):
         path, stride = out / "shards" / f"{shard}.tar", min(_STRIDE, kept[shard] // quota)
         for sample in islice(unpack(path), 0, quota * stride, stride):
             try:
-                card = _kept_card(sample, labels)
-            except (CorruptShardError, LookupError, TypeError, *DECODER_ERRORS) as error:
+                card = _kept_card(sample)
+            except DECODER_ERRORS as error:
                 raise CorruptShardError(f"{path.name}: {sample.key} cannot be shown: {error}") from error
             length += card.length
             if length > _PICTURE_BYTES:
@@ -165,23 +169,18 @@ def _kept_cards(out: Path, manifests: list[Manifest], labels: set[int]) -> Itera
             yield card
 
 
-def _kept_card(sample: Sample, labels: set[int]) -> Card:
+def _kept_card(sample: Sample) -> Card:
     content = json.loads(sample.files["json"])
     crops = {name: decode_jpeg(sample.files[f"{name}.jpg"]) for name in _CROPS if f"{name}.jpg" in sample.files}
     face, mask = decode_jpeg(sample.files["face.jpg"]), decode_png(sample.files["mask.png"])
-    labels.update(np.unique(mask).tolist())
-    return Card(
-        sample.key,
-        _shortened(content["text"]),
-        _shortened(content["url"]),
-        _facts(content),
-        [
-            _photo(content, crops),
-            Picture("face", data_uri(reduced(face, _CROP_PX))),
-            Picture("mask", data_uri(masked(face, mask, _CROP_PX))),
-            *(_crop(name, content["crops"][name], crops.get(name)) for name in ("portrait", "half")),
-        ],
-    )
+    pictures = [
+        _photo(content, crops),
+        Picture("face", data_uri(reduced(face, _CROP_PX))),
+        Picture("mask", data_uri(masked(face, mask, _CROP_PX))),
+        *(_crop(name, content["crops"][name], crops.get(name)) for name in ("portrait", "half")),
+    ]
+    text, url = _shortened(content["text"]), _shortened(content["url"])
+    return Card(sample.key, text, url, _facts(content), pictures, frozenset(np.unique(mask).tolist()))
 
 
 def _photo(content: dict[str, Any], crops: dict[str, Image]) -> Picture:
@@ -203,7 +202,7 @@ def _crop(name: str, told: dict[str, Any], crop: Image | None) -> Picture:
 
 _FACTS = {
     "face_px": "face {:.0f} px",
-    "n_faces": "{} faces",
+    "n_faces": "faces {}",
     "det_score": "score {:.2f}",
     "second_score": "second {:.2f}",
     "sharpness": "sharpness {:.0f}",
@@ -236,14 +235,44 @@ def _reasons(out: Path, manifests: list[Manifest], counted: Funnel) -> Iterator[
 
 
 def _sentence(reason: str) -> str:
-    return DropReason(reason).sentence if reason in set(DropReason) else ""
+    return next((known.sentence for known in DropReason if known == reason), "")
 
 
 def _drop_cards(out: Path, manifests: list[Manifest], reason: str) -> list[Card]:
-    """A few rows that were dropped for a reason: from different shards, those with a picture first."""
-    found: list[tuple[bool, int, Card]] = []
+    """A few rows that were dropped for a reason: from several shards, those with a picture first."""
+    ranked: list[tuple[bool, int, Card]] = []
     for manifest in spread([manifest for manifest in manifests if manifest.dropped.get(reason)], _DROPS):
         thumbnails = _thumbnails(out, manifest.shard, reason)
-        rows = read_ledger(out, manifest.shard, _DROP_COLUMNS, reason)
-        records = [record for key in thumbnails for record in rows.filter(rows["key"].)]
-    return []
+        for rank, record in enumerate(_examples(out, manifest.shard, reason, thumbnails)):
+            card = _drop_card(record, thumbnails.get(record["key"]))
+            ranked.append((not card.pictures, rank, card))
+    ranked.sort(key=lambda entry: entry[:2])
+    return [card for *_, card in ranked[:_DROPS]]
+
+
+def _thumbnails(out: Path, shard: str, reason: str) -> dict[str, bytes]:
+    """Key -> JPEG of some dropped photos; none where the disposable file is gone or damaged."""
+    try:
+        table = pq.ParquetFile(out / "drops" / f"{shard}.parquet").read(columns=["key", "verdict", "thumbnail"])
+        return {row["key"]: row["thumbnail"] for row in table.to_pylist() if row["verdict"] == reason}
+    except UNREADABLE:
+        return {}
+
+
+def _examples(out: Path, shard: str, reason: str, thumbnails: dict[str, bytes]) -> list[dict[str, Any]]:
+    """Ledger rows that were dropped for a reason, those with a thumbnail first."""
+    rows = read_ledger(out, shard, _DROP_COLUMNS, reason)
+    pictured = pc.is_in(rows["key"], pa.array(list(thumbnails), pa.string()))
+    chosen = pa.concat_tables([rows.filter(pictured), rows.filter(pc.invert(pictured))]).slice(0, _DROPS)
+    records: list[dict[str, Any]] = chosen.to_pylist()
+    return records
+
+
+def _drop_card(record: dict[str, Any], thumbnail: bytes | None) -> Card:
+    card = Card(record["key"], "", _shortened(record["url"]), _facts(record))
+    if thumbnail is not None:
+        image = decode_jpeg(thumbnail)
+        height, width = image.shape[:2]
+        frame = (0, 0, record["width"] or width, record["height"] or height)
+        card.pictures.append(Picture("", data_uri(marked(image, _DROP_PX, frame, record["bbox"], record["kps"]))))
+    return card

@@ -59,6 +59,8 @@ def spans_a_face(bbox: npt.ArrayLike | None, kps: npt.ArrayLike | None) -> bool:
     box, points = np.asarray(bbox, np.float64), np.asarray(kps, np.float64)
     if not (np.isfinite(box).all() and np.isfinite(points).all()):
         return False
-    eye_distance = np.hypot(*(points[1] - points[0]))
+    long_side, eye_distance = (box[2:] - box[:2]).max(), np.hypot(*(points[1] - points[0]))
+    if long_side <= 0 or eye_distance < _MIN_EYE_DISTANCE * long_side:
+        return False
     along, across = np.linalg.svd(points - points.mean(axis=0), compute_uv=False)
-    return bool(eye_distance >= _MIN_EYE_DISTANCE * (box[2:] - box[:2]).max() > 0 and across >= _MIN_SPREAD * along)
+    return bool(across >= _MIN_SPREAD * along)

@@ -7,11 +7,15 @@ import inspect
 import pkgutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from schemas.columns import COLUMNS, SEED
 from schemas.drops import DropReason
@@ -148,6 +152,15 @@ def test_schemas_use_only_numpy_and_pyarrow() -> None:
     allowed = sys.stdlib_module_names | {"schemas", "numpy", "pyarrow"}
     wrong = [i for i in imports() if inside(i.importer, "schemas") and i.target.partition(".")[0] not in allowed]
     assert not wrong, listing(wrong)
+
+
+def test_every_library_in_use_is_a_declared_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["cpu"]]
+    declared = {canonicalize_name(Requirement(line).name) for line in lines}
+    owners = metadata.packages_distributions()
+    libraries = {i.target.partition(".")[0] for i in imports()} - sys.stdlib_module_names - set(PACKAGES)
+    assert not {name for name in libraries if not declared & {canonicalize_name(owner) for owner in owners[name]}}
 
 
 def test_only_the_cluster_imports_ray() -> None:

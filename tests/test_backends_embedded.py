@@ -108,6 +108,14 @@ def test_haar_is_typed_sorted_inside_the_photo_and_repeatable(haar: haar_module.
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
 
 
+def test_haar_boxes_end_where_the_photo_does(haar: haar_module.Haar) -> None:
+    left, top, right, bottom = haar.detect(ASTRONAUT).bbox[0].astype(int)
+    tight = np.ascontiguousarray(ASTRONAUT[top + 8 : bottom - 8, left - 30 : right + 30])
+    faces = haar.detect(cv2.resize(tight, None, fx=4, fy=4))
+    assert faces.score[0] >= 0.5
+    assert (faces.bbox[0][1], faces.bbox[0][3]) == (0, 4 * tight.shape[0])
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (10, 2000), (3000, 3), (19, 19)])
 def test_haar_finds_nothing_in_strips_and_dots(haar: haar_module.Haar, shape: tuple[int, int]) -> None:
     faces = haar.detect(np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8))
@@ -158,7 +166,8 @@ def test_grabcut_keeps_the_face_and_not_the_corners(haar, grabcut, name: str) ->
 def test_grabcut_splits_by_colour(grabcut) -> None:  # type: ignore[no-untyped-def]
     image = np.full((512, 512, 3), (40, 90, 200), np.uint8)
     truth = np.zeros((512, 512), np.uint8)
-    cv2.ellipse(truth, (256, 290), (120, 165), 0, 0, 360, 1, -1)
+    cv2.ellipse(truth, (256, 290), (90, 140), 0, 0, 360, 1, -1)
+    truth[100:290, 166:256] = 1  # no ellipse: the guess alone would be wrong
     image[truth == 1] = (205, 160, 130)
     noise = np.random.default_rng(2).integers(-12, 13, image.shape)
     kps = np.array([[193, 240], [319, 240], [257, 314], [201, 371], [313, 371]], np.float32)

@@ -89,7 +89,7 @@ def test_a_score_at_the_threshold_is_a_face() -> None:
 @pytest.mark.parametrize(
     ("other", "second"),
     [
-        ((10, 10, 90, 90, 0.4), 0.0),  # centre inside
+        ((40, 40, 60, 60, 0.4), 0.0),  # IoU 0.04, centre inside
         ((40, 0, 180, 100, 0.4), 0.0),  # IoU 0.33, centre outside
         ((80, 0, 180, 100, 0.4), 0.4),  # IoU 0.11, centre outside: another face
         ((500, 500, 520, 520, 0.45), 0.45),

@@ -50,15 +50,21 @@ def test_drops_bad_embedding(embedded: pa.Table) -> None:
     assert embedded["arcface"][1].as_py() is None
 
 
-class Undefined:
-    """A recogniser whose numbers overflowed."""
+class Overflown:
+    """A recogniser one of whose numbers is not finite."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
 
     def embed(self, faces: np.ndarray) -> np.ndarray:
-        return np.full((len(faces), 512), np.nan, np.float32)
+        vectors = np.ones((len(faces), 512), np.float32)
+        vectors[:, 7] = self.value
+        return vectors
 
 
-def test_drops_bad_embedding_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(EmbedFace, "__init__", lambda self, settings: setattr(self, "_embedder", Undefined()))
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_drops_bad_embedding_that_is_not_finite(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    monkeypatch.setattr(EmbedFace, "__init__", lambda self, settings: setattr(self, "_embedder", Overflown(value)))
     assert run(FACE)[DROP].to_pylist() == [DropReason.BAD_EMBEDDING]
 
 

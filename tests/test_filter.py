@@ -50,7 +50,7 @@ def test_drops_small_face() -> None:
     "kps",
     [
         [[200.0, 200.0]] * 5,  # one point
-        [[150.0 + 10 * i, 200.0 + 7 * i] for i in range(5)],  # one line
+        [[150.0 + 30 * i, 200.0 + 20 * i] for i in range(5)],  # one line
         [[200.0, 200.0], [205.0, 200.0], *KPS[2:]],  # eyes together: a profile
         [[math.nan, 200.0], *KPS[1:]],
         [*KPS[:4], [math.inf, 0.0]],

@@ -28,8 +28,8 @@ _POINTS = np.array([[0.31, 0.393], [0.69, 0.393], [0.5, 0.608], [0.335, 0.783], 
 
 _MIN_NEIGHBOURS = 3
 _HALF_SCORE_NEIGHBOURS = 10
-"""Overlapping hits that make a score of 0.5. On 30 labelled photos, from which this was chosen, 3 false boxes had 4 or 5
-hits and 15 faces that are alone in their photo 29 to 91; small faces in groups had as few as 4."""
+"""Overlapping hits that make a score of 0.5. On 30 labelled photos, from which this was chosen, 3 false boxes had 4
+or 5 hits, and 15 faces that are alone in their photo 29 to 91; small faces in groups had as few as 4."""
 _MIN_SQUARE = 20
 """The window of the face cascade, pixels of the reduced photo."""
 _SAME_FACE_IOU = 0.3

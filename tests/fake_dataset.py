@@ -1,0 +1,148 @@
+"""Writes small datasets of drawn pictures through the real publisher; loaded by path, since tests import no tests."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config import load_config
+from pipeline.ledger import read_manifests, summary
+from pipeline.plan import Plan, make_plan
+from pipeline.publish import Output, ShardWriter
+from pipeline.runner import WITNESS_SCHEMA, Rows, tombstones
+from schemas.columns import COLUMNS, LEDGER, LEDGER_SCHEMA, schema
+from schemas.names import sample_key
+from schemas.shard import encode_npy
+from stages import STAGES
+from stages.images import encode_jpeg, encode_png
+from stages.pack import Pack
+from stages.settings import Settings
+
+BBOX, KPS = (
+    [400.0, 200.0, 700.0, 600.0],
+    [[480.0, 350.0], [620.0, 350.0], [550.0, 430.0], [490.0, 500.0], [610.0, 500.0]],
+)
+PAYLOAD = tuple(name for name in COLUMNS if name not in ("verdict", "stage"))
+
+
+@cache
+def plan() -> Plan:
+    return make_plan(load_config(None, [], shards="sample"))
+
+
+def drawn(width: int, height: int, seed: int = 0) -> np.ndarray:
+    """A gradient with a disc whose colour tells the seed."""
+    y, x = np.mgrid[:height, :width]
+    image = np.stack([x * 255 // width, y * 255 // height, np.full_like(x, 90)], axis=2).astype(np.uint8)
+    image[np.hypot(x - width / 2, y - height / 2) < min(width, height) / 4] = (seed * 53 % 256, 200, seed * 97 % 256)
+    return image
+
+
+@cache
+def pictures(seed: int) -> dict[str, bytes]:
+    mask = (np.arange(224)[:, None] * 19 // 224 + np.zeros((1, 224))).astype(np.uint8)
+    arcface = np.random.default_rng(seed).normal(size=512).astype(np.float32)
+    return {
+        "face": encode_jpeg(drawn(224, 224, seed), 90),
+        "mask": encode_png(mask),
+        "portrait": encode_jpeg(drawn(600, 600, seed), 90),
+        "full": encode_jpeg(drawn(1280, 1024, seed), 90),
+        "arcface": encode_npy(arcface / np.linalg.norm(arcface)),
+        "dino": encode_npy(np.ones((257, 2), np.float16)),
+    }
+
+
+CROPS = {
+    "portrait": {"box": [250, 100, 850, 700], "size": [600, 600], "face_share": 0.5},
+    "half": {"absent": "the photo is too small"},
+    "full": {"box": [0, 0, 1280, 1024], "size": [1280, 1024], "face_share": 0.4},
+}
+
+
+def record(part: str, row: int, **changes: Any) -> dict[str, Any]:
+    """A kept row with all its files; `changes` may replace any column."""
+    known = {
+        "key": sample_key(part, row),
+        "part": part,
+        "row": row,
+        "url": f"http://photos.example/{part}/{row}.jpg",
+        "text": f"caption of row {row}",
+        "sha256": hashlib.sha256(b"%d" % row).hexdigest(),
+        "n_bytes": 1000 + row,
+        "format": "JPEG",
+        "width": 1280,
+        "height": 1024,
+        "n_faces": 1,
+        "bbox": BBOX,
+        "kps": KPS,
+        "det_score": 0.87,
+        "face_px": 300.0,
+        "second_score": 0.0,
+        "sharpness": 1234.5678,
+        "brightness": 100.0,
+        "roll_deg": -1.5,
+        "mask_share": 0.5,
+        "embedding_norm": 21.25,
+        "punsafe": None,
+        "pwatermark": None,
+        "crops": json.dumps(CROPS),
+        **pictures(row),
+        **changes,
+    }
+    table = pa.Table.from_pylist([known], schema=schema(tuple(name for name in PAYLOAD if name in known)))
+    packed = Pack(Settings()).row({name: table[name][0].as_py() for name in Pack.reads})
+    return {**known, **packed, **{name: value for name, value in changes.items() if name == "json"}}
+
+
+def dead(part: str, row: int, stage: str, verdict: str, image: bytes | None = None, **measured: Any) -> dict[str, Any]:
+    """A dropped row; with `image` its picture goes to OUT/drops."""
+    url = f"http://photos.example/{part}/{row}.jpg"
+    fields = {"key": sample_key(part, row), "part": part, "row": row, "url": url, **measured}
+    return {**fields, "stage": stage, "verdict": verdict, "image": image}
+
+
+def rows(records: Sequence[Mapping[str, Any]]) -> Rows:
+    fallen = [one for one in records if one.get("verdict")]
+    ledger = [LEDGER_SCHEMA.empty_table()]
+    for one in fallen:
+        names = tuple(name for name in LEDGER if name in one and name not in ("verdict", "stage"))
+        table = pa.Table.from_pylist([one], schema=schema(names))
+        ledger.append(tombstones(table, pa.array([one["verdict"]], pa.string()), one["stage"]))
+    witnesses = pa.Table.from_pylist([one for one in fallen if one["image"]], schema=WITNESS_SCHEMA)
+    alive = pa.Table.from_pylist([one for one in records if not one.get("verdict")], schema=schema(PAYLOAD))
+    return Rows(alive, pa.concat_tables(ledger), witnesses)
+
+
+def write(out: Path, shards: Mapping[str, Sequence[Mapping[str, Any]]], *, finish: bool = True) -> Path:
+    """Publish shards of `record` and `dead` rows; with `finish`, dataset.json says that the run came to its end."""
+    output = Output(out)
+    with output.prepared(plan()):
+        for shard, records in shards.items():
+            with ShardWriter(output, shard, plan()) as writer:
+                writer.add(rows(records))
+                writer.publish(len(records))
+        if finish:
+            output.describe(plan(), summary(read_manifests(out)))
+    return out
+
+
+def mixed(part: str, start: int = 0) -> list[dict[str, Any]]:
+    """Six rows: two kept, and drops before the download, at it, at the filter and behind it."""
+    photo = encode_jpeg(drawn(1280, 1024), 90)
+    return [
+        record(part, start),
+        dead(part, start + 1, "metadata", "unsafe"),
+        dead(part, start + 2, "download", "not_found"),
+        dead(part, start + 3, "filter", "small_face", photo, width=1280, height=1024, n_faces=1, face_px=90.0, bbox=BBOX,
+             kps=KPS, det_score=0.7, second_score=0.1),
+        record(part, start + 4),
+        dead(part, start + 5, "segment", "empty_mask", n_faces=1, face_px=150.0, bbox=BBOX, kps=KPS, second_score=0.3),
+    ]  # fmt: skip
+
+
+LAST_STAGE = list(STAGES)[-1]
