@@ -154,6 +154,12 @@ def run(args: argparse.Namespace, port: int, server: int, data: Path, sets: list
         f"per row, {(rows - begun) / elapsed:.1f} rows/s"
     )
     table = sorted(watch.peaks.values(), reverse=True)[:6]
+    costs: dict[str, float] = {}
+    for pid, seconds in watch.cpu.items():
+        name = watch.peaks.get(pid, (0, "?"))[1].split()[0].rsplit("/", 1)[-1]
+        costs[name] = costs.get(name, 0.0) + seconds
+    top = sorted(costs.items(), key=lambda item: -item[1])[:6]
+    Console().print("CPU in all, s: " + "; ".join(f"{seconds:.1f} {name}" for name, seconds in top), soft_wrap=True)
     Console().print("peak memory, MiB: " + "; ".join(f"{peak:.0f} {name}" for peak, name in table), soft_wrap=True)
 
 

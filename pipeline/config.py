@@ -56,9 +56,9 @@ class ExecutorSettings(Section):
     """GPUs to use; asked for and absent is an error."""
     ray_address: str = ""
     """Join this Ray cluster instead of starting one."""
-    batch_rows: int = Field(16, ge=1)
+    batch_rows: int = Field(8, ge=1)
     """Rows that go through the models together."""
-    fetch_ahead: int = Field(8, ge=1)
+    fetch_ahead: int = Field(16, ge=1)
     """Batches per shard that are downloaded while earlier ones are computed."""
 
 

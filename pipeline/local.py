@@ -1,6 +1,7 @@
 """Run a plan in this process, one shard after the other."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 
 from pipeline.plan import Plan
 from pipeline.publish import Output
@@ -17,8 +18,9 @@ def run(plan: Plan, shards: Iterable[Seeds], output: Output) -> Iterator[Event]:
     def compute(batches: Iterator[Rows]) -> Iterator[Rows]:
         return (apply_all(models, rows) for rows in batches)
 
-    for seeds in shards:
-        try:
-            yield from make_shard(plan, seeds, output, worker, compute)
-        except Exception as error:  # the shard's failure is reported, and the run ends with exit code 3
-            yield Finished.failed(seeds.name, error)
+    with closing(worker):
+        for seeds in shards:
+            try:
+                yield from make_shard(plan, seeds, output, worker, compute)
+            except Exception as error:  # the shard's failure is reported, and the run ends with exit code 3
+                yield Finished.failed(seeds.name, error)

@@ -7,6 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+from threadpoolctl import threadpool_limits
+
 from pipeline.plan import Plan, Step
 from pipeline.publish import Output, ShardWriter
 from pipeline.runner import Loaded, Rows, apply_all, split_seeds
@@ -62,6 +64,8 @@ Event = Started | Progress | Finished
 
 def load(plan: Plan, steps: tuple[Step, ...]) -> list[Loaded]:
     """Load stages, and their models, in this process."""
+    # One thread per process: more of them only wait for each other, and fill the cores that other workers have.
+    threadpool_limits(1)
     return [Loaded(step.stage_class()(plan.config), plan.keep_after(step)) for step in steps]
 
 
@@ -89,6 +93,13 @@ class Worker:
         self._fetch = load(plan, plan.at("fetch"))
         self._ahead = plan.config.executor.fetch_ahead
         self.write = load(plan, plan.at("write"))
+
+    def close(self) -> None:
+        """Let go of the fetching stages' threads and connections."""
+        for step in self._fetch:
+            close = getattr(step.stage, "close", None)
+            if close is not None:
+                close()
 
     def fetched(self, batches: Iterator[Rows]) -> Iterator[Rows]:
         """Batches with their images, several being fetched at a time, in order."""

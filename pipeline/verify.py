@@ -16,6 +16,7 @@ from pipeline.ledger import UNREADABLE, counts, read_manifest, shard_names, shar
 from pipeline.publish import DATASET
 from pipeline.unpack import unpack
 from schemas.columns import KEPT, LEDGER_SCHEMA
+from schemas.drops import DropReason
 from schemas.errors import ContractError, CorruptShardError
 from schemas.names import sample_key
 from schemas.shard import Manifest
@@ -114,6 +115,9 @@ def _manifest_problems(out: Path, shard: str, manifest: Manifest) -> Iterator[st
         yield "the text is not that of a manifest as it was written"
     if manifest.shard != shard:
         yield f"it is the manifest of {manifest.shard}"
+    unknown = set(manifest.dropped) - set(DropReason)
+    if unknown:
+        yield f"it counts the unknown reasons {sorted(unknown)}"
     if not manifest.conserves_rows():
         yield f"{manifest.rows_in} rows in, but {manifest.kept} kept + {sum(manifest.dropped.values())} dropped"
     if set(manifest.files) != {f"{shard}.tar", f"{shard}.parquet"}:

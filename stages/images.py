@@ -55,7 +55,7 @@ __all__ = [
 
 cv2.setNumThreads(1)  # the processes of a run are its parallelism
 
-_CACHE_BYTES = 256 * 2**20
+_CACHE_BYTES = 128 * 2**20
 _MAX_THUMBNAIL_PIXELS = 100_000_000
 _THUMBNAIL_QUALITY = 85
 _PNG_LEVEL = 1

@@ -18,7 +18,6 @@ from pipeline.runner import WITNESS_SCHEMA, Rows, tombstones
 from schemas.columns import COLUMNS, LEDGER, LEDGER_SCHEMA, schema
 from schemas.names import sample_key
 from schemas.shard import encode_npy
-from stages import STAGES
 from stages.images import encode_jpeg, encode_png
 from stages.pack import Pack
 from stages.settings import Settings
@@ -134,15 +133,12 @@ def write(out: Path, shards: Mapping[str, Sequence[Mapping[str, Any]]], *, finis
 def mixed(part: str, start: int = 0) -> list[dict[str, Any]]:
     """Six rows: two kept, and drops before the download, at it, at the filter and behind it."""
     photo = encode_jpeg(drawn(1280, 1024), 90)
+    face = {"n_faces": 1, "bbox": BBOX, "kps": KPS, "width": 1280, "height": 1024}
     return [
         record(part, start),
         dead(part, start + 1, "metadata", "unsafe"),
         dead(part, start + 2, "download", "not_found"),
-        dead(part, start + 3, "filter", "small_face", photo, width=1280, height=1024, n_faces=1, face_px=90.0, bbox=BBOX,
-             kps=KPS, det_score=0.7, second_score=0.1),
+        dead(part, start + 3, "filter", "small_face", photo, **face, face_px=90.0, second_score=0.1),
         record(part, start + 4),
-        dead(part, start + 5, "segment", "empty_mask", n_faces=1, face_px=150.0, bbox=BBOX, kps=KPS, second_score=0.3),
-    ]  # fmt: skip
-
-
-LAST_STAGE = list(STAGES)[-1]
+        dead(part, start + 5, "segment", "empty_mask", **face, face_px=150.0, second_score=0.3),
+    ]
