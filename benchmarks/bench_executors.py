@@ -53,6 +53,7 @@ class Handler(BaseHTTPRequestHandler):
         return
 server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 server.daemon_threads = True
+server.handle_error = lambda request, address: None
 print(server.server_port, flush=True)
 server.serve_forever()
 """

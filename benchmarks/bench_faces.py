@@ -76,8 +76,11 @@ def ours(plan: Plan, steps: list[Loaded], files: list[bytes]) -> Rows:
     size = plan.config.executor.batch_rows
     for start in range(0, len(files), size):
         done.append(apply_all(steps, Rows.living(table(files[start : start + size], start))))
+    alive = pa.concat_tables([rows.alive for rows in done])
     return Rows(
-        pa.concat_tables([rows.alive for rows in done]), pa.concat_tables([rows.dead for rows in done]), done[0].witnesses
+        alive,
+        pa.concat_tables([rows.dead for rows in done]),
+        done[0].witnesses,
     )
 
 
@@ -105,8 +108,10 @@ def ratio(label: str, data: Path, files: list[bytes], runs: int) -> None:
     naive(app, files), ours(plan, steps, files)
     pairs = [(cpu(lambda: ours(plan, steps, files)), cpu(lambda: naive(app, files))) for _ in range(runs)]
     ratios = [one / other for one, other in pairs]
-    print(f"{label}: {len(files)} photos, ours/loop = {statistics.median(ratios):.3f} (min {min(ratios):.3f}, "
-          f"max {max(ratios):.3f}); ours {statistics.median(p[0] for p in pairs):.2f} s CPU")
+    print(
+        f"{label}: {len(files)} photos, ours/loop = {statistics.median(ratios):.3f} (min {min(ratios):.3f}, "
+        f"max {max(ratios):.3f}); ours {statistics.median(p[0] for p in pairs):.2f} s CPU"
+    )
 
 
 def overhead(data: Path, files: list[bytes]) -> None:
@@ -149,7 +154,8 @@ def overhead(data: Path, files: list[bytes]) -> None:
     ours(plan, steps, files)
     inside = 0.0
     total = cpu(lambda: ours(plan, steps, files))
-    print(f"overhead: {100 * (total - inside) / inside:.1f} % over models and codecs ({inside:.2f} of {total:.2f} s CPU)")
+    share = 100 * (total - inside) / inside
+    print(f"overhead: {share:.1f} % over models and codecs ({inside:.2f} of {total:.2f} s CPU)")
 
 
 def sameness(data: Path, files: list[bytes]) -> None:
@@ -167,8 +173,10 @@ def sameness(data: Path, files: list[bytes]) -> None:
         face = cv2.imdecode(np.frombuffer(record["face"], np.uint8), cv2.IMREAD_COLOR)
         differences.append(float(np.abs(face.astype(int) - crop.astype(int)).mean()))
         distances.append(float(np.linalg.norm(np.array(record["kps"]) - kps, axis=1).max()))
-    print(f"same face: {len(cosines)} kept; cosine >= {min(cosines):.6f}; crop difference <= {max(differences):.3f} "
-          f"grey levels; points within {max(distances):.4f} px")
+    print(
+        f"same face: {len(cosines)} kept; cosine >= {min(cosines):.6f}; crop difference <= {max(differences):.3f} "
+        f"grey levels; points within {max(distances):.4f} px"
+    )
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The command line: `python -m pipeline dataset | plan | report | verify | models`."""
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ def dataset(
     replan: Annotated[bool, typer.Option(help="Go on in an OUT of another plan; its shards are removed.")] = False,
 ) -> None:
     """Make training shards from metadata parts; a rerun skips what is done."""
-    if "://" in str(out):
+    if re.match(r"\w+:/", str(out)):
         raise OutputError(f"OUT {str(out)!r} is a URL; it must be a folder on a local or mounted disk.")
     with prepared(shards, _config(shards, config, sets, profile, executor, ray_address)) as job:
         code = make_dataset(job, out, console, replan=replan)

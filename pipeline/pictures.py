@@ -57,9 +57,9 @@ def marked(
         first, second = _pixels((np.reshape(bbox, (2, 2)) - corners[0]) * scale)
         cv2.rectangle(canvas, first, second, _BOX_COLOUR, thickness, cv2.LINE_AA)
     if kps is not None:
-        points = (np.asarray(kps) - corners[0]) * scale
-        radius = int(np.clip(np.nan_to_num(np.ptp(points[:, 1])) / 12, 1, 2 * thickness))
-        for point, colour in zip(_pixels(points), _POINT_COLOURS, strict=True):
+        points = _pixels((np.asarray(kps) - corners[0]) * scale)
+        radius = int(np.clip(np.ptp(points, axis=0)[1] / 12, 1, 2 * thickness))
+        for point, colour in zip(points, _POINT_COLOURS, strict=True):
             cv2.circle(canvas, point, radius, colour, cv2.FILLED, cv2.LINE_AA)
     return encode_jpeg(canvas, _QUALITY)
 

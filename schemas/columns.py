@@ -51,9 +51,7 @@ _ALL = (
     # size
     Column("format", pa.string(), "container of the image file as Pillow names it (JPEG, PNG, WEBP, …)"),
     # size; download knows them only of the rows that it drops for their header
-    Column(
-        "width", pa.int32(), "width after the EXIF turn, pixels; the frame of all boxes and points", optional=True
-    ),
+    Column("width", pa.int32(), "width after the EXIF turn, pixels; the frame of all boxes and points", optional=True),
     Column("height", pa.int32(), "height after the EXIF turn, pixels", optional=True),
     # detect
     Column("n_faces", pa.int32(), "faces with a score of at least models.det_thresh"),

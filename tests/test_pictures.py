@@ -13,7 +13,7 @@ KPS = [[300, 200], [400, 200], [350, 260], [310, 320], [390, 320]]
 
 def touched(jpeg):
     """Rows and columns of the pixels that are not grey: y0 x0 y1 x1."""
-    far = np.abs(decode_jpeg(jpeg).astype(int) - 128).max(axis=2) > 40
+    far = np.abs(decode_jpeg(jpeg).astype(int) - 128).max(axis=2) > 70
     places = np.argwhere(far)
     return [*places.min(axis=0), *places.max(axis=0)]
 

@@ -1,0 +1,118 @@
+"""What a user may get wrong: one sentence, exit code 2, nothing written, never a traceback."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.__main__ import app
+from schemas.errors import UserError
+
+EMBEDDED = ["--profile", "embedded", "--executor", "local"]
+
+
+@pytest.fixture
+def part(tmp_path) -> Path:
+    path = tmp_path / "part.parquet"
+    pq.write_table(pa.table({"URL": ["http://127.0.0.1:9/a.jpg"], "WIDTH": [2000], "HEIGHT": [1500]}), path)
+    return path
+
+
+def mistakes(tmp_path: Path, part: Path) -> dict[str, tuple[list[str], str]]:
+    """Words of a call, and what the one sentence must name."""
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1 nonsense PAR1")
+    no_url = tmp_path / "no_url.parquet"
+    pq.write_table(pa.table({"caption": ["x"]}), no_url)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "bad.toml").write_text("[filter\n")
+    return {
+        "unknown word": (["--shards", "nonsense", *EMBEDDED], "nonsense"),
+        "missing part": (["--shards", "laion-part-9", "--set", f"source.root={tmp_path}", *EMBEDDED], str(tmp_path)),
+        "no root": (["--shards", "laion-part-0", *EMBEDDED], "LAION_ROOT"),
+        "unreadable parquet": (["--shards", str(broken), *EMBEDDED], "broken.parquet"),
+        "missing column": (["--shards", str(no_url), *EMBEDDED], "caption"),
+        "out below a file": (["--shards", str(part), "--out", str(tmp_path / "file" / "o"), *EMBEDDED], "cannot be"),
+        "out as a url": (["--shards", str(part), "--out", "s3://bucket/o", *EMBEDDED], "s3:/"),
+        "config typo": (["--shards", str(part), "--set", "filter.min_face=1", *EMBEDDED], "filter.min_face_px"),
+        "config file": (["--shards", str(part), "--config", str(tmp_path / "bad.toml"), *EMBEDDED], "bad.toml"),
+        "missing weights": (["--shards", str(part), "--executor", "local"], "models fetch"),
+        "unknown pack": (["--shards", str(part), "--set", "models.pack=buffalo_x", "--executor", "local"], "buffalo_l"),
+        "unknown executor": (["--shards", str(part), "--executor", "spark"], "executor.name"),
+        "unknown weight": (["--shards", str(part), "--set", "models.paths.yunett=x", *EMBEDDED], "yunet"),
+    }
+
+
+NAMES = (
+    *("unknown word", "missing part", "no root", "unreadable parquet", "missing column", "out below a file"),
+    *("out as a url", "config typo", "config file", "missing weights", "unknown pack", "unknown executor"),
+    "unknown weight",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("command", ["dataset", "plan"])
+def test_a_mistake_is_one_sentence_and_nothing_is_written(name, command, part, tmp_path, monkeypatch):
+    monkeypatch.delenv("LAION_ROOT", raising=False)
+    monkeypatch.setenv("FACESHARDS_MODELS", str(tmp_path / "none"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
+    cases = mistakes(tmp_path, part)
+    assert tuple(cases) == NAMES
+    words, named = cases[name]
+    if command == "plan" and "out" in name:
+        pytest.skip("plan writes nothing")
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, [command, *(["--out", str(out)] if "--out" not in words else []), *words])
+    assert isinstance(result.exception, UserError), result.output
+    assert named in str(result.exception)
+    assert "\n" not in str(result.exception)
+    assert not out.exists()
+
+
+def test_main_turns_a_mistake_into_exit_code_2_without_a_traceback(tmp_path):
+    words = ["dataset", "--shards", "nonsense", "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-m", "pipeline", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [["report"], ["verify"]])
+def test_a_folder_that_is_no_dataset_is_a_mistake(words, tmp_path):
+    result = CliRunner().invoke(app, [*words, str(tmp_path / "nothing")])
+    assert isinstance(result.exception, UserError)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], *([name, "--help"] for name in ("dataset", "plan", "report", "verify", "config", "models"))],
+)
+def test_each_command_explains_itself(words):
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+def test_plan_shows_steps_models_and_work_and_writes_nothing(tmp_path):
+    result = CliRunner().invoke(app, ["plan", "--out", str(tmp_path / "out")], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    for word in ("embed_face", "several_faces", "grabcut", "Intel License", "22 pass the metadata filter", "1 left"):
+        assert word in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_config_lists_every_key():
+    result = CliRunner().invoke(app, ["config"], env={"COLUMNS": "200"})
+    assert "crop.face_share.portrait" in result.output
+
+
+def test_models_are_listed_with_their_licences():
+    result = CliRunner().invoke(app, ["models"], env={"COLUMNS": "250"})
+    assert result.exit_code == 0, result.output
+    assert "buffalo_l" in result.output
+    assert "clip-vit-h" in result.output
