@@ -27,7 +27,7 @@ from rich.console import Console
 
 from pipeline.config import load_config
 from pipeline.publish import Output
-from pipeline.run import _executor, prepared
+from pipeline.run import executor_of, prepared
 from pipeline.shard import Finished, Progress
 
 _SERVER = """
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace, port: int, server: int, data: Path, sets: list
     mark: tuple[float, float, int] | None = None
     with prepared(spec, load_config(None, sets, shards=spec, executor=args.executor)) as job:
         output = Output(folder / "out")
-        start, execute = _executor(args.executor)
+        start, execute = executor_of(job.plan.config)
         with start(job.plan), output.prepared(job.plan):
             watch.start()
             for event in execute(job.plan, job.shards(), output):

@@ -5,8 +5,6 @@ between processes. A task or actor that dies is started again by Ray; a shard is
 that a second attempt is harmless.
 """
 
-import os
-import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,8 +38,6 @@ def started(plan: Plan) -> Iterator[None]:
         if executor.ray_address:
             ray.init(address=executor.ray_address, **quiet)
         else:
-            # A token of this run alone: other users of the machine cannot join, and none is left in the home folder.
-            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
             ray.init(
                 address="local",
                 num_cpus=executor.workers + executor.gpus,
@@ -50,7 +46,7 @@ def started(plan: Plan) -> Iterator[None]:
                 **quiet,
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise PlanError(f"Ray could not be started or joined: {error}.") from error
+        raise PlanError(f"Ray could not be started or joined: {str(error).splitlines()[0]}.") from error
     try:
         _require_resources(plan.pools())
         yield

@@ -12,9 +12,8 @@ from schemas.columns import COLUMNS
 from schemas.record import SCHEMA_VERSION
 from schemas.shard import SUFFIXES, decode_npy, encode_npy
 from stages.align import FACE_SIZE
-from stages.base import Dropped
 from stages.headers import DECODER_ERRORS
-from stages.images import check_whole, decode_jpeg, decode_png, sniff
+from stages.images import decode_jpeg, decode_png, sniff
 
 _REQUIRED = ("json", "face.jpg", "mask.png", "arcface.npy")
 _CROPS = ("portrait", "half", "full")
@@ -69,9 +68,8 @@ def _image_problems(suffix: str, data: bytes, size: tuple[int, int]) -> Iterator
         yield f"{suffix} is {header.width} x {header.height} pixels, not {size[0]} x {size[1]}"
         return
     try:
-        check_whole(data, header)
         pixels = decode_png(data) if wanted == "PNG" else decode_jpeg(data)
-    except (Dropped, *DECODER_ERRORS) as error:
+    except DECODER_ERRORS as error:
         yield f"{suffix} cannot be decoded: {error}"
         return
     if wanted == "JPEG" and pixels.shape != (size[1], size[0], 3):

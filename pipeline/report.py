@@ -229,7 +229,7 @@ def _reasons(out: Path, manifests: list[Manifest], counted: Funnel) -> Iterator[
     left = _DROP_BYTES
     for row in counted.rows:
         for name, count in row.dropped.items():
-            cards = [] if left <= 0 else _drop_cards(out, manifests, name)
+            cards = _drop_cards(out, manifests, name, pictured=left > 0)
             left -= sum(card.length for card in cards)
             yield Reason(name, _sentence(name), count, cards)
 
@@ -238,11 +238,11 @@ def _sentence(reason: str) -> str:
     return next((known.sentence for known in DropReason if known == reason), "")
 
 
-def _drop_cards(out: Path, manifests: list[Manifest], reason: str) -> list[Card]:
+def _drop_cards(out: Path, manifests: list[Manifest], reason: str, *, pictured: bool) -> list[Card]:
     """A few rows that were dropped for a reason: from several shards, those with a picture first."""
     ranked: list[tuple[bool, int, Card]] = []
     for manifest in spread([manifest for manifest in manifests if manifest.dropped.get(reason)], _DROPS):
-        thumbnails = _thumbnails(out, manifest.shard, reason)
+        thumbnails = _thumbnails(out, manifest.shard, reason) if pictured else {}
         for rank, record in enumerate(_examples(out, manifest.shard, reason, thumbnails)):
             card = _drop_card(record, thumbnails.get(record["key"]))
             ranked.append((not card.pictures, rank, card))

@@ -1,5 +1,7 @@
 """`dataset` and `plan`: from SHARDS and a config to shards on disk, whoever executes."""
 
+import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from rich.console import Console
 
 from pipeline import local
 from pipeline.config import Config
-from pipeline.ledger import read_manifests
+from pipeline.ledger import read_manifests, summary
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import Screen
 from pipeline.publish import Output
@@ -23,7 +25,6 @@ from pipeline.shard import Event, Finished
 from pipeline.source import Part, Seeds, find_parts, iter_shards
 from schemas.errors import ExitCode, UserError
 from schemas.names import SAMPLE, split_spec
-from schemas.shard import digest
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,14 @@ def make_dataset(job: Job, out: Path, console: Console, *, replan: bool = False)
         UserError: before anything is written.
     """
     output = Output(out)
-    start, execute = _executor(job.plan.config.executor.name)
+    start, execute = executor_of(job.plan.config)
     failed: list[str] = []
     with start(job.plan), output.prepared(job.plan, replan=replan), Screen(console, job.rows) as screen:
         for event in execute(job.plan, _pending(job, output, screen, failed), output):
             screen.show(event)
             if isinstance(event, Finished) and event.manifest is None:
                 failed.append(event.shard)
-        output.describe(job.plan, summary(out))
+        output.describe(job.plan, summary(read_manifests(out)))
     write_report(out)
     return ExitCode.SHARDS_FAILED if failed else ExitCode.OK
 
@@ -97,9 +98,14 @@ def make_dataset(job: Job, out: Path, console: Console, *, replan: bool = False)
 Execute = Callable[[Plan, Iterable[Seeds], Output], Iterator[Event]]
 
 
-def _executor(name: str) -> tuple[Callable[[Plan], AbstractContextManager[Any]], Execute]:
-    if name == "local":
+def executor_of(config: Config) -> tuple[Callable[[Plan], AbstractContextManager[Any]], Execute]:
+    """What starts the config's executor, and what runs a plan on it."""
+    if config.executor.name == "local":
         return lambda plan: nullcontext(), local.run
+    if not config.executor.ray_address:
+        # Read when Ray is imported. A token of this run alone: other users of the machine cannot join its Ray, and no
+        # token file is left in the home folder.
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     from pipeline import cluster  # Ray takes seconds to import
 
     return cluster.started, cluster.run
@@ -116,19 +122,3 @@ def _pending(job: Job, output: Output, screen: Screen, failed: list[str]) -> Ite
     except UserError as error:
         screen.show(Finished.failed("metadata", error))
         failed.append("metadata")
-
-
-def summary(out: Path) -> dict[str, Any]:
-    """What the manifests of an OUT add up to, for dataset.json."""
-    manifests = read_manifests(out)
-    dropped: dict[str, int] = {}
-    for manifest in manifests:
-        for reason, count in manifest.dropped.items():
-            dropped[reason] = dropped.get(reason, 0) + count
-    return {
-        "shards": [manifest.shard for manifest in manifests],
-        "rows_in": sum(manifest.rows_in for manifest in manifests),
-        "kept": sum(manifest.kept for manifest in manifests),
-        "dropped": dropped,
-        "dataset_digest": digest({manifest.shard: manifest.files for manifest in manifests}),
-    }

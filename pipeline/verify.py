@@ -134,9 +134,9 @@ def _file_problems(path: Path, manifest: Manifest) -> Iterator[str]:
         yield f"cannot be read: {error.strerror}"
         return
     if size != claimed.get("bytes"):
-        yield f"it has {size} bytes; the manifest says {claimed.get('bytes')}"
+        yield f"it has {size} bytes; {manifest.shard}.json says {claimed.get('bytes')}"
     if sha256 != claimed.get("sha256"):
-        yield "its sha256 is not that of the manifest"
+        yield f"its sha256 is not the one in {manifest.shard}.json"
 
 
 def _content_problems(out: Path, shard: str, manifest: Manifest) -> Iterator[Problem]:

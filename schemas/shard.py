@@ -7,8 +7,10 @@ Array files are npy without pickles; all images are RGB.
 import hashlib
 import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -40,16 +42,24 @@ def encode_npy(array: npt.NDArray[Any]) -> bytes:
 
 
 def decode_npy(data: bytes) -> npt.NDArray[Any]:
-    """The array in the bytes of an npy file; pickled objects are refused.
+    """The array in the bytes of an npy file, version 1.0; pickled objects are refused, and so is any wrong length.
 
     Raises:
-        CorruptShardError: when the bytes are no npy file.
+        CorruptShardError: when the bytes are no such file.
     """
+    stream = io.BytesIO(data)
     try:
-        array: npt.NDArray[Any] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError("not version 1.0")
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+        count = math.prod(shape)
+        # Compared before anything is allocated: a damaged header may claim any shape.
+        if dtype.hasobject or count * dtype.itemsize != len(data) - stream.tell():
+            raise ValueError("the header does not fit the length, or asks for pickled objects")
+        array: npt.NDArray[Any] = np.frombuffer(data, dtype, count, stream.tell())
+        return array.reshape(shape, order="F" if fortran_order else "C")
+    except (ValueError, TypeError, SyntaxError, OverflowError, RecursionError, MemoryError, TokenError) as error:
         raise CorruptShardError(f"not an npy file: {error}") from error
-    return array
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,20 @@ class Manifest:
         """Whether every row in is either kept or dropped for a reason."""
         return self.rows_in == self.kept + sum(self.dropped.values())
 
+    def _has_its_types(self) -> bool:
+        words: list[object] = [self.shard, self.profile, self.plan_digest]
+        numbers: list[object] = [self.rows_in, self.kept]
+        if not (isinstance(self.dropped, dict) and isinstance(self.files, dict) and isinstance(self.models, list)):
+            return False
+        entries = [*self.files.values(), *self.models]
+        if not all(isinstance(entry, dict) for entry in entries):
+            return False
+        numbers += [*self.dropped.values(), *(entry.get("bytes") for entry in self.files.values())]
+        words += [entry.get("sha256") for entry in entries]
+        return all(isinstance(word, str) for word in words) and all(
+            type(number) is int and number >= 0 for number in numbers
+        )
+
     def to_json(self) -> str:
         """The manifest as stable, readable JSON text."""
         return json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -87,8 +111,10 @@ class Manifest:
         try:
             fields = json.loads(text)
             manifest = Manifest(**{name: fields[name] for name in Manifest.__dataclass_fields__})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorruptShardError(f"not a manifest: {type(error).__name__}: {error}") from error
+        if not manifest._has_its_types():
+            raise CorruptShardError("not a manifest: a field has another type")
         if manifest.schema_version != SCHEMA_VERSION:
             raise CorruptShardError(f"schema version {manifest.schema_version}; this faceshards reads {SCHEMA_VERSION}")
         return manifest

@@ -10,7 +10,8 @@ from schemas.columns import COLUMNS
 from schemas.errors import CorruptShardError
 from schemas.shard import SUFFIXES, Manifest, decode_npy, digest, encode_npy
 
-MANIFEST = Manifest("p-00000", "embedded", "ab", 3, 1, {"no_face": 2, "unsafe": 0}, [], {"p-00000.tar": {"bytes": 1}})
+FILES = {"p-00000.tar": {"bytes": 1, "sha256": "ab"}}
+MANIFEST = Manifest("p-00000", "embedded", "ab", 3, 1, {"no_face": 2, "unsafe": 0}, [], FILES)
 
 
 @given(hnp.arrays(st.sampled_from([np.float16, np.float32, np.uint8]), hnp.array_shapes(max_dims=3, max_side=5)))
@@ -54,6 +55,25 @@ def test_a_manifest_of_another_schema_version_is_refused():
     text = json.dumps({**json.loads(MANIFEST.to_json()), "schema_version": 99})
     with pytest.raises(CorruptShardError, match="99"):
         Manifest.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"kept": "1"}, {"kept": -1}, {"kept": True}, {"files": {"x": 1}}, {"files": {"x": {"bytes": 1}}}, {"models": {}}],
+)
+def test_a_field_of_another_type_is_a_corrupt_shard(change):
+    with pytest.raises(CorruptShardError, match="another type"):
+        Manifest.from_json(json.dumps({**json.loads(MANIFEST.to_json()), **change}))
+
+
+def test_a_header_that_claims_another_shape_is_refused_before_memory_is_taken():
+    data = encode_npy(np.zeros(8, np.float32))
+    with pytest.raises(CorruptShardError):
+        decode_npy(data.replace(b"(8,), }          ", b"(99999999999,), }"))
+    with pytest.raises(CorruptShardError):
+        decode_npy(data[:-1])
+    with pytest.raises(CorruptShardError):
+        decode_npy(data + b"x")
 
 
 def test_each_file_of_a_sample_is_a_payload_column_and_suffixes_are_sorted():

