@@ -225,13 +225,15 @@ def _shortened(text: str | None) -> str:
 
 
 def _reasons(out: Path, manifests: list[Manifest], counted: Funnel) -> Iterator[Reason]:
-    """Examples per reason, in the funnel's order."""
+    """Examples per reason, whichever stages gave it, in the funnel's order."""
     left = _DROP_BYTES
+    totals: Counter[str] = Counter()
     for row in counted.rows:
-        for name, count in row.dropped.items():
-            cards = _drop_cards(out, manifests, name, pictured=left > 0)
-            left -= sum(card.length for card in cards)
-            yield Reason(name, _sentence(name), count, cards)
+        totals.update(row.dropped)
+    for name, count in totals.items():
+        cards = _drop_cards(out, manifests, name, pictured=left > 0)
+        left -= sum(card.length for card in cards)
+        yield Reason(name, _sentence(name), count, cards)
 
 
 def _sentence(reason: str) -> str:
