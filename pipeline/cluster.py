@@ -5,6 +5,7 @@ between processes. A task or actor that dies is started again by Ray; a shard is
 that a second attempt is harmless.
 """
 
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from pipeline.source import Seeds
 from schemas.errors import PlanError
 
 _RETRIES = 3
+_REACH_S = 10.0
 _IN_FLIGHT_PER_SHARD = 2
 """Batches of one shard in the models at a time: one is computed, the next lies ready."""
 
@@ -36,6 +38,7 @@ def started(plan: Plan) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if executor.ray_address:
+            _require_reachable(executor.ray_address)
             ray.init(address=executor.ray_address, **quiet)
         else:
             ray.init(
@@ -45,13 +48,20 @@ def started(plan: Plan) -> Iterator[None]:
                 _node_ip_address="127.0.0.1",
                 **quiet,
             )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise PlanError(f"Ray could not be started or joined: {str(error).splitlines()[0]}.") from error
     try:
         _require_resources(plan.pools())
         yield
     finally:
         ray.shutdown()
+
+
+def _require_reachable(address: str) -> None:
+    """Fail at once where nobody listens: Ray itself would try for a minute, and say so in many lines."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host, int(port)), _REACH_S).close()
 
 
 def _require_resources(pools: Sequence[Pool]) -> None:
@@ -62,7 +72,7 @@ def _require_resources(pools: Sequence[Pool]) -> None:
     ):
         if need > have.get(resource, 0) + 1e-6:
             raise PlanError(
-                f"The plan needs {need:g} {resource}s, but Ray has {have.get(resource, 0):g}: "
+                f"The plan needs {need:g} {resource}, but Ray has {have.get(resource, 0):g}: "
                 "lower executor.workers or executor.gpus."
             )
 

@@ -57,8 +57,8 @@ def prepared(spec: str, config: Config) -> Iterator[Job]:
     """
     words = split_spec(spec)
     with _sample(config) if SAMPLE in words else nullcontext((config, Path())) as (config, sample):
-        plan = make_plan(config)
-        yield Job(plan, tuple(find_parts(spec_with(words, sample), config.source)))
+        parts = find_parts(spec_with(words, sample), config.source)
+        yield Job(make_plan(config), tuple(parts))
 
 
 def spec_with(words: list[str], sample: Path) -> str:
@@ -101,7 +101,7 @@ Execute = Callable[[Plan, Iterable[Seeds], Output], Iterator[Event]]
 def executor_of(config: Config) -> tuple[Callable[[Plan], AbstractContextManager[Any]], Execute]:
     """What starts the config's executor, and what runs a plan on it."""
     if config.executor.name == "local":
-        return lambda plan: nullcontext(), local.run
+        return local.started, local.run
     if not config.executor.ray_address:
         # Read when Ray is imported. A token of this run alone: other users of the machine cannot join its Ray, and no
         # token file is left in the home folder.

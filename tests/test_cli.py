@@ -41,6 +41,9 @@ def mistakes(tmp_path: Path, part: Path) -> dict[str, tuple[list[str], str]]:
         "config typo": (["--shards", str(part), "--set", "filter.min_face=1", *EMBEDDED], "filter.min_face_px"),
         "config file": (["--shards", str(part), "--config", str(tmp_path / "bad.toml"), *EMBEDDED], "bad.toml"),
         "missing weights": (["--shards", str(part), "--executor", "local"], "models fetch"),
+        "unknown word, no weights": (["--shards", "smaple"], "smaple"),
+        "absent gpu": (["--shards", str(part), "--set", "executor.gpus=64", *EMBEDDED], "executor.gpus is 64"),
+        "absent cluster": (["--shards", str(part), "--ray-address", "127.0.0.1:1", *EMBEDDED[:2]], "joined"),
         "unknown pack": (["--shards", str(part), "--set", "models.pack=buffalo_x", "--executor", "local"], "buffalo_l"),
         "unknown executor": (["--shards", str(part), "--executor", "spark"], "executor.name"),
         "unknown weight": (["--shards", str(part), "--set", "models.paths.yunett=x", *EMBEDDED], "yunet"),
@@ -49,8 +52,8 @@ def mistakes(tmp_path: Path, part: Path) -> dict[str, tuple[list[str], str]]:
 
 NAMES = (
     *("unknown word", "missing part", "no root", "unreadable parquet", "missing column", "out below a file"),
-    *("out as a url", "config typo", "config file", "missing weights", "unknown pack", "unknown executor"),
-    "unknown weight",
+    *("out as a url", "config typo", "config file", "missing weights", "unknown word, no weights"),
+    *("absent gpu", "absent cluster", "unknown pack", "unknown executor", "unknown weight"),
 )
 
 
@@ -63,8 +66,8 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(name, command, part, t
     cases = mistakes(tmp_path, part)
     assert tuple(cases) == NAMES
     words, named = cases[name]
-    if command == "plan" and "out" in name:
-        pytest.skip("plan writes nothing")
+    if command == "plan" and ("out" in name or "absent" in name):
+        pytest.skip("plan neither writes nor starts anything")
     out = tmp_path / "out"
     result = CliRunner().invoke(app, [command, *(["--out", str(out)] if "--out" not in words else []), *words])
     assert isinstance(result.exception, UserError), result.output
