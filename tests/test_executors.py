@@ -1,5 +1,6 @@
 """Whole runs: equal bytes from every executor, resuming, interruption, and what a failed shard leaves."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -165,3 +166,18 @@ def test_the_labelled_photos_end_as_labelled(data, labels, photo_server, tmp_pat
         assert verdicts[f"{photo_server}/{row['file']}"] == expected, row["file"]
     manifests = [Manifest.from_json(path.read_bytes()) for path in (out / "shards").glob("*.json")]
     assert (sum(manifest.rows_in for manifest in manifests), sum(manifest.kept for manifest in manifests)) == (28, 10)
+
+
+def test_a_part_that_breaks_off_half_way_gives_3_and_keeps_what_came_before(tmp_path):
+    part = tmp_path / "part.jsonl"
+    row = {"url": "http://127.0.0.1:9/a.jpg", "width": 10, "height": 10}
+    lines = [json.dumps({**row, "url": f"{row['url']}?{n}"}) for n in range(60_000)]
+    part.write_text("\n".join(lines) + '\n{"url": "http://127.0.0.1')
+    out = tmp_path / "out"
+    words = ["--shards", str(part), "--out", str(out), "--profile", "embedded", "--executor", "local"]
+    done = call("dataset", *words, "--set", "source.rows_per_shard=100")
+    assert done.returncode == 3, done.stderr
+    assert "part.jsonl" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert verify(out) == []
+    assert len(list((out / "shards").glob("*.json"))) >= 1
