@@ -30,6 +30,22 @@ class Rows:
         """Rows of which none was dropped yet."""
         return Rows(table, LEDGER_SCHEMA.empty_table(), WITNESS_SCHEMA.empty_table())
 
+    @staticmethod
+    def joined(batches: "Sequence[Rows]") -> "Rows":
+        """Batches as one."""
+        return Rows(
+            pa.concat_tables([rows.alive for rows in batches]),
+            pa.concat_tables([rows.dead for rows in batches]),
+            pa.concat_tables([rows.witnesses for rows in batches]),
+        )
+
+    def split(self, count: int) -> "tuple[Rows, Rows]":
+        """The first `count` living rows with all that was dropped, and the further living rows."""
+        # take() copies: a slice would carry the whole of its batch along when it is sent to another process.
+        at = pa.array(range(self.alive.num_rows), pa.int64())
+        first, rest = self.alive.take(at[:count]), self.alive.take(at[count:])
+        return Rows(first, self.dead, self.witnesses), Rows.living(rest)
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -53,7 +69,7 @@ def apply(step: Loaded, rows: Rows) -> Rows:
     survivors = alive.filter(pc.invert(dropped))
     check_filled(survivors, stage.writes, stage.name)
     return Rows(
-        alive=survivors.select([name for name in survivors.column_names if name in step.keep]),
+        alive=survivors.select([name for name in COLUMNS if name in step.keep and name in survivors.column_names]),
         dead=pa.concat_tables([rows.dead, tombstones(fallen, drop.filter(dropped), stage.name)]),
         witnesses=_witnesses(rows.witnesses, fallen, drop.filter(dropped)),
     )

@@ -78,7 +78,7 @@ def make_shard(plan: Plan, seeds: Seeds, output: Output, worker: "Worker", compu
     with ShardWriter(output, seeds.name, plan) as writer:
         writer.add_tombstones(rows.dead)
         yield Progress(seeds.name, rows.dead.num_rows, 0)
-        for done in compute(worker.fetched(batches)):
+        for done in compute(regrouped(worker.fetched(batches), size)):
             packed = apply_all(worker.write, done)
             writer.add(packed)
             yield Progress(seeds.name, packed.alive.num_rows + packed.dead.num_rows, packed.alive.num_rows)
@@ -104,6 +104,24 @@ class Worker:
     def fetched(self, batches: Iterator[Rows]) -> Iterator[Rows]:
         """Batches with their images, several being fetched at a time, in order."""
         return ordered_ahead(lambda rows: apply_all(self._fetch, rows), batches, self._ahead)
+
+
+def regrouped(batches: Iterator[Rows], size: int) -> Iterator[Rows]:
+    """The same rows in order, with `size` living ones in each batch but the last.
+
+    Most rows are dropped before the models: calls for the few that are left of each batch would cost more than these.
+    """
+    held: list[Rows] = []
+    living = 0
+    for rows in batches:
+        held.append(rows)
+        living += rows.alive.num_rows
+        while living >= size:
+            full, rest = Rows.joined(held).split(size)
+            yield full
+            held, living = [rest], living - size
+    if held:
+        yield Rows.joined(held)
 
 
 def ordered_ahead(function: Callable[[In], Out], items: Iterator[In], ahead: int) -> Iterator[Out]:

@@ -2,6 +2,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.runner import Loaded, Rows, apply, judge_seeds, split_seeds
+from pipeline.shard import regrouped
 from schemas.columns import LEDGER, SEED_SCHEMA
 from schemas.drops import DropReason
 from schemas.errors import ContractError
@@ -100,6 +101,21 @@ def test_an_unforeseen_error_is_not_swallowed():
 
     with pytest.raises(ZeroDivisionError):
         run(Breaks(Settings()))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"), [([7, 7, 7], [5, 5, 4]), ([1], [0]), ([0, 2, 3], [3]), ([20], [5, 5, 3])]
+)
+def test_regrouped_batches_hold_the_same_rows_in_order(sizes, expected):
+    start, batches = 0, []
+    for size in sizes:
+        batches.append(run(Fetch(Settings()), seeds(start + size).slice(start)))
+        start += size
+    groups = list(regrouped(iter(batches), 5))
+    assert [rows.alive.num_rows for rows in groups] == expected
+    alive = [row for rows in groups for row in rows.alive.column("row").to_pylist()]
+    dead = [row for rows in groups for row in rows.dead.column("row").to_pylist()]
+    assert (alive, dead) == ([n for n in range(start) if n % 3], [n for n in range(start) if n % 3 == 0])
 
 
 class Judge(RowStage):
