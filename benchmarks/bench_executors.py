@@ -72,6 +72,19 @@ def write_part(data: Path, port: int, rows: int, large: float, path: Path) -> No
     pq.write_table(pa.table({"URL": urls, "TEXT": ["a person"] * rows}), path)
 
 
+def settings(data: Path, workers: int, rows_per_shard: int = 1000) -> list[str]:
+    """`--set` pairs: the real pack, and backends without weights for the rest."""
+    return [
+        f"models.pack={data / 'models' / 'real'}",
+        "models.accept_noncommercial=true",
+        "models.segmenter=grabcut",
+        "models.image_embedder=patches",
+        "download.allow_loopback=true",
+        f"executor.workers={workers}",
+        f"source.rows_per_shard={rows_per_shard}",
+    ]
+
+
 def processes() -> list[psutil.Process]:
     me = psutil.Process()
     return [me, *me.children(recursive=True)]
@@ -112,15 +125,7 @@ def main() -> None:
     parser.add_argument("--rows-per-shard", type=int, default=100)
     args = parser.parse_args()
     data = Path(os.environ["FACESHARDS_DATA"]).resolve()
-    sets = [
-        f"models.pack={data / 'models' / 'real'}",
-        "models.accept_noncommercial=true",
-        "models.segmenter=grabcut",
-        "models.image_embedder=patches",
-        "download.allow_loopback=true",
-        f"executor.workers={args.workers}",
-        f"source.rows_per_shard={args.rows_per_shard}",
-    ]
+    sets = settings(data, args.workers, args.rows_per_shard)
     server = subprocess.Popen([sys.executable, "-c", _SERVER, str(data / "photos")], stdout=subprocess.PIPE, text=True)
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pyarrow as pa
-from bench_executors import _SERVER, Watch, write_part
+from bench_executors import _SERVER, Watch, settings, write_part
 
 from pipeline.config import load_config
 from pipeline.plan import Plan
@@ -46,19 +46,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=400)
     args = parser.parse_args()
     data = Path(os.environ["FACESHARDS_DATA"]).resolve()
-    sets = [
-        f"models.pack={data / 'models' / 'real'}",
-        "models.accept_noncommercial=true",
-        "models.segmenter=grabcut",
-        "models.image_embedder=patches",
-        "download.allow_loopback=true",
-        "executor.workers=2",
-    ]
     server = subprocess.Popen([sys.executable, "-c", _SERVER, str(data / "photos")], stdout=subprocess.PIPE, text=True)
     with tempfile.TemporaryDirectory() as folder:
         spec = str(Path(folder) / "part.parquet")
         write_part(data, int(server.stdout.readline()), args.rows, 1.0, Path(spec))
-        config = load_config(None, sets, shards=spec, executor="ray")
+        config = load_config(None, settings(data, 2), shards=spec, executor="ray")
         with prepared(spec, config) as job, executor_of(config)[0](job.plan):
             try:
                 measure(job.plan, pa.concat_tables([s.table for s in job.shards()]).select(SEED), server.pid)
