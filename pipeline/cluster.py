@@ -6,7 +6,6 @@ that a second attempt is harmless.
 """
 
 import socket
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +16,7 @@ from ray.exceptions import RayError
 from pipeline.plan import Plan, Pool
 from pipeline.publish import Output
 from pipeline.runner import Rows, apply_all
-from pipeline.shard import Event, Finished, Worker, load, make_shard
+from pipeline.shard import Event, Finished, Worker, load, make_shard, windowed
 from pipeline.source import Seeds
 from schemas.errors import PlanError
 
@@ -151,16 +150,10 @@ def _worker(plan: Plan) -> Worker:
 def _through(actors: Sequence[Any]) -> Callable[[Iterator[Rows]], Iterator[Rows]]:
     """Send batches through one actor of each pool, a few in flight, and return them in order."""
 
-    def compute(batches: Iterator[Rows]) -> Iterator[Rows]:
-        waiting: deque[Any] = deque()
-        for rows in batches:
-            reference: Any = rows
-            for actor in actors:
-                reference = actor.apply.remote(reference)
-            waiting.append(reference)
-            if len(waiting) > _IN_FLIGHT_PER_SHARD:
-                yield ray.get(waiting.popleft())
-        while waiting:
-            yield ray.get(waiting.popleft())
+    def start(rows: Rows) -> Any:
+        reference: Any = rows
+        for actor in actors:
+            reference = actor.apply.remote(reference)
+        return reference
 
-    return compute
+    return lambda batches: windowed(map(start, batches), ray.get, _IN_FLIGHT_PER_SHARD)

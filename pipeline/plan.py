@@ -76,7 +76,7 @@ class Plan:
         """Columns that must survive `step`: those that a later step reads, a ledger keeps, or a sample holds."""
         later = self.steps[self.steps.index(step) + 1 :]
         read = {name for other in later for name in other.reads}
-        return frozenset(read | set(LEDGER) | set(SUFFIXES.values()) | {"key"})
+        return frozenset(read | set(LEDGER) | set(SUFFIXES.values()))
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -159,15 +159,15 @@ def prove(steps: Iterable[Step]) -> None:
     Raises:
         PlanError: names the step and the column.
     """
-    known = set(SEED)
+    available = set(SEED)
     for step in steps:
         for name in step.reads:
-            if name not in known:
+            if name not in available:
                 raise PlanError(f"Stage {step.name} reads {name!r}, which no earlier stage writes.")
         for name in step.writes:
             if name not in COLUMNS:
                 raise PlanError(f"Stage {step.name} writes {name!r}, which schemas/columns.py does not define.")
-        known.update(step.writes)
-    missing = ({*LEDGER, *SUFFIXES.values()} - _RUNNER_COLUMNS) - known
+        available.update(step.writes)
+    missing = ({*LEDGER, *SUFFIXES.values()} - _RUNNER_COLUMNS) - available
     if missing:
         raise PlanError(f"No stage writes the columns {sorted(missing)}.")

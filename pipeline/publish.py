@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.ledger import counts
 from pipeline.plan import Plan
-from pipeline.runner import WITNESS_SCHEMA, Rows, tombstones
+from pipeline.runner import Rows, tombstones
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.errors import CorruptShardError, OutputError, ShardError
 from schemas.shard import SUFFIXES, Manifest
@@ -152,7 +153,8 @@ class ShardWriter:
 
         self._output, self._shard, self._plan = output, shard, plan
         self._ledgers: list[pa.Table] = []
-        self._witnesses = WITNESS_SCHEMA.empty_table()
+        self._thumbnails: list[dict[str, Any]] = []
+        self._pictured: Counter[str] = Counter()
         self._temporary = {
             suffix: output.shards / f"{_TEMPORARY}{shard}.{suffix}.{os.getpid()}" for suffix in ("tar", "parquet")
         }
@@ -184,7 +186,7 @@ class ShardWriter:
             self._tar.write({"__key__": record["key"], **files})
         kept = pa.array([KEPT] * rows.alive.num_rows, pa.string())
         self._ledgers += [rows.dead, tombstones(rows.alive, kept, self._plan.steps[-1].name)]
-        self._witnesses = pa.concat_tables([self._witnesses, rows.witnesses])
+        self._add_thumbnails(rows.witnesses)
 
     def publish(self, rows_in: int) -> Manifest:
         """Make the shard durable under its final names, the manifest last.
@@ -199,7 +201,7 @@ class ShardWriter:
         manifest = self._manifest(ledger, rows_in)
         if not manifest.conserves_rows() or pc.count_distinct(ledger.column("key")).as_py() != rows_in:
             raise ShardError(f"{self._shard}: {rows_in} rows in, but the ledger holds {ledger.num_rows}")
-        self._publish_witnesses()
+        self._publish_thumbnails()
         (self._output.shards / f"{self._shard}.json").unlink(missing_ok=True)
         for suffix, path in self._temporary.items():
             path.replace(self._output.shards / f"{self._shard}.{suffix}")
@@ -223,19 +225,21 @@ class ShardWriter:
             files={f"{self._shard}.{suffix}": _fingerprint(path) for suffix, path in self._temporary.items()},
         )
 
-    def _publish_witnesses(self) -> None:
+    def _add_thumbnails(self, witnesses: pa.Table) -> None:
+        """Reduce the photos of a few dropped rows at once: at full size they would pile up until the shard is done."""
+        for record in witnesses.to_pylist():
+            verdict = record["verdict"]
+            if self._pictured[verdict] < self._plan.config.report.drops_per_reason:
+                small = thumbnail(record["image"], _THUMBNAIL_PX)
+                if small is not None:
+                    self._pictured[verdict] += 1
+                    self._thumbnails.append({"key": record["key"], "verdict": verdict, "thumbnail": small})
+
+    def _publish_thumbnails(self) -> None:
         """Thumbnails of a few dropped photos, for the report; not part of the shard."""
-        limit = self._plan.config.report.drops_per_reason
-        seen: dict[str, int] = {}
-        rows = []
-        for record in self._witnesses.to_pylist():
-            small = thumbnail(record["image"], _THUMBNAIL_PX) if seen.get(record["verdict"], 0) < limit else None
-            if small is not None:
-                seen[record["verdict"]] = seen.get(record["verdict"], 0) + 1
-                rows.append({"key": record["key"], "verdict": record["verdict"], "thumbnail": small})
         names = pa.schema([("key", pa.string()), ("verdict", pa.string()), ("thumbnail", pa.binary())])
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows, schema=names), sink)
+        pq.write_table(pa.Table.from_pylist(self._thumbnails, schema=names), sink)
         write_atomically(self._output.drops / f"{self._shard}.parquet", sink.getvalue().to_pybytes())
 
 
@@ -253,7 +257,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _sync(stream: Any) -> None:
-    stream.flush() if stream.writable() else None
+    stream.flush()
     os.fsync(stream.fileno())
 
 

@@ -126,14 +126,19 @@ def regrouped(batches: Iterator[Rows], size: int) -> Iterator[Rows]:
 
 def ordered_ahead(function: Callable[[In], Out], items: Iterator[In], ahead: int) -> Iterator[Out]:
     """`map` in threads: up to `ahead` calls run before their turn; results come in order."""
-    waiting: deque[Future[Out]] = deque()
     pool = ThreadPoolExecutor(ahead, thread_name_prefix="fetch")
     try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from windowed((pool.submit(function, item) for item in items), Future.result, ahead)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def windowed(started: Iterator[In], finish: Callable[[In], Out], ahead: int) -> Iterator[Out]:
+    """Results in order of what `started` starts when asked for its next, with up to `ahead` begun before their turn."""
+    waiting: deque[In] = deque()
+    for item in started:
+        waiting.append(item)
+        if len(waiting) > ahead:
+            yield finish(waiting.popleft())
+    while waiting:
+        yield finish(waiting.popleft())
