@@ -1,14 +1,13 @@
 """The run's config: what stages are told (stages.settings) plus where data comes from and who does the work."""
 
 import os
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from pipeline.configfile import explain, merge, told
 from pipeline.source import SourceSettings
 from schemas.errors import ConfigError
 from schemas.names import SAMPLE
@@ -87,23 +86,21 @@ def load_config(
     Raises:
         ConfigError: for an unreadable file, an unknown key (names the nearest), or a value that is not allowed.
     """
-    told: dict[str, Any] = _read_toml(path) if path else {}
-    for pair in sets:
-        _merge(told, _parse_pair(pair))
+    asked = told(path, sets)
     if profile:
-        told["profile"] = profile
-    told.setdefault("profile", "embedded" if shards == SAMPLE else "insightface")
+        asked["profile"] = profile
+    name = asked.setdefault("profile", "embedded" if shards == SAMPLE else "insightface")
     if executor:
-        _merge(told, {"executor": {"name": executor}})
-    if told["profile"] not in get_args(Profile):
-        raise ConfigError(f"profile = {told['profile']!r} is not known; choose one of: {', '.join(get_args(Profile))}.")
+        merge(asked, {"executor": {"name": executor}})
+    if name not in get_args(Profile):
+        raise ConfigError(f"profile = {name!r} is not known; choose one of: {', '.join(get_args(Profile))}.")
     values: dict[str, Any] = {}
-    _merge(values, PROFILES[told["profile"]])
-    _merge(values, told)
+    merge(values, PROFILES[name])
+    merge(values, asked)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(explain(error, Config)) from error
     return _settle(config, shards)
 
 
@@ -115,71 +112,3 @@ def _settle(config: Config, shards: str) -> Config:
     executor = config.executor.model_copy(update={"name": name})
     models = config.models.model_copy(update={"device": "cuda" if executor.gpus else "cpu"})
     return config.model_copy(update={"executor": executor, "models": models})
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The config file {path} cannot be read: {error}.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"The config file {path} is not valid TOML: {error}.") from error
-
-
-def _parse_pair(pair: str) -> dict[str, Any]:
-    """`a.b=c` as nested dicts; c is read as TOML where it is TOML, else as the bare text."""
-    key, separator, text = pair.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError(f"--set {pair!r} is not of the form key=value, such as --set filter.min_face_px=128.")
-    try:
-        value: Any = tomllib.loads(f"value = {text.strip()}")["value"]
-    except (tomllib.TOMLDecodeError, KeyError):
-        value = text.strip()
-    for name in reversed(key.strip().split(".")):
-        value = {name: value}
-    return dict(value)
-
-
-def _merge(base: dict[str, Any], more: Mapping[str, Any]) -> None:
-    for name, value in more.items():
-        if isinstance(value, Mapping):
-            inner = base.get(name)
-            copy = dict(inner) if isinstance(inner, Mapping) else {}
-            _merge(copy, value)
-            base[name] = copy
-        else:
-            base[name] = value
-
-
-def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every config key with its explanation, in order."""
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from keys(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", field.description or ""
-
-
-def _leaf(key: str, value: Any) -> str:
-    """The full name of what was set: pydantic stops at the first unknown section."""
-    while isinstance(value, Mapping) and value:
-        name, value = next(iter(value.items()))
-        key = f"{key}.{name}"
-    return key
-
-
-def _explain(error: ValidationError) -> str:
-    """The first problem of a validation as one sentence."""
-    first = error.errors()[0]
-    key = ".".join(str(piece) for piece in first["loc"])
-    if first["type"] == "extra_forbidden":
-        key = _leaf(key, first["input"])
-        known = [name for name, _ in keys()]
-        near = get_close_matches(key, known, n=1, cutoff=0.5) or get_close_matches(
-            key.rsplit(".", 1)[-1], [name.rsplit(".", 1)[-1] for name in known], n=1
-        )
-        return f"Unknown config key {key!r}" + (f": did you mean {near[0]!r}?" if near else ".")
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"]) + "."
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return f"Config key {key!r} has the value {first['input']!r}: {message}."

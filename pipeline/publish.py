@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.atomic import TEMPORARY, sync, sync_folder, write_atomically
 from pipeline.ledger import counts
 from pipeline.plan import Plan
 from pipeline.runner import Rows, tombstones
@@ -23,7 +24,6 @@ from schemas.errors import CorruptShardError, OutputError, ShardError
 from schemas.shard import SUFFIXES, Manifest
 from stages.images import thumbnail
 
-_TEMPORARY = ".tmp-"
 _THUMBNAIL_PX = 256
 DATASET = "dataset.json"
 
@@ -66,7 +66,7 @@ class Output:
 
     def _clear_temporaries(self) -> None:
         for folder in (self.root, self.shards, self.drops):
-            for stray in folder.glob(f"{_TEMPORARY}*"):
+            for stray in folder.glob(f"{TEMPORARY}*"):
                 stray.unlink(missing_ok=True)
 
     def _remove_other_plans(self, plan: Plan) -> None:
@@ -156,7 +156,7 @@ class ShardWriter:
         self._thumbnails: list[dict[str, Any]] = []
         self._pictured: Counter[str] = Counter()
         self._temporary = {
-            suffix: output.shards / f"{_TEMPORARY}{shard}.{suffix}.{os.getpid()}" for suffix in ("tar", "parquet")
+            suffix: output.shards / f"{TEMPORARY}{shard}.{suffix}.{os.getpid()}" for suffix in ("tar", "parquet")
         }
         self._stream = self._temporary["tar"].open("wb")
         self._tar = TarWriter(self._stream, user="", group="", mode=0o644, mtime=0, encoder=False)
@@ -195,7 +195,7 @@ class ShardWriter:
             ShardError: when rows were lost or doubled on the way.
         """
         self._tar.close()
-        _sync(self._stream)
+        sync(self._stream)
         self._stream.close()
         ledger = pa.concat_tables(self._ledgers).sort_by("row").combine_chunks()
         manifest = self._manifest(ledger, rows_in)
@@ -212,7 +212,7 @@ class ShardWriter:
     def _manifest(self, ledger: pa.Table, rows_in: int) -> Manifest:
         pq.write_table(ledger.cast(LEDGER_SCHEMA), self._temporary["parquet"], compression="zstd")
         with self._temporary["parquet"].open("rb") as stream:
-            _sync(stream)
+            sync(stream)
         kept, dropped = counts(ledger.column("verdict"), self._plan.reasons)
         return Manifest(
             shard=self._shard,
@@ -241,33 +241,6 @@ class ShardWriter:
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(self._thumbnails, schema=names), sink)
         write_atomically(self._output.drops / f"{self._shard}.parquet", sink.getvalue().to_pybytes())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that its name holds the old content or the new, never a part."""
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            _sync(stream)
-        temporary.replace(path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(stream: Any) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

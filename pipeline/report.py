@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.atomic import write_atomically
 from pipeline.ledger import UNREADABLE, Funnel, funnel, read_ledger, read_manifests, shards_folder
 from pipeline.pictures import LABEL_COLOURS, data_uri, marked, masked, reduced
-from pipeline.publish import DATASET, write_atomically
+from pipeline.publish import DATASET
 from pipeline.unpack import Sample, unpack
 from schemas.drops import DropReason
 from schemas.errors import CorruptShardError, OutputError

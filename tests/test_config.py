@@ -1,6 +1,7 @@
 import pytest
 
-from pipeline.config import PROFILES, keys, load_config
+from pipeline.config import PROFILES, Config, load_config
+from pipeline.configfile import keys
 from schemas.errors import ConfigError
 
 
@@ -48,8 +49,8 @@ def test_an_unreadable_or_broken_file_is_one_sentence(tmp_path):
 
 
 def test_every_key_explains_itself():
-    assert [name for name, meaning in keys() if not meaning] == []
-    assert "download.timeout_s" in dict(keys())
+    assert [name for name, meaning in keys(Config) if not meaning] == []
+    assert "download.timeout_s" in dict(keys(Config))
 
 
 def test_the_executor_is_local_for_the_sample_and_ray_otherwise():

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.atomic import write_atomically
 from pipeline.config import load_config
 from pipeline.plan import make_plan
-from pipeline.publish import Output, ShardWriter, write_atomically
+from pipeline.publish import Output, ShardWriter
 from pipeline.runner import WITNESS_SCHEMA, Rows, tombstones
 from schemas.columns import COLUMNS, LEDGER_SCHEMA, SEED_SCHEMA, schema
 from schemas.errors import OutputError, ShardError
@@ -145,13 +146,13 @@ def test_a_broken_dataset_json_is_one_sentence(tmp_path, plan):
 _KILLED = """
 import os, sys
 from pathlib import Path
-from pipeline import publish
+from pipeline import atomic
 real = os.fsync
 def fsync(handle):
     real(handle)
     os.kill(os.getpid(), 9)
 os.fsync = fsync
-publish.write_atomically(Path(sys.argv[1]), b"new" * 1000)
+atomic.write_atomically(Path(sys.argv[1]), b"new" * 1000)
 """
 
 

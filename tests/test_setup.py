@@ -31,7 +31,7 @@ TOGETHER = {
 
 IMPORT_ALL = """
 import importlib, json, sys
-from stages.models import torchvision_cpu
+from schemas import torchvision_cpu
 torchvision_cpu.install()
 for name in json.loads(sys.argv[1]):
     importlib.import_module(name)

@@ -6,7 +6,7 @@ import numpy as np
 
 from schemas.errors import PlanError
 from stages.models.base import Floats, Image
-from stages.models.torchvision_cpu import install
+from schemas.torchvision_cpu import install
 from stages.settings import ModelSettings
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

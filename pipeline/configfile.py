@@ -1,0 +1,92 @@
+"""TOML files and `--set a.b=c` pairs as one mapping, and what pydantic says of it as one sentence."""
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from schemas.errors import ConfigError
+
+
+def told(path: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
+    """What a TOML file and `--set` pairs say, as nested dicts; pairs win, later ones over earlier ones.
+
+    Raises:
+        ConfigError: for an unreadable file, or a pair that is none.
+    """
+    values: dict[str, Any] = _read_toml(path) if path else {}
+    for pair in pairs:
+        merge(values, _parse_pair(pair))
+    return values
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The config file {path} cannot be read: {error}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"The config file {path} is not valid TOML: {error}.") from error
+
+
+def _parse_pair(pair: str) -> dict[str, Any]:
+    """`a.b=c` as nested dicts; c is read as TOML where it is TOML, else as the bare text."""
+    key, separator, text = pair.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {pair!r} is not of the form key=value, such as --set filter.min_face_px=128.")
+    try:
+        value: Any = tomllib.loads(f"value = {text.strip()}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError):
+        value = text.strip()
+    for name in reversed(key.strip().split(".")):
+        value = {name: value}
+    return dict(value)
+
+
+def merge(base: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Put `more` over `base`, section by section."""
+    for name, value in more.items():
+        if isinstance(value, Mapping):
+            inner = base.get(name)
+            copy = dict(inner) if isinstance(inner, Mapping) else {}
+            merge(copy, value)
+            base[name] = copy
+        else:
+            base[name] = value
+
+
+def keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every config key with its explanation, in order."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field.description or ""
+
+
+def _leaf(key: str, value: Any) -> str:
+    """The full name of what was set: pydantic stops at the first unknown section."""
+    while isinstance(value, Mapping) and value:
+        name, value = next(iter(value.items()))
+        key = f"{key}.{name}"
+    return key
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first problem of a validation of `model` as one sentence."""
+    first = error.errors()[0]
+    key = ".".join(str(piece) for piece in first["loc"])
+    if first["type"] == "extra_forbidden":
+        key = _leaf(key, first["input"])
+        known = [name for name, _ in keys(model)]
+        near = get_close_matches(key, known, n=1, cutoff=0.5) or get_close_matches(
+            key.rsplit(".", 1)[-1], [name.rsplit(".", 1)[-1] for name in known], n=1
+        )
+        return f"Unknown config key {key!r}" + (f": did you mean {near[0]!r}?" if near else ".")
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"]) + "."
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"Config key {key!r} has the value {first['input']!r}: {message}."

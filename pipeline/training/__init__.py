@@ -1,0 +1,1 @@
+"""What `pipeline.train` is made of: settings, bases, the objective, checkpoints, validation."""
