@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import Config, keys, load_config
+from pipeline.config import Config, load_config
+from pipeline.configfile import keys
 from pipeline.ledger import funnel, funnel_table
 from pipeline.models import app as models_app
 from pipeline.publish import Output
@@ -147,7 +148,7 @@ def show_config() -> None:
     """List every config key with its default and explanation."""
     defaults = Config()
     table = Table("key", "default", "meaning")
-    for name, meaning in keys():
+    for name, meaning in keys(Config):
         value: object = defaults
         for piece in name.split("."):
             value = getattr(value, piece)
