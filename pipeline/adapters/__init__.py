@@ -4,6 +4,9 @@ import pkgutil
 
 from pipeline.adapters.base import Variant
 from schemas.errors import ConfigError
+from schemas.torchvision_cpu import install
+
+install()  # before any module of this package imports diffusers
 
 VARIANTS: dict[str, str] = {
     "ip-adapter": "pipeline.adapters.ip_adapter:IpAdapter",

@@ -61,10 +61,10 @@ class AdapterModel(nn.Module):
             assert isinstance(processor, AdapterAttention)
             processor.scale, processor.lora_scale = ip, lora
 
-    def trained(self) -> dict[str, Tensor]:
-        """The trained tensors under their published flat keys, `image_proj.…` and `ip_adapter.…`; not copied."""
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters under their published flat keys, `image_proj.…` and `ip_adapter.…`."""
         parts = {"image_proj": self.image_proj, "ip_adapter": self.ip_adapter}
-        return {f"{part}.{key}": value for part, module in parts.items() for key, value in module.state_dict().items()}
+        return {f"{part}.{key}": value for part, module in parts.items() for key, value in module.named_parameters()}
 
     @torch.no_grad()
     def load_trained(self, tensors: Mapping[str, Tensor]) -> None:

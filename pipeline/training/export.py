@@ -1,0 +1,93 @@
+"""From a checkpoint to the files that people load: released names, float16, a sidecar that tells all about them."""
+
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.adapters.attention import named_attention
+from pipeline.adapters.model import AdapterModel
+from pipeline.adapters.released import released_name, write_released
+from pipeline.training.job import Job
+from pipeline.training.run_folder import RunFolder
+from schemas.errors import OutputError
+
+_COLOURS = "RGB"
+
+
+def described(job: Job, model: AdapterModel) -> dict[str, Any]:
+    """What run.json says: the identity of the run, and all that an export needs besides weights."""
+    encoder = job.config.adapter.image_encoder
+    return {
+        "identity": job.identity,
+        "name": released_name(job.variant, job.base.kind, encoder),
+        "attention_paths": [path for path, _ in named_attention(model.unet)],
+        "sidecar": _sidecar(job, _num_tokens(job, model)),
+    }
+
+
+def _sidecar(job: Job, num_tokens: int) -> dict[str, Any]:
+    base = {"name": job.base.name, "task": "base", "licence": job.base.licence, "sha256": ""}
+    weights = [*job.dataset.models, base]
+    return {
+        "faceshards": metadata.version("faceshards"),
+        "variant": job.variant.name,
+        "base": job.base.name,
+        "kind": job.base.kind,
+        "image_encoder": job.config.adapter.image_encoder,
+        "condition": {"reads": list(job.variant.reads), "colours": _COLOURS, "image": "segmented 224x224 norm_crop"},
+        "num_tokens": num_tokens,
+        "lora_rank": job.config.adapter.lora_rank if job.variant.lora else 0,
+        "shortcut": job.variant.name == "faceid-plusv2",
+        "preset": job.preset,
+        "recipe": job.config.model_dump(mode="json"),
+        "dataset": {
+            "digest": job.dataset.digest,
+            "profiles": sorted(job.dataset.profiles),
+            "samples": job.dataset.samples,
+        },
+        "weights": weights,
+        "licences": sorted({weight["licence"] for weight in weights}),
+    }
+
+
+@torch.no_grad()
+def _num_tokens(job: Job, model: AdapterModel) -> int:
+    """Image tokens per face."""
+    nothing = {role: torch.as_tensor(value)[None] for role, value in job.dataset.unconditional.items()}
+    device = next(model.image_proj.parameters()).device
+    tokens = model.tokens({role: nothing[role].to(device, torch.float32) for role in job.variant.reads})
+    return tokens.shape[1]
+
+
+def export(run: RunFolder, told: Mapping[str, Any], step: int, folder: Path) -> list[Path]:
+    """Write the released files of the checkpoint at `step` into `folder`."""
+    return write_released(
+        folder,
+        told["name"],
+        run.exported(step),
+        attention_paths=told["attention_paths"],
+        kind=told["identity"]["kind"],
+        sidecar={**told["sidecar"], "steps": step},
+    )
+
+
+def export_run(root: Path, step: int | None, folder: Path | None) -> list[Path]:
+    """`export RUN`: the released files of a checkpoint, the last one by default, into RUN or another folder.
+
+    Raises:
+        OutputError: when RUN is no run, or has no such checkpoint.
+    """
+    run = RunFolder(root)
+    told = run.known()
+    if told is None:
+        raise OutputError(f"{root} holds no run (there is no run.json): give the --out of a training run.")
+    steps = run.steps()
+    if not steps or (step is not None and step not in steps):
+        there = f"there are those of steps {', '.join(map(str, steps))}" if steps else "there is none yet"
+        raise OutputError(f"{root} has no checkpoint{'' if step is None else f' of step {step}'}: {there}.")
+    target = folder or root
+    target.mkdir(parents=True, exist_ok=True)
+    return export(run, told, steps[-1] if step is None else step, target)
