@@ -2,6 +2,8 @@
 
 import csv
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -45,6 +47,16 @@ def labels(data: Path) -> list[dict[str, str]]:
     """The unambiguous labelled photos."""
     with (data / "photos" / "labels.csv").open(newline="") as stream:
         return [row for row in csv.DictReader(stream) if not row["ambiguous"]]
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The OUT of `make dataset` on the bundled sample; tests must not write to it."""
+    out = tmp_path_factory.mktemp("dataset") / "out"
+    command = [sys.executable, "-m", "pipeline", "dataset", "--shards", "sample", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
