@@ -1,0 +1,146 @@
+"""Tiny pipelines with random weights in the layout of Stable Diffusion 1.5 and SDXL, from configs in code.
+
+They draw nothing, and load wherever the real ones do: for tests, and for trying the trainer on any machine.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+Kind = Literal["sd15", "sdxl"]
+
+_SEED = 15
+_WIDTH = 128
+"""Text width: two heads of 64, as the published projections need whole heads."""
+_NOISE: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
+}
+"""The noise schedule of both real bases."""
+_UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 1,
+    "block_out_channels": (32, 64),
+    "cross_attention_dim": _WIDTH,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+_UNETS: dict[Kind, dict[str, Any]] = {
+    "sd15": {
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    },
+    "sdxl": {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + _WIDTH // 2,
+    },
+}
+_VAE: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (8, 8, 16, 16),
+    "norm_num_groups": 4,
+}
+
+
+def write_tiny(folder: Path, kind: Kind) -> None:
+    """Write a pipeline in diffusers' layout; the same weights every time."""
+    import torch
+
+    from schemas.torchvision_cpu import install
+
+    install()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        _pipeline(folder, kind).save_pretrained(folder, safe_serialization=True)
+
+
+def _pipeline(folder: Path, kind: Kind) -> Any:
+    import diffusers
+
+    parts: dict[str, Any] = {
+        "unet": diffusers.UNet2DConditionModel(**_UNET, **_UNETS[kind]),
+        "vae": diffusers.AutoencoderKL(**_VAE, scaling_factor=0.18215 if kind == "sd15" else 0.13025),
+        "tokenizer": _tokenizer(folder),
+    }
+    if kind == "sdxl":
+        return diffusers.StableDiffusionXLPipeline(
+            **parts,
+            tokenizer_2=_tokenizer(folder),
+            text_encoder=_text_encoder(_WIDTH // 2, projected=False),
+            text_encoder_2=_text_encoder(_WIDTH // 2, projected=True),
+            scheduler=diffusers.EulerDiscreteScheduler(**_plain_noise()),
+            add_watermarker=False,
+        )
+    return diffusers.StableDiffusionPipeline(
+        **parts,
+        text_encoder=_text_encoder(_WIDTH, projected=False),
+        scheduler=diffusers.DDIMScheduler(**_NOISE),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _plain_noise() -> dict[str, Any]:
+    return {name: value for name, value in _NOISE.items() if name not in ("clip_sample", "set_alpha_to_one")}
+
+
+def _text_encoder(width: int, *, projected: bool) -> Any:
+    import transformers
+
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(_vocabulary()),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        projection_dim=width,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
+    )
+    made = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    return made(config).eval()
+
+
+def _tokenizer(folder: Path) -> Any:
+    """CLIP's tokenizer over single bytes."""
+    import transformers
+
+    files = folder / ".tokenizer"
+    files.mkdir(parents=True, exist_ok=True)
+    (files / "vocab.json").write_text(json.dumps(_vocabulary()))
+    (files / "merges.txt").write_text("#version: 0.2\n")
+    try:
+        return transformers.CLIPTokenizer(str(files / "vocab.json"), str(files / "merges.txt"), model_max_length=77)
+    finally:
+        for path in files.iterdir():
+            path.unlink()
+        files.rmdir()
+
+
+def _vocabulary() -> dict[str, int]:
+    """Every byte inside a word, every byte at its end, and CLIP's two marks: 514 entries."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    letters = [chr(byte) for byte in shown] + [chr(256 + n) for n in range(len(hidden))]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return {word: number for number, word in enumerate(words)}
