@@ -1,4 +1,4 @@
-"""The command line: `python -m pipeline dataset | plan | report | verify | models`."""
+"""The command line: `python -m pipeline dataset | plan | report | verify | export-json | models | config`."""
 
 import os
 import re
@@ -14,6 +14,8 @@ from rich.table import Table
 
 from pipeline.config import Config, load_config
 from pipeline.configfile import keys
+from pipeline.export_json import LIST, Crop, Form, IdFormat
+from pipeline.export_json import export_json as write_list
 from pipeline.ledger import funnel, funnel_table
 from pipeline.models import app as models_app
 from pipeline.publish import Output
@@ -36,15 +38,23 @@ Sets = Annotated[list[str] | None, typer.Option("--set", help="One config key, s
 ProfileName = Annotated[str | None, typer.Option("--profile", help="embedded, insightface or permissive.")]
 Executor = Annotated[str | None, typer.Option("--executor", help="ray or local.")]
 RayAddress = Annotated[str | None, typer.Option("--ray-address", help="Join this Ray cluster.")]
+With = Annotated[str | None, typer.Option("--with", help="Computed ahead for training: latents,text,mirror.")]
 Out = Annotated[Path, typer.Option("--out", help="Where the dataset goes.")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The OUT of a run.")]
 
 
 def _config(
-    shards: str, file: Path | None, sets: list[str] | None, profile: str | None, executor: str | None, ray: str | None
+    shards: str,
+    file: Path | None,
+    sets: list[str] | None,
+    profile: str | None,
+    executor: str | None,
+    ray: str | None,
+    extras: str | None,
 ) -> Config:
     pairs = [*(sets or []), *([f"executor.ray_address={ray}"] if ray else [])]
-    return load_config(file, pairs, shards=shards, profile=profile, executor=executor or ("ray" if ray else None))
+    executor = executor or ("ray" if ray else None)
+    return load_config(file, pairs, shards=shards, profile=profile, executor=executor, extras=extras)
 
 
 @app.command()
@@ -56,12 +66,13 @@ def dataset(
     executor: Executor = None,
     profile: ProfileName = None,
     ray_address: RayAddress = None,
+    extras: With = None,
     replan: Annotated[bool, typer.Option(help="Go on in an OUT of another plan; its shards are removed.")] = False,
 ) -> None:
     """Make training shards from metadata parts; a rerun skips what is done."""
     if re.match(r"\w+:/", str(out)):
         raise OutputError(f"OUT {str(out)!r} is a URL; it must be a folder on a local or mounted disk.")
-    with prepared(shards, _config(shards, config, sets, profile, executor, ray_address)) as job:
+    with prepared(shards, _config(shards, config, sets, profile, executor, ray_address, extras)) as job:
         code = make_dataset(job, out, console, replan=replan)
     console.print(funnel_table(funnel(out)))
     console.print(f"Shards: {out / 'shards'}\nReport: {out / 'report.html'}", highlight=False, soft_wrap=True)
@@ -79,9 +90,10 @@ def plan(
     executor: Executor = None,
     profile: ProfileName = None,
     ray_address: RayAddress = None,
+    extras: With = None,
 ) -> None:
     """Prove the plan and show what would be done; nothing is written."""
-    with prepared(shards, _config(shards, config, sets, profile, executor, ray_address)) as job:
+    with prepared(shards, _config(shards, config, sets, profile, executor, ray_address, extras)) as job:
         output = Output(out)
         output.refuse_other_plan(job.plan)
         _print_steps(job)
@@ -141,6 +153,32 @@ def verify(folder: Folder = Path("out")) -> None:
         errors.print(f"{len(problems)} problems found.")
         raise typer.Exit(ExitCode.SHARDS_FAILED)
     console.print(f"{folder}: all shards verify.", highlight=False, soft_wrap=True)
+
+
+@app.command("export-json")
+def export_json(
+    target: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="A new folder for the files and the list.")],
+    folder: Folder = Path("out"),
+    crop: Annotated[
+        Crop, typer.Option(help="The image of an entry; where it is absent, the largest crop.")
+    ] = Crop.FULL,
+    id_format: Annotated[
+        IdFormat,
+        typer.Option(help="npy: for numpy.load. pt-numpy: a pickled array for torch.load, as the FaceID script wants."),
+    ] = IdFormat.NPY,
+    absolute: Annotated[
+        bool, typer.Option("--absolute", help="Absolute paths: the published FaceID script needs them for the IDs.")
+    ] = False,
+) -> None:
+    """Write DIR as single files and FOLDER/data.json, the list that the published IP-Adapter scripts read.
+
+    The published FaceID script reads it with `--id-format pt-numpy --absolute`; from torch 2.6 on, start that script
+    with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment, since torch refuses pickled arrays otherwise.
+    """
+    done = write_list(folder, target, Form(crop, id_format, absolute))
+    console.print(f"{target / LIST}: {done.samples:,} samples", highlight=False, soft_wrap=True)
+    if done.left_out:
+        console.print(f"{done.left_out:,} samples have no crop and were left out.", highlight=False)
 
 
 @app.command("config")

@@ -40,6 +40,10 @@ PROFILES: dict[str, dict[str, Any]] = {
 """What a profile sets; TOML and --set may override each of it."""
 
 
+EXTRAS = ("latents", "text", "mirror")
+"""The words of `--with`: switches of `encode`."""
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -79,9 +83,15 @@ class Config(Settings):
 
 
 def load_config(
-    path: Path | None, sets: Sequence[str], *, shards: str = "", profile: str | None = None, executor: str | None = None
+    path: Path | None,
+    sets: Sequence[str],
+    *,
+    shards: str = "",
+    profile: str | None = None,
+    executor: str | None = None,
+    extras: str | None = None,
 ) -> Config:
-    """Merge profile, TOML file and `--set` pairs, later ones winning, and validate.
+    """Merge profile, TOML file, `--set` pairs and the words of `--with` (`extras`), later ones winning, and validate.
 
     Raises:
         ConfigError: for an unreadable file, an unknown key (names the nearest), or a value that is not allowed.
@@ -92,6 +102,8 @@ def load_config(
     name = asked.setdefault("profile", "embedded" if shards == SAMPLE else "insightface")
     if executor:
         merge(asked, {"executor": {"name": executor}})
+    if extras:
+        merge(asked, {"encode": dict.fromkeys(_words(extras), True)})
     if name not in get_args(Profile):
         raise ConfigError(f"profile = {name!r} is not known; choose one of: {', '.join(get_args(Profile))}.")
     values: dict[str, Any] = {}
@@ -102,6 +114,14 @@ def load_config(
     except ValidationError as error:
         raise ConfigError(explain(error, Config)) from error
     return _settle(config, shards)
+
+
+def _words(extras: str) -> list[str]:
+    words = [word.strip() for word in extras.split(",") if word.strip()]
+    unknown = [word for word in words if word not in EXTRAS]
+    if unknown:
+        raise ConfigError(f"--with {unknown[0]!r} is not known; give some of: {', '.join(EXTRAS)}.")
+    return words
 
 
 def _settle(config: Config, shards: str) -> Config:

@@ -1,16 +1,21 @@
-"""The contract of one sample: which files it has, and what each holds."""
+"""The contract of one sample, and of the features of "no face": which files there are, and what each holds."""
 
 import json
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from pipeline.unpack import Sample
 from schemas.columns import COLUMNS
+from schemas.errors import CorruptShardError
 from schemas.record import SCHEMA_VERSION
 from schemas.shard import SUFFIXES, decode_npy, encode_npy
+from schemas.targets import Targets
 from stages.align import FACE_SIZE
 from stages.headers import DECODER_ERRORS
 from stages.images import decode_jpeg, decode_png, sniff
@@ -23,13 +28,22 @@ _FEATURES = ({"clip.npy", "clip_hidden.npy"}, {"dino.npy"})
 _LABELS = 19
 _NORM_TOLERANCE = 1e-3
 
+_MIRRORED = ("clip", "clip_hidden", "dino")
+
 _ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
     "arcface.npy": ("<f4", (512,)),
     "clip.npy": ("<f2", (1024,)),
     "clip_hidden.npy": ("<f2", (257, 1280)),
+    "clip_hidden_mirror.npy": ("<f2", (257, 1280)),
+    "clip_mirror.npy": ("<f2", (1024,)),
     "dino.npy": ("<f2", (257, -1)),
+    "dino_mirror.npy": ("<f2", (257, -1)),
+    "text.npy": ("<f2", (77, -1)),
+    "text_pooled.npy": ("<f2", (-1,)),
 }
-"""dtype and shape; -1 is free."""
+"""dtype and shape; -1 is free. Latents are as large as the json says."""
+_LATENT_PX = 8
+"""Pixels per latent, along each side."""
 
 _JSON_FIELDS = ("key", "part", "row", "url", "text", "sha256", "width", "height", "bbox", "kps", "det_score", "face_px")
 _ROUNDED = 1e-4
@@ -50,9 +64,9 @@ def sample_problems(sample: Sample, record: Mapping[str, Any] | None) -> Iterato
     for suffix, shape in (("face.jpg", (FACE_SIZE, FACE_SIZE)), ("mask.png", (FACE_SIZE, FACE_SIZE))):
         if suffix in sample.files:
             yield from _image_problems(suffix, sample.files[suffix], shape)
-    for suffix in _ARRAYS:
-        if suffix in sample.files:
-            yield from _array_problems(suffix, sample.files[suffix])
+    for suffix in sorted(set(_ARRAYS) & set(sample.files)):
+        yield from _array_problems(suffix, sample.files[suffix], *_ARRAYS[suffix])
+    yield from _mirror_problems(sample)
     if "json" in sample.files:
         yield from _json_problems(sample, record)
 
@@ -78,8 +92,15 @@ def _image_problems(suffix: str, data: bytes, size: tuple[int, int]) -> Iterator
         yield f"{suffix} is not a map of {_LABELS} labels, one byte per pixel"
 
 
-def _array_problems(suffix: str, data: bytes) -> Iterator[str]:
-    dtype, shape = _ARRAYS[suffix]
+def _mirror_problems(sample: Sample) -> Iterator[str]:
+    """Where features of the mirrored face are not there in the shape, and so the length, of the face's own."""
+    for name in _MIRRORED:
+        mirrored, own = sample.files.get(f"{name}_mirror.npy"), sample.files.get(f"{name}.npy")
+        if mirrored is not None and (own is None or len(own) != len(mirrored)):
+            yield f"{name}_mirror.npy has not the shape of {name}.npy"
+
+
+def _array_problems(suffix: str, data: bytes, dtype: str, shape: tuple[int, ...]) -> Iterator[str]:
     array = np.empty([max(side, 1) for side in shape], dtype)
     if -1 in shape:
         header_bytes = len(encode_npy(array)) - array.nbytes
@@ -116,6 +137,7 @@ def _json_problems(sample: Sample, record: Mapping[str, Any] | None) -> Iterator
         if COLUMNS[name].ledger and not _equal(content[name], (record or {})[name]):
             yield f"json and ledger differ in {name}"
     yield from _crop_problems(sample, content.get("crops"))
+    yield from _encoded_problems(sample, content.get("targets"))
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -147,3 +169,48 @@ def _crop_problems(sample: Sample, crops: Any) -> Iterator[str]:
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(type(side) is int and side > 0 for side in value)
+
+
+def _encoded_problems(sample: Sample, told: Any) -> Iterator[str]:
+    """Where latents and text embeddings are not those that the json's `targets` describe."""
+    encoded = sorted(suffix for suffix in sample.files if suffix.startswith(("latents.", "text")))
+    if told is None:
+        if encoded:
+            yield f"json does not say what encoded {', '.join(encoded)}"
+        return
+    try:
+        targets = Targets.from_object(told)
+    except CorruptShardError as error:
+        yield f"json: {error}"
+        return
+    for crop in sorted({*_CROPS, *targets.latents}):
+        fit, data = targets.latents.get(crop), sample.files.get(f"latents.{crop}.npy")
+        if (fit is None) != (data is None) or (data is not None and f"{crop}.jpg" not in sample.files):
+            yield f"latents.{crop}.npy, {crop}.jpg and json do not go together"
+        elif fit is not None and data is not None:
+            shape = (4, fit.size[1] // _LATENT_PX, fit.size[0] // _LATENT_PX)
+            yield from _array_problems(f"latents.{crop}.npy", data, "<f2", shape)
+    if "text.npy" in encoded and (targets.kind == "sdxl") != ("text_pooled.npy" in encoded):
+        yield f"text.npy and text_pooled.npy are not those of {targets.kind}"
+
+
+def unconditional_problems(path: Path) -> Iterator[str]:
+    """What is wrong with the file of the features of "no face"."""
+    try:
+        features = load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        yield f"cannot be read: {error}"
+        return
+    if len(features) != 1 or not set(features) <= {"clip_hidden", "dino"}:
+        yield f"it holds {sorted(features)}, not clip_hidden or dino"
+        return
+    name, array = next(iter(features.items()))
+    dtype, shape = _ARRAYS[f"{name}.npy"]
+    if (
+        array.dtype != dtype
+        or array.ndim != 2
+        or any(want not in (-1, n) for want, n in zip(shape, array.shape, strict=True))
+    ):
+        yield f"{name} is {array.dtype} {array.shape}, not {np.dtype(dtype).name} {shape}"
+    elif not np.isfinite(array).all():
+        yield f"{name} holds numbers that are not finite"

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from schemas.columns import KEPT
 from schemas.errors import ContractError, CorruptShardError, OutputError
-from schemas.shard import Manifest, digest
+from schemas.shard import Manifest, dataset_digest
 from stages import STAGES
 from stages.filter import Filter
 
@@ -109,7 +109,7 @@ def summary(manifests: Sequence[Manifest]) -> dict[str, Any]:
         "rows_in": sum(manifest.rows_in for manifest in manifests),
         "kept": sum(manifest.kept for manifest in manifests),
         "dropped": dict(dropped),
-        "dataset_digest": digest({manifest.shard: manifest.files for manifest in manifests}),
+        "dataset_digest": dataset_digest(manifests),
     }
 
 

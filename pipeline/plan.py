@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from pipeline.config import Config
+from pipeline.config import EXTRAS, Config
+from pipeline.encoders import with_encoders
 from schemas.columns import COLUMNS, LEDGER, SEED
 from schemas.errors import PlanError
 from schemas.record import SCHEMA_VERSION
 from schemas.shard import SUFFIXES, digest
 from stages import STAGES
 from stages.base import Stage
+from stages.encode import Encode
 from stages.models.base import REGISTRIES, ModelCard, backend
 from stages.models.weights import known, require_licences
+from stages.settings import EncodeSettings
 
 Place = Literal["source", "fetch", "models", "images", "write"]
 """Where a step runs: while the part is read; on the shard's worker; in a model pool; on the shard's worker again."""
@@ -24,6 +27,7 @@ _PLACES: dict[str, Place] = {
     "download": "fetch",
     "size": "fetch",
     "embed_image": "images",
+    "encode": "images",
     "pack": "write",
 }
 _RUNNER_COLUMNS = {"verdict", "stage"}
@@ -103,14 +107,16 @@ class Plan:
         models = config.models.model_dump(
             mode="json", exclude={"paths", "accept_noncommercial", "allow_download", "pack"}
         )
+        encode = _asked(config.encode)
         return {
             "schema_version": SCHEMA_VERSION,
             "profile": config.profile,
             "rows_per_shard": config.source.rows_per_shard,
-            "stages": [step.name for step in self.steps],
+            "stages": [step.name for step in self.steps if config.encode.encodes or step.name != Encode.name],
             "settings": {
                 **config.model_dump(mode="json", include={"metadata", "filter", "segment", "crop"}),
                 "models": models,
+                **({"encode": encode} if encode else {}),
             },
             "models": self.model_list,
         }
@@ -129,6 +135,16 @@ class Plan:
         return digest(self.identity)
 
 
+def _asked(encode: EncodeSettings) -> dict[str, Any]:
+    """What is asked of `encode`, and by which encoders; empty where it changes no byte of a shard."""
+    asked: dict[str, Any] = {name: True for name in EXTRAS if getattr(encode, name)}
+    if encode.latents:
+        asked["resolution"] = encode.resolution
+    if encode.source is not None:
+        asked["source"] = encode.source.model_dump(mode="json", exclude={"folder"})
+    return asked
+
+
 def make_plan(config: Config) -> Plan:
     """Resolve the steps, prove that they fit together, and verify models and licences, without loading any.
 
@@ -137,15 +153,15 @@ def make_plan(config: Config) -> Plan:
         ConfigError: for an unknown backend.
         WeightsError: when a weight is missing or wrong, or its licence is not accepted.
     """
+    config, encoders = with_encoders(config)
     steps = tuple(_step(name, path) for name, path in STAGES.items())
     prove(steps)
     for name in config.models.paths:
         known(name)
-    cards = tuple(
-        card for task in REGISTRIES for card in backend(task, getattr(config.models, task)).cards(config.models)
-    )
+    cards = [card for task in REGISTRIES for card in backend(task, getattr(config.models, task)).cards(config.models)]
+    cards += encoders
     require_licences(cards, config.models)
-    return Plan(config, steps, cards)
+    return Plan(config, steps, tuple(cards))
 
 
 def _step(name: str, path: str) -> Step:

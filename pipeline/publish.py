@@ -21,11 +21,10 @@ from pipeline.plan import Plan
 from pipeline.runner import Rows, tombstones
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.errors import CorruptShardError, OutputError, ShardError
-from schemas.shard import SUFFIXES, Manifest
+from schemas.shard import DATASET, SUFFIXES, Manifest
 from stages.images import thumbnail
 
 _THUMBNAIL_PX = 256
-DATASET = "dataset.json"
 
 
 class Output:
@@ -137,8 +136,8 @@ class Output:
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for name in sorted({*before, *now}):
         old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{prefix}{name}.")
+        if isinstance(old, dict | None) and isinstance(new, dict | None):  # None where a plan has no such section
+            yield from _differences(old or {}, new or {}, f"{prefix}{name}.")
         elif old != new:
             label = f"{prefix}{name}".removeprefix("settings.")
             yield label if isinstance(old, list) or isinstance(new, list) else f"{label} was {old!r}, is now {new!r}"
@@ -222,7 +221,7 @@ class ShardWriter:
             kept=kept,
             dropped=dropped,
             models=self._plan.model_list,
-            files={f"{self._shard}.{suffix}": _fingerprint(path) for suffix, path in self._temporary.items()},
+            files={f"{self._shard}.{suffix}": fingerprint(path) for suffix, path in self._temporary.items()},
         )
 
     def _add_thumbnails(self, witnesses: pa.Table) -> None:
@@ -243,6 +242,7 @@ class ShardWriter:
         write_atomically(self._output.drops / f"{self._shard}.parquet", sink.getvalue().to_pybytes())
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Length and sha256 of a file, as manifests tell them."""
     with path.open("rb") as stream:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

@@ -17,11 +17,10 @@ import pyarrow.parquet as pq
 from pipeline.atomic import write_atomically
 from pipeline.ledger import UNREADABLE, Funnel, funnel, read_ledger, read_manifests, shards_folder
 from pipeline.pictures import LABEL_COLOURS, data_uri, marked, masked, reduced
-from pipeline.publish import DATASET
 from pipeline.unpack import Sample, unpack
 from schemas.drops import DropReason
 from schemas.errors import CorruptShardError, OutputError
-from schemas.shard import Manifest
+from schemas.shard import DATASET, Manifest
 from stages.headers import DECODER_ERRORS
 from stages.images import decode_jpeg, decode_png
 from stages.models.base import Image

@@ -23,6 +23,7 @@ from pipeline.runner import judge_seeds
 from pipeline.sample import SampleServer, write_sample
 from pipeline.shard import Event, Finished
 from pipeline.source import Part, Seeds, find_parts, iter_shards
+from pipeline.unconditional import write_unconditional
 from schemas.errors import ExitCode, UserError
 from schemas.names import SAMPLE, split_spec
 
@@ -90,7 +91,9 @@ def make_dataset(job: Job, out: Path, console: Console, *, replan: bool = False)
             screen.show(event)
             if isinstance(event, Finished) and event.manifest is None:
                 failed.append(event.shard)
-        output.describe(job.plan, summary(read_manifests(out)))
+        told = summary(read_manifests(out))
+        files = write_unconditional(out, job.plan) if told["kept"] else {}
+        output.describe(job.plan, {**told, "files": files})
     write_report(out)
     return ExitCode.SHARDS_FAILED if failed else ExitCode.OK
 

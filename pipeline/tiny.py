@@ -66,6 +66,11 @@ def write_tiny(folder: Path, kind: Kind) -> None:
     from schemas.torchvision_cpu import install
 
     install()
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         _pipeline(folder, kind).save_pretrained(folder, safe_serialization=True)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from pipeline.adapters import VARIANTS
 from pipeline.configfile import keys
+from pipeline.loader import worker_died
 from pipeline.training import objective
 from pipeline.training.base import Base
 from pipeline.training.export import described, export, export_run
@@ -46,6 +47,7 @@ def train(job: Job) -> ExitCode:
     base = Base(job.base, accelerator.device, _frozen_dtype(accelerator.mixed_precision))
     id_loss = id_loss_of(config.objective, base)
     session = Session(job, accelerator, base)
+    validator = Validator(job, base)
     told = described(job, session.model)
     if accelerator.is_main_process:
         job.run.start(told, resume=job.resume)
@@ -55,7 +57,6 @@ def train(job: Job) -> ExitCode:
     stop = _StopSignal()
 
     with Watch(job.run.root, config, session.step, console, quiet=not accelerator.is_main_process) as watch:
-        validator = Validator(job, base)
         for batch in watch.timed(session.loader):
             with accelerator.accumulate(session.forward):
                 latents, text, condition, added = session.prepare(batch)
@@ -222,6 +223,11 @@ def main() -> None:
         sys.exit(ExitCode.USER_ERROR)
     except FaceShardsError as error:
         _say(f"error: {error}")
+        sys.exit(ExitCode.SHARDS_FAILED)
+    except RuntimeError as error:
+        if worker_died(error) is None:
+            raise
+        _say(f"error: {worker_died(error)}")
         sys.exit(ExitCode.SHARDS_FAILED)
     except KeyboardInterrupt:
         _say("Interrupted. Checkpoints are kept; the same command with --resume goes on.")

@@ -11,15 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.contract import sample_problems
+from pipeline.contract import sample_problems, unconditional_problems
 from pipeline.ledger import UNREADABLE, counts, read_manifest, shard_names, shards_folder, summary
-from pipeline.publish import DATASET
 from pipeline.unpack import unpack
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.drops import DropReason
 from schemas.errors import ContractError, CorruptShardError
 from schemas.names import sample_key
-from schemas.shard import Manifest
+from schemas.shard import DATASET, UNCONDITIONAL, Manifest
 from stages import STAGES
 
 _MEASURED = ("sha256", "n_bytes", "format", "width", "height", "bbox", "kps", "det_score", "face_px")
@@ -33,7 +32,7 @@ class Problem:
     shard: str
     """Empty when it concerns the dataset as a whole."""
     file: str
-    """Name below OUT/shards; `dataset.json` for the dataset's own file."""
+    """Name below OUT/shards; of the dataset's own files, below OUT."""
     key: str | None
     """The sample, where it concerns one."""
     message: str
@@ -95,6 +94,21 @@ def _dataset_problems(out: Path, manifests: list[Manifest]) -> Iterator[Problem]
         differing = [name for name, value in summary(manifests).items() if dataset.get(name) != value]
         if differing:
             yield Problem("", DATASET, None, f"the manifests add up to other {', '.join(differing)}")
+    yield from _named_problems(out, dataset.get("files", {}))
+
+
+def _named_problems(out: Path, files: Any) -> Iterator[Problem]:
+    """What is wrong with the files that dataset.json names."""
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        yield Problem("", DATASET, None, "files is not an object of objects")
+        return
+    for name, claimed in files.items():
+        if name != UNCONDITIONAL:
+            yield Problem("", DATASET, None, f"it names the file {name!r}, which no dataset has")
+            continue
+        messages = list(_file_problems(out / name, claimed, DATASET))
+        for message in messages or unconditional_problems(out / name):
+            yield Problem("", name, None, message)
 
 
 def _shard_problems(out: Path, shard: str, manifest: Manifest) -> Iterator[Problem]:
@@ -103,9 +117,10 @@ def _shard_problems(out: Path, shard: str, manifest: Manifest) -> Iterator[Probl
         yield Problem(shard, name, None, message)
     whole = True
     for suffix in ("parquet", "tar"):
-        for message in _file_problems(out / "shards" / f"{shard}.{suffix}", manifest):
+        file = f"{shard}.{suffix}"
+        for message in _file_problems(out / "shards" / file, manifest.files.get(file, {}), name):
             whole = False
-            yield Problem(shard, f"{shard}.{suffix}", None, message)
+            yield Problem(shard, file, None, message)
     if whole:  # damaged bytes were already found: what is inside them proves nothing more
         yield from _content_problems(out, shard, manifest)
 
@@ -124,9 +139,8 @@ def _manifest_problems(out: Path, shard: str, manifest: Manifest) -> Iterator[st
         yield f"it names the files {sorted(manifest.files)}"
 
 
-def _file_problems(path: Path, manifest: Manifest) -> Iterator[str]:
-    """Where a file's length and hash are not those of the manifest."""
-    claimed = manifest.files.get(path.name, {})
+def _file_problems(path: Path, claimed: dict[str, Any], told_by: str) -> Iterator[str]:
+    """Where a file's length and hash are not those that the file `told_by` claims."""
     try:
         with path.open("rb") as stream:
             size, sha256 = path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()
@@ -134,9 +148,9 @@ def _file_problems(path: Path, manifest: Manifest) -> Iterator[str]:
         yield f"cannot be read: {error.strerror}"
         return
     if size != claimed.get("bytes"):
-        yield f"it has {size} bytes; {manifest.shard}.json says {claimed.get('bytes')}"
+        yield f"it has {size} bytes; {told_by} says {claimed.get('bytes')}"
     if sha256 != claimed.get("sha256"):
-        yield f"its sha256 is not the one in {manifest.shard}.json"
+        yield f"its sha256 is not the one in {told_by}"
 
 
 def _content_problems(out: Path, shard: str, manifest: Manifest) -> Iterator[Problem]:

@@ -87,6 +87,23 @@ _ALL = (
     _payload("clip", "npy (1024,) float16: image_embeds of the segmented face", optional=True),
     _payload("clip_hidden", "npy (257, 1280) float16: penultimate hidden_states of the segmented face", optional=True),
     _payload("dino", "npy (257, D) float16: last hidden state of DINOv2 on the segmented face", optional=True),
+    _payload("clip_mirror", "as clip, of the mirrored face; only where asked for", optional=True),
+    _payload("clip_hidden_mirror", "as clip_hidden, of the mirrored face; only where asked for", optional=True),
+    _payload("dino_mirror", "as dino, of the mirrored face; only where asked for", optional=True),
+    # encode: all of it only where asked for
+    _payload(
+        "latents_portrait", "npy (4, h, w) float16: VAE posterior mean x scaling_factor of portrait", optional=True
+    ),
+    _payload("latents_half", "npy (4, h, w) float16: VAE posterior mean x scaling_factor of half", optional=True),
+    _payload("latents_full", "npy (4, h, w) float16: VAE posterior mean x scaling_factor of full", optional=True),
+    _payload("text_embeds", "npy (77, C) float16: encoder_hidden_states of the caption", optional=True),
+    _payload("text_pooled", "npy (P,) float16: pooled caption, SDXL only", optional=True),
+    _payload(
+        "targets",
+        "JSON: base and hashes of what encoded, and how each picture was cut",
+        optional=True,
+        type=pa.string(),
+    ),
     # pack
     _payload("json", "the sample's metadata as UTF-8 JSON"),
     # the runner

@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from tokenize import TokenError
 from typing import Any
@@ -23,15 +23,29 @@ SUFFIXES: dict[str, str] = {
     "arcface.npy": "arcface",
     "clip.npy": "clip",
     "clip_hidden.npy": "clip_hidden",
+    "clip_hidden_mirror.npy": "clip_hidden_mirror",
+    "clip_mirror.npy": "clip_mirror",
     "dino.npy": "dino",
+    "dino_mirror.npy": "dino_mirror",
     "face.jpg": "face",
     "full.jpg": "full",
     "half.jpg": "half",
     "json": "json",
+    "latents.full.npy": "latents_full",
+    "latents.half.npy": "latents_half",
+    "latents.portrait.npy": "latents_portrait",
     "mask.png": "mask",
     "portrait.jpg": "portrait",
+    "text.npy": "text_embeds",
+    "text_pooled.npy": "text_pooled",
 }
 """Suffix in the tar -> column that holds the file's bytes, in the order in which they are written."""
+
+
+DATASET = "dataset.json"
+"""Beside the shards' folder: the plan, what the run came to, and the files below."""
+UNCONDITIONAL = "unconditional.safetensors"
+"""Beside the shards' folder: clip_hidden or dino (float16, as in a sample) of "no face", for guidance."""
 
 
 def encode_npy(array: npt.NDArray[Any]) -> bytes:
@@ -124,3 +138,8 @@ def digest(value: Mapping[str, Any]) -> str:
     """sha256 of a JSON-able mapping in canonical form (sorted keys, no white space), hex."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def dataset_digest(manifests: Iterable[Manifest]) -> str:
+    """sha256 that tells datasets apart by the bytes of their shards, whatever the order of the manifests, hex."""
+    return digest({manifest.shard: manifest.files for manifest in manifests})

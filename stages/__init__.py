@@ -11,6 +11,7 @@ STAGES: dict[str, str] = {
     "crop": "stages.crop:Crop",  # portrait, half, full
     "embed_face": "stages.embed_face:EmbedFace",  # normed ArcFace embedding
     "embed_image": "stages.embed_image:EmbedImage",  # CLIP (or DINOv2) features of the segmented face
+    "encode": "stages.encode:Encode",  # only where asked for: latents and text embeddings, ready for training
     "pack": "stages.pack:Pack",  # the sample's json
 }
 """Name -> class, resolved lazily with pkgutil.resolve_name."""

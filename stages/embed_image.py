@@ -1,4 +1,7 @@
-"""Embed the picture of the face: CLIP (or DINOv2) features of the face crop without its background."""
+"""Embed the picture of the face: CLIP (or DINOv2) features of the face crop without its background.
+
+Of the mirrored crop too, where `encode.mirror` asks for it.
+"""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -20,7 +23,14 @@ class EmbedImage:
 
     name: ClassVar[str] = "embed_image"
     reads: ClassVar[tuple[str, ...]] = ("face", "mask")
-    writes: ClassVar[tuple[str, ...]] = ("clip", "clip_hidden", "dino")
+    writes: ClassVar[tuple[str, ...]] = (
+        "clip",
+        "clip_hidden",
+        "dino",
+        "clip_mirror",
+        "clip_hidden_mirror",
+        "dino_mirror",
+    )
     drops: ClassVar[tuple[DropReason, ...]] = ()
 
     def __init__(self, settings: Settings) -> None:
@@ -41,5 +51,8 @@ class EmbedImage:
         return foreground(decode_jpeg(record["face"]), decode_png(record["mask"]), told.keep, told.fill)
 
     def _rows(self, images: Image) -> list[dict[str, Any]]:
-        features = self._embedder.embed(images)
+        features = dict(self._embedder.embed(images))
+        if self._settings.encode.mirror:
+            mirrored = self._embedder.embed(np.ascontiguousarray(images[:, :, ::-1]))
+            features |= {f"{name}_mirror": column for name, column in mirrored.items()}
         return [{name: encode_npy(column[i]) for name, column in features.items()} for i in range(len(images))]

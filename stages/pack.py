@@ -38,13 +38,19 @@ class Pack(RowStage):
         "punsafe",
         "pwatermark",
         "crops",
+        "targets",
     )
     writes = ("json",)
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """One record as UTF-8 JSON; `crops` becomes an object, and the fill colour of the embedded face is noted."""
+        """One record as UTF-8 JSON; `crops` and `targets` (where there is one) become objects.
+
+        The fill colour of the embedded face is noted.
+        """
         content = {name: _rounded(value) for name, value in record.items()}
         content["crops"] = json.loads(record["crops"])
+        if content.pop("targets"):
+            content["targets"] = json.loads(record["targets"])
         content["text"] = record["text"] or ""
         content["fill"] = list(self.settings.segment.fill)
         content["schema_version"] = SCHEMA_VERSION

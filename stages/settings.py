@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from schemas.errors import ConfigError
+
 
 class Section(BaseModel):
     """A frozen group of settings; an unknown key is an error."""
@@ -138,6 +140,50 @@ class ModelSettings(Section):
     """Set by the plan: cuda when executor.gpus > 0."""
 
 
+class EncoderSource(Section):
+    """The encoders of a base, as they were found."""
+
+    name: str
+    """The base's name, for people."""
+    folder: str
+    """Its diffusers folder."""
+    kind: Literal["sd15", "sdxl"]
+    """Which pipeline the base belongs to."""
+    vae_sha256: str
+    """Of the VAE's weights."""
+    text_sha256: str
+    """Of the text encoder's weights; both, joined by `+`, where there are two."""
+
+
+class EncodeSettings(Section):
+    """What is computed ahead for training, at the price of larger shards; `--with latents,text,mirror` asks for it."""
+
+    latents: bool = False
+    """Latents of the crops, so that training needs no VAE: about 32 kB per crop at 512."""
+    text: bool = False
+    """Embeddings of the caption, so that training needs no text encoder: 120 kB (SD1.5) or 320 kB (SDXL) per sample."""
+    mirror: bool = False
+    """Image features of the mirrored face too, so that training may mirror: doubles them."""
+    base: str = "sd15"
+    """Whose encoders: sd15, sdxl, tiny, tiny-sdxl, or a diffusers folder."""
+    resolution: int = Field(512, ge=64, multiple_of=8)
+    """Side of a square picture before the VAE, pixels; other sizes have about its area. At most crop.size."""
+    source: EncoderSource | None = None
+    """Where the base's encoders lie; set by the run itself."""
+
+    @property
+    def encodes(self) -> bool:
+        """Whether encoders of a base are needed."""
+        return self.latents or self.text
+
+    @property
+    def found(self) -> EncoderSource:
+        """Where the base's encoders lie, once the run has found them."""
+        if self.source is None:
+            raise ConfigError("encode.base was not looked up: stages get their settings from a plan.")
+        return self.source
+
+
 class Settings(Section):
     """All that stages are told."""
 
@@ -146,4 +192,14 @@ class Settings(Section):
     filter: FilterSettings = FilterSettings()
     segment: SegmentSettings = SegmentSettings()
     crop: CropSettings = CropSettings()
+    encode: EncodeSettings = EncodeSettings()
     models: ModelSettings = ModelSettings()
+
+    @model_validator(mode="after")
+    def _nothing_is_enlarged(self) -> "Settings":
+        if self.encode.latents and self.encode.resolution > self.crop.size:
+            raise ValueError(
+                f"encode.resolution = {self.encode.resolution} would enlarge crops of crop.size = {self.crop.size}: "
+                "raise crop.size, or lower encode.resolution"
+            )
+        return self

@@ -90,6 +90,7 @@ def record(part: str, row: int, **changes: Any) -> dict[str, Any]:
         "punsafe": None,
         "pwatermark": None,
         "crops": json.dumps(CROPS),
+        "targets": None,
         **pictures(row),
         **changes,
     }

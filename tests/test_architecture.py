@@ -25,11 +25,18 @@ from stages.models import base as models
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("schemas", "stages", "pipeline")
-TRAINER = ("pipeline.train", "pipeline.loader", "pipeline.adapters")
-HEAVY = {"facexlib", "insightface", "onnxruntime", "torch", "torchvision", "transformers"}
+TRAINER = ("pipeline.train", "pipeline.loader", "pipeline.adapters", "pipeline.training")
+SHARED = ("pipeline.atomic", "pipeline.bases", "pipeline.configfile", "pipeline.tiny")
+"""Rooms that the trainer and the rest of the pipeline both use."""
+OPTIONAL = {"bitsandbytes"}
+"""Asked for by a setting alone, which says what to install where it is not there."""
+HEAVY = {
+    *("accelerate", "diffusers", "facexlib", "insightface", "onnxruntime", "peft"),
+    *("torch", "torchvision", "transformers"),
+}
 SHARD_BOUNDARY = "pipeline.local"
 """Where whatever stopped a shard is caught: it is reported, the other shards go on, the run exits with 3."""
-HEAVY_ROOMS = ("stages.models", "pipeline.adapters", "pipeline.train")
+HEAVY_ROOMS = ("stages.models", *TRAINER)
 PROTOCOLS = {
     "detector": models.Detector,
     "segmenter": models.Segmenter,
@@ -97,13 +104,15 @@ def imports() -> tuple[Import, ...]:
 
 
 def may_import(importer: str, target: str) -> bool:
-    """The floors: schemas <- stages <- pipeline, and schemas <- the trainer."""
+    """The floors: schemas <- stages <- pipeline, and schemas <- shared rooms <- the trainer."""
     if inside(importer, "schemas"):
         return inside(target, "schemas")
     if inside(importer, "stages"):
         return inside(target, "schemas", "stages")
+    if inside(importer, *SHARED):
+        return inside(target, "schemas", *SHARED)
     if inside(importer, *TRAINER):
-        return inside(target, "schemas", *TRAINER)
+        return inside(target, "schemas", *SHARED, *TRAINER)
     return not inside(target, *TRAINER)
 
 
@@ -121,6 +130,11 @@ def listing(found: list[Import]) -> str:
         ("pipeline.train", "stages.images", False),
         ("pipeline.adapters.plus", "pipeline.plan", False),
         ("pipeline.report", "pipeline.loader", False),
+        ("pipeline.plan", "pipeline.training.settings", False),
+        ("pipeline.training.settings", "pipeline.configfile", True),
+        ("pipeline.plan", "pipeline.bases", True),
+        ("pipeline.bases", "pipeline.atomic", True),
+        ("pipeline.bases", "stages.models.base", False),
     ],
 )
 def test_the_floors_themselves(importer: str, target: str, allowed: bool) -> None:
@@ -150,7 +164,9 @@ def test_imports_go_down_only() -> None:
 
 def test_schemas_use_only_numpy_and_pyarrow() -> None:
     allowed = sys.stdlib_module_names | {"schemas", "numpy", "pyarrow"}
-    wrong = [i for i in imports() if inside(i.importer, "schemas") and i.target.partition(".")[0] not in allowed]
+    found = [i for i in imports() if inside(i.importer, "schemas") and i.target.partition(".")[0] not in allowed]
+    # It mends torch's import, and imports it only when somebody else does.
+    wrong = [i for i in found if i.on_load or (i.importer, i.target) != ("schemas.torchvision_cpu", "torch")]
     assert not wrong, listing(wrong)
 
 
@@ -160,12 +176,21 @@ def test_every_library_in_use_is_a_declared_dependency() -> None:
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
     owners = metadata.packages_distributions()
     libraries = {i.target.partition(".")[0] for i in imports()} - sys.stdlib_module_names - set(PACKAGES)
+    libraries -= OPTIONAL
     assert not {name for name in libraries if not declared & {canonicalize_name(owner) for owner in owners[name]}}
 
 
 def test_only_the_cluster_imports_ray() -> None:
     wrong = [i for i in imports() if inside(i.target, "ray") and i.importer != "pipeline.cluster"]
     assert not wrong, listing(wrong)
+
+
+def test_the_trainer_loads_neither_ray_nor_stages() -> None:
+    rooms = [room for room in ("pipeline.train", "pipeline.training.settings") if room in modules()]
+    script = f"import sys, {', '.join(rooms)}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not [name for name in done.stdout.split() if inside(name, "ray", "stages")]
 
 
 def test_model_libraries_load_only_in_model_rooms() -> None:

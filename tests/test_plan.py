@@ -79,7 +79,7 @@ def test_pools_without_and_with_gpus():
     ]
     faces, images = plan_of("executor.workers=4", "executor.gpus=2").pools()
     assert (faces.workers, faces.gpus, images.workers, images.gpus) == (4, 0.25, 2, 0.5)
-    assert [step.name for step in images.steps] == ["embed_image"]
+    assert [step.name for step in images.steps] == ["embed_image", "encode"]
 
 
 def test_every_reason_has_a_place_in_the_funnel():

@@ -23,7 +23,7 @@ class ModelCard:
 
     name: str
     task: str
-    """detector, segmenter, face_embedder or image_embedder."""
+    """detector, segmenter, face_embedder, image_embedder, or encoder (of a diffusion base)."""
     sha256: str
     """Of the weight file, hex; empty for a method without weights."""
     licence: str
@@ -82,6 +82,13 @@ class ImageEmbedder(Backend, Protocol):
 
     def embed(self, images: Image) -> Mapping[str, npt.NDArray[np.float16]]:
         """Column name (clip, clip_hidden or dino) -> features of (N, 224, 224, 3) RGB images, N first."""
+
+    def unconditional(self) -> Mapping[str, npt.NDArray[np.float16]]:
+        """Column name (clip_hidden or dino) -> (257, D) features that stand for "no face" in training and guidance.
+
+        Those of an all-zero tensor behind the preprocessing, as published adapters take them. `clip` has none: there,
+        zeros stand for no face.
+        """
 
 
 REGISTRIES: dict[str, dict[str, str]] = {

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from schemas.errors import PlanError, WeightsError
-from stages.models.base import Image, ModelCard
+from stages.models.base import Floats, Image, ModelCard
 from stages.models.torch_backend import normalise, prepare
 from stages.models.weights import card, resolve
 from stages.settings import ModelSettings
@@ -55,12 +55,20 @@ class Tower:
         parts = [self._run(given[start : start + step]) for start in range(0, len(given), step)]
         return {name: np.concatenate([part[name] for part in parts])[: len(images)] for name in parts[0]}
 
+    def unconditional(self) -> Features:
+        """Features of one all-zero tensor of pixels; see the protocol."""
+        features = self._run_pixels(np.zeros((1, 3, 224, 224), np.float32))
+        return {name: feature[0] for name, feature in features.items() if name != "clip"}
+
     def _run(self, images: Image) -> Features:
+        return self._run_pixels(normalise(images, self.mean_std))
+
+    def _run_pixels(self, pixels: Floats) -> Features:
+        """Features of normalised (N, 3, 224, 224) pixels."""
         import torch
 
         with torch.inference_mode():
-            pixels = torch.from_numpy(normalise(images, self.mean_std)).to(self._device, self._model.dtype)
-            picked = self._features(pixels)
+            picked = self._features(torch.from_numpy(pixels).to(self._device, self._model.dtype))
         return {name: tensor.cpu().numpy().astype(np.float16) for name, tensor in picked.items()}
 
     def _features(self, pixels: Any) -> dict[str, Any]:

@@ -52,6 +52,11 @@ class Patches:
         hidden = np.array([self._hidden(patches) for patches in described], np.float16)
         return {"clip": embeds.reshape(-1, _EMBEDS), "clip_hidden": hidden.reshape(-1, 1 + _GRID**2, _HIDDEN)}
 
+    def unconditional(self) -> Mapping[str, _Halves]:
+        """`clip_hidden` of plain mid-grey (128), which is where colours and gradients of a patch are zero."""
+        grey = np.full((1, 224, 224, 3), 128, np.uint8)
+        return {"clip_hidden": self.embed(grey)["clip_hidden"][0]}
+
     def _hidden(self, patches: Floats) -> _Halves:
         flat = patches.reshape(-1, _FEATURES)
         rows = np.vstack([np.rint(flat.mean(axis=0, dtype=np.float64)).astype(np.float32), flat])

@@ -1,0 +1,93 @@
+"""What a sample's precomputed latents and text embeddings were made by: `targets` in its json.
+
+Shared by whoever encodes and whoever trains: latents of another VAE are as good as noise, so both name the weights by
+their hashes, the same way.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from schemas.buckets import Fit
+from schemas.errors import CorruptShardError, WeightsError
+
+_VAE = "vae/diffusion_pytorch_model.safetensors"
+_TEXT_ENCODERS = ("text_encoder/model.safetensors", "text_encoder_2/model.safetensors")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What encoded a sample, and how each of its pictures was cut for it."""
+
+    base: str
+    """Name of the base, for people; the hashes decide."""
+    kind: str
+    """sd15 or sdxl."""
+    vae_sha256: str
+    text_sha256: str
+    resolution: int
+    """Side of a square picture, pixels."""
+    latents: dict[str, Fit]
+    """portrait, half, full: those that have latents."""
+
+    def to_json(self) -> str:
+        """As compact JSON text."""
+        cuts = {crop: fit._asdict() for crop, fit in self.latents.items()}
+        return json.dumps({**asdict(self), "latents": cuts}, separators=(",", ":"), sort_keys=True)
+
+    @staticmethod
+    def from_object(value: Any) -> "Targets":
+        """Read `targets` of a sample's parsed json.
+
+        Raises:
+            CorruptShardError: when it is something else.
+        """
+        try:
+            fields: dict[str, Any] = {name: value[name] for name in Targets.__dataclass_fields__}
+            fields["latents"] = {crop: _fit(told) for crop, told in fields["latents"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CorruptShardError(f"targets cannot be read: {type(error).__name__}: {error}") from error
+        words = (fields["base"], fields["kind"], fields["vae_sha256"], fields["text_sha256"])
+        if not all(isinstance(word, str) for word in words) or type(fields["resolution"]) is not int:
+            raise CorruptShardError("targets cannot be read: a field has another type")
+        return Targets(**fields)
+
+
+def _fit(told: Any) -> Fit:
+    pairs = [tuple(told[name]) for name in Fit._fields]
+    if not all(len(pair) == 2 and all(type(side) is int and side >= 0 for side in pair) for pair in pairs):
+        raise ValueError("a cut is not made of whole numbers")
+    fit = Fit(*pairs)
+    whole = zip(fit.resized, fit.offset, fit.size, strict=True)
+    if not all(cut > 0 and start + cut <= side for side, start, cut in whole):
+        raise ValueError("a cut lies outside its picture")
+    return fit
+
+
+def vae_sha256(folder: Path) -> str:
+    """sha256 of the VAE's weights in a diffusers folder, hex.
+
+    Raises:
+        WeightsError: when they are not there.
+    """
+    return _sha256(folder / _VAE)
+
+
+def text_sha256(folder: Path) -> str:
+    """sha256 of the text encoder's weights in a diffusers folder, hex; of both, joined by `+`, where there are two.
+
+    Raises:
+        WeightsError: when they are not there.
+    """
+    paths = [folder / name for name in _TEXT_ENCODERS if (folder / name).parent.is_dir()]
+    return "+".join(map(_sha256, paths or [folder / _TEXT_ENCODERS[0]]))
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read ({error.strerror}): fetch the base's safetensors files.") from error

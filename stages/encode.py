@@ -1,0 +1,91 @@
+"""Encode: latents of the crops and embeddings of the caption, so that training needs neither VAE nor text encoder.
+
+Off unless asked for: then nothing is loaded and all its columns are null.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import cv2
+import pyarrow as pa
+
+from schemas.buckets import Fit, Size, buckets, fit_around, nearest
+from schemas.drops import DropReason
+from schemas.shard import encode_npy
+from schemas.targets import Targets
+from stages.base import to_table
+from stages.images import decode_jpeg
+from stages.models.base import Image
+from stages.models.encoders import TextEncoder, Vae
+from stages.settings import EncoderSource, Settings
+
+_CROPS = ("portrait", "half", "full")
+
+
+class Encode:
+    """Encodes the crops and the caption by the encoders of the base that `settings.encode` names; drops nothing."""
+
+    name: ClassVar[str] = "encode"
+    reads: ClassVar[tuple[str, ...]] = ("text", "bbox", "portrait", "half", "full", "crops")
+    writes: ClassVar[tuple[str, ...]] = (
+        "latents_portrait",
+        "latents_half",
+        "latents_full",
+        "text_embeds",
+        "text_pooled",
+        "targets",
+    )
+    drops: ClassVar[tuple[DropReason, ...]] = ()
+
+    def __init__(self, settings: Settings) -> None:
+        """Load the encoders that are asked for."""
+        self._told = told = settings.encode
+        self._sizes = buckets(told.resolution)
+        self._vae = Vae(told.found, settings.models) if told.latents else None
+        self._text = TextEncoder(told.found, settings.models) if told.text else None
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Encode all rows, one after the other; all columns are null where nothing was asked for."""
+        asked = self._told.encodes
+        rows = [self._row(record, self._told.found) for record in table.to_pylist()] if asked else [{}] * len(table)
+        return to_table(rows, self.writes, self.drops)
+
+    def _row(self, record: Mapping[str, Any], source: EncoderSource) -> dict[str, Any]:
+        columns: dict[str, Any] = {}
+        cuts: dict[str, Fit] = {}
+        if self._vae is not None:
+            for crop in _CROPS:
+                if record[crop] is not None:
+                    image = decode_jpeg(record[crop])
+                    cuts[crop] = place(crop, image, record, self._sizes)
+                    columns[f"latents_{crop}"] = encode_npy(self._vae.encode(cut(image, cuts[crop])))
+        if self._text is not None:
+            columns |= {name: encode_npy(array) for name, array in self._text.encode(record["text"] or "").items()}
+        targets = Targets(
+            source.name, source.kind, source.vae_sha256, source.text_sha256, self._told.resolution, latents=cuts
+        )
+        return {**columns, "targets": targets.to_json()}
+
+
+def place(crop: str, image: Image, record: Mapping[str, Any], sizes: tuple[Size, ...]) -> Fit:
+    """How a crop is scaled and cut: squares to the square, `full` to its nearest size; with the face where it can be.
+
+    `record` holds `bbox` (pixels of the photo) and `crops`, as the stages before wrote them.
+    """
+    height, width = image.shape[:2]
+    size = nearest(width, height, sizes) if crop == "full" else nearest(1, 1, sizes)
+    x0, y0, x1, y1 = json.loads(record["crops"])[crop]["box"]
+    across, down = width / (x1 - x0), height / (y1 - y0)
+    face = record["bbox"]
+    box = ((face[0] - x0) * across, (face[1] - y0) * down, (face[2] - x0) * across, (face[3] - y0) * down)
+    return fit_around(width, height, size, box)
+
+
+def cut(image: Image, fit: Fit) -> Image:
+    """The pixels of a fit: reduced by area, then cut; (height, width, 3) RGB."""
+    scaled = image
+    if (image.shape[1], image.shape[0]) != fit.resized:
+        scaled = cv2.resize(image, fit.resized, interpolation=cv2.INTER_AREA)
+    (left, top), (width, height) = fit.offset, fit.size
+    return scaled[top : top + height, left : left + width]

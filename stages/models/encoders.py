@@ -1,0 +1,115 @@
+"""The frozen encoders of a diffusion base, from a local diffusers folder: pictures to latents, captions to embeddings.
+
+A CPU computes in float32. A GPU computes in float16, but for the VAE of SDXL, whose activations overflow there. One
+picture or caption at a time, so that bytes do not depend on batches.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from schemas.errors import WeightsError
+from stages.models.base import Image
+from stages.models.torch_backend import HALF, normalise, prepare
+from stages.models.tower import load_folder
+from stages.settings import EncoderSource, ModelSettings
+
+Halves = npt.NDArray[np.float16]
+
+_NO_TENSOR_FOR = "fetch the base again, with its safetensors files"
+
+
+class Vae:
+    """The image encoder of a base."""
+
+    def __init__(self, source: EncoderSource, settings: ModelSettings) -> None:
+        """Load it on `settings.device`."""
+        device = prepare(settings)
+        self._model = _load_vae(Path(source.folder) / "vae")
+        if device == "cuda" and source.kind == "sd15":
+            self._model = self._model.half()
+        self._model = self._model.to(device)
+
+    def encode(self, image: Image) -> Halves:
+        """(H, W, 3) RGB, sides multiples of 8 -> (4, H / 8, W / 8): posterior mean x scaling_factor."""
+        import torch
+
+        with torch.inference_mode():
+            pixels = torch.from_numpy(normalise(image[None], HALF)).to(self._model.device, self._model.dtype)
+            mean = self._model.encode(pixels).latent_dist.mean.float() * self._model.config.scaling_factor
+        latents: Halves = mean[0].cpu().numpy().astype(np.float16)
+        return latents
+
+
+def _load_vae(folder: Path) -> Any:
+    """The AutoencoderKL of a local folder, float32; pickled weights are never read, nothing is looked up on the hub."""
+    from diffusers import AutoencoderKL
+    from diffusers.utils import logging
+    from safetensors import SafetensorError
+
+    logging.set_verbosity_error()
+    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    try:
+        model, info = AutoencoderKL.from_pretrained(str(folder), **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise WeightsError(f"{folder} cannot be loaded as AutoencoderKL ({error}): {_NO_TENSOR_FOR}.") from error
+    if info["missing_keys"]:
+        raise WeightsError(f"{folder} lacks {sorted(info['missing_keys'])[0]}: {_NO_TENSOR_FOR}.")
+    return model.eval().requires_grad_(False)
+
+
+class TextEncoder:
+    """The text encoder of SD1.5, or both of SDXL, used as the stock pipelines do."""
+
+    def __init__(self, source: EncoderSource, settings: ModelSettings) -> None:
+        """Load it on `settings.device`."""
+        device = prepare(settings)
+        import transformers
+
+        folder = Path(source.folder)
+        self._is_sdxl = source.kind == "sdxl"
+        names = [("", "CLIPTextModel"), *([("_2", "CLIPTextModelWithProjection")] if self._is_sdxl else [])]
+        self._encoders = [
+            (
+                _load_tokenizer(folder / f"tokenizer{suffix}"),
+                load_folder(getattr(transformers, cls), folder / f"text_encoder{suffix}", device),
+            )
+            for suffix, cls in names
+        ]
+
+    def encode(self, caption: str) -> dict[str, Halves]:
+        """Column -> features: `text_embeds` (77, C), and for SDXL `text_pooled` (P,); cut at 77 tokens.
+
+        SD1.5: the last hidden state. SDXL: the penultimate ones of both encoders side by side, and the projected
+        text of the second.
+        """
+        outputs = [self._run(tokenizer, model, caption) for tokenizer, model in self._encoders]
+        if not self._is_sdxl:
+            return {"text_embeds": _halves(outputs[0].last_hidden_state)}
+        states = np.concatenate([_halves(output.hidden_states[-2]) for output in outputs], axis=1)
+        return {"text_embeds": states, "text_pooled": _halves(outputs[1].text_embeds)}
+
+    def _run(self, tokenizer: Any, model: Any, caption: str) -> Any:
+        import torch
+
+        tokens = tokenizer(
+            caption, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            return model(tokens.input_ids.to(model.device), output_hidden_states=True)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    try:
+        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{folder} cannot be loaded as a CLIP tokenizer ({error}): fetch the base again.") from error
+
+
+def _halves(batch_of_one: Any) -> Halves:
+    array: Halves = batch_of_one[0].float().cpu().numpy().astype(np.float16)
+    return array
