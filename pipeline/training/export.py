@@ -10,6 +10,7 @@ import torch
 from pipeline.adapters.attention import named_attention
 from pipeline.adapters.model import AdapterModel
 from pipeline.adapters.released import released_name, write_released
+from pipeline.loader import unconditional
 from pipeline.training.job import Job
 from pipeline.training.run_folder import RunFolder
 from schemas.errors import OutputError
@@ -56,10 +57,10 @@ def _sidecar(job: Job, num_tokens: int) -> dict[str, Any]:
 @torch.no_grad()
 def _num_tokens(job: Job, model: AdapterModel) -> int:
     """Image tokens per face."""
-    nothing = {role: torch.as_tensor(value)[None] for role, value in job.dataset.unconditional.items()}
+    nothing = unconditional(job.dataset, job.variant.reads, job.config.adapter.image_encoder)
     device = next(model.image_proj.parameters()).device
-    tokens = model.tokens({role: nothing[role].to(device, torch.float32) for role in job.variant.reads})
-    return tokens.shape[1]
+    condition = {role: torch.from_numpy(value)[None].to(device, torch.float32) for role, value in nothing.items()}
+    return model.tokens(condition).shape[1]
 
 
 def export(run: RunFolder, told: Mapping[str, Any], step: int, folder: Path) -> list[Path]:

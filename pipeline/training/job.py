@@ -10,7 +10,7 @@ import torch
 from pipeline.adapters import variant
 from pipeline.adapters.base import Variant, Widths
 from pipeline.bases import BaseSource, find_base
-from pipeline.loader import Dataset, open_dataset, require
+from pipeline.loader import Dataset, open_dataset, require, widths
 from pipeline.training.run_folder import RunFolder, identity_of
 from pipeline.training.settings import Precision, TrainConfig, load_train_config
 from schemas.errors import ConfigError, SourceError
@@ -50,8 +50,7 @@ class Job:
     @property
     def widths(self) -> Widths:
         """The widths that the adapter's shapes follow from."""
-        widths = self.dataset.widths(self.config.adapter.image_encoder)
-        return Widths(self.base.kind, self.base.text_width, **widths)
+        return Widths(self.base.kind, self.base.text_width, **widths(self.dataset, self.config.adapter.image_encoder))
 
     @property
     def identity(self) -> dict[str, Any]:

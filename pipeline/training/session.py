@@ -1,5 +1,7 @@
 """All that changes while a run goes, and its way into a checkpoint and back."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,8 @@ class Session:
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             state=state,
+            base=job.base.folder,
+            pin_memory=accelerator.device.type == "cuda",
         )
 
     def moved(self) -> None:
@@ -58,6 +62,20 @@ class Session:
         self.schedule.step()
         if self.average is not None:
             self.average.step(self.trained.values())
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in the model's place, where there are any."""
+        if self.average is None:
+            yield
+            return
+        parameters = list(self.trained.values())
+        self.average.store(parameters)
+        self.average.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.average.restore(parameters)
 
     def save(self) -> None:
         """Write a checkpoint; every process takes part, the main one writes."""

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pipeline.configfile import explain, merge, told
 from schemas.errors import ConfigError
 
-Precision = Literal["no", "bf16", "fp16"]
+Precision = Literal["auto", "no", "bf16", "fp16"]
 Preset = Literal["tiny", "sd15", "sdxl-512", "sdxl-1024"]
 ImageEncoder = Literal["clip-vit-h", "dinov2"]
 
@@ -133,8 +133,8 @@ class OptimSettings(Section):
     """Clip the gradient to this norm; 0 is off."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """Exponential moving average of the weights, which is exported then; 0 is off."""
-    precision: Precision = "no"
-    """Autocast of the frozen base and of all computation; weights that are trained stay float32."""
+    precision: Precision = "auto"
+    """Of the frozen base and of computation (autocast); trained weights stay float32. auto: bf16 on a GPU, else no."""
     gradient_checkpointing: bool = False
     """Less memory, one more forward pass."""
     compile: bool = False
