@@ -110,7 +110,7 @@ def _known_folder(name: str, hub: _Hub) -> Path:
         place = f"{root or '$FACESHARDS_MODELS'}/{name}"
         raise WeightsError(
             f"The base {name} is not on this machine: fetch {hub.repository} in diffusers' layout with safetensors "
-            f"({hub.licence}), as by `hf download {hub.repository} --local-dir {place}`, or give the path of its folder instead."
+            f"({hub.licence}), as by `hf download {hub.repository} --local-dir {place}`, or give its folder's path."
         ) from error
 
 

@@ -1,10 +1,8 @@
 """`python -m pipeline.train --from-shards [DIR …] --variant NAME`: train an adapter; `train` is the loop."""
 
 import os
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import torch
@@ -23,6 +21,7 @@ from pipeline.training.identity import id_loss_of
 from pipeline.training.job import Call, Job, precision, prepared
 from pipeline.training.session import Session
 from pipeline.training.settings import TrainConfig
+from pipeline.training.stop import StopSignal
 from pipeline.training.validation import Validator
 from pipeline.training.watch import Watch
 from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, UserError
@@ -46,18 +45,22 @@ def train(job: Job) -> ExitCode:
     )
     base = Base(job.base, accelerator.device, _frozen_dtype(accelerator.mixed_precision))
     id_loss = id_loss_of(config.objective, base)
-    session = Session(job, accelerator, base)
     validator = Validator(job, base)
+    session = Session(job, accelerator, base)
     told = described(job, session.model)
     if accelerator.is_main_process:
         job.run.start(told, resume=job.resume)
     accelerator.wait_for_everyone()
     if job.resume and job.run.steps():
         session.restore(job.run.steps()[-1])
-    stop = _StopSignal()
+    for notice in session.loader.reading.notices:
+        _say(f"note: {notice}")
 
-    with Watch(job.run.root, config, session.step, console, quiet=not accelerator.is_main_process) as watch:
-        for batch in watch.timed(session.loader):
+    watch = Watch(job.run.root, config, session.step, console, quiet=not accelerator.is_main_process)
+    with watch, StopSignal() as stop:
+        batches = watch.timed(session.loader)
+        while session.step < config.steps:
+            batch = next(batches)
             with accelerator.accumulate(session.forward):
                 latents, text, condition, added = session.prepare(batch)
                 noised = objective.noised(base.scheduler, latents, config.objective, session.generator)
@@ -67,9 +70,7 @@ def train(job: Job) -> ExitCode:
                 if id_loss is not None:
                     loss = loss + id_loss(noise_pred, noised, latents, batch)
                 accelerator.backward(loss)
-                norm = None
-                if accelerator.sync_gradients and config.optim.max_grad_norm:
-                    norm = accelerator.clip_grad_norm_(session.trained.values(), config.optim.max_grad_norm)
+                norm = session.clip()
                 session.optimizer.step()
                 session.optimizer.zero_grad(set_to_none=True)
             watch.batch(loss, samples=len(batch.keys) * accelerator.num_processes)
@@ -78,19 +79,18 @@ def train(job: Job) -> ExitCode:
 
             session.moved()
             watch.step(session.step, lr=session.schedule.get_last_lr()[0], grad_norm=norm, epoch=batch.position.epoch)
-            stopping = stop.heard(accelerator)
-            done = session.step >= config.steps
+            stopping, done = stop.heard(accelerator), session.step >= config.steps
             if done or stopping or session.step % config.watch.save_every == 0:
                 session.save()
                 if accelerator.is_main_process:
                     export(job.run, told, session.step, job.run.folder(session.step))
-            if accelerator.is_main_process and _every(config.watch.validate_every, session.step, done):
+            if _every(config.watch.validate_every, session.step, done) and accelerator.is_main_process:
                 with session.averaged():
                     watch.note(session.step, validator.run(session.model, session.step))
             if stopping and not done:
+                _say(f"Stopped at step {session.step}; the same command with --resume goes on.")
                 return ExitCode.INTERRUPTED
-            if done:
-                break
+
     if accelerator.is_main_process:
         for path in export(job.run, told, session.step, job.run.root):
             console.print(str(path), highlight=False, soft_wrap=True)
@@ -109,28 +109,6 @@ def _device() -> torch.device:
 def _frozen_dtype(mixed_precision: str) -> torch.dtype:
     """The frozen base needs no more precision than it is computed in."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
-
-
-class _StopSignal:
-    """SIGINT and SIGTERM end the run after the current step, with a checkpoint; a second one at once."""
-
-    def __init__(self) -> None:
-        self._heard = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._hear)
-
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self._heard:
-            raise KeyboardInterrupt
-        self._heard = True
-        errors.print("Stopping after this step; once more to stop at once, without a checkpoint.")
-
-    def heard(self, accelerator: Accelerator) -> bool:
-        """Whether any process heard one: all must leave the loop at the same step."""
-        if accelerator.num_processes == 1:
-            return self._heard
-        votes = accelerator.reduce(torch.tensor(float(self._heard), device=accelerator.device))
-        return bool(votes.item())
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)

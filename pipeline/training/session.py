@@ -17,7 +17,7 @@ from pipeline.training import optim
 from pipeline.training.base import Base
 from pipeline.training.inputs import Preparer
 from pipeline.training.job import Job
-from schemas.errors import OutputError
+from schemas.errors import FaceShardsError, OutputError
 
 
 class Session:
@@ -56,6 +56,14 @@ class Session:
             pin_memory=accelerator.device.type == "cuda",
         )
 
+    def clip(self) -> torch.Tensor | None:
+        """Clip the gradient before an optimiser step; its norm, where it is clipped."""
+        limit = self._job.config.optim.max_grad_norm
+        if not limit or not self._accelerator.sync_gradients:
+            return None
+        norm: torch.Tensor = self._accelerator.clip_grad_norm_(self.trained.values(), limit)
+        return norm
+
     def moved(self) -> None:
         """An optimiser step was made."""
         self.step += 1
@@ -78,7 +86,16 @@ class Session:
             self.average.restore(parameters)
 
     def save(self) -> None:
-        """Write a checkpoint; every process takes part, the main one writes."""
+        """Write a checkpoint; every process takes part, the main one writes.
+
+        Raises:
+            FaceShardsError: when a weight is no longer finite; earlier checkpoints stay.
+        """
+        if not all(torch.isfinite(weight).all() for weight in self.trained.values()):
+            raise FaceShardsError(
+                f"the weights at step {self.step} are not finite, the training diverged: go back to an earlier "
+                "checkpoint with a lower optim.lr"
+            )
         ranks = gather_object([self._rank_state()])
         if self._accelerator.is_main_process:
             average = None
