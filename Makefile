@@ -8,6 +8,8 @@ OUT ?= out
 CONFIG ?=
 ## ARGS         further arguments, such as "--set filter.min_face_px=96" (for test: to pytest)
 ARGS ?=
+## VARIANT      what to train: ip-adapter, plus, plus-face, full-face, faceid, faceid-portrait, faceid-plus, faceid-plusv2
+VARIANT ?= faceid-plusv2
 ## EXTRA        cpu or gpu; remembered once set up
 EXTRA ?= $(patsubst .venv/.setup-%,%,$(firstword $(wildcard .venv/.setup-*) .venv/.setup-cpu))
 ## TORCH_INDEX  index to take torch from, such as one of CPU builds (a default index may hold a CUDA build of gigabytes)
@@ -21,7 +23,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup dataset plan report verify models test lint image clean
+.PHONY: help setup dataset train plan report verify models test lint image clean
 
 PY    := .venv/bin/python
 STAMP  = .venv/.setup-$(EXTRA)
@@ -61,6 +63,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 dataset: $(STAMP) ## metadata to training shards; the bundled sample by default [SHARDS= OUT= CONFIG= ARGS=]
 	$(PY) -m pipeline dataset $(JOB)
+
+train: $(STAMP) ## train an adapter from the shards in OUT; a tiny base on a sample's shards [VARIANT= OUT= CONFIG= ARGS=]
+	$(PY) -m pipeline.train --from-shards "$(OUT)" --variant "$(VARIANT)" $(if $(CONFIG),--config "$(CONFIG)") $(ARGS)
 
 plan: $(STAMP) ## show what `make dataset` would do, without doing it [SHARDS= OUT= CONFIG= ARGS=]
 	$(PY) -m pipeline plan $(JOB)

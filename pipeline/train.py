@@ -125,18 +125,18 @@ def run(
     base: Annotated[
         str | None,
         typer.Option(
-            help="tiny, tiny-sdxl, sd15, sdxl, or a diffusers folder. [default: sd15; tiny for `embedded` shards]"
+            help="tiny, tiny-sdxl, sd15, sdxl, or a diffusers folder. (Default: sd15; tiny for `embedded` shards.)"
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the run goes. [default: runs/VARIANT-BASE]")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps. [default: by preset]")] = None,
-    preset: Annotated[str | None, typer.Option(help="tiny, sd15, sdxl-512 or sdxl-1024. [default: by base]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the run goes. (Default: runs/VARIANT-BASE.)")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps. (Default: by preset.)")] = None,
+    preset: Annotated[str | None, typer.Option(help="tiny, sd15, sdxl-512 or sdxl-1024. (Default: by base.)")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
-    image_encoder: Annotated[str | None, typer.Option(help="clip-vit-h or dinov2. [default: clip-vit-h]")] = None,
+    image_encoder: Annotated[str | None, typer.Option(help="clip-vit-h or dinov2. (Default: clip-vit-h.)")] = None,
     init_from: Annotated[
         Path | None, typer.Option(help="A released adapter to start from (.safetensors, .bin).")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, noise, order and augmentation. [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, noise, order and augmentation. (Default: 0.)")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="TOML file with the keys that --set takes.")] = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="One config key, such as optim.lr=1e-5; `config` lists all.")
@@ -159,8 +159,8 @@ def run(
 @app.command("export")
 def export_command(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The --out of a training run.")],
-    step: Annotated[int | None, typer.Option(help="The checkpoint. [default: the last]")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the files go. [default: RUN]")] = None,
+    step: Annotated[int | None, typer.Option(help="The checkpoint. (Default: the last.)")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the files go. (Default: RUN.)")] = None,
 ) -> None:
     """Write the released files (.safetensors, .bin, LoRA, sidecar) of a checkpoint again."""
     for path in export_run(folder, step, out):

@@ -27,6 +27,8 @@ def variant(name: str) -> type[Variant]:
     Raises:
         ConfigError: when there is none; lists the known ones.
     """
+    if not name:
+        raise ConfigError(f"Say what to train, by --variant and one of: {', '.join(VARIANTS)}.")
     if name not in VARIANTS:
         raise ConfigError(f"The variant {name!r} is not known; choose one of: {', '.join(VARIANTS)}.")
     cls: type[Variant] = pkgutil.resolve_name(VARIANTS[name])

@@ -84,10 +84,10 @@ def prepared(call: Call) -> Job:
     told = load_train_config(call.config_file, call.pairs, call.preset or "tiny", **call.told)
     dataset = open_dataset(call.shards, told.data, verified=_verified(call))
     require(dataset, chosen.reads, told.adapter.image_encoder)
+    _require_meaning(call, dataset, told)
     base, preset = _base(call, dataset)
     config = load_train_config(call.config_file, call.pairs, preset, **call.told)
     run = RunFolder(call.out or Path("runs") / f"{call.variant}-{base.name}")
-    _require_meaning(dataset, base, config)
     return Job(config, preset, chosen, base, dataset, run, call.resume)
 
 
@@ -109,11 +109,12 @@ def _base(call: Call, dataset: Dataset) -> tuple[BaseSource, str]:
     return base, "tiny" if base.name.startswith("tiny") else _DEFAULT_PRESETS[base.kind]
 
 
-def _require_meaning(dataset: Dataset, base: BaseSource, config: TrainConfig) -> None:
+def _require_meaning(call: Call, dataset: Dataset, config: TrainConfig) -> None:
     """Refuse to spend GPU days on features that mean nothing."""
-    if EMBEDDED in dataset.profiles and not base.name.startswith("tiny") and not config.data.allow_embedded:
+    real = call.base is not None and not call.base.startswith("tiny")
+    if EMBEDDED in dataset.profiles and real and not config.data.allow_embedded:
         raise SourceError(
-            f"These shards are of the `embedded` profile, which is for trying things out, and {base.name} is a real "
+            f"These shards are of the `embedded` profile, which is for trying things out, and {call.base} is a real "
             "base: use --base tiny, make the dataset with real models, or give --set data.allow_embedded=true."
         )
 

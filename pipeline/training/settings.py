@@ -44,7 +44,7 @@ class DataSettings(Section):
     """Samples per step and process."""
     workers: int = Field(2, ge=0)
     """Loader processes per training process; 0 reads in the training process."""
-    shuffle: int = Field(1000, ge=1)
+    shuffle: int = Field(256, ge=1)
     """Samples of the shuffle buffer (undecoded, up to 1 MB each); 1 keeps the order of the shards."""
     latents: Literal["auto", "shards", "images"] = "auto"
     """Where targets come from: precomputed latents in the shards, or images and the VAE. auto: shards."""
