@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,10 @@ class ShardLoader:
         batches = iter(self._started())
         try:
             while True:
-                yield self._delivered(_next(batches))
+                found = _next(batches)
+                if isinstance(found, FaceShardsError):
+                    raise found
+                yield self._delivered(found)
         finally:
             del batches  # ends the workers
 
@@ -139,14 +143,11 @@ class ShardLoader:
         return batch
 
 
-def _next(batches: Iterator[Batch | FaceShardsError]) -> Batch:
+def _next(batches: Iterator[Batch | FaceShardsError]) -> Batch | FaceShardsError:
     try:
-        found = next(batches)
+        return next(batches)
     except RuntimeError as error:
         raise worker_died(error) or error from error
-    if isinstance(found, FaceShardsError):
-        raise found
-    return found
 
 
 def worker_died(error: RuntimeError) -> UserError | None:
@@ -176,7 +177,9 @@ class _Stream(IterableDataset[Batch | FaceShardsError]):
         try:
             yield from self._consumers[own].batches(*self._positions[own])
         except FaceShardsError as error:
-            yield error  # as it is: torch would wrap the worker's traceback into the message
+            # As it is: torch would wrap the worker's traceback into the message. And on: torch waits for seconds for
+            # a worker whose stream has ended.
+            yield from repeat(error)
 
 
 def _start_worker(_: int) -> None:

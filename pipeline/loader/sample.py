@@ -103,12 +103,8 @@ class Planner:
             told = content["crops"][crop]
             if "box" in told and (cuts is None or crop in cuts):
                 box, size = _box(told["box"]), _size(told["size"])
-                fit = (
-                    cuts[crop]
-                    if cuts is not None
-                    else self._fit(crop, size, _inside(_box(content["bbox"]), box, size), draws)
-                )
-                found[crop] = Crop(box, size, fit)
+                face = _inside(_box(content["bbox"]), box, size)
+                found[crop] = Crop(box, size, self._fit(crop, size, face, draws) if cuts is None else cuts[crop])
         for crop in found:
             if self._reading.target(crop) not in raw.files:
                 raise raw.corrupt(self._reading.target(crop), "is missing")

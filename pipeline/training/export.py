@@ -15,7 +15,12 @@ from pipeline.training.job import Job
 from pipeline.training.run_folder import RunFolder
 from schemas.errors import OutputError
 
-_COLOURS = "RGB"
+_CONDITIONS = {
+    "arcface": "normed embedding of the 112x112 norm_crop",
+    "pooled": "pooled features of the segmented 224x224 norm_crop, RGB",
+    "hidden": "token features of the segmented 224x224 norm_crop, RGB",
+}
+"""What a role was computed from."""
 
 
 def described(job: Job, model: AdapterModel) -> dict[str, Any]:
@@ -38,12 +43,12 @@ def _sidecar(job: Job, num_tokens: int) -> dict[str, Any]:
         "base": job.base.name,
         "kind": job.base.kind,
         "image_encoder": job.config.adapter.image_encoder,
-        "condition": {"reads": list(job.variant.reads), "colours": _COLOURS, "image": "segmented 224x224 norm_crop"},
+        "condition": {role: _CONDITIONS[role] for role in job.variant.reads},
         "num_tokens": num_tokens,
         "lora_rank": job.config.adapter.lora_rank if job.variant.lora else 0,
         "shortcut": job.variant.name == "faceid-plusv2",
         "preset": job.preset,
-        "recipe": job.config.model_dump(mode="json"),
+        "recipe": _recipe(job),
         "dataset": {
             "digest": job.dataset.digest,
             "profiles": sorted(job.dataset.profiles),
@@ -52,6 +57,14 @@ def _sidecar(job: Job, num_tokens: int) -> dict[str, Any]:
         "weights": weights,
         "licences": sorted({weight["licence"] for weight in weights}),
     }
+
+
+def _recipe(job: Job) -> dict[str, Any]:
+    """The config, without what was watched, and with the names of files in place of their paths."""
+    recipe = job.config.model_dump(mode="json", exclude={"watch"})
+    for section, key in (("adapter", "init_from"), ("objective", "id_loss_weights")):
+        recipe[section][key] = Path(recipe[section][key]).name
+    return recipe
 
 
 @torch.no_grad()
