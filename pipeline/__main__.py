@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import Config, load_config
-from pipeline.configfile import keys
+from pipeline.configfile import key_table
 from pipeline.export_json import LIST, Crop, Form, IdFormat
 from pipeline.export_json import export_json as write_list
 from pipeline.ledger import funnel, funnel_table
@@ -184,14 +184,7 @@ def export_json(
 @app.command("config")
 def show_config() -> None:
     """List every config key with its default and explanation."""
-    defaults = Config()
-    table = Table("key", "default", "meaning")
-    for name, meaning in keys(Config):
-        value: object = defaults
-        for piece in name.split("."):
-            value = getattr(value, piece)
-        table.add_row(name, repr(value), meaning)
-    console.print(table)
+    console.print(key_table(Config()))
 
 
 _NO_TELEMETRY = {

@@ -5,7 +5,8 @@ Shared by the dataset's encoders and the trainer. Nothing is ever downloaded.
 
 import json
 import os
-import shutil
+import re
+import tempfile
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -34,6 +35,10 @@ _KNOWN = {
     "sdxl": _Hub("stabilityai/stable-diffusion-xl-base-1.0", "CreativeML Open RAIL++-M"),
 }
 _NAMES = ("tiny", "tiny-sdxl", *_KNOWN)
+_MODELS = {"sd15": ("unet", "vae", "text_encoder"), "sdxl": ("unet", "vae", "text_encoder", "text_encoder_2")}
+_TOKENIZERS = {"sd15": ("tokenizer",), "sdxl": ("tokenizer", "tokenizer_2")}
+_KINDS: dict[str | None, Kind] = {None: "sd15", "text_time": "sdxl"}
+"""Layout by what the UNet's `addition_embed_type` says."""
 
 
 @dataclass(frozen=True)
@@ -69,31 +74,57 @@ def find_base(name: str, *, sdxl: bool = False) -> BaseSource:
         near = get_close_matches(name.lower(), _NAMES, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise SourceError(f"The base {name!r} is neither a folder nor one of {', '.join(_NAMES)}{hint}.")
-    return _described(folder.resolve().name, folder, f"unknown ({folder.resolve().name})")
+    return _described(folder.resolve().name, folder, _licence(folder) or f"unknown ({folder.resolve().name})")
 
 
 def _described(name: str, folder: Path, licence: str) -> BaseSource:
-    for part in ("unet", "vae", "scheduler", "text_encoder", "tokenizer"):
-        if not (folder / part).is_dir():
-            raise SourceError(f"{folder} is no diffusers folder of a Stable Diffusion model: it has no {part}/.")
-    config = _json(folder / "unet" / "config.json")
+    config = _json(folder, "unet/config.json")
+    kind = _KINDS.get(config.get("addition_embed_type"))
     width = config.get("cross_attention_dim")
-    if not isinstance(width, int):
+    if kind is None or not isinstance(width, int) or config.get("in_channels", 4) != 4:
         raise SourceError(
-            f"{folder}/unet/config.json has no single cross_attention_dim: it is no Stable Diffusion UNet."
+            f"{folder}/unet is not the UNet of Stable Diffusion 1.5 or SDXL: its config has another in_channels, "
+            "cross_attention_dim or addition_embed_type."
         )
-    is_sdxl = config.get("addition_embed_type") == "text_time" and (folder / "text_encoder_2").is_dir()
-    return BaseSource(name, folder, "sdxl" if is_sdxl else "sd15", licence, width)
+    _require_whole(folder, kind)
+    return BaseSource(name, folder, kind, licence, width)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _require_whole(folder: Path, kind: Kind) -> None:
+    """Raise for a missing part now, not when the part is needed first."""
+    for part in _MODELS[kind]:
+        _json(folder, f"{part}/config.json")
+        if not any((folder / part).glob("*.safetensors")):
+            raise SourceError(f"{folder}/{part} holds no .safetensors file, and pickled weights are not loaded.")
+    _json(folder, "scheduler/scheduler_config.json")
+    for part in _TOKENIZERS[kind]:
+        if not any((folder / part / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+            raise SourceError(_lacks(folder, f"{part}/vocab.json"))
+
+
+def _lacks(folder: Path, file: str) -> str:
+    return f"{folder} is no whole diffusers folder of Stable Diffusion 1.5 or SDXL: it has no {file}."
+
+
+def _json(folder: Path, file: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads((folder / file).read_bytes())
+    except FileNotFoundError as error:
+        raise SourceError(_lacks(folder, file)) from error
     except (OSError, ValueError) as error:
-        raise SourceError(f"{path} cannot be read as JSON: {error}.") from error
+        raise SourceError(f"{folder / file} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise SourceError(f"{path} is not the config of a model.")
+        raise SourceError(f"{folder / file} is not the config of a model.")
     return content
+
+
+def _licence(folder: Path) -> str | None:
+    """What the head of the model card says, as `creativeml-openrail-m`."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    head = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
+    said = dict(re.findall(r"^(license|license_name):[ \t]*[\"']?([\w.+-]+)", head[1], re.MULTILINE)) if head else {}
+    return said.get("license_name") or said.get("license")
 
 
 def _known_folder(name: str, hub: _Hub) -> Path:
@@ -122,15 +153,13 @@ def _tiny(kind: Kind) -> Path:
         return folder
     from pipeline.tiny import write_tiny
 
-    temporary = parent / f".tmp-{folder.name}.{os.getpid()}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        write_tiny(temporary, kind)
-        temporary.rename(folder)
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=parent) as temporary:
+            made = Path(temporary) / folder.name
+            write_tiny(made, kind)
+            made.rename(folder)
     except OSError as error:
         if not folder.is_dir():
             raise WeightsError(f"{parent} cannot be written ({error.strerror}): set XDG_CACHE_HOME.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder

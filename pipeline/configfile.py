@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from rich.table import Table
 
 from schemas.errors import ConfigError
 
@@ -65,6 +66,17 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from keys(field.annotation, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field.description or ""
+
+
+def key_table(defaults: BaseModel) -> Table:
+    """Every config key with its default and explanation, for a terminal."""
+    table = Table("key", "default", "meaning")
+    for name, meaning in keys(type(defaults)):
+        value: object = defaults
+        for piece in name.split("."):
+            value = getattr(value, piece)
+        table.add_row(name, repr(value), meaning)
+    return table
 
 
 def _leaf(key: str, value: Any) -> str:

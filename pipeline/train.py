@@ -9,10 +9,9 @@ import torch
 import typer
 from accelerate import Accelerator
 from rich.console import Console
-from rich.table import Table
 
 from pipeline.adapters import VARIANTS
-from pipeline.configfile import keys
+from pipeline.configfile import key_table
 from pipeline.loader import worker_died
 from pipeline.training import objective
 from pipeline.training.base import Base
@@ -170,14 +169,7 @@ def export_command(
 @app.command("config")
 def show_config() -> None:
     """List every config key with its default and explanation."""
-    defaults = TrainConfig()
-    table = Table("key", "default", "meaning")
-    for name, meaning in keys(TrainConfig):
-        value: object = defaults
-        for piece in name.split("."):
-            value = getattr(value, piece)
-        table.add_row(name, repr(value), meaning)
-    console.print(table)
+    console.print(key_table(TrainConfig()))
 
 
 def _say(text: str) -> None:
