@@ -35,7 +35,9 @@ _KNOWN = {
     "sdxl": _Hub("stabilityai/stable-diffusion-xl-base-1.0", "CreativeML Open RAIL++-M"),
 }
 _NAMES = ("tiny", "tiny-sdxl", *_KNOWN)
-_MODELS = {"sd15": ("unet", "vae", "text_encoder"), "sdxl": ("unet", "vae", "text_encoder", "text_encoder_2")}
+_SD15 = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+_MODELS = {"sd15": _SD15, "sdxl": {**_SD15, "text_encoder_2": "model"}}
+"""Parts with weights, and how the names of their files begin."""
 _TOKENIZERS = {"sd15": ("tokenizer",), "sdxl": ("tokenizer", "tokenizer_2")}
 _KINDS: dict[str | None, Kind] = {None: "sd15", "text_time": "sdxl"}
 """Layout by what the UNet's `addition_embed_type` says."""
@@ -61,7 +63,7 @@ def find_base(name: str, *, sdxl: bool = False) -> BaseSource:
         sdxl: whether `tiny` stands for the SDXL-like one.
 
     Raises:
-        WeightsError: when it is not on this machine; says what to fetch and where to put it.
+        WeightsError: when it, or the weights of a part, are not on this machine; says what to fetch.
         SourceError: when a path is no diffusers folder of Stable Diffusion 1.5's or SDXL's layout.
     """
     if name in ("tiny", "tiny-sdxl"):
@@ -92,10 +94,12 @@ def _described(name: str, folder: Path, licence: str) -> BaseSource:
 
 def _require_whole(folder: Path, kind: Kind) -> None:
     """Raise for a missing part now, not when the part is needed first."""
-    for part in _MODELS[kind]:
+    for part, name in _MODELS[kind].items():
         _json(folder, f"{part}/config.json")
-        if not any((folder / part).glob("*.safetensors")):
-            raise SourceError(f"{folder}/{part} holds no .safetensors file, and pickled weights are not loaded.")
+        if not any((folder / part).glob(f"{name}*.safetensors")):
+            raise WeightsError(
+                f"{folder}/{part} has no {name}.safetensors; fetch it (pickled weights are not loaded, .fp16 ones are)."
+            )
     _json(folder, "scheduler/scheduler_config.json")
     for part in _TOKENIZERS[kind]:
         if not any((folder / part / file).is_file() for file in ("tokenizer.json", "vocab.json")):

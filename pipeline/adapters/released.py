@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ from schemas.errors import FaceShardsError, SourceError
 _PARTS = ("image_proj", "ip_adapter")
 _LORA_LAYERS = {"to_q_lora": "to_q", "to_k_lora": "to_k", "to_v_lora": "to_v", "to_out_lora": "to_out_0"}
 """Module in an adapter file -> module in a LoRA file."""
+_DAMAGED = (
+    *(OSError, SafetensorError, RuntimeError, ValueError, EOFError, MemoryError, OverflowError),
+    *(AssertionError, AttributeError, LookupError, TypeError, struct.error),
+)
+"""What the readers raise for files that are torn or hold other things; torch's gives its own mistakes away."""
 
 
 def released_name(variant: type[Variant], kind: Kind, image_encoder: str) -> str:
@@ -55,7 +61,7 @@ def write_released(
     }
     files = [folder / f"{name}.safetensors", folder / f"{name}.bin"]
     replace_atomically(files[0], lambda path: save_file(half, path))
-    replace_atomically(files[1], lambda path: torch.save(nested, path))
+    replace_atomically(files[1], lambda path: _save_bin(nested, path))
     lora = lora_tensors(half, list(attention_paths), kind)
     if lora:
         files.append(folder / f"{name}_lora.safetensors")
@@ -63,6 +69,12 @@ def write_released(
     files.append(folder / f"{name}.json")
     write_atomically(files[-1], (json.dumps(sidecar, indent=2, sort_keys=True) + "\n").encode())
     return files
+
+
+def _save_bin(nested: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
+    """Through a stream: given a path, torch writes its name, here a temporary one, into the file."""
+    with path.open("wb") as stream:
+        torch.save(nested, stream)
 
 
 def _half(key: str, tensor: Tensor) -> Tensor:
@@ -93,11 +105,16 @@ def read_released(path: Path) -> dict[str, Tensor]:
         SourceError: when there is no such file, or it is no adapter.
     """
     try:
-        return load_file(path) if path.suffix == ".safetensors" else _flat(torch.load(path, weights_only=True))
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return _flat(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise SourceError(f"{path} does not exist; give the .safetensors or .bin file of a released adapter.") from None
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except pickle.UnpicklingError as error:  # torch's own words would advise to load it all the same
+        reason = "it is damaged, or holds pickled objects that are no tensors, which are never loaded"
+        raise SourceError(f"{path} cannot be read as an adapter: {reason}.") from error
+    except _DAMAGED as error:
+        first = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise SourceError(f"{path} cannot be read as an adapter: {first}.") from error
 
 
@@ -105,9 +122,13 @@ def _flat(nested: Any) -> dict[str, Tensor]:
     if not isinstance(nested, dict) or set(nested) != set(_PARTS):
         raise ValueError("it does not hold image_proj and ip_adapter")
     flat = {f"{part}.{key}": tensor for part in _PARTS for key, tensor in nested[part].items()}
-    if not all(isinstance(tensor, Tensor) for tensor in flat.values()):
-        raise ValueError("it holds other things than tensors")
+    if not all(isinstance(tensor, Tensor) and _is_plain(tensor) for tensor in flat.values()):
+        raise ValueError("it holds other things than plain tensors")
     return flat
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta
 
 
 def require_fit(path: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], variant: str) -> None:
@@ -118,11 +139,13 @@ def require_fit(path: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Ten
     """
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     shapes = [key for key in own if key in tensors and own[key].shape != tensors[key].shape]
-    broken = [key for key in tensors if not torch.isfinite(tensors[key]).all()]
+    whole = [key for key, tensor in tensors.items() if not tensor.is_floating_point()]
+    broken = [key for key in tensors if key not in whole and not torch.isfinite(tensors[key].float()).all()]
     told = [
         *(f"it lacks {key}" for key in missing[:1]),
         *(f"it has the unknown {key}" for key in extra[:1]),
         *(f"{key} is {list(tensors[key].shape)}, not {list(own[key].shape)}" for key in shapes[:1]),
+        *(f"{key} holds {tensors[key].dtype}, no floating-point numbers" for key in whole[:1]),
         *(f"{key} holds numbers that are not finite" for key in broken[:1]),
     ]
     if told:

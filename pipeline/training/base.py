@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
@@ -88,22 +89,26 @@ class Base:
         return parts
 
     def _model(self, cls: Any, part: str, dtype: torch.dtype) -> Any:
-        folder = self.source.folder / part
-        whole = list(folder.glob("*.safetensors"))
-        variant = "fp16" if whole and all(".fp16." in path.name for path in whole) else None
         key = "dtype" if cls.__module__.startswith("transformers") else "torch_dtype"
-        model = self._load(cls, part, variant=variant, use_safetensors=True, **{key: dtype})
+        options = {"use_safetensors": True, "variant": _variant(self.source.folder / part), key: dtype}
+        model, report = self._load(cls, part, output_loading_info=True, **options)
+        missing = sorted(report["missing_keys"])
+        if missing:  # left without values, or with random ones
+            raise self._unusable(cls, part, f"its files lack {len(missing)} weights, such as {missing[0]}")
         return model.eval().requires_grad_(False).to(self.device)
 
     def _load(self, cls: Any, part: str, **options: Any) -> Any:
-        folder = self.source.folder / part
         try:
-            return cls.from_pretrained(str(folder), local_files_only=True, **options)
+            return cls.from_pretrained(str(self.source.folder / part), local_files_only=True, **options)
         except _UNREADABLE as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise WeightsError(
-                f"{folder} cannot be loaded as {cls.__name__} ({first}): fetch the base again."
-            ) from error
+            raise self._unusable(cls, part, first.rstrip(" .")) from error
+
+    def _unusable(self, cls: Any, part: str, why: str) -> WeightsError:
+        folder = self.source.folder
+        tiny = self.source.name in ("tiny", "tiny-sdxl")
+        advice = f"delete {folder}, and it is made again" if tiny else "fetch the base again"
+        return WeightsError(f"{folder / part} cannot be loaded as {cls.__name__} ({why}): {advice}.")
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -112,11 +117,11 @@ class Base:
         They are sampled from the posterior by a CPU `generator`; without one, its mean is taken.
         """
         posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
-        latents = posterior.mean
+        latents = posterior.mean.float()
         if generator is not None:
             noise = torch.randn(latents.shape, generator=generator).to(latents)
-            latents = latents + posterior.std * noise
-        scaled: Tensor = latents.float() * self.vae.config.scaling_factor
+            latents = latents + posterior.std.float() * noise
+        scaled: Tensor = latents * self.vae.config.scaling_factor
         return scaled
 
     @torch.no_grad()
@@ -168,6 +173,13 @@ class Base:
         pixels = (self.decode_pixels(latents).clamp(-1, 1) + 1) * 127.5
         images: npt.NDArray[np.uint8] = pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return images
+
+
+def _variant(folder: Path) -> str | None:
+    """`fp16` for a folder that holds half-precision files alone: `*.fp16.safetensors`, or `*.fp16-00001-of-…`."""
+    files = list(folder.glob("*.safetensors"))
+    whole = any("." not in file.stem for file in files)
+    return "fp16" if not whole and any(".fp16" in file.name for file in files) else None
 
 
 def meta_unet(kind: Kind) -> Any:

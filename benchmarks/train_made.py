@@ -1,0 +1,190 @@
+"""What train_loop.py trains on: bases and image encoders of the published sizes with random weights, shards and photos.
+
+Neither speed nor memory depends on what the weights and pictures are.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+from safetensors.torch import save_file
+from train_loader import CROPS, FACE, PICTURES
+from webdataset import TarWriter
+
+from pipeline import tiny
+from pipeline.bases import BaseSource, Kind, find_base
+from pipeline.training.base import meta_unet
+from schemas.buckets import Fit
+from schemas.shard import Manifest, encode_npy
+from schemas.targets import Targets, text_sha256, vae_sha256
+
+import diffusers  # isort: skip  # after pipeline.training, which makes torchvision importable
+import transformers  # isort: skip
+
+SHARD = 200
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "latent_channels": 4,
+}
+TEXTS: dict[str, dict[str, Any]] = {
+    "text_encoder": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "text_encoder_2": {
+        "hidden_size": 1280,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "projection_dim": 1280,
+        "hidden_act": "gelu",
+    },
+}
+VISION: dict[bool, dict[str, Any]] = {
+    False: {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "projection_dim": 1024},
+    True: {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 32},
+}
+"""ViT-H/14, or (True) a tiny one."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """Everything that lies on disk."""
+
+    base: Path
+    vision: Path
+    """Folder of the CLIP image tower."""
+    shards: Path
+    photos: Path
+    """N.jpg, N.face.jpg and N.npy (ID vector): what the published tutorial reads."""
+
+
+def make(folder: Path, kind: Kind, resolution: int, samples: int, *, is_tiny: bool) -> Made:
+    """All of it; what is in `folder` already is used again."""
+    base = folder / f"base-{kind}"
+    if is_tiny:
+        base = find_base("tiny", sdxl=kind == "sdxl").folder
+    elif not base.is_dir():
+        _write_base(base, kind)
+    made = Made(
+        base, folder / f"vision{'-tiny' * is_tiny}", folder / f"out-{base.name}-{resolution}", folder / "photos"
+    )
+    if not made.vision.is_dir():
+        _write_model(made.vision, lambda: _tower(VISION[is_tiny]))
+    if not made.shards.is_dir():
+        _write_shards(made.shards, find_base(str(base)), resolution, samples, VISION[is_tiny])
+    _write_photos(made.photos, min(samples, 64))
+    return made
+
+
+def _write_base(folder: Path, kind: Kind) -> None:
+    factor = 0.18215 if kind == "sd15" else 0.13025
+    _write_model(folder / "unet", lambda: meta_unet(kind))
+    _write_model(folder / "vae", lambda: diffusers.AutoencoderKL(**VAE, scaling_factor=factor))
+    _write_model(folder / "text_encoder", lambda: _text_encoder("text_encoder"))
+    tiny._tokenizer(folder).save_pretrained(folder / "tokenizer")
+    if kind == "sdxl":
+        _write_model(folder / "text_encoder_2", lambda: _text_encoder("text_encoder_2"))
+        tiny._tokenizer(folder).save_pretrained(folder / "tokenizer_2")
+    diffusers.DDPMScheduler(**tiny._plain_noise()).save_pretrained(folder / "scheduler")
+
+
+def _text_encoder(part: str) -> Any:
+    told = TEXTS[part]
+    special = {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}  # of the tiny tokenizer
+    config = transformers.CLIPTextConfig(**told, **special, intermediate_size=4 * told["hidden_size"])
+    return (transformers.CLIPTextModelWithProjection if part.endswith("2") else transformers.CLIPTextModel)(config)
+
+
+def _tower(told: Mapping[str, Any]) -> Any:
+    config = transformers.CLIPVisionConfig(
+        **told, intermediate_size=4 * told["hidden_size"], patch_size=14, image_size=224, hidden_act="gelu"
+    )
+    return transformers.CLIPVisionModelWithProjection(config)
+
+
+def _write_model(folder: Path, built: Callable[[], Any]) -> None:
+    """Config and random bfloat16 weights, which are read in any precision; nothing is initialised twice."""
+    with torch.device("meta"):
+        model = built()
+    folder.mkdir(parents=True)
+    is_diffusers = isinstance(model, diffusers.ModelMixin)
+    (model.save_config if is_diffusers else model.config.save_pretrained)(folder)
+    name = "diffusion_pytorch_model.safetensors" if is_diffusers else "model.safetensors"
+    state = {key: _random(key, tensor) for key, tensor in model.state_dict().items()}
+    save_file(state, folder / name, metadata={"format": "pt"})
+
+
+def _random(key: str, like: torch.Tensor) -> torch.Tensor:
+    """Weights that keep activations near one: numbers that under- or overflow would change the speed."""
+    made = torch.zeros(like.shape, dtype=torch.bfloat16)
+    if like.ndim < 2:
+        return made.fill_(float(key.endswith("weight")))
+    return made.normal_(std=1 / math.sqrt(like[0].numel()))
+
+
+def _write_shards(out: Path, base: BaseSource, resolution: int, samples: int, vision: Mapping[str, Any]) -> None:
+    """A dataset made --with latents,text: all files in their real sizes, all targets square."""
+    rng, told = np.random.default_rng(0), _described(base, resolution)
+    (out / "shards").mkdir(parents=True)
+    for start in range(0, samples, SHARD):
+        path, kept = out / "shards" / f"part-{start // SHARD:05d}.tar", min(SHARD, samples - start)
+        with TarWriter(str(path), encoder=False) as tar:
+            for number in range(start, start + kept):
+                files = {"json": told, **_pictures(), **_arrays(rng, base, resolution, vision)}
+                tar.write({"__key__": f"part-{number:09d}", **dict(sorted(files.items()))})
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": ""}}
+        manifest = Manifest(path.stem, "insightface", "plan", kept, kept, {}, [], files)
+        path.with_suffix(".json").write_text(manifest.to_json())
+    empty = save({"clip_hidden": np.zeros((257, vision["hidden_size"]), np.float16)})
+    (out / "unconditional.safetensors").write_bytes(empty)
+    fingerprint = {"bytes": len(empty), "sha256": hashlib.sha256(empty).hexdigest()}
+    (out / "dataset.json").write_text(json.dumps({"files": {"unconditional.safetensors": fingerprint}}))
+
+
+def _described(base: BaseSource, resolution: int) -> bytes:
+    """The json of a sample."""
+    square = (resolution, resolution)
+    cuts = {crop: Fit(square, (0, 0), square) for crop in CROPS}
+    targets = Targets(base.name, base.kind, vae_sha256(base.folder), text_sha256(base.folder), resolution, cuts)
+    return json.dumps(
+        {
+            "text": "a photo of a person",
+            "bbox": [300, 200, 700, 800],
+            "kps": [[400, 400], [600, 400], [500, 500], [420, 600], [580, 600]],
+            "crops": {crop: {"box": [0, 0, *size], "size": size} for crop, (*size, _) in CROPS.items()},
+            "targets": json.loads(targets.to_json()),
+        }
+    ).encode()
+
+
+def _pictures() -> dict[str, bytes]:
+    return {"face.jpg": FACE, "mask.png": bytes(1000), **{f"{crop}.jpg": data for crop, data in PICTURES.items()}}
+
+
+def _arrays(rng: np.random.Generator, base: BaseSource, resolution: int, vision: Mapping[str, Any]) -> dict[str, bytes]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "clip.npy": (vision["projection_dim"],),
+        "clip_hidden.npy": (257, vision["hidden_size"]),
+        "text.npy": (77, base.text_width),
+        **{f"latents.{crop}.npy": (4, resolution // 8, resolution // 8) for crop in CROPS},
+    }
+    if base.kind == "sdxl":
+        config = json.loads((base.folder / "text_encoder_2" / "config.json").read_text())
+        shapes["text_pooled.npy"] = (config["projection_dim"],)
+    arrays = {suffix: encode_npy(rng.normal(size=shape).astype(np.float16)) for suffix, shape in shapes.items()}
+    return {"arcface.npy": encode_npy(rng.normal(size=512).astype(np.float32)), **arrays}
+
+
+def _write_photos(folder: Path, count: int) -> None:
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        (folder / f"{number}.jpg").write_bytes(PICTURES["full"])
+        (folder / f"{number}.face.jpg").write_bytes(FACE)
+        np.save(folder / f"{number}.npy", np.ones(512, np.float32))
