@@ -30,7 +30,9 @@ def released_name(variant: type[Variant], kind: Kind, image_encoder: str) -> str
     """File name without suffix; features of another encoder than the published one are told by the name."""
     name = variant.released_name(kind)
     reads_features = {"pooled", "hidden"} & set(variant.reads)
-    return f"{name}_{image_encoder}" if reads_features and image_encoder != "clip-vit-h" else name
+    if not reads_features or image_encoder == "clip-vit-h":
+        return name
+    return f"{name.removesuffix('_vit-h')}_{image_encoder}"
 
 
 def write_released(
