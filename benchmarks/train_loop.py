@@ -143,6 +143,10 @@ def taking(turns: Turns) -> Iterator[None]:
             turns.session, turns.base = self, base
 
     class Stopped(Watch):
+        def batch(self, loss: torch.Tensor, samples: int) -> None:
+            assert samples == turns.session.loader._config.data.batch_size
+            super().batch(loss, samples)
+
         def step(self, step: int, **told: Any) -> None:
             super().step(step, **told)
             turns.after(step)
@@ -185,9 +189,8 @@ def measure(args: argparse.Namespace, plan: Plan, made: Made, run: Path) -> dict
     preset = "sd15" if args.kind == "sd15" else "sdxl-1024" if args.resolution > 768 else "sdxl-512"
     job = prepared(Call((str(made.shards),), args.variant, str(made.base), run, preset, None, config(args, plan)))
     turns = Turns(plan, made)
-    with taking(turns):
-        with suppress(Done):
-            trainer.train(job)
+    with taking(turns), suppress(Done):
+        trainer.train(job)
     ours, theirs = statistics.median(turns.trainer.wall), statistics.median(turns.tutorial.wall)
     assert turns.other is not None
     return {
@@ -210,14 +213,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kind", choices=["sd15", "sdxl"], default="sd15")
     parser.add_argument("--resolution", type=int, help="[default: 512, 64 with --smoke]")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--steps", type=int, help="per turn [default: 1 on a CPU, 60 on a GPU]")
+    parser.add_argument("--steps", type=int, help="counted steps per turn [default: 1 on a CPU, 40 on a GPU]")
     parser.add_argument("--turns", type=int, default=3, help="counted turns of each loop")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--precision", choices=["auto", "no", "bf16", "fp16"], default="auto")
     parser.add_argument("--workers", type=int, help="of both loaders [default: 0 on a CPU, up to 8 on a GPU]")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--samples", type=int, help="in the shards [default: 64, 1000 on a GPU]")
     parser.add_argument("--folder", type=Path, help="keep what is made here, and use it again")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     parser.add_argument("--smoke", action="store_true", help="the tiny base and a tiny image encoder")
@@ -233,10 +235,14 @@ def settled(args: argparse.Namespace) -> Plan:
     on_gpu = torch.cuda.is_available()
     args.resolution = args.resolution or (64 if args.smoke else 512)
     args.workers = args.workers if args.workers is not None else min(8, (os.cpu_count() or 2) - 1) * on_gpu
-    args.samples = args.samples or (1000 if on_gpu else 64)
+    # Whole batches for each worker: at the end of its epoch it would deliver a smaller one.
+    share = max(1, args.workers) * args.batch
+    args.samples = share * max(4, -(-64 // share))
     # The loaders read two batches per worker ahead while the other loop steps.
     skip = 10 * -(-(2 * args.workers + 1) // 10) if on_gpu else 0
-    return Plan(args.turns, args.steps or (skip + 40 if on_gpu else 1), skip)
+    counted = args.steps or (40 if on_gpu else 1)
+    # Whole intervals between two measurements of the data wait, which are as long as what is skipped.
+    return Plan(args.turns, skip + (skip * -(-counted // skip) if skip else counted), skip)
 
 
 def tell(args: argparse.Namespace, found: dict[str, Any]) -> None:

@@ -72,9 +72,8 @@ def make(folder: Path, kind: Kind, resolution: int, samples: int, *, is_tiny: bo
         base = find_base("tiny", sdxl=kind == "sdxl").folder
     elif not base.is_dir():
         _write_base(base, kind)
-    made = Made(
-        base, folder / f"vision{'-tiny' * is_tiny}", folder / f"out-{base.name}-{resolution}", folder / "photos"
-    )
+    vision, shards = f"vision{'-tiny' * is_tiny}", f"out-{base.name}-{resolution}-{samples}"
+    made = Made(base, folder / vision, folder / shards, folder / "photos")
     if not made.vision.is_dir():
         _write_model(made.vision, lambda: _tower(VISION[is_tiny]))
     if not made.shards.is_dir():

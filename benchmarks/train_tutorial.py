@@ -35,10 +35,10 @@ class Photos(Dataset[dict[str, Any]]):
         self._resolution = resolution
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return 1_000_000  # no epoch ends, which would start all workers again
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        face = self._paths[index]
+        face = self._paths[index % len(self._paths)]
         stem = face.name.removesuffix(".face.jpg")
         return {
             "pixels": (_pixels(_square(Image.open(face.with_name(f"{stem}.jpg")), self._resolution)) - 0.5) / 0.5,
@@ -74,14 +74,9 @@ class Tutorial:
         tower = transformers.CLIPVisionModelWithProjection.from_pretrained(made.vision, dtype=base.dtype)
         self._tower = tower.eval().requires_grad_(False).to(base.device)
         photos = Photos(made, data.resolution)
-        self._loader = DataLoader(photos, data.batch_size, shuffle=True, drop_last=True, num_workers=data.workers)
-        self._batches = self._endless()
+        self._batches = iter(DataLoader(photos, data.batch_size, shuffle=True, num_workers=data.workers))
         self.parts: dict[str, float] = {}
         """What a part of the steps took so far in CPU time of this process; means nothing on a GPU."""
-
-    def _endless(self) -> Iterator[dict[str, Any]]:
-        while True:
-            yield from self._loader
 
     @contextmanager
     def _part(self, name: str) -> Iterator[None]:

@@ -76,8 +76,8 @@ def train(job: Job) -> ExitCode:
             if not accelerator.sync_gradients:
                 continue
 
-            session.moved()
-            watch.step(session.step, lr=session.schedule.get_last_lr()[0], grad_norm=norm, epoch=batch.position.epoch)
+            lr = session.moved()
+            watch.step(session.step, lr=lr, grad_norm=norm, epoch=batch.position.epoch)
             stopping, done = stop.heard(accelerator), session.step >= config.steps
             if done or stopping or session.step % config.watch.save_every == 0:
                 session.save()
@@ -86,15 +86,17 @@ def train(job: Job) -> ExitCode:
             if _every(config.watch.validate_every, session.step, done) and accelerator.is_main_process:
                 with session.averaged():
                     watch.note(session.step, validator.run(session.model, session.step))
-            if stopping and not done:
-                _say(f"Stopped at step {session.step}; the same command with --resume goes on.")
-                return ExitCode.INTERRUPTED
+            if stopping:
+                break
 
-    if accelerator.is_main_process:
+    finished = session.step >= config.steps
+    if finished and accelerator.is_main_process:
         for path in export(job.run, told, session.step, job.run.root):
             console.print(str(path), highlight=False, soft_wrap=True)
     accelerator.end_training()
-    return ExitCode.OK
+    if not finished:
+        _say(f"Stopped at step {session.step}; the same command with --resume goes on.")
+    return ExitCode.OK if finished else ExitCode.INTERRUPTED
 
 
 def _every(steps: int, step: int, done: bool) -> bool:

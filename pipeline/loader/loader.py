@@ -146,6 +146,9 @@ class ShardLoader:
 def _next(batches: Iterator[Batch | FaceShardsError]) -> Batch | FaceShardsError:
     try:
         return next(batches)
+    except (EOFError, ConnectionError) as error:
+        # A worker was killed while it handed over a tensor's memory; torch notices later.
+        raise _died("it broke off") from error
     except RuntimeError as error:
         raise worker_died(error) or error from error
 
@@ -157,8 +160,12 @@ def worker_died(error: RuntimeError) -> UserError | None:
     """
     if not str(error).startswith(_WORKER_DIED):
         return None
+    return _died(str(error).splitlines()[0])
+
+
+def _died(how: str) -> UserError:
     return UserError(
-        f"A loader process died ({str(error).splitlines()[0]}): if memory or /dev/shm ran out, lower data.shuffle or "
+        f"A loader process died ({how}): if memory or /dev/shm ran out, lower data.shuffle or "
         "data.workers; --resume goes on from the last checkpoint."
     )
 

@@ -12,7 +12,7 @@ from pipeline.adapters.model import AdapterModel
 from pipeline.adapters.released import released_name, write_released
 from pipeline.loader import unconditional
 from pipeline.training.job import Job
-from pipeline.training.run_folder import RunFolder
+from pipeline.training.run_folder import RunFolder, writing
 from schemas.errors import OutputError
 
 _CONDITIONS = {
@@ -77,15 +77,22 @@ def _num_tokens(job: Job, model: AdapterModel) -> int:
 
 
 def export(run: RunFolder, told: Mapping[str, Any], step: int, folder: Path) -> list[Path]:
-    """Write the released files of the checkpoint at `step` into `folder`."""
-    return write_released(
-        folder,
-        told["name"],
-        run.exported(step),
-        attention_paths=told["attention_paths"],
-        kind=told["identity"]["kind"],
-        sidecar={**told["sidecar"], "steps": step},
-    )
+    """Write the released files of the checkpoint at `step` into `folder`.
+
+    Raises:
+        OutputError: when the checkpoint is damaged, or the folder cannot be written.
+    """
+    tensors = run.exported(step)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return write_released(
+            folder,
+            told["name"],
+            tensors,
+            attention_paths=told["attention_paths"],
+            kind=told["identity"]["kind"],
+            sidecar={**told["sidecar"], "steps": step},
+        )
 
 
 def export_run(root: Path, step: int | None, folder: Path | None) -> list[Path]:
@@ -102,6 +109,4 @@ def export_run(root: Path, step: int | None, folder: Path | None) -> list[Path]:
     if not steps or (step is not None and step not in steps):
         there = f"there are those of steps {', '.join(map(str, steps))}" if steps else "there is none yet"
         raise OutputError(f"{root} has no checkpoint{'' if step is None else f' of step {step}'}: {there}.")
-    target = folder or root
-    target.mkdir(parents=True, exist_ok=True)
-    return export(run, told, steps[-1] if step is None else step, target)
+    return export(run, told, steps[-1] if step is None else step, folder or root)

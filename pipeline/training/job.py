@@ -13,9 +13,10 @@ from pipeline.bases import BaseSource, find_base
 from pipeline.loader import Dataset, open_dataset, require, widths
 from pipeline.training.run_folder import RunFolder, identity_of
 from pipeline.training.settings import Precision, TrainConfig, load_train_config
-from schemas.errors import ConfigError, SourceError
+from schemas.errors import ConfigError, SourceError, WeightsError
 
 EMBEDDED = "embedded"
+_TINY = ("tiny", "tiny-sdxl")
 _DEFAULT_PRESETS = {"sd15": "sd15", "sdxl": "sdxl-512"}
 
 
@@ -84,8 +85,7 @@ def prepared(call: Call) -> Job:
     told = load_train_config(call.config_file, call.pairs, call.preset or "tiny", **call.told)
     dataset = open_dataset(call.shards, told.data, verified=_verified(call))
     require(dataset, chosen.reads, told.adapter.image_encoder)
-    _require_meaning(call, dataset, told)
-    base, preset = _base(call, dataset)
+    base, preset = _base(call, dataset, told)
     config = load_train_config(call.config_file, call.pairs, preset, **call.told)
     run = RunFolder(call.out or Path("runs") / f"{call.variant}-{base.name}")
     return Job(config, preset, chosen, base, dataset, run, call.resume)
@@ -97,24 +97,28 @@ def _verified(call: Call) -> list[str]:
     return [known["identity"]["dataset"]] if known else []
 
 
-def _base(call: Call, dataset: Dataset) -> tuple[BaseSource, str]:
+def _base(call: Call, dataset: Dataset, config: TrainConfig) -> tuple[BaseSource, str]:
     """The base and the preset, where they are not given: a real base for real features, else a tiny one."""
-    real = "sdxl" if (call.preset or "").startswith("sdxl") else "sd15"
-    name = call.base or ("tiny" if EMBEDDED in dataset.profiles else real)
-    base = find_base(name, sdxl=(call.preset or "").startswith("sdxl"))
+    is_sdxl = (call.preset or "").startswith("sdxl")
+    name = call.base or ("tiny" if EMBEDDED in dataset.profiles else "sdxl" if is_sdxl else "sd15")
+    try:
+        base = find_base(name, sdxl=is_sdxl)
+    except WeightsError:
+        _require_meaning(name, dataset, config)  # nobody need fetch what would be refused then
+        raise
+    _require_meaning(name, dataset, config)
     if call.preset:
-        if call.preset.startswith("sdxl") != (base.kind == "sdxl") and call.preset != "tiny":
+        if is_sdxl != (base.kind == "sdxl") and call.preset != "tiny":
             raise ConfigError(f"The preset {call.preset} is not for {base.name}, which has the layout of {base.kind}.")
         return base, call.preset
-    return base, "tiny" if base.name.startswith("tiny") else _DEFAULT_PRESETS[base.kind]
+    return base, "tiny" if name in _TINY else _DEFAULT_PRESETS[base.kind]
 
 
-def _require_meaning(call: Call, dataset: Dataset, config: TrainConfig) -> None:
+def _require_meaning(base: str, dataset: Dataset, config: TrainConfig) -> None:
     """Refuse to spend GPU days on features that mean nothing."""
-    real = call.base is not None and not call.base.startswith("tiny")
-    if EMBEDDED in dataset.profiles and real and not config.data.allow_embedded:
+    if EMBEDDED in dataset.profiles and base not in _TINY and not config.data.allow_embedded:
         raise SourceError(
-            f"These shards are of the `embedded` profile, which is for trying things out, and {call.base} is a real "
+            f"These shards are of the `embedded` profile, which is for trying things out, and {base} is a real "
             "base: use --base tiny, make the dataset with real models, or give --set data.allow_embedded=true."
         )
 

@@ -47,7 +47,7 @@ def noised(
     noise = torch.randn(latents.shape, generator=generator)
     if settings.noise_offset:
         noise += settings.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
-    timesteps, noise = timesteps.to(latents.device), noise.to(latents.device)
+    timesteps, noise = _moved(timesteps, latents.device), _moved(noise, latents.device)
     noisy: Tensor = scheduler.add_noise(latents, noise, timesteps)
     return Noised(noisy, noise, timesteps, _target(scheduler, latents, noise, timesteps))
 
@@ -85,6 +85,11 @@ def predicted_clean(scheduler: "DDPMScheduler", noise_pred: Tensor, noised: Nois
     if kind == "v_prediction":
         return signal * noised.noisy_latents - noise * noise_pred
     return noise_pred
+
+
+def _moved(drawn: Tensor, device: torch.device) -> Tensor:
+    """On `device`, without waiting there for the steps that are still being computed."""
+    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
 
 
 def _target(scheduler: "DDPMScheduler", latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

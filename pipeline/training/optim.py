@@ -21,7 +21,8 @@ def optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> to
     """
     options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, "betas": settings.betas}
     if not settings.eight_bit:
-        return torch.optim.AdamW(parameters, **options)
+        # Fused: one pass over the weights, and no temporary copies of all of them.
+        return torch.optim.AdamW(parameters, **options, fused=True)
     if find_spec("bitsandbytes") is None:
         raise ConfigError("optim.eight_bit needs bitsandbytes, which is not installed: pip install bitsandbytes.")
     import bitsandbytes

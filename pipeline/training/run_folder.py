@@ -9,14 +9,16 @@ RUN/<released name>.*              at the end
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.atomic import TEMPORARY, sync_folder, write_atomically
+from pipeline.atomic import TEMPORARY, sync, sync_folder, write_atomically
 from schemas.errors import OutputError
 
 _STEP = "step-"
@@ -42,8 +44,8 @@ class RunFolder:
         """
         try:
             content = json.loads((self.root / _RUN).read_bytes())
-            if not isinstance(content, dict):
-                raise ValueError("not an object")
+            if not isinstance(content, dict) or not isinstance(content.get("identity"), dict):
+                raise ValueError("it does not describe a run")
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -60,14 +62,12 @@ class RunFolder:
         if before is not None and not resume:
             raise OutputError(f"{self.root} holds a run: give --resume to go on with it, or another --out.")
         if before is not None:
-            differing = list(_differences(before.get("identity", {}), told["identity"]))
+            differing = list(_differences(before["identity"], told["identity"]))
             if differing:
                 raise OutputError(f"{self.root} was trained otherwise ({'; '.join(differing)}): choose another --out.")
-        try:
+        with writing(self.root):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_atomically(self.root / _RUN, (json.dumps(told, indent=2, sort_keys=True) + "\n").encode())
-        except OSError as error:
-            raise OutputError(f"{self.root} cannot be written: {error.strerror or error}.") from error
         for stray in self.checkpoints.glob(f"{TEMPORARY}*"):
             shutil.rmtree(stray, ignore_errors=True)
 
@@ -88,22 +88,27 @@ class RunFolder:
         state: Mapping[str, Any],
         keep: int,
     ) -> Path:
-        """Write a checkpoint under a temporary name, rename it, and remove all but the last `keep`."""
+        """Write a checkpoint under a temporary name, rename it, and remove all but the last `keep`.
+
+        Raises:
+            OutputError: when it cannot be written; earlier checkpoints stay.
+        """
         final = self.folder(step)
         temporary = final.with_name(f"{TEMPORARY}{final.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        save_file(_on_cpu(weights), temporary / _ADAPTER)
-        if average is not None:
-            save_file(_on_cpu(average), temporary / _AVERAGE)
-        torch.save(dict(state), temporary / _STATE)
-        sync_folder(temporary)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        sync_folder(self.checkpoints)
-        for old in self.steps()[:-keep]:
-            shutil.rmtree(self.folder(old))
+        with writing(final):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            save_file(_on_cpu(weights), temporary / _ADAPTER)
+            if average is not None:
+                save_file(_on_cpu(average), temporary / _AVERAGE)
+            torch.save(dict(state), temporary / _STATE)
+            _sync_files(temporary)
+            if final.exists():
+                _remove(final)
+            temporary.rename(final)
+            sync_folder(self.checkpoints)
+            for old in self.steps()[:-keep]:
+                _remove(self.folder(old))
         return final
 
     def load(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict[str, Any]]:
@@ -117,14 +122,50 @@ class RunFolder:
             weights = load_file(folder / _ADAPTER)
             average = load_file(folder / _AVERAGE) if (folder / _AVERAGE).exists() else None
             state: dict[str, Any] = torch.load(folder / _STATE, weights_only=True, map_location="cpu")
+            if average is None and state.get("average") is not None:
+                raise ValueError(f"{_AVERAGE} is missing")
         except Exception as error:  # whatever the readers of damaged files raise; told and raised on
-            raise OutputError(f"The checkpoint {folder} cannot be read ({error}): remove it, then resume.") from error
+            raise OutputError(
+                f"The checkpoint {folder} cannot be read ({_first_line(error)}): remove it, then resume."
+            ) from error
         return weights, average, state
 
     def exported(self, step: int) -> dict[str, Tensor]:
         """The weights that a checkpoint exports: the average where there is one."""
         weights, average, _ = self.load(step)
         return weights if average is None else average
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Tell the user when what happens inside cannot write `target`.
+
+    Raises:
+        OutputError: for a disk that is full or read-only, a folder that is a file, and the like.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:  # what Python, safetensors and torch raise
+        reason = getattr(error, "strerror", None) or _first_line(error)
+        raise OutputError(f"{target} cannot be written: {reason}.") from error
+
+
+def _remove(checkpoint: Path) -> None:
+    """Whoever is killed in between leaves no half of it under its name."""
+    removed = checkpoint.with_name(f"{TEMPORARY}{checkpoint.name}.old")
+    checkpoint.rename(removed)
+    shutil.rmtree(removed)
+
+
+def _sync_files(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as stream:
+            sync(stream)
+    sync_folder(folder)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(". ") if str(error) else type(error).__name__
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -64,12 +64,14 @@ class Session:
         norm: torch.Tensor = self._accelerator.clip_grad_norm_(self.trained.values(), limit)
         return norm
 
-    def moved(self) -> None:
-        """An optimiser step was made."""
+    def moved(self) -> float:
+        """An optimiser step was made; returns the learning rate that it was made with."""
+        lr = float(self.schedule.get_last_lr()[0])
         self.step += 1
         self.schedule.step()
         if self.average is not None:
             self.average.step(self.trained.values())
+        return lr
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
