@@ -22,6 +22,10 @@ _TINY_VERSION = 1
 """Part of the folder's name; to be raised when what `pipeline.tiny` builds changes."""
 
 
+_SD2_WIDTH = 1024
+"""Text width of Stable Diffusion 2, whose adapters no program knows."""
+
+
 @dataclass(frozen=True)
 class _Hub:
     """A base on the Hugging Face hub."""
@@ -83,7 +87,7 @@ def _described(name: str, folder: Path, licence: str) -> BaseSource:
     config = _json(folder, "unet/config.json")
     kind = _KINDS.get(config.get("addition_embed_type"))
     width = config.get("cross_attention_dim")
-    if kind is None or not isinstance(width, int) or config.get("in_channels", 4) != 4:
+    if kind is None or not isinstance(width, int) or width == _SD2_WIDTH or config.get("in_channels", 4) != 4:
         raise SourceError(
             f"{folder}/unet is not the UNet of Stable Diffusion 1.5 or SDXL: its config has another in_channels, "
             "cross_attention_dim or addition_embed_type."

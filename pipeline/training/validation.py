@@ -101,6 +101,7 @@ class Sampler:
         with torch.autocast(self._base.device.type, dtype, enabled=dtype != torch.float32):
             latents = self._pipeline(
                 watch.validate_prompts[column],
+                negative_prompt="",  # what "no caption" was in training; SDXL's pipeline would take zeros
                 height=side,
                 width=side,
                 num_inference_steps=watch.validate_steps,
