@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
-from rich.table import Table
+from rich.table import Column, Table
 
 from schemas.errors import ConfigError
 
@@ -70,8 +70,10 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def key_table(defaults: BaseModel) -> Table:
     """Every config key with its default and explanation, for a terminal."""
-    table = Table("key", "default", "meaning")
-    for name, meaning in keys(type(defaults)):
+    told = list(keys(type(defaults)))
+    longest = max(len(name) for name, _ in told)
+    table = Table(Column("key", no_wrap=True, min_width=longest), Column("default", overflow="fold"), "meaning")
+    for name, meaning in told:
         value: object = defaults
         for piece in name.split("."):
             value = getattr(value, piece)
