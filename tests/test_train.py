@@ -16,6 +16,7 @@ from pipeline.adapters.model import AdapterModel
 from pipeline.adapters.released import read_released, require_fit
 from pipeline.bases import find_base
 from pipeline.loader import first_faces
+from pipeline.training import objective
 from pipeline.training.base import Base
 from pipeline.training.job import Call, prepared
 from pipeline.training.session import Session
@@ -299,9 +300,9 @@ def test_two_batches_of_one_are_a_batch_of_two(dataset, tmp_path, monkeypatch):
         seeds = [int(1e4 * one.abs().sum().item()) for one in latents]
         noise = torch.stack([torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(n)) for n in seeds])
         steps = torch.tensor([seed % 1000 for seed in seeds])
-        return trainer.objective.Noised(scheduler.add_noise(latents, noise, steps), noise, steps, noise)
+        return objective.Noised(scheduler.add_noise(latents, noise, steps), noise, steps, noise)
 
-    monkeypatch.setattr(trainer.objective, "noised", by_content)
+    monkeypatch.setattr("pipeline.training.objective.noised", by_content)
     # Squares alone, so that batches of both sizes hold the same samples.
     whole = train(dataset, tmp_path / "whole", "data.buckets=false", "data.batch_size=2")
     parts = train(dataset, tmp_path / "parts", "data.buckets=false", "data.batch_size=1", "optim.accumulate=2")
