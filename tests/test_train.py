@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
-import pipeline.train as trainer
+import pipeline.training.loop as trainer
 from pipeline.adapters import VARIANTS, variant
 from pipeline.adapters.model import AdapterModel
 from pipeline.adapters.released import read_released, require_fit
