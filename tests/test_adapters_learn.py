@@ -1,4 +1,4 @@
-"""Adapters learn, and they learn from the condition: on a tiny base, with fixed noise, so that little is to be learnt."""
+"""Adapters learn, and from the condition: on a tiny base, with fixed noise, so that little is to be learnt."""
 
 import pytest
 import torch
