@@ -22,6 +22,8 @@ from schemas.shard import digest
 
 _WORKER_DIED = "DataLoader worker"
 """How torch's message of a dead worker begins."""
+_GRACE_S = 60
+"""A worker that was told to stop ends by itself when its parent has; if it hangs, it is ended after so long."""
 
 
 class ShardLoader:
@@ -190,11 +192,16 @@ class _Stream(IterableDataset[Batch | FaceShardsError]):
 
 
 def _start_worker(_: int) -> None:
-    """One thread per process, no network loops of the parent, and Ctrl-C left to the parent."""
+    """One thread per process, no network loops of the parent, and signals left to the parent.
+
+    Launchers and clusters send SIGTERM to whole groups of processes, while the parent, to stop at the end of a step,
+    may need another batch.
+    """
     cv2.setNumThreads(0)
     forked()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
 
 
 def _same(batch: Any) -> Any:
