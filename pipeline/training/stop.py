@@ -13,7 +13,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignal:
-    """Hears SIGINT and SIGTERM while it is open; a second one stops at once. A context manager."""
+    """Hears SIGINT and SIGTERM while it is open; a second SIGINT stops at once. A context manager.
+
+    A second SIGTERM does not: launchers pass on what a cluster has sent to all processes already.
+    """
 
     def __init__(self) -> None:
         """Nothing was heard yet."""
@@ -33,10 +36,11 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self._heard:
+        if self._heard and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._heard = True
-        print("Stopping after this step; once more to stop at once, without a checkpoint.", file=sys.stderr)  # noqa: T201
+        if not self._heard:
+            self._heard = True
+            print("Stopping after this step; Ctrl-C now stops at once, without a checkpoint.", file=sys.stderr)  # noqa: T201
 
     def heard(self, accelerator: Accelerator) -> bool:
         """Whether any process heard one: all must leave the loop at the same step."""
