@@ -1,9 +1,9 @@
 """The command line: `python -m pipeline dataset | plan | report | verify | export-json | models | config`."""
 
 import os
-import re
 import signal
 import sys
+from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -21,8 +21,10 @@ from pipeline.models import app as models_app
 from pipeline.publish import Output
 from pipeline.report import write_report
 from pipeline.run import Job, make_dataset, prepared
+from pipeline.storage import place, sizes
 from pipeline.verify import verify as verify_output
-from schemas.errors import CorruptShardError, ExitCode, OutputError, UserError
+from pipeline.watchdog import is_hanging
+from schemas.errors import CorruptShardError, ExitCode, LostError, UserError
 from schemas.names import SAMPLE
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -39,8 +41,10 @@ ProfileName = Annotated[str | None, typer.Option("--profile", help="embedded, in
 Executor = Annotated[str | None, typer.Option("--executor", help="ray or local.")]
 RayAddress = Annotated[str | None, typer.Option("--ray-address", help="Join this Ray cluster.")]
 With = Annotated[str | None, typer.Option("--with", help="Computed ahead for training: latents,text,mirror.")]
-Out = Annotated[Path, typer.Option("--out", help="Where the dataset goes.")]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The OUT of a run.")]
+Out = Annotated[
+    str, typer.Option("--out", help="Where the dataset goes: a folder, or a URL such as s3://bucket/faces.")
+]
+Folder = Annotated[str, typer.Argument(metavar="DIR", help="The OUT of a run.")]
 
 
 def _config(
@@ -57,10 +61,16 @@ def _config(
     return load_config(file, pairs, shards=shards, profile=profile, executor=executor, extras=extras)
 
 
+class Retry(StrEnum):
+    """What gets another chance."""
+
+    TRANSIENT = "transient"
+
+
 @app.command()
 def dataset(
     shards: Shards = SAMPLE,
-    out: Out = Path("out"),
+    out: Out = "out",
     config: ConfigFile = None,
     sets: Sets = None,
     executor: Executor = None,
@@ -68,14 +78,19 @@ def dataset(
     ray_address: RayAddress = None,
     extras: With = None,
     replan: Annotated[bool, typer.Option(help="Go on in an OUT of another plan; its shards are removed.")] = False,
+    retry: Annotated[
+        Retry | None,
+        typer.Option(
+            help="transient: fetch again what failed for the network's or a server's trouble, once all is done."
+        ),
+    ] = None,
 ) -> None:
     """Make training shards from metadata parts; a rerun skips what is done."""
-    if re.match(r"\w+:/", str(out)):
-        raise OutputError(f"OUT {str(out)!r} is a URL; it must be a folder on a local or mounted disk.")
+    folder = place(out)
     with prepared(shards, _config(shards, config, sets, profile, executor, ray_address, extras)) as job:
-        code = make_dataset(job, out, console, replan=replan)
-    console.print(funnel_table(funnel(out)))
-    console.print(f"Shards: {out / 'shards'}\nReport: {out / 'report.html'}", highlight=False, soft_wrap=True)
+        code = make_dataset(job, folder, console, replan=replan, retry=retry is not None)
+    console.print(funnel_table(funnel(folder)))
+    console.print(f"Shards: {folder / 'shards'}\nReport: {folder / 'report.html'}", highlight=False, soft_wrap=True)
     if code is ExitCode.SHARDS_FAILED:
         errors.print("Some shards failed; the others are done. The same command tries the failed ones again.")
     raise typer.Exit(code)
@@ -84,7 +99,7 @@ def dataset(
 @app.command()
 def plan(
     shards: Shards = SAMPLE,
-    out: Out = Path("out"),
+    out: Out = "out",
     config: ConfigFile = None,
     sets: Sets = None,
     executor: Executor = None,
@@ -94,7 +109,7 @@ def plan(
 ) -> None:
     """Prove the plan and show what would be done; nothing is written."""
     with prepared(shards, _config(shards, config, sets, profile, executor, ray_address, extras)) as job:
-        output = Output(out)
+        output = Output(place(out))
         output.refuse_other_plan(job.plan)
         _print_steps(job)
         _print_models(job)
@@ -122,11 +137,12 @@ def _print_models(job: Job) -> None:
 
 def _print_work(job: Job, output: Output) -> None:
     rows = candidates = done = total = 0
+    size_of = sizes(output.shards)
     for seeds in job.shards():
         total += 1
         rows += seeds.table.num_rows
         candidates += seeds.candidates
-        done += output.is_done(seeds.name, job.plan)
+        done += output.is_done(seeds.name, job.plan, size_of)
     console.print(
         f"Parts: {len(job.parts):,}; rows: {rows:,}, of which {candidates:,} pass the metadata filter\n"
         f"Shards: {total:,} of up to {job.plan.config.source.rows_per_shard:,} candidate rows; "
@@ -136,16 +152,16 @@ def _print_work(job: Job, output: Output) -> None:
 
 
 @app.command()
-def report(folder: Folder = Path("out")) -> None:
+def report(folder: Folder = "out") -> None:
     """Write DIR/report.html: the funnel, kept samples, and some of what was dropped."""
-    console.print(f"Report: {write_report(folder)}", highlight=False, soft_wrap=True)
-    console.print(funnel_table(funnel(folder)))
+    console.print(f"Report: {write_report(place(folder))}", highlight=False, soft_wrap=True)
+    console.print(funnel_table(funnel(place(folder))))
 
 
 @app.command()
-def verify(folder: Folder = Path("out")) -> None:
+def verify(folder: Folder = "out") -> None:
     """Check manifests, hashes, counts, and that every sample can be decoded."""
-    problems = verify_output(folder)
+    problems = verify_output(place(folder))
     for problem in problems:
         where = f"{problem.file}{f' [{problem.key}]' if problem.key else ''}"
         errors.print(f"{where}: {problem.message}", highlight=False, markup=False, soft_wrap=True)
@@ -158,7 +174,7 @@ def verify(folder: Folder = Path("out")) -> None:
 @app.command("export-json")
 def export_json(
     target: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="A new folder for the files and the list.")],
-    folder: Folder = Path("out"),
+    folder: Folder = "out",
     crop: Annotated[
         Crop, typer.Option(help="The image of an entry; where it is absent, the largest crop.")
     ] = Crop.FULL,
@@ -175,7 +191,7 @@ def export_json(
     The published FaceID script reads it with `--id-format pt-numpy --absolute`; from torch 2.6 on, start that script
     with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment, since torch refuses pickled arrays otherwise.
     """
-    done = write_list(folder, target, Form(crop, id_format, absolute))
+    done = write_list(place(folder), target, Form(crop, id_format, absolute))
     console.print(f"{target / LIST}: {done.samples:,} samples", highlight=False, soft_wrap=True)
     if done.left_out:
         console.print(f"{done.left_out:,} samples have no crop and were left out.", highlight=False)
@@ -204,6 +220,17 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Run the command line, with the exit codes of schemas.errors."""
+    try:
+        _run()
+    except SystemExit as end:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if is_hanging():  # the interpreter would wait for threads that never end
+            os._exit(end.code if isinstance(end.code, int) else ExitCode.SHARDS_FAILED)
+        raise
+
+
+def _run() -> None:
     os.environ.update(_NO_TELEMETRY)
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
         signal.signal(number, _interrupt)
@@ -214,6 +241,9 @@ def main() -> None:
         sys.exit(ExitCode.USER_ERROR)
     except CorruptShardError as error:
         errors.print(f"error: {error}; `verify` tells more.", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(ExitCode.SHARDS_FAILED)
+    except LostError as error:
+        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(ExitCode.SHARDS_FAILED)
     except KeyboardInterrupt:
         errors.print("Interrupted. Finished shards are kept; the same command goes on.")

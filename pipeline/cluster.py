@@ -1,29 +1,48 @@
 """Run a plan on Ray: shards as tasks that fetch and write, models in actors that load once. The only file with Ray.
 
 Ray is the scheduler; what is done is known from the manifests alone. Only encoded images and Arrow tables travel
-between processes. A task or actor that dies is started again by Ray; a shard is published whole or not at all, so
-that a second attempt is harmless.
+between processes. An actor that dies is started again by Ray, and what it was computing is computed again. A shard
+whose task dies, or of which no batch gets done, is tried again by the driver: it is published whole or not at all, so
+that another attempt is harmless.
 """
 
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import (
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    WorkerCrashedError,
+)
 
 from pipeline.plan import Plan, Pool
 from pipeline.publish import Output
 from pipeline.runner import Rows, apply_all
 from pipeline.shard import Event, Finished, Worker, load, make_shard, windowed
 from pipeline.source import Seeds
-from schemas.errors import PlanError
+from pipeline.watchdog import overdue
+from schemas.errors import LostError, PlanError, ShardError
 
 _RETRIES = 3
+"""Further attempts at a batch whose actor died, and at a shard whose task did."""
+_OVERDUE_RETRIES = 1
+"""Further attempts at a shard of which no batch got done: it may have waited for another one's, in the same actor."""
 _REACH_S = 10.0
+_TICK_S = 1.0
 _IN_FLIGHT_PER_SHARD = 2
 """Batches of one shard in the models at a time: one is computed, the next lies ready."""
+_DEATHS = (NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError)
+"""What is raised for a process that died, as opposed to one that reports an error."""
+_NODE = ("raylet", "gcs_server")
 
 
 @contextmanager
@@ -76,43 +95,142 @@ def _require_resources(pools: Sequence[Pool]) -> None:
             )
 
 
-def run(plan: Plan, shards: Iterable[Seeds], output: Output) -> Iterator[Event]:
-    """Make the shards inside `started`, a bounded number at a time; news come as they happen."""
+def run(plan: Plan, shards: Iterable[Seeds], output: Output) -> Generator[Event, None, None]:
+    """Make the shards inside `started`, a bounded number at a time; news come as they happen.
+
+    When this returns, or is closed, no process works on a shard any more.
+    """
     pools = [[_actor(plan, pool) for _ in range(pool.workers)] for pool in plan.pools()]
-    busy = [[0] * len(pool) for pool in pools]
     limit = max(pool.workers for pool in plan.pools()) + 1
+    crew = _Crew(plan, output, pools)
     waiting = iter(shards)
-    running: dict[Any, tuple[str, tuple[int, ...]]] = {}
-    while True:
-        while len(running) < limit and (seeds := next(waiting, None)) is not None:
-            chosen = tuple(min(range(len(counts)), key=counts.__getitem__) for counts in busy)
-            _count(busy, chosen, +1)
-            actors = [pool[index] for pool, index in zip(pools, chosen, strict=True)]
-            running[_make.remote(plan, seeds, output, actors)] = (seeds.name, chosen)
-        if not running:
-            return
-        (ready,), _ = ray.wait(list(running), num_returns=1)
-        event = _next_event(ready, running[ready][0])
-        if event is None or isinstance(event, Finished):
-            _count(busy, running.pop(ready)[1], -1)
-        if event is not None:
+    try:
+        while True:
+            while len(crew.running) < limit and (seeds := next(waiting, None)) is not None:
+                crew.begin(_Attempt(seeds))
+            if not crew.running:
+                return
+            yield from crew.news()
+    except (LocalRayletDiedError, LostError):
+        for attempt in crew.running.values():
+            yield Finished.failed(attempt.seeds.name, LostError(_NODE_DIED))
+    finally:
+        ray.shutdown()
+
+
+_NODE_DIED = (
+    "The Ray node of this run died, so the run stops; finished shards are kept: see to it that the machine has memory "
+    "to spare, and the same command goes on."
+)
+
+
+@dataclass
+class _Attempt:
+    """A shard that is being made."""
+
+    seeds: Seeds
+    deaths_left: int = _RETRIES
+    overdue_left: int = _OVERDUE_RETRIES
+    chosen: tuple[int, ...] = ()
+    """Which actor of each pool it uses."""
+    heard: float = field(default_factory=time.monotonic)
+    """When something of it last got done."""
+
+
+class _Crew:
+    """The actors, and the tasks that use them."""
+
+    def __init__(self, plan: Plan, output: Output, pools: Sequence[Sequence[Any]]) -> None:
+        self._plan, self._output, self._pools = plan, output, pools
+        self._busy = [[0] * len(pool) for pool in pools]
+        self._patience = plan.config.executor.shard_timeout_s
+        self.running: dict[Any, _Attempt] = {}
+        """Stream of events -> the shard."""
+
+    def begin(self, attempt: _Attempt) -> None:
+        """Start a task that makes a shard, with the actors that have the least to do."""
+        attempt.chosen = tuple(min(range(len(counts)), key=counts.__getitem__) for counts in self._busy)
+        attempt.heard = time.monotonic()
+        self._count(attempt, +1)
+        stream = _make.remote(self._plan, attempt.seeds, self._output, self._actors(attempt))
+        self.running[stream] = attempt
+
+    def news(self) -> Iterator[Event]:
+        """What happened meanwhile, if anything.
+
+        Raises:
+            LostError: when the node died.
+        """
+        _require_node()
+        ready, _ = ray.wait(list(self.running), num_returns=1, timeout=min(_TICK_S, self._patience))
+        for stream in ready:
+            yield from self._event(stream)
+        for stream, attempt in list(self.running.items()):
+            late = time.monotonic() - attempt.heard > self._patience
+            if late and not ray.wait([stream], num_returns=1, timeout=0)[0]:
+                yield from self._give_up(stream)
+
+    def _event(self, stream: Any) -> Iterator[Event]:
+        """The next event of a shard's task; a stream that ends is over, and a task that died is started again."""
+        attempt = self.running[stream]
+        attempt.heard = time.monotonic()
+        try:
+            event: Event = ray.get(next(stream))
+        except StopIteration:
+            self._end(stream)
+            yield Finished.failed(attempt.seeds.name, ShardError("its task ended before it was done"))
+        except LocalRayletDiedError:
+            raise
+        except RayError as error:
+            self._end(stream)
+            cause = getattr(error, "cause", None) or error
+            if isinstance(cause, _DEATHS) and attempt.deaths_left:
+                attempt.deaths_left -= 1
+                self.begin(attempt)
+            else:
+                yield Finished.failed(attempt.seeds.name, cause)
+        else:
+            if isinstance(event, Finished):
+                self._end(stream)
             yield event
 
+    def _give_up(self, stream: Any) -> Iterator[Event]:
+        """End a shard's task, replace the actors that it used, and let the shard have another try, or fail."""
+        attempt = self._end(stream)
+        ray.cancel(stream, force=True)
+        for actor in self._actors(attempt):
+            ray.kill(actor, no_restart=False)
+        for other in self.running.values():
+            if any(one == another for one, another in zip(attempt.chosen, other.chosen, strict=True)):
+                other.heard = time.monotonic()  # what it waits for begins anew
+        if attempt.overdue_left:
+            attempt.overdue_left -= 1
+            self.begin(attempt)
+        else:
+            yield Finished.failed(attempt.seeds.name, ShardError(overdue(self._patience)))
 
-def _count(busy: list[list[int]], chosen: tuple[int, ...], change: int) -> None:
-    for counts, index in zip(busy, chosen, strict=True):
-        counts[index] += change
+    def _end(self, stream: Any) -> _Attempt:
+        attempt = self.running.pop(stream)
+        self._count(attempt, -1)
+        return attempt
+
+    def _actors(self, attempt: _Attempt) -> list[Any]:
+        return [pool[index] for pool, index in zip(self._pools, attempt.chosen, strict=True)]
+
+    def _count(self, attempt: _Attempt, change: int) -> None:
+        for counts, index in zip(self._busy, attempt.chosen, strict=True):
+            counts[index] += change
 
 
-def _next_event(stream: Any, shard: str) -> Event | None:
-    """The next event of a shard's task; an error ends the shard, and a stream that ends without one is over."""
-    try:
-        event: Event = ray.get(next(stream))
-    except StopIteration:
-        return None
-    except RayError as error:
-        return Finished.failed(shard, getattr(error, "cause", None) or error)
-    return event
+def _require_node() -> None:
+    """Notice at once that this machine's Ray is gone: Ray itself takes a minute, or ends this process without a word.
+
+    Raises:
+        LostError: when one of its processes ended.
+    """
+    node = ray._private.worker._global_node  # nothing public tells
+    if node is not None and node.head and any(kind in _NODE for kind, _ in node.dead_processes()):
+        raise LostError(_NODE_DIED)
 
 
 def _actor(plan: Plan, pool: Pool) -> Any:
@@ -132,7 +250,7 @@ class _Models:
         return apply_all(self._steps, rows)
 
 
-@ray.remote(num_cpus=0, max_retries=_RETRIES, num_returns="streaming", scheduling_strategy="SPREAD")
+@ray.remote(num_cpus=0, max_retries=0, num_returns="streaming", scheduling_strategy="SPREAD")
 def _make(plan: Plan, seeds: Seeds, output: Output, actors: Sequence[Any]) -> Iterator[Event]:
     yield from make_shard(plan, seeds, output, _worker(plan), _through(actors))
 

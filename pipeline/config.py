@@ -63,6 +63,8 @@ class ExecutorSettings(Section):
     """Rows that go through the models together."""
     fetch_ahead: int = Field(16, ge=1)
     """Batches per shard that are downloaded while earlier ones are computed."""
+    shard_timeout_s: float = Field(900.0, gt=0)
+    """A shard of which no batch gets done for so long is given up: it fails, its workers are replaced."""
 
 
 class ReportSettings(Section):

@@ -3,24 +3,25 @@
 import json
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
+from pipeline.storage import Place
 from pipeline.unpack import Sample
 from schemas.columns import COLUMNS
 from schemas.errors import CorruptShardError
 from schemas.record import SCHEMA_VERSION
-from schemas.shard import SUFFIXES, decode_npy, encode_npy
+from schemas.shard import EMBEDDINGS, SUFFIXES, decode_npy, encode_npy, sample_sha256
 from schemas.targets import Targets
 from stages.align import FACE_SIZE
 from stages.headers import DECODER_ERRORS
 from stages.images import decode_jpeg, decode_png, sniff
 
-_REQUIRED = ("json", "face.jpg", "mask.png", "arcface.npy")
+_REQUIRED = ("json", "face.jpg", "mask.png")
+_ID = "arcface.npy"
 _CROPS = ("portrait", "half", "full")
 _SQUARE = ("portrait", "half")
 _FEATURES = ({"clip.npy", "clip_hidden.npy"}, {"dino.npy"})
@@ -50,17 +51,21 @@ _ROUNDED = 1e-4
 """The json holds measurements with four decimals."""
 
 
-def sample_problems(sample: Sample, record: Mapping[str, Any] | None) -> Iterator[str]:
-    """What is wrong with a sample, whose ledger row is `record`; nothing when all is well."""
+def sample_problems(
+    sample: Sample, record: Mapping[str, Any] | None, *, embeddings: bool | None = True
+) -> Iterator[str]:
+    """What is wrong with a sample; nothing when all is well.
+
+    Args:
+        sample: its files.
+        record: its ledger row.
+        embeddings: whether the plan writes them; None when nobody knows.
+    """
     if record is None:
         yield "the ledger does not keep it"
-    unknown, missing = sorted(set(sample.files) - set(SUFFIXES)), sorted(set(_REQUIRED) - set(sample.files))
-    if unknown:
-        yield f"unknown files: {', '.join(unknown)}"
-    if missing:
-        yield f"missing files: {', '.join(missing)}"
-    if not any(wanted <= set(sample.files) for wanted in _FEATURES):
-        yield "no image features: neither clip.npy with clip_hidden.npy nor dino.npy"
+    elif record["sample_sha256"] != sample_sha256(sample.files):
+        yield "its files are not those that the ledger's sample_sha256 stands for"
+    yield from _file_problems(set(sample.files), embeddings)
     for suffix, shape in (("face.jpg", (FACE_SIZE, FACE_SIZE)), ("mask.png", (FACE_SIZE, FACE_SIZE))):
         if suffix in sample.files:
             yield from _image_problems(suffix, sample.files[suffix], shape)
@@ -69,6 +74,19 @@ def sample_problems(sample: Sample, record: Mapping[str, Any] | None) -> Iterato
     yield from _mirror_problems(sample)
     if "json" in sample.files:
         yield from _json_problems(sample, record)
+
+
+def _file_problems(found: set[str], embeddings: bool | None) -> Iterator[str]:
+    """Files that no sample has, and files that it lacks."""
+    required = {*_REQUIRED, *((_ID,) if embeddings else ())}
+    if unknown := sorted(found - set(SUFFIXES)):
+        yield f"unknown files: {', '.join(unknown)}"
+    if missing := sorted(required - found):
+        yield f"missing files: {', '.join(missing)}"
+    if embeddings and not any(wanted <= found for wanted in _FEATURES):
+        yield "no image features: neither clip.npy with clip_hidden.npy nor dino.npy"
+    if embeddings is False and found & EMBEDDINGS:
+        yield f"embeddings, which its plan leaves out: {', '.join(sorted(found & EMBEDDINGS))}"
 
 
 def _image_problems(suffix: str, data: bytes, size: tuple[int, int]) -> Iterator[str]:
@@ -113,8 +131,8 @@ def _array_problems(suffix: str, data: bytes, dtype: str, shape: tuple[int, ...]
     values = decode_npy(data)
     if not np.isfinite(values).all():
         yield f"{suffix} holds numbers that are not finite"
-    elif suffix == "arcface.npy" and abs(float(np.linalg.norm(values)) - 1) >= _NORM_TOLERANCE:
-        yield f"{suffix} has the length {np.linalg.norm(values):.4f}, not 1"
+    elif suffix == _ID and abs(length := float(np.linalg.norm(values.astype(np.float64))) - 1) >= _NORM_TOLERANCE:
+        yield f"{suffix} has the length {length + 1:.4f}, not 1"
 
 
 def _json_problems(sample: Sample, record: Mapping[str, Any] | None) -> Iterator[str]:
@@ -194,10 +212,10 @@ def _encoded_problems(sample: Sample, told: Any) -> Iterator[str]:
         yield f"text.npy and text_pooled.npy are not those of {targets.kind}"
 
 
-def unconditional_problems(path: Path) -> Iterator[str]:
+def unconditional_problems(path: Place) -> Iterator[str]:
     """What is wrong with the file of the features of "no face"."""
     try:
-        features = load_file(path)
+        features = load(path.read_bytes())
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         yield f"cannot be read: {error}"
         return

@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from pipeline.atomic import replace_atomically
 from pipeline.ledger import read_manifests
+from pipeline.storage import Place
 from pipeline.unpack import Sample, unpack
 from schemas.errors import CorruptShardError, OutputError
 from schemas.shard import Manifest, decode_npy
@@ -51,14 +52,14 @@ class Exported:
     left_out: int = 0
 
 
-def export_json(out: Path, folder: Path, form: Form) -> Exported:
+def export_json(out: Place, folder: Path, form: Form) -> Exported:
     """Write images/, faces/, ids/ and at last data.json for all finished shards of OUT, one sample in memory at a time.
 
     An entry of the list has image_file, text, id_embed_file ((512,) float32 of unit length), face_image_file (the
     aligned 224 x 224 face) and id_embed_norm (raw embedding = unit one x norm).
 
     Raises:
-        OutputError: when OUT is no dataset, or `folder` is not empty or cannot be written.
+        OutputError: when OUT is no dataset or has no embeddings, or `folder` is not empty or cannot be written.
         CorruptShardError: when a tar is not as long as its manifest says, or a sample lacks a file; names both.
     """
     manifests = read_manifests(out)
@@ -77,7 +78,7 @@ def export_json(out: Path, folder: Path, form: Form) -> Exported:
     return exported
 
 
-def _require_length(out: Path, manifest: Manifest) -> None:
+def _require_length(out: Place, manifest: Manifest) -> None:
     name = f"{manifest.shard}.tar"
     path = out / "shards" / name
     told = manifest.files.get(name, {}).get("bytes")
@@ -106,7 +107,7 @@ def _write_list(stream: IO[str], entries: Iterator[dict[str, Any]]) -> None:
 
 
 def _entries(
-    out: Path, manifests: list[Manifest], folder: Path, form: Form, exported: Exported
+    out: Place, manifests: list[Manifest], folder: Path, form: Form, exported: Exported
 ) -> Iterator[dict[str, Any]]:
     for manifest in manifests:
         tar = f"{manifest.shard}.tar"
@@ -128,6 +129,8 @@ def _export(sample: Sample, folder: Path, form: Form) -> dict[str, Any] | None:
     crop = _crop(sample, told["crops"], form.crop)
     if crop is None:
         return None
+    if "arcface.npy" not in sample.files:
+        raise OutputError("The samples hold no ID vectors: make the dataset again with --set pack.embeddings=true.")
     suffix, content = _id_file(sample.files["arcface.npy"], form.id_format)
     files = {
         "image_file": (f"images/{sample.key}.jpg", sample.files[f"{crop}.jpg"]),

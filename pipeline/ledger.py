@@ -1,20 +1,23 @@
 """The ledgers of a dataset: the funnel, what manifests count, and verdicts under other thresholds."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from rich import box
 from rich.table import Table
 
+from pipeline import storage
+from pipeline.storage import AnyPlace, Place, Remote
 from schemas.columns import KEPT
 from schemas.errors import ContractError, CorruptShardError, OutputError
-from schemas.shard import Manifest, dataset_digest
+from schemas.names import shard_origin
+from schemas.shard import DATASET, Manifest, dataset_digest
 from stages import STAGES
 from stages.filter import Filter
 
@@ -59,24 +62,28 @@ class Funnel:
         return count / self.rows_in if self.rows_in else 0.0
 
 
-def shards_folder(out: Path) -> Path:
+def shards_folder(out: AnyPlace) -> AnyPlace:
     """Where the shards of OUT lie.
 
     Raises:
         OutputError: when OUT is no dataset.
     """
     folder = out / "shards"
-    if not folder.is_dir():
+    try:
+        there = (out / DATASET).is_file() if isinstance(out, Remote) else folder.is_dir()
+    except OSError as error:
+        raise OutputError(f"{out} cannot be read: {error.strerror or error}.") from error
+    if not there:
         raise OutputError(f"{out} holds no dataset: there is no folder {folder}; give the OUT of a `dataset` run.")
     return folder
 
 
-def shard_names(out: Path) -> list[str]:
+def shard_names(out: Place) -> list[str]:
     """The finished shards of OUT (those with a manifest), sorted."""
     return sorted(path.stem for path in shards_folder(out).glob("*.json") if not path.name.startswith("."))
 
 
-def read_manifest(out: Path, shard: str) -> Manifest:
+def read_manifest(out: Place, shard: str) -> Manifest:
     """The manifest of one shard.
 
     Raises:
@@ -90,7 +97,7 @@ def read_manifest(out: Path, shard: str) -> Manifest:
     return manifest
 
 
-def read_manifests(out: Path) -> list[Manifest]:
+def read_manifests(out: Place) -> list[Manifest]:
     """The manifests of all finished shards, in the order of their names.
 
     Raises:
@@ -99,15 +106,17 @@ def read_manifests(out: Path) -> list[Manifest]:
     return [read_manifest(out, shard) for shard in shard_names(out)]
 
 
-def summary(manifests: Sequence[Manifest]) -> dict[str, Any]:
-    """What manifests add up to, as dataset.json tells it."""
+def summary(manifests: Sequence[Manifest], replaced: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """What manifests add up to, as dataset.json tells it, less the verdicts that are `replaced` (see there)."""
+    replaced = replaced or {}
     dropped: Counter[str] = Counter()
     for manifest in manifests:
         dropped.update(manifest.dropped)
+    dropped.subtract({verdict: count for verdict, count in replaced.items() if verdict != KEPT})
     return {
         "shards": [manifest.shard for manifest in manifests],
-        "rows_in": sum(manifest.rows_in for manifest in manifests),
-        "kept": sum(manifest.kept for manifest in manifests),
+        "rows_in": sum(manifest.rows_in for manifest in manifests) - sum(replaced.values()),
+        "kept": sum(manifest.kept for manifest in manifests) - replaced.get(KEPT, 0),
         "dropped": dict(dropped),
         "dataset_digest": dataset_digest(manifests),
     }
@@ -127,7 +136,7 @@ def counts(verdicts: pa.ChunkedArray, reasons: Sequence[str]) -> tuple[int, dict
     return kept, {str(reason): found.get(reason, 0) for reason in reasons}
 
 
-def read_ledger(out: Path, shard: str, columns: Sequence[str], verdict: str | None = None) -> pa.Table:
+def read_ledger(out: Place, shard: str, columns: Sequence[str], verdict: str | None = None) -> pa.Table:
     """Some columns of one ledger; of rows with this verdict alone, when one is given.
 
     Raises:
@@ -135,14 +144,60 @@ def read_ledger(out: Path, shard: str, columns: Sequence[str], verdict: str | No
     """
     path = out / "shards" / f"{shard}.parquet"
     try:
-        table = pq.ParquetFile(path).read(columns=list(dict.fromkeys([*columns, "verdict"])))
+        table = storage.parquet(path).read(columns=list(dict.fromkeys([*columns, "verdict"])))
         return (table if verdict is None else table.filter(pc.equal(table["verdict"], verdict))).select(list(columns))
     except UNREADABLE as error:
         raise CorruptShardError(f"{path.name}: not a ledger: {error}") from error
 
 
-def funnel(out: Path) -> Funnel:
+class Rounds:
+    """Which rows of a dataset stand in the ledgers of later rounds (second chances) again, part by part."""
+
+    def __init__(self, out: Place, shards: Iterable[str]) -> None:
+        """Read the row numbers in the ledgers of all later rounds: eight bytes per row that had a second chance.
+
+        Raises:
+            CorruptShardError: names the file.
+        """
+        found: dict[str, dict[int, list[npt.NDArray[np.int64]]]] = defaultdict(lambda: defaultdict(list))
+        for shard in shards:
+            part, round = shard_origin(shard)
+            if round:
+                found[part][round].append(read_ledger(out, shard, ("row",))["row"].to_numpy())
+        self._rows = {
+            part: {round: np.concatenate(rows) for round, rows in rounds.items()} for part, rounds in found.items()
+        }
+
+    def last(self, part: str) -> int:
+        """The last round of a part, 0 where there was none."""
+        return max(self._rows.get(part, {0: None}))
+
+    def replaced(self, shard: str, rows: pa.ChunkedArray, before: int | None = None) -> npt.NDArray[np.bool_]:
+        """Which of a shard's rows a later round holds; a round before `before`, when given."""
+        part, own = shard_origin(shard)
+        rounds = self._rows.get(part, {})
+        later = [found for round, found in rounds.items() if round > own and (before is None or round < before)]
+        if not later:
+            return np.zeros(len(rows), bool)
+        return np.isin(rows.to_numpy(), np.concatenate(later))
+
+
+def replaced(out: Place) -> Counter[str]:
+    """Verdict -> rows whose verdict a later round has replaced. Less these, manifests count each row once."""
+    total: Counter[str] = Counter()
+    shards = shard_names(out)
+    rounds = Rounds(out, shards)
+    for shard in shards:
+        if rounds.last(shard_origin(shard)[0]):
+            ledger = read_ledger(out, shard, ("row", "verdict"))
+            total.update(ledger.filter(pa.array(rounds.replaced(shard, ledger["row"])))["verdict"].to_pylist())
+    return total
+
+
+def funnel(out: Place) -> Funnel:
     """The funnel of all finished shards, counted from their ledgers, one ledger in memory at a time.
+
+    Rows that had a second chance are counted once, with the last that was said of them.
 
     Raises:
         CorruptShardError: when a ledger cannot be read or contradicts its manifest; names it.
@@ -150,21 +205,29 @@ def funnel(out: Path) -> Funnel:
     """
     total: Counter[tuple[str, str]] = Counter()
     shards = shard_names(out)
+    rounds = Rounds(out, shards)
     for shard in shards:
-        total += _counted(read_manifest(out, shard), read_ledger(out, shard, ("stage", "verdict")))
+        ledger = read_ledger(out, shard, ("row", "stage", "verdict"))
+        total.update(_counted(read_manifest(out, shard), ledger))
+        total.subtract(_grouped(ledger.filter(pa.array(rounds.replaced(shard, ledger["row"])))))
     left = rows_in = total.total()
     rows = []
     for stage in STAGES:
-        dropped = [(verdict, n) for (said, verdict), n in total.items() if said == stage and verdict != KEPT]
+        dropped = [(verdict, n) for (said, verdict), n in total.items() if said == stage and verdict != KEPT and n]
         rows.append(FunnelRow(stage, left, dict(sorted(dropped, key=lambda entry: (-entry[1], entry[0])))))
         left = rows[-1].rows_left
     return Funnel(len(shards), rows_in, tuple(rows))
 
 
+def _grouped(ledger: pa.Table) -> Counter[tuple[str, str]]:
+    """(stage, verdict) -> rows."""
+    groups = ledger.group_by(["stage", "verdict"]).aggregate([([], "count_all")]).to_pylist()
+    return Counter({(group["stage"], group["verdict"]): group["count_all"] for group in groups})
+
+
 def _counted(manifest: Manifest, ledger: pa.Table) -> Counter[tuple[str, str]]:
     """(stage, verdict) -> rows of one ledger, after a check against its manifest."""
-    groups = ledger.group_by(["stage", "verdict"]).aggregate([([], "count_all")]).to_pylist()
-    counted = Counter({(group["stage"], group["verdict"]): group["count_all"] for group in groups})
+    counted = _grouped(ledger)
     by_verdict: Counter[str] = Counter()
     for (stage, verdict), count in counted.items():
         if stage not in STAGES:

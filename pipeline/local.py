@@ -1,13 +1,14 @@
 """Run a plan in this process, one shard after the other."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 
 from pipeline.plan import Plan
 from pipeline.publish import Output
 from pipeline.runner import Rows, apply_all
 from pipeline.shard import Event, Finished, Worker, load, make_shard
 from pipeline.source import Seeds
+from pipeline.watchdog import Watchdog, is_hanging
 from schemas.errors import PlanError
 
 
@@ -30,17 +31,36 @@ def started(plan: Plan) -> Iterator[None]:
     yield
 
 
-def run(plan: Plan, shards: Iterable[Seeds], output: Output) -> Iterator[Event]:
+def run(plan: Plan, shards: Iterable[Seeds], output: Output) -> Generator[Event, None, None]:
     """Make the shards; an unforeseen error fails its shard and leaves the others their turn."""
-    worker = Worker(plan)
-    models = load(plan, plan.at("models", "images"))
-
-    def compute(batches: Iterator[Rows]) -> Iterator[Rows]:
-        return (apply_all(models, rows) for rows in batches)
-
-    with closing(worker):
+    desk = _Desk(plan)
+    watchdog = Watchdog(plan.config.executor.shard_timeout_s, output.clear)
+    try:
         for seeds in shards:
             try:
-                yield from make_shard(plan, seeds, output, worker, compute)
+                with watchdog.watching(seeds.name):
+                    for event in make_shard(plan, seeds, output, desk.worker, desk.compute):
+                        watchdog.beat()
+                        yield event
             except Exception as error:  # the shard's failure is reported, and the run ends with exit code 3
                 yield Finished.failed(seeds.name, error)
+                if is_hanging():
+                    desk = _Desk(plan)  # the old one is left as it is: to close it could take for ever too
+    finally:
+        desk.close()
+
+
+class _Desk:
+    """All stages, loaded in this process."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.worker = Worker(plan)
+        self._models = load(plan, plan.at("models", "images"))
+
+    def compute(self, batches: Iterator[Rows]) -> Iterator[Rows]:
+        """The model steps over a shard's batches."""
+        return (apply_all(self._models, rows) for rows in batches)
+
+    def close(self) -> None:
+        """Let go of threads and connections."""
+        self.worker.close()

@@ -117,6 +117,7 @@ class Plan:
                 **config.model_dump(mode="json", include={"metadata", "filter", "segment", "crop"}),
                 "models": models,
                 **({"encode": encode} if encode else {}),
+                **({} if config.pack.embeddings else {"pack": {"embeddings": False}}),
             },
             "models": self.model_list,
         }
@@ -158,7 +159,8 @@ def make_plan(config: Config) -> Plan:
     prove(steps)
     for name in config.models.paths:
         known(name)
-    cards = [card for task in REGISTRIES for card in backend(task, getattr(config.models, task)).cards(config.models)]
+    tasks = [task for task in REGISTRIES if config.pack.embeddings or task != "image_embedder"]
+    cards = [card for task in tasks for card in backend(task, getattr(config.models, task)).cards(config.models)]
     cards += encoders
     require_licences(cards, config.models)
     return Plan(config, steps, tuple(cards))

@@ -81,9 +81,14 @@ class Screen:
             self._end(event)
 
     def _begin(self, event: Started) -> None:
-        if event.shard not in self._shards:
-            task = self._bars.add_task(event.shard, total=event.rows, pace="")
-            self._shards[event.shard] = (Tally(), task)
+        begun = self._shards.pop(event.shard, None)
+        if begun is not None:  # its worker died, and it is made anew
+            tally, task = begun
+            self._all.add(-tally.rows, -tally.kept)
+            self._bars.update(self._overall, advance=-tally.rows)
+            self._bars.remove_task(task)
+        task = self._bars.add_task(event.shard, total=event.rows, pace="")
+        self._shards[event.shard] = (Tally(), task)
 
     def _advance(self, event: Batch) -> None:
         tally, task = self._shards[event.shard]
@@ -98,7 +103,8 @@ class Screen:
         if known is not None:
             self._bars.remove_task(known[1])
         if event.manifest is None:
-            self._say(f"{event.shard}: FAILED, a rerun tries it again: {event.error}")
+            why = "" if event.lost else f": {event.error}"  # what the whole run lost is told by its end
+            self._say(f"{event.shard}: FAILED, a rerun tries it again{why}")
         else:
             pace = f", {known[0].pace()}" if known else ""
             self._say(f"{event.shard}: {event.manifest.rows_in:,} rows{pace}")

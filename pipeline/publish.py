@@ -1,4 +1,4 @@
-"""A shard on disk: temporary names, fsync, rename, manifest last. Same rows and plan give the same bytes."""
+"""A shard in OUT: put there whole, manifest last, as `pipeline.storage` does it. Same rows and plan, same bytes."""
 
 import contextlib
 import fcntl
@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,10 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.atomic import TEMPORARY, sync, sync_folder, write_atomically
+from pipeline import storage
+from pipeline.atomic import TEMPORARY
 from pipeline.ledger import counts
 from pipeline.plan import Plan
 from pipeline.runner import Rows, tombstones
+from pipeline.sources.files import first_line
+from pipeline.storage import Draft, Place, Remote
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.errors import CorruptShardError, OutputError, ShardError
 from schemas.shard import DATASET, SUFFIXES, Manifest
@@ -30,7 +33,7 @@ _THUMBNAIL_PX = 256
 class Output:
     """The directory of a dataset: OUT/shards, OUT/drops and OUT/dataset.json."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Place) -> None:
         """Name the directory; nothing is created yet."""
         self.root = root
         self.shards = root / "shards"
@@ -40,46 +43,64 @@ class Output:
     def prepared(self, plan: Plan, *, replan: bool = False) -> Iterator[None]:
         """Create the directories, hold them alone for this run, and clear away what an interrupted run left.
 
+        A remote OUT cannot be held: two runs into it would do the same work twice, and put the same bytes.
+
         Raises:
             OutputError: when OUT cannot be written, is in use by another run, or holds shards of another plan.
         """
-        try:
-            for folder in (self.shards, self.drops):
-                folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.shards, os.O_RDONLY)
-        except OSError as error:
-            raise OutputError(f"OUT {self.root} cannot be written: {error.strerror or error}.") from error
-        try:
-            self._lock(handle)
-            self.refuse_other_plan(plan, replan=replan)
-            self._clear_temporaries()
-            if replan:
-                self._remove_other_plans(plan)
-            self.describe(plan, {})
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._held())
+                self.refuse_other_plan(plan, replan=replan)
+                self.clear()
+                if replan:
+                    self._remove_other_plans(plan)
+                self.describe(plan, {})
+            except OSError as error:
+                trouble = error.strerror or first_line(error)
+                raise OutputError(f"OUT {self.root} cannot be written: {trouble}.") from error
             try:
                 yield
             finally:
-                self._clear_temporaries()
+                with contextlib.suppress(OSError):  # of an OUT that is gone or read-only: the run has told of it
+                    self.clear()
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        if isinstance(self.root, Remote):
+            yield
+            return
+        for folder in (self.shards, self.drops):
+            Path(str(folder)).mkdir(parents=True, exist_ok=True)
+        handle = os.open(str(self.shards), os.O_RDONLY)
+        try:
+            self._lock(handle)
+            yield
         finally:
             os.close(handle)
 
-    def _clear_temporaries(self) -> None:
+    def clear(self) -> None:
+        """Remove temporary files: those of this run, or of one that was killed."""
+        if isinstance(self.root, Remote):
+            return
         for folder in (self.root, self.shards, self.drops):
             for stray in folder.glob(f"{TEMPORARY}*"):
                 stray.unlink(missing_ok=True)
 
     def _remove_other_plans(self, plan: Plan) -> None:
-        """Remove the shards of other plans, manifest first, so that no half of a shard ever counts as done."""
         for path in self.shards.glob("*.json"):
             try:
                 manifest = Manifest.from_json(path.read_bytes())
             except CorruptShardError:
                 continue
             if manifest.plan_digest != plan.digest:
-                path.unlink()
-                for name in manifest.files:
-                    (self.shards / Path(name).name).unlink(missing_ok=True)
-                (self.drops / f"{manifest.shard}.parquet").unlink(missing_ok=True)
+                self.remove(path.stem)
+
+    def remove(self, shard: str) -> None:
+        """Remove a shard, manifest first, so that no half of it ever counts as done."""
+        for suffix in ("json", "tar", "parquet"):
+            (self.shards / f"{shard}.{suffix}").unlink(missing_ok=True)
+        (self.drops / f"{shard}.parquet").unlink(missing_ok=True)
 
     def _lock(self, handle: int) -> None:
         try:
@@ -94,8 +115,7 @@ class Output:
             OutputError: says what differs.
         """
         try:
-            text = (self.root / DATASET).read_text(encoding="utf-8")
-            before = json.loads(text)
+            before = json.loads((self.root / DATASET).read_bytes())
             identity: dict[str, Any] = before["plan"]
         except FileNotFoundError:
             return
@@ -118,18 +138,20 @@ class Output:
             "plan": plan.identity,
             **summary,
         }
-        write_atomically(self.root / DATASET, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+        storage.write(self.root / DATASET, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
-    def is_done(self, shard: str, plan: Plan) -> bool:
-        """Whether the shard has a manifest of this plan and files of the lengths that it names."""
+    def is_done(self, shard: str, plan: Plan, size_of: Callable[[str], int | None] | None = None) -> bool:
+        """Whether the shard has a manifest of this plan and files of the lengths that it names.
+
+        `size_of` tells the bytes of a file in OUT/shards; over a network, one answer for many shards saves requests.
+        """
         try:
             manifest = Manifest.from_json((self.shards / f"{shard}.json").read_bytes())
         except (FileNotFoundError, CorruptShardError):
             return False
-        lengths = {name: entry["bytes"] for name, entry in manifest.files.items()}
+        size_of = size_of or storage.sizes(self.shards)
         return manifest.plan_digest == plan.digest and all(
-            (self.shards / name).is_file() and (self.shards / name).stat().st_size == length
-            for name, length in lengths.items()
+            size_of(name) == told["bytes"] for name, told in manifest.files.items()
         )
 
 
@@ -147,18 +169,23 @@ class ShardWriter:
     """Writes one shard, batch by batch, and publishes it whole; leaves nothing behind when it fails."""
 
     def __init__(self, output: Output, shard: str, plan: Plan) -> None:
-        """Open the temporary tar."""
+        """Open the drafts."""
         from webdataset import TarWriter  # it imports torch: only processes that write shards pay for it
 
         self._output, self._shard, self._plan = output, shard, plan
         self._ledgers: list[pa.Table] = []
         self._thumbnails: list[dict[str, Any]] = []
         self._pictured: Counter[str] = Counter()
-        self._temporary = {
-            suffix: output.shards / f"{TEMPORARY}{shard}.{suffix}.{os.getpid()}" for suffix in ("tar", "parquet")
-        }
-        self._stream = self._temporary["tar"].open("wb")
-        self._tar = TarWriter(self._stream, user="", group="", mode=0o644, mtime=0, encoder=False)
+        self._half_put = False
+        with contextlib.ExitStack() as stack, storage.kept(output.root):
+            self._tar_draft, self._ledger_draft = (
+                stack.enter_context(contextlib.closing(Draft(self._place(suffix)))) for suffix in ("tar", "parquet")
+            )
+            self._drafts = stack.pop_all()
+        self._tar = TarWriter(self._tar_draft.stream, user="", group="", mode=0o644, mtime=0, encoder=False)
+
+    def _place(self, suffix: str) -> Place:
+        return self._output.shards / f"{self._shard}.{suffix}"
 
     def __enter__(self) -> "ShardWriter":
         """Enter the block that writes the shard."""
@@ -170,9 +197,11 @@ class ShardWriter:
         """Remove what was not published."""
         with contextlib.suppress(OSError):  # a full disk has failed the shard already
             self._tar.close()
-        self._stream.close()
-        for path in self._temporary.values():
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._drafts.close()
+        if self._half_put:
+            with contextlib.suppress(OSError):
+                self._output.remove(self._shard)
 
     def add_tombstones(self, ledger: pa.Table) -> None:
         """Add ledger rows that were dropped before any batch was made."""
@@ -182,7 +211,8 @@ class ShardWriter:
         """Append the samples of the living rows, and all rows to the ledger."""
         for record in rows.alive.select(["key", *SUFFIXES.values()]).to_pylist():
             files = {suffix: record[column] for suffix, column in SUFFIXES.items() if record[column] is not None}
-            self._tar.write({"__key__": record["key"], **files})
+            with storage.kept(self._output.root):
+                self._tar.write({"__key__": record["key"], **files})
         kept = pa.array([KEPT] * rows.alive.num_rows, pa.string())
         self._ledgers += [rows.dead, tombstones(rows.alive, kept, self._plan.steps[-1].name)]
         self._add_thumbnails(rows.witnesses)
@@ -193,25 +223,29 @@ class ShardWriter:
         Raises:
             ShardError: when rows were lost or doubled on the way.
         """
-        self._tar.close()
-        sync(self._stream)
-        self._stream.close()
         ledger = pa.concat_tables(self._ledgers).sort_by("row").combine_chunks()
-        manifest = self._manifest(ledger, rows_in)
-        if not manifest.conserves_rows() or pc.count_distinct(ledger.column("key")).as_py() != rows_in:
-            raise ShardError(f"{self._shard}: {rows_in} rows in, but the ledger holds {ledger.num_rows}")
-        self._publish_thumbnails()
-        (self._output.shards / f"{self._shard}.json").unlink(missing_ok=True)
-        for suffix, path in self._temporary.items():
-            path.replace(self._output.shards / f"{self._shard}.{suffix}")
-        sync_folder(self._output.shards)
-        write_atomically(self._output.shards / f"{self._shard}.json", manifest.to_json().encode())
+        with storage.kept(self._output.root):
+            self._tar.close()
+            self._tar_draft.sync()
+            manifest = self._manifest(ledger, rows_in)
+            if not manifest.conserves_rows() or pc.count_distinct(ledger.column("key")).as_py() != rows_in:
+                raise ShardError(f"{self._shard}: {rows_in} rows in, but the ledger holds {ledger.num_rows}")
+            self._put(manifest)
         return manifest
 
+    def _put(self, manifest: Manifest) -> None:
+        self._half_put = True
+        self._place("json").unlink(missing_ok=True)
+        self._publish_thumbnails()
+        self._tar_draft.put()
+        self._ledger_draft.put()
+        storage.settle(self._output.shards)
+        storage.write(self._place("json"), manifest.to_json().encode())
+        self._half_put = False
+
     def _manifest(self, ledger: pa.Table, rows_in: int) -> Manifest:
-        pq.write_table(ledger.cast(LEDGER_SCHEMA), self._temporary["parquet"], compression="zstd")
-        with self._temporary["parquet"].open("rb") as stream:
-            sync(stream)
+        pq.write_table(ledger.cast(LEDGER_SCHEMA), self._ledger_draft.path, compression="zstd")
+        self._ledger_draft.sync()
         kept, dropped = counts(ledger.column("verdict"), self._plan.reasons)
         return Manifest(
             shard=self._shard,
@@ -221,7 +255,7 @@ class ShardWriter:
             kept=kept,
             dropped=dropped,
             models=self._plan.model_list,
-            files={f"{self._shard}.{suffix}": fingerprint(path) for suffix, path in self._temporary.items()},
+            files={draft.target.name: fingerprint(draft.path) for draft in (self._tar_draft, self._ledger_draft)},
         )
 
     def _add_thumbnails(self, witnesses: pa.Table) -> None:
@@ -239,10 +273,10 @@ class ShardWriter:
         names = pa.schema([("key", pa.string()), ("verdict", pa.string()), ("thumbnail", pa.binary())])
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(self._thumbnails, schema=names), sink)
-        write_atomically(self._output.drops / f"{self._shard}.parquet", sink.getvalue().to_pybytes())
+        storage.write(self._output.drops / f"{self._shard}.parquet", sink.getvalue().to_pybytes())
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Place) -> dict[str, Any]:
     """Length and sha256 of a file, as manifests tell them."""
     with path.open("rb") as stream:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

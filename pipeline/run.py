@@ -2,8 +2,8 @@
 
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,20 +12,22 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline import local
+from pipeline import local, storage
 from pipeline.config import Config
-from pipeline.ledger import read_manifests, summary
+from pipeline.ledger import read_manifests, replaced, shard_names, summary
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import Screen
 from pipeline.publish import Output
 from pipeline.report import write_report
+from pipeline.retry import discard, second_chances
 from pipeline.runner import judge_seeds
 from pipeline.sample import SampleServer, write_sample
 from pipeline.shard import Event, Finished
 from pipeline.source import Part, Seeds, find_parts, iter_shards
+from pipeline.storage import Place, Remote
 from pipeline.unconditional import write_unconditional
-from schemas.errors import ExitCode, UserError
-from schemas.names import SAMPLE, split_spec
+from schemas.errors import ExitCode, LostError, OutputError, UserError
+from schemas.names import SAMPLE, shard_origin, split_spec
 
 
 @dataclass(frozen=True)
@@ -77,28 +79,63 @@ def _sample(config: Config) -> Iterator[tuple[Config, Path]]:
             yield config.model_copy(update={"download": download}), path
 
 
-def make_dataset(job: Job, out: Path, console: Console, *, replan: bool = False) -> ExitCode:
+def make_dataset(job: Job, out: Place, console: Console, *, replan: bool = False, retry: bool = False) -> ExitCode:
     """Make all shards that are not done yet, then the summary and the report.
+
+    With `retry`, rows whose fetch failed for a reason that may have passed get another chance, once no shard failed.
 
     Raises:
         UserError: before anything is written.
+        LostError: when OUT or the workers' node is lost on the way; finished shards are kept.
+        CorruptShardError: when a finished shard is damaged.
     """
     output = Output(out)
+    _require_shared(out, job.plan.config)
     start, execute = executor_of(job.plan.config)
-    failed: list[str] = []
-    with start(job.plan), output.prepared(job.plan, replan=replan), Screen(console, job.rows) as screen:
-        for event in execute(job.plan, _pending(job, output, screen, failed), output):
-            screen.show(event)
-            if isinstance(event, Finished) and event.manifest is None:
-                failed.append(event.shard)
-        told = summary(read_manifests(out))
-        files = write_unconditional(out, job.plan) if told["kept"] else {}
-        output.describe(job.plan, {**told, "files": files})
-    write_report(out)
+    with start(job.plan), output.prepared(job.plan, replan=replan):
+        failed = _make(output, job, job.shards(), execute, Screen(console, job.rows), discards=True)
+        if retry and not failed:
+            again = second_chances(job.parts, job.plan.config.source, out, partial(output.is_done, plan=job.plan))
+            with start(job.plan):  # another one: a run that is over leaves no worker behind
+                failed = _make(output, job, again, execute, Screen(console, None), discards=False)
+        _finish(output, job.plan)
     return ExitCode.SHARDS_FAILED if failed else ExitCode.OK
 
 
-Execute = Callable[[Plan, Iterable[Seeds], Output], Iterator[Event]]
+def _require_shared(out: Place, config: Config) -> None:
+    if isinstance(out, Remote) and out.is_private and config.executor.name == "ray":
+        raise OutputError(f"OUT {out} exists in one process alone: give --executor local, or another OUT.")
+
+
+def _make(
+    output: Output, job: Job, shards: Iterable[Seeds], execute: "Execute", screen: Screen, *, discards: bool
+) -> list[str]:
+    """Make shards, and return the names of those that failed."""
+    failed: list[str] = []
+    pending = _pending(output, job.plan, shards, screen, failed, discards=discards)
+    with screen, closing(execute(job.plan, pending, output)) as events:
+        for event in events:
+            screen.show(event)
+            if isinstance(event, Finished) and event.manifest is None:
+                failed.append(event.shard)
+                if event.lost:
+                    raise LostError(event.error)
+    return failed
+
+
+def _finish(output: Output, plan: Plan) -> None:
+    """The files beside the shards."""
+    try:
+        with storage.kept(output.root):
+            told = summary(read_manifests(output.root), replaced(output.root))
+            files = write_unconditional(output.root, plan) if told["kept"] else {}
+            output.describe(plan, {**told, "files": files})
+            write_report(output.root)
+    except OutputError as error:
+        raise LostError(f"The shards were made, but then: {error}") from error
+
+
+Execute = Callable[[Plan, Iterable[Seeds], Output], Generator[Event, None, None]]
 
 
 def executor_of(config: Config) -> tuple[Callable[[Plan], AbstractContextManager[Any]], Execute]:
@@ -114,13 +151,18 @@ def executor_of(config: Config) -> tuple[Callable[[Plan], AbstractContextManager
     return cluster.started, cluster.run
 
 
-def _pending(job: Job, output: Output, screen: Screen, failed: list[str]) -> Iterator[Seeds]:
+def _pending(
+    output: Output, plan: Plan, shards: Iterable[Seeds], screen: Screen, failed: list[str], *, discards: bool
+) -> Iterator[Seeds]:
     """The shards that are not done; a part that turns out unreadable half-way fails, and the rest goes on."""
+    size_of = storage.sizes(output.shards)
+    further = [name for name in shard_names(output.root) if shard_origin(name)[1]] if discards else []
     try:
-        for seeds in job.shards():
-            if output.is_done(seeds.name, job.plan):
+        for seeds in shards:
+            if output.is_done(seeds.name, plan, size_of):
                 screen.skipped(seeds.name, seeds.table.num_rows)
             else:
+                discard(output, further, seeds)
                 yield seeds
     except UserError as error:
         screen.show(Finished.failed("metadata", error))

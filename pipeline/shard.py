@@ -13,8 +13,11 @@ from pipeline.plan import Plan, Step
 from pipeline.publish import Output, ShardWriter
 from pipeline.runner import Loaded, Rows, apply_all, split_seeds
 from pipeline.source import Seeds
-from schemas.errors import FaceShardsError
+from schemas.errors import FaceShardsError, LostError
 from schemas.shard import Manifest
+
+_MOST_HELD = 64
+"""Fetched batches that wait for living rows."""
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -50,10 +53,14 @@ class Finished:
     shard: str
     manifest: Manifest | None
     error: str = ""
+    lost: bool = False
+    """Whether no other shard would fare better: the run stops."""
 
     @staticmethod
     def failed(shard: str, error: BaseException) -> "Finished":
         """A shard that stays to be tried again. The traceback is for what nobody foresaw: a full disk needs none."""
+        if isinstance(error, LostError):
+            return Finished(shard, None, str(error), lost=True)
         foreseen = isinstance(error, FaceShardsError | OSError)
         text = f"{type(error).__name__}: {error}" if foreseen else "".join(traceback.format_exception(error)).strip()
         return Finished(shard, None, text)
@@ -107,9 +114,10 @@ class Worker:
 
 
 def regrouped(batches: Iterator[Rows], size: int) -> Iterator[Rows]:
-    """The same rows in order, with `size` living ones in each batch but the last.
+    """The same rows in order, with `size` living ones in each batch, or fewer where few live.
 
     Most rows are dropped before the models: calls for the few that are left of each batch would cost more than these.
+    Some are made anyhow, so that a shard of which nothing is left is heard of.
     """
     held: list[Rows] = []
     living = 0
@@ -120,6 +128,9 @@ def regrouped(batches: Iterator[Rows], size: int) -> Iterator[Rows]:
             full, rest = Rows.joined(held).split(size)
             yield full
             held, living = [rest], living - size
+        if len(held) > _MOST_HELD:
+            yield Rows.joined(held)
+            held, living = [], 0
     if held:
         yield Rows.joined(held)
 

@@ -12,7 +12,7 @@ from pipeline.sources.values import to_seeds
 from schemas.columns import SEED, schema
 from schemas.names import shard_name
 
-__all__ = ["Part", "Seeds", "SourceSettings", "find_parts", "iter_shards"]
+__all__ = ["Part", "Seeds", "SourceSettings", "find_parts", "iter_again", "iter_shards"]
 
 _COLUMNS = (*SEED, "verdict", "stage")
 _ROWS_PER_CANDIDATE = 100
@@ -51,6 +51,25 @@ def iter_shards(part: Part, settings: SourceSettings, metadata: Judge) -> Iterat
         yield Seeds(shard_name(part.name, number - 1), part.name, table)
     if number == 0:
         yield Seeds(shard_name(part.name, 0), part.name, schema(_COLUMNS).empty_table())
+
+
+def iter_again(
+    part: Part, settings: SourceSettings, rows: "np.ndarray[tuple[int], np.dtype[np.int64]]", round: int
+) -> Iterator[Seeds]:
+    """Some rows of a part in the shards of a further round, all of them candidates.
+
+    Raises:
+        SourceError: as `iter_shards`.
+    """
+    unjudged = (table.filter(pa.array(np.isin(table.column("row").to_numpy(), rows))) for table in seed_tables(part))
+    for number, table in enumerate(_cut(map(_as_candidates, unjudged), settings.rows_per_shard)):
+        yield Seeds(shard_name(part.name, number, round), part.name, table)
+
+
+def _as_candidates(seeds: pa.Table) -> pa.Table:
+    for name in ("verdict", "stage"):
+        seeds = seeds.append_column(name, pa.nulls(seeds.num_rows, pa.string()))
+    return seeds
 
 
 def seed_tables(part: Part) -> Iterator[pa.Table]:

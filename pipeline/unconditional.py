@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,10 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from pipeline.atomic import write_atomically
+from pipeline import storage
 from pipeline.plan import Plan
 from pipeline.publish import fingerprint
+from pipeline.storage import Place
 from schemas.shard import UNCONDITIONAL
 from stages.models.base import ImageEmbedder, backend
 
@@ -23,25 +23,27 @@ _MADE = "made"
 Features = Mapping[str, npt.NDArray[np.float16]]
 
 
-def write_unconditional(root: Path, plan: Plan) -> dict[str, dict[str, Any]]:
+def write_unconditional(root: Place, plan: Plan) -> dict[str, dict[str, Any]]:
     """Write the file unless it is there, whole and of this plan's image embedder; returns dataset.json's entry of it.
 
-    The embedder runs in this process, on the CPU, and is let go.
+    The embedder runs in this process, on the CPU, and is let go. A dataset without embeddings needs no such file.
     """
+    if not plan.config.pack.embeddings:
+        return {}
     path = root / UNCONDITIONAL
     if not _is_current(path, plan):
         settings = plan.config.models.model_copy(update={"device": "cpu"})
         embedder: ImageEmbedder = backend("image_embedder", settings.image_embedder)(settings)
         features = dict(embedder.unconditional())
-        write_atomically(path, save(features, metadata={_MADE: _made(features, plan)}))
+        storage.write(path, save(features, metadata={_MADE: _made(features, plan)}))
     return {UNCONDITIONAL: fingerprint(path)}
 
 
-def _is_current(path: Path, plan: Plan) -> bool:
+def _is_current(path: Place, plan: Plan) -> bool:
     if not path.exists():
         return False
     try:
-        with safe_open(path, framework="numpy") as file:
+        with storage.local(path) as near, safe_open(near, framework="numpy") as file:
             made: object = (file.metadata() or {}).get(_MADE)
             features = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
     except (SafetensorError, OSError, ValueError, TypeError):

@@ -81,7 +81,11 @@ _ALL = (
         "crops", "JSON: per crop its box in the photo, its size, its face share, or why it is absent", type=pa.string()
     ),
     # embed_face
-    _payload("arcface", "npy (512,) float32: normed_embedding of face112, unit length"),
+    _payload(
+        "arcface",
+        "npy (512,) float32: normed_embedding of face112, unit length; null where pack.embeddings is off",
+        optional=True,
+    ),
     Column("embedding_norm", pa.float32(), "L2 norm of the raw embedding: raw = arcface x embedding_norm"),
     # embed_image
     _payload("clip", "npy (1024,) float16: image_embeds of the segmented face", optional=True),
@@ -106,6 +110,7 @@ _ALL = (
     ),
     # pack
     _payload("json", "the sample's metadata as UTF-8 JSON"),
+    Column("sample_sha256", pa.string(), "of the sample's files, as schemas.shard.sample_sha256 takes it, hex"),
     # the runner
     Column("verdict", pa.string(), "`kept`, or the reason of the drop"),
     Column("stage", pa.string(), "the stage that said so; `pack` for kept rows"),

@@ -16,7 +16,7 @@ class DropReason(StrEnum):
         return member
 
     # metadata, before any download
-    BAD_URL = "bad_url", "the URL is missing, malformed, or neither http nor https"
+    BAD_URL = "bad_url", "the URL is missing, malformed, neither http nor https, or leads to no port of the web"
     DUPLICATE_URL = "duplicate_url", "an earlier row of the same part has the same URL"
     UNSAFE = "unsafe", "the metadata marks the image as not safe for work"
     WATERMARK = "watermark", "the metadata says that the image carries a watermark"
@@ -36,12 +36,16 @@ class DropReason(StrEnum):
     EMPTY_BODY = "empty_body", "the server sent no bytes"
     INCOMPLETE_BODY = "incomplete_body", "the connection ended before the announced length"
     OPTED_OUT = "opted_out", "the site asks by X-Robots-Tag not to be used for AI training"
+    ROBOTS_TXT = "robots_txt", "the site's robots.txt asks not to fetch this URL"
+    HOST_DOWN = "host_down", "the host failed so often in a row that it was left alone for a while"
+    REMOVED = "removed", "the URL or the file's sha256 is on a list of download.removed"
     NOT_IN_TAR = "not_in_tar", "the existing download holds no image for this row"
     # decoding
     NOT_AN_IMAGE = "not_an_image", "the bytes are not an image (a web page, say)"
     UNSUPPORTED_FORMAT = "unsupported_format", "an image format that is not decoded here"
     TRUNCATED_IMAGE = "truncated_image", "the image file ends before its pixels do"
     CORRUPT_IMAGE = "corrupt_image", "the image file cannot be decoded"
+    DECODER_CRASH = "decoder_crash", "the image file crashes its decoder, or takes it too much time or memory"
     TOO_MANY_PIXELS = "too_many_pixels", "the image has more pixels than filter.max_pixels"
     # faces
     NO_FACE = "no_face", "the detector found no face"
@@ -50,3 +54,5 @@ class DropReason(StrEnum):
     BAD_LANDMARKS = "bad_landmarks", "the five points do not span a face (coincident or not finite)"
     EMPTY_MASK = "empty_mask", "the segmenter kept less of the face crop than segment.min_share"
     BAD_EMBEDDING = "bad_embedding", "the face embedding is zero or not finite"
+    # take-downs
+    FORGOTTEN = "forgotten", "it was to be forgotten (`forget`): nothing is known of it any more"

@@ -8,6 +8,7 @@ FaceShardsError
 │   ├── PlanError        steps that do not fit together, resources that are not there
 │   └── OutputError      OUT cannot be written, or holds a dataset of another plan
 ├── ShardError           one shard failed; the others are done and kept: exit 3
+├── LostError            nothing more can be done (OUT is full or gone, the workers' node died): the run stops, exit 3
 ├── CorruptShardError    a published file does not match its manifest
 └── ContractError        a stage broke its own declaration: a bug in the stage, never in the data
 """
@@ -54,6 +55,10 @@ class OutputError(UserError):
 
 class ShardError(FaceShardsError):
     """A shard could not be finished; a rerun tries it again."""
+
+
+class LostError(FaceShardsError):
+    """What the whole run needs is gone (room in OUT, OUT itself, the workers' node); a rerun goes on from there."""
 
 
 class CorruptShardError(FaceShardsError):

@@ -9,6 +9,7 @@ SAMPLE = "sample"
 
 _RANGE = re.compile(r"laion-part-(\d+)(?:\.\.(\d+))?")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
+_FURTHER = re.compile(r"(.+)-r(\d+)_\d+")
 _ROW_DIGITS = 9
 _SHARD_DIGITS = 5
 
@@ -58,6 +59,16 @@ def sample_key(part: str, row: int) -> str:
     return f"{part}-{row:0{_ROW_DIGITS}d}"
 
 
-def shard_name(part: str, number: int) -> str:
-    """The name of a part's shard without suffix: `<part>-<NNNNN>`."""
-    return f"{part}-{number:0{_SHARD_DIGITS}d}"
+def shard_name(part: str, number: int, round: int = 0) -> str:
+    """The name of a part's shard without suffix: `<part>-<NNNNN>`, in a further round `<part>-r<round>_<NNNNN>`."""
+    further = f"r{round}_" if round else ""
+    return f"{part}-{further}{number:0{_SHARD_DIGITS}d}"
+
+
+def shard_origin(shard: str) -> tuple[str, int]:
+    """The part of a shard, and the round that it was made in: 0, or that of a second chance.
+
+    The names of no two parts lead to one shard name: only those of further rounds hold an underscore before the number.
+    """
+    match = _FURTHER.fullmatch(shard)
+    return (match[1], int(match[2])) if match else (shard.rpartition("-")[0], 0)

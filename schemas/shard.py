@@ -42,10 +42,27 @@ SUFFIXES: dict[str, str] = {
 """Suffix in the tar -> column that holds the file's bytes, in the order in which they are written."""
 
 
+EMBEDDINGS = frozenset(suffix for suffix in SUFFIXES if suffix.startswith(("arcface", "clip", "dino")))
+"""Files that describe a face in numbers: biometric data, which a dataset may do without."""
+
 DATASET = "dataset.json"
 """Beside the shards' folder: the plan, what the run came to, and the files below."""
 UNCONDITIONAL = "unconditional.safetensors"
 """Beside the shards' folder: clip_hidden or dino (float16, as in a sample) of "no face", for guidance."""
+
+
+def sample_files(record: Mapping[str, Any]) -> dict[str, bytes]:
+    """Suffix -> content of the files of a record's sample, in the order in which they are written."""
+    return {suffix: record[column] for suffix, column in SUFFIXES.items() if record.get(column) is not None}
+
+
+def sample_sha256(files: Mapping[str, bytes]) -> str:
+    """sha256 over the names, lengths and contents of a sample's files, hex: a ledger tells it for each kept row."""
+    found = hashlib.sha256()
+    for suffix in sorted(files):
+        found.update(f"{suffix} {len(files[suffix])}\n".encode("utf-8", "surrogateescape"))
+        found.update(files[suffix])
+    return found.hexdigest()
 
 
 def encode_npy(array: npt.NDArray[Any]) -> bytes:

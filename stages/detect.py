@@ -21,7 +21,11 @@ class Detect(RowStage):
     name: ClassVar[str] = "detect"
     reads: ClassVar[tuple[str, ...]] = ("image", "sha256")
     writes: ClassVar[tuple[str, ...]] = ("n_faces", "bbox", "kps", "det_score", "face_px", "second_score")
-    drops: ClassVar[tuple[DropReason, ...]] = (DropReason.TRUNCATED_IMAGE, DropReason.CORRUPT_IMAGE)
+    drops: ClassVar[tuple[DropReason, ...]] = (
+        DropReason.TRUNCATED_IMAGE,
+        DropReason.CORRUPT_IMAGE,
+        DropReason.DECODER_CRASH,
+    )
 
     def __init__(self, settings: Settings) -> None:
         """Load the detector."""

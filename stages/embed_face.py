@@ -23,13 +23,15 @@ class EmbedFace:
 
     def __init__(self, settings: Settings) -> None:
         """Load the face embedder."""
+        self._kept = settings.pack.embeddings
         self._embedder: FaceEmbedder = backend("face_embedder", settings.models.face_embedder)(settings.models)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Embed all rows; a backend may take them as one batch."""
+        """Embed all rows; a backend may take them as one batch. A vector that is not to be kept goes no further."""
         faces = [decode_png(data) for data in table["face112"].to_pylist()]
         embeddings = self._embedder.embed(np.stack(faces)) if faces else ()
-        return to_table([_row(embedding) for embedding in embeddings], self.writes, self.drops)
+        rows = [_row(embedding) for embedding in embeddings]
+        return to_table([row if self._kept else {**row, "arcface": None} for row in rows], self.writes, self.drops)
 
 
 def _row(embedding: Floats) -> dict[str, Any]:

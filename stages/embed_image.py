@@ -19,7 +19,10 @@ from stages.settings import Settings
 
 
 class EmbedImage:
-    """Embeds the segmented face crops by the configured image embedder; drops nothing."""
+    """Embeds the segmented face crops by the configured image embedder; drops nothing.
+
+    Loads nothing and leaves all its columns null where `pack.embeddings` is off.
+    """
 
     name: ClassVar[str] = "embed_image"
     reads: ClassVar[tuple[str, ...]] = ("face", "mask")
@@ -36,23 +39,28 @@ class EmbedImage:
     def __init__(self, settings: Settings) -> None:
         """Load the image embedder."""
         self._settings = settings
-        self._embedder: ImageEmbedder = backend("image_embedder", settings.models.image_embedder)(settings.models)
+        self._embedder: ImageEmbedder | None = None
+        if settings.pack.embeddings:
+            self._embedder = backend("image_embedder", settings.models.image_embedder)(settings.models)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Embed all rows; columns that the backend does not give stay null."""
+        if self._embedder is None:
+            return to_table([{}] * table.num_rows, self.writes, self.drops)
         images = [self._segmented(row) for row in table.to_pylist()]
         # On a CPU a batch gains nothing, and its sums may depend on its size; on a GPU it gains 3 to 10 times.
         step = max(1, len(images)) if self._settings.models.device == "cuda" else 1
         batches = [np.stack(images[start : start + step]) for start in range(0, len(images), step)]
-        return to_table([row for batch in batches for row in self._rows(batch)], self.writes, self.drops)
+        rows = [row for batch in batches for row in self._rows(self._embedder, batch)]
+        return to_table(rows, self.writes, self.drops)
 
     def _segmented(self, record: Mapping[str, Any]) -> Image:
         told = self._settings.segment
         return foreground(decode_jpeg(record["face"]), decode_png(record["mask"]), told.keep, told.fill)
 
-    def _rows(self, images: Image) -> list[dict[str, Any]]:
-        features = dict(self._embedder.embed(images))
+    def _rows(self, embedder: ImageEmbedder, images: Image) -> list[dict[str, Any]]:
+        features = dict(embedder.embed(images))
         if self._settings.encode.mirror:
-            mirrored = self._embedder.embed(np.ascontiguousarray(images[:, :, ::-1]))
+            mirrored = embedder.embed(np.ascontiguousarray(images[:, :, ::-1]))
             features |= {f"{name}_mirror": column for name, column in mirrored.items()}
         return [{name: encode_npy(column[i]) for name, column in features.items()} for i in range(len(images))]

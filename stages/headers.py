@@ -1,6 +1,8 @@
 """Headers of image files: what a file is, how large its picture is, whether its end has arrived. No pixel is decoded.
 
-`stages.images` decodes them. Only these two modules translate what a decoder raises, from a closed list.
+All that this process does with the bytes of a stranger takes a bounded number of steps, and no code outside of Python's
+own sees them. Where that cannot be had (TIFF, AVIF), the header too is read by `stages.decoding`, in another process.
+`stages.images` decodes pixels. Only these two modules translate what a decoder raises, from a closed list.
 """
 
 import io
@@ -9,7 +11,8 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import cv2
@@ -25,6 +28,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from schemas.drops import DropReason
+from stages import decoding, jpeg
 from stages.base import Dropped
 
 Pillow.MAX_IMAGE_PIXELS = None  # the cap is filter.max_pixels, judged before any decode
@@ -47,8 +51,8 @@ _FORMAT = re.compile(
     re.DOTALL,
 )
 _OTHER_IMAGE = re.compile(
-    rb"8BPS|\0\0[\1\2]\0[^\0]|....ftyp(?:he[iv][cmsx]|m[is]f1)|\0\0\0\x0c(?:jP  |JXL )|\xff\x4f\xff\x51|\xff\x0a"
-    rb"|P[1-7]\s|DDS |%!PS|icns|qoif|v/1\x01|gimp xcf|\xd7\xcd\xc6\x9a|BPG\xfb|[\x8a\x8b][MJ]NG",
+    rb"8BPS|II\+\0|MM\0\+|\0\0[\1\2]\0[^\0]|....ftyp(?:he[iv][cmsx]|m[is]f1)|\0\0\0\x0c(?:jP  |JXL )|\xff\x4f\xff\x51"
+    rb"|\xff\x0a|P[1-7]\s|DDS |%!PS|icns|qoif|v/1\x01|gimp xcf|\xd7\xcd\xc6\x9a|BPG\xfb|[\x8a\x8b][MJ]NG",
     re.DOTALL,
 )
 _WEB_PAGE = re.compile(
@@ -57,6 +61,11 @@ _WEB_PAGE = re.compile(
 )
 _SVG = re.compile(rb"(?:\xef\xbb\xbf)?\s*<.{0,4096}?<?svg[\s>:]", re.IGNORECASE | re.DOTALL)
 
+APART = frozenset({"TIFF", "AVIF"})
+"""Formats whose header needs a library, or may need any time and memory."""
+
+_CHUNKS = 50_000
+"""Steps of a walk over chunks; 50 MB of PNG in chunks of 8 KiB are 6,400."""
 _PLAIN_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 DEEP_MODES = frozenset({"I;16", "I;16B", "I;16L"})
 
@@ -102,9 +111,9 @@ def is_web_page(prefix: bytes) -> bool:
 
 
 def sniff(prefix: bytes) -> Header | None:
-    """The header, if the first bytes of an image file suffice to know it; None otherwise. Never raises."""
+    """The header, if the first bytes of an image file suffice to know it here; None otherwise. Never raises."""
     format = format_of(prefix)
-    if format not in OPENERS:
+    if format not in OPENERS or format in APART:
         return None
     try:
         return _header(format, read_stored(format, prefix))
@@ -116,14 +125,14 @@ def read_header(data: bytes) -> Header:
     """The header of a whole image file; pixels are not decoded.
 
     Raises:
-        Dropped: not_an_image, unsupported_format, truncated_image or corrupt_image.
+        Dropped: not_an_image, unsupported_format, truncated_image, corrupt_image or decoder_crash.
     """
     format = format_of(data)
     if format not in OPENERS:
         is_image = format is not None or _OTHER_IMAGE.match(data) or (_SVG.match(data) and not is_web_page(data))
         raise Dropped(DropReason.UNSUPPORTED_FORMAT if is_image else DropReason.NOT_AN_IMAGE)
     try:
-        stored = read_stored(format, data)
+        stored = Stored(*decoding.header(data)) if format in APART else read_stored(format, data)
     except DECODER_ERRORS as error:
         raise undecodable(format, data, error) from error
     if stored.mode not in _PLAIN_MODES | DEEP_MODES:
@@ -132,15 +141,17 @@ def read_header(data: bytes) -> Header:
 
 
 def check_whole(data: bytes, header: Header) -> None:
-    """Check that an image file has its end: cheap, no pixel is decoded.
+    """Check that an image file has its end, and is no trap for its decoder: cheap, no pixel is decoded.
 
     Formats without an end mark (GIF, BMP, TIFF, AVIF) are left to `decode`.
 
     Raises:
-        Dropped: truncated_image.
+        Dropped: truncated_image; corrupt_image for a JPEG of too many scans or a PNG of too many chunks.
     """
     if _ends_early(header.format, data):
         raise Dropped(DropReason.TRUNCATED_IMAGE)
+    if _is_trap(header.format, data):
+        raise Dropped(DropReason.CORRUPT_IMAGE)
 
 
 def format_of(prefix: bytes) -> str | None:
@@ -156,9 +167,9 @@ def _header(format: str, stored: Stored) -> Header:
 
 def read_stored(format: str, data: bytes) -> Stored:
     """Read the header of a file of a known format; raises one of DECODER_ERRORS when that is impossible."""
-    if format == "WEBP":
-        # Pillow would set up the decoder for the whole canvas, and needs the whole file for it
-        stored = Stored(*_webp_size(data), "RGBA", _orientation(_webp_exif(data)))
+    reader = _READERS.get(format)
+    if reader is not None:
+        stored = reader(data)
     else:
         image = open_lazily(format, data)
         stored = Stored(*image.size, image.mode, _orientation(image.info.get("exif") or b""))
@@ -193,6 +204,52 @@ def _orientation(exif: bytes) -> int:
     return 1
 
 
+def _jpeg(data: bytes) -> Stored:
+    frame = jpeg.read_frame(data)
+    return Stored(frame.width, frame.height, frame.mode, _orientation(frame.exif))
+
+
+def _png(data: bytes) -> Stored:
+    """The first chunk (https://www.w3.org/TR/png-3/#11IHDR), and eXIf where it comes before the pixels."""
+    kind, width, height, depth, colours, checksum = struct.unpack_from(">12x4sIIBB3xI", data)
+    if kind != b"IHDR" or checksum != zlib.crc32(data[12:29]):
+        raise ValueError("a PNG that does not begin with its size")
+    exif = b""
+    for name, start, size in _png_chunks(data):
+        if name == b"eXIf":
+            exif = data[start : start + size]
+        elif name == b"IDAT":
+            return Stored(width, height, "I;16" if (depth, colours) == (16, 0) else "RGBA", _orientation(exif))
+    raise ValueError("the PNG ends before its pixels")
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Name, start and size of the content of each chunk whose head is there."""
+    place = 8
+    for _ in range(_CHUNKS):
+        if place + 8 > len(data):
+            return
+        size, name = struct.unpack_from(">I4s", data, place)
+        yield name, place + 8, size
+        place += 12 + size
+    raise ValueError("too many chunks")
+
+
+def _gif(data: bytes) -> Stored:
+    """The logical screen (https://www.w3.org/Graphics/GIF/spec-gif89a.txt, 18); `decode` refuses frames beyond it."""
+    width, height = struct.unpack_from("<6xHH", data)
+    return Stored(width, height, "P", 1)
+
+
+def _webp(data: bytes) -> Stored:
+    # Pillow would set up the decoder for the whole canvas, and needs the whole file for it
+    return Stored(*_webp_size(data), "RGBA", _orientation(_webp_exif(data)))
+
+
+_READERS: dict[str, Callable[[bytes], Stored]] = {"JPEG": _jpeg, "PNG": _png, "GIF": _gif, "WEBP": _webp}
+"""Formats read without Pillow, which walks over hostile ones for minutes. Its code for BMP has no loop."""
+
+
 def _webp_size(data: bytes) -> tuple[int, int]:
     """Canvas size of a WebP file (https://developers.google.com/speed/webp/docs/riff_container)."""
     kind = data[12:16]
@@ -213,11 +270,12 @@ def _webp_exif(data: bytes) -> bytes:
     if data[12:16] != b"VP8X" or not data[20] & 0x08:
         return b""
     place = 12
-    while True:
+    for _ in range(_CHUNKS):
         kind, size = struct.unpack_from("<4sI", data, place)
         if kind == b"EXIF":
             return data[place + 8 : place + 8 + size]
         place += 8 + size + size % 2
+    raise ValueError("too many chunks")
 
 
 def undecodable(format: str, data: bytes, error: Exception) -> Dropped:
@@ -228,9 +286,7 @@ def undecodable(format: str, data: bytes, error: Exception) -> Dropped:
 
 def _ends_early(format: str, data: bytes) -> bool:
     if format == "JPEG":
-        # embedded thumbnails have their own end marks, before the first scan of the picture itself
-        scan = _first_scan(data)
-        return scan is None or data.find(b"\xff\xd9", scan) < 0
+        return not _has_jpeg_end(data)
     if format == "PNG":
         return not _has_png_end(data)
     if format == "WEBP":
@@ -238,21 +294,24 @@ def _ends_early(format: str, data: bytes) -> bool:
     return False
 
 
-def _first_scan(data: bytes) -> int | None:
-    place = 2
-    while (place := data.find(b"\xff", place)) >= 0 and place + 4 <= len(data):
-        marker = data[place + 1]
-        if marker == 0xDA:
-            return place
-        has_length = marker >= 0xC0 and not 0xD0 <= marker <= 0xD9
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big") if has_length else 1
-    return None
+def _is_trap(format: str, data: bytes) -> bool:
+    """Whether a decoder would take minutes for what has few pixels."""
+    if format == "JPEG":
+        return jpeg.count_scans(data) > jpeg.MAX_SCANS
+    return format == "PNG" and sum(1 for _ in islice(_png_chunks(data), _CHUNKS)) == _CHUNKS
+
+
+def _has_jpeg_end(data: bytes) -> bool:
+    try:
+        # embedded thumbnails have their own end marks, before the first scan of the picture itself
+        scan = jpeg.first_scan(data)
+    except jpeg.Endless:  # whatever it is, it is not for want of bytes
+        return True
+    return scan is not None and data.find(b"\xff\xd9", scan) >= 0
 
 
 def _has_png_end(data: bytes) -> bool:
-    place = 8
-    while place + 8 <= len(data):
-        if data[place + 4 : place + 8] == b"IEND":
-            return True
-        place += 12 + int.from_bytes(data[place : place + 4], "big")
-    return False
+    try:
+        return any(name == b"IEND" for name, _, _ in _png_chunks(data))
+    except ValueError:  # likewise
+        return True

@@ -5,56 +5,62 @@ from collections.abc import Mapping
 from typing import Any
 
 from schemas.record import SCHEMA_VERSION
+from schemas.shard import SUFFIXES, sample_files, sample_sha256
 from stages.base import RowStage
 
 _DIGITS = 4
 """Decimals of measurements in the json: a ten-thousandth of a pixel."""
 
 
+_TOLD = (
+    "key",
+    "part",
+    "row",
+    "url",
+    "text",
+    "sha256",
+    "n_bytes",
+    "format",
+    "width",
+    "height",
+    "bbox",
+    "kps",
+    "det_score",
+    "face_px",
+    "sharpness",
+    "brightness",
+    "roll_deg",
+    "mask_share",
+    "embedding_norm",
+    "punsafe",
+    "pwatermark",
+    "crops",
+    "targets",
+)
+"""Columns that the json repeats."""
+
+
 class Pack(RowStage):
-    """Writes the json of a sample; drops nothing."""
+    """Writes the json of a sample, and the hash of all its files; drops nothing."""
 
     name = "pack"
-    reads = (
-        "key",
-        "part",
-        "row",
-        "url",
-        "text",
-        "sha256",
-        "n_bytes",
-        "format",
-        "width",
-        "height",
-        "bbox",
-        "kps",
-        "det_score",
-        "face_px",
-        "sharpness",
-        "brightness",
-        "roll_deg",
-        "mask_share",
-        "embedding_norm",
-        "punsafe",
-        "pwatermark",
-        "crops",
-        "targets",
-    )
-    writes = ("json",)
+    reads = (*_TOLD, *(column for column in SUFFIXES.values() if column != "json"))
+    writes = ("json", "sample_sha256")
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """One record as UTF-8 JSON; `crops` and `targets` (where there is one) become objects.
 
         The fill colour of the embedded face is noted.
         """
-        content = {name: _rounded(value) for name, value in record.items()}
+        content = {name: _rounded(record[name]) for name in _TOLD}
         content["crops"] = json.loads(record["crops"])
         if content.pop("targets"):
             content["targets"] = json.loads(record["targets"])
         content["text"] = record["text"] or ""
         content["fill"] = list(self.settings.segment.fill)
         content["schema_version"] = SCHEMA_VERSION
-        return {"json": json.dumps(content, sort_keys=True, ensure_ascii=False).encode()}
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
+        return {"json": text, "sample_sha256": sample_sha256(sample_files({**record, "json": text}))}
 
 
 def _rounded(value: Any) -> Any:

@@ -39,16 +39,24 @@ class DownloadSettings(Section):
     """Redirects followed per URL."""
     retries: int = Field(1, ge=0)
     """Further attempts after a transient failure (connection error, short body, 429, 5xx), within the deadline."""
+    host_failures: int = Field(10, ge=0)
+    """Failures in a row (deadlines, broken connections, 429, 5xx) after which a host is left alone; 0: never."""
     concurrency: int = Field(128, ge=1)
     """Downloads at a time, per process."""
     per_host: int = Field(16, ge=1)
     """Connections to one host at a time, per process."""
-    user_agent: str = "faceshards/0.1 (+image dataset builder; set download.contact)"
-    """User-Agent header."""
-    contact: str = ""
+    user_agent: str = Field("faceshards/0.1 (+image dataset builder; set download.contact)", pattern=r"^[ -~]+$")
+    """User-Agent header; its first word, up to a slash, is our name in robots.txt."""
+    contact: str = Field("", pattern=r"^[ -~]*$")
     """Address or URL that site owners can write to; appended to the User-Agent."""
     respect_opt_out: bool = True
     """Drop images whose X-Robots-Tag says noai, noimageai, noindex or noimageindex."""
+    respect_robots: bool = True
+    """Fetch nothing that a host's robots.txt disallows for our name, or for `*` where our name is not in it."""
+    removed: tuple[str, ...] = ()
+    """Lists of what must not be used: text, CSV or parquet files of URLs and of files' sha256."""
+    refusals: str = ""
+    """File in which the processes of a run share what was refused, so that none asks again; set by the run itself."""
     sample_port: int | None = None
     """Port of the bundled sample's loopback server; set by the run itself."""
 
@@ -109,6 +117,13 @@ class CropSettings(Section):
         if self.max_size < self.size or self.max_long_side < self.size:
             raise ValueError("crop.max_size and crop.max_long_side must not be smaller than crop.size")
         return self
+
+
+class PackSettings(Section):
+    """What goes into a sample."""
+
+    embeddings: bool = True
+    """Write the ID vector and the image features; without them shards hold no biometric numbers, and train nothing."""
 
 
 class ModelSettings(Section):
@@ -193,6 +208,7 @@ class Settings(Section):
     segment: SegmentSettings = SegmentSettings()
     crop: CropSettings = CropSettings()
     encode: EncodeSettings = EncodeSettings()
+    pack: PackSettings = PackSettings()
     models: ModelSettings = ModelSettings()
 
     @model_validator(mode="after")

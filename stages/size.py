@@ -19,6 +19,7 @@ class Size(RowStage):
         DropReason.UNSUPPORTED_FORMAT,
         DropReason.TRUNCATED_IMAGE,
         DropReason.CORRUPT_IMAGE,
+        DropReason.DECODER_CRASH,
         DropReason.TOO_MANY_PIXELS,
         DropReason.SMALL_IMAGE,
     )

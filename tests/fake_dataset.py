@@ -95,7 +95,8 @@ def record(part: str, row: int, **changes: Any) -> dict[str, Any]:
         **changes,
     }
     table = pa.Table.from_pylist([known], schema=schema(tuple(name for name in PAYLOAD if name in known)))
-    packed = Pack(Settings()).row({name: table[name][0].as_py() for name in Pack.reads})
+    read = {name: table[name][0].as_py() if name in table.column_names else None for name in Pack.reads}
+    packed = Pack(Settings()).row(read)
     return {**known, **packed, **{name: value for name, value in changes.items() if name == "json"}}
 
 

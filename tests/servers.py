@@ -161,6 +161,8 @@ ANSWERS: dict[str, Answer] = {
 class HostileServer:
     """Serves ANSWERS (and what a test adds to `answers`), each connection in a thread; remembers what it saw."""
 
+    backlog = 1024
+
     def __init__(self) -> None:
         self.answers = dict(ANSWERS)
         self.hits: Counter[str] = Counter()
@@ -170,7 +172,7 @@ class HostileServer:
         self.answering = 0
         self._paths: dict[socket.socket, str] = {}
         self._lock = threading.Lock()
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=self.backlog)
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -182,6 +184,9 @@ class HostileServer:
 
     def close(self) -> None:
         self._listener.close()
+
+    def find(self, target: str, request: str) -> Answer:
+        return self.answers.get(target, ANSWERS["/404.jpg"])
 
     def _accept(self) -> None:
         while True:
@@ -208,7 +213,7 @@ class HostileServer:
             self._paths[link] = target
             self.answering += 1
         try:
-            self.answers.get(target, ANSWERS["/404.jpg"])(link, self)
+            self.find(target, request)(link, self)
         finally:
             with self._lock:
                 self.answering -= 1

@@ -64,6 +64,7 @@ def stage():
 
     def make(engine=NATIVE, min_image_px=1024, **download):
         told = {"engine": engine, "allow_loopback": True, "timeout_s": 3.0, "max_bytes": 2_000_000, "max_redirects": 3}
+        told["respect_robots"] = False  # one request per row; tests/test_download_robots.py is about these
         settings = Settings(download=DownloadSettings(**told | download), filter={"min_image_px": min_image_px})
         made.append(Download(settings))
         return made[-1]
@@ -448,7 +449,7 @@ OUTCOMES = {
 def shared():
     """One server and one stage for many small tries."""
     server = servers.HostileServer()
-    told = DownloadSettings(allow_loopback=True, per_host=64)
+    told = DownloadSettings(allow_loopback=True, per_host=64, respect_robots=False)
     download = Download(Settings(download=told))
     yield server, download
     download.close()

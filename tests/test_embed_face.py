@@ -64,7 +64,8 @@ class Overflown:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_drops_bad_embedding_that_is_not_finite(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
-    monkeypatch.setattr(EmbedFace, "__init__", lambda self, settings: setattr(self, "_embedder", Overflown(value)))
+    fields = {"_embedder": Overflown(value), "_kept": True}
+    monkeypatch.setattr(EmbedFace, "__init__", lambda self, settings: self.__dict__.update(fields))
     assert run(FACE)[DROP].to_pylist() == [DropReason.BAD_EMBEDDING]
 
 

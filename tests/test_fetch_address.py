@@ -64,7 +64,8 @@ def test_spellings_of_an_address_that_the_c_library_would_accept(host):
 def test_the_sample_host_leads_to_the_sample_port_whatever_the_url_says():
     guard = Guard(DownloadSettings(sample_port=4321))
     assert (
-        str(guard.route(parse("https://sample.localhost:1/a%2Fb.jpg?c=%2F"))) == "http://127.0.0.1:4321/a%2Fb.jpg?c=%2F"
+        str(guard.route(parse("https://sample.localhost:8443/a%2Fb.jpg?c=%2F")))
+        == "http://127.0.0.1:4321/a%2Fb.jpg?c=%2F"
     )
     assert Guard(DownloadSettings()).route(parse("http://sample.localhost/")).host == "sample.localhost"
 

@@ -137,7 +137,7 @@ def test_exif_orientations_give_the_same_turned_picture(format: str, orientation
     data = saved(stored, format, exif=exif(orientation), **options.get(format, {}))
     assert np.abs(decode(data).astype(int) - colour()).mean() < 4
     assert read_header(data)[1:] == SIZE
-    assert sniff(data) == read_header(data)
+    assert sniff(data) == (None if format in ("TIFF", "AVIF") else read_header(data))
 
 
 @pytest.mark.parametrize("value", [b"", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", exif(9), exif(0), exif(6)[:20]])
@@ -292,9 +292,9 @@ def test_no_bytes_raise_anything_but_a_drop(draw: st.DataObject) -> None:
     try:
         header = read_header(data)
     except Dropped:
-        assert early is None or early.format == "TIFF"
+        assert early is None
         return
-    assert early == header
+    assert early == (None if header.format == "TIFF" else header)
     if header.width * header.height <= 4_000_000:
         assert reason_of(data) in (None, DropReason.TRUNCATED_IMAGE, DropReason.CORRUPT_IMAGE)
         thumbnail(data, 16)
@@ -303,9 +303,10 @@ def test_no_bytes_raise_anything_but_a_drop(draw: st.DataObject) -> None:
 def test_decoders_print_nothing_about_broken_files() -> None:
     broken = bytearray(saved(picture(), "JPEG", quality=95))
     broken[1500:1600] = b"\x13\x57" * 50
-    code = "import sys; from stages.images import decode; decode(sys.stdin.buffer.read()); sys.exit('end')"
+    code = "import sys; from stages.images import *; Dropped = decode.__globals__['Dropped']\n"
+    code += "try: decode(sys.stdin.buffer.read())\nexcept Dropped as dropped: sys.exit(dropped.reason)"
     run = subprocess.run([sys.executable, "-c", code], input=bytes(broken), capture_output=True, check=False)
-    assert run.stderr.decode().split() == ["end"]
+    assert run.stderr.decode().split() == ["corrupt_image"]
 
 
 def test_stderr_may_be_closed() -> None:

@@ -258,6 +258,17 @@ def test_how_weights_move_changes_the_weights_and_not_the_first_loss(pair, plain
     assert not same(weights(job), weights(plain))
 
 
+def test_plusv2_leaves_the_image_branch_alone_where_it_is_always_dropped(dataset, tmp_path, kept):
+    """The gradient of a dropped branch is zero; moments and weight decay are no reason to move either."""
+    pairs = ("adapter.p_drop_clip=1", "optim.weight_decay=0", "guidance.p_uncond_image=0", "guidance.p_uncond_both=0")
+    job = train(dataset, tmp_path / "out", *pairs, name="faceid-plusv2")
+    torch.manual_seed(job.config.seed)
+    unet = Base(job.base, CPU, torch.float32).unet
+    start = AdapterModel(unet, job.variant, job.widths, lora_rank=RANK).trained()
+    for key, weight in weights(job).items():
+        assert torch.equal(weight, start[key]) == ("perceiver_resampler" in key), key
+
+
 def test_the_gradient_is_clipped(plain, dataset, tmp_path):
     clipped = train(dataset, tmp_path / "clipped", "optim.max_grad_norm=1e-9")
     assert metrics(clipped)[0]["grad_norm"] == metrics(plain)[0]["grad_norm"], "the norm before clipping is told"

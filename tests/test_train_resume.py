@@ -27,7 +27,7 @@ from pipeline.training.run_folder import RunFolder
 from pipeline.training.watch import METRICS
 from schemas.errors import ExitCode, FaceShardsError, UserError
 
-WAIT_S = 90
+WAIT_S = 150
 STEPS, EVERY = 12, 3
 COMMON = ("adapter.lora_rank=4", f"watch.save_every={EVERY}", "watch.keep=2")
 PLANS = {

@@ -174,8 +174,12 @@ def republished(out: Path, data: bytes) -> list[tuple[str, str]]:
     (out / UNCONDITIONAL).write_bytes(data)
     content = json.loads((out / "dataset.json").read_text())
     content["files"] = {UNCONDITIONAL: fingerprint(out / UNCONDITIONAL)}
-    (out / "dataset.json").write_text(json.dumps(content))
+    (out / "dataset.json").write_text(as_written(content))
     return told(out)
+
+
+def as_written(content: dict) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 HIDDEN = np.zeros((257, 1280), np.float16)
@@ -213,7 +217,7 @@ def test_verify_never_raises_on_what_dataset_json_names(out):
         ({UNCONDITIONAL: 1}, "files is not an object"),
         ({"../x": {}}, "which no dataset has"),
     ]:
-        path.write_text(json.dumps({**content, "files": files}))
+        path.write_text(as_written({**content, "files": files}))
         ((file, message),) = told(out)
         assert file == "dataset.json"
         assert expected in message

@@ -12,11 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save as save_features
 
+from pipeline.forgotten import Forgotten
+from pipeline.forgotten import save as save_forgotten
+from pipeline.publish import fingerprint
 from pipeline.verify import verify
 from schemas.columns import LEDGER_SCHEMA
 from schemas.errors import OutputError
-from schemas.shard import Manifest, encode_npy
+from schemas.shard import UNCONDITIONAL, Manifest, digest, encode_npy
 from stages.images import encode_jpeg, encode_png
 
 _SPEC = importlib.util.spec_from_file_location("fake_dataset", Path(__file__).with_name("fake_dataset.py"))
@@ -45,8 +49,8 @@ def seal(out, **changes):
         fields["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     path.write_text(Manifest(**fields).to_json())
     dataset = json.loads((out / "dataset.json").read_text())
-    dataset.pop("shards", None)
-    (out / "dataset.json").write_text(json.dumps(dataset))
+    unfinished = {name: dataset[name] for name in ("schema_version", "profile", "plan_digest", "plan")}
+    (out / "dataset.json").write_text(json.dumps(unfinished, indent=2, sort_keys=True) + "\n")
 
 
 def edit_tar(out, change):
@@ -97,23 +101,161 @@ def test_a_shard_that_kept_nothing_verifies(tmp_path):
     assert told(fake.write(tmp_path, {SHARD: [fake.dead("a", 0, "size", "small_image")]})) == []
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    suffix=st.sampled_from(["tar", "parquet", "json"]),
-    place=st.floats(0, 1, exclude_max=True),
-    mask=st.integers(1, 255),
-)
-def test_every_flipped_byte_is_reported_with_its_file(published, suffix, place, mask):
-    path = published / "shards" / f"{SHARD}.{suffix}"
-    whole = path.read_bytes()
-    damaged = bytearray(whole)
-    damaged[int(place * len(damaged))] ^= mask
-    path.write_bytes(damaged)
-    try:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A dataset with every file that a run writes."""
+    out = fake.write(tmp_path_factory.mktemp("whole"), {SHARD: fake.mixed("a"), "a-00001": fake.mixed("a", 6)})
+    save_forgotten(out, Forgotten("salt").and_urls(["http://nowhere.example/a.jpg"]).and_domains(["gone.example"]))
+    features = save_features({"dino": np.ones((257, 2), np.float16)})
+    (out / UNCONDITIONAL).write_bytes(features)
+    dataset = json.loads((out / "dataset.json").read_text())
+    dataset["files"] = {UNCONDITIONAL: fingerprint(out / UNCONDITIONAL)}
+    (out / "dataset.json").write_text(json.dumps(dataset, indent=2, sort_keys=True) + "\n")
+    assert verify(out) == []
+    return out
+
+
+def owner(tar: bytes, place: int) -> str | None:
+    """The key of the sample whose headers, content or padding a byte of a tar belongs to; None behind all of them."""
+    found = None
+    with tarfile.open(fileobj=io.BytesIO(tar)) as members:
+        for info in members:
+            if info.offset <= place < info.offset_data + -(-info.size // 512) * 512:
+                found = info.name.partition(".")[0]
+    return found
+
+
+EVERY_FILE = [*(f"shards/{SHARD}.{suffix}" for suffix in ("tar", "parquet", "json"))]
+EVERY_FILE += ["dataset.json", "forgotten.json", UNCONDITIONAL]
+
+
+@pytest.mark.parametrize("name", EVERY_FILE)
+def test_every_flipped_bit_is_reported_with_its_file_and_its_sample(whole, name):
+    path = whole / name
+    content = path.read_bytes()
+
+    @settings(max_examples=40, deadline=None)
+    @given(place=st.integers(0, len(content) - 1), bit=st.integers(0, 7))
+    def flipped(place, bit):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << bit
+        path.write_bytes(damaged)
+        found = verify(whole)
         # a hash that differs from a file's own may be damaged at either end: both are named
-        assert any(path.name in (problem.file, *problem.message.split()) for problem in verify(published))
+        assert any(path.name in (problem.file, *problem.message.split()) for problem in found)
+        if name.endswith(".tar"):
+            blamed = {problem.key for problem in found if problem.file == path.name} - {None}
+            assert blamed == {owner(content, place)} - {None}
+
+    try:
+        flipped()
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(content)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_torn_and_overwritten_tars_are_never_a_traceback(whole, tmp_path_factory, data):
+    out = Path(shutil.copytree(whole, tmp_path_factory.mktemp("torn") / "out"))
+    path = out / "shards" / f"{SHARD}.tar"
+    content = path.read_bytes()
+    start = data.draw(st.integers(0, len(content) - 1))
+    length = data.draw(st.integers(1, 5000))
+    filler = data.draw(st.sampled_from([b"", b"\0" * length, b"\xff" * length, content[:length]]))
+    path.write_bytes(content[:start] + filler + content[start + length :])
+    problems = verify(out)
+    changed = path.read_bytes() != content
+    assert bool(problems) is changed
+    assert {problem.file for problem in problems} <= {path.name}
+
+
+def test_long_names_are_salvaged_too(tmp_path):
+    part = "p" * 90  # longer than a plain header holds
+    out = fake.write(tmp_path, {f"{part}-00000": [fake.record(part, 0), fake.record(part, 1)]})
+    path = out / "shards" / f"{part}-00000.tar"
+    damaged = bytearray(path.read_bytes())
+    damaged[5000] ^= 1
+    path.write_bytes(damaged)
+    assert {key for _, key, _ in told(out) if key} == {f"{part}-000000000"}
+
+
+def test_dataset_json_without_an_entry_or_with_another(whole, tmp_path):
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    path = out / "dataset.json"
+    dataset = json.loads(path.read_text())
+    for name in ("shards", "rows_in", "dataset_digest"):
+        path.write_text(json.dumps({k: v for k, v in dataset.items() if k != name}, indent=2, sort_keys=True) + "\n")
+        assert ("dataset.json", None, f"it lacks {name}") in told(out)
+    path.write_text(json.dumps({**dataset, "more": 1}, indent=2, sort_keys=True) + "\n")
+    assert told(out) == [("dataset.json", None, "it has the unknown entries more")]
+    dataset["plan"]["settings"]["filter"]["min_face_px"] = 1.0
+    path.write_text(json.dumps(dataset, indent=2, sort_keys=True) + "\n")
+    assert told(out) == [("dataset.json", None, "its plan is not the one of its plan_digest")]
+
+
+def test_a_sample_whose_files_fit_together_but_are_not_those_that_were_written(out):
+    """Finite numbers of the right shape: nothing but the hash in the ledger tells."""
+    edit_tar(out, lambda files: files.update({f"{FIRST}.dino.npy": npy(np.full((257, 2), 2, np.float16))}))
+    assert told(out) == [(f"{SHARD}.tar", FIRST, "its files are not those that the ledger's sample_sha256 stands for")]
+
+
+BLANK = {name: None for name in LEDGER_SCHEMA.names if name not in ("key", "part", "row")}
+
+
+def forgotten(rows):
+    rows[1].update(BLANK, verdict="forgotten", stage="metadata")
+
+
+def test_a_forgotten_row_may_lack_everything(out):
+    edit_ledger(out, forgotten, dropped=recounted(out, unsafe=-1, forgotten=1))
+    assert told(out) == []
+
+
+def test_a_forgotten_row_of_which_something_is_known(out):
+    def change(rows):
+        forgotten(rows)
+        rows[1]["url"] = "http://photos.example/a/1.jpg"
+
+    edit_ledger(out, change, dropped=recounted(out, unsafe=-1, forgotten=1))
+    assert told(out) == [(f"{SHARD}.parquet", None, "forgotten rows still tell url")]
+
+
+def recounted(out, **changes):
+    dropped = json.loads((out / "shards" / f"{SHARD}.json").read_text())["dropped"]
+    return {reason: count + changes.get(reason, 0) for reason, count in dropped.items()}
+
+
+def test_a_row_that_was_to_be_forgotten_and_is_still_there(out):
+    save_forgotten(out, Forgotten("salt").and_urls(["https://PHOTOS.example/a/2.jpg"]))
+    ((file, key, message),) = told(out)
+    assert (file, key) == (f"{SHARD}.parquet", "a-000000002")
+    assert "was to be forgotten" in message
+
+
+def without_embeddings(out):
+    """Make it a dataset whose plan leaves embeddings out."""
+    path = out / "dataset.json"
+    dataset = json.loads(path.read_text())
+    dataset["plan"]["settings"]["pack"] = {"embeddings": False}
+    dataset["plan_digest"] = digest(dataset["plan"])
+    path.write_text(json.dumps(dataset, indent=2, sort_keys=True) + "\n")
+    return dataset["plan_digest"]
+
+
+def test_embeddings_that_the_plan_leaves_out_are_a_problem(tmp_path):
+    out = fake.write(tmp_path, {SHARD: [fake.record("a", 0)]}, finish=False)
+    seal(out, plan_digest=without_embeddings(out))
+    ((file, key, message),) = told(out)
+    assert (file, key) == (f"{SHARD}.tar", FIRST)
+    assert message == "embeddings, which its plan leaves out: arcface.npy, dino.npy"
+
+
+def test_a_dataset_without_embeddings_verifies(tmp_path):
+    out = fake.write(tmp_path, {SHARD: [fake.record("a", 0, arcface=None, dino=None)]}, finish=False)
+    assert {message[:19] for _, _, message in told(out)} == {"missing files: arcf", "no image features: "}
+    seal(out, plan_digest=without_embeddings(out))
+    (out / "dataset.json").write_text((out / "dataset.json").read_text())
+    assert told(out) == []
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,6 +10,7 @@ from pipeline.loader.dataset import Dataset, first_samples
 from pipeline.loader.decode import array
 from pipeline.training.settings import ImageEncoder
 from schemas.errors import SourceError
+from schemas.shard import EMBEDDINGS
 
 _COLUMNS: dict[ImageEncoder, dict[str, str]] = {
     "clip-vit-h": {"arcface": "arcface", "pooled": "clip", "hidden": "clip_hidden"},
@@ -33,6 +34,8 @@ def require(dataset: Dataset, reads: Sequence[str], encoder: ImageEncoder) -> di
     for role, suffix in files.items():
         if suffix not in dataset.suffixes:
             how = "" if role == "arcface" else f" with --set models.image_embedder={encoder}"
+            if not dataset.suffixes & EMBEDDINGS:
+                how = " with --set pack.embeddings=true"
             raise SourceError(f"The shards of {dataset.folders} have no {suffix}: make the dataset again{how}.")
         if _needs_features(role, encoder) and suffix.removesuffix(".npy") not in dataset.unconditional:
             raise SourceError(

@@ -1,5 +1,6 @@
 """Files on any file system that fsspec knows; every failure to reach one is a `SourceError` of one sentence."""
 
+import csv
 import difflib
 import errno
 import sys
@@ -15,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from schemas.errors import SourceError
 
-UNREADABLE = (OSError, EOFError, ValueError, zlib.error, tarfile.TarError, pa.ArrowException)
+UNREADABLE = (OSError, EOFError, ValueError, zlib.error, tarfile.TarError, csv.Error, pa.ArrowException)
 """What unreadable, truncated or corrupt files raise, in all formats that are read here; ValueError: text and URLs."""
 
 

@@ -11,7 +11,7 @@ from stages.base import Dropped
 from stages.fetch import robots
 from stages.settings import DownloadSettings, Settings
 
-Outcome = bytes | Dropped
+Outcome = bytes | bytearray | Dropped
 """The image file, or why there is none."""
 
 TRANSIENT = frozenset(
@@ -22,7 +22,10 @@ TRANSIENT = frozenset(
         DropReason.INCOMPLETE_BODY,
     }
 )
-"""Reasons that a further attempt may avert; no other is ever retried."""
+"""Reasons that a further attempt may avert; no other is ever retried within a run's first pass."""
+
+SECOND_CHANCE = TRANSIENT | {DropReason.TIMEOUT, DropReason.DNS_ERROR, DropReason.HOST_DOWN}
+"""Reasons that a pass hours later may avert: the network's and the host's trouble, never a refusal."""
 
 LOCAL_TROUBLE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL})
 """This machine's own trouble (no more files, ports, memory): stops the shard, never drops a row."""
@@ -72,6 +75,15 @@ def check_head(status: int, robots_tags: Iterable[str], retry_after: str | None,
     """
     if settings.respect_opt_out and status < 400 and robots.opted_out(robots_tags, settings.user_agent):
         raise Dropped(DropReason.OPTED_OUT)
+    return check_status(status, retry_after)
+
+
+def check_status(status: int, retry_after: str | None) -> bool:
+    """Judge a status; True when it is a redirect.
+
+    Raises:
+        Dropped: for a status other than 2xx (and the redirects).
+    """
     if 200 <= status < 300:
         return False
     if status in _REDIRECTS:

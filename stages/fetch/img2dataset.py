@@ -8,23 +8,25 @@ cover the look-up of a name, which blocks its thread.
 import os
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from itertools import count
-from threading import BoundedSemaphore, Lock
+from threading import BoundedSemaphore
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 from urllib.request import Request
 
-from yarl import URL
-
 from schemas.drops import DropReason
 from stages.base import Dropped
 from stages.fetch import address, robots
+from stages.fetch.address import Url
 from stages.fetch.base import Outcome, bare, wait_s
+from stages.fetch.hosts import Hosts
+from stages.fetch.named import Named
 from stages.fetch.opener import Opener
+from stages.fetch.refusals import Refusals
+from stages.fetch.robots_opened import Robots
 from stages.settings import Settings
 
 _OPTED_OUT = "Use of image disallowed by X-Robots-Tag directive"
@@ -39,44 +41,67 @@ class Img2dataset:
         self._settings = settings
         self._downloader = _import()
         self._pool = ThreadPoolExecutor(settings.download.concurrency, thread_name_prefix="faceshards-img2dataset")
-        self._hosts: weakref.WeakValueDictionary[str, BoundedSemaphore] = weakref.WeakValueDictionary()
-        self._lock = Lock()
+        self._turns = Named[BoundedSemaphore](lambda: BoundedSemaphore(settings.download.per_host))
+        self._hosts = Hosts(settings.download)
+        self._refusals = Refusals(settings.download.refusals)
+        self._robots = Robots(settings)
 
     def fetch(self, urls: Sequence[str | None]) -> list[Outcome]:
         """The outcome of each URL, in their order."""
+        self._refusals.refresh()
         return list(self._pool.map(self._outcome, urls))
 
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown()
+        self._refusals.close()
 
     def _outcome(self, text: str | None) -> Outcome:
+        way: list[Url] = []
         try:
-            url = address.parse(text)
-            with self._host(url.raw_host or ""):
-                return self._persist(url)
+            return self._fetched(address.parse(text), way)
         except Dropped as dropped:
+            self._refusals.add(way, dropped.reason)
             return bare(dropped)
 
-    def _host(self, host: str) -> BoundedSemaphore:
-        with self._lock:
-            gate = self._hosts.get(host)
-            if gate is None:
-                gate = self._hosts[host] = BoundedSemaphore(self._settings.download.per_host)
-            return gate
+    def _fetched(self, url: Url, way: list[Url]) -> bytes:
+        self._refusals.check(url)
+        self._ready(url)
+        with self._turns.of(url.host):
+            self._robots.check(url)
+            return self._persist(url, way)
 
-    def _persist(self, url: URL) -> bytes:
+    def _ready(self, url: Url) -> None:
+        """Wait until a host that rests may be asked again."""
+        while pause := self._hosts.wait_s(url.origin):
+            time.sleep(pause)
+
+    def _hop(self, url: Url) -> None:
+        """What holds for the first URL holds for where it redirects to."""
+        self._refusals.check(url)
+        if self._hosts.wait_s(url.origin):
+            raise Dropped(DropReason.HOST_DOWN)
+        self._robots.check(url)
+
+    def _persist(self, url: Url, way: list[Url]) -> bytes:
         deadline = time.monotonic() + self._settings.download.timeout_s
         for attempt in count():
             try:
-                return self._attempt(url, deadline)
+                return self._attempt(url, way, deadline)
             except Dropped as failure:
+                self._hosts.saw(way[-1].origin, failure)
                 pause = wait_s(failure, attempt, self._settings.download, deadline - time.monotonic())
             time.sleep(pause)
         raise AssertionError("count() does not end")
 
-    def _attempt(self, url: URL, deadline: float) -> bytes:
-        opener = Opener(self._settings, deadline)
+    def _attempt(self, url: Url, way: list[Url], deadline: float) -> bytes:
+        opener = Opener(self._settings, deadline, self._hop)
+        try:
+            return self._opened(url, opener)
+        finally:
+            way[:] = opener.way or [url]
+
+    def _opened(self, url: Url, opener: Opener) -> bytes:
         # Retries are ours: img2dataset repeats every failure, a 404 and an opt-out too.
         _, stream, text = _with_urlopen(self._downloader, opener.open)(
             (0, str(url)),
@@ -86,6 +111,7 @@ class Img2dataset:
             disallowed_header_directives=robots.DIRECTIVES if self._settings.download.respect_opt_out else None,
         )
         if stream is not None:
+            self._hosts.saw(opener.way[-1].origin, None)
             return bytes(stream.getvalue())
         if opener.failure is not None:
             raise opener.failure

@@ -4,27 +4,26 @@ import http.client
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from ipaddress import ip_address
 from itertools import count
 from typing import Any, Self
 from urllib.request import Request
 
-from yarl import URL
-
 from schemas.drops import DropReason
 from stages.base import Dropped
-from stages.fetch import address
+from stages.fetch import address, resolve
+from stages.fetch.address import Guard, Url
 from stages.fetch.base import LOCAL_TROUBLE, check_head, user_agent
 from stages.fetch.body import Body
 from stages.settings import Settings
 
 _CHUNK = 64 << 10
+_SHARE_OF_DEADLINE = 0.25
+"""For an address that does not answer, where a name has several."""
 _REASONS: tuple[tuple[type[Exception], DropReason], ...] = (
     (TimeoutError, DropReason.TIMEOUT),
-    (socket.gaierror, DropReason.DNS_ERROR),
     (http.client.RemoteDisconnected, DropReason.CONNECTION_ERROR),
     (http.client.IncompleteRead, DropReason.INCOMPLETE_BODY),
     (http.client.InvalidURL, DropReason.BAD_URL),
@@ -37,13 +36,19 @@ _REASONS: tuple[tuple[type[Exception], DropReason], ...] = (
 class Opener:
     """Opens one URL. What it raises is kept in `failure`, for callers that see no more of it than its text."""
 
-    def __init__(self, settings: Settings, deadline: float) -> None:
-        """Remember when all must be done, on the clock of `time.monotonic`."""
+    def __init__(self, settings: Settings, deadline: float, may_ask: Callable[[Url], None] | None = None) -> None:
+        """Remember when all must be done, on the clock of `time.monotonic`.
+
+        `may_ask` is called with each URL of a redirect, and raises `Dropped` when it must not be asked for.
+        """
         self._settings = settings
         self._told = settings.download
-        self._guard = address.Guard(self._told)
+        self._guard = Guard(self._told)
         self._deadline = deadline
+        self._may_ask = may_ask
         self.failure: Dropped | None = None
+        self.way: list[Url] = []
+        """All URLs that were asked for."""
 
     def open(self, request: Request, timeout: float | None = None) -> "Response":
         """The response to `request` after its redirects; `timeout` is overruled by the deadline.
@@ -51,10 +56,10 @@ class Opener:
         Raises:
             Dropped: with the reason; its `read` does too.
         """
-        with self._translated():
+        with self.translated():
             url = address.parse(request.full_url)
             for hops in count():
-                response = self._get(self._guard.route(url))
+                response = self.get(url)
                 head = response.headers
                 tags, later = head.get_all("X-Robots-Tag", []), head.get("Retry-After")
                 try:
@@ -65,11 +70,13 @@ class Opener:
                     response.close()
                     raise
                 response.close()
+                if self._may_ask is not None:
+                    self._may_ask(url)
         raise AssertionError("count() does not end")
 
     def read(self, response: http.client.HTTPResponse) -> bytes:
         """The body of a response."""
-        with self._translated():
+        with self.translated():
             body = Body(self._settings)
             body.announce(response.length)
             try:
@@ -80,13 +87,16 @@ class Opener:
             # http.client notices a short body only when asked for all of it at once.
             if response.length:
                 raise Dropped(DropReason.INCOMPLETE_BODY)
-            return body.finish()
+            return bytes(body.finish())
 
-    def _get(self, url: URL) -> http.client.HTTPResponse:
+    def get(self, url: Url) -> http.client.HTTPResponse:
+        """The response to one request, to be closed; raises what http.client raises, and `Dropped`."""
+        self.way.append(url)
+        url = self._guard.route(url)
         connection = (_Tls if url.scheme == "https" else _Plain)(url, self._guard, self._deadline)
         try:
-            headers = {"User-Agent": user_agent(self._told), "Connection": "close"}
-            connection.request("GET", url.raw_path_qs, headers=headers)
+            headers = {"Host": url.authority, "User-Agent": user_agent(self._told), "Connection": "close"}
+            connection.request("GET", url.target, headers=headers)
             return connection.getresponse()
         except BaseException:
             connection.close()
@@ -97,7 +107,8 @@ class Opener:
                 connection.sock.close()
 
     @contextmanager
-    def _translated(self) -> Iterator[None]:
+    def translated(self) -> Iterator[None]:
+        """Turn what http.client raises into `Dropped`."""
         try:
             try:
                 yield
@@ -156,8 +167,8 @@ class _TlsSocket(_Deadline, ssl.SSLSocket):
 class _Plain(http.client.HTTPConnection):
     """An http connection to an address that was checked."""
 
-    def __init__(self, url: URL, guard: address.Guard, deadline: float) -> None:
-        super().__init__(url.raw_host or "", url.port)
+    def __init__(self, url: Url, guard: Guard, deadline: float) -> None:
+        super().__init__(url.host, url.port)
         self._guard = guard
         self._deadline = deadline
 
@@ -189,21 +200,16 @@ def _left(deadline: float) -> float:
     return left
 
 
-def _connect(host: str, port: int, guard: address.Guard, deadline: float) -> socket.socket:
+def _connect(host: str, port: int, guard: Guard, deadline: float) -> socket.socket:
     """A socket to the first address of `host` that is allowed and answers: the very address that was checked."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except UnicodeError as error:  # a label that is empty or too long
-        raise Dropped(DropReason.DNS_ERROR) from error
-    allowed = [place for place in found if guard.allows(ip_address(place[4][0]), port)]
-    if not allowed:
-        raise Dropped(DropReason.FORBIDDEN_ADDRESS)
-    for last, (family, kind, proto, _, place) in enumerate(allowed, start=1 - len(allowed)):
-        made = _Socket(family, kind, proto)
+    places = resolve.permitted(resolve.look_up(host), port, guard)
+    for last, place in enumerate(places, start=1 - len(places)):
+        made = _Socket(place.family, socket.SOCK_STREAM)
         made.deadline = deadline
         try:
-            made.settimeout(_left(deadline))
-            made.connect(place)
+            # An address that does not answer leaves time for those after it.
+            made.settimeout(_left(deadline) * (1.0 if last == 0 else _SHARE_OF_DEADLINE))
+            made.connect((place.address, port))
             return made
         except OSError:
             made.close()

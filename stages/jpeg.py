@@ -1,0 +1,108 @@
+"""JPEG files from the outside: their segments up to the first scan, in bounded time. No pixel is decoded.
+
+A hostile file may consist of millions of empty segments, or of scans: whoever walks over them is stopped.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_SEGMENTS = 4096
+"""Steps of a walk; 50 MB of full segments are 800."""
+MAX_SCANS = 100
+"""Usual progressive files have about 10; each further one costs a walk over all blocks, however short it is."""
+
+_APP1, _SOS, _EOI = 0xE1, 0xDA, 0xD9
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_BARE = frozenset({0x01, *range(0xD0, 0xD9)})
+"""Markers without a length."""
+_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
+_NOT_FILL = re.compile(rb"[^\xff]")
+
+
+class Endless(ValueError):
+    """The file has far more segments than any picture."""
+
+
+class Segment(NamedTuple):
+    """A marker with what follows it."""
+
+    marker: int
+    place: int
+    """Where the marker stands."""
+    start: int
+    """Where its content begins."""
+    end: int
+
+
+class Frame(NamedTuple):
+    """What stands before the first scan."""
+
+    width: int
+    height: int
+    mode: str
+    """L, RGB or CMYK; anything else is no 8-bit picture of known colours."""
+    exif: bytes
+
+
+def segments(data: bytes) -> Iterator[Segment]:
+    """The segments up to the first scan, which is the last one.
+
+    Raises:
+        ValueError: when the data end before it.
+        Endless: when they hold too many of them.
+    """
+    place = 2
+    for _ in range(_SEGMENTS):
+        place = data.find(b"\xff", place)
+        end_of_fill = _NOT_FILL.search(data, place) if place >= 0 else None
+        if end_of_fill is None:
+            raise ValueError("no scan")
+        marker, start = data[end_of_fill.start()], end_of_fill.end()
+        if marker == _EOI:
+            raise ValueError("the end comes before the first scan")
+        length = 0 if marker == 0 or marker in _BARE else int.from_bytes(data[start : start + 2])
+        if length:
+            yield Segment(marker, start - 2, start + 2, start + length)
+        if marker == _SOS:
+            return
+        place = start + length
+    raise Endless("too many segments")
+
+
+def read_frame(data: bytes) -> Frame:
+    """Size, mode and EXIF block of a file, or of its beginning up to the first scan.
+
+    Raises:
+        ValueError: when that is not there.
+    """
+    frame, exif = b"", b""
+    for marker, _, start, end in segments(data):
+        if marker in _FRAMES and not frame:
+            frame = data[start:end]
+        elif marker == _APP1 and not exif and data[start : start + 6] == b"Exif\0\0":
+            exif = data[start:end]
+    if len(frame) < 6:
+        raise ValueError("no frame before the first scan")
+    height, width = int.from_bytes(frame[1:3]), int.from_bytes(frame[3:5])
+    return Frame(width, height, _MODES.get(frame[5], "") if frame[0] == 8 else "", exif)
+
+
+def first_scan(data: bytes) -> int | None:
+    """Where the first scan's marker stands, None when there is none.
+
+    Raises:
+        Endless: when nobody can tell.
+    """
+    try:
+        return next((segment.place for segment in segments(data) if segment.marker == _SOS), None)
+    except Endless:
+        raise
+    except ValueError:
+        return None
+
+
+def count_scans(data: bytes) -> int:
+    """How many scans there are at most: in scans themselves the marker's bytes cannot occur."""
+    start = first_scan(data)
+    return 0 if start is None else data.count(b"\xff\xda", start)

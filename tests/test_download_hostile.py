@@ -1,0 +1,70 @@
+"""The hostile web in small: every behaviour of tests/hostile.py through the real stage. benchmarks/bench_hostile.py
+does the same with 100,000 rows."""
+
+import importlib.util
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from stages.base import DROP
+from stages.download import Download
+from stages.settings import DownloadSettings, Settings
+
+_SPEC = importlib.util.spec_from_file_location("hostile", Path(__file__).with_name("hostile.py"))
+hostile = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(hostile)
+
+
+@pytest.fixture
+def names():
+    stub = hostile.Names()
+    stub.install()
+    yield stub
+    stub.remove()
+
+
+@pytest.fixture
+def world(names):
+    server = hostile.World()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def stage(world):
+    download = Download(settings())
+    yield download
+    download.close()
+
+
+def settings(**told):
+    base = {"allow_loopback": True, "timeout_s": hostile.TIMEOUT_S, "max_bytes": hostile.MAX_BYTES, "max_redirects": 3}
+    return Settings(download=DownloadSettings(**base | {"concurrency": 256} | told))
+
+
+def fetch(stage, urls):
+    urls = list(urls)
+    return stage(pa.table({"url": pa.array(urls, pa.string()), "image_ref": pa.nulls(len(urls), pa.string())}))
+
+
+def test_every_row_meets_its_verdict(world, stage, names):
+    rows = list(hostile.rows(8, world.ports))
+    half = len(rows) // 2
+    reasons = [
+        reason
+        for part in (rows[:half], rows[half:])
+        for reason in fetch(stage, [url for _, url in part])[DROP].to_pylist()
+    ]
+    wrong = Counter(
+        (name, reason)
+        for (name, _), reason in zip(rows, reasons, strict=True)
+        if reason != hostile.BEHAVIOURS[name].verdict
+    )
+    assert not wrong
+    assert len(reasons) == len(rows) >= 600
+    assert set(names.tried) == {"127.0.0.1"}
+    asked = hostile.refused(world.requests)
+    assert set(asked.values()) == {1}, "asked again after a refusal"
+    assert not [path for _, path in asked if path.startswith("/robots-no/")]

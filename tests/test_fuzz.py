@@ -1,0 +1,54 @@
+"""A few seconds of benchmarks/fuzz.py; the long run is a command, its result in docs/LOG.md."""
+
+import importlib.util
+import time
+from pathlib import Path
+
+import pytest
+
+_SPEC = importlib.util.spec_from_file_location(
+    "fuzz", Path(__file__).resolve().parent.parent / "benchmarks" / "fuzz.py"
+)
+fuzz = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(fuzz)
+
+SECONDS = 0.5
+MOST = 400
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", fuzz.TARGETS)
+def test_damaged_bytes_end_in_what_the_reader_may_raise(name, tmp_path, capfd):
+    first = time.time_ns() % 10**9  # other inputs each time
+    fuzz.tried(name, first, tmp_path)
+    deadline = time.monotonic() + SECONDS
+    for number in range(first, first + MOST):
+        outcome, finding = fuzz.tried(name, number, tmp_path)
+        assert not finding, finding
+        assert outcome != "decoder_crash", f"{name} {number}"
+        if time.monotonic() > deadline:
+            break
+    assert number > first
+    assert capfd.readouterr().err == ""
+
+
+def test_inputs_depend_on_their_number_alone_and_most_are_damaged():
+    for name, target in fuzz.TARGETS.items():
+        found = [fuzz.input_of(name, number) for number in range(20)]
+        assert found == [fuzz.input_of(name, number) for number in range(20)]
+        assert sum(data in target.corpus() for data in found) < 5
+
+
+def test_a_reader_that_raises_or_takes_too_long_is_a_finding(monkeypatch, tmp_path):
+    def slow(data, folder):
+        started = time.process_time()
+        while time.process_time() - started < 0.2:
+            pass
+        return "ok"
+
+    npy = fuzz.TARGETS["npy"]
+    monkeypatch.setitem(fuzz.TARGETS, "npy", npy._replace(read=lambda data, folder: 1 / 0))
+    assert "ZeroDivisionError" in fuzz.tried("npy", 7, tmp_path)[1]
+    monkeypatch.setitem(fuzz.TARGETS, "npy", npy._replace(read=slow))
+    monkeypatch.setattr(fuzz, "SECONDS", 0.1)
+    assert "npy 7: took" in fuzz.tried("npy", 7, tmp_path)[1]
