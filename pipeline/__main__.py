@@ -1,4 +1,4 @@
-"""The command line: `python -m pipeline dataset | plan | report | verify | export-json | models | config`."""
+"""The command line: `python -m pipeline dataset | plan | report | verify | forget | export-json | models | config`."""
 
 import os
 import signal
@@ -16,6 +16,7 @@ from pipeline.config import Config, load_config
 from pipeline.configfile import key_table
 from pipeline.export_json import LIST, Crop, Form, IdFormat
 from pipeline.export_json import export_json as write_list
+from pipeline.forget_command import forget
 from pipeline.ledger import funnel, funnel_table
 from pipeline.models import app as models_app
 from pipeline.publish import Output
@@ -29,6 +30,7 @@ from schemas.names import SAMPLE
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(models_app, name="models")
+app.command()(forget)
 console = Console()
 errors = Console(stderr=True)
 

@@ -96,7 +96,7 @@ class Screen:
             each.add(event.rows, event.kept)
             self._bars.update(bar, advance=event.rows, pace=each.pace())
         if not self._console.is_terminal and time.monotonic() - self._said > _LINE_EVERY_S:
-            self._say(f"{self._all.rows:,} of {self._total or '?'} rows, {self._all.pace()}{self._left()}")
+            self.say(f"{self._all.rows:,} of {self._total or '?'} rows, {self._all.pace()}{self._left()}")
 
     def _end(self, event: Finished) -> None:
         known = self._shards.pop(event.shard, None)
@@ -104,10 +104,10 @@ class Screen:
             self._bars.remove_task(known[1])
         if event.manifest is None:
             why = "" if event.lost else f": {event.error}"  # what the whole run lost is told by its end
-            self._say(f"{event.shard}: FAILED, a rerun tries it again{why}")
+            self.say(f"{event.shard}: FAILED, a rerun tries it again{why}")
         else:
             pace = f", {known[0].pace()}" if known else ""
-            self._say(f"{event.shard}: {event.manifest.rows_in:,} rows{pace}")
+            self.say(f"{event.shard}: {event.manifest.rows_in:,} rows{pace}")
 
     def _left(self) -> str:
         if not self._total or not self._all.rows:
@@ -115,6 +115,7 @@ class Screen:
         seconds = (time.monotonic() - self._all.started) * (self._total - self._all.rows) / self._all.rows
         return f", about {seconds / 60:,.0f} min left"
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Print a line."""
         self._said = time.monotonic()
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)

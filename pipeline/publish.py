@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.atomic import TEMPORARY
+from pipeline.forgotten import Forgotten, finish, load
 from pipeline.ledger import counts
 from pipeline.plan import Plan
 from pipeline.runner import Rows, tombstones
@@ -24,7 +25,7 @@ from pipeline.sources.files import first_line
 from pipeline.storage import Draft, Place, Remote
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.errors import CorruptShardError, OutputError, ShardError
-from schemas.shard import DATASET, SUFFIXES, Manifest
+from schemas.shard import DATASET, SUFFIXES, Manifest, sample_files
 from stages.images import thumbnail
 
 _THUMBNAIL_PX = 256
@@ -38,6 +39,8 @@ class Output:
         self.root = root
         self.shards = root / "shards"
         self.drops = root / "drops"
+        self.forgotten: Forgotten | None = None
+        """What this OUT was told to forget; known once it is prepared."""
 
     @contextlib.contextmanager
     def prepared(self, plan: Plan, *, replan: bool = False) -> Iterator[None]:
@@ -47,10 +50,13 @@ class Output:
 
         Raises:
             OutputError: when OUT cannot be written, is in use by another run, or holds shards of another plan.
+            CorruptShardError: when the list of what is to be forgotten is damaged.
         """
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(self._held())
+                finish(self.root)
+                self.forgotten = load(self.root)
                 self.refuse_other_plan(plan, replan=replan)
                 self.clear()
                 if replan:
@@ -210,9 +216,8 @@ class ShardWriter:
     def add(self, rows: Rows) -> None:
         """Append the samples of the living rows, and all rows to the ledger."""
         for record in rows.alive.select(["key", *SUFFIXES.values()]).to_pylist():
-            files = {suffix: record[column] for suffix, column in SUFFIXES.items() if record[column] is not None}
             with storage.kept(self._output.root):
-                self._tar.write({"__key__": record["key"], **files})
+                self._tar.write({"__key__": record["key"], **sample_files(record)})
         kept = pa.array([KEPT] * rows.alive.num_rows, pa.string())
         self._ledgers += [rows.dead, tombstones(rows.alive, kept, self._plan.steps[-1].name)]
         self._add_thumbnails(rows.witnesses)

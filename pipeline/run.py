@@ -2,12 +2,13 @@
 
 import os
 import secrets
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 from rich.console import Console
@@ -59,9 +60,24 @@ def prepared(spec: str, config: Config) -> Iterator[Job]:
         UserError: for anything that the call, the config or the machine lacks; nothing was written.
     """
     words = split_spec(spec)
-    with _sample(config) if SAMPLE in words else nullcontext((config, Path())) as (config, sample):
+    with (
+        _sample(config) if SAMPLE in words else nullcontext((config, Path())) as (config, sample),
+        _shared_refusals(config) as config,
+    ):
         parts = find_parts(spec_with(words, sample), config.source)
         yield Job(make_plan(config), tuple(parts))
+
+
+@contextmanager
+def _shared_refusals(config: Config) -> Iterator[Config]:
+    """A file without a name, in which the processes of this machine share what was refused."""
+    if config.executor.ray_address or config.download.refusals:
+        yield config
+        return
+    with TemporaryFile() as file:
+        path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        download = config.download.model_copy(update={"refusals": path})
+        yield config.model_copy(update={"download": download})
 
 
 def spec_with(words: list[str], sample: Path) -> str:
@@ -93,13 +109,34 @@ def make_dataset(job: Job, out: Place, console: Console, *, replan: bool = False
     _require_shared(out, job.plan.config)
     start, execute = executor_of(job.plan.config)
     with start(job.plan), output.prepared(job.plan, replan=replan):
-        failed = _make(output, job, job.shards(), execute, Screen(console, job.rows), discards=True)
-        if retry and not failed:
-            again = second_chances(job.parts, job.plan.config.source, out, partial(output.is_done, plan=job.plan))
-            with start(job.plan):  # another one: a run that is over leaves no worker behind
-                failed = _make(output, job, again, execute, Screen(console, None), discards=False)
+        work = _Work(output, job.plan, execute, Screen(console, job.rows))
+        with work.screen:
+            work.make(work.pending(job.shards(), further=_further(out)))
+        if retry and work.failed:
+            console.print("Some shards failed: second chances wait until all are done.")
+        elif retry:
+            _make_again(job, work, start)
         _finish(output, job.plan)
-    return ExitCode.SHARDS_FAILED if failed else ExitCode.OK
+    return ExitCode.SHARDS_FAILED if work.failed else ExitCode.OK
+
+
+def _further(out: Place) -> list[str]:
+    """The shards of second chances."""
+    return [name for name in shard_names(out) if shard_origin(name)[1]]
+
+
+def _make_again(job: Job, work: "_Work", start: "Start") -> None:
+    """Make the shards of second chances, if there are any."""
+    is_done = partial(work.output.is_done, plan=job.plan)
+    again = second_chances(job.parts, job.plan.config.source, work.output.root, is_done)
+    with work.screen:
+        pending = work.pending(again)
+        first = next(pending, None)
+        if first is not None:
+            with start(job.plan):  # once more: a run that is over leaves no worker behind
+                work.make(chain([first], pending))
+        elif not work.failed:
+            work.screen.say("Second chances: no row failed for a reason that may have passed.")
 
 
 def _require_shared(out: Place, config: Config) -> None:
@@ -107,20 +144,55 @@ def _require_shared(out: Place, config: Config) -> None:
         raise OutputError(f"OUT {out} exists in one process alone: give --executor local, or another OUT.")
 
 
-def _make(
-    output: Output, job: Job, shards: Iterable[Seeds], execute: "Execute", screen: Screen, *, discards: bool
-) -> list[str]:
-    """Make shards, and return the names of those that failed."""
-    failed: list[str] = []
-    pending = _pending(output, job.plan, shards, screen, failed, discards=discards)
-    with screen, closing(execute(job.plan, pending, output)) as events:
-        for event in events:
-            screen.show(event)
-            if isinstance(event, Finished) and event.manifest is None:
-                failed.append(event.shard)
-                if event.lost:
-                    raise LostError(event.error)
-    return failed
+@dataclass
+class _Work:
+    """Shards that are made, and what became of them."""
+
+    output: Output
+    plan: Plan
+    execute: "Execute"
+    screen: Screen
+    failed: list[str] = field(default_factory=list)
+    """Names of the shards that failed."""
+
+    def make(self, pending: Iterable[Seeds]) -> None:
+        """Make shards.
+
+        Raises:
+            LostError: when none that comes after would fare better than the one that failed.
+        """
+        with closing(self.execute(self.plan, pending, self.output)) as events:
+            for event in events:
+                self.screen.show(event)
+                if isinstance(event, Finished) and event.manifest is None:
+                    self.failed.append(event.shard)
+                    if event.lost:
+                        raise LostError(event.error)
+
+    def pending(self, shards: Iterable[Seeds], further: Sequence[str] = ()) -> Iterator[Seeds]:
+        """The shards that are not done; a part that turns out unreadable half-way fails, and the rest goes on.
+
+        Of `further`, the shards of second chances, those go that hold rows of a shard which is to be made.
+        """
+        size_of = storage.sizes(self.output.shards)
+        try:
+            for seeds in map(self._known, shards):
+                with storage.kept(self.output.root):
+                    done = self.output.is_done(seeds.name, self.plan, size_of)
+                    if not done:
+                        discard(self.output, further, seeds)
+                if done:
+                    self.screen.skipped(seeds.name, seeds.table.num_rows)
+                else:
+                    yield seeds
+        except UserError as error:
+            self.screen.show(Finished.failed("metadata", error))
+            self.failed.append("metadata")
+
+    def _known(self, seeds: Seeds) -> Seeds:
+        """A shard whose rows that are to be forgotten are marked: after it was cut, so that its borders stay."""
+        forgotten = self.output.forgotten
+        return replace(seeds, table=forgotten.judged(seeds.table)) if forgotten else seeds
 
 
 def _finish(output: Output, plan: Plan) -> None:
@@ -135,10 +207,11 @@ def _finish(output: Output, plan: Plan) -> None:
         raise LostError(f"The shards were made, but then: {error}") from error
 
 
+Start = Callable[[Plan], AbstractContextManager[Any]]
 Execute = Callable[[Plan, Iterable[Seeds], Output], Generator[Event, None, None]]
 
 
-def executor_of(config: Config) -> tuple[Callable[[Plan], AbstractContextManager[Any]], Execute]:
+def executor_of(config: Config) -> tuple[Start, Execute]:
     """What starts the config's executor, and what runs a plan on it."""
     if config.executor.name == "local":
         return local.started, local.run
@@ -149,21 +222,3 @@ def executor_of(config: Config) -> tuple[Callable[[Plan], AbstractContextManager
     from pipeline import cluster  # Ray takes seconds to import
 
     return cluster.started, cluster.run
-
-
-def _pending(
-    output: Output, plan: Plan, shards: Iterable[Seeds], screen: Screen, failed: list[str], *, discards: bool
-) -> Iterator[Seeds]:
-    """The shards that are not done; a part that turns out unreadable half-way fails, and the rest goes on."""
-    size_of = storage.sizes(output.shards)
-    further = [name for name in shard_names(output.root) if shard_origin(name)[1]] if discards else []
-    try:
-        for seeds in shards:
-            if output.is_done(seeds.name, plan, size_of):
-                screen.skipped(seeds.name, seeds.table.num_rows)
-            else:
-                discard(output, further, seeds)
-                yield seeds
-    except UserError as error:
-        screen.show(Finished.failed("metadata", error))
-        failed.append("metadata")

@@ -85,7 +85,9 @@ def make_shard(plan: Plan, seeds: Seeds, output: Output, worker: "Worker", compu
     with ShardWriter(output, seeds.name, plan) as writer:
         writer.add_tombstones(rows.dead)
         yield Progress(seeds.name, rows.dead.num_rows, 0)
-        for done in compute(regrouped(worker.fetched(batches), size)):
+        fetched = worker.fetched(batches)
+        known = output.forgotten.withheld(fetched) if output.forgotten else fetched
+        for done in compute(regrouped(known, size)):
             packed = apply_all(worker.write, done)
             writer.add(packed)
             yield Progress(seeds.name, packed.alive.num_rows + packed.dead.num_rows, packed.alive.num_rows)

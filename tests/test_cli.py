@@ -37,7 +37,7 @@ def mistakes(tmp_path: Path, part: Path) -> dict[str, tuple[list[str], str]]:
         "unreadable parquet": (["--shards", str(broken), *EMBEDDED], "broken.parquet"),
         "missing column": (["--shards", str(no_url), *EMBEDDED], "caption"),
         "out below a file": (["--shards", str(part), "--out", str(tmp_path / "file" / "o"), *EMBEDDED], "cannot be"),
-        "out as a url": (["--shards", str(part), "--out", "s3://bucket/o", *EMBEDDED], "s3:/"),
+        "out as a url": (["--shards", str(part), "--out", "nonsense://bucket/o", *EMBEDDED], "nonsense://"),
         "config typo": (["--shards", str(part), "--set", "filter.min_face=1", *EMBEDDED], "filter.min_face_px"),
         "config file": (["--shards", str(part), "--config", str(tmp_path / "bad.toml"), *EMBEDDED], "bad.toml"),
         "missing weights": (["--shards", str(part), "--executor", "local"], "models fetch"),
