@@ -1,7 +1,7 @@
 """What a host that drips costs the other rows: the same good rows with and without it strewn among them.
 
     python benchmarks/bench_dripping.py
-    python benchmarks/bench_dripping.py --ahead 512 --rows 40000
+    python benchmarks/bench_dripping.py --ahead 256 --rate 200 --rows 4000   # stages behind it take their time
 
 Rows go through the download stage as a shard's worker calls it: batches of 8 rows, in order, `--ahead` of them begun
 before their turn (executor.fetch_ahead). Server: that of bench_download.py. Only the good rows are counted; their
@@ -50,6 +50,8 @@ def run(args: argparse.Namespace, port: int, drips: bool) -> tuple[float, dict[s
     for table in ordered_ahead(stage, tables, args.ahead):
         for reason in table[DROP].to_pylist():
             outcomes[str(reason)] = outcomes.get(str(reason), 0) + 1
+        if args.rate:
+            time.sleep(table.num_rows / args.rate)
     seconds = time.monotonic() - begun
     stage.close()
     return seconds, outcomes
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("--good", default="404", help="what the good rows are: 404, small or large")
     parser.add_argument("--ahead", type=int, default=16)
     parser.add_argument("--timeout", type=float, default=5.0)
+    parser.add_argument("--rate", type=float, default=0, help="rows per second that later stages take; 0: all")
     parser.add_argument("--concurrency", type=int, default=128)
     args = parser.parse_args()
     server = subprocess.Popen([sys.executable, shared.__file__, "--serve"], stdout=subprocess.PIPE, text=True)
@@ -73,8 +76,8 @@ def main() -> None:
         server.kill()
     print(
         f"ahead {args.ahead}: {args.rows / alone:.0f} good rows/s alone, {args.rows / together:.0f} beside a dripping "
-        f"host ({100 * alone / together:.0f} %; {100 * alone / max(together - args.timeout, 1e-9):.0f} % when one deadline "
-        f"of {args.timeout:g} s is taken off); {outcomes}"
+        f"host ({100 * alone / together:.0f} %; {100 * alone / max(together - args.timeout, 1e-9):.0f} % when one "
+        f"deadline of {args.timeout:g} s is taken off); {outcomes}"
     )
 
 

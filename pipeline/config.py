@@ -61,8 +61,8 @@ class ExecutorSettings(Section):
     """Join this Ray cluster instead of starting one."""
     batch_rows: int = Field(8, ge=1)
     """Rows that go through the models together."""
-    fetch_ahead: int = Field(16, ge=1)
-    """Batches per shard that are downloaded while earlier ones are computed."""
+    fetch_ahead: int = Field(256, ge=1)
+    """Batches per shard that are downloaded while earlier ones are computed, or wait for a slow host."""
     shard_timeout_s: float = Field(900.0, gt=0)
     """A shard of which no batch gets done for so long is given up: it fails, its workers are replaced."""
 

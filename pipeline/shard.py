@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
@@ -16,6 +17,8 @@ from pipeline.source import Seeds
 from schemas.errors import FaceShardsError, LostError
 from schemas.shard import Manifest
 
+_MOST_AHEAD = 256 << 20
+"""Bytes of fetched images that wait for their turn, per process."""
 _MOST_HELD = 64
 """Fetched batches that wait for living rows."""
 
@@ -112,7 +115,12 @@ class Worker:
 
     def fetched(self, batches: Iterator[Rows]) -> Iterator[Rows]:
         """Batches with their images, several being fetched at a time, in order."""
-        return ordered_ahead(lambda rows: apply_all(self._fetch, rows), batches, self._ahead)
+        return ordered_ahead(lambda rows: apply_all(self._fetch, rows), batches, self._ahead, _nbytes)
+
+
+def _nbytes(rows: Rows) -> int:
+    weight: int = rows.alive.nbytes
+    return weight
 
 
 def regrouped(batches: Iterator[Rows], size: int) -> Iterator[Rows]:
@@ -137,11 +145,37 @@ def regrouped(batches: Iterator[Rows], size: int) -> Iterator[Rows]:
         yield Rows.joined(held)
 
 
-def ordered_ahead(function: Callable[[In], Out], items: Iterator[In], ahead: int) -> Iterator[Out]:
-    """`map` in threads: up to `ahead` calls run before their turn; results come in order."""
+def ordered_ahead(
+    function: Callable[[In], Out], items: Iterator[In], ahead: int, weight: Callable[[Out], int] = lambda _: 0
+) -> Iterator[Out]:
+    """`map` in threads, results in order: up to `ahead` calls run before their turn.
+
+    Nothing new is begun while those that are done and wait weigh more than _MOST_AHEAD bytes: a host that drips must
+    not hold up the rows behind it, nor may these fill the memory meanwhile.
+    """
     pool = ThreadPoolExecutor(ahead, thread_name_prefix="fetch")
+    held, lock = 0, Lock()
+
+    def count(weighed: int) -> None:
+        nonlocal held
+        with lock:
+            held += weighed
+
+    def work(item: In) -> Out:
+        result = function(item)
+        count(weight(result))
+        return result
+
+    waiting: deque[Future[Out]] = deque()
     try:
-        yield from windowed((pool.submit(function, item) for item in items), Future.result, ahead)
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            while waiting and (len(waiting) > ahead or held > _MOST_AHEAD):
+                result = waiting.popleft().result()
+                count(-weight(result))
+                yield result
+        while waiting:
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -96,6 +96,15 @@ def test_a_host_that_fails_now_and_then_stays_up(make, server, engine):
     assert fetch(download, *urls) == ["server_error", "connection_error", "not_found"] * 5
 
 
+def test_rows_in_the_queue_of_a_host_learn_that_it_is_down(make, server, engine):
+    download = make(engine, host_failures=4, per_host=2, timeout_s=0.4)
+    begun = time.monotonic()
+    outcomes = fetch(download, *[server.url("/drips-body.jpg")] * 60)
+    assert outcomes.count("timeout") <= 5
+    assert set(outcomes) == {"timeout", "host_down"}
+    assert time.monotonic() - begun < 2
+
+
 @pytest.mark.parametrize("path", ["/drips-body.jpg", "/drips-head.jpg", "/reset-midway.jpg", "/500.jpg", "/429.jpg"])
 def test_what_counts_as_a_failure(make, server, path):
     server.answers["/429.jpg"] = says("429 Too Many Requests")

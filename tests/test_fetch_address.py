@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from schemas.drops import DropReason
 from stages.base import Dropped
+from stages.fetch import address
 from stages.fetch.address import Guard, parse, redirected
 from stages.settings import DownloadSettings
 
@@ -95,10 +96,45 @@ def test_a_url_is_sent_as_written_where_that_is_possible(written, sent):
         "//a.test/x",
         "http://[::1",
         "http://\udcff/",
+        "http://user@a.test/",
+        "http://:secret@a.test/",
+        "http://good.test\\@a.test/",
+        "http:///x.jpg",
+        "http://。/",
+        "http://[fe80::1%25eth0]/",
+        "http://a.test:0/",
+        "https://a.test:22/",
+        "http://a.test:6667/x",
+        "http://a.test/#\0",
+        "http://a.test/" + "x" * 9000,
     ],
 )
 def test_malformed_urls_are_bad_urls(text):
     assert dropped(parse, text) == DropReason.BAD_URL
+
+
+@given(
+    st.from_regex(
+        r"https?://[A-Za-z0-9._-]{1,12}(:[0-9]{1,5})?(/[!-~]{0,12})?(\?[!-~]{0,12})?(#.{0,4})?", fullmatch=True
+    )
+)
+def test_the_short_way_to_a_url_leads_where_the_long_one_does(text):
+    if address._PLAIN.fullmatch(text):
+        try:
+            long_way = address._checked(address._unusual(text))
+        except Dropped:
+            long_way = None
+        try:
+            assert parse(text) == long_way
+        except Dropped:
+            assert long_way is None
+
+
+def test_urls_of_no_port_of_the_web_are_a_short_list():
+    refused = [port for port in range(1 << 16) if port in address._OTHER_SERVICES]
+    assert {25, 110, 6000, 10080} <= set(refused)
+    assert not {80, 81, 443, 3000, 5000, 8000, 8080, 8443, 8888, 9000} & set(refused)
+    assert len(refused) < 100
 
 
 @given(st.text() | st.from_regex(r"https?://.{0,40}"))

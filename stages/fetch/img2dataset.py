@@ -66,14 +66,13 @@ class Img2dataset:
 
     def _fetched(self, url: Url, way: list[Url]) -> bytes:
         self._refusals.check(url)
-        self._ready(url)
-        with self._turns.of(url.host):
-            self._robots.check(url)
-            return self._persist(url, way)
-
-    def _ready(self, url: Url) -> None:
-        """Wait until a host that rests may be asked again."""
-        while pause := self._hosts.wait_s(url.origin):
+        while True:
+            with self._turns.of(url.host):
+                # Only now: while it waited for its turn, those before it may have found the host down.
+                pause = self._hosts.wait_s(url.origin)
+                if not pause:
+                    self._robots.check(url)
+                    return self._persist(url, way)
             time.sleep(pause)
 
     def _hop(self, url: Url) -> None:

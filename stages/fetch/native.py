@@ -85,20 +85,22 @@ class _Fetcher:
 
     async def _fetched(self, url: Url, way: list[Url]) -> bytearray:
         self._refusals.check(url)
-        await self._ready(url)
-        async with self._turns.of(url.host), self._all_turns:
-            await self._robots.check(url)
-            try:
-                # The deadline starts with the URL's turn: waiting in our own queue is not the server's fault.
-                async with asyncio.timeout(self._told.timeout_s) as clock:
-                    return await self._persist(url, way, clock.when() or 0.0)
-            except TimeoutError:
-                raise self._seen(way, Dropped(DropReason.TIMEOUT)) from None
-
-    async def _ready(self, url: Url) -> None:
-        """Wait until a host that rests may be asked again."""
-        while pause := self._hosts.wait_s(url.origin):
+        while True:
+            async with self._turns.of(url.host), self._all_turns:
+                # Only now: while it waited for its turn, those before it may have found the host down.
+                pause = self._hosts.wait_s(url.origin)
+                if not pause:
+                    return await self._in_turn(url, way)
             await asyncio.sleep(pause)
+
+    async def _in_turn(self, url: Url, way: list[Url]) -> bytearray:
+        await self._robots.check(url)
+        try:
+            # The deadline starts with the URL's turn: waiting in our own queue is not the server's fault.
+            async with asyncio.timeout(self._told.timeout_s) as clock:
+                return await self._persist(url, way, clock.when() or 0.0)
+        except TimeoutError:
+            raise self._seen(way, Dropped(DropReason.TIMEOUT)) from None
 
     async def _persist(self, url: Url, way: list[Url], deadline: float) -> bytearray:
         now = asyncio.get_running_loop().time
@@ -135,5 +137,6 @@ class _Fetcher:
     async def _hop(self, url: Url) -> None:
         """What holds for the first URL holds for where it redirects to."""
         self._refusals.check(url)
-        await self._ready(url)
+        while pause := self._hosts.wait_s(url.origin):
+            await asyncio.sleep(pause)
         await self._robots.check(url)
