@@ -145,6 +145,7 @@ def read_ledger(out: Place, shard: str, columns: Sequence[str], verdict: str | N
     path = out / "shards" / f"{shard}.parquet"
     try:
         table = storage.parquet(path).read(columns=list(dict.fromkeys([*columns, "verdict"])))
+        table.validate(full=True)  # text that is none would be found by whoever reads it
         return (table if verdict is None else table.filter(pc.equal(table["verdict"], verdict))).select(list(columns))
     except UNREADABLE as error:
         raise CorruptShardError(f"{path.name}: not a ledger: {error}") from error

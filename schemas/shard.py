@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from tokenize import TokenError
@@ -51,6 +52,11 @@ UNCONDITIONAL = "unconditional.safetensors"
 """Beside the shards' folder: clip_hidden or dino (float16, as in a sample) of "no face", for guidance."""
 
 
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '[<>|][A-Za-z]\d+', 'fortran_order': (?:True|False), 'shape': \((?:\d+(?:, \d+)*,?)?\), \} *\n"
+)
+
+
 def sample_files(record: Mapping[str, Any]) -> dict[str, bytes]:
     """Suffix -> content of the files of a record's sample, in the order in which they are written."""
     return {suffix: record[column] for suffix, column in SUFFIXES.items() if record.get(column) is not None}
@@ -82,6 +88,8 @@ def decode_npy(data: bytes) -> npt.NDArray[Any]:
     try:
         if np.lib.format.read_magic(stream) != (1, 0):
             raise ValueError("not version 1.0")
+        if not _NPY_HEADER.fullmatch(data, 10, 10 + int.from_bytes(data[8:10], "little")):
+            raise ValueError("its header is not as numpy writes it")  # numpy would warn of some, and repair them
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
         count = math.prod(shape)
         # Compared before anything is allocated: a damaged header may claim any shape.

@@ -288,7 +288,7 @@ def _ends_early(format: str, data: bytes) -> bool:
     if format == "JPEG":
         return not _has_jpeg_end(data)
     if format == "PNG":
-        return not _has_png_end(data)
+        return not has_png_end(data)
     if format == "WEBP":
         return len(data) < 8 + int.from_bytes(data[4:8], "little")
     return False
@@ -310,7 +310,8 @@ def _has_jpeg_end(data: bytes) -> bool:
     return scan is not None and data.find(b"\xff\xd9", scan) >= 0
 
 
-def _has_png_end(data: bytes) -> bool:
+def has_png_end(data: bytes) -> bool:
+    """Whether the chunks of a PNG lead to its last one."""
     try:
         return any(name == b"IEND" for name, _, _ in _png_chunks(data))
     except ValueError:  # likewise

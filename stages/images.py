@@ -32,6 +32,7 @@ from stages.headers import (
     Stored,
     check_whole,
     format_of,
+    has_png_end,
     is_web_page,
     open_lazily,
     read_header,
@@ -192,7 +193,7 @@ def decode_png(data: bytes) -> Image:
     Raises:
         ValueError: when the bytes are no PNG.
     """
-    if format_of(data) != "PNG":
+    if format_of(data) != "PNG" or not has_png_end(data):  # a chunk that claims 4 GB would get them
         raise ValueError("not a PNG")
     with _no_stderr():
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)

@@ -102,8 +102,9 @@ def test_an_endless_decoder_is_killed_by_its_processor_time_and_tried_once(decod
 
 
 def test_a_decoder_that_sleeps_is_given_up(decoder, monkeypatch):
-    monkeypatch.setattr(decoding, "_ANSWER_S", 3.0)
-    assert reason(decoder, picture(b"ASLEEP")) is DropReason.DECODER_CRASH
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "_ANSWER_S", 3.0)
+        assert reason(decoder, picture(b"ASLEEP")) is DropReason.DECODER_CRASH
     assert reason(decoder, picture()) is None
 
 

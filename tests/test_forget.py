@@ -25,6 +25,7 @@ from pipeline.forgotten import FORGOTTEN, Forgotten, finish, host_of, load, norm
 from pipeline.ledger import funnel, read_manifests
 from pipeline.report import write_report
 from pipeline.runner import WITNESS_SCHEMA, Rows, split_seeds
+from pipeline.storage import place, write
 from pipeline.verify import verify
 from schemas.columns import LEDGER_SCHEMA, SEED_SCHEMA
 from schemas.errors import CorruptShardError, OutputError
@@ -192,6 +193,40 @@ def test_an_unfinished_dataset_is_forgotten_in_too(tmp_path):
     forget(out, Wanted(urls=(KEPT_URL,)))
     assert verify(out) == []
     assert "shards" not in json.loads((out / "dataset.json").read_text())
+
+
+@pytest.fixture
+def remote(published):
+    """The same dataset in an object store."""
+    there = place(f"memory://{published.name}-{time.time_ns()}/out")
+    for name, data in files(published).items():
+        write(there / name, data)
+    return there
+
+
+def test_a_remote_dataset_is_forgotten_in_too(out, remote):
+    wanted = Wanted(urls=(KEPT_URL, DEAD_URL), contents=("cd" * 32,))
+    assert forget(remote, wanted).rows == forget(out, wanted).rows == {FIRST: [KEYS[0], KEYS[3]], SECOND: [KEYS[6]]}
+    assert verify(remote) == []
+    for name, data in files(out).items():
+        if name != FORGOTTEN:
+            assert (remote / name).read_bytes() == data, name
+    assert not list((remote / "shards").glob(".new-*"))
+
+
+@pytest.mark.parametrize("steps", range(3))
+def test_a_remote_shard_that_was_committed_is_finished(out, remote, steps):
+    """Objects cannot be renamed: a kill while the new ones are copied leaves what to go on with."""
+    forget(out, Wanted(urls=(KEPT_URL,)))
+    for number, suffix in enumerate(("tar", "parquet", "json")):
+        data = (out / "shards" / f"{FIRST}.{suffix}").read_bytes()
+        write(remote / "shards" / (f"{FIRST}.{suffix}" if number < steps else f".new-{FIRST}.{suffix}"), data)
+    assert any("`forget` was killed" in problem.message for problem in verify(remote))
+    finish(remote)
+    for suffix in ("tar", "parquet", "json"):
+        name = f"{FIRST}.{suffix}"
+        assert (remote / "shards" / name).read_bytes() == (out / "shards" / name).read_bytes()
+    assert not list((remote / "shards").glob(".new-*"))
 
 
 # ---- the words of the command

@@ -12,7 +12,7 @@ _SPEC = importlib.util.spec_from_file_location(
 fuzz = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(fuzz)
 
-SECONDS = 0.5
+SECONDS = 0.3
 MOST = 400
 
 

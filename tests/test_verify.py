@@ -134,7 +134,7 @@ def test_every_flipped_bit_is_reported_with_its_file_and_its_sample(whole, name)
     path = whole / name
     content = path.read_bytes()
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=25, deadline=None)
     @given(place=st.integers(0, len(content) - 1), bit=st.integers(0, 7))
     def flipped(place, bit):
         damaged = bytearray(content)

@@ -19,6 +19,7 @@ from schemas.errors import SourceError
 EXTENSIONS = ".parquet, .csv[.gz], .tsv[.gz], .jsonl[.gz]"
 BATCH_ROWS = 32_768
 _BUFFER = 4 << 20
+_CHUNK = 32 << 20
 _CSV_BLOCK = 8 << 20
 _PROBE_LINES = 100
 
@@ -75,13 +76,20 @@ def _renamed(batch: pa.RecordBatch, aliases: Mapping[str, tuple[str, ...]] = ALI
 
 
 def read_parquet(path: str, aliases: Mapping[str, tuple[str, ...]] = ALIASES) -> Iterator[pa.Table]:
-    """The rows of a parquet file; column chunks are read through small buffers, however large the row groups are."""
-    # pre_buffer, on by default, would fetch whole column chunks in spite of the buffer size.
-    options = {"buffer_size": _BUFFER, "pre_buffer": False}
-    with reading(path), open_binary(path) as file, pq.ParquetFile(file, **options) as parquet:
+    """The rows of a parquet file; large column chunks are read through small buffers."""
+    with reading(path), open_binary(path) as file, pq.ParquetFile(file, **_buffering(file)) as parquet:
         wanted = list(resolve(parquet.schema_arrow.names, aliases).values())
         for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
             yield _renamed(batch, aliases)
+
+
+def _buffering(file: Any) -> dict[str, Any]:
+    """Small chunks are read whole: behind a buffer, a damaged page gets whatever 2 GB it claims to need."""
+    footer = pq.read_metadata(file)
+    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    chunks = [group.column(number).total_compressed_size for group in groups for number in range(group.num_columns)]
+    # pre_buffer, on by default, would fetch whole column chunks in spite of the buffer size.
+    return {"pre_buffer": False, **({"buffer_size": _BUFFER} if max(chunks, default=0) > _CHUNK else {})}
 
 
 def probe_parquet(path: str) -> tuple[list[str], int]:
