@@ -19,6 +19,7 @@ for _name, _value in {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
+    "OMP_NUM_THREADS": "1",  # the processes of the suite fill the cores; their threads would only fight for them
 }.items():
     os.environ[_name] = _value
 
