@@ -5,10 +5,10 @@
 
 The server has a process of its own and answers on 64 loopback addresses ("hosts"). Mixes: `dead` is 300 kB JPEGs with
 33 % dead URLs (404, 410, refused connections, resets); `small` is 300 kB JPEGs of which 80 % are under
-filter.min_image_px. Ours is the download stage as a shard's worker calls it (batches of 8 rows, 16 at a time, one
-process), hashes included. Theirs is `img2dataset.download` with one process, 128 threads, no retries, nothing decoded
-or encoded again (`disable_all_reencoding`), sha256, no EXIF; it writes a webdataset (`webdataset`) or nothing at all
-(`dummy`, the writer that flatters it most). CPU time is user + system of the process and all its children, from
+filter.min_image_px. Ours is the download stage as a shard's worker calls it (batches of FETCH_ROWS, fetch_ahead of them
+begun before their turn, one process), hashes included. Theirs is `img2dataset.download` with one process, 128 threads,
+no retries, nothing decoded or encoded again (`disable_all_reencoding`), sha256, no EXIF; it writes a webdataset
+(`webdataset`) or nothing at all (`dummy`, the writer that flatters it most). CPU time is user + system of the process and all its children, from
 `wait4`; start-up is excluded as the difference between a long and a short run. Bytes received are what the clients'
 kernels acknowledged.
 """
@@ -125,20 +125,21 @@ def urls(mix: str, rows: int, port: int, dead: int) -> Iterator[str]:
 
 
 def ours(engine: str, listed: list[str]) -> dict[str, int]:
-    from pipeline.shard import ordered_ahead
+    from pipeline.config import ExecutorSettings
+    from pipeline.shard import FETCH_ROWS, ordered_ahead
     from stages.base import DROP
     from stages.download import Download
     from stages.settings import DownloadSettings, Settings
 
     told = DownloadSettings(engine=engine, allow_loopback=True, retries=0, concurrency=CONCURRENCY, timeout_s=60)
     stage = Download(Settings(download=told))
-    size = 8
+    size = FETCH_ROWS
     batches = (
         pa.table({"url": pa.array(listed[n : n + size]), "image_ref": pa.nulls(len(listed[n : n + size]), pa.string())})
         for n in range(0, len(listed), size)
     )
     counts: dict[str, int] = {}
-    for table in ordered_ahead(stage, batches, CONCURRENCY // size):
+    for table in ordered_ahead(stage, batches, ExecutorSettings().fetch_ahead):
         for reason in table[DROP].to_pylist():
             counts[str(reason)] = counts.get(str(reason), 0) + 1
     stage.close()

@@ -1,10 +1,10 @@
 """What a host that drips costs the other rows: the same good rows with and without it strewn among them.
 
     python benchmarks/bench_dripping.py
-    python benchmarks/bench_dripping.py --ahead 256 --rate 200 --rows 4000   # stages behind it take their time
+    python benchmarks/bench_dripping.py --rate 200 --rows 12000   # stages behind it take their time
 
-Rows go through the download stage as a shard's worker calls it: batches of 8 rows, in order, `--ahead` of them begun
-before their turn (executor.fetch_ahead). Server: that of bench_download.py. Only the good rows are counted; their
+Rows go through the download stage as a shard's worker calls it: batches of FETCH_ROWS rows, in order, `--ahead` of them
+begun before their turn (executor.fetch_ahead). Server: that of bench_download.py. Only the good rows are counted; their
 throughput is good rows per second up to the last of them, once with one deadline taken off, since that much the host
 may cost.
 """
@@ -21,12 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import bench_download as shared
 
-from pipeline.shard import ordered_ahead
+from pipeline.shard import FETCH_ROWS, ordered_ahead
 from stages.base import DROP
 from stages.download import Download
 from stages.settings import DownloadSettings, Settings
-
-BATCH = 8
 
 
 def rows(args: argparse.Namespace, port: int, drips: bool) -> list[str]:
@@ -43,7 +41,7 @@ def run(args: argparse.Namespace, port: int, drips: bool) -> tuple[float, dict[s
     told = DownloadSettings(allow_loopback=True, timeout_s=args.timeout, concurrency=args.concurrency)
     stage = Download(Settings(download=told))
     listed = rows(args, port, drips)
-    parts = [listed[start : start + BATCH] for start in range(0, len(listed), BATCH)]
+    parts = [listed[start : start + FETCH_ROWS] for start in range(0, len(listed), FETCH_ROWS)]
     tables = (pa.table({"url": pa.array(part), "image_ref": pa.nulls(len(part), pa.string())}) for part in parts)
     outcomes: dict[str, int] = {}
     begun = time.monotonic()
@@ -62,7 +60,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--every", type=int, default=100, help="good rows per dripping one")
     parser.add_argument("--good", default="404", help="what the good rows are: 404, small or large")
-    parser.add_argument("--ahead", type=int, default=16)
+    parser.add_argument("--ahead", type=int, default=256)
     parser.add_argument("--timeout", type=float, default=5.0)
     parser.add_argument("--rate", type=float, default=0, help="rows per second that later stages take; 0: all")
     parser.add_argument("--concurrency", type=int, default=128)

@@ -17,6 +17,8 @@ from pipeline.source import Seeds
 from schemas.errors import FaceShardsError, LostError
 from schemas.shard import Manifest
 
+FETCH_ROWS = 32
+"""Rows that are fetched together. Most are dropped there; the living go on in batches of executor.batch_rows."""
 _MOST_AHEAD = 256 << 20
 """Bytes of fetched images that wait for their turn, per process."""
 _MOST_HELD = 64
@@ -83,7 +85,8 @@ def make_shard(plan: Plan, seeds: Seeds, output: Output, worker: "Worker", compu
     """Make and publish one shard, telling its progress batch by batch."""
     rows = split_seeds(seeds.table)
     size = plan.config.executor.batch_rows
-    batches = (Rows.living(rows.alive.slice(start, size)) for start in range(0, rows.alive.num_rows, size))
+    starts = range(0, rows.alive.num_rows, FETCH_ROWS)
+    batches = (Rows.living(rows.alive.slice(start, FETCH_ROWS)) for start in starts)
     yield Started(seeds.name, seeds.table.num_rows)
     with ShardWriter(output, seeds.name, plan) as writer:
         writer.add_tombstones(rows.dead)

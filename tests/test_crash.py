@@ -246,7 +246,7 @@ def test_a_few_random_kills_change_no_byte():
 
 @pytest.mark.slow
 def test_a_few_random_kills_on_ray_change_no_byte():
-    kills("--kills", "4", "--executor", "ray")
+    kills("--kills", "2", "--executor", "ray")
 
 
 def workers(driver: int, title: str) -> list[psutil.Process]:

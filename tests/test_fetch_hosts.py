@@ -44,6 +44,8 @@ def refused(health, origin=A):
 def test_a_host_that_fails_in_a_row_is_left_alone_and_no_other(clock, reason):
     health = known()
     fail(health, 2, Dropped(DropReason(reason)))
+    assert (health.wait_s(A) > 0) == (reason == "timeout"), "those that are under way may run out of time too"
+    clock.now += health.wait_s(A)
     assert health.wait_s(A) == 0
     fail(health, 1, Dropped(DropReason(reason)))
     assert refused(health) == DropReason.HOST_DOWN

@@ -1,6 +1,6 @@
 """OUT in a real S3-compatible server on loopback: whole runs, a driver that is killed, and a bucket that goes away.
 
-Needs s3fs and moto's server (the extra `s3`); skips, saying so, where they are not installed.
+Needs s3fs and moto's server (of the extra `dev`); skips, saying so, where they are not installed.
 """
 
 import os
@@ -16,8 +16,8 @@ import pytest
 from pipeline.storage import Remote, place
 from pipeline.verify import verify
 
-pytest.importorskip("s3fs", reason="s3fs is not installed: the extra `s3` has it")
-server = pytest.importorskip("moto.server", reason="moto's server is not installed: the extra `s3` has it")
+pytest.importorskip("s3fs", reason="s3fs is not installed: the extra `dev` has it")
+server = pytest.importorskip("moto.server", reason="moto's server is not installed: the extra `dev` has it")
 
 SMALL_SHARDS = ["--set", "source.rows_per_shard=6"]
 

@@ -28,6 +28,8 @@ _TROUBLE = frozenset(
 _FIRST_REST_S = 10.0
 _LONGEST_REST_S = 600.0
 """Also the longest that a Retry-After is heeded without asking again."""
+_PAUSE_S = 0.25
+"""After each deadline that passed: others that pass at the same time are heard of before yet another row begins."""
 _LOOK_AGAIN_S = 0.05
 """How often a row looks whether the probe before it has come back."""
 _MOST_HOSTS = 20_000
@@ -37,6 +39,7 @@ _MOST_HOSTS = 20_000
 class _Host:
     failures: int = 0
     """In a row."""
+    pause_until: float = 0.0
     rest_s: float = 0.0
     """The last rest; the next one is twice as long."""
     until: float = 0.0
@@ -50,8 +53,8 @@ class _Host:
 class Hosts:
     """The health of all hosts that this process asks; may be used from several threads.
 
-    After `download.host_failures` failures in a row a host rests, each time twice as long; then one row tries it,
-    while the others wait for what it finds.
+    After `download.host_failures` failures in a row a host rests, each time twice as long. Then one row tries it, while
+    the others wait for what it finds.
     """
 
     def __init__(self, settings: DownloadSettings) -> None:
@@ -76,7 +79,7 @@ class Hosts:
                 raise Dropped(host.reason)
             return host.until - now
         if not self._is_down(host):
-            return 0.0
+            return max(0.0, host.pause_until - now) if self._told.host_failures else 0.0
         if now < host.probe_until:
             return _LOOK_AGAIN_S
         host.probe_until = now + self._told.timeout_s
@@ -108,6 +111,8 @@ class Hosts:
 
     def _failed(self, host: _Host, failure: Dropped, now: float) -> None:
         host.failures += 1
+        if failure.reason is DropReason.TIMEOUT:
+            host.pause_until = now + _PAUSE_S
         host.probe_until = 0.0
         asked_s = failure.retry_after_s if isinstance(failure, Refused) else None
         if asked_s:
