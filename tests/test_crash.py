@@ -184,7 +184,7 @@ def hanging(out: Path, module: str, name: str, how: str = "time.sleep(10_000)", 
     return [sys.executable, "-c", HANG.format(module=module, name=name, how=how, method="__call__", words=words)]
 
 
-@pytest.mark.parametrize(("module", "name"), [("download", "Download"), ("detect", "Detect"), ("pack", "Pack")])
+@pytest.mark.parametrize(("module", "name"), [("download", "Download"), ("pack", "Pack")])
 def test_a_stage_that_hangs_costs_its_shard_and_no_other(whole, tmp_path, module, name):
     begun = time.monotonic()
     done = subprocess.run(hanging(tmp_path, module, name), capture_output=True, text=True, check=False, timeout=120)
