@@ -8,9 +8,9 @@ The server has a process of its own and answers on 64 loopback addresses ("hosts
 filter.min_image_px. Ours is the download stage as a shard's worker calls it (batches of FETCH_ROWS, fetch_ahead of them
 begun before their turn, one process), hashes included. Theirs is `img2dataset.download` with one process, 128 threads,
 no retries, nothing decoded or encoded again (`disable_all_reencoding`), sha256, no EXIF; it writes a webdataset
-(`webdataset`) or nothing at all (`dummy`, the writer that flatters it most). CPU time is user + system of the process and all its children, from
-`wait4`; start-up is excluded as the difference between a long and a short run. Bytes received are what the clients'
-kernels acknowledged.
+(`webdataset`) or nothing at all (`dummy`, the writer that flatters it most). CPU time is user + system of the process
+and all its children, from `wait4`; start-up is excluded as the difference between a long and a short run. Bytes
+received are what the clients' kernels acknowledged.
 """
 
 import argparse
