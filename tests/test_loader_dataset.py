@@ -39,7 +39,8 @@ def memory() -> Iterator[str]:
 
 
 def edited(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    told = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps(told, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def test_what_a_dataset_tells(out: Path) -> None:
@@ -135,6 +136,39 @@ def test_a_damaged_manifest(out: Path) -> None:
     (out / "shards/a-00000.json").write_text("{}")
     with pytest.raises(SourceError, match=r"a-00000\.json is damaged"):
         open_dataset([str(out)], DATA)
+
+
+@pytest.mark.parametrize("change", [{"kept": 0}, {"rows_in": 10**6}, {"shard": "c-00000"}])
+def test_a_manifest_that_lies(out: Path, change: dict[str, Any]) -> None:
+    edited(out / "shards/a-00000.json", **change)
+    with pytest.raises(SourceError, match=r"a-00000\.json is damaged \(it was changed since it was written\)"):
+        open_dataset([str(out)], DATA)
+
+
+def test_a_manifest_that_is_written_otherwise(out: Path) -> None:
+    path = out / "shards/a-00000.json"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(SourceError, match=r"a-00000\.json is damaged"):
+        open_dataset([str(out)], DATA)
+
+
+def finished(out: Path) -> None:
+    """As the end of a run leaves it."""
+    manifests = [Manifest.from_json(path.read_bytes()) for path in sorted(out.glob("shards/*.json"))]
+    told = json.loads((out / "dataset.json").read_text())
+    (out / "dataset.json").write_text(json.dumps({**told, "dataset_digest": dataset_digest(manifests)}))
+
+
+def test_a_shard_that_is_gone_is_missed_unless_the_user_says_otherwise(out: Path) -> None:
+    finished(out)
+    open_dataset([str(out)], DATA)
+    for path in out.glob("shards/b-00001.*"):
+        path.unlink()
+    with pytest.raises(
+        SourceError, match=r"are not those that .*dataset\.json was written for: copy the dataset again"
+    ):
+        open_dataset([str(out)], DATA)
+    assert open_dataset([str(out)], BY_SIZE).shards
 
 
 def test_a_manifest_that_does_not_name_its_tar(out: Path) -> None:

@@ -11,7 +11,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from pipeline.loader.decode import targets
-from pipeline.loader.parts import Part, check_embedders, check_hashes, check_lengths, dataset_files, read_part
+from pipeline.loader.parts import (
+    Part,
+    check_embedders,
+    check_hashes,
+    check_lengths,
+    check_manifests,
+    dataset_files,
+    read_part,
+)
 from pipeline.loader.storage import sha256
 from pipeline.loader.tars import Raw, Shard, samples
 from pipeline.training.settings import DataSettings
@@ -88,6 +96,8 @@ def open_dataset(
     total = digests[0] if len(digests) == 1 else digest({str(index): one for index, one in enumerate(digests)})
     for part in parts:
         check_lengths(part)
+        if data.verify == "sha256":
+            check_manifests(part)
         if data.verify == "sha256" and not {part.digest, total} & set(verified):
             check_hashes(part, on_shard)
     return _described(parts, digests, total)

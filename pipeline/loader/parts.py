@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from pipeline.loader.storage import Folder, folder, sha256
@@ -71,8 +72,12 @@ def _found(given: str, root: Folder) -> Part:
 
 
 def _manifest(shards: Folder, name: str) -> Manifest:
+    text = shards.read(name)
     try:
-        return Manifest.from_json(shards.read(name))
+        manifest = Manifest.from_json(text)
+        if manifest.to_json().encode() != text or f"{manifest.shard}.json" != name or not manifest.conserves_rows():
+            raise CorruptShardError("it was changed since it was written")
+        return manifest
     except CorruptShardError as error:
         url = shards.join(name).url
         raise SourceError(f"{url} is damaged ({error}): remove it and run `make dataset` again.") from error
@@ -84,11 +89,39 @@ def dataset_files(part: Part) -> dict[str, str]:
     Raises:
         SourceError: when dataset.json is damaged.
     """
-    try:
-        files = json.loads(part.root.read(DATASET)).get("files", {})
+    with _reading(part):
+        files = _dataset(part).get("files", {})
         return {name: str(told["sha256"]) for name, told in files.items()}
+
+
+def check_manifests(part: Part) -> None:
+    """Compare the manifests with what the dataset's last run told of them, where one came to its end.
+
+    Raises:
+        SourceError: when some are missing or were changed.
+    """
+    with _reading(part):
+        told = _dataset(part).get("dataset_digest", part.digest)
+    if told != part.digest:
+        raise SourceError(
+            f"The manifests of {part.given} are not those that {part.root.join(DATASET).url} was written for: copy the "
+            f"dataset again (`python -m pipeline verify {part.given}` tells what differs), or train on what is there "
+            "with --set data.verify=size."
+        )
+
+
+def _dataset(part: Part) -> dict[str, Any]:
+    try:
+        told: dict[str, Any] = json.loads(part.root.read(DATASET))
     except FileNotFoundError:
         return {}
+    return told
+
+
+@contextmanager
+def _reading(part: Part) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise SourceError(f"{part.root.join(DATASET).url} is damaged: run `make dataset` again.") from error
 
