@@ -5,7 +5,7 @@
 
 Victims, each with SIGKILL: the driver; on Ray a model actor, a shard's task, any worker, the raylet, the GCS, or every
 process of the session but the driver (the node); the process in which photos are decoded. A dataset is run one to
-three times under fire, then once in peace. What must hold: the last run ends with 0; shards, ledgers, manifests,
+five times under fire, then once in peace. What must hold: the last run ends with 0; shards, ledgers, manifests,
 dataset.json and all other files but the report are those of an undisturbed run, with no file more; no row is lost or
 doubled; no run hangs, tells of a traceback, or ends otherwise than with 0, 3 or its own death; and of no killed run
 is a process left after a while. Every dataset's seed is printed: `--seed S --kills 1` does it again.
@@ -157,7 +157,7 @@ def dataset(folder: Path, seed: int, args: argparse.Namespace, peace: "Peace", s
     executor = rng.choice(args.executor)
     out, log = folder / "out", folder / "log"
     code = -1
-    for _ in range(rng.randint(1, 3)):
+    for _ in range(rng.randint(1, 5)):
         code = _under_fire(Run(out, executor, log), executor, rng, args, peace.seconds[executor], score)
         if code == 0 or score.kills.total() >= args.kills:
             break
