@@ -12,6 +12,8 @@ from pipeline.training import objective
 from pipeline.training.base import Base
 from pipeline.training.settings import ObjectiveSettings
 
+pytestmark = pytest.mark.slow
+
 DISTINCT = [name for name in VARIANTS if name != "plus-face"]
 """Variants whose networks differ."""
 RATES = {"plus": 4e-4, "full-face": 1e-2}

@@ -27,6 +27,8 @@ from pipeline.training.run_folder import RunFolder
 from pipeline.training.watch import METRICS
 from schemas.errors import ExitCode, FaceShardsError, UserError
 
+pytestmark = pytest.mark.slow
+
 WAIT_S = 150
 STEPS, EVERY = 12, 3
 COMMON = ("adapter.lora_rank=4", f"watch.save_every={EVERY}", "watch.keep=2")
