@@ -6,7 +6,10 @@ whose task dies, or of which no batch gets done, is tried again by the driver: i
 that another attempt is harmless.
 """
 
+import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +33,7 @@ from pipeline.runner import Rows, apply_all
 from pipeline.shard import Event, Finished, Worker, load, make_shard, windowed
 from pipeline.source import Seeds
 from pipeline.watchdog import overdue
-from schemas.errors import LostError, PlanError, ShardError
+from schemas.errors import ExitCode, LostError, PlanError, ShardError
 
 _RETRIES = 3
 """Further attempts at a batch whose actor died, and at a shard whose task did."""
@@ -38,6 +41,8 @@ _OVERDUE_RETRIES = 1
 """Further attempts at a shard of which no batch got done: it may have waited for another one's, in the same actor."""
 _REACH_S = 10.0
 _TICK_S = 1.0
+_HEARD_S = 20.0
+"""How long the main thread may take to end a run whose node died."""
 _IN_FLIGHT_PER_SHARD = 2
 """Batches of one shard in the models at a time: one is computed, the next lies ready."""
 _DEATHS = (NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError)
@@ -68,11 +73,26 @@ def started(plan: Plan) -> Iterator[None]:
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise PlanError(f"Ray could not be started or joined: {str(error).splitlines()[0]}.") from error
+    done = threading.Event()
+    threading.Thread(target=_end_without_node, args=(done,), name="node guard", daemon=True).start()
     try:
         _require_resources(plan.pools())
         yield
     finally:
         ray.shutdown()
+        done.set()
+
+
+def _end_without_node(done: threading.Event) -> None:
+    """End the process when its node died and the main thread does not hear of it, since it waits within Ray.
+
+    Ray would wait for a minute, and then end the process without a word to the user, and with exit code 1.
+    """
+    while not done.wait(_TICK_S):
+        if _node_is_dead() and not done.wait(_HEARD_S) and _node_is_dead():  # a run that ends lets its node die too
+            sys.stderr.write(f"error: {_NODE_DIED}\n")
+            sys.stderr.flush()
+            os._exit(ExitCode.SHARDS_FAILED)
 
 
 def _require_reachable(address: str) -> None:
@@ -228,9 +248,13 @@ def _require_node() -> None:
     Raises:
         LostError: when one of its processes ended.
     """
-    node = ray._private.worker._global_node  # nothing public tells
-    if node is not None and node.head and any(kind in _NODE for kind, _ in node.dead_processes()):
+    if _node_is_dead():
         raise LostError(_NODE_DIED)
+
+
+def _node_is_dead() -> bool:
+    node = ray._private.worker._global_node  # nothing public tells
+    return node is not None and bool(node.head) and any(kind in _NODE for kind, _ in node.dead_processes())
 
 
 def _actor(plan: Plan, pool: Pool) -> Any:

@@ -81,6 +81,8 @@ DECODER_ERRORS = (
     struct.error,
     zlib.error,
     cv2.error,
+    AssertionError,
+    AttributeError,
 )
 """What Pillow and OpenCV raise for bytes that they cannot read: what `PIL.Image.open` expects, and fuzzing found."""
 

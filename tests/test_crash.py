@@ -246,7 +246,28 @@ def test_a_few_random_kills_change_no_byte():
 
 @pytest.mark.slow
 def test_a_few_random_kills_on_ray_change_no_byte():
-    kills("--kills", "2", "--executor", "ray")
+    kills("--kills", "1", "--executor", "ray")
+
+
+@pytest.mark.slow
+def test_a_driver_that_waits_within_ray_hears_of_a_dead_node_all_the_same():
+    script = """
+import time
+import psutil
+from pipeline import cluster
+from pipeline.config import load_config
+from pipeline.plan import make_plan
+cluster._HEARD_S = 1
+with cluster.started(make_plan(load_config(None, [], shards="sample", executor="ray"))):
+    children = psutil.Process().children(recursive=True)
+    next(child for child in children if "gcs_server" in " ".join(child.cmdline())).kill()
+    time.sleep(50)  # as Ray does, which then ends the process with 1
+"""
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("The Ray node of this run died")) == (3, 1), done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - begun < 40
 
 
 def workers(driver: int, title: str) -> list[psutil.Process]:

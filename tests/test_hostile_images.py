@@ -176,6 +176,12 @@ FILES: dict[str, tuple[str, Callable[[], bytes]]] = {
     ),
     "png of wrong checksum": ("corrupt_image", lambda: saved("PNG")[:20] + b"\1" + saved("PNG")[21:]),
     "png without pixels": ("corrupt_image", lambda: png(head=struct.pack(">IIBBBBB", 0, SIDE, 8, 0, 0, 0, 0))),
+    "png of a palette that is not there": (
+        "corrupt_image",
+        lambda: png(
+            head=struct.pack(">IIBBBBB", SIDE, SIDE, 8, 3, 0, 0, 0), pixels=zlib.compress(bytes((SIDE + 1) * SIDE))
+        ),
+    ),
     "gif larger than its screen": ("corrupt_image", lambda: screen(SIDE // 2, SIDE // 2)),
     "webp of endless chunks": (
         "corrupt_image",

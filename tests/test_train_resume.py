@@ -364,7 +364,7 @@ def test_another_dataset_is_not_continued_on(short, dataset, tmp_path):
     told["plan_digest"] = "0" * 64
     (ledger,) = other.glob("shards/*.parquet")
     told["files"][ledger.name] = {**told["files"][ledger.name], "sha256": "0" * 64}
-    manifest.write_text(json.dumps(told))
+    manifest.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
     with pytest.raises(UserError, match="dataset was '") as error:
         train(other, short.root, resume=True)
     refused(error)
