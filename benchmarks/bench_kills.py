@@ -7,8 +7,8 @@ Victims, each with SIGKILL: the driver; on Ray a model actor, a shard's task, an
 process of the session but the driver (the node); the process in which photos are decoded. A dataset is run one to
 five times under fire, then once in peace. What must hold: the last run ends with 0; shards, ledgers, manifests,
 dataset.json and all other files but the report are those of an undisturbed run, with no file more; no row is lost or
-doubled; no run hangs, tells of a traceback, or ends otherwise than with 0, 3 or its own death; and of no killed run
-is a process left after a while. Every dataset's seed is printed: `--seed S --kills 1` does it again.
+doubled; no run hangs, tells of a traceback, or ends otherwise than with 0, 3 or its own death (1 by Ray's hand); and of
+no killed run is a process left after a while. Every dataset's seed is printed: `--seed S --kills 1` does it again.
 """
 
 import argparse
@@ -129,7 +129,9 @@ class Run:
                 process.kill()
             raise Failure(f"{len(left)} processes outlived it by {_ORPHANS_S:g} s: {titles}")
         text = self.log.read_text()
-        if code not in (0, 3, -9) or "Traceback" in text:
+        # Ray ends the process of a driver that is just being registered with a node that dies: nobody can prevent it.
+        by_ray = code == 1 and "core_worker_process.cc" in text
+        if (code not in (0, 3, -9) and not by_ray) or "Traceback" in text:
             raise Failure(f"it ended with {code}:\n{text[-4000:]}")
         return code
 
@@ -192,9 +194,9 @@ def _under_fire(
 
 def _pauses(rng: random.Random, seconds: float) -> Iterator[float]:
     """A first strike anywhere in the run, and more of them soon after it."""
-    yield rng.uniform(0.2, 1.1) * seconds
-    for _ in range(rng.randint(0, 9)):
-        yield rng.uniform(0.02, 0.3) * seconds
+    yield rng.uniform(0.15, 1.0) * seconds
+    for _ in range(rng.randint(1, 12)):
+        yield rng.uniform(0.02, 0.2) * seconds
 
 
 @dataclass

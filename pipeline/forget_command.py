@@ -48,5 +48,5 @@ def _summary(gone: Gone, dry_run: bool) -> str:
         later = "would not" if dry_run else "will not"
         return f"Nothing in the dataset matches; later runs into it {later} fetch it either."
     verb, shards = "Would forget" if dry_run else "Forgotten", len(gone.rows)
-    counted = f"{gone.count:,} rows, of which {gone.samples:,} were samples"
+    counted = f"{gone.count:,} rows, {gone.samples:,} of them samples"
     return f"{verb}: {counted}, in {shards:,} shard{'' if shards == 1 else 's'}."

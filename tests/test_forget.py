@@ -247,7 +247,7 @@ def test_a_list_may_mix_all_kinds(out, tmp_path):
     path = tmp_path / "list.txt"
     path.write_text(f"# asked for on Monday\n{KEPT_URL}\n\n  example.org \n{'AB' * 32}\n")
     code, said = call("--list", path, "--url", DEAD_URL, out)
-    assert (code, said.strip()) == (0, "Forgotten: 4 rows, of which 2 were samples, in 2 shards.")
+    assert (code, said.strip()) == (0, "Forgotten: 4 rows, 2 of them samples, in 2 shards.")
     assert verify(out) == []
 
 
@@ -259,7 +259,7 @@ def test_a_dry_run_lists_and_writes_nothing(out):
         [
             f"{FIRST}: {KEYS[0]}",
             f"{SECOND}: {KEYS[6]}",
-            "Would forget: 2 rows, of which 2 were samples, in 2 shards.",
+            "Would forget: 2 rows, 2 of them samples, in 2 shards.",
         ],
     )
     assert files(out) == before
