@@ -20,7 +20,9 @@ from schemas.shard import Manifest
 FETCH_ROWS = 32
 """Rows that are fetched together. Most are dropped there; the living go on in batches of executor.batch_rows."""
 _MOST_AHEAD = 256 << 20
-"""Bytes of fetched images that wait for their turn, per process."""
+"""Bytes of fetched images that wait for their turn, per process and shard."""
+_FIRST_WEIGHT = _MOST_AHEAD >> 5
+"""What the first batch is expected to weigh, while nothing is known."""
 _MOST_HELD = 64
 """Fetched batches that wait for living rows."""
 
@@ -153,34 +155,57 @@ def ordered_ahead(
 ) -> Iterator[Out]:
     """`map` in threads, results in order: up to `ahead` calls run before their turn.
 
-    Nothing new is begun while those that are done and wait weigh more than _MOST_AHEAD bytes: a host that drips must
-    not hold up the rows behind it, nor may these fill the memory meanwhile.
+    Nothing new is begun while those that are done and wait, and those under way, weigh more than _MOST_AHEAD bytes: a
+    host that drips must not hold up the rows behind it, nor may these fill the memory meanwhile.
     """
     pool = ThreadPoolExecutor(ahead, thread_name_prefix="fetch")
-    held, lock = 0, Lock()
-
-    def count(weighed: int) -> None:
-        nonlocal held
-        with lock:
-            held += weighed
+    load = _Load()
 
     def work(item: In) -> Out:
         result = function(item)
-        count(weight(result))
+        load.done(weight(result))
         return result
 
     waiting: deque[Future[Out]] = deque()
     try:
         for item in items:
+            load.begun()
             waiting.append(pool.submit(work, item))
-            while waiting and (len(waiting) > ahead or held > _MOST_AHEAD):
+            while waiting and (len(waiting) > ahead or load.expected() > _MOST_AHEAD):
                 result = waiting.popleft().result()
-                count(-weight(result))
+                load.taken(weight(result))
                 yield result
         while waiting:
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Load:
+    """Bytes of results that wait, and what those under way will add, going by all before them."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._held = self._under_way = 0
+        self._count, self._total = 1, _FIRST_WEIGHT
+
+    def begun(self) -> None:
+        with self._lock:
+            self._under_way += 1
+
+    def done(self, weight: int) -> None:
+        with self._lock:
+            self._under_way -= 1
+            self._held += weight
+            self._count, self._total = self._count + 1, self._total + weight
+
+    def taken(self, weight: int) -> None:
+        with self._lock:
+            self._held -= weight
+
+    def expected(self) -> float:
+        with self._lock:
+            return self._held + self._under_way * self._total / self._count
 
 
 def windowed(started: Iterator[In], finish: Callable[[In], Out], ahead: int) -> Iterator[Out]:

@@ -57,6 +57,23 @@ def test_heavy_results_that_wait_hold_back_the_next(monkeypatch):
     assert begun.index("waited") < 10
 
 
+def test_what_those_under_way_will_weigh_is_foreseen(monkeypatch):
+    """Hundreds of batches of which each waits for one slow row would hold all their other images."""
+    monkeypatch.setattr(shard, "_MOST_AHEAD", 40)
+    monkeypatch.setattr(shard, "_FIRST_WEIGHT", 4)
+    release, begun = threading.Event(), []
+
+    def work(n):
+        begun.append(n)
+        if n >= 20:
+            release.wait(5)
+        return n
+
+    threading.Timer(0.5, lambda: begun.append("waited") or release.set()).start()
+    assert list(ordered_ahead(work, iter(range(80)), 60, weight=lambda n: 4)) == list(range(80))
+    assert begun.index("waited") <= 31
+
+
 def test_an_error_comes_at_its_turn_and_ends_the_rest():
     def work(n):
         if n == 3:
