@@ -40,8 +40,9 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def do_GET(self):
         name, _, query = self.path.lstrip("/").partition("?")
-        body = files[name] + query.encode()
-        self.send_response(200)
+        found = name in files  # robots.txt is not
+        body = files.get(name, b"") + query.encode()
+        self.send_response(200 if found else 404)
         self.send_header("Content-Type", "image/jpeg")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
