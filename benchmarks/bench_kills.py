@@ -159,7 +159,7 @@ def dataset(folder: Path, seed: int, args: argparse.Namespace, peace: "Peace", s
     executor = rng.choice(args.executor)
     out, log = folder / "out", folder / "log"
     code = -1
-    for _ in range(rng.randint(1, 5)):
+    for _ in range(rng.randint(1, args.runs)):
         code = _under_fire(Run(out, executor, log), executor, rng, args, peace.seconds[executor], score)
         if code == 0 or score.kills.total() >= args.kills:
             break
@@ -228,13 +228,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument(
+        "--seconds", type=float, help="what a run takes here; measured, for each executor, if not given"
+    )
+    parser.add_argument("--runs", type=int, default=5, help="under fire, at most, per dataset")
     parser.add_argument("--executor", nargs="+", choices=list(_VICTIMS), default=list(_VICTIMS))
     parser.add_argument("--victim", nargs="+", choices=list(_FIND), default=list(_FIND))
     args = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
     score, begun, failures = Score(), time.monotonic(), 0
     with tempfile.TemporaryDirectory(prefix="faceshards-kills-") as folder:
-        peace = undisturbed(Path(folder), args.executor)
+        peace = undisturbed(Path(folder), args.executor if args.seconds is None else ["local"])
+        if args.seconds is not None:
+            peace.seconds = dict.fromkeys(_VICTIMS, args.seconds)
         print(f"undisturbed: {peace.rows} rows, {len(peace.files)} files, {peace.seconds}", flush=True)
         while score.kills.total() < args.kills:
             place = Path(folder) / str(seed)

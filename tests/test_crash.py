@@ -243,12 +243,12 @@ def kills(*words: str) -> None:
 
 
 def test_a_few_random_kills_change_no_byte():
-    kills("--kills", "2", "--executor", "local")
+    kills("--kills", "2", "--executor", "local", "--runs", "2")
 
 
 @pytest.mark.slow
 def test_a_few_random_kills_on_ray_change_no_byte():
-    kills("--kills", "1", "--executor", "ray")
+    kills("--kills", "1", "--executor", "ray", "--seconds", "15", "--runs", "1")
 
 
 @pytest.mark.slow

@@ -73,9 +73,9 @@ def contents(out: Path | Remote) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((out / "shards").iterdir())}
 
 
-@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.slow)])
-def test_a_run_into_a_bucket_gives_the_bytes_of_a_local_one(out, local, executor):
-    done = make(out, "--executor", executor, "--set", "executor.workers=1")
+@pytest.mark.slow
+def test_a_run_into_a_bucket_gives_the_bytes_of_a_local_one(out, local):
+    done = make(out, "--executor", "ray", "--set", "executor.workers=1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert contents(out) == local
     assert verify(out) == []
