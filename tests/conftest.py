@@ -26,11 +26,6 @@ for _name, _value in {
 _NO_DATA = "FACESHARDS_DATA is not set to a folder with labelled photos and weights"
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One process more than cores: a third of the suite's time is waiting."""
-    return len(os.sched_getaffinity(0)) + 1
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest; skip real-data tests, with a reason, where there is no real data."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
