@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: telemetry off, loopback servers, the real photos where they are given."""
 
 import csv
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -85,3 +88,37 @@ def photo_server(data: Path) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def hostile_web() -> ModuleType:
+    """tests/hostile.py: servers that misbehave, and a resolver that knows only them."""
+    spec = importlib.util.spec_from_file_location("hostile", Path(__file__).with_name("hostile.py"))
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def names(hostile_web: ModuleType) -> Iterator[Any]:
+    """A stub in place of the system's resolver."""
+    stub = hostile_web.Names()
+    stub.install()
+    yield stub
+    stub.remove()
+
+
+@pytest.fixture
+def server(hostile_web: ModuleType) -> Iterator[Any]:
+    """A loopback server that answers by path, and remembers what it was asked for."""
+    made = hostile_web.servers.HostileServer()
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=["native", "img2dataset"])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Each download engine."""
+    return str(request.param)

@@ -18,14 +18,6 @@ _SPEC.loader.exec_module(hostile)
 
 
 @pytest.fixture
-def names():
-    stub = hostile.Names()
-    stub.install()
-    yield stub
-    stub.remove()
-
-
-@pytest.fixture
 def world(names):
     server = hostile.World()
     yield server

@@ -19,24 +19,7 @@ servers = hostile.servers
 says, head = servers.says, servers.head
 
 
-@pytest.fixture(autouse=True)
-def names():
-    stub = hostile.Names()
-    stub.install()
-    yield stub
-    stub.remove()
-
-
-@pytest.fixture
-def server():
-    made = servers.HostileServer()
-    yield made
-    made.close()
-
-
-@pytest.fixture(params=["native", "img2dataset"])
-def engine(request):
-    return request.param
+pytestmark = pytest.mark.usefixtures("names")
 
 
 @pytest.fixture

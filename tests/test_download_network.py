@@ -27,19 +27,7 @@ CERTIFICATE = Path(__file__).with_name("tls.pem")
 """A key and a certificate for tls.test, made for these tests."""
 
 
-@pytest.fixture(autouse=True)
-def names():
-    stub = hostile.Names()
-    stub.install()
-    yield stub
-    stub.remove()
-
-
-@pytest.fixture
-def server():
-    made = servers.HostileServer()
-    yield made
-    made.close()
+pytestmark = pytest.mark.usefixtures("names")
 
 
 @pytest.fixture
@@ -54,11 +42,6 @@ def make():
     yield stage
     for download in made:
         download.close()
-
-
-@pytest.fixture(params=["native", "img2dataset"])
-def engine(request):
-    return request.param
 
 
 def fetch(stage, *urls):

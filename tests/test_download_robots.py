@@ -22,19 +22,7 @@ servers = hostile.servers
 says, redirects = servers.says, servers.redirects
 
 
-@pytest.fixture(autouse=True)
-def names():
-    stub = hostile.Names()
-    stub.install()
-    yield stub
-    stub.remove()
-
-
-@pytest.fixture
-def server():
-    made = servers.HostileServer()
-    yield made
-    made.close()
+pytestmark = pytest.mark.usefixtures("names")
 
 
 @pytest.fixture(params=["native", "img2dataset"])
