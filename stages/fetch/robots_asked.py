@@ -15,16 +15,13 @@ from stages.settings import DownloadSettings
 _ROOM = 16 << 10
 
 
-class Robots:
+class Robots(robots_txt.Asking):
     """Asks each host for its robots.txt before the first of its URLs; used on the loop alone."""
 
     def __init__(self, client: Client, told: DownloadSettings) -> None:
         """Know nothing."""
+        super().__init__(told)
         self._client = client
-        self._told = told.model_copy(update={"max_redirects": robots_txt.MOST_REDIRECTS})
-        self._limit_s = min(robots_txt.LIMIT_S, told.timeout_s)
-        self._name = robots_txt.name_of(told.user_agent)
-        self._said = robots_txt.Said()
         self._asked: dict[Origin, asyncio.Task[Rules | DropReason]] = {}
 
     async def check(self, url: Url) -> None:

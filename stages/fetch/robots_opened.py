@@ -18,16 +18,13 @@ from stages.settings import Settings
 _CHUNK = 64 << 10
 
 
-class Robots:
+class Robots(robots_txt.Asking):
     """Asks each host for its robots.txt before the first of its URLs; safe for threads."""
 
     def __init__(self, settings: Settings) -> None:
         """Know nothing."""
+        super().__init__(settings.download)
         self._settings = settings
-        self._told = settings.download.model_copy(update={"max_redirects": robots_txt.MOST_REDIRECTS})
-        self._limit_s = min(robots_txt.LIMIT_S, self._told.timeout_s)
-        self._name = robots_txt.name_of(self._told.user_agent)
-        self._said = robots_txt.Said()
         self._one_asks = Named(BoundedSemaphore)
 
     def check(self, url: Url) -> None:

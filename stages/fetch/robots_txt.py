@@ -11,6 +11,7 @@ from urllib.parse import quote
 from schemas.drops import DropReason
 from stages.base import Dropped
 from stages.fetch.address import Origin, Url
+from stages.settings import DownloadSettings
 
 PATH = "/robots.txt"
 MOST_BYTES = 500 << 10
@@ -165,6 +166,17 @@ def name_of(user_agent: str) -> str:
     """Our name in robots.txt: the first word of the User-Agent, up to a slash."""
     found = re.match(r"[A-Za-z_-]+", user_agent)
     return found[0].lower() if found else "*"
+
+
+class Asking:
+    """What both engines need to ask for robots.txt files, and what they were told."""
+
+    def __init__(self, told: DownloadSettings) -> None:
+        """Know nothing."""
+        self._told = told.model_copy(update={"max_redirects": MOST_REDIRECTS})
+        self._limit_s = min(LIMIT_S, told.timeout_s)
+        self._name = name_of(told.user_agent)
+        self._said = Said()
 
 
 class Said:
