@@ -12,8 +12,6 @@ from stages.fetch.pool import Pool
 from stages.fetch.response import Response
 from stages.settings import DownloadSettings
 
-_SHARE_OF_DEADLINE = 0.25
-"""For an address that does not answer, where a name has several."""
 _SWITCHING_PROTOCOLS = 101
 
 
@@ -57,7 +55,7 @@ class Client:
     async def _connected(self, url: Url) -> Link:
         places = resolve.permitted(await self._resolver.places(url.host), url.port, self._guard)
         tls_host = url.host if url.scheme == "https" else None
-        return await link.connect(places, url.port, tls_host, _SHARE_OF_DEADLINE * self._told.timeout_s)
+        return await link.connect(places, url.port, tls_host, resolve.SHARE_OF_DEADLINE * self._told.timeout_s)
 
     async def _exchange(self, over: Link, url: Url) -> Response:
         try:

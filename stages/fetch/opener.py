@@ -20,8 +20,6 @@ from stages.fetch.body import Body
 from stages.settings import Settings
 
 _CHUNK = 64 << 10
-_SHARE_OF_DEADLINE = 0.25
-"""For an address that does not answer, where a name has several."""
 _REASONS: tuple[tuple[type[Exception], DropReason], ...] = (
     (TimeoutError, DropReason.TIMEOUT),
     (http.client.RemoteDisconnected, DropReason.CONNECTION_ERROR),
@@ -208,7 +206,7 @@ def _connect(host: str, port: int, guard: Guard, deadline: float) -> socket.sock
         made.deadline = deadline
         try:
             # An address that does not answer leaves time for those after it.
-            made.settimeout(_left(deadline) * (1.0 if last == 0 else _SHARE_OF_DEADLINE))
+            made.settimeout(_left(deadline) * (1.0 if last == 0 else resolve.SHARE_OF_DEADLINE))
             made.connect((place.address, port))
             return made
         except OSError:

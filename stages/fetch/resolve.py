@@ -15,8 +15,8 @@ _FAILED_S = 60.0
 _MOST_HOSTS = 20_000
 _MOST_PLACES = 4
 """Addresses that are tried of one name; an answer may hold hundreds."""
-
-
+SHARE_OF_DEADLINE = 0.25
+"""For an address that does not answer, where a name has several."""
 _MOST_FOUND = 64
 """Addresses that are looked at of one name, to find one that is allowed."""
 
