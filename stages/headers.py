@@ -119,7 +119,7 @@ def sniff(prefix: bytes) -> Header | None:
         return None
     try:
         return _header(format, read_stored(format, prefix))
-    except DECODER_ERRORS:
+    except (*DECODER_ERRORS, Dropped):
         return None
 
 
@@ -137,8 +137,6 @@ def read_header(data: bytes) -> Header:
         stored = Stored(*decoding.header(data)) if format in APART else read_stored(format, data)
     except DECODER_ERRORS as error:
         raise undecodable(format, data, error) from error
-    if stored.mode not in _PLAIN_MODES | DEEP_MODES:
-        raise Dropped(DropReason.UNSUPPORTED_FORMAT)
     return _header(format, stored)
 
 
@@ -163,6 +161,8 @@ def format_of(prefix: bytes) -> str | None:
 
 
 def _header(format: str, stored: Stored) -> Header:
+    if stored.mode not in _PLAIN_MODES | DEEP_MODES:
+        raise Dropped(DropReason.UNSUPPORTED_FORMAT)
     sizes = stored.width, stored.height
     return Header(format, *(sizes[::-1] if stored.orientation >= 5 else sizes))
 

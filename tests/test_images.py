@@ -218,6 +218,10 @@ def test_pixels_that_mean_no_colours_are_unsupported() -> None:
     lab = ImageCms.applyTransform(picture(), to_lab)
     assert lab is not None
     assert reason_of(saved(lab, "TIFF")) == DropReason.UNSUPPORTED_FORMAT
+    twelve_bits = bytearray(saved(picture(), "JPEG"))
+    twelve_bits[twelve_bits.index(b"\xff\xc0") + 4] = 12
+    assert reason_of(bytes(twelve_bits)) == DropReason.UNSUPPORTED_FORMAT
+    assert sniff(bytes(twelve_bits)) is None
 
 
 @pytest.mark.parametrize(
