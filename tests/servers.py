@@ -185,6 +185,12 @@ class HostileServer:
     def close(self) -> None:
         self._listener.close()
 
+    def settle(self) -> None:
+        """Wait until no answer is under way."""
+        until = time.monotonic() + 5
+        while self.answering and time.monotonic() < until:
+            time.sleep(0.01)
+
     def find(self, target: str, request: str) -> Answer:
         return self.answers.get(target, ANSWERS["/404.jpg"])
 

@@ -93,12 +93,6 @@ def row_of(stage, url):
     return stage(rows([url])).to_pylist()[0]
 
 
-def wait_until(condition):
-    until = time.monotonic() + 5
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.01)
-
-
 # What is kept
 
 
@@ -176,7 +170,7 @@ def test_drops_small_image(stage, hostile_server, engine, path):
 @pytest.mark.parametrize("path", ["/small-then-huge.jpg", "/page-then-huge.jpg", "/endless.jpg"])
 def test_a_hopeless_body_is_not_read_to_its_end(stage, hostile_server, engine, path):
     fetch(stage(engine, max_bytes=servers.HUGE * 2 if "then" in path else 2_000_000), hostile_server.url(path))
-    wait_until(lambda: hostile_server.answering == 0)
+    hostile_server.settle()
     assert hostile_server.poured < servers.HUGE / 4
 
 

@@ -205,6 +205,50 @@ def test_and_not_otherwise(make, server, path):
     assert len(counts) == 2
 
 
+def padded(side, size):
+    return servers.jpeg(side).ljust(size, b"\0")
+
+
+@pytest.mark.parametrize(("size", "connections"), [(300_000, 1), (5_000_000, 6)])
+@pytest.mark.parametrize("has_length", [True, False])
+def test_whole_images_come_without_a_pause_between_their_parts(make, server, size, connections, has_length):
+    counts = accepted(server)
+    whole, chunk = padded(1100, size), f"{size:x}\r\n".encode()
+    chunked = head(Transfer_Encoding="chunked") + chunk + whole + b"\r\n0\r\n\r\n"
+    server.answers["/large.jpg"] = says(body=whole) if has_length else lambda link_, _: link_.sendall(chunked)
+    download = make(per_host=1)
+    begun = time.monotonic()
+    assert fetch(download, *[server.url("/large.jpg")] * 6) == [None] * 6
+    assert time.monotonic() - begun < 0.8  # a window that shrinks costs 0.2 s each time
+    assert len(counts) == connections
+
+
+def test_what_a_host_can_push_in_vain_is_little_over_a_used_connection_too(make, server):
+    pushed = []
+
+    def pushes(link_, _):
+        link_.setblocking(False)
+        link_.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        data = head(length=2_000_000) + padded(400, 2_000_000)
+        until = time.monotonic() + 0.3
+        while time.monotonic() < until:
+            try:
+                data = data[link_.send(data) :]
+            except BlockingIOError:
+                time.sleep(0.001)
+            except OSError:
+                break
+        pushed.append(2_000_000 - len(data))
+
+    server.answers |= {"/small.jpg": pushes, "/large.jpg": says(body=padded(1100, 300_000))}
+    download = make()
+    for path in ("/small.jpg", "/large.jpg", "/small.jpg", "/404.jpg", "/small.jpg"):
+        fetch(download, server.url(path))
+    server.settle()
+    assert len(pushed) == 3
+    assert max(pushed) < 150_000
+
+
 def test_what_a_host_sends_unasked_is_no_answer_to_the_next_request(make, server):
     forged = head(length=len(servers.SMALL)) + servers.SMALL
     server.answers["/forged.jpg"] = lambda link_, _: link_.sendall(

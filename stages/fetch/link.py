@@ -15,10 +15,10 @@ from stages.fetch.base import LOCAL_TROUBLE
 from stages.fetch.resolve import Place
 
 _NARROW = 32 << 10
-"""Receive buffer until the header of the image is seen, bytes: all that a server can push at us in vain."""
+"""Receive buffer and window, bytes: what a server can push at us in vain, after at most 64 KiB over a new connection.
+Over such a link 100 ms away come some 300 kB/s: many at a time make up for it."""
 _WIDE = 1 << 20
-"""Receive buffer from then on, bytes. The window itself stays under 64 KiB (its scale is fixed on connecting), so that
-one connection to the other side of the globe carries some 300 kB/s: many at a time make up for it."""
+"""Receive buffer and window for large images, bytes."""
 _SPACE = 8 << 10
 """For the head and what comes with it: enough of the body for a first look, and not much more."""
 _BURST = 16
@@ -47,11 +47,13 @@ class Link:
         self._unheard = 0
         self._reads = 0
         self._tiny = 0
-        self._resting = self._wide = False
+        self._resting = False
         self.space = memoryview(bytearray(_SPACE))
         """For those who hold the link to receive into."""
         self.used = False
         """An answer came over it before."""
+        self.wide = False
+        """It was widened. Windows cannot shrink again without losing packets, and a fifth of a second with them."""
         self.closed = False
 
     async def connect(self, place: Place, port: int, tls_host: str | None) -> None:
@@ -61,11 +63,11 @@ class Link:
             OSError: when that fails.
         """
         self._socket.setblocking(False)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _NARROW)
         try:
             self._socket.connect((place.address, port))
         except BlockingIOError:
             await self._connected()
+        self._buffer(_NARROW)  # not before: the scale of the window is fixed then, and with it the widest one
         if tls_host is not None:
             await self._shake_hands(tls_host)
 
@@ -114,16 +116,14 @@ class Link:
                 await self._writable()
 
     def widen(self) -> None:
-        """Let the server send ahead: what comes is wanted."""
-        self._wide = True
-        self._buffer(_WIDE)
+        """Let the server send ahead: what comes is wanted, and much. Do not use the link again."""
+        if not self.wide:
+            self.wide = True
+            self._buffer(_WIDE)
 
     def rest(self) -> None:
         """Wait for a further request: any byte, and the end, close the link."""
         self.used = self._resting = True
-        if self._wide:
-            self._wide = False
-            self._buffer(_NARROW)
         self._listen()
 
     def wake(self) -> None:

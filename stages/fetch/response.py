@@ -12,6 +12,8 @@ from stages.fetch.link import Link
 
 _READ = 64 << 10
 """Bytes at a time of a promising body that must be decoded."""
+_LARGE = 512 << 10
+"""Bytes still to come, or where nobody said how many: here already, that are worth a connection of their own."""
 _OVERHEAD = 64 << 10
 """Bytes of chunked coding that are free; beyond that it may take a quarter of download.max_bytes."""
 
@@ -56,7 +58,7 @@ class Response:
 
     def close(self) -> None:
         """Let go of the connection."""
-        if self._at_end and self.head.keep:
+        if self._at_end and self.head.keep and not self._link.wide:
             self._give_back(self._link)
         else:
             self._link.close()
@@ -85,11 +87,9 @@ class Response:
         size = len(self._rest) if length is None else min(len(self._rest), length)
         if size:
             sink.feed(self._rest[:size])
-        widened = False
         while size != length:
-            if sink.promising and not widened:
+            if sink.promising and (size if length is None else length - size) > _LARGE:
                 self._link.widen()
-                widened = True
             with sink.room() as room:
                 count = await self._link.receive(room)
             if not count:
@@ -117,16 +117,19 @@ class Response:
     async def _wire(self, sink: Sink) -> AsyncIterator[bytes]:
         """The bytes as they come over the wire, up to the Content-Length or the end of the connection."""
         left = self.head.length if self.head.length is not None else self._max_bytes * 5 // 4 + _OVERHEAD
-        data, space = self._rest, self._link.space
+        data, space, size = self._rest, self._link.space, 0
         while True:
             if data:
                 yield data[:left]
                 left -= len(data)
+                size += len(data)
             if left <= 0:
                 self._at_end = left == 0
                 break
             if sink.promising and len(space) < _READ:
                 space = memoryview(bytearray(_READ))
+            if sink.promising and (size if self.head.length is None else left) > _LARGE:
+                self._link.widen()
             count = await self._link.receive(space[:left])
             if not count:
                 return
