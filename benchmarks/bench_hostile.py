@@ -10,7 +10,6 @@ lost, when a URL was asked for after a refusal, or when memory grew beyond --mos
 """
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
@@ -28,9 +27,8 @@ from schemas.columns import LEDGER, SEED, schema
 from stages.download import Download
 from stages.settings import DownloadSettings, Settings
 
-_SPEC = importlib.util.spec_from_file_location("hostile", Path(__file__).parents[1] / "tests" / "hostile.py")
-hostile = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(hostile)
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import hostile
 
 BATCH, AHEAD = 64, 32
 

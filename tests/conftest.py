@@ -1,7 +1,6 @@
 """Fixtures shared by all tests: telemetry off, loopback servers, the real photos where they are given."""
 
 import csv
-import importlib.util
 import os
 import subprocess
 import sys
@@ -10,10 +9,16 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
+import hostile
+import hypothesis
 import pytest
+import servers
+
+# The suite tries the same examples each time: what turns red was changed. New ones are looked for with
+# --hypothesis-profile=default, which is asked for or not, but never waits in ambush.
+hypothesis.settings.register_profile("suite", derandomize=True)
+hypothesis.settings.load_profile("suite")
 
 for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -90,30 +95,19 @@ def photo_server(data: Path) -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.fixture(scope="session")
-def hostile_web() -> ModuleType:
-    """tests/hostile.py: servers that misbehave, and a resolver that knows only them."""
-    spec = importlib.util.spec_from_file_location("hostile", Path(__file__).with_name("hostile.py"))
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def names(hostile_web: ModuleType) -> Iterator[Any]:
+def names() -> Iterator[hostile.Names]:
     """A stub in place of the system's resolver."""
-    stub = hostile_web.Names()
+    stub = hostile.Names()
     stub.install()
     yield stub
     stub.remove()
 
 
 @pytest.fixture
-def server(hostile_web: ModuleType) -> Iterator[Any]:
+def server() -> Iterator[servers.HostileServer]:
     """A loopback server that answers by path, and remembers what it was asked for."""
-    made = hostile_web.servers.HostileServer()
+    made = servers.HostileServer()
     yield made
     made.close()
 

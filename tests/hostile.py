@@ -6,21 +6,15 @@ and all its URLs behave that way.
 
 import errno
 import gzip
-import importlib.util
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
-_SPEC = importlib.util.spec_from_file_location("servers", Path(__file__).with_name("servers.py"))
-servers = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(servers)
-head, says, breaks_off, drips, pours, redirects = (
-    getattr(servers, name) for name in ("head", "says", "breaks_off", "drips", "pours", "redirects")
-)
+import servers
+from servers import breaks_off, drips, head, pours, redirects, says
 
 TIMEOUT_S = 1.5
 MAX_BYTES = 2_000_000

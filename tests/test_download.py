@@ -1,14 +1,13 @@
 import errno
 import hashlib
-import importlib.util
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import servers
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -20,10 +19,6 @@ from stages.base import DROP
 from stages.download import Download
 from stages.fetch.address import Guard
 from stages.settings import DownloadSettings, Settings
-
-_SPEC = importlib.util.spec_from_file_location("servers", Path(__file__).with_name("servers.py"))
-servers = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(servers)
 
 NATIVE, IMG2DATASET = "native", "img2dataset"
 PRIVATE = {"intranet.test": "10.0.0.1", "metadata.test": "169.254.169.254", "mapped.test": "::ffff:192.168.0.1"}

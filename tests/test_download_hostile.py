@@ -1,20 +1,15 @@
 """The hostile web in small: every behaviour of tests/hostile.py through the real stage. benchmarks/bench_hostile.py
 does the same with 100,000 rows."""
 
-import importlib.util
 from collections import Counter
-from pathlib import Path
 
+import hostile
 import pyarrow as pa
 import pytest
 
 from stages.base import DROP
 from stages.download import Download
 from stages.settings import DownloadSettings, Settings
-
-_SPEC = importlib.util.spec_from_file_location("hostile", Path(__file__).with_name("hostile.py"))
-hostile = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(hostile)
 
 
 @pytest.fixture

@@ -1,21 +1,16 @@
 """Hosts that fail, ask for rest, or drip: what they cost themselves, and what they must not cost the others."""
 
-import importlib.util
 import time
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import servers
 
 from stages.base import DROP
 from stages.download import Download
 from stages.fetch import hosts
 from stages.settings import DownloadSettings, Settings
 
-_SPEC = importlib.util.spec_from_file_location("hostile", Path(__file__).with_name("hostile.py"))
-hostile = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(hostile)
-servers = hostile.servers
 says, head = servers.says, servers.head
 
 

@@ -1,7 +1,6 @@
 """The native engine's connections: TLS, names, addresses, connections that are used again, floods; img2dataset's too
 where it makes a promise."""
 
-import importlib.util
 import os
 import socket
 import ssl
@@ -9,8 +8,10 @@ import threading
 import time
 from pathlib import Path
 
+import hostile
 import pyarrow as pa
 import pytest
+import servers
 
 from schemas.drops import DropReason
 from stages.base import DROP
@@ -18,10 +19,6 @@ from stages.download import Download
 from stages.fetch import link, opener, resolve
 from stages.settings import DownloadSettings, Settings
 
-_SPEC = importlib.util.spec_from_file_location("hostile", Path(__file__).with_name("hostile.py"))
-hostile = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(hostile)
-servers = hostile.servers
 says, head = servers.says, servers.head
 CERTIFICATE = Path(__file__).with_name("tls.pem")
 """A key and a certificate for tls.test, made for these tests."""

@@ -1,13 +1,12 @@
 import csv
 import gzip
 import hashlib
-import importlib.util
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import servers
 
 from schemas.drops import DropReason
 from schemas.errors import SourceError
@@ -15,10 +14,6 @@ from stages.base import DROP
 from stages.download import Download
 from stages.fetch.removed import Removed, identity
 from stages.settings import DownloadSettings, Settings
-
-_SPEC = importlib.util.spec_from_file_location("servers", Path(__file__).with_name("servers.py"))
-servers = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(servers)
 
 URL, OTHER, THIRD = "http://a.test/x%2F.jpg?a=1", "https://b.test/ü.jpg", "http://c.test/"
 SHA = hashlib.sha256(b"x").hexdigest()

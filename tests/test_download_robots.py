@@ -1,13 +1,13 @@
 """What sites ask for: robots.txt before the first request, and no request after a refusal."""
 
-import importlib.util
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
+import hostile
 import pyarrow as pa
 import pytest
+import servers
 
 from schemas.drops import DropReason
 from stages.base import DROP
@@ -15,10 +15,6 @@ from stages.download import Download
 from stages.fetch import robots_txt
 from stages.settings import DownloadSettings, Settings
 
-_SPEC = importlib.util.spec_from_file_location("hostile", Path(__file__).with_name("hostile.py"))
-hostile = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(hostile)
-servers = hostile.servers
 says, redirects = servers.says, servers.redirects
 
 

@@ -1,11 +1,11 @@
 """`pack.embeddings = false`: shards without a number that describes a face."""
 
-import importlib.util
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
+import fake_shards as fake
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,10 +27,6 @@ from stages.embed_face import EmbedFace
 from stages.embed_image import EmbedImage
 from stages.images import encode_png
 from stages.settings import Settings
-
-_SPEC = importlib.util.spec_from_file_location("fake_shards", Path(__file__).with_name("fake_shards.py"))
-fake = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(fake)
 
 SETTINGS = {"models": {"face_embedder": "lbp", "image_embedder": "patches"}, "pack": {"embeddings": False}}
 

@@ -1,12 +1,12 @@
 """Encode: what is written equals what the stock pipelines compute; nothing asked means nothing loaded."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import fake_dataset as fake
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -27,10 +27,6 @@ from stages.encode import Encode, cut, place
 from stages.images import decode_jpeg
 from stages.models.torch_backend import prepare
 from stages.settings import ModelSettings
-
-_SPEC = importlib.util.spec_from_file_location("fake_dataset", Path(__file__).with_name("fake_dataset.py"))
-fake = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(fake)
 
 BASES = ("tiny", "tiny-sdxl")
 ROWS = [fake.record("a", row) for row in range(3)]

@@ -1,10 +1,10 @@
 """The list form: what the published scripts would read from it, and what is refused."""
 
-import importlib.util
 import json
 import pickle
 from pathlib import Path
 
+import fake_dataset as fake
 import numpy as np
 import pytest
 import torch
@@ -16,10 +16,6 @@ from pipeline.unpack import unpack
 from schemas.errors import CorruptShardError, OutputError
 from schemas.shard import decode_npy
 from stages.images import decode_jpeg
-
-_SPEC = importlib.util.spec_from_file_location("fake_dataset", Path(__file__).with_name("fake_dataset.py"))
-fake = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(fake)
 
 ALL_ABSENT = {name: {"absent": "too small"} for name in ("portrait", "half", "full")}
 

@@ -1,7 +1,6 @@
 """Take-downs: what goes, what stays, that nothing tells of it, and that a kill at any moment leaves no half of it."""
 
 import fcntl
-import importlib.util
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import fake_dataset as fake
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -30,10 +30,6 @@ from pipeline.verify import verify
 from schemas.columns import LEDGER_SCHEMA, SEED_SCHEMA
 from schemas.errors import CorruptShardError, OutputError
 from stages.images import encode_jpeg
-
-_SPEC = importlib.util.spec_from_file_location("fake_dataset", Path(__file__).with_name("fake_dataset.py"))
-fake = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(fake)
 
 FIRST, SECOND = "a-00000", "a-00001"
 KEPT_URL, DEAD_URL = "http://photos.example/a/0.jpg", "http://photos.example/a/3.jpg"

@@ -1,10 +1,10 @@
-import importlib.util
 import io
 import json
 import shutil
 from functools import partial
 from pathlib import Path
 
+import fake_dataset as fake
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,10 +16,6 @@ from schemas.errors import ContractError, CorruptShardError, OutputError
 from stages import STAGES
 from stages.filter import judge
 from stages.settings import FilterSettings
-
-_SPEC = importlib.util.spec_from_file_location("fake_dataset", Path(__file__).with_name("fake_dataset.py"))
-fake = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(fake)
 
 
 @pytest.fixture(scope="module")

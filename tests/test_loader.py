@@ -1,6 +1,5 @@
 """The loader: every sample once, in a known order, resumable at every batch; batches are what they say."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +11,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+import fake_shards as fake
 import fsspec
 import numpy as np
 import pytest
@@ -21,12 +21,6 @@ from pipeline.loader import Batch, Dataset, ShardLoader, open_dataset
 from pipeline.training.settings import TrainConfig
 from schemas.errors import ConfigError, CorruptShardError, SourceError
 from schemas.shard import encode_npy
-
-_SPEC = importlib.util.spec_from_file_location("fake_shards", Path(__file__).with_name("fake_shards.py"))
-assert _SPEC
-assert _SPEC.loader
-fake: Any = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(fake)
 
 ID = ("arcface",)
 ALL = ("arcface", "hidden")

@@ -1,11 +1,11 @@
 """Opening datasets: what is refused, and with which sentence."""
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fake_shards as fake
 import fsspec
 import numpy as np
 import pytest
@@ -16,12 +16,6 @@ from pipeline.loader import first_faces, open_dataset, plan_reading, require, un
 from pipeline.training.settings import DataSettings, TrainConfig
 from schemas.errors import CorruptShardError, SourceError
 from schemas.shard import Manifest, dataset_digest
-
-_SPEC = importlib.util.spec_from_file_location("fake_shards", Path(__file__).with_name("fake_shards.py"))
-assert _SPEC
-assert _SPEC.loader
-fake: Any = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(fake)
 
 DATA = DataSettings()
 BY_SIZE = DataSettings(verify="size")

@@ -1,10 +1,9 @@
 """What is drawn for a sample: crops in balance, places that hold the face, points that follow."""
 
-import importlib.util
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
+import fake_shards as fake
 import numpy as np
 import pytest
 from hypothesis import given
@@ -17,12 +16,6 @@ from pipeline.loader.tars import Raw, Shard
 from pipeline.training.settings import CropWeights, TrainConfig
 from schemas.buckets import buckets, fit
 from schemas.errors import CorruptShardError
-
-_SPEC = importlib.util.spec_from_file_location("fake_shards", Path(__file__).with_name("fake_shards.py"))
-assert _SPEC
-assert _SPEC.loader
-fake: Any = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(fake)
 
 SHARD = Shard("out", "a-00000", "out/shards/a-00000.tar", 1)
 

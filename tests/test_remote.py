@@ -1,12 +1,12 @@
 """OUT behind an fsspec URL: equal bytes, the manifest last without any rename, and what a store that fails leaves."""
 
 import errno
-import importlib.util
 import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import fake_dataset as fake
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -20,12 +20,6 @@ from pipeline.run import make_dataset, prepared
 from pipeline.storage import Draft, Remote, kept, local, place, sizes, write
 from pipeline.verify import verify
 from schemas.errors import ExitCode, LostError, OutputError
-
-_SPEC = importlib.util.spec_from_file_location("fake_dataset", Path(__file__).with_name("fake_dataset.py"))
-assert _SPEC
-assert _SPEC.loader
-fake = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(fake)
 
 
 class StoreFS(MemoryFileSystem):

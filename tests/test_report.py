@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import re
 import shutil
@@ -6,6 +5,7 @@ import urllib.parse
 from html.parser import HTMLParser
 from pathlib import Path
 
+import fake_dataset as fake
 import numpy as np
 import pytest
 
@@ -16,10 +16,6 @@ from schemas.drops import DropReason
 from schemas.errors import CorruptShardError, OutputError
 from schemas.shard import Manifest
 from stages.images import encode_jpeg
-
-_SPEC = importlib.util.spec_from_file_location("fake_dataset", Path(__file__).with_name("fake_dataset.py"))
-fake = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(fake)
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 EVIL = "<script>alert('x')</script>\"'><img src=http://evil.example/x onerror=y>&amp;\u202e{{ 7*7 }}"

@@ -1,11 +1,11 @@
 """The features of "no face": what they are, when they are written, and that damage is found."""
 
-import importlib.util
 import json
 import shutil
 import time
 from pathlib import Path
 
+import fake_dataset as fake
 import numpy as np
 import pytest
 import torch
@@ -22,10 +22,6 @@ from schemas.shard import UNCONDITIONAL
 from stages.models.base import backend
 from stages.models.torch_backend import prepare
 from stages.settings import ModelSettings
-
-_SPEC = importlib.util.spec_from_file_location("fake_dataset", Path(__file__).with_name("fake_dataset.py"))
-fake = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(fake)
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 14, "image_size": 224}
 

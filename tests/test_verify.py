@@ -1,11 +1,11 @@
 import hashlib
-import importlib.util
 import io
 import json
 import shutil
 import tarfile
 from pathlib import Path
 
+import fake_dataset as fake
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,10 +22,6 @@ from schemas.columns import LEDGER_SCHEMA
 from schemas.errors import OutputError
 from schemas.shard import UNCONDITIONAL, Manifest, digest, encode_npy
 from stages.images import encode_jpeg, encode_png
-
-_SPEC = importlib.util.spec_from_file_location("fake_dataset", Path(__file__).with_name("fake_dataset.py"))
-fake = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(fake)
 
 SHARD, FIRST = "a-00000", "a-000000000"
 
