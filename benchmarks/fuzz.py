@@ -3,8 +3,9 @@
 python benchmarks/fuzz.py [--inputs 120000] [--seed 0] [--target NAME]      all targets, in processes of 1,000 inputs
 python benchmarks/fuzz.py --target png --only 4711                          one input again, with its traceback
 
-Input n of a target depends on its name and n alone: a finding names both. What a target may raise stands in fuzz_targets.py;
-anything else is a finding, and so is an input that takes over 2 s of processor time, or a process that dies.
+Input n of a target depends on its name and n alone: a finding names both. What a target may raise stands in
+fuzz_targets.py; anything else is a finding, and so is an input that takes over 2 s of processor time, or a process
+that dies.
 """
 
 import argparse
