@@ -130,7 +130,7 @@ class Run:
             raise Failure(f"{len(left)} processes outlived it by {_ORPHANS_S:g} s: {titles}")
         text = self.log.read_text()
         # Ray ends the process of a driver that is just being registered with a node that dies: nobody can prevent it.
-        by_ray = code == 1 and "core_worker_process.cc" in text
+        by_ray = code == 1 and ("core_worker_process.cc" in text or "rpc_client.h" in text)
         if (code not in (0, 3, -9) and not by_ray) or "Traceback" in text:
             raise Failure(f"it ended with {code}:\n{text[-4000:]}")
         return code

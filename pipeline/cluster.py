@@ -12,10 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import (
     LocalRayletDiedError,
@@ -27,6 +28,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from pipeline.config import ExecutorSettings
 from pipeline.plan import Plan, Pool
 from pipeline.publish import Output
 from pipeline.runner import Rows, apply_all
@@ -56,26 +58,12 @@ def started(plan: Plan) -> Iterator[None]:
 
     Raises:
         PlanError: when the cluster cannot be reached, or has fewer CPUs or GPUs than the plan's pools need.
+        LostError: when a local one cannot be started.
     """
-    executor = plan.config.executor
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    try:
-        if executor.ray_address:
-            _require_reachable(executor.ray_address)
-            ray.init(address=executor.ray_address, **quiet)
-        else:
-            ray.init(
-                address="local",
-                num_cpus=executor.workers + executor.gpus,
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",
-                **quiet,
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise PlanError(f"Ray could not be started or joined: {str(error).splitlines()[0]}.") from error
     done = threading.Event()
     threading.Thread(target=_end_without_node, args=(done,), name="node guard", daemon=True).start()
     try:
+        _start(plan.config.executor)
         _require_resources(plan.pools())
         yield
     finally:
@@ -83,8 +71,28 @@ def started(plan: Plan) -> Iterator[None]:
         done.set()
 
 
+def _start(executor: ExecutorSettings) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if executor.ray_address:
+        try:
+            _require_reachable(executor.ray_address)
+            ray.init(address=executor.ray_address, **quiet)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise PlanError(f"Ray could not be joined: {_first_line(error)}.") from error
+    else:
+        cpus = executor.workers + executor.gpus
+        try:
+            ray.init("local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+        except Exception as error:  # it raises no more special one when a process of its node does not start
+            raise LostError(f"Ray could not be started: {_first_line(error)}.") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
+
+
 def _end_without_node(done: threading.Event) -> None:
-    """End the process when its node died and the main thread does not hear of it, since it waits within Ray.
+    """End the process when its node died and the main thread does not hear of it, since it waits within Ray, or for it.
 
     Ray would wait for a minute, and then end the process without a word to the user, and with exit code 1.
     """
@@ -254,7 +262,17 @@ def _require_node() -> None:
 
 def _node_is_dead() -> bool:
     node = ray._private.worker._global_node  # nothing public tells
-    return node is not None and bool(node.head) and any(kind in _NODE for kind, _ in node.dead_processes())
+    if node is None:
+        return _died_at_birth()
+    return bool(node.head) and any(kind in _NODE for kind, _ in node.dead_processes())
+
+
+def _died_at_birth() -> bool:
+    """Whether a process of a node that is still being started ended: its parent has not asked for it yet."""
+    with suppress(psutil.Error):
+        children = psutil.Process().children()
+        return any(child.name() in _NODE and child.status() == psutil.STATUS_ZOMBIE for child in children)
+    return False
 
 
 def _actor(plan: Plan, pool: Pool) -> Any:

@@ -185,7 +185,9 @@ def hanging(out: Path, module: str, name: str, how: str = "time.sleep(10_000)", 
     return [sys.executable, "-c", HANG.format(module=module, name=name, how=how, method="__call__", words=words)]
 
 
-@pytest.mark.parametrize(("module", "name"), [("download", "Download"), ("pack", "Pack")])
+@pytest.mark.parametrize(
+    ("module", "name"), [("download", "Download"), pytest.param("pack", "Pack", marks=pytest.mark.long)]
+)
 def test_a_stage_that_hangs_costs_its_shard_and_no_other(whole, tmp_path, module, name):
     begun = time.monotonic()
     done = subprocess.run(hanging(tmp_path, module, name), capture_output=True, text=True, check=False, timeout=120)
@@ -270,6 +272,30 @@ with cluster.started(make_plan(load_config(None, [], shards="sample", executor="
     assert (done.returncode, done.stderr.count("The Ray node of this run died")) == (3, 1), done.stderr
     assert "Traceback" not in done.stderr
     assert time.monotonic() - begun < 40
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_while_it_starts_ends_the_run_with_a_sentence():
+    script = """
+import threading, time
+import psutil
+from pipeline import cluster
+from pipeline.config import load_config
+from pipeline.plan import make_plan
+def kill():
+    while not (found := [child for child in psutil.Process().children() if child.name() == "raylet"]):
+        time.sleep(0.01)
+    found[0].kill()
+cluster._HEARD_S = 1
+threading.Thread(target=kill, daemon=True).start()
+with cluster.started(make_plan(load_config(None, [], shards="sample", executor="ray"))):
+    raise AssertionError("it started all the same")
+"""
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=100)
+    assert (done.returncode, done.stderr.count("The Ray node of this run died")) == (3, 1), done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - begun < 30  # Ray itself waits for as long
 
 
 def workers(driver: int, title: str) -> list[psutil.Process]:

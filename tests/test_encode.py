@@ -308,7 +308,7 @@ def test_a_run_writes_all_that_was_asked_for_and_it_verifies(made):
         assert set(json.loads(sample.files["json"])["targets"]["latents"]) == crops
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ray_makes_the_same_bytes(made, tmp_path):
     done = dataset(tmp_path, "--executor", "ray", "--set", "executor.workers=1", "--set", "executor.batch_rows=3")
     assert done.returncode == 0, done.stdout + done.stderr
