@@ -1,5 +1,6 @@
 """Published tars back to samples, one at a time; of damaged ones, what is left."""
 
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -88,12 +89,14 @@ class _Member(NamedTuple):
 def _members(tar: IO[bytes]) -> Iterator[_Member]:
     """Each file whose header is whole; between two of them, block after block is tried."""
     name, clean = "", True
+    whole = tar.seek(0, os.SEEK_END)
+    tar.seek(0)
     while len(block := tar.read(tarfile.BLOCKSIZE)) == tarfile.BLOCKSIZE:
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError:
             continue
-        data = tar.read(max(info.size, 0))
+        data = tar.read(min(max(info.size, 0), whole - tar.tell()))  # as much memory as is asked for is taken at once
         padding = bytes(-len(data) % tarfile.BLOCKSIZE)
         clean = tar.read(len(padding)) == padding and len(data) == info.size and clean
         if info.type == tarfile.XHDTYPE:  # it holds the next file's name, where that is a long one

@@ -1,5 +1,7 @@
 """A few seconds of benchmarks/fuzz.py; the long run is a command, its result in docs/LOG.md."""
 
+import subprocess
+import sys
 import time
 
 import fuzz
@@ -22,6 +24,15 @@ def test_damaged_bytes_end_in_what_the_reader_may_raise(name, tmp_path, capfd):
             break
     assert number > 0
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("number", [500041, 502020])
+def test_statistics_of_another_schema_do_not_end_the_process(number):
+    """pyarrow calls std::terminate when it is asked for such a column's metadata."""
+    words = [sys.executable, fuzz.__file__, "--target", "parquet", "--only", str(number)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split()[0] in ("ok", "SourceError")
 
 
 def test_inputs_depend_on_their_number_alone_and_most_are_damaged():

@@ -5,7 +5,8 @@ import tracemalloc
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pipeline.unpack import unpack
+from pipeline.loader.tars import Shard, samples
+from pipeline.unpack import salvage, unpack
 from schemas.errors import CorruptShardError
 
 
@@ -55,6 +56,25 @@ def test_a_tar_that_is_cut_off(tmp_path, length):
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(CorruptShardError, match=r"x\.tar: not a readable tar"):
         list(unpack(path))
+
+
+@pytest.mark.parametrize("size", [10**9, 2**40, 2**62])
+def test_a_file_that_claims_more_than_there_is_takes_no_memory(tmp_path, size):
+    path = tar_of(tmp_path / "a-00000.tar", [("a-000000000.json", b"{}")])
+    claims = tarfile.TarInfo("a-000000000.json")
+    claims.size = size
+    path.write_bytes(claims.tobuf(tarfile.GNU_FORMAT) + path.read_bytes()[512:])
+    tracemalloc.start()
+    try:
+        with pytest.raises(CorruptShardError, match="unexpected end of data"):
+            list(unpack(path))
+        with pytest.raises(CorruptShardError, match="unexpected end of data"):
+            list(samples(Shard("x", "a-00000", str(path), 1), 0, 1, lambda suffix: True))
+        (found,) = salvage(path)
+        assert (found.key, found.clean) == ("a-000000000", False)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_tar_that_is_not_there(tmp_path):

@@ -1,5 +1,6 @@
 """Tars to undecoded samples: only the files that are asked for are read, all others are skipped by a seek."""
 
+import os
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from schemas.errors import CorruptShardError
 _BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError)
 """What tarfile raises for bytes that are no such tar."""
 _REQUIRED = "json"
+_LARGE = 64 << 20
+"""Whether so many bytes are there at all is asked before they are read: their memory would be taken at once."""
 
 
 class Shard(NamedTuple):
@@ -118,6 +121,8 @@ def _members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 
 def _read(stream: BinaryIO, span: Span) -> bytes:
+    if span.size > _LARGE and span.size > stream.seek(0, os.SEEK_END) - span.offset:
+        raise EOFError("unexpected end of data")
     stream.seek(span.offset)
     data = stream.read(span.size)
     if len(data) != span.size:

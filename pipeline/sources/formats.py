@@ -19,7 +19,7 @@ from schemas.errors import SourceError
 EXTENSIONS = ".parquet, .csv[.gz], .tsv[.gz], .jsonl[.gz]"
 BATCH_ROWS = 32_768
 _BUFFER = 4 << 20
-_CHUNK = 32 << 20
+_GROUP = 64 << 20
 _CSV_BLOCK = 8 << 20
 _PROBE_LINES = 100
 
@@ -84,12 +84,12 @@ def read_parquet(path: str, aliases: Mapping[str, tuple[str, ...]] = ALIASES) ->
 
 
 def _buffering(file: Any) -> dict[str, Any]:
-    """Small chunks are read whole: behind a buffer, a damaged page gets whatever 2 GB it claims to need."""
+    """Small groups are read whole: behind a buffer, a damaged page gets whatever 2 GB it claims to need."""
     footer = pq.read_metadata(file)
-    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
-    chunks = [group.column(number).total_compressed_size for group in groups for number in range(group.num_columns)]
+    # Not column by column: pyarrow ends the process when it meets damaged statistics there.
+    sizes = [footer.row_group(number).total_byte_size for number in range(footer.num_row_groups)]
     # pre_buffer, on by default, would fetch whole column chunks in spite of the buffer size.
-    return {"pre_buffer": False, **({"buffer_size": _BUFFER} if max(chunks, default=0) > _CHUNK else {})}
+    return {"pre_buffer": False, **({"buffer_size": _BUFFER} if max(sizes, default=0) > _GROUP else {})}
 
 
 def probe_parquet(path: str) -> tuple[list[str], int]:
