@@ -207,7 +207,9 @@ class ShardWriter:
             self._drafts.close()
         if self._half_put:
             with contextlib.suppress(OSError):
-                self._output.remove(self._shard)
+                # Interrupted right after the manifest got its name, it is whole, and others may have seen it.
+                if not self._place("json").exists():
+                    self._output.remove(self._shard)
 
     def add_tombstones(self, ledger: pa.Table) -> None:
         """Add ledger rows that were dropped before any batch was made."""

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import storage
 from pipeline.atomic import write_atomically
 from pipeline.config import load_config
 from pipeline.plan import make_plan
@@ -89,6 +90,19 @@ def test_an_error_in_the_middle_leaves_nothing(tmp_path, plan):
         with pytest.raises(KeyError), ShardWriter(output, "p-00000", plan) as writer:
             writer.add(Rows.living(kept([0]).alive.drop_columns(["face"])))
         assert list(output.shards.iterdir()) == []
+
+
+def test_an_interrupt_right_after_the_manifest_got_its_name_takes_no_shard_back(tmp_path, plan, monkeypatch):
+    def interrupted(file, data):
+        write_atomically(file, data)
+        if file.name == "p-00000.json":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage, "write_atomically", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        publish(Output(tmp_path), plan)
+    assert Output(tmp_path).is_done("p-00000", plan)
+    assert not list(tmp_path.rglob(".tmp-*"))
 
 
 def test_done_means_a_manifest_of_this_plan_and_files_of_its_lengths(tmp_path, plan):
