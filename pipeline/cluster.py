@@ -35,7 +35,7 @@ from pipeline.runner import Rows, apply_all
 from pipeline.shard import Event, Finished, Worker, load, make_shard, windowed
 from pipeline.source import Seeds
 from pipeline.watchdog import overdue
-from schemas.errors import ExitCode, LostError, PlanError, ShardError
+from schemas.errors import ExitCode, LostError, PlanError, ShardError, first_line
 
 _RETRIES = 3
 """Further attempts at a batch whose actor died, and at a shard whose task did."""
@@ -78,17 +78,13 @@ def _start(executor: ExecutorSettings) -> None:
             _require_reachable(executor.ray_address)
             ray.init(address=executor.ray_address, **quiet)
         except (OSError, ValueError, RuntimeError) as error:
-            raise PlanError(f"Ray could not be joined: {_first_line(error)}.") from error
+            raise PlanError(f"Ray could not be joined: {first_line(error)}.") from error
     else:
         cpus = executor.workers + executor.gpus
         try:
             ray.init("local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
         except Exception as error:  # it raises no more special one when a process of its node does not start
-            raise LostError(f"Ray could not be started: {_first_line(error)}.") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0].rstrip(".")
+            raise LostError(f"Ray could not be started: {first_line(error)}.") from error
 
 
 def _end_without_node(done: threading.Event) -> None:

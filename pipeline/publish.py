@@ -21,10 +21,9 @@ from pipeline.forgotten import Forgotten, finish, load
 from pipeline.ledger import counts
 from pipeline.plan import Plan
 from pipeline.runner import Rows, tombstones
-from pipeline.sources.files import first_line
 from pipeline.storage import Draft, Place, Remote
 from schemas.columns import KEPT, LEDGER_SCHEMA
-from schemas.errors import CorruptShardError, OutputError, ShardError
+from schemas.errors import CorruptShardError, OutputError, ShardError, first_line
 from schemas.shard import DATASET, SUFFIXES, Manifest, sample_files
 from stages.images import thumbnail
 

@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.atomic import TEMPORARY, sync, sync_folder, write_atomically
-from pipeline.sources.files import first_line, locate, unreadable
-from schemas.errors import LostError, OutputError, SourceError
+from pipeline.sources.files import locate, unreadable
+from schemas.errors import LostError, OutputError, SourceError, first_line
 
 _BLOCK_BYTES = 2**24
 """Read ahead over a network: a request per 16 MiB."""

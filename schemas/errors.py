@@ -67,3 +67,9 @@ class CorruptShardError(FaceShardsError):
 
 class ContractError(FaceShardsError):
     """A stage returned other columns, rows or reasons than it declares."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message without its full stop, or its type when it has none."""
+    text = str(error).strip().split("\n", 1)[0].rstrip(" .")
+    return text or type(error).__name__

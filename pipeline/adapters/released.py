@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.adapters.base import Kind, Variant
 from pipeline.atomic import replace_atomically, write_atomically
-from schemas.errors import FaceShardsError, SourceError
+from schemas.errors import FaceShardsError, SourceError, first_line
 
 _PARTS = ("image_proj", "ip_adapter")
 _LORA_LAYERS = {"to_q_lora": "to_q", "to_k_lora": "to_k", "to_v_lora": "to_v", "to_out_lora": "to_out_0"}
@@ -116,8 +116,7 @@ def read_released(path: Path) -> dict[str, Tensor]:
         reason = "it is damaged, or holds pickled objects that are no tensors, which are never loaded"
         raise SourceError(f"{path} cannot be read as an adapter: {reason}.") from error
     except _DAMAGED as error:
-        first = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        raise SourceError(f"{path} cannot be read as an adapter: {first}.") from error
+        raise SourceError(f"{path} cannot be read as an adapter: {first_line(error)}.") from error
 
 
 def _flat(nested: Any) -> dict[str, Tensor]:

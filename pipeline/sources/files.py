@@ -14,7 +14,7 @@ import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from schemas.errors import SourceError
+from schemas.errors import SourceError, first_line
 
 UNREADABLE = (OSError, EOFError, ValueError, zlib.error, tarfile.TarError, csv.Error, pa.ArrowException)
 """What unreadable, truncated or corrupt files raise, in all formats that are read here; ValueError: text and URLs."""
@@ -45,12 +45,6 @@ def reading(path: str) -> Iterator[None]:
         yield
     except unreadable() as error:
         raise SourceError(f"{path} cannot be read: {first_line(error)}.") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message without its full stop, or its type when it has none."""
-    text = str(error).strip().split("\n", 1)[0].rstrip(" .")
-    return text or type(error).__name__
 
 
 def locate(path: str) -> tuple[Any, str]:

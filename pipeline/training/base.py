@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline.bases import BaseSource, Kind
-from schemas.errors import WeightsError
+from schemas.errors import WeightsError, first_line
 
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
@@ -101,8 +101,7 @@ class Base:
         try:
             return cls.from_pretrained(str(self.source.folder / part), local_files_only=True, **options)
         except _UNREADABLE as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise self._unusable(cls, part, first.rstrip(" .")) from error
+            raise self._unusable(cls, part, first_line(error)) from error
 
     def _unusable(self, cls: Any, part: str, why: str) -> WeightsError:
         folder = self.source.folder

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from pipeline.training.objective import Noised, predicted_clean
 from pipeline.training.settings import ObjectiveSettings
-from schemas.errors import ConfigError, WeightsError
+from schemas.errors import ConfigError, WeightsError, first_line
 
 if TYPE_CHECKING:
     from pipeline.loader import Batch
@@ -167,6 +167,7 @@ def _recogniser(path: Path) -> nn.Module:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state, strict=True, assign=True)
     except _NOT_WEIGHTS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path} is not recognition_arcface_ir_se50.pth ({reason}): fetch {WEIGHTS_URL}.") from error
+        raise WeightsError(
+            f"{path} is not recognition_arcface_ir_se50.pth ({first_line(error)}): fetch {WEIGHTS_URL}."
+        ) from error
     return model.float().eval().requires_grad_(False)

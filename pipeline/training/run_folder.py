@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.atomic import TEMPORARY, sync, sync_folder, write_atomically
-from schemas.errors import OutputError
+from schemas.errors import OutputError, first_line
 
 _STEP = "step-"
 _ADAPTER, _AVERAGE, _STATE, _RUN = "adapter.safetensors", "average.safetensors", "state.pt", "run.json"
@@ -126,7 +126,7 @@ class RunFolder:
                 raise ValueError(f"{_AVERAGE} is missing")
         except Exception as error:  # whatever the readers of damaged files raise; told and raised on
             raise OutputError(
-                f"The checkpoint {folder} cannot be read ({_first_line(error)}): remove it, then resume."
+                f"The checkpoint {folder} cannot be read ({first_line(error)}): remove it, then resume."
             ) from error
         return weights, average, state
 
@@ -146,7 +146,7 @@ def writing(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:  # what Python, safetensors and torch raise
-        reason = getattr(error, "strerror", None) or _first_line(error)
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise OutputError(f"{target} cannot be written: {reason}.") from error
 
 
@@ -162,10 +162,6 @@ def _sync_files(folder: Path) -> None:
         with path.open("rb") as stream:
             sync(stream)
     sync_folder(folder)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(". ") if str(error) else type(error).__name__
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

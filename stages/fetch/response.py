@@ -88,8 +88,7 @@ class Response:
         if size:
             sink.feed(self._rest[:size])
         while size != length:
-            if sink.promising and (size if length is None else length - size) > _LARGE:
-                self._link.widen()
+            self._widen(sink, size)
             with sink.room() as room:
                 count = await self._link.receive(room)
             if not count:
@@ -128,14 +127,19 @@ class Response:
                 break
             if sink.promising and len(space) < _READ:
                 space = memoryview(bytearray(_READ))
-            if sink.promising and (size if self.head.length is None else left) > _LARGE:
-                self._link.widen()
+            self._widen(sink, size)
             count = await self._link.receive(space[:left])
             if not count:
                 return
             data = bytes(space[:count])
         if self.head.length is None:
             raise Dropped(DropReason.TOO_MANY_BYTES)
+
+    def _widen(self, sink: Sink, size: int) -> None:
+        """Let the server send ahead where much of a promising body is to come after these bytes."""
+        length = self.head.length
+        if sink.promising and (size if length is None else length - size) > _LARGE:
+            self._link.widen()
 
     def _ended(self, well: bool) -> None:
         if not well:
