@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
-from stages import decoding, images
+from stages.pixels import decoding, images
 
 CACHE = 128 << 20
 SIDES = (1100, 2000, 4000)

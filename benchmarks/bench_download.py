@@ -125,8 +125,8 @@ def urls(mix: str, rows: int, port: int, dead: int) -> Iterator[str]:
 
 
 def ours(engine: str, listed: list[str]) -> dict[str, int]:
-    from pipeline.config import ExecutorSettings
-    from pipeline.shard import FETCH_ROWS, ordered_ahead
+    from pipeline.dataset.config import ExecutorSettings
+    from pipeline.dataset.execute.make_shard import FETCH_ROWS, ordered_ahead
     from stages.base import DROP
     from stages.download import Download
     from stages.settings import DownloadSettings, Settings

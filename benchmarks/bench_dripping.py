@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import bench_download as shared
 
-from pipeline.shard import FETCH_ROWS, ordered_ahead
+from pipeline.dataset.execute.make_shard import FETCH_ROWS, ordered_ahead
 from stages.base import DROP
 from stages.download import Download
 from stages.settings import DownloadSettings, Settings

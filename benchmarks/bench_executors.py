@@ -25,10 +25,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from pipeline.config import load_config
-from pipeline.publish import Output
-from pipeline.run import executor_of, prepared
-from pipeline.shard import Finished, Progress
+from pipeline.dataset.config import load_config
+from pipeline.dataset.execute.make_shard import Finished, Progress
+from pipeline.dataset.job import executor_of, prepared
+from pipeline.dataset.out.output import Output
 
 _SERVER = """
 import sys

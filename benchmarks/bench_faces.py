@@ -26,13 +26,13 @@ import pyarrow as pa
 from insightface.app import FaceAnalysis
 from insightface.utils import face_align
 
-from pipeline.config import load_config
-from pipeline.plan import Plan, make_plan
-from pipeline.runner import Loaded, Rows, apply_all
-from pipeline.shard import load
+from pipeline.dataset.config import load_config
+from pipeline.dataset.execute.make_shard import load
+from pipeline.dataset.execute.runner import Loaded, Rows, apply_all
+from pipeline.dataset.plan import Plan, make_plan
 from schemas.columns import SEED_SCHEMA
 from schemas.shard import decode_npy
-from stages import images
+from stages.pixels import images
 
 STEPS = ("size", "detect", "filter", "align", "embed_face")
 

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.runner import judge_seeds
-from pipeline.source import SourceSettings, find_parts, iter_shards
+from pipeline.dataset.execute.runner import judge_seeds
+from pipeline.dataset.source.seeds import SourceSettings, find_parts, iter_shards
 from stages.metadata import Metadata
 from stages.settings import Settings
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import pyarrow as pa
 from bench_executors import _SERVER, Watch, settings, write_part
 
-from pipeline.config import load_config
-from pipeline.plan import Plan
-from pipeline.run import executor_of, prepared
-from pipeline.runner import Rows, apply_all
-from pipeline.shard import load
+from pipeline.dataset.config import load_config
+from pipeline.dataset.execute.make_shard import load
+from pipeline.dataset.execute.runner import Rows, apply_all
+from pipeline.dataset.job import executor_of, prepared
+from pipeline.dataset.plan import Plan
 from schemas.columns import SEED
 
 

@@ -28,8 +28,8 @@ from fuzz_inputs import mutated
 from fuzz_targets import TARGETS
 
 from schemas.drops import DropReason
-from stages import decoding
 from stages.base import Dropped
+from stages.pixels import decoding
 
 SECONDS = 2.0
 HOPELESS = 60

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 from safetensors.numpy import save
 
-from pipeline import forgotten
+from pipeline.dataset.out import forgotten
 from schemas.columns import LEDGER_SCHEMA
 from schemas.shard import Manifest, encode_npy
-from stages import headers, images
+from stages.pixels import headers, images
 
 SIDE = (96, 80)
 ODD = (

@@ -10,17 +10,19 @@ from typing import NamedTuple
 
 import fuzz_inputs as inputs
 
-from pipeline import contract, forgotten, ledger, unpack
-from pipeline.config import load_config
-from pipeline.loader import tars as loader_tars
-from pipeline.sources import formats
-from pipeline.sources.values import to_seeds
+from pipeline.dataset.config import load_config
+from pipeline.dataset.finished import contract
+from pipeline.dataset.out import forgotten, ledger, unpack
+from pipeline.dataset.source import formats
+from pipeline.dataset.source.values import to_seeds
+from pipeline.train.loader import tars as loader_tars
 from schemas.errors import ConfigError, CorruptShardError, OutputError, SourceError
 from schemas.shard import Manifest, decode_npy
 from schemas.targets import Targets
-from stages import headers, images
 from stages.base import Dropped
-from stages.fetch import address, robots, robots_txt
+from stages.fetch import address
+from stages.fetch.manners import robots, robots_txt
+from stages.pixels import headers, images
 
 MOST_PIXELS = 4_000_000
 """Larger pictures are legal, and legally slow."""

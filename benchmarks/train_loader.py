@@ -21,8 +21,8 @@ import torch
 from safetensors.numpy import save
 from webdataset import TarWriter
 
-from pipeline.loader import Batch, Dataset, ShardLoader, open_dataset
-from pipeline.training.settings import TrainConfig
+from pipeline.train.loader import Batch, Dataset, ShardLoader, open_dataset
+from pipeline.train.settings import TrainConfig
 from schemas.shard import Manifest, encode_npy
 
 SHARD = 200

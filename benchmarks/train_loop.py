@@ -28,11 +28,11 @@ import torch
 from train_made import Made, make
 from train_tutorial import Tutorial
 
-from pipeline import train as trainer
-from pipeline.adapters import VARIANTS
-from pipeline.training.job import Call, prepared
-from pipeline.training.session import Session
-from pipeline.training.watch import METRICS, Watch
+from pipeline.train import __main__ as trainer
+from pipeline.train.adapters import VARIANTS
+from pipeline.train.job import Call, prepared
+from pipeline.train.session import Session
+from pipeline.train.watch import METRICS, Watch
 
 
 class Done(Exception):

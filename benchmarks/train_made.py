@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 from train_loader import CROPS, FACE, PICTURES
 from webdataset import TarWriter
 
-from pipeline import tiny
-from pipeline.bases import BaseSource, Kind, find_base
-from pipeline.training.base import meta_unet
+from pipeline.shared import tiny
+from pipeline.shared.bases import BaseSource, Kind, find_base
+from pipeline.train.base_model import meta_unet
 from schemas.buckets import Fit
 from schemas.shard import Manifest, encode_npy
 from schemas.targets import Targets, text_sha256, vae_sha256
 
-import diffusers  # isort: skip  # after pipeline.training, which makes torchvision importable
+import diffusers  # isort: skip  # after pipeline.train, which makes torchvision importable
 import transformers  # isort: skip
 
 SHARD = 200

@@ -20,8 +20,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from train_made import Made
 
-from pipeline.training.base import Base
-from pipeline.training.session import Session
+from pipeline.train.base_model import Base
+from pipeline.train.session import Session
 
 CAPTION = "a photo of a person"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

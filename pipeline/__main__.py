@@ -12,19 +12,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import Config, load_config
-from pipeline.configfile import key_table
-from pipeline.export_json import LIST, Crop, Form, IdFormat
-from pipeline.export_json import export_json as write_list
+from pipeline.dataset.config import Config, load_config
+from pipeline.dataset.execute.watchdog import is_hanging
+from pipeline.dataset.finished.export_json import LIST, Crop, Form, IdFormat
+from pipeline.dataset.finished.export_json import export_json as write_list
+from pipeline.dataset.finished.report import write_report
+from pipeline.dataset.finished.verify import verify as verify_output
+from pipeline.dataset.job import Job, make_dataset, prepared
+from pipeline.dataset.out.ledger import funnel, funnel_table
+from pipeline.dataset.out.output import Output
 from pipeline.forget_command import forget
-from pipeline.ledger import funnel, funnel_table
 from pipeline.models import app as models_app
-from pipeline.publish import Output
-from pipeline.report import write_report
-from pipeline.run import Job, make_dataset, prepared
-from pipeline.storage import place, sizes
-from pipeline.verify import verify as verify_output
-from pipeline.watchdog import is_hanging
+from pipeline.shared.configfile import key_table
+from pipeline.shared.files import place, sizes
 from schemas.errors import CorruptShardError, ExitCode, LostError, UserError
 from schemas.names import SAMPLE
 

@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pipeline.forget import Gone, Wanted
-from pipeline.forget import forget as forget_in
-from pipeline.storage import place
+from pipeline.dataset.finished.forget import Gone, Wanted
+from pipeline.dataset.finished.forget import forget as forget_in
+from pipeline.shared.files import place
 from schemas.errors import ExitCode
 
 _console = Console()

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from rich.table import Table
 
-from pipeline.config import load_config
+from pipeline.dataset.config import load_config
 from schemas.errors import ExitCode
 from stages.models.weights import Row, check, fetch, listing
 from stages.settings import ModelSettings

@@ -7,9 +7,9 @@ import cv2
 import numpy as np
 
 from stages.base import RowStage
-from stages.geometry import ARCFACE_SIZE, norm_crop, roll_degrees
-from stages.images import encode_jpeg, encode_png, photo
 from stages.models.base import Image
+from stages.pixels.geometry import ARCFACE_SIZE, norm_crop, roll_degrees
+from stages.pixels.images import encode_jpeg, encode_png, photo
 
 FACE_SIZE = 224
 """Side of `face` and `mask`, pixels."""

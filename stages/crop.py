@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from stages.base import RowStage
-from stages.geometry import Box, Framing, crop_box
-from stages.images import encode_jpeg, photo, shrink
 from stages.models.base import Image
+from stages.pixels.geometry import Box, Framing, crop_box
+from stages.pixels.images import encode_jpeg, photo, shrink
 
 _FACE_CENTRE = {"portrait": 0.45, "half": 0.28}
 """Wished height of the face's centre, share of the crop from the top: room for hair, then for the body."""

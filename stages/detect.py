@@ -8,8 +8,8 @@ import numpy.typing as npt
 
 from schemas.drops import DropReason
 from stages.base import RowStage
-from stages.images import photo
 from stages.models.base import Detector, Faces, Floats, backend
+from stages.pixels.images import photo
 from stages.settings import Settings
 
 _SAME_FACE_IOU = 0.3

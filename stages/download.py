@@ -12,7 +12,7 @@ from schemas.drops import DropReason
 from stages.base import DROP, Dropped, to_table
 from stages.fetch import ENGINES, tar
 from stages.fetch.base import Engine, Outcome
-from stages.fetch.removed import Removed
+from stages.fetch.manners.removed import Removed
 from stages.settings import Settings
 
 _MOST_CHUNK = np.iinfo(np.int32).max

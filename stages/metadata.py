@@ -40,7 +40,7 @@ class Metadata:
         DropReason.WATERMARK,
         DropReason.SMALL_IMAGE,
         DropReason.DUPLICATE_URL,
-        DropReason.FORGOTTEN,  # given by pipeline.forgotten, before any other: which rows those are, OUT knows
+        DropReason.FORGOTTEN,  # given by pipeline.dataset.out.forgotten, before any other: OUT knows which rows
     )
 
     def __init__(self, settings: Settings) -> None:

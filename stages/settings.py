@@ -1,4 +1,4 @@
-"""What a stage may be told: one frozen section per topic. The run's config (pipeline.config) extends this."""
+"""What a stage may be told: one frozen section per topic. The run's config (pipeline.dataset.config) extends this."""
 
 from typing import Literal
 

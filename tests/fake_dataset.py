@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import load_config
-from pipeline.ledger import read_manifests, summary
-from pipeline.plan import Plan, make_plan
-from pipeline.publish import Output, ShardWriter
-from pipeline.runner import WITNESS_SCHEMA, Rows, tombstones
+from pipeline.dataset.config import load_config
+from pipeline.dataset.execute.runner import WITNESS_SCHEMA, Rows, tombstones
+from pipeline.dataset.out.ledger import read_manifests, summary
+from pipeline.dataset.out.output import Output, ShardWriter
+from pipeline.dataset.plan import Plan, make_plan
 from schemas.columns import COLUMNS, LEDGER, LEDGER_SCHEMA, schema
 from schemas.names import sample_key
 from schemas.shard import encode_npy
-from stages.images import encode_jpeg, encode_png
 from stages.pack import Pack
+from stages.pixels.images import encode_jpeg, encode_png
 from stages.settings import Settings
 
 BBOX, KPS = (

@@ -25,18 +25,15 @@ from stages.models import base as models
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("schemas", "stages", "pipeline")
-TRAINER = ("pipeline.train", "pipeline.loader", "pipeline.adapters", "pipeline.training")
-SHARED = ("pipeline.atomic", "pipeline.bases", "pipeline.configfile", "pipeline.tiny")
-"""Rooms that the trainer and the rest of the pipeline both use."""
 OPTIONAL = {"bitsandbytes"}
 """Asked for by a setting alone, which says what to install where it is not there."""
 HEAVY = {
     *("accelerate", "diffusers", "facexlib", "insightface", "onnxruntime", "peft"),
     *("torch", "torchvision", "transformers"),
 }
-SHARD_BOUNDARY = "pipeline.local"
+SHARD_BOUNDARY = "pipeline.dataset.execute.local"
 """Where whatever stopped a shard is caught: it is reported, the other shards go on, the run exits with 3."""
-HEAVY_ROOMS = ("stages.models", *TRAINER)
+HEAVY_ROOMS = ("stages.models", "pipeline.train")
 PROTOCOLS = {
     "detector": models.Detector,
     "segmenter": models.Segmenter,
@@ -104,16 +101,16 @@ def imports() -> tuple[Import, ...]:
 
 
 def may_import(importer: str, target: str) -> bool:
-    """The floors: schemas <- stages <- pipeline, and schemas <- shared rooms <- the trainer."""
+    """The floors: schemas <- stages <- dataset, schemas <- shared <- dataset and train; these two do not meet."""
     if inside(importer, "schemas"):
         return inside(target, "schemas")
     if inside(importer, "stages"):
         return inside(target, "schemas", "stages")
-    if inside(importer, *SHARED):
-        return inside(target, "schemas", *SHARED)
-    if inside(importer, *TRAINER):
-        return inside(target, "schemas", *SHARED, *TRAINER)
-    return not inside(target, *TRAINER)
+    if inside(importer, "pipeline.shared"):
+        return inside(target, "schemas", "pipeline.shared")
+    if inside(importer, "pipeline.train"):
+        return inside(target, "schemas", "pipeline.shared", "pipeline.train")
+    return not inside(target, "pipeline.train")
 
 
 def listing(found: list[Import]) -> str:
@@ -124,17 +121,17 @@ def listing(found: list[Import]) -> str:
     ("importer", "target", "allowed"),
     [
         ("schemas.shard", "stages.base", False),
-        ("stages.detect", "pipeline.plan", False),
+        ("stages.detect", "pipeline.dataset.plan", False),
         ("stages.detect", "stages.models.base", True),
-        ("pipeline.plan", "stages", True),
-        ("pipeline.train", "stages.images", False),
-        ("pipeline.adapters.plus", "pipeline.plan", False),
-        ("pipeline.report", "pipeline.loader", False),
-        ("pipeline.plan", "pipeline.training.settings", False),
-        ("pipeline.training.settings", "pipeline.configfile", True),
-        ("pipeline.plan", "pipeline.bases", True),
-        ("pipeline.bases", "pipeline.atomic", True),
-        ("pipeline.bases", "stages.models.base", False),
+        ("pipeline.dataset.plan", "stages", True),
+        ("pipeline.dataset.plan", "pipeline.shared.bases", True),
+        ("pipeline.dataset.finished.report", "pipeline.train.loader", False),
+        ("pipeline.train.loop", "stages.pixels.images", False),
+        ("pipeline.train.adapters.model", "pipeline.dataset.plan", False),
+        ("pipeline.train.settings", "pipeline.shared.configfile", True),
+        ("pipeline.shared.bases", "pipeline.shared.atomic", True),
+        ("pipeline.shared.bases", "stages.models.base", False),
+        ("pipeline.shared.bases", "pipeline.train.settings", False),
     ],
 )
 def test_the_floors_themselves(importer: str, target: str, allowed: bool) -> None:
@@ -181,12 +178,12 @@ def test_every_library_in_use_is_a_declared_dependency() -> None:
 
 
 def test_only_the_cluster_imports_ray() -> None:
-    wrong = [i for i in imports() if inside(i.target, "ray") and i.importer != "pipeline.cluster"]
+    wrong = [i for i in imports() if inside(i.target, "ray") and i.importer != "pipeline.dataset.execute.cluster"]
     assert not wrong, listing(wrong)
 
 
 def test_the_trainer_loads_neither_ray_nor_stages() -> None:
-    rooms = ["pipeline.train", "pipeline.training.loop"]
+    rooms = ["pipeline.train", "pipeline.train.loop"]
     script = f"import sys, {', '.join(rooms)}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -199,12 +196,20 @@ def test_model_libraries_load_only_in_model_rooms() -> None:
     assert not wrong, listing(wrong)
 
 
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
 def test_no_import_cycles() -> None:
     graph: dict[str, set[str]] = {module: set() for module in modules()}
     for found in imports():
         if found.target in graph and found.target != found.importer:
             graph[found.importer].add(found.target)
-    graphlib.TopologicalSorter(graph).prepare()
+    assert not circle(graph)
 
 
 def test_every_folder_of_ours_is_a_package_and_pipeline_is_an_empty_one() -> None:

@@ -8,10 +8,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 PROOFS = [ROOT / "SECURITY.md", ROOT / "docs" / "reliability.md"]
-FILES = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+FILES = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
 TESTS = {
     name
-    for path in (ROOT / "tests").glob("test_*.py")
+    for path in (ROOT / "tests").rglob("test_*.py")
     for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
 }
 

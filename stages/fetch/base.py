@@ -8,7 +8,7 @@ from typing import Protocol
 
 from schemas.drops import DropReason
 from stages.base import Dropped
-from stages.fetch import robots
+from stages.fetch.manners import robots
 from stages.settings import DownloadSettings, Settings
 
 Outcome = bytes | bytearray | Dropped

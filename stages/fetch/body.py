@@ -1,8 +1,8 @@
 """A body as it arrives: bounded, and looked at early, so that a hopeless one is not read to its end."""
 
 from schemas.drops import DropReason
-from stages import headers
 from stages.base import Dropped
+from stages.pixels import headers
 from stages.settings import Settings
 
 _FIRST_LOOK = 4 << 10

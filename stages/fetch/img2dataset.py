@@ -19,14 +19,15 @@ from urllib.request import Request
 
 from schemas.drops import DropReason
 from stages.base import Dropped
-from stages.fetch import address, robots
+from stages.fetch import address
 from stages.fetch.address import Url
 from stages.fetch.base import Outcome, bare, wait_s
-from stages.fetch.hosts import Hosts
+from stages.fetch.manners import robots
+from stages.fetch.manners.hosts import Hosts
+from stages.fetch.manners.refusals import Refusals
+from stages.fetch.manners.robots_opened import Robots
 from stages.fetch.named import Named
 from stages.fetch.opener import Opener
-from stages.fetch.refusals import Refusals
-from stages.fetch.robots_opened import Robots
 from stages.settings import Settings
 
 _OPTED_OUT = "Use of image disallowed by X-Robots-Tag directive"

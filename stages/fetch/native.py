@@ -11,12 +11,12 @@ from stages.fetch import address
 from stages.fetch.address import Url
 from stages.fetch.base import Outcome, bare, check_head, wait_s
 from stages.fetch.body import Body
-from stages.fetch.client import Client
-from stages.fetch.hosts import Hosts
+from stages.fetch.http.client import Client
 from stages.fetch.loop import LoopThread
+from stages.fetch.manners.hosts import Hosts
+from stages.fetch.manners.refusals import Refusals
+from stages.fetch.manners.robots_asked import Robots
 from stages.fetch.named import Named
-from stages.fetch.refusals import Refusals
-from stages.fetch.robots_asked import Robots
 from stages.settings import Settings
 
 _RESOLVERS = 64

@@ -13,10 +13,11 @@ from urllib.request import Request
 
 from schemas.drops import DropReason
 from stages.base import Dropped
-from stages.fetch import address, resolve
+from stages.fetch import address
 from stages.fetch.address import Guard, Url
 from stages.fetch.base import LOCAL_TROUBLE, check_head, user_agent
 from stages.fetch.body import Body
+from stages.fetch.http import resolve
 from stages.settings import Settings
 
 _CHUNK = 64 << 10

@@ -1,0 +1,66 @@
+"""Run a plan in this process, one shard after the other."""
+
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+
+from pipeline.dataset.execute.make_shard import Event, Finished, Worker, load, make_shard
+from pipeline.dataset.execute.runner import Rows, apply_all
+from pipeline.dataset.execute.watchdog import Watchdog, is_hanging
+from pipeline.dataset.out.output import Output
+from pipeline.dataset.plan import Plan
+from pipeline.dataset.source.seeds import Seeds
+from schemas.errors import PlanError
+
+
+@contextmanager
+def started(plan: Plan) -> Iterator[None]:
+    """Check that this process has the GPUs that the plan asks for.
+
+    Raises:
+        PlanError: when it has fewer.
+    """
+    wanted = plan.config.executor.gpus
+    if wanted:
+        import torch  # takes seconds, so only where it matters
+
+        if torch.cuda.device_count() < wanted:
+            raise PlanError(
+                f"executor.gpus is {wanted}, but this process sees {torch.cuda.device_count()}: "
+                "set it to 0, or install for the GPU (`make setup EXTRA=gpu`) on a machine that has one."
+            )
+    yield
+
+
+def run(plan: Plan, shards: Iterable[Seeds], output: Output) -> Generator[Event, None, None]:
+    """Make the shards; an unforeseen error fails its shard and leaves the others their turn."""
+    desk = _Desk(plan)
+    watchdog = Watchdog(plan.config.executor.shard_timeout_s, output.clear)
+    try:
+        for seeds in shards:
+            try:
+                with watchdog.watching(seeds.name):
+                    for event in make_shard(plan, seeds, output, desk.worker, desk.compute):
+                        watchdog.beat()
+                        yield event
+            except Exception as error:  # the shard's failure is reported, and the run ends with exit code 3
+                yield Finished.failed(seeds.name, error)
+                if is_hanging():
+                    desk = _Desk(plan)  # the old one is left as it is: to close it could take for ever too
+    finally:
+        desk.close()
+
+
+class _Desk:
+    """All stages, loaded in this process."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.worker = Worker(plan)
+        self._models = load(plan, plan.at("models", "images"))
+
+    def compute(self, batches: Iterator[Rows]) -> Iterator[Rows]:
+        """The model steps over a shard's batches."""
+        return (apply_all(self._models, rows) for rows in batches)
+
+    def close(self) -> None:
+        """Let go of threads and connections."""
+        self.worker.close()

@@ -1,0 +1,234 @@
+"""The contract of one sample, and of the features of "no face": which files there are, and what each holds."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from pipeline.dataset.out.unpack import Sample
+from pipeline.shared.files import Place
+from schemas.columns import COLUMNS
+from schemas.errors import CorruptShardError
+from schemas.record import SCHEMA_VERSION
+from schemas.shard import EMBEDDINGS, SUFFIXES, decode_npy, encode_npy, sample_sha256
+from schemas.targets import Targets
+from stages.align import FACE_SIZE
+from stages.pixels.headers import DECODER_ERRORS
+from stages.pixels.images import decode_jpeg, decode_png, sniff
+
+_REQUIRED = ("json", "face.jpg", "mask.png")
+_ID = "arcface.npy"
+_CROPS = ("portrait", "half", "full")
+_SQUARE = ("portrait", "half")
+_FEATURES = ({"clip.npy", "clip_hidden.npy"}, {"dino.npy"})
+"""What an image embedder writes: one of these must be whole."""
+_LABELS = 19
+_NORM_TOLERANCE = 1e-3
+
+_MIRRORED = ("clip", "clip_hidden", "dino")
+
+_ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "arcface.npy": ("<f4", (512,)),
+    "clip.npy": ("<f2", (1024,)),
+    "clip_hidden.npy": ("<f2", (257, 1280)),
+    "clip_hidden_mirror.npy": ("<f2", (257, 1280)),
+    "clip_mirror.npy": ("<f2", (1024,)),
+    "dino.npy": ("<f2", (257, -1)),
+    "dino_mirror.npy": ("<f2", (257, -1)),
+    "text.npy": ("<f2", (77, -1)),
+    "text_pooled.npy": ("<f2", (-1,)),
+}
+"""dtype and shape; -1 is free. Latents are as large as the json says."""
+_LATENT_PX = 8
+"""Pixels per latent, along each side."""
+
+_JSON_FIELDS = ("key", "part", "row", "url", "text", "sha256", "width", "height", "bbox", "kps", "det_score", "face_px")
+_ROUNDED = 1e-4
+"""The json holds measurements with four decimals."""
+
+
+def sample_problems(
+    sample: Sample, record: Mapping[str, Any] | None, *, embeddings: bool | None = True
+) -> Iterator[str]:
+    """What is wrong with a sample; nothing when all is well.
+
+    Args:
+        sample: its files.
+        record: its ledger row.
+        embeddings: whether the plan writes them; None when nobody knows.
+    """
+    if record is None:
+        yield "the ledger does not keep it"
+    elif record["sample_sha256"] != sample_sha256(sample.files):
+        yield "its files are not those that the ledger's sample_sha256 stands for"
+    yield from _file_problems(set(sample.files), embeddings)
+    for suffix, shape in (("face.jpg", (FACE_SIZE, FACE_SIZE)), ("mask.png", (FACE_SIZE, FACE_SIZE))):
+        if suffix in sample.files:
+            yield from _image_problems(suffix, sample.files[suffix], shape)
+    for suffix in sorted(set(_ARRAYS) & set(sample.files)):
+        yield from _array_problems(suffix, sample.files[suffix], *_ARRAYS[suffix])
+    yield from _mirror_problems(sample)
+    if "json" in sample.files:
+        yield from _json_problems(sample, record)
+
+
+def _file_problems(found: set[str], embeddings: bool | None) -> Iterator[str]:
+    """Files that no sample has, and files that it lacks."""
+    required = {*_REQUIRED, *((_ID,) if embeddings else ())}
+    if unknown := sorted(found - set(SUFFIXES)):
+        yield f"unknown files: {', '.join(unknown)}"
+    if missing := sorted(required - found):
+        yield f"missing files: {', '.join(missing)}"
+    if embeddings and not any(wanted <= found for wanted in _FEATURES):
+        yield "no image features: neither clip.npy with clip_hidden.npy nor dino.npy"
+    if embeddings is False and found & EMBEDDINGS:
+        yield f"embeddings, which its plan leaves out: {', '.join(sorted(found & EMBEDDINGS))}"
+
+
+def _image_problems(suffix: str, data: bytes, size: tuple[int, int]) -> Iterator[str]:
+    """`size` is (width, height), pixels; nothing larger is ever decoded."""
+    header = sniff(data)
+    wanted = "PNG" if suffix.endswith("png") else "JPEG"
+    if header is None or header.format != wanted:
+        yield f"{suffix} is not a {wanted}"
+        return
+    if (header.width, header.height) != size:
+        yield f"{suffix} is {header.width} x {header.height} pixels, not {size[0]} x {size[1]}"
+        return
+    try:
+        pixels = decode_png(data) if wanted == "PNG" else decode_jpeg(data)
+    except DECODER_ERRORS as error:
+        yield f"{suffix} cannot be decoded: {error}"
+        return
+    if wanted == "JPEG" and pixels.shape != (size[1], size[0], 3):
+        yield f"{suffix} has the shape {pixels.shape}"
+    if wanted == "PNG" and (pixels.shape != (size[1], size[0]) or pixels.dtype != np.uint8 or pixels.max() >= _LABELS):
+        yield f"{suffix} is not a map of {_LABELS} labels, one byte per pixel"
+
+
+def _mirror_problems(sample: Sample) -> Iterator[str]:
+    """Where features of the mirrored face are not there in the shape, and so the length, of the face's own."""
+    for name in _MIRRORED:
+        mirrored, own = sample.files.get(f"{name}_mirror.npy"), sample.files.get(f"{name}.npy")
+        if mirrored is not None and (own is None or len(own) != len(mirrored)):
+            yield f"{name}_mirror.npy has not the shape of {name}.npy"
+
+
+def _array_problems(suffix: str, data: bytes, dtype: str, shape: tuple[int, ...]) -> Iterator[str]:
+    array = np.empty([max(side, 1) for side in shape], dtype)
+    if -1 in shape:
+        header_bytes = len(encode_npy(array)) - array.nbytes
+        array = np.empty([*shape[:-1], max((len(data) - header_bytes) // array.nbytes, 1)], dtype)
+    # The header is compared, not parsed: parsing a broken one can raise anything, or ask for any amount of memory.
+    expected = encode_npy(array)
+    if len(data) != len(expected) or data[: -array.nbytes] != expected[: -array.nbytes]:
+        yield f"{suffix} is not an npy of {np.dtype(dtype).name} {shape}"
+        return
+    values = decode_npy(data)
+    if not np.isfinite(values).all():
+        yield f"{suffix} holds numbers that are not finite"
+    elif suffix == _ID and abs(length := float(np.linalg.norm(values.astype(np.float64))) - 1) >= _NORM_TOLERANCE:
+        yield f"{suffix} has the length {length + 1:.4f}, not 1"
+
+
+def _json_problems(sample: Sample, record: Mapping[str, Any] | None) -> Iterator[str]:
+    try:
+        content = json.loads(sample.files["json"])
+    except (ValueError, RecursionError) as error:
+        yield f"json cannot be parsed: {error}"
+        return
+    if not isinstance(content, dict):
+        yield "json is not an object"
+        return
+    missing = [name for name in (*_JSON_FIELDS, "crops", "schema_version") if name not in content]
+    if missing:
+        yield f"json lacks {', '.join(missing)}"
+    if content.get("key", sample.key) != sample.key:
+        yield f"json is that of the key {content['key']!r}"
+    if content.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+        yield f"json has the schema version {content['schema_version']!r}"
+    for name in sorted(set(content) & set(record or {})):
+        if COLUMNS[name].ledger and not _equal(content[name], (record or {})[name]):
+            yield f"json and ledger differ in {name}"
+    yield from _crop_problems(sample, content.get("crops"))
+    yield from _encoded_problems(sample, content.get("targets"))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, float) or isinstance(other, float):
+        numbers = isinstance(one, int | float) and isinstance(other, int | float)
+        return numbers and math.isclose(one, other, rel_tol=1e-6, abs_tol=_ROUNDED)
+    return bool(one == other)
+
+
+def _crop_problems(sample: Sample, crops: Any) -> Iterator[str]:
+    """Where the crops are not those that the json describes: there with their size, or absent with a reason."""
+    for name in _CROPS:
+        told, suffix = crops.get(name) if isinstance(crops, dict) else None, f"{name}.jpg"
+        if not isinstance(told, dict):
+            yield f"json does not describe {suffix}"
+        elif suffix not in sample.files:
+            if not told.get("absent"):
+                yield f"{suffix} is absent, and json does not say why"
+        elif not _is_size(told.get("size")):
+            yield f"json does not give the size of {suffix}"
+        else:
+            width, height = told["size"]
+            if name in _SQUARE and width != height:
+                yield f"{suffix} is not square"
+            yield from _image_problems(suffix, sample.files[suffix], (width, height))
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(side) is int and side > 0 for side in value)
+
+
+def _encoded_problems(sample: Sample, told: Any) -> Iterator[str]:
+    """Where latents and text embeddings are not those that the json's `targets` describe."""
+    encoded = sorted(suffix for suffix in sample.files if suffix.startswith(("latents.", "text")))
+    if told is None:
+        if encoded:
+            yield f"json does not say what encoded {', '.join(encoded)}"
+        return
+    try:
+        targets = Targets.from_object(told)
+    except CorruptShardError as error:
+        yield f"json: {error}"
+        return
+    for crop in sorted({*_CROPS, *targets.latents}):
+        fit, data = targets.latents.get(crop), sample.files.get(f"latents.{crop}.npy")
+        if (fit is None) != (data is None) or (data is not None and f"{crop}.jpg" not in sample.files):
+            yield f"latents.{crop}.npy, {crop}.jpg and json do not go together"
+        elif fit is not None and data is not None:
+            shape = (4, fit.size[1] // _LATENT_PX, fit.size[0] // _LATENT_PX)
+            yield from _array_problems(f"latents.{crop}.npy", data, "<f2", shape)
+    if "text.npy" in encoded and (targets.kind == "sdxl") != ("text_pooled.npy" in encoded):
+        yield f"text.npy and text_pooled.npy are not those of {targets.kind}"
+
+
+def unconditional_problems(path: Place) -> Iterator[str]:
+    """What is wrong with the file of the features of "no face"."""
+    try:
+        features = load(path.read_bytes())
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        yield f"cannot be read: {error}"
+        return
+    if len(features) != 1 or not set(features) <= {"clip_hidden", "dino"}:
+        yield f"it holds {sorted(features)}, not clip_hidden or dino"
+        return
+    name, array = next(iter(features.items()))
+    dtype, shape = _ARRAYS[f"{name}.npy"]
+    if (
+        array.dtype != dtype
+        or array.ndim != 2
+        or any(want not in (-1, n) for want, n in zip(shape, array.shape, strict=True))
+    ):
+        yield f"{name} is {array.dtype} {array.shape}, not {np.dtype(dtype).name} {shape}"
+    elif not np.isfinite(array).all():
+        yield f"{name} holds numbers that are not finite"

@@ -1,0 +1,163 @@
+"""`export-json`: a dataset as single files and one JSON list, the form that the published IP-Adapter scripts read."""
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.dataset.out.ledger import read_manifests
+from pipeline.dataset.out.unpack import Sample, unpack
+from pipeline.shared.atomic import replace_atomically
+from pipeline.shared.files import Place
+from schemas.errors import CorruptShardError, OutputError
+from schemas.shard import Manifest, decode_npy
+
+LIST = "data.json"
+
+
+class Crop(StrEnum):
+    """Which crop becomes `image_file`."""
+
+    PORTRAIT = "portrait"
+    HALF = "half"
+    FULL = "full"
+
+
+class IdFormat(StrEnum):
+    """What `id_embed_file` is."""
+
+    NPY = "npy"
+    PT_NUMPY = "pt-numpy"
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the list looks like."""
+
+    crop: Crop = Crop.FULL
+    """A sample without it gives the largest crop that it has."""
+    id_format: IdFormat = IdFormat.NPY
+    absolute: bool = False
+    """Write absolute paths instead of paths relative to the list's folder."""
+
+
+@dataclass
+class Exported:
+    """How many samples the list has, and how many have no crop at all and were left out."""
+
+    samples: int = 0
+    left_out: int = 0
+
+
+def export_json(out: Place, folder: Path, form: Form) -> Exported:
+    """Write images/, faces/, ids/ and at last data.json for all finished shards of OUT, one sample in memory at a time.
+
+    An entry of the list has image_file, text, id_embed_file ((512,) float32 of unit length), face_image_file (the
+    aligned 224 x 224 face) and id_embed_norm (raw embedding = unit one x norm).
+
+    Raises:
+        OutputError: when OUT is no dataset or has no embeddings, or `folder` is not empty or cannot be written.
+        CorruptShardError: when a tar is not as long as its manifest says, or a sample lacks a file; names both.
+    """
+    manifests = read_manifests(out)
+    if not manifests:
+        raise OutputError(f"{out} holds no finished shard yet: let `dataset` finish one.")
+    for manifest in manifests:
+        _require_length(out, manifest)
+    _make_folders(folder)
+    exported = Exported()
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8") as stream:
+            _write_list(stream, _entries(out, manifests, folder, form, exported))
+
+    replace_atomically(folder / LIST, write)
+    return exported
+
+
+def _require_length(out: Place, manifest: Manifest) -> None:
+    name = f"{manifest.shard}.tar"
+    path = out / "shards" / name
+    told = manifest.files.get(name, {}).get("bytes")
+    if not path.is_file() or path.stat().st_size != told:
+        raise CorruptShardError(f"{name}: it has not the {told} bytes that {manifest.shard}.json tells")
+
+
+def _make_folders(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise OutputError(f"{folder} is not empty: give a new folder.")
+        for name in ("images", "faces", "ids"):
+            (folder / name).mkdir()
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written: {error.strerror or error}.") from error
+
+
+def _write_list(stream: IO[str], entries: Iterator[dict[str, Any]]) -> None:
+    """One JSON array, an entry a line, without holding it."""
+    stream.write("[")
+    for number, entry in enumerate(entries):
+        stream.write(",\n" if number else "\n")
+        json.dump(entry, stream, ensure_ascii=False)
+    stream.write("\n]\n")
+
+
+def _entries(
+    out: Place, manifests: list[Manifest], folder: Path, form: Form, exported: Exported
+) -> Iterator[dict[str, Any]]:
+    for manifest in manifests:
+        tar = f"{manifest.shard}.tar"
+        for sample in unpack(out / "shards" / tar):
+            try:
+                entry = _export(sample, folder, form)
+            except (KeyError, ValueError, TypeError, CorruptShardError) as error:
+                raise CorruptShardError(f"{tar}: {sample.key} is no whole sample ({error})") from error
+            if entry is None:
+                exported.left_out += 1
+            else:
+                exported.samples += 1
+                yield entry
+
+
+def _export(sample: Sample, folder: Path, form: Form) -> dict[str, Any] | None:
+    """Write the files of one sample; its entry, or None when it has no crop."""
+    told = json.loads(sample.files["json"])
+    crop = _crop(sample, told["crops"], form.crop)
+    if crop is None:
+        return None
+    if "arcface.npy" not in sample.files:
+        raise OutputError("The samples hold no ID vectors: make the dataset again with --set pack.embeddings=true.")
+    suffix, content = _id_file(sample.files["arcface.npy"], form.id_format)
+    files = {
+        "image_file": (f"images/{sample.key}.jpg", sample.files[f"{crop}.jpg"]),
+        "id_embed_file": (f"ids/{sample.key}.{suffix}", content),
+        "face_image_file": (f"faces/{sample.key}.jpg", sample.files["face.jpg"]),
+    }
+    for name, data in files.values():
+        (folder / name).write_bytes(data)
+    root = f"{folder.resolve()}/" if form.absolute else ""
+    paths = {field: f"{root}{name}" for field, (name, _) in files.items()}
+    return {**paths, "text": told["text"], "id_embed_norm": told["embedding_norm"]}
+
+
+def _crop(sample: Sample, crops: dict[str, Any], wanted: Crop) -> str | None:
+    """The crop to export: the wanted one, else the one with the most pixels."""
+    present = [str(crop) for crop in Crop if f"{crop}.jpg" in sample.files]
+    if wanted in present:
+        return str(wanted)
+    return max(present, key=lambda crop: crops[crop]["size"][0] * crops[crop]["size"][1], default=None)
+
+
+def _id_file(npy: bytes, id_format: IdFormat) -> tuple[str, bytes]:
+    """Suffix and content of the ID's file."""
+    if id_format is IdFormat.NPY:
+        return "npy", npy
+    import torch  # takes seconds, so only where it is asked for
+
+    buffer = io.BytesIO()
+    torch.save(decode_npy(npy).copy(), buffer)
+    return "bin", buffer.getvalue()

@@ -1,0 +1,225 @@
+"""`dataset` and `plan`: from SHARDS and a config to shards on disk, whoever executes."""
+
+import os
+import secrets
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.dataset.config import Config
+from pipeline.dataset.execute import local
+from pipeline.dataset.execute.make_shard import Event, Finished
+from pipeline.dataset.execute.progress import Screen
+from pipeline.dataset.execute.runner import judge_seeds
+from pipeline.dataset.finished.report import write_report
+from pipeline.dataset.out.ledger import read_manifests, replaced, shard_names, summary
+from pipeline.dataset.out.output import Output
+from pipeline.dataset.out.retry import discard, second_chances
+from pipeline.dataset.out.unconditional import write_unconditional
+from pipeline.dataset.plan import Plan, make_plan
+from pipeline.dataset.source.sample import SampleServer, write_sample
+from pipeline.dataset.source.seeds import Part, Seeds, find_parts, iter_shards
+from pipeline.shared import files as storage
+from pipeline.shared.files import Place, Remote
+from schemas.errors import ExitCode, LostError, OutputError, UserError
+from schemas.names import SAMPLE, shard_origin, split_spec
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a call of `dataset` or `plan` comes to."""
+
+    plan: Plan
+    parts: tuple[Part, ...]
+
+    @property
+    def rows(self) -> int | None:
+        """Input rows, where all parts tell cheaply."""
+        known = [part.rows for part in self.parts]
+        return None if None in known else sum(rows or 0 for rows in known)
+
+    def shards(self) -> Iterator[Seeds]:
+        """Seed rows of every shard, part after part."""
+        metadata = self.plan.steps[0].stage_class()
+        for part in self.parts:
+            stage = metadata(self.plan.config)  # one per part: it remembers the URLs that it has seen
+            yield from iter_shards(part, self.plan.config.source, partial(judge_seeds, stage))
+
+
+@contextmanager
+def prepared(spec: str, config: Config) -> Iterator[Job]:
+    """Prove the plan and find the parts; the bundled sample's server runs inside the block.
+
+    Raises:
+        UserError: for anything that the call, the config or the machine lacks; nothing was written.
+    """
+    words = split_spec(spec)
+    with (
+        _sample(config) if SAMPLE in words else nullcontext((config, Path())) as (config, sample),
+        _shared_refusals(config) as config,
+    ):
+        parts = find_parts(spec_with(words, sample), config.source)
+        yield Job(make_plan(config), tuple(parts))
+
+
+@contextmanager
+def _shared_refusals(config: Config) -> Iterator[Config]:
+    """A file without a name, in which the processes of this machine share what was refused."""
+    if config.executor.ray_address or config.download.refusals:
+        yield config
+        return
+    with TemporaryFile() as file:
+        path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        download = config.download.model_copy(update={"refusals": path})
+        yield config.model_copy(update={"download": download})
+
+
+def spec_with(words: list[str], sample: Path) -> str:
+    """SHARDS with the word `sample` replaced by the path of its written metadata."""
+    return ",".join(str(sample) if word == SAMPLE else word for word in words)
+
+
+@contextmanager
+def _sample(config: Config) -> Iterator[tuple[Config, Path]]:
+    """The bundled part, written to a temporary folder and served on loopback."""
+    with TemporaryDirectory(prefix="faceshards-sample-") as folder:
+        path = write_sample(Path(folder))
+        with SampleServer(Path(folder)) as server:
+            download = config.download.model_copy(update={"sample_port": server.port})
+            yield config.model_copy(update={"download": download}), path
+
+
+def make_dataset(job: Job, out: Place, console: Console, *, replan: bool = False, retry: bool = False) -> ExitCode:
+    """Make all shards that are not done yet, then the summary and the report.
+
+    With `retry`, rows whose fetch failed for a reason that may have passed get another chance, once no shard failed.
+
+    Raises:
+        UserError: before anything is written.
+        LostError: when OUT or the workers' node is lost on the way; finished shards are kept.
+        CorruptShardError: when a finished shard is damaged.
+    """
+    output = Output(out)
+    _require_shared(out, job.plan.config)
+    start, execute = executor_of(job.plan.config)
+    with start(job.plan), output.prepared(job.plan, replan=replan):
+        work = _Work(output, job.plan, execute, Screen(console, job.rows))
+        with work.screen:
+            work.make(work.pending(job.shards(), further=_further(out)))
+        if retry and work.failed:
+            console.print("Some shards failed: second chances wait until all are done.")
+        elif retry:
+            _make_again(job, work, start)
+        _finish(output, job.plan)
+    return ExitCode.SHARDS_FAILED if work.failed else ExitCode.OK
+
+
+def _further(out: Place) -> list[str]:
+    """The shards of second chances."""
+    return [name for name in shard_names(out) if shard_origin(name)[1]]
+
+
+def _make_again(job: Job, work: "_Work", start: "Start") -> None:
+    """Make the shards of second chances, if there are any."""
+    is_done = partial(work.output.is_done, plan=job.plan)
+    again = second_chances(job.parts, job.plan.config.source, work.output.root, is_done)
+    with work.screen:
+        pending = work.pending(again)
+        first = next(pending, None)
+        if first is not None:
+            with start(job.plan):  # once more: a run that is over leaves no worker behind
+                work.make(chain([first], pending))
+        elif not work.failed:
+            work.screen.say("Second chances: no row failed for a reason that may have passed.")
+
+
+def _require_shared(out: Place, config: Config) -> None:
+    if isinstance(out, Remote) and out.is_private and config.executor.name == "ray":
+        raise OutputError(f"OUT {out} exists in one process alone: give --executor local, or another OUT.")
+
+
+@dataclass
+class _Work:
+    """Shards that are made, and what became of them."""
+
+    output: Output
+    plan: Plan
+    execute: "Execute"
+    screen: Screen
+    failed: list[str] = field(default_factory=list)
+    """Names of the shards that failed."""
+
+    def make(self, pending: Iterable[Seeds]) -> None:
+        """Make shards.
+
+        Raises:
+            LostError: when none that comes after would fare better than the one that failed.
+        """
+        with closing(self.execute(self.plan, pending, self.output)) as events:
+            for event in events:
+                self.screen.show(event)
+                if isinstance(event, Finished) and event.manifest is None:
+                    self.failed.append(event.shard)
+                    if event.lost:
+                        raise LostError(event.error)
+
+    def pending(self, shards: Iterable[Seeds], further: Sequence[str] = ()) -> Iterator[Seeds]:
+        """The shards that are not done; a part that turns out unreadable half-way fails, and the rest goes on.
+
+        Of `further`, the shards of second chances, those go that hold rows of a shard which is to be made.
+        """
+        size_of = storage.sizes(self.output.shards)
+        try:
+            for seeds in map(self._known, shards):
+                with storage.kept(self.output.root):
+                    done = self.output.is_done(seeds.name, self.plan, size_of)
+                    if not done:
+                        discard(self.output, further, seeds)
+                if done:
+                    self.screen.skipped(seeds.name, seeds.table.num_rows)
+                else:
+                    yield seeds
+        except UserError as error:
+            self.screen.show(Finished.failed("metadata", error))
+            self.failed.append("metadata")
+
+    def _known(self, seeds: Seeds) -> Seeds:
+        """A shard whose rows that are to be forgotten are marked: after it was cut, so that its borders stay."""
+        forgotten = self.output.forgotten
+        return replace(seeds, table=forgotten.judged(seeds.table)) if forgotten else seeds
+
+
+def _finish(output: Output, plan: Plan) -> None:
+    """The files beside the shards."""
+    try:
+        with storage.kept(output.root):
+            told = summary(read_manifests(output.root), replaced(output.root))
+            files = write_unconditional(output.root, plan) if told["kept"] else {}
+            output.describe(plan, {**told, "files": files})
+            write_report(output.root)
+    except OutputError as error:
+        raise LostError(f"The shards were made, but then: {error}") from error
+
+
+Start = Callable[[Plan], AbstractContextManager[Any]]
+Execute = Callable[[Plan, Iterable[Seeds], Output], Generator[Event, None, None]]
+
+
+def executor_of(config: Config) -> tuple[Start, Execute]:
+    """What starts the config's executor, and what runs a plan on it."""
+    if config.executor.name == "local":
+        return local.started, local.run
+    if not config.executor.ray_address:
+        # Read when Ray is imported. A token of this run alone: other users of the machine cannot join its Ray, and no
+        # token file is left in the home folder.
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    from pipeline.dataset.execute import cluster  # Ray takes seconds to import
+
+    return cluster.started, cluster.run

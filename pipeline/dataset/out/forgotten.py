@@ -1,0 +1,288 @@
+"""What a dataset was told to forget: OUT/forgotten.json, and the rows that it concerns.
+
+The file holds salted hashes of URLs, sites and files, never these themselves. Every later run into the same OUT reads
+it, and makes tombstones of such rows that hold nothing but key, part, row, verdict and stage.
+"""
+
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from yarl import URL
+
+from pipeline.dataset.execute.runner import Rows, tombstones
+from pipeline.shared.files import Place, Remote, local, settle, write
+from schemas.columns import COLUMNS
+from schemas.drops import DropReason
+from schemas.errors import CorruptShardError, OutputError
+from stages.metadata import Metadata
+
+FORGOTTEN = "forgotten.json"
+KEEPS = ("key", "part", "row", "verdict", "stage")
+"""The ledger columns of a forgotten row that are not null."""
+STAGE = Metadata.name
+"""The stage that a forgotten row is said to be dropped by, whatever became of it before."""
+
+NEW = ".new-"
+"""How the names of a rewritten shard's files begin until they replace the old ones."""
+
+_VERSION = 1
+_SIMPLE_URL = re.compile(r"https?://([A-Za-z0-9.-]+)((?:/[^\s%?#\\]*)?)(\?[!\"$-~]*)?", re.ASCII)
+"""URLs whose normal form needs no parser; nearly all."""
+_DOTS = re.compile(r"/\.")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_ADDRESS = re.compile(r"[0-9.]+|.*:.*")
+_DEFAULT_PORTS = (None, 80, 443)
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """Salted hashes of what is to be forgotten."""
+
+    salt: str
+    urls: frozenset[str] = frozenset()
+    domains: frozenset[str] = frozenset()
+    contents: frozenset[str] = frozenset()
+    """Of the sha256 of image files."""
+
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return bool(self.urls or self.domains or self.contents)
+
+    def and_urls(self, urls: Iterable[str]) -> "Forgotten":
+        """With these URLs too."""
+        return replace(self, urls=self.urls | {self._hash("url", normal_url(url)) for url in urls})
+
+    def and_domains(self, domains: Iterable[str]) -> "Forgotten":
+        """With these sites and all below them too."""
+        return replace(self, domains=self.domains | {self._hash("domain", normal_domain(name)) for name in domains})
+
+    def and_contents(self, hashes: Iterable[str]) -> "Forgotten":
+        """With the files of these sha256 too."""
+        return replace(self, contents=self.contents | {self._hash("content", normal_sha256(one)) for one in hashes})
+
+    def concerns_url(self, url: str | None) -> bool:
+        """Whether a URL, or a site that it belongs to, is to be forgotten."""
+        if url is None:
+            return False
+        if self.urls and self._hash("url", normal_url(url)) in self.urls:
+            return True
+        return bool(self.domains) and _concerns_host(self, host_of(url))
+
+    def concerns_content(self, sha256: str | None) -> bool:
+        """Whether an image file is to be forgotten."""
+        return bool(self.contents) and sha256 is not None and self._hash("content", sha256) in self.contents
+
+    def urls_in(self, table: pa.Table) -> Mask:
+        """Which rows have a URL that is to be forgotten."""
+        if not (self.urls or self.domains):
+            return np.zeros(table.num_rows, bool)
+        return np.array([self.concerns_url(url) for url in table.column("url").to_pylist()], bool)
+
+    def contents_in(self, table: pa.Table) -> Mask:
+        """Which rows have a file that is to be forgotten."""
+        if not self.contents or "sha256" not in table.column_names:
+            return np.zeros(table.num_rows, bool)
+        return np.array([self.concerns_content(found) for found in table.column("sha256").to_pylist()], bool)
+
+    def judged(self, seeds: pa.Table) -> pa.Table:
+        """Judged seed rows, those that are to be forgotten as such, whatever else the metadata said of them."""
+        return blank(seeds, self.urls_in(seeds))
+
+    def withheld(self, batches: Iterator[Rows]) -> Iterator[Rows]:
+        """Fetched batches, without what is known of files that are to be forgotten and came from yet another URL."""
+        return map(self._without, batches) if self.contents else batches
+
+    def _without(self, rows: Rows) -> Rows:
+        alive, dead = self.contents_in(rows.alive), self.contents_in(rows.dead)
+        if not (alive.any() or dead.any()):
+            return rows
+        fallen = rows.alive.filter(pa.array(alive))
+        verdicts = pa.array([str(DropReason.FORGOTTEN)] * fallen.num_rows, pa.string())
+        gone = pa.array([*fallen["key"].to_pylist(), *rows.dead.filter(pa.array(dead))["key"].to_pylist()], pa.string())
+        return Rows(
+            rows.alive.filter(pa.array(~alive)),
+            pa.concat_tables(
+                [
+                    blank(rows.dead, dead),
+                    blank(tombstones(fallen, verdicts, STAGE), np.ones(fallen.num_rows, bool)),
+                ]
+            ),
+            rows.witnesses.filter(pc.invert(pc.is_in(rows.witnesses["key"], gone))),
+        )
+
+    def _hash(self, kind: str, form: str) -> str:
+        return hashlib.sha256(f"{self.salt}{kind}\0{form}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@lru_cache(1 << 16)
+def _concerns_host(forgotten: Forgotten, host: str) -> bool:
+    """A site is concerned by what concerns a site above it; an address by itself alone."""
+    names = host.split(".")
+    above = [host] if _ADDRESS.fullmatch(host) else [".".join(names[start:]) for start in range(len(names))]
+    return any(forgotten._hash("domain", name) in forgotten.domains for name in above)
+
+
+def blank(table: pa.Table, mask: Mask) -> pa.Table:
+    """A table of ledger or seed columns whose rows in `mask` became forgotten ones."""
+    if not mask.any():
+        return table
+    chosen = pa.array(mask)
+    said = {"verdict": str(DropReason.FORGOTTEN), "stage": STAGE}
+    columns = []
+    for name in table.column_names:
+        kind = COLUMNS[name].type
+        if name in said:
+            columns.append(pc.if_else(chosen, pa.scalar(said[name], kind), table.column(name)))
+        else:
+            columns.append(table.column(name) if name in KEEPS else _nulled(table.column(name), mask))
+    return pa.table(columns, schema=table.schema)
+
+
+def _nulled(column: pa.ChunkedArray, mask: Mask) -> pa.ChunkedArray:
+    # take() with null indices: if_else knows no lists of fixed size
+    places = np.arange(len(column))
+    return pa.chunked_array([column.combine_chunks().take(pa.array(places, mask=mask))], column.type)
+
+
+def normal_url(text: str) -> str:
+    """One form for all ways to write a URL: scheme, user, default port and fragment do not count."""
+    simple = _SIMPLE_URL.fullmatch(text)
+    if simple and simple[2].isascii() and not _DOTS.search(simple[2]):
+        return f"{simple[1].lower().rstrip('.')}{simple[2] or '/'}{_query(simple[3])}"
+    try:
+        url = URL(text.strip())
+        port = "" if url.explicit_port in _DEFAULT_PORTS else f":{url.explicit_port}"
+        return f"{_host(url)}{port}{url.path or '/'}{f'?{url.query_string}' if url.query_string else ''}"
+    except ValueError:
+        return text.strip()
+
+
+def _query(text: str | None) -> str:
+    """A query as it is compared: decoded once, `+` for a space."""
+    if not text or text == "?":
+        return ""
+    return "?" + URL.build(query_string=text[1:], encoded=True).query_string if "%" in text or "+" in text else text
+
+
+def host_of(url: str) -> str:
+    """The host of a URL in normal form, empty where there is none."""
+    simple = _SIMPLE_URL.fullmatch(url)
+    if simple:
+        return simple[1].lower().rstrip(".")
+    try:
+        return _host(URL(url.strip()))
+    except ValueError:
+        return ""
+
+
+def _host(url: URL) -> str:
+    return (url.raw_host or "").lower().rstrip(".")
+
+
+def normal_domain(text: str) -> str:
+    """A site as `host_of` gives it, from a host, with or without port, or from a URL.
+
+    Raises:
+        OutputError: when it is none, or would stand for all sites of a country or kind.
+    """
+    written = text.strip()
+    host = host_of(written if "://" in written else f"http://{written.removeprefix('*').removeprefix('.')}")
+    if not host or ("." not in host and ":" not in host and host != "localhost"):
+        raise OutputError(f"{text!r} is no site: give a host such as example.org; sites below it count too.")
+    return host
+
+
+def normal_sha256(text: str) -> str:
+    """A sha256 in lower case.
+
+    Raises:
+        OutputError: when it is none.
+    """
+    found = text.strip().lower()
+    if not _SHA256.fullmatch(found):
+        raise OutputError(f"{text!r} is no sha256: give 64 hexadecimal digits, as ledgers tell it.")
+    return found
+
+
+def load(out: Place) -> Forgotten:
+    """The list of OUT; an empty one where there is none yet.
+
+    Raises:
+        CorruptShardError: when it is damaged: to go on would mean to fetch what was to be forgotten.
+    """
+    try:
+        text = (out / FORGOTTEN).read_bytes()
+    except FileNotFoundError:
+        return Forgotten(secrets.token_hex(16))
+    try:
+        told = json.loads(text)
+        lists = {name: frozenset(map(normal_sha256, told[name])) for name in ("urls", "domains", "contents")}
+        found = Forgotten(str(told["salt"]), **lists)
+    except (ValueError, KeyError, TypeError, AttributeError, OutputError, RecursionError) as error:
+        raise CorruptShardError(f"{FORGOTTEN}: cannot be read: {error}") from error
+    if _text(found) != text:
+        raise CorruptShardError(f"{FORGOTTEN}: it was changed since it was written")
+    return found
+
+
+def save(out: Place, forgotten: Forgotten) -> None:
+    """Write the list of OUT."""
+    write(out / FORGOTTEN, _text(forgotten))
+
+
+def _text(forgotten: Forgotten) -> bytes:
+    """As stable JSON text that a single changed byte contradicts."""
+    content: dict[str, Any] = {
+        "version": _VERSION,
+        **{name: value if isinstance(value, str) else sorted(value) for name, value in asdict(forgotten).items()},
+    }
+    body = json.dumps(content, sort_keys=True)
+    content["sha256"] = hashlib.sha256(body.encode()).hexdigest()
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
+def finish(out: Place) -> None:
+    """Put the files of rewritten shards in place, the manifest last; remove those of shards that were not committed.
+
+    Every run into OUT, and every `forget`, begins with this.
+    """
+    shards = out / "shards"
+    committed: list[Place] = [*shards.glob(f"{NEW}*.json")]
+    for name in sorted(manifest.name.removeprefix(NEW).removesuffix(".json") for manifest in committed):
+        for suffix in ("tar", "parquet"):
+            new = shards / f"{NEW}{name}.{suffix}"
+            if new.exists():
+                _replace(new, shards / f"{name}.{suffix}")
+        settle(shards)
+        _replace(shards / f"{NEW}{name}.json", shards / f"{name}.json")
+        settle(shards)
+    strays: list[Place] = [*shards.glob(f"{NEW}*")]
+    for stray in strays:
+        stray.unlink(missing_ok=True)
+
+
+def _replace(new: Place, old: Place) -> None:
+    if isinstance(new, Path) and isinstance(old, Path):
+        new.replace(old)
+    elif isinstance(old, Remote):  # objects cannot be renamed
+        with local(new) as path:
+            old.upload(path)
+        new.unlink()
+
+
+def is_interrupted(out: Place) -> bool:
+    """Whether a `forget` was killed between its commit and its end."""
+    return any((out / "shards").glob(f"{NEW}*.json"))

@@ -1,0 +1,289 @@
+"""The ledgers of a dataset: the funnel, what manifests count, and verdicts under other thresholds."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich import box
+from rich.table import Table
+
+from pipeline.shared import files as storage
+from pipeline.shared.files import AnyPlace, Place, Remote
+from schemas.columns import KEPT
+from schemas.errors import ContractError, CorruptShardError, OutputError
+from schemas.names import shard_origin
+from schemas.shard import DATASET, Manifest, dataset_digest
+from stages import STAGES
+from stages.filter import Filter
+
+UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError)
+"""What pyarrow raises for a file that is no such parquet."""
+
+_RECORDS = 1024
+"""Ledger rows that are Python objects at a time."""
+
+
+@dataclass(frozen=True)
+class FunnelRow:
+    """One stage: how many rows reached it, and how many it dropped."""
+
+    stage: str
+    rows_in: int
+    dropped: dict[str, int]
+    """Reason -> count, the most frequent first; only reasons that occur."""
+
+    @property
+    def rows_left(self) -> int:
+        """Rows that went on to the next stage."""
+        return self.rows_in - sum(self.dropped.values())
+
+
+@dataclass(frozen=True)
+class Funnel:
+    """What became of all rows of the finished shards."""
+
+    shards: int
+    rows_in: int
+    rows: tuple[FunnelRow, ...]
+    """One per stage, in the pipeline's order."""
+
+    @property
+    def kept(self) -> int:
+        """Rows that no stage dropped."""
+        return self.rows[-1].rows_left
+
+    def share(self, count: int) -> float:
+        """A number of rows as a share of all rows in, 0 when there are none."""
+        return count / self.rows_in if self.rows_in else 0.0
+
+
+def shards_folder(out: AnyPlace) -> AnyPlace:
+    """Where the shards of OUT lie.
+
+    Raises:
+        OutputError: when OUT is no dataset.
+    """
+    folder = out / "shards"
+    try:
+        there = (out / DATASET).is_file() if isinstance(out, Remote) else folder.is_dir()
+    except OSError as error:
+        raise OutputError(f"{out} cannot be read: {error.strerror or error}.") from error
+    if not there:
+        raise OutputError(f"{out} holds no dataset: there is no folder {folder}; give the OUT of a `dataset` run.")
+    return folder
+
+
+def shard_names(out: Place) -> list[str]:
+    """The finished shards of OUT (those with a manifest), sorted."""
+    return sorted(path.stem for path in shards_folder(out).glob("*.json") if not path.name.startswith("."))
+
+
+def read_manifest(out: Place, shard: str) -> Manifest:
+    """The manifest of one shard.
+
+    Raises:
+        CorruptShardError: names the file.
+    """
+    path = out / "shards" / f"{shard}.json"
+    try:
+        manifest = Manifest.from_json(path.read_bytes())
+    except (CorruptShardError, OSError) as error:
+        raise CorruptShardError(f"{path.name}: {error}") from error
+    return manifest
+
+
+def read_manifests(out: Place) -> list[Manifest]:
+    """The manifests of all finished shards, in the order of their names.
+
+    Raises:
+        CorruptShardError: names the file that is no manifest.
+    """
+    return [read_manifest(out, shard) for shard in shard_names(out)]
+
+
+def summary(manifests: Sequence[Manifest], replaced: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """What manifests add up to, as dataset.json tells it, less the verdicts that are `replaced` (see there)."""
+    replaced = replaced or {}
+    dropped: Counter[str] = Counter()
+    for manifest in manifests:
+        dropped.update(manifest.dropped)
+    dropped.subtract({verdict: count for verdict, count in replaced.items() if verdict != KEPT})
+    return {
+        "shards": [manifest.shard for manifest in manifests],
+        "rows_in": sum(manifest.rows_in for manifest in manifests) - sum(replaced.values()),
+        "kept": sum(manifest.kept for manifest in manifests) - replaced.get(KEPT, 0),
+        "dropped": dict(dropped),
+        "dataset_digest": dataset_digest(manifests),
+    }
+
+
+def counts(verdicts: pa.ChunkedArray, reasons: Sequence[str]) -> tuple[int, dict[str, int]]:
+    """How many verdicts are `kept`, and how many are each of `reasons`, zeros too.
+
+    Raises:
+        ContractError: when a verdict is neither.
+    """
+    found = {entry["values"]: entry["counts"] for entry in pc.value_counts(verdicts).to_pylist()}
+    kept: int = found.pop(KEPT, 0)
+    undeclared = set(found) - set(reasons)
+    if undeclared:
+        raise ContractError(f"no stage declares the verdicts {sorted(map(str, undeclared))}")
+    return kept, {str(reason): found.get(reason, 0) for reason in reasons}
+
+
+def read_ledger(out: Place, shard: str, columns: Sequence[str], verdict: str | None = None) -> pa.Table:
+    """Some columns of one ledger; of rows with this verdict alone, when one is given.
+
+    Raises:
+        CorruptShardError: names the file.
+    """
+    path = out / "shards" / f"{shard}.parquet"
+    try:
+        table = storage.parquet(path).read(columns=list(dict.fromkeys([*columns, "verdict"])))
+        table.validate(full=True)  # text that is none would be found by whoever reads it
+        return (table if verdict is None else table.filter(pc.equal(table["verdict"], verdict))).select(list(columns))
+    except UNREADABLE as error:
+        raise CorruptShardError(f"{path.name}: not a ledger: {error}") from error
+
+
+class Rounds:
+    """Which rows of a dataset stand in the ledgers of later rounds (second chances) again, part by part."""
+
+    def __init__(self, out: Place, shards: Iterable[str]) -> None:
+        """Read the row numbers in the ledgers of all later rounds: eight bytes per row that had a second chance.
+
+        Raises:
+            CorruptShardError: names the file.
+        """
+        found: dict[str, dict[int, list[npt.NDArray[np.int64]]]] = defaultdict(lambda: defaultdict(list))
+        for shard in shards:
+            part, round = shard_origin(shard)
+            if round:
+                found[part][round].append(read_ledger(out, shard, ("row",))["row"].to_numpy())
+        self._rows = {
+            part: {round: np.concatenate(rows) for round, rows in rounds.items()} for part, rounds in found.items()
+        }
+
+    def last(self, part: str) -> int:
+        """The last round of a part, 0 where there was none."""
+        return max(self._rows.get(part, {0: None}))
+
+    def replaced(self, shard: str, rows: pa.ChunkedArray, before: int | None = None) -> npt.NDArray[np.bool_]:
+        """Which of a shard's rows a later round holds; a round before `before`, when given."""
+        part, own = shard_origin(shard)
+        rounds = self._rows.get(part, {})
+        later = [found for round, found in rounds.items() if round > own and (before is None or round < before)]
+        if not later:
+            return np.zeros(len(rows), bool)
+        return np.isin(rows.to_numpy(), np.concatenate(later))
+
+
+def replaced(out: Place) -> Counter[str]:
+    """Verdict -> rows whose verdict a later round has replaced. Less these, manifests count each row once."""
+    total: Counter[str] = Counter()
+    shards = shard_names(out)
+    rounds = Rounds(out, shards)
+    for shard in shards:
+        if rounds.last(shard_origin(shard)[0]):
+            ledger = read_ledger(out, shard, ("row", "verdict"))
+            total.update(ledger.filter(pa.array(rounds.replaced(shard, ledger["row"])))["verdict"].to_pylist())
+    return total
+
+
+def funnel(out: Place) -> Funnel:
+    """The funnel of all finished shards, counted from their ledgers, one ledger in memory at a time.
+
+    Rows that had a second chance are counted once, with the last that was said of them.
+
+    Raises:
+        CorruptShardError: when a ledger cannot be read or contradicts its manifest; names it.
+        OutputError: when OUT is no dataset.
+    """
+    total: Counter[tuple[str, str]] = Counter()
+    shards = shard_names(out)
+    rounds = Rounds(out, shards)
+    for shard in shards:
+        ledger = read_ledger(out, shard, ("row", "stage", "verdict"))
+        total.update(_counted(read_manifest(out, shard), ledger))
+        total.subtract(_grouped(ledger.filter(pa.array(rounds.replaced(shard, ledger["row"])))))
+    left = rows_in = total.total()
+    rows = []
+    for stage in STAGES:
+        dropped = [(verdict, n) for (said, verdict), n in total.items() if said == stage and verdict != KEPT and n]
+        rows.append(FunnelRow(stage, left, dict(sorted(dropped, key=lambda entry: (-entry[1], entry[0])))))
+        left = rows[-1].rows_left
+    return Funnel(len(shards), rows_in, tuple(rows))
+
+
+def _grouped(ledger: pa.Table) -> Counter[tuple[str, str]]:
+    """(stage, verdict) -> rows."""
+    groups = ledger.group_by(["stage", "verdict"]).aggregate([([], "count_all")]).to_pylist()
+    return Counter({(group["stage"], group["verdict"]): group["count_all"] for group in groups})
+
+
+def _counted(manifest: Manifest, ledger: pa.Table) -> Counter[tuple[str, str]]:
+    """(stage, verdict) -> rows of one ledger, after a check against its manifest."""
+    counted = _grouped(ledger)
+    by_verdict: Counter[str] = Counter()
+    for (stage, verdict), count in counted.items():
+        if stage not in STAGES:
+            raise CorruptShardError(f"{manifest.shard}.parquet: the stage {stage!r} is not known")
+        by_verdict[verdict] += count
+    claimed = Counter({KEPT: manifest.kept, **manifest.dropped})
+    if by_verdict != claimed or by_verdict.total() != manifest.rows_in:
+        differing = sorted(str(v) for v in {*by_verdict, *claimed} if by_verdict[v] != claimed[v]) or ["rows_in"]
+        raise CorruptShardError(f"{manifest.shard}: ledger and manifest count {', '.join(differing)} differently")
+    return counted
+
+
+def funnel_table(funnel: Funnel) -> Table:
+    """The funnel for a terminal or a log: a line per stage, and one per reason below it."""
+    title = f"Funnel of {funnel.shards:,} shard{'' if funnel.shards == 1 else 's'}"
+    table = Table("stage", "rows", "%", title=title, title_justify="left", box=box.ASCII)
+    table.columns[1].justify = table.columns[2].justify = "right"
+    for row in funnel.rows:
+        table.add_row(row.stage, *_numbers(funnel, row.rows_in))
+        for reason, count in row.dropped.items():
+            table.add_row(f"  - {reason}", *_numbers(funnel, count), style="dim")
+    table.add_row("kept", *_numbers(funnel, funnel.kept), style="bold")
+    return table
+
+
+def _numbers(funnel: Funnel, count: int) -> tuple[str, str]:
+    return f"{count:,}", f"{100 * funnel.share(count):.1f}"
+
+
+Judge = Callable[[Mapping[str, Any]], str | None]
+"""Measurements of one row -> the reason to drop it, or None; such as `stages.filter.judge` with other thresholds."""
+
+
+def replay(ledger: pa.Table, judge: Judge) -> list[str | None]:
+    """Verdicts of a ledger's rows, had `filter` judged them by `judge`; no image is touched.
+
+    Rows that never reached `filter` keep their verdict, and so do those that pass it again. None stands for a row
+    that `filter` had dropped and now lets pass: what the stages behind it would say is not known.
+    """
+    order = list(STAGES)
+    behind = frozenset(order[order.index(Filter.name) + 1 :])
+    table = ledger.select(["verdict", "stage", *Filter.reads])
+    return [
+        _replayed(record, behind, judge)
+        for batch in table.to_batches(max_chunksize=_RECORDS)
+        for record in batch.to_pylist()
+    ]
+
+
+def _replayed(record: Mapping[str, Any], behind: frozenset[str], judge: Judge) -> str | None:
+    verdict: str = record["verdict"]
+    passed_before = record["stage"] in behind
+    if not passed_before and record["stage"] != Filter.name:
+        return verdict
+    reason = judge(record)
+    if reason is not None:
+        return str(reason)
+    return verdict if passed_before else None

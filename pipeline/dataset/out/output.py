@@ -1,0 +1,288 @@
+"""A shard in OUT: put there whole, manifest last, as `pipeline.shared.files` does it. Same rows and plan, same bytes."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.shared import files as storage
+from pipeline.shared.atomic import TEMPORARY
+from pipeline.dataset.out.forgotten import Forgotten, finish, load
+from pipeline.dataset.out.ledger import counts
+from pipeline.dataset.plan import Plan
+from pipeline.dataset.execute.runner import Rows, tombstones
+from pipeline.shared.files import Draft, Place, Remote
+from schemas.columns import KEPT, LEDGER_SCHEMA
+from schemas.errors import CorruptShardError, OutputError, ShardError, first_line
+from schemas.shard import DATASET, SUFFIXES, Manifest, sample_files
+from stages.pixels.images import thumbnail
+
+_THUMBNAIL_PX = 256
+
+
+class Output:
+    """The directory of a dataset: OUT/shards, OUT/drops and OUT/dataset.json."""
+
+    def __init__(self, root: Place) -> None:
+        """Name the directory; nothing is created yet."""
+        self.root = root
+        self.shards = root / "shards"
+        self.drops = root / "drops"
+        self.forgotten: Forgotten | None = None
+        """What this OUT was told to forget; known once it is prepared."""
+
+    @contextlib.contextmanager
+    def prepared(self, plan: Plan, *, replan: bool = False) -> Iterator[None]:
+        """Create the directories, hold them alone for this run, and clear away what an interrupted run left.
+
+        A remote OUT cannot be held: two runs into it would do the same work twice, and put the same bytes.
+
+        Raises:
+            OutputError: when OUT cannot be written, is in use by another run, or holds shards of another plan.
+            CorruptShardError: when the list of what is to be forgotten is damaged.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._held())
+                finish(self.root)
+                self.forgotten = load(self.root)
+                self.refuse_other_plan(plan, replan=replan)
+                self.clear()
+                if replan:
+                    self._remove_other_plans(plan)
+                self.describe(plan, {})
+            except OSError as error:
+                trouble = error.strerror or first_line(error)
+                raise OutputError(f"OUT {self.root} cannot be written: {trouble}.") from error
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # of an OUT that is gone or read-only: the run has told of it
+                    self.clear()
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        if isinstance(self.root, Remote):
+            yield
+            return
+        for folder in (self.shards, self.drops):
+            Path(str(folder)).mkdir(parents=True, exist_ok=True)
+        handle = os.open(str(self.shards), os.O_RDONLY)
+        try:
+            self._lock(handle)
+            yield
+        finally:
+            os.close(handle)
+
+    def clear(self) -> None:
+        """Remove temporary files: those of this run, or of one that was killed."""
+        if isinstance(self.root, Remote):
+            return
+        for folder in (self.root, self.shards, self.drops):
+            for stray in folder.glob(f"{TEMPORARY}*"):
+                stray.unlink(missing_ok=True)
+
+    def _remove_other_plans(self, plan: Plan) -> None:
+        for path in self.shards.glob("*.json"):
+            try:
+                manifest = Manifest.from_json(path.read_bytes())
+            except CorruptShardError:
+                continue
+            if manifest.plan_digest != plan.digest:
+                self.remove(path.stem)
+
+    def remove(self, shard: str) -> None:
+        """Remove a shard, manifest first, so that no half of it ever counts as done."""
+        for suffix in ("json", "tar", "parquet"):
+            (self.shards / f"{shard}.{suffix}").unlink(missing_ok=True)
+        (self.drops / f"{shard}.parquet").unlink(missing_ok=True)
+
+    def _lock(self, handle: int) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"Another run is writing to {self.root}; wait for it, or choose another OUT.") from None
+
+    def refuse_other_plan(self, plan: Plan, *, replan: bool = False) -> None:
+        """Check that OUT is new or was made under an equal plan.
+
+        Raises:
+            OutputError: says what differs.
+        """
+        try:
+            before = json.loads((self.root / DATASET).read_bytes())
+            identity: dict[str, Any] = before["plan"]
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OutputError(f"{self.root / DATASET} cannot be read ({error}); choose another OUT.") from error
+        if before.get("plan_digest") == plan.digest or replan:
+            return
+        differences = "; ".join(_differences(identity, plan.identity))
+        raise OutputError(
+            f"{self.root} holds a dataset of another plan ({differences}): "
+            "choose another OUT, or give --replan to make its shards anew."
+        )
+
+    def describe(self, plan: Plan, summary: dict[str, Any]) -> None:
+        """Write dataset.json: the plan, and what the run came to."""
+        content = {
+            "schema_version": plan.identity["schema_version"],
+            "profile": plan.config.profile,
+            "plan_digest": plan.digest,
+            "plan": plan.identity,
+            **summary,
+        }
+        storage.write(self.root / DATASET, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+    def is_done(self, shard: str, plan: Plan, size_of: Callable[[str], int | None] | None = None) -> bool:
+        """Whether the shard has a manifest of this plan and files of the lengths that it names.
+
+        `size_of` tells the bytes of a file in OUT/shards; over a network, one answer for many shards saves requests.
+        """
+        try:
+            manifest = Manifest.from_json((self.shards / f"{shard}.json").read_bytes())
+        except (FileNotFoundError, CorruptShardError):
+            return False
+        size_of = size_of or storage.sizes(self.shards)
+        return manifest.plan_digest == plan.digest and all(
+            size_of(name) == told["bytes"] for name, told in manifest.files.items()
+        )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict | None) and isinstance(new, dict | None):  # None where a plan has no such section
+            yield from _differences(old or {}, new or {}, f"{prefix}{name}.")
+        elif old != new:
+            label = f"{prefix}{name}".removeprefix("settings.")
+            yield label if isinstance(old, list) or isinstance(new, list) else f"{label} was {old!r}, is now {new!r}"
+
+
+class ShardWriter:
+    """Writes one shard, batch by batch, and publishes it whole; leaves nothing behind when it fails."""
+
+    def __init__(self, output: Output, shard: str, plan: Plan) -> None:
+        """Open the drafts."""
+        from webdataset import TarWriter  # it imports torch: only processes that write shards pay for it
+
+        self._output, self._shard, self._plan = output, shard, plan
+        self._ledgers: list[pa.Table] = []
+        self._thumbnails: list[dict[str, Any]] = []
+        self._pictured: Counter[str] = Counter()
+        self._half_put = False
+        with contextlib.ExitStack() as stack, storage.kept(output.root):
+            self._tar_draft, self._ledger_draft = (
+                stack.enter_context(contextlib.closing(Draft(self._place(suffix)))) for suffix in ("tar", "parquet")
+            )
+            self._drafts = stack.pop_all()
+        self._tar = TarWriter(self._tar_draft.stream, user="", group="", mode=0o644, mtime=0, encoder=False)
+
+    def _place(self, suffix: str) -> Place:
+        return self._output.shards / f"{self._shard}.{suffix}"
+
+    def __enter__(self) -> "ShardWriter":
+        """Enter the block that writes the shard."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove what was not published."""
+        with contextlib.suppress(OSError):  # a full disk has failed the shard already
+            self._tar.close()
+        with contextlib.suppress(OSError):
+            self._drafts.close()
+        if self._half_put:
+            with contextlib.suppress(OSError):
+                # Interrupted right after the manifest got its name, it is whole, and others may have seen it.
+                if not self._place("json").exists():
+                    self._output.remove(self._shard)
+
+    def add_tombstones(self, ledger: pa.Table) -> None:
+        """Add ledger rows that were dropped before any batch was made."""
+        self._ledgers.append(ledger)
+
+    def add(self, rows: Rows) -> None:
+        """Append the samples of the living rows, and all rows to the ledger."""
+        for record in rows.alive.select(["key", *SUFFIXES.values()]).to_pylist():
+            with storage.kept(self._output.root):
+                self._tar.write({"__key__": record["key"], **sample_files(record)})
+        kept = pa.array([KEPT] * rows.alive.num_rows, pa.string())
+        self._ledgers += [rows.dead, tombstones(rows.alive, kept, self._plan.steps[-1].name)]
+        self._add_thumbnails(rows.witnesses)
+
+    def publish(self, rows_in: int) -> Manifest:
+        """Make the shard durable under its final names, the manifest last.
+
+        Raises:
+            ShardError: when rows were lost or doubled on the way.
+        """
+        ledger = pa.concat_tables(self._ledgers).sort_by("row").combine_chunks()
+        with storage.kept(self._output.root):
+            self._tar.close()
+            self._tar_draft.sync()
+            manifest = self._manifest(ledger, rows_in)
+            if not manifest.conserves_rows() or pc.count_distinct(ledger.column("key")).as_py() != rows_in:
+                raise ShardError(f"{self._shard}: {rows_in} rows in, but the ledger holds {ledger.num_rows}")
+            self._put(manifest)
+        return manifest
+
+    def _put(self, manifest: Manifest) -> None:
+        self._half_put = True
+        self._place("json").unlink(missing_ok=True)
+        self._publish_thumbnails()
+        self._tar_draft.put()
+        self._ledger_draft.put()
+        storage.settle(self._output.shards)
+        storage.write(self._place("json"), manifest.to_json().encode())
+        self._half_put = False
+
+    def _manifest(self, ledger: pa.Table, rows_in: int) -> Manifest:
+        pq.write_table(ledger.cast(LEDGER_SCHEMA), self._ledger_draft.path, compression="zstd")
+        self._ledger_draft.sync()
+        kept, dropped = counts(ledger.column("verdict"), self._plan.reasons)
+        return Manifest(
+            shard=self._shard,
+            profile=self._plan.config.profile,
+            plan_digest=self._plan.digest,
+            rows_in=rows_in,
+            kept=kept,
+            dropped=dropped,
+            models=self._plan.model_list,
+            files={draft.target.name: fingerprint(draft.path) for draft in (self._tar_draft, self._ledger_draft)},
+        )
+
+    def _add_thumbnails(self, witnesses: pa.Table) -> None:
+        """Reduce the photos of a few dropped rows at once: at full size they would pile up until the shard is done."""
+        for record in witnesses.to_pylist():
+            verdict = record["verdict"]
+            if self._pictured[verdict] < self._plan.config.report.drops_per_reason:
+                small = thumbnail(record["image"], _THUMBNAIL_PX)
+                if small is not None:
+                    self._pictured[verdict] += 1
+                    self._thumbnails.append({"key": record["key"], "verdict": verdict, "thumbnail": small})
+
+    def _publish_thumbnails(self) -> None:
+        """Thumbnails of a few dropped photos, for the report; not part of the shard."""
+        names = pa.schema([("key", pa.string()), ("verdict", pa.string()), ("thumbnail", pa.binary())])
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(self._thumbnails, schema=names), sink)
+        storage.write(self._output.drops / f"{self._shard}.parquet", sink.getvalue().to_pybytes())
+
+
+def fingerprint(path: Place) -> dict[str, Any]:
+    """Length and sha256 of a file, as manifests tell them."""
+    with path.open("rb") as stream:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

@@ -1,0 +1,58 @@
+"""The features that stand for "no face" in training and guidance, computed once per dataset, beside its shards."""
+
+import json
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from pipeline.shared import files as storage
+from pipeline.dataset.plan import Plan
+from pipeline.dataset.out.output import fingerprint
+from pipeline.shared.files import Place
+from schemas.shard import UNCONDITIONAL
+from stages.models.base import ImageEmbedder, backend
+
+_MADE = "made"
+"""The only entry of the file's metadata: several would be written in any order."""
+
+Features = Mapping[str, npt.NDArray[np.float16]]
+
+
+def write_unconditional(root: Place, plan: Plan) -> dict[str, dict[str, Any]]:
+    """Write the file unless it is there, whole and of this plan's image embedder; returns dataset.json's entry of it.
+
+    The embedder runs in this process, on the CPU, and is let go. A dataset without embeddings needs no such file.
+    """
+    if not plan.config.pack.embeddings:
+        return {}
+    path = root / UNCONDITIONAL
+    if not _is_current(path, plan):
+        settings = plan.config.models.model_copy(update={"device": "cpu"})
+        embedder: ImageEmbedder = backend("image_embedder", settings.image_embedder)(settings)
+        features = dict(embedder.unconditional())
+        storage.write(path, save(features, metadata={_MADE: _made(features, plan)}))
+    return {UNCONDITIONAL: fingerprint(path)}
+
+
+def _is_current(path: Place, plan: Plan) -> bool:
+    if not path.exists():
+        return False
+    try:
+        with storage.local(path) as near, safe_open(near, framework="numpy") as file:
+            made: object = (file.metadata() or {}).get(_MADE)
+            features = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+    except (SafetensorError, OSError, ValueError, TypeError):
+        return False
+    return made == _made(features, plan)
+
+
+def _made(features: Features, plan: Plan) -> str:
+    """What the features were made by, and their hashes: damage is found and made good without the models."""
+    models = [model for model in plan.model_list if model["task"] == "image_embedder"]
+    hashes = {name: sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for name, array in features.items()}
+    return json.dumps({"models": models, "sha256": hashes}, sort_keys=True)

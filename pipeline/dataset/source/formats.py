@@ -1,0 +1,204 @@
+"""Metadata files as a stream of tables: parquet, csv and tsv, and JSON lines; the last two may be gzipped."""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
+from itertools import islice
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from pipeline.dataset.source.aliases import ALIASES, require_url, resolve
+from pipeline.shared.source_files import open_binary, open_text_lines, reading
+from schemas.errors import SourceError
+
+EXTENSIONS = ".parquet, .csv[.gz], .tsv[.gz], .jsonl[.gz]"
+BATCH_ROWS = 32_768
+_BUFFER = 4 << 20
+_GROUP = 64 << 20
+_CSV_BLOCK = 8 << 20
+_PROBE_LINES = 100
+
+
+class Format(NamedTuple):
+    """How one kind of file is read."""
+
+    probe: Callable[[str], tuple[list[str], int | None]]
+    """Path -> names of its columns, and the number of rows where that is cheap to know."""
+    tables: Callable[[str], Iterator[pa.Table]]
+    """Path -> its rows in order, under our names and in the file's types."""
+
+
+def format_of(path: str) -> Format | None:
+    """The format of a file by its name, or None when it is not a metadata file."""
+    match = re.search(r"\.(parquet)$|\.(csv|tsv|jsonl|ndjson)(?:\.gz)?$", path, re.IGNORECASE)
+    return _FORMATS[(match[1] or match[2]).lower()] if match else None
+
+
+def rows_in(path: str) -> int | None:
+    """Check that a metadata file can be read and has URLs; its number of rows where that is cheap to know.
+
+    Raises:
+        SourceError: for an empty or unreadable file, or one without a URL column.
+    """
+    columns, rows = _format(path).probe(path)
+    if not columns:
+        raise SourceError(f"{path} is empty: it has no columns.")
+    require_url(path, columns)
+    return rows
+
+
+def tables(path: str) -> Iterator[pa.Table]:
+    """The rows of a metadata file in order, in tables of bounded size, under our names and in the file's types.
+
+    Raises:
+        SourceError: for what cannot be read.
+    """
+    with reading(path):
+        yield from _format(path).tables(path)
+
+
+def _format(path: str) -> Format:
+    found = format_of(path)
+    if found is None:
+        raise SourceError(f"{path} is not a metadata file: the names of those end in {EXTENSIONS}.")
+    return found
+
+
+def _renamed(batch: pa.RecordBatch, aliases: Mapping[str, tuple[str, ...]] = ALIASES) -> pa.Table:
+    names = resolve(batch.schema.names, aliases)
+    # By number, since a file may hold a name twice.
+    return pa.table({seed: batch.column(batch.schema.get_all_field_indices(name)[0]) for seed, name in names.items()})
+
+
+def read_parquet(path: str, aliases: Mapping[str, tuple[str, ...]] = ALIASES) -> Iterator[pa.Table]:
+    """The rows of a parquet file; large column chunks are read through small buffers."""
+    with reading(path), open_binary(path) as file, pq.ParquetFile(file, **_buffering(file)) as parquet:
+        wanted = list(resolve(parquet.schema_arrow.names, aliases).values())
+        for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
+            yield _renamed(batch, aliases)
+
+
+def _buffering(file: Any) -> dict[str, Any]:
+    """Small groups are read whole: behind a buffer, a damaged page gets whatever 2 GB it claims to need."""
+    footer = pq.read_metadata(file)
+    # Not column by column: pyarrow ends the process when it meets damaged statistics there.
+    sizes = [footer.row_group(number).total_byte_size for number in range(footer.num_row_groups)]
+    # pre_buffer, on by default, would fetch whole column chunks in spite of the buffer size.
+    return {"pre_buffer": False, **({"buffer_size": _BUFFER} if max(sizes, default=0) > _GROUP else {})}
+
+
+def probe_parquet(path: str) -> tuple[list[str], int]:
+    """Names of a parquet file's columns, and its number of rows, from its footer."""
+    with reading(path), open_binary(path) as file, pq.ParquetFile(file) as parquet:
+        return parquet.schema_arrow.names, parquet.metadata.num_rows
+
+
+def _csv_header(path: str) -> list[str]:
+    with open_text_lines(path) as file:
+        line = file.readline(_CSV_BLOCK).decode("utf-8-sig", "replace")
+    return next(csv.reader([line], delimiter=_delimiter(path)), [])
+
+
+def _delimiter(path: str) -> str:
+    return "\t" if re.search(r"\.tsv(\.gz)?$", path, re.IGNORECASE) else ","
+
+
+def _probe_csv(path: str) -> tuple[list[str], None]:
+    with reading(path):
+        return _csv_header(path), None
+
+
+def _read_csv(path: str) -> Iterator[pa.Table]:
+    header = _csv_header(path)
+    ours = {header.index(name): seed for seed, name in resolve(header).items()}
+    columns = [ours.get(number, f"unused{number}") for number in range(len(header))]
+    with open_text_lines(path) as file, _open_csv(file, columns, list(ours.values()), _delimiter(path)) as reader:
+        for batch in reader:
+            yield pa.Table.from_batches([batch])
+
+
+def _open_csv(file: Any, columns: list[str], wanted: list[str], delimiter: str) -> Any:
+    # All as strings: a type guessed from the first block would fail on a later one.
+    return pa.csv.open_csv(
+        file,
+        pa.csv.ReadOptions(column_names=columns, skip_rows=1, block_size=_CSV_BLOCK, use_threads=False),
+        pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        pa.csv.ConvertOptions(
+            column_types=dict.fromkeys(wanted, pa.string()),
+            include_columns=wanted,
+            check_utf8=False,
+            strings_can_be_null=False,
+        ),
+    )
+
+
+def _probe_jsonl(path: str) -> tuple[list[str], None]:
+    with reading(path), open_text_lines(path) as file:
+        records = islice(_records(path, file), _PROBE_LINES)
+        return list(dict.fromkeys(name for record in records for name in record)), None
+
+
+def _read_jsonl(path: str) -> Iterator[pa.Table]:
+    with open_text_lines(path) as file:
+        records = _records(path, file)
+        while batch := list(islice(records, BATCH_ROWS)):
+            yield from_records(batch)
+
+
+def _records(path: str, lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield parse_record(line, f"line {number} of {path}")
+
+
+def parse_record(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        SourceError: says that `where` is no JSON object.
+    """
+    try:
+        record = json.loads(data.decode("utf-8-sig", "replace"))
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise SourceError(f"{where[0].upper()}{where[1:]} is not a JSON object.")
+    return record
+
+
+def from_records(records: list[dict[str, Any]], aliases: Mapping[str, tuple[str, ...]] = ALIASES) -> pa.Table:
+    """JSON objects as a table under our names, all values as text: their types may differ from row to row."""
+    known = tuple(aliases.items())
+    rows = [
+        {seed: _scalar_text(record[name]) for seed, name in _resolve_keys(tuple(record), known).items()}
+        for record in records
+    ]
+    return pa.Table.from_pylist(rows, schema=pa.schema([(seed, pa.string()) for seed in aliases]))
+
+
+@lru_cache(maxsize=1024)
+def _resolve_keys(keys: tuple[str, ...], aliases: tuple[tuple[str, tuple[str, ...]], ...]) -> dict[str, str]:
+    return resolve(keys, dict(aliases))
+
+
+def _scalar_text(value: Any) -> str | None:
+    if isinstance(value, str):
+        # A lone surrogate from a \u escape has no UTF-8 form.
+        return value if value.isascii() else value.encode("utf-8", "replace").decode()
+    return str(value) if isinstance(value, int | float) else None
+
+
+_CSV = Format(_probe_csv, _read_csv)
+_JSONL = Format(_probe_jsonl, _read_jsonl)
+_FORMATS = {
+    "parquet": Format(probe_parquet, read_parquet),
+    "csv": _CSV,
+    "tsv": _CSV,
+    "jsonl": _JSONL,
+    "ndjson": _JSONL,
+}

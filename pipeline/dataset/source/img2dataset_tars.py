@@ -1,0 +1,146 @@
+"""Existing downloads of img2dataset: webdataset tars, with a parquet beside each or the metadata in their members."""
+
+import tarfile
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from pipeline.dataset.source.aliases import STORED_ALIASES
+from pipeline.dataset.source.formats import from_records, parse_record, probe_parquet, read_parquet
+from pipeline.shared.source_files import kind_of, locate, open_binary, reading
+from schemas.errors import SourceError
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jxl")
+"""The image of a sample is its first member with one of these suffixes, in this order."""
+
+_BLOCK = tarfile.BLOCKSIZE
+_END_MARK = bytes(2 * _BLOCK)
+
+
+class Member(NamedTuple):
+    """Where a file's bytes lie in its tar."""
+
+    offset: int
+    size: int
+
+
+Samples = dict[str, dict[str, Member]]
+"""Key -> suffix -> member; webdataset's split at the first dot of the file's name."""
+
+
+def is_tar(path: str) -> bool:
+    """Whether a file is a tar by its name."""
+    return path.lower().endswith(".tar")
+
+
+def rows_in(path: str) -> int | None:
+    """Check that a tar is whole, by its first and last blocks; its number of rows when a parquet stands beside it.
+
+    Raises:
+        SourceError: for a truncated or unreadable tar or parquet.
+    """
+    fs, inside = locate(path)
+    with reading(path), fs.open(inside, "rb") as file:
+        head = file.read(_BLOCK)
+        # A tar without members starts with its end mark.
+        if head.strip(b"\0"):
+            tarfile.TarInfo.frombuf(head, tarfile.ENCODING, "surrogateescape")
+        file.seek(max(0, fs.size(inside) - len(_END_MARK)))
+        _require_end(path, file.read(len(_END_MARK)))
+    table = table_path(path)
+    return probe_parquet(table)[1] if kind_of(table) else None
+
+
+def tables(path: str) -> Iterator[pa.Table]:
+    """The rows of one tar in the order of their keys, under our names; `image_ref` says where each image lies.
+
+    `image_ref` is `<path>#<offset>:<size>`, or "" for a row whose download failed.
+
+    Raises:
+        SourceError: for a truncated or corrupt tar, or a parquet that belongs to another tar.
+    """
+    samples = scan(path)
+    rows = _rows_beside(path)
+    if rows is None:
+        rows = _rows_inside(path, samples)
+    rows = rows.sort_by("image_key")
+    refs = [_image_ref(path, samples.get(key, {})) for key in rows.column("image_key").to_pylist()]
+    if any(_image_ref(path, members) for members in samples.values()) and not any(refs):
+        raise SourceError(f"{table_path(path)} does not describe {path}: no key of it occurs there.")
+    yield rows.drop_columns(["image_key"]).append_column("image_ref", pa.array(refs, pa.string()))
+
+
+def scan(path: str) -> Samples:
+    """The members of a tar by key and suffix, from its headers alone.
+
+    Raises:
+        SourceError: when the tar cannot be read, or ends without its end mark.
+    """
+    samples: Samples = defaultdict(dict)
+    with reading(path), open_binary(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        for info in tar:
+            folder, slash, name = info.name.rpartition("/")
+            stem, _, suffix = name.partition(".")
+            if info.isreg():
+                samples[folder + slash + stem][suffix.lower()] = Member(info.offset_data, info.size)
+        # tarfile stops without a word at a header that is cut off or damaged.
+        file.seek(tar.offset)
+        _require_end(path, file.read(_BLOCK))
+    return dict(samples)
+
+
+def _require_end(path: str, blocks: bytes) -> None:
+    if not blocks or blocks.strip(b"\0") or len(blocks) % _BLOCK:
+        raise SourceError(
+            f"{path} is truncated or damaged: it does not end as a tar does; leave it out or make it anew."
+        )
+
+
+def table_path(path: str) -> str:
+    """Where the parquet of a tar stands."""
+    return path[: -len(".tar")] + ".parquet"
+
+
+def _image_ref(path: str, members: dict[str, Member]) -> str:
+    for suffix in IMAGE_SUFFIXES:
+        if suffix in members:
+            return f"{path}#{members[suffix].offset}:{members[suffix].size}"
+    return ""
+
+
+def _rows_beside(path: str) -> pa.Table | None:
+    """The parquet beside a tar, or None when there is none, or one without keys."""
+    table = table_path(path)
+    if kind_of(table) is None:
+        return None
+    found = list(read_parquet(table, STORED_ALIASES))
+    if not found or "image_key" not in found[0].column_names:
+        return None
+    rows = pa.concat_tables(found)
+    return rows.set_column(
+        rows.column_names.index("image_key"), "image_key", rows.column("image_key").cast(pa.string())
+    )
+
+
+def _rows_inside(path: str, samples: Samples) -> pa.Table:
+    """Rows from the members: `json` where there is one, else the caption in `txt`."""
+    records: list[dict[str, Any]] = []
+    with reading(path), open_binary(path) as file:
+        for key, members in samples.items():
+            if "json" in members or _image_ref(path, members):
+                record = _record(path, file, key, members)
+                records.append({**record, "key": key})
+    return from_records(records, STORED_ALIASES)
+
+
+def _record(path: str, file: Any, key: str, members: dict[str, Member]) -> dict[str, Any]:
+    if "json" in members:
+        return parse_record(_read(file, members["json"]), f"{key}.json in {path}")
+    return {"txt": _read(file, members["txt"]).decode("utf-8", "replace")} if "txt" in members else {}
+
+
+def _read(file: Any, member: Member) -> bytes:
+    file.seek(member.offset)
+    return bytes(file.read(member.size))

@@ -1,0 +1,116 @@
+"""Parts to seed tables: the rows of a part, judged by their metadata and cut into shards, as a stream."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.dataset.source import formats
+from pipeline.dataset.source import img2dataset_tars as tars
+from pipeline.dataset.source.parts import Part, SourceSettings, find_parts
+from pipeline.dataset.source.values import to_seeds
+from schemas.columns import SEED, schema
+from schemas.names import shard_name
+
+__all__ = ["Part", "Seeds", "SourceSettings", "find_parts", "iter_again", "iter_shards"]
+
+_COLUMNS = (*SEED, "verdict", "stage")
+_ROWS_PER_CANDIDATE = 100
+"""A shard holds at most this many input rows per candidate row, so that a part of small images is cut as well."""
+
+Judge = Callable[[pa.Table], pa.Table]
+"""Seed columns -> the same rows with `verdict` and `stage`, null for candidates; called on a part's rows in order."""
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """The input rows of one shard."""
+
+    name: str
+    part: str
+    table: pa.Table
+    """Seed columns, and `verdict` and `stage` where the metadata drops a row."""
+
+    @property
+    def candidates(self) -> int:
+        """Rows that their metadata lets live on."""
+        return int(self.table.column("verdict").null_count)
+
+
+def iter_shards(part: Part, settings: SourceSettings, metadata: Judge) -> Iterator[Seeds]:
+    """The shards of a part, in row order, in memory that its length does not change.
+
+    Which rows a shard gets depends on the rows, `rows_per_shard` and `metadata` alone: it ends with the row that makes
+    its candidates `rows_per_shard`, or at 100 times as many input rows. A part without rows gives one empty shard.
+
+    Raises:
+        SourceError: for a part that turns out to be truncated or corrupt.
+    """
+    number = 0
+    for number, table in enumerate(_cut(map(metadata, seed_tables(part)), settings.rows_per_shard), 1):
+        yield Seeds(shard_name(part.name, number - 1), part.name, table)
+    if number == 0:
+        yield Seeds(shard_name(part.name, 0), part.name, schema(_COLUMNS).empty_table())
+
+
+def iter_again(
+    part: Part, settings: SourceSettings, rows: "np.ndarray[tuple[int], np.dtype[np.int64]]", round: int
+) -> Iterator[Seeds]:
+    """Some rows of a part in the shards of a further round, all of them candidates.
+
+    Raises:
+        SourceError: as `iter_shards`.
+    """
+    unjudged = (table.filter(pa.array(np.isin(table.column("row").to_numpy(), rows))) for table in seed_tables(part))
+    for number, table in enumerate(_cut(map(_as_candidates, unjudged), settings.rows_per_shard)):
+        yield Seeds(shard_name(part.name, number, round), part.name, table)
+
+
+def _as_candidates(seeds: pa.Table) -> pa.Table:
+    for name in ("verdict", "stage"):
+        seeds = seeds.append_column(name, pa.nulls(seeds.num_rows, pa.string()))
+    return seeds
+
+
+def seed_tables(part: Part) -> Iterator[pa.Table]:
+    """The rows of a part in order, as tables of seed columns of bounded size.
+
+    Raises:
+        SourceError: for what cannot be read.
+    """
+    row = 0
+    for raw in tars.tables(part.path) if part.kind == "tar" else formats.tables(part.path):
+        yield to_seeds(raw, part.name, row, part.path)
+        row += raw.num_rows
+
+
+def _cut(judged: Iterator[pa.Table], rows_per_shard: int) -> Iterator[pa.Table]:
+    held: list[pa.Table] = []
+    candidates, rows = rows_per_shard, rows_per_shard * _ROWS_PER_CANDIDATE
+    for table in judged:
+        alive = table.column("verdict").is_null().to_numpy()
+        start = 0
+        while start < len(alive):
+            end = start + _until(alive[start:], candidates, rows)
+            held.append(table.slice(start, end - start))
+            candidates -= int(np.count_nonzero(alive[start:end]))
+            rows -= end - start
+            start = end
+            if candidates == 0 or rows == 0:
+                yield _joined(held)
+                held, candidates, rows = [], rows_per_shard, rows_per_shard * _ROWS_PER_CANDIDATE
+    if held:
+        yield _joined(held)
+
+
+def _until(alive: "np.ndarray[tuple[int], np.dtype[np.bool_]]", candidates: int, rows: int) -> int:
+    """How many of these rows fit where so many candidates and rows are still wanted; at least one."""
+    hits = np.flatnonzero(alive[:rows])
+    return int(hits[candidates - 1]) + 1 if len(hits) >= candidates else min(rows, len(alive))
+
+
+def _joined(tables: list[pa.Table]) -> pa.Table:
+    # take() copies: slices would carry the whole of their batches along when they are sent to another process.
+    table = pa.concat_tables(tables).select(_COLUMNS)
+    return table.take(np.arange(table.num_rows)).combine_chunks()

@@ -1,0 +1,120 @@
+"""The command line of the trainer: `python -m pipeline.train --from-shards [DIR …] --variant NAME`, `export`, `config`.
+
+The loop is in `pipeline.train.loop`. It is imported once a call was proved: diffusers takes seconds to load, and a
+mistake should be told at once.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.shared.configfile import key_table
+from pipeline.train.adapters import VARIANTS
+from pipeline.train.job import Call, Job, prepared
+from pipeline.train.loader import worker_died
+from pipeline.train.screen import console, say
+from pipeline.train.settings import TrainConfig
+from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, UserError
+
+
+def train(job: Job) -> ExitCode:
+    """Train as the job says; see `pipeline.train.loop.train`."""
+    from pipeline.train.loop import train as loop
+
+    return loop(job)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+_COMMANDS = ("run", "export", "config")
+
+
+@app.command()
+def run(
+    shards: Annotated[
+        list[str] | None, typer.Argument(metavar="[DIR]...", help="OUTs of `dataset`; `out` if none.")
+    ] = None,
+    from_shards: Annotated[bool, typer.Option("--from-shards", help="Train from the shards in DIR.")] = False,
+    name: Annotated[str, typer.Option("--variant", help=f"One of: {', '.join(VARIANTS)}.")] = "",
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="tiny, tiny-sdxl, sd15, sdxl, or a diffusers folder. (Default: sd15; tiny for `embedded` shards.)"
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the run goes. (Default: runs/VARIANT-BASE.)")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps. (Default: by preset.)")] = None,
+    preset: Annotated[str | None, typer.Option(help="tiny, sd15, sdxl-512 or sdxl-1024. (Default: by base.)")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    image_encoder: Annotated[str | None, typer.Option(help="clip-vit-h or dinov2. (Default: clip-vit-h.)")] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="A released adapter to start from (.safetensors, .bin).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, noise, order and augmentation. (Default: 0.)")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="TOML file with the keys that --set takes.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="One config key, such as optim.lr=1e-5; `config` lists all.")
+    ] = None,
+) -> None:
+    """Train an adapter from shards. Other commands: `export RUN` and `config`; each has its own --help."""
+    adapter = {"image_encoder": image_encoder, "init_from": None if init_from is None else str(init_from)}
+    told: dict[str, Any] = {
+        "steps": steps,
+        "seed": seed,
+        "adapter": {key: value for key, value in adapter.items() if value is not None} or None,
+    }
+    call = Call(tuple(shards or ["out"]), name, base, out, preset, config, tuple(sets or ()), resume, told)
+    job = prepared(call)
+    for warning in job.warnings:
+        say(f"warning: {warning}")
+    raise typer.Exit(train(job))
+
+
+@app.command("export")
+def export_command(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The --out of a training run.")],
+    step: Annotated[int | None, typer.Option(help="The checkpoint. (Default: the last.)")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the files go. (Default: RUN.)")] = None,
+) -> None:
+    """Write the released files (.safetensors, .bin, LoRA, sidecar) of a checkpoint again."""
+    from pipeline.train.export import export_run
+
+    for path in export_run(folder, step, out):
+        console.print(str(path), highlight=False, soft_wrap=True)
+
+
+@app.command("config")
+def show_config() -> None:
+    """List every config key with its default and explanation."""
+    console.print(key_table(TrainConfig()))
+
+
+def _arguments(given: list[str]) -> list[str]:
+    """`--from-shards DIR …` as click understands it: a flag and arguments; training is what is done by default."""
+    words = [word for item in given for word in (item.split("=", 1) if item.startswith("--from-shards=") else [item])]
+    return words if words[:1] and words[0] in _COMMANDS else ["run", *words]
+
+
+def main() -> None:
+    """Run the command line, with the exit codes of schemas.errors."""
+    try:
+        app(_arguments(sys.argv[1:]))
+    except (UserError, CorruptShardError) as error:
+        say(f"error: {error}")
+        sys.exit(ExitCode.USER_ERROR)
+    except FaceShardsError as error:
+        say(f"error: {error}")
+        sys.exit(ExitCode.SHARDS_FAILED)
+    except RuntimeError as error:
+        if worker_died(error) is None:
+            raise
+        say(f"error: {worker_died(error)}")
+        sys.exit(ExitCode.SHARDS_FAILED)
+    except KeyboardInterrupt:
+        say("Interrupted. Checkpoints are kept; the same command with --resume goes on.")
+        sys.exit(ExitCode.INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

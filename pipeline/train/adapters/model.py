@@ -1,0 +1,75 @@
+"""A frozen UNet with the trainable parts of one adapter."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.train.adapters.attention import AdapterAttention, install
+from pipeline.train.adapters.base import Variant, Widths
+
+
+class AdapterModel(nn.Module):
+    """The UNet whose attention layers were given an adapter; only `image_proj` and `ip_adapter` are trained."""
+
+    def __init__(self, unet: Any, variant: type[Variant], widths: Widths, *, lora_rank: int = 0) -> None:
+        """Freeze `unet` (a UNet2DConditionModel), and install the variant into it."""
+        super().__init__()
+        unet.requires_grad_(False)
+        self.variant = variant
+        self.widths = widths
+        self.image_proj = variant.image_proj(widths)
+        self.ip_adapter = install(unet, lora_rank=lora_rank if variant.lora else 0)
+        self.unet = unet
+
+    def tokens(self, condition: Mapping[str, Tensor]) -> Tensor:
+        """Image tokens (B, T, text) of a condition: role -> features, batch first."""
+        tokens: Tensor = self.image_proj(*(condition[role] for role in self.variant.reads))
+        return tokens
+
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        condition: Mapping[str, Tensor],
+        added: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The UNet's prediction (B, 4, h, w).
+
+        Args:
+            noisy_latents: (B, 4, h, w).
+            timesteps: (B,) integers.
+            text: (B, 77, text) text embeddings.
+            condition: role -> features of the faces.
+            added: SDXL's `text_embeds` (B, P) and `time_ids` (B, 6).
+        """
+        predicted: Tensor = self.unet(
+            noisy_latents,
+            timesteps,
+            encoder_hidden_states=text,
+            added_cond_kwargs=dict(added) if added else None,
+            cross_attention_kwargs={"ip_hidden_states": self.tokens(condition)},
+            return_dict=False,
+        )[0]
+        return predicted
+
+    def set_scale(self, ip: float = 1.0, lora: float = 1.0) -> None:
+        """Strength of the image tokens and of the LoRA; both zero give the untouched base."""
+        for processor in self.ip_adapter:
+            assert isinstance(processor, AdapterAttention)
+            processor.scale, processor.lora_scale = ip, lora
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters under their published flat keys, `image_proj.…` and `ip_adapter.…`."""
+        parts = {"image_proj": self.image_proj, "ip_adapter": self.ip_adapter}
+        return {f"{part}.{key}": value for part, module in parts.items() for key, value in module.named_parameters()}
+
+    @torch.no_grad()
+    def load_trained(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over tensors under the keys of `trained`, which must be exactly these with exactly these shapes."""
+        own = self.trained()
+        assert own.keys() == tensors.keys(), "callers compare keys first, to say which file is wrong"
+        for key, tensor in own.items():
+            tensor.copy_(tensors[key])

@@ -1,0 +1,153 @@
+"""The community's file layout: names, containers, and the stand-alone LoRA file; written and read strictly."""
+
+import json
+import pickle
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.shared.atomic import replace_atomically, write_atomically
+from pipeline.train.adapters.base import Kind, Variant
+from schemas.errors import FaceShardsError, SourceError, first_line
+
+_PARTS = ("image_proj", "ip_adapter")
+_LORA_LAYERS = {"to_q_lora": "to_q", "to_k_lora": "to_k", "to_v_lora": "to_v", "to_out_lora": "to_out_0"}
+"""Module in an adapter file -> module in a LoRA file."""
+_DAMAGED = (
+    *(OSError, SafetensorError, RuntimeError, ValueError, EOFError, MemoryError, OverflowError),
+    *(AssertionError, AttributeError, LookupError, TypeError, struct.error),
+)
+"""What the readers raise for files that are torn or hold other things; torch's gives its own mistakes away."""
+
+
+def released_name(variant: type[Variant], kind: Kind, image_encoder: str) -> str:
+    """File name without suffix; features of another encoder than the published one are told by the name."""
+    name = variant.released_name(kind)
+    reads_features = {"pooled", "hidden"} & set(variant.reads)
+    if not reads_features or image_encoder == "clip-vit-h":
+        return name
+    return f"{name.removesuffix('_vit-h')}_{image_encoder}"
+
+
+def write_released(
+    folder: Path,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    *,
+    attention_paths: Iterable[str],
+    kind: Kind,
+    sidecar: Mapping[str, Any],
+) -> list[Path]:
+    """Write `name`.safetensors, .bin, .json, and the LoRA file where there is a LoRA; all in float16.
+
+    Args:
+        folder: where to; it must exist.
+        name: see `released_name`.
+        tensors: flat keys `image_proj.…`, `ip_adapter.…` (see AdapterModel.trained), any float type.
+        attention_paths: the UNet's attention layers in their order (see attention.named_attention).
+        kind: SDXL's LoRA files carry an alpha, SD1.5's do not.
+        sidecar: what the JSON file says.
+
+    Raises:
+        FaceShardsError: when a weight is not finite in float16.
+    """
+    half = {key: _half(key, tensor) for key, tensor in tensors.items()}
+    nested = {
+        part: {k.removeprefix(f"{part}."): v for k, v in half.items() if k.startswith(f"{part}.")} for part in _PARTS
+    }
+    files = [folder / f"{name}.safetensors", folder / f"{name}.bin"]
+    replace_atomically(files[0], lambda path: save_file(half, path))
+    replace_atomically(files[1], lambda path: _save_bin(nested, path))
+    lora = lora_tensors(half, list(attention_paths), kind)
+    if lora:
+        files.append(folder / f"{name}_lora.safetensors")
+        replace_atomically(files[-1], lambda path: save_file(lora, path))
+    files.append(folder / f"{name}.json")
+    write_atomically(files[-1], (json.dumps(sidecar, indent=2, sort_keys=True) + "\n").encode())
+    return files
+
+
+def _save_bin(nested: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
+    """Through a stream: given a path, torch writes its name, here a temporary one, into the file."""
+    with path.open("wb") as stream:
+        torch.save(nested, stream)
+
+
+def _half(key: str, tensor: Tensor) -> Tensor:
+    half = tensor.detach().to("cpu", torch.float16).contiguous()
+    if not torch.isfinite(half).all():
+        raise FaceShardsError(f"{key} holds numbers that are not finite in float16: the training diverged")
+    return half
+
+
+def lora_tensors(tensors: Mapping[str, Tensor], paths: list[str], kind: Kind) -> dict[str, Tensor]:
+    """The LoRA part of an adapter under Kohya-style names (`lora_unet_<path>_to_q.lora_down.weight`, …)."""
+    lora: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        part, number, *rest = key.split(".")
+        if part != "ip_adapter" or rest[0] not in _LORA_LAYERS:
+            continue
+        module = f"lora_unet_{paths[int(number)].replace('.', '_')}_{_LORA_LAYERS[rest[0]]}"
+        lora[f"{module}.lora_{rest[1]}.weight"] = tensor
+        if kind == "sdxl" and rest[1] == "down":  # strength alpha / rank = 1, as the published SDXL files say it
+            lora[f"{module}.alpha"] = torch.tensor(len(tensor))
+    return lora
+
+
+def read_released(path: Path) -> dict[str, Tensor]:
+    """The tensors of a released adapter, .safetensors or .bin, under flat keys; pickled objects are never loaded.
+
+    Raises:
+        SourceError: when there is no such file, or it is no adapter.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return _flat(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        raise SourceError(f"{path} does not exist; give the .safetensors or .bin file of a released adapter.") from None
+    except pickle.UnpicklingError as error:  # torch's own words would advise to load it all the same
+        reason = "it is damaged, or holds pickled objects that are no tensors, which are never loaded"
+        raise SourceError(f"{path} cannot be read as an adapter: {reason}.") from error
+    except _DAMAGED as error:
+        raise SourceError(f"{path} cannot be read as an adapter: {first_line(error)}.") from error
+
+
+def _flat(nested: Any) -> dict[str, Tensor]:
+    if not isinstance(nested, dict) or set(nested) != set(_PARTS):
+        raise ValueError("it does not hold image_proj and ip_adapter")
+    flat = {f"{part}.{key}": tensor for part in _PARTS for key, tensor in nested[part].items()}
+    if not all(isinstance(tensor, Tensor) and _is_plain(tensor) for tensor in flat.values()):
+        raise ValueError("it holds other things than plain tensors")
+    return flat
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta
+
+
+def require_fit(path: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], variant: str) -> None:
+    """Check that the tensors of a file are exactly those of a variant: keys, shapes, finite numbers.
+
+    Raises:
+        SourceError: says what differs first.
+    """
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [key for key in own if key in tensors and own[key].shape != tensors[key].shape]
+    whole = [key for key, tensor in tensors.items() if not tensor.is_floating_point()]
+    broken = [key for key in tensors if key not in whole and not torch.isfinite(tensors[key].float()).all()]
+    told = [
+        *(f"it lacks {key}" for key in missing[:1]),
+        *(f"it has the unknown {key}" for key in extra[:1]),
+        *(f"{key} is {list(tensors[key].shape)}, not {list(own[key].shape)}" for key in shapes[:1]),
+        *(f"{key} holds {tensors[key].dtype}, no floating-point numbers" for key in whole[:1]),
+        *(f"{key} holds numbers that are not finite" for key in broken[:1]),
+    ]
+    if told:
+        raise SourceError(f"{path} is no {variant} adapter for this base: {'; '.join(told)}.")

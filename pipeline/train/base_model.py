@@ -1,0 +1,187 @@
+"""A frozen base model: its UNet and noise schedule, and its encoders, which are loaded when they are first needed."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+
+from pipeline.shared.bases import BaseSource, Kind
+from schemas.errors import WeightsError, first_line
+
+diffusers.utils.logging.set_verbosity_error()
+transformers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
+
+_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError)
+"""What from_pretrained raises for folders that do not hold what they should."""
+
+UNETS: dict[Kind, dict[str, Any]] = {
+    "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8, "block_out_channels": (320, 640, 1280, 1280)},
+    "sdxl": {
+        "sample_size": 128,
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+"""What the published UNets' configs say besides diffusers' defaults."""
+
+
+class TextEmbeds(NamedTuple):
+    """Encoded captions."""
+
+    embeds: Tensor
+    """(B, 77, C)."""
+    pooled: Tensor | None
+    """(B, P), SDXL only."""
+
+
+class Base:
+    """A base model on one device; nothing of it is trained."""
+
+    def __init__(self, source: BaseSource, device: torch.device, dtype: torch.dtype) -> None:
+        """Load the UNet and the noise schedule.
+
+        Args:
+            source: the folder; see `find_base`.
+            device: of all parts.
+            dtype: of all parts but SDXL's VAE, whose activations overflow in half precision.
+
+        Raises:
+            WeightsError: when a part of the folder is missing or damaged.
+        """
+        self.source, self.kind, self.device, self.dtype = source, source.kind, device, dtype
+        self.scheduler = self._load(diffusers.DDPMScheduler, "scheduler")
+        self.unet = self._model(diffusers.UNet2DConditionModel, "unet", dtype)
+
+    @cached_property
+    def vae(self) -> Any:
+        """The AutoencoderKL."""
+        return self._model(diffusers.AutoencoderKL, "vae", torch.float32 if self.kind == "sdxl" else self.dtype)
+
+    @cached_property
+    def _texts(self) -> dict[str, Any]:
+        """Tokenizers and text encoders, by their names in diffusers' pipelines."""
+        parts = {
+            "tokenizer": self._load(transformers.CLIPTokenizer, "tokenizer"),
+            "text_encoder": self._model(transformers.CLIPTextModel, "text_encoder", self.dtype),
+        }
+        if self.kind == "sdxl":
+            parts["tokenizer_2"] = self._load(transformers.CLIPTokenizer, "tokenizer_2")
+            projected = transformers.CLIPTextModelWithProjection
+            parts["text_encoder_2"] = self._model(projected, "text_encoder_2", self.dtype)
+        return parts
+
+    def _model(self, cls: Any, part: str, dtype: torch.dtype) -> Any:
+        key = "dtype" if cls.__module__.startswith("transformers") else "torch_dtype"
+        options = {"use_safetensors": True, "variant": _variant(self.source.folder / part), key: dtype}
+        model, report = self._load(cls, part, output_loading_info=True, **options)
+        missing = sorted(report["missing_keys"])
+        if missing:  # left without values, or with random ones
+            raise self._unusable(cls, part, f"its files lack {len(missing)} weights, such as {missing[0]}")
+        return model.eval().requires_grad_(False).to(self.device)
+
+    def _load(self, cls: Any, part: str, **options: Any) -> Any:
+        try:
+            return cls.from_pretrained(str(self.source.folder / part), local_files_only=True, **options)
+        except _UNREADABLE as error:
+            raise self._unusable(cls, part, first_line(error)) from error
+
+    def _unusable(self, cls: Any, part: str, why: str) -> WeightsError:
+        folder = self.source.folder
+        tiny = self.source.name in ("tiny", "tiny-sdxl")
+        advice = f"delete {folder}, and it is made again" if tiny else "fetch the base again"
+        return WeightsError(f"{folder / part} cannot be loaded as {cls.__name__} ({why}): {advice}.")
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], RGB -> latents (B, 4, H / 8, W / 8) float32, scaled.
+
+        They are sampled from the posterior by a CPU `generator`; without one, its mean is taken.
+        """
+        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
+        latents = posterior.mean.float()
+        if generator is not None:
+            noise = torch.randn(latents.shape, generator=generator).to(latents)
+            latents = latents + posterior.std.float() * noise
+        scaled: Tensor = latents * self.vae.config.scaling_factor
+        return scaled
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str]) -> TextEmbeds:
+        """Captions, cut at 77 tokens, as the stock pipelines encode them.
+
+        SD1.5: the last hidden state. SDXL: the penultimate ones of both encoders side by side, and the projected text
+        of the second.
+        """
+        encoded = self._encoder.encode_prompt(list(captions), device=self.device, **self._options)
+        return TextEmbeds(encoded[0], encoded[2] if self.kind == "sdxl" else None)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+
+    @cached_property
+    def _encoder(self) -> Any:
+        return self._pipeline(vae=None)
+
+    def sampler(self) -> Any:
+        """A stock pipeline over these parts, with a DDIM schedule, for validation images."""
+        return self._pipeline(vae=self.vae)
+
+    def _pipeline(self, vae: Any) -> Any:
+        scheduler = diffusers.DDIMScheduler.from_config(self.scheduler.config, clip_sample=False)
+        parts = {**self._texts, "unet": self.unet, "vae": vae, "scheduler": scheduler}
+        if self.kind == "sdxl":
+            pipeline = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+        else:
+            none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            pipeline = diffusers.StableDiffusionPipeline(**parts, **none)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def release_encoders(self) -> None:
+        """Free the VAE and the text encoders; they are loaded again when they are needed again."""
+        for name in ("vae", "_texts", "_encoder"):
+            self.__dict__.pop(name, None)
+
+    def decode_pixels(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, 4, h, w) -> pixels (B, 3, 8 h, 8 w), about [-1, 1], RGB; differentiable."""
+        pixels: Tensor = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        return pixels.float()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> npt.NDArray[np.uint8]:
+        """Scaled latents (B, 4, h, w) -> (B, 8 h, 8 w, 3) RGB."""
+        pixels = (self.decode_pixels(latents).clamp(-1, 1) + 1) * 127.5
+        images: npt.NDArray[np.uint8] = pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return images
+
+
+def _variant(folder: Path) -> str | None:
+    """`fp16` for a folder that holds half-precision files alone: `*.fp16.safetensors`, or `*.fp16-00001-of-…`."""
+    files = list(folder.glob("*.safetensors"))
+    whole = any("." not in file.stem for file in files)
+    return "fp16" if not whole and any(".fp16" in file.name for file in files) else None
+
+
+def meta_unet(kind: Kind) -> Any:
+    """The published UNet of a kind without weights, on the meta device: for shapes, keys and sizes."""
+    with torch.device("meta"):
+        return diffusers.UNet2DConditionModel(**UNETS[kind])

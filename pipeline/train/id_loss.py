@@ -1,0 +1,173 @@
+"""The ID loss: whether the clean image that the UNet predicts shows the same person as the true one.
+
+It needs gradients, so it runs facexlib's ArcFace in torch.
+"""
+
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.train.objective import Noised, predicted_clean
+from pipeline.train.settings import ObjectiveSettings
+from schemas.errors import ConfigError, WeightsError, first_line
+
+if TYPE_CHECKING:
+    from pipeline.train.base_model import Base
+    from pipeline.train.loader import Batch
+
+SIDE = 112
+"""Side of a recogniser's input, pixels."""
+TEMPLATE = (
+    (38.2946, 51.6963),
+    (73.5318, 51.5014),
+    (56.0252, 71.7366),
+    (41.5493, 92.3655),
+    (70.7299, 92.2041),
+)
+"""ArcFace's five points (eyes, nose, corners of the mouth; the image's left first) in that input, x and y."""
+WEIGHTS_URL = "https://github.com/xinntao/facexlib/releases/download/v0.1.0/recognition_arcface_ir_se50.pth"
+_NOT_WEIGHTS = (UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError, ValueError, LookupError)
+"""What torch raises for files that are no state dict, or one of another network."""
+
+
+def similarity_transform(kps: Tensor) -> tuple[Tensor, Tensor]:
+    """The scaled rotation (B, 2, 2) and shift (B, 1, 2) that bring points (B, 5, 2) closest to the ArcFace template.
+
+    Umeyama's least-squares solution, which needs no decomposition in the plane: a point times a complex number. For
+    row vectors: `kps @ rotation + shift`.
+    """
+    template = torch.tensor(TEMPLATE, device=kps.device)
+    centre, goal = kps.mean(1, keepdim=True), template.mean(0)
+    points, goals = kps - centre, template - goal
+    (x, y), (u, v) = points.unbind(-1), goals.unbind(-1)
+    size = (x * x + y * y).sum(1).clamp_min(1e-6)
+    cos, sin = (x * u + y * v).sum(1) / size, (x * v - y * u).sum(1) / size
+    rotation = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)
+    return rotation, goal - centre @ rotation
+
+
+def align(pixels: Tensor, kps: Tensor) -> Tensor:
+    """Faces as ArcFace sees them, insightface's `norm_crop` as a differentiable operation.
+
+    Args:
+        pixels: (B, 3, H, W) in [-1, 1].
+        kps: (B, 5, 2) in pixels of these images, the centre of the first pixel at (0, 0).
+
+    Returns:
+        (B, 3, 112, 112) in [-1, 1], black outside the image.
+    """
+    height, width = pixels.shape[-2:]
+    rotation, shift = similarity_transform(kps.to(pixels.device, torch.float32))
+    axis = torch.arange(SIDE, dtype=torch.float32, device=pixels.device)
+    seen = torch.cartesian_prod(axis, axis).flip(1)
+    scale = rotation[:, :1].square().sum(2, keepdim=True).clamp_min(1e-12)
+    places = (seen - shift) @ rotation.mT / scale
+    grid = 2 * places / torch.tensor([width - 1, height - 1], device=pixels.device) - 1
+    grid = grid.view(-1, SIDE, SIDE, 2)
+    return functional.grid_sample(pixels.float() + 1, grid, padding_mode="zeros", align_corners=True) - 1
+
+
+class IdLoss:
+    """1 - cosine between the identities of two images of the same face, by facexlib's frozen ArcFace.
+
+    Both sides are embedded by this recogniser: the ID vectors of the shards are another one's.
+    """
+
+    def __init__(self, weights: Path, device: torch.device) -> None:
+        """Load the recogniser.
+
+        Raises:
+            WeightsError: when the file is missing or holds something else.
+        """
+        self._recogniser = _recogniser(weights).to(device)
+
+    def __call__(self, pixels: Tensor, kps: Tensor, target_pixels: Tensor) -> Tensor:
+        """Loss (B,) float32 per sample, with gradients to `pixels` alone.
+
+        Args:
+            pixels: (B, 3, H, W) predicted images, RGB in [-1, 1].
+            kps: (B, 5, 2) points of the face in pixels of both images.
+            target_pixels: (B, 3, H, W) the true images.
+        """
+        with torch.no_grad():
+            true = self.embed(target_pixels, kps)
+        return 1 - functional.cosine_similarity(self.embed(pixels, kps), true)
+
+    def embed(self, pixels: Tensor, kps: Tensor) -> Tensor:
+        """Normed ID vectors (B, 512) float32 of RGB images in [-1, 1]."""
+        with torch.autocast(pixels.device.type, enabled=False):
+            # This ArcFace was trained on images whose channels OpenCV had decoded as BGR.
+            vectors: Tensor = self._recogniser(align(pixels, kps).flip(1))
+        return vectors
+
+
+class PredictedIdLoss:
+    """The ID loss as a term of the objective: of clean images as the UNet predicts them at low noise."""
+
+    def __init__(self, settings: ObjectiveSettings, base: "Base") -> None:
+        """Load the recogniser; see IdLoss."""
+        self._loss = IdLoss(Path(settings.id_loss_weights).expanduser(), base.device)
+        self._settings = settings
+        self._base = base
+
+    def __call__(self, noise_pred: Tensor, noised: Noised, latents: Tensor, batch: "Batch") -> Tensor:
+        """Weighted mean over the batch, a float32 scalar; samples of higher noise count as zero.
+
+        Args:
+            noise_pred: (B, 4, h, w) the UNet's output.
+            noised: what it was given.
+            latents: (B, 4, h, w) clean latents.
+            batch: its `kps` (B, 5, 2) are points of the face in pixels of the target.
+        """
+        limit = self._settings.id_loss_max_t * self._base.scheduler.config.num_train_timesteps
+        chosen = noised.timesteps < limit
+        if not chosen.any():
+            return torch.zeros((), device=latents.device)
+        some = Noised(*(part[chosen] for part in noised))
+        predicted = self._base.decode_pixels(predicted_clean(self._base.scheduler, noise_pred[chosen], some))
+        with torch.no_grad():
+            true = self._base.decode_pixels(latents[chosen])
+        losses = self._loss(predicted, batch.kps.to(latents.device)[chosen], true)
+        return self._settings.id_loss * losses.sum() / len(latents)
+
+
+def id_loss_of(settings: ObjectiveSettings, base: "Base") -> PredictedIdLoss | None:
+    """The ID loss that the settings ask for, or None.
+
+    Raises:
+        ConfigError: when it is asked for without weights.
+        WeightsError: when the weights cannot be used.
+    """
+    if not settings.id_loss:
+        return None
+    if not settings.id_loss_weights:
+        raise ConfigError(
+            "objective.id_loss needs a face recogniser: fetch"
+            f" {WEIGHTS_URL} and set objective.id_loss_weights to the file."
+        )
+    return PredictedIdLoss(settings, base)
+
+
+def _recogniser(path: Path) -> nn.Module:
+    """The IR-SE50 of facexlib, frozen, from a state dict that fits exactly; nothing is ever fetched."""
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist: fetch {WEIGHTS_URL} and set objective.id_loss_weights to the file.")
+    from schemas.torchvision_cpu import install
+
+    install()
+    from facexlib.recognition.arcface_arch import Backbone
+
+    with torch.device("meta"):  # no time on initial values
+        model: nn.Module = Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state, strict=True, assign=True)
+    except _NOT_WEIGHTS as error:
+        raise WeightsError(
+            f"{path} is not recognition_arcface_ir_se50.pth ({first_line(error)}): fetch {WEIGHTS_URL}."
+        ) from error
+    return model.float().eval().requires_grad_(False)

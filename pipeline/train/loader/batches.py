@@ -1,0 +1,145 @@
+"""Batches: decoded samples of one size as tensors."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pipeline.train.loader.condition import row
+from pipeline.train.loader.decode import array
+from pipeline.train.loader.pictures import image, normalised
+from pipeline.train.loader.plan_sample import Planned
+from pipeline.train.loader.reading import Reading
+
+_PIXELS_PER_LATENT = 8
+
+
+class Position(NamedTuple):
+    """Where in the order a batch stands."""
+
+    worker: int
+    epoch: int
+    batch: int
+    """Number of the batch in the worker's epoch, from 0."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples of one target size."""
+
+    keys: tuple[str, ...]
+    crops: tuple[str, ...]
+    """portrait, half or full: which one the target is."""
+    pixels: Tensor | None
+    """(B, 3, H, W) float32 in [-1, 1], RGB; None with latents."""
+    latents: Tensor | None
+    """(B, 4, H / 8, W / 8) float16: VAE posterior mean x scaling_factor; None with pixels."""
+    captions: tuple[str, ...]
+    """As in the shards, also where uncond_text is set."""
+    text_embeds: Tensor | None
+    """(B, 77, C) float16 of the captions, where the shards hold them."""
+    text_pooled: Tensor | None
+    """(B, P) float16, SDXL only."""
+    condition: dict[str, Tensor]
+    """Role -> features: arcface (B, 512) and pooled (B, P) float32, hidden (B, 257, D) float16; where uncond_image is
+    set, those of "no face"."""
+    uncond_image: Tensor
+    """(B,) bool."""
+    uncond_text: Tensor
+    """(B,) bool; the caller replaces the text there."""
+    size_ids: Tensor
+    """(B, 6) float32, SDXL's micro-conditioning: height and width of the crop's picture, top and left of the cut in the
+    scaled picture, height and width of the target; pixels, not changed by mirroring."""
+    kps: Tensor
+    """(B, 5, 2) float32: x y of the face's points in pixels of the target."""
+    position: Position
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        def mapped(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: change(tensor) for name, tensor in value.items()}
+            return change(value) if isinstance(value, Tensor) else value
+
+        return replace(self, **{field.name: mapped(getattr(self, field.name)) for field in fields(self)})
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same with its tensors on a device; asynchronous from pinned memory."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The same with its tensors in page-locked memory, from which copies to a GPU are asynchronous."""
+        return self._mapped(lambda tensor: tensor.pin_memory())
+
+
+def collate(group: Sequence[Planned], reading: Reading, position: Position) -> Batch:
+    """Decode samples whose targets have one size.
+
+    Raises:
+        CorruptShardError: names shard and key of the first that cannot be decoded.
+    """
+    texts = {suffix: _text(group, suffix, reading.shapes[suffix]) for suffix in reading.text}
+    return Batch(
+        keys=tuple(one.raw.key for one in group),
+        crops=tuple(one.crop for one in group),
+        pixels=None if reading.latents else _pixels(group, reading),
+        latents=_latents(group, reading) if reading.latents else None,
+        captions=tuple(one.caption for one in group),
+        text_embeds=texts.get("text.npy"),
+        text_pooled=texts.get("text_pooled.npy"),
+        condition={role: _features(group, reading, role) for role in reading.files},
+        uncond_image=torch.tensor([one.uncond_image for one in group]),
+        uncond_text=torch.tensor([one.uncond_text for one in group]),
+        size_ids=torch.tensor([_size_ids(one) for one in group], dtype=torch.float32),
+        kps=torch.from_numpy(np.stack([one.kps for one in group])),
+        position=position,
+    )
+
+
+def _pixels(group: Sequence[Planned], reading: Reading) -> Tensor:
+    width, height = group[0].fit.size
+    pixels = torch.empty((len(group), 3, height, width))
+    for one, out in zip(group, pixels.numpy(), strict=True):
+        normalised(image(one, reading.target(one.crop)), out)
+    return pixels
+
+
+def _latents(group: Sequence[Planned], reading: Reading) -> Tensor:
+    width, height = group[0].fit.size
+    shape = (4, height // _PIXELS_PER_LATENT, width // _PIXELS_PER_LATENT)
+    return _stacked([array(one.raw, reading.target(one.crop), shape) for one in group], np.float16)
+
+
+def _text(group: Sequence[Planned], suffix: str, shape: tuple[int, ...]) -> Tensor:
+    return _stacked([array(one.raw, suffix, shape) for one in group], np.float16)
+
+
+def _features(group: Sequence[Planned], reading: Reading, role: str) -> Tensor:
+    nothing = reading.unconditional[role]
+    rows = [nothing if one.uncond_image else row(role, _condition(one, reading, role)) for one in group]
+    return _stacked(rows, np.float16 if role == "hidden" else np.float32)
+
+
+def _condition(one: Planned, reading: Reading, role: str) -> npt.NDArray[Any]:
+    plain = reading.files[role]
+    suffix = reading.mirrored.get(role, plain) if one.mirror else plain
+    return array(one.raw, suffix, reading.shapes[plain])
+
+
+def _stacked(rows: Sequence[npt.NDArray[Any]], dtype: type[np.floating[Any]]) -> Tensor:
+    """One copy, from the files' bytes to the batch."""
+    out = np.empty((len(rows), *rows[0].shape), dtype)
+    for target, values in zip(out, rows, strict=True):
+        target[...] = values
+    return torch.from_numpy(out)
+
+
+def _size_ids(one: Planned) -> list[int]:
+    (left, top), (width, height) = one.fit.offset, one.fit.size
+    return [one.size[1], one.size[0], top, left, height, width]

@@ -1,0 +1,98 @@
+"""Roles of a condition, the files that hold them, and what stands for "no face"."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.train.loader.dataset import Dataset, first_samples
+from pipeline.train.loader.decode import array
+from pipeline.train.settings import ImageEncoder
+from schemas.errors import SourceError
+from schemas.shard import EMBEDDINGS
+
+_COLUMNS: dict[ImageEncoder, dict[str, str]] = {
+    "clip-vit-h": {"arcface": "arcface", "pooled": "clip", "hidden": "clip_hidden"},
+    "dinov2": {"arcface": "arcface", "pooled": "dino", "hidden": "dino"},
+}
+"""Image encoder -> role -> column."""
+
+
+def require(dataset: Dataset, reads: Sequence[str], encoder: ImageEncoder) -> dict[str, str]:
+    """The condition's files, role -> suffix, once they are known to be there.
+
+    Args:
+        dataset: the shards.
+        reads: roles that the variant reads.
+        encoder: whose features `pooled` and `hidden` are.
+
+    Raises:
+        SourceError: when shards lack a file, or the features of an empty picture; says what to make again.
+    """
+    files = {role: f"{_COLUMNS[encoder][role]}.npy" for role in reads}
+    for role, suffix in files.items():
+        if suffix not in dataset.suffixes:
+            how = "" if role == "arcface" else f" with --set models.image_embedder={encoder}"
+            if not dataset.suffixes & EMBEDDINGS:
+                how = " with --set pack.embeddings=true"
+            raise SourceError(f"The shards of {dataset.folders} have no {suffix}: make the dataset again{how}.")
+        if _needs_features(role, encoder) and suffix.removesuffix(".npy") not in dataset.unconditional:
+            raise SourceError(
+                f"There are no {suffix.removesuffix('.npy')} features of an empty picture for {dataset.folders}: let "
+                "`python -m pipeline dataset` finish on it, which writes unconditional.safetensors."
+            )
+    return files
+
+
+def _needs_features(role: str, encoder: ImageEncoder) -> bool:
+    """Whether "no face" is what the encoder makes of an empty picture, and not zeros."""
+    return role == "hidden" or (role == "pooled" and encoder == "dinov2")
+
+
+def row(role: str, features: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A file's array as its role: `pooled` is the first token (the class token) of token features."""
+    return features[0] if role == "pooled" and features.ndim == 2 else features
+
+
+def unconditional(dataset: Dataset, reads: Sequence[str], encoder: ImageEncoder) -> dict[str, npt.NDArray[Any]]:
+    """Role -> features of one sample that stand for "no face".
+
+    Zeros for the ID vector and for CLIP's pooled features. For token features and DINO's class token: what the encoder
+    makes of an empty picture.
+
+    Raises:
+        SourceError: as `require`.
+        CorruptShardError: when the first sample is damaged.
+    """
+    files = require(dataset, reads, encoder)
+    shapes = first_shapes(dataset, list(files.values()))
+    found: dict[str, npt.NDArray[Any]] = {}
+    for role, suffix in files.items():
+        if _needs_features(role, encoder):
+            found[role] = row(role, dataset.unconditional[suffix.removesuffix(".npy")])
+        else:
+            found[role] = np.zeros(shapes[suffix], np.float32)
+    return found
+
+
+def first_shapes(dataset: Dataset, suffixes: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Suffix -> shape of that file in the first sample, which all others must have too.
+
+    Raises:
+        CorruptShardError: when it is damaged.
+    """
+    (first,) = first_samples(dataset, 1, {"json", *suffixes})
+    return {suffix: array(first, suffix).shape for suffix in suffixes}
+
+
+def widths(dataset: Dataset, encoder: ImageEncoder) -> dict[str, int]:
+    """Width of the image encoder's tokens (`features`) and of its pooled features (`pooled`), where shards hold them.
+
+    Raises:
+        CorruptShardError: when the first sample is damaged.
+    """
+    columns = {"features": _COLUMNS[encoder]["hidden"], "pooled": _COLUMNS[encoder]["pooled"]}
+    there = {name: f"{column}.npy" for name, column in columns.items() if f"{column}.npy" in dataset.suffixes}
+    shapes = first_shapes(dataset, list(there.values()))
+    return {name: shapes[suffix][-1] for name, suffix in there.items()}

@@ -1,0 +1,95 @@
+"""Bytes of a sample's files to values; whatever is wrong names shard and key."""
+
+import json
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.train.loader.tars import Raw
+from schemas.errors import CorruptShardError
+from schemas.shard import decode_npy
+from schemas.targets import Targets
+
+_END_OF_JPEG = b"\xff\xd9"
+_REDUCED = {1: cv2.IMREAD_COLOR, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4}
+
+
+def meta(raw: Raw) -> dict[str, Any]:
+    """The sample's json.
+
+    Raises:
+        CorruptShardError: when it is none.
+    """
+    try:
+        found = json.loads(raw.content("json"))
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise raw.corrupt("json", f"is no JSON object: {error}") from error
+    return found
+
+
+def targets(raw: Raw) -> Targets | None:
+    """What the sample's precomputed targets were made by; None where nothing was precomputed.
+
+    Raises:
+        CorruptShardError: when the json cannot be read.
+    """
+    told = meta(raw).get("targets")
+    try:
+        return None if told is None else Targets.from_object(told)
+    except CorruptShardError as error:
+        raise raw.corrupt("json", f"is damaged: {error}") from error
+
+
+def array(raw: Raw, suffix: str, shape: tuple[int, ...] | None = None) -> npt.NDArray[Any]:
+    """An npy file's finite float array, of this shape where one is given.
+
+    Raises:
+        CorruptShardError: when it is something else.
+    """
+    try:
+        found = decode_npy(raw.content(suffix))
+    except CorruptShardError as error:
+        raise error if suffix not in raw.files else raw.corrupt(suffix, f"is damaged: {error}") from error
+    if found.dtype not in (np.float16, np.float32):
+        raise raw.corrupt(suffix, f"holds {found.dtype}, not float16 or float32")
+    if shape is not None and found.shape != shape:
+        raise raw.corrupt(suffix, f"has the shape {found.shape}, not {shape}")
+    if not _finite(found):
+        raise raw.corrupt(suffix, "is not finite")
+    return found
+
+
+def _finite(values: npt.NDArray[Any]) -> bool:
+    if values.dtype != np.float16:
+        return bool(np.isfinite(values).all())
+    # numpy has no vector code for isfinite on float16; as integers, all ones in the exponent are inf and nan.
+    bits: npt.NDArray[np.uint16] = values.view(np.uint16)
+    return bool((bits & 0x7FFF).max(initial=0) < 0x7C00)
+
+
+def picture(raw: Raw, suffix: str, size: tuple[int, int], wanted: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """A JPEG's pixels (H, W, 3), RGB.
+
+    Args:
+        raw: the sample.
+        suffix: of the JPEG.
+        size: width and height that it must have.
+        wanted: width and height that it will be reduced to; a picture of at least twice that is decoded at 1/2 or
+            1/4, which costs half as much or less.
+
+    Raises:
+        CorruptShardError: when it is no whole JPEG of that size.
+    """
+    data = raw.content(suffix)
+    scale = next((by for by in (4, 2) if size[0] >= by * wanted[0] and size[1] >= by * wanted[1]), 1)
+    whole = data.rstrip(b"\0").endswith(_END_OF_JPEG)
+    found = cv2.imdecode(np.frombuffer(data, np.uint8), _REDUCED[scale]) if whole else None
+    if found is None:
+        raise raw.corrupt(suffix, "is no whole JPEG")
+    if found.shape[:2] != (-(-size[1] // scale), -(-size[0] // scale)):
+        raise raw.corrupt(suffix, f"is not of {size[0]} x {size[1]} pixels, as the json says")
+    return np.asarray(cv2.cvtColor(found, cv2.COLOR_BGR2RGB), np.uint8)

@@ -1,0 +1,146 @@
+"""What is read of each sample, and what is done to it; decided, and said, before step 0."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy.typing as npt
+
+from pipeline.train.loader.condition import first_shapes, require, unconditional
+from pipeline.train.loader.crops import CROPS
+from pipeline.train.loader.dataset import Dataset
+from pipeline.train.settings import DataSettings, TrainConfig
+from schemas.errors import SourceError
+from schemas.targets import text_sha256, vae_sha256
+
+_TEXT, _TEXT_POOLED = "text.npy", "text_pooled.npy"
+_MIRRORS_FREELY = "arcface"
+"""The role that hardly changes when the face is mirrored."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read of each sample, and what is done to it."""
+
+    files: Mapping[str, str]
+    """Role -> suffix of the condition's file."""
+    mirrored: Mapping[str, str]
+    """Role -> suffix of the file for mirrored targets, where that is another one and anything is mirrored."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Suffix -> shape that the condition's files must have."""
+    unconditional: Mapping[str, npt.NDArray[Any]]
+    """Role -> features that stand for "no face"."""
+    latents: bool
+    """Targets are precomputed latents, not images."""
+    text: tuple[str, ...]
+    """Suffixes of precomputed text embeddings: none, text.npy, or text_pooled.npy too."""
+    flip: float
+    """Probability of a mirrored target."""
+    colour: float
+    """Probability of changed colours."""
+    notices: tuple[str, ...]
+    """A sentence for each thing of the config that was switched off, and why."""
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """Suffixes that are read."""
+        targets = map(self.target, CROPS)
+        return frozenset({"json", *self.files.values(), *self.mirrored.values(), *self.text, *targets})
+
+    def target(self, crop: str) -> str:
+        """Suffix of a crop as a target."""
+        return f"latents.{crop}.npy" if self.latents else f"{crop}.jpg"
+
+
+def plan_reading(dataset: Dataset, reads: Sequence[str], config: TrainConfig, base: Path | None = None) -> Reading:
+    """Decide what is read of each sample.
+
+    Args:
+        dataset: the shards.
+        reads: roles that the variant reads.
+        config: of the run.
+        base: diffusers folder of the base; precomputed targets must be of its encoders. None takes them on trust.
+
+    Raises:
+        SourceError: when the shards lack what the config or the variant asks for.
+        CorruptShardError: when the first sample is damaged.
+    """
+    notices: list[str] = []
+    files = require(dataset, reads, config.adapter.image_encoder)
+    latents = _precomputed("latents", dataset, config.data, base, notices)
+    text = _precomputed("text", dataset, config.data, base, notices)
+    texts = tuple(suffix for suffix in (_TEXT, _TEXT_POOLED) if text and suffix in dataset.suffixes)
+    if latents and not config.data.buckets:
+        notices.append("data.buckets = false has no effect: precomputed latents are cut to buckets already.")
+    features = {role: suffix for role, suffix in files.items() if role != _MIRRORS_FREELY}
+    mirrored = {role: suffix.replace(".npy", "_mirror.npy") for role, suffix in features.items()}
+    flip = _switch("flip", config.augment.flip, _against_flip(dataset, latents, mirrored), notices)
+    return Reading(
+        files=files,
+        mirrored=mirrored if flip else {},
+        shapes=first_shapes(dataset, [*files.values(), *texts]),
+        unconditional=unconditional(dataset, reads, config.adapter.image_encoder),
+        latents=latents,
+        text=texts,
+        flip=flip,
+        colour=_switch("colour", config.augment.colour, _against_colour(latents, reads), notices),
+        notices=tuple(notices),
+    )
+
+
+def _switch(name: str, asked: float, against: str | None, notices: list[str]) -> float:
+    if asked and against:
+        notices.append(f"augment.{name} is off: {against}.")
+        return 0.0
+    return asked
+
+
+def _against_flip(dataset: Dataset, latents: bool, mirrored: Mapping[str, str]) -> str | None:
+    if latents:
+        return "precomputed latents cannot be mirrored (data.latents = images could be)"
+    missing = [suffix for suffix in mirrored.values() if suffix not in dataset.suffixes]
+    if missing:
+        return f"the shards have no {missing[0]}, which a mirrored target needs (make the dataset --with mirror)"
+    return None
+
+
+def _against_colour(latents: bool, reads: Sequence[str]) -> str | None:
+    if latents:
+        return "precomputed latents have no colours to change (data.latents = images has)"
+    if any(role != _MIRRORS_FREELY for role in reads):
+        return "the variant reads image features, which hold the colours of the face"
+    return None
+
+
+def _precomputed(
+    what: Literal["latents", "text"], dataset: Dataset, data: DataSettings, base: Path | None, notices: list[str]
+) -> bool:
+    """Whether latents or texts come from the shards."""
+    asked = data.latents if what == "latents" else data.text
+    there = any(suffix.startswith("latents.") if what == "latents" else suffix == _TEXT for suffix in dataset.suffixes)
+    if asked not in ("auto", "shards") or (asked == "auto" and not there):
+        return False
+    if not there:
+        raise SourceError(
+            f"The shards of {dataset.folders} hold no {what}: make the dataset again --with {what}, or give "
+            f"--set data.{what}=auto."
+        )
+    against = _against_targets(what, dataset, data, base)
+    if against and asked == "shards":
+        raise SourceError(f"data.{what} = shards is not possible: {against}.")
+    if against:
+        notices.append(f"The precomputed {what} of the shards are not used: {against}.")
+    return against is None
+
+
+def _against_targets(what: str, dataset: Dataset, data: DataSettings, base: Path | None) -> str | None:
+    if len(dataset.targets) != 1:
+        return "not all shards were encoded for the same base and resolution"
+    targets = dataset.targets[0]
+    if what == "latents" and targets.resolution != data.resolution:
+        return f"they are of resolution {targets.resolution}, data.resolution is {data.resolution}"
+    if base is None:
+        return None
+    told, own = (targets.vae_sha256, vae_sha256) if what == "latents" else (targets.text_sha256, text_sha256)
+    return None if told == own(base) else f"they were encoded by {targets.base}, whose weights are not those of {base}"

@@ -1,0 +1,90 @@
+"""One consumer's endless stream of batches; any place of it can be returned to."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
+from random import Random
+
+from webdataset.filters import shuffle
+
+from pipeline.train.loader.batches import Batch, Position, collate
+from pipeline.train.loader.dataset import Dataset
+from pipeline.train.loader.order import draws_generator, segments
+from pipeline.train.loader.plan_sample import Planned, Planner
+from pipeline.train.loader.reading import Reading
+from pipeline.train.loader.tars import Raw, samples
+from pipeline.train.settings import TrainConfig
+from schemas.buckets import Size
+from schemas.errors import SourceError
+
+_EMPTY_EPOCHS = 3
+"""A small share of a dataset may happen to have no crop in one epoch."""
+
+
+class Consumer:
+    """Reads its share of every epoch, one epoch after the other."""
+
+    def __init__(
+        self, dataset: Dataset, reading: Reading, config: TrainConfig, *, worker: int, consumer: int, consumers: int
+    ) -> None:
+        """The `consumer`-th of `consumers`; `worker` is its number in its own training process."""
+        self._dataset = dataset
+        self._reading = reading
+        self._config = config
+        self._worker = worker
+        self._consumer = consumer
+        self._consumers = consumers
+        self._wanted = reading.wanted
+        self._replays = False
+
+    def batches(self, epoch: int, index: int) -> Iterator[Batch]:
+        """Batches from the `index`-th of an epoch on, without end.
+
+        What comes before in that epoch is replayed: of each sample the json alone is read, nothing is decoded.
+
+        Raises:
+            CorruptShardError: names shard and key of what is damaged.
+            SourceError: when no sample has a crop to train on.
+        """
+        empty = 0
+        for number in count(epoch):
+            before, empty = index if number == epoch else 0, empty + 1
+            self._replays = before > 0
+            for place, group in enumerate(grouped(self._shuffled(number), self._config.data.batch_size)):
+                self._replays = place + 1 < before
+                empty = 0
+                if place >= before:
+                    yield collate(group, self._reading, Position(self._worker, number, place))
+            if empty == _EMPTY_EPOCHS:
+                raise SourceError(f"None of the samples that were read from {self._dataset.folders} has any crop.")
+
+    def _shuffled(self, epoch: int) -> Iterator[Planned]:
+        config = self._config
+        draws = draws_generator(config.seed, epoch, self._consumer)
+        shuffling = Random(int(draws.integers(2**63)))  # noqa: S311  # an order, not a secret
+        plan = Planner(self._reading, config, draws)
+        planned = (one for raw in self._raws(epoch) if (one := plan(raw)) is not None)
+        found: Iterator[Planned] = shuffle(config.data.shuffle, rng=shuffling)(planned)
+        return found
+
+    def _raws(self, epoch: int) -> Iterator[Raw]:
+        shards = self._dataset.shards
+        kept = [shard.kept for shard in shards]
+        for shard, start, stop in segments(kept, self._config.seed, epoch, self._consumer, self._consumers):
+            yield from samples(shards[shard], start, stop, self._wish)
+
+    def _wish(self, suffix: str) -> bool | None:
+        if suffix not in self._wanted:
+            return None
+        return not self._replays or suffix == "json"
+
+
+def grouped(planned: Iterable[Planned], size: int) -> Iterator[Sequence[Planned]]:
+    """Groups of `size` samples whose targets have one size; smaller ones at the end, so that none is lost."""
+    waiting: dict[Size, list[Planned]] = {}
+    for one in planned:
+        group = waiting.setdefault(one.fit.size, [])
+        group.append(one)
+        if len(group) == size:
+            yield waiting.pop(one.fit.size)
+    for key in sorted(waiting):
+        yield waiting[key]

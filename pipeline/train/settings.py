@@ -1,0 +1,219 @@
+"""Everything that can be told to the trainer, and the published recipes as presets."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.shared.configfile import explain, merge, told
+from schemas.errors import ConfigError
+
+Precision = Literal["auto", "no", "bf16", "fp16"]
+Preset = Literal["tiny", "sd15", "sdxl-512", "sdxl-1024"]
+ImageEncoder = Literal["clip-vit-h", "dinov2"]
+
+
+class Section(BaseModel):
+    """A frozen group of settings; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class CropWeights(Section):
+    """How often each crop is the target, relative to the others; a crop that a sample lacks is made up for later."""
+
+    portrait: float = Field(1.0, ge=0)
+    """Head and shoulders."""
+    half: float = Field(1.0, ge=0)
+    """Half body."""
+    full: float = Field(1.0, ge=0)
+    """The whole photo."""
+
+
+class DataSettings(Section):
+    """What is read from the shards, and in which order."""
+
+    resolution: int = Field(512, ge=64, multiple_of=8)
+    """Side of a square target, pixels; other buckets have about the same area."""
+    buckets: bool = True
+    """Train `full` at its own aspect, in batches of one aspect; otherwise on random squares that hold the face."""
+    crops: CropWeights = CropWeights()
+    """Which crop is the target."""
+    batch_size: int = Field(8, ge=1)
+    """Samples per step and process."""
+    workers: int = Field(2, ge=0)
+    """Loader processes per training process; 0 reads in the training process."""
+    shuffle: int = Field(256, ge=1)
+    """Samples of the shuffle buffer (undecoded, up to 1 MB each); 1 keeps the order of the shards."""
+    latents: Literal["auto", "shards", "images"] = "auto"
+    """Where targets come from: precomputed latents in the shards, or images and the VAE. auto: shards."""
+    text: Literal["auto", "shards", "captions"] = "auto"
+    """Where text embeddings come from: precomputed, or captions through the text encoder."""
+    verify: Literal["sha256", "size"] = "sha256"
+    """Before step 0, check every tar against its manifest by hash, or (at once, also remote) by length."""
+    allow_embedded: bool = False
+    """Train a real base on shards of the `embedded` profile, whose features mean nothing."""
+
+
+class AugmentSettings(Section):
+    """Changes of the target. They are left out where the condition could not follow them."""
+
+    flip: float = Field(0.5, ge=0, le=1)
+    """Probability of a mirrored target. CLIP and DINO variants need mirrored features in the shards for it."""
+    colour: float = Field(0.0, ge=0, le=1)
+    """Probability of a slight change of brightness, contrast and saturation; for variants that read the ID alone."""
+
+
+class GuidanceSettings(Section):
+    """Classifier-free dropout: one uniform draw per sample decides which condition is replaced by "none"."""
+
+    p_uncond_image: float = Field(0.05, ge=0, le=1)
+    """The face alone."""
+    p_uncond_text: float = Field(0.05, ge=0, le=1)
+    """The caption alone."""
+    p_uncond_both: float = Field(0.05, ge=0, le=1)
+    """Both."""
+
+    @model_validator(mode="after")
+    def _is_a_distribution(self) -> "GuidanceSettings":
+        if self.p_uncond_image + self.p_uncond_text + self.p_uncond_both > 1:
+            raise ValueError("guidance.p_uncond_image, _text and _both add up to more than 1")
+        return self
+
+
+class AdapterSettings(Section):
+    """The adapter itself."""
+
+    image_encoder: ImageEncoder = "clip-vit-h"
+    """Whose features of the face the CLIP variants read."""
+    lora_rank: int = Field(128, ge=1)
+    """Rank of the FaceID family's LoRA."""
+    p_drop_clip: float = Field(0.5, ge=0, le=1)
+    """faceid-plusv2: probability per sample that the CLIP branch is left out."""
+    rescale_clip: bool = False
+    """faceid-plusv2: divide the kept CLIP branch by 1 - p_drop_clip. Inference does not."""
+    init_from: str = ""
+    """A released adapter (.safetensors or .bin) to start from."""
+
+
+class ObjectiveSettings(Section):
+    """The loss."""
+
+    noise_offset: float = Field(0.0, ge=0)
+    """Standard deviation of noise that is constant over a channel."""
+    min_snr_gamma: float = Field(0.0, ge=0)
+    """Min-SNR weighting (arXiv 2303.09556; 5 there); 0 is off."""
+    id_loss: float = Field(0.0, ge=0)
+    """Weight of 1 - cosine between the ID of the predicted clean image and the face's; 0 is off."""
+    id_loss_max_t: float = Field(0.25, gt=0, le=1)
+    """The ID loss is taken at timesteps below this share of the schedule, where the clean image can be predicted."""
+    id_loss_weights: str = ""
+    """facexlib's ArcFace weights (recognition_arcface_ir_se50.pth)."""
+
+
+class OptimSettings(Section):
+    """How weights move."""
+
+    lr: float = Field(1e-4, gt=0)
+    """Learning rate."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
+    eight_bit: bool = False
+    """8-bit AdamW of bitsandbytes, which must be installed."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate over time, after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps from zero to lr."""
+    accumulate: int = Field(1, ge=1)
+    """Batches per step."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Clip the gradient to this norm; 0 is off."""
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """Exponential moving average of the weights, which is exported then; 0 is off."""
+    precision: Precision = "auto"
+    """Of the frozen base and of computation (autocast); trained weights stay float32. auto: bf16 on a GPU, else no."""
+    gradient_checkpointing: bool = False
+    """Less memory, one more forward pass."""
+    compile: bool = False
+    """torch.compile the UNet."""
+    channels_last: bool = False
+    """Memory format of the UNet; faster convolutions on a GPU."""
+
+
+class WatchSettings(Section):
+    """What is written while it trains."""
+
+    log_every: int = Field(10, ge=1)
+    """Steps between metrics."""
+    save_every: int = Field(2000, ge=1)
+    """Steps between checkpoints."""
+    keep: int = Field(3, ge=1)
+    """Checkpoints kept."""
+    validate_every: int = Field(0, ge=0)
+    """Steps between grids of validation images; 0 is never."""
+    validate_faces: int = Field(4, ge=1)
+    """Faces in the grid: the first of the dataset, in the order of the shards."""
+    validate_prompts: tuple[str, ...] = ("a photo of a person", "a watercolour portrait", "a person in a spacesuit")
+    """One column each."""
+    validate_steps: int = Field(20, ge=1)
+    """Denoising steps."""
+    guidance_scale: float = Field(5.0, ge=1)
+    """Classifier-free guidance of the grid."""
+    judge: str = ""
+    """Folder of an insightface pack that measures ID similarity in the grid; better another than the condition's."""
+    tensorboard: bool = True
+    """Write TensorBoard logs to RUN/tensorboard."""
+
+
+class TrainConfig(Section):
+    """Everything that `--config FILE` and `--set a.b=c` can say."""
+
+    seed: int = Field(0, ge=0)
+    """Of initial weights, noise, order and augmentation."""
+    steps: int = Field(200_000, ge=1)
+    """Optimiser steps."""
+    data: DataSettings = DataSettings()
+    augment: AugmentSettings = AugmentSettings()
+    guidance: GuidanceSettings = GuidanceSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    optim: OptimSettings = OptimSettings()
+    watch: WatchSettings = WatchSettings()
+
+
+PRESETS: dict[Preset, dict[str, Any]] = {
+    "tiny": {
+        "steps": 20,
+        "data": {"resolution": 64, "batch_size": 2, "workers": 0},
+        "watch": {"log_every": 1, "save_every": 10, "validate_steps": 4},
+    },
+    "sd15": {"data": {"resolution": 512, "batch_size": 8}, "optim": {"lr": 1e-4}},
+    "sdxl-512": {"data": {"resolution": 512, "batch_size": 8}, "optim": {"lr": 1e-4}},
+    "sdxl-1024": {
+        "data": {"resolution": 1024, "batch_size": 4},
+        "optim": {"lr": 1e-5},
+        "objective": {"noise_offset": 0.05},
+    },
+}
+"""The published recipe per base; TOML and --set may override each of it. Batch sizes are per GPU, of 8."""
+
+
+def load_train_config(path: Path | None, pairs: Sequence[str], preset: str, **asked: Any) -> TrainConfig:
+    """Merge a preset, a TOML file, `--set` pairs and command-line options (`asked`, None = not given), in this order.
+
+    Raises:
+        ConfigError: for an unknown preset or key (names the nearest), or a value that is not allowed.
+    """
+    if preset not in get_args(Preset):
+        raise ConfigError(f"The preset {preset!r} is not known; choose one of: {', '.join(get_args(Preset))}.")
+    values: dict[str, Any] = {}
+    merge(values, PRESETS[preset])  # type: ignore[index]  # checked above
+    merge(values, told(path, pairs))
+    merge(values, {name: value for name, value in asked.items() if value is not None})
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, TrainConfig)) from error

@@ -1,0 +1,321 @@
+"""Headers of image files: what a file is, how large its picture is, whether its end has arrived. No pixel is decoded.
+
+All that this process does with the bytes of a stranger takes a bounded number of steps, and no code outside of Python's
+own sees them. Where that cannot be had (TIFF, AVIF), the header too is read by `stages.pixels.decoding`, in another
+process.
+`stages.pixels.images` decodes pixels. Only these two modules translate what a decoder raises, from a closed list.
+"""
+
+import io
+import logging
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import NamedTuple
+
+import cv2
+from PIL import Image as Pillow
+from PIL import features
+from PIL.AvifImagePlugin import AvifImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from schemas.drops import DropReason
+from stages.base import Dropped
+from stages.pixels import decoding, jpeg
+
+Pillow.MAX_IMAGE_PIXELS = None  # the cap is filter.max_pixels, judged before any decode
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # broken files are counted as drops, not logged one by one
+
+OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
+    "JPEG": JpegImageFile,
+    "PNG": PngImageFile,
+    "WEBP": WebPImageFile,
+    "GIF": GifImageFile,
+    "BMP": BmpImageFile,
+    "TIFF": TiffImageFile,
+}
+if features.check("avif"):
+    OPENERS["AVIF"] = AvifImageFile
+
+_FORMAT = re.compile(
+    rb"(?P<JPEG>\xff\xd8\xff)|(?P<PNG>\x89PNG\r\n\x1a\n)|(?P<WEBP>RIFF....WEBP)|(?P<GIF>GIF8[79]a)"
+    rb"|(?P<BMP>BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0)|(?P<TIFF>II\*\0|MM\0\*)|(?P<AVIF>....ftypavi[fs])",
+    re.DOTALL,
+)
+_OTHER_IMAGE = re.compile(
+    rb"8BPS|II\+\0|MM\0\+|\0\0[\1\2]\0[^\0]|....ftyp(?:he[iv][cmsx]|m[is]f1)|\0\0\0\x0c(?:jP  |JXL )|\xff\x4f\xff\x51"
+    rb"|\xff\x0a|P[1-7]\s|DDS |%!PS|icns|qoif|v/1\x01|gimp xcf|\xd7\xcd\xc6\x9a|BPG\xfb|[\x8a\x8b][MJ]NG",
+    re.DOTALL,
+)
+_WEB_PAGE = re.compile(
+    rb"(?:\xef\xbb\xbf)?\s*(?:[{\[]|(?:<\?xml[^>]*>\s*)?<(?:!doctype html|(?!svg)[a-z]))",
+    re.IGNORECASE,
+)
+_SVG = re.compile(rb"(?:\xef\xbb\xbf)?\s*<.{0,4096}?<?svg[\s>:]", re.IGNORECASE | re.DOTALL)
+
+APART = frozenset({"TIFF", "AVIF"})
+"""Formats whose header needs a library, or may need any time and memory."""
+
+_CHUNKS = 50_000
+"""Steps of a walk over chunks; 50 MB of PNG in chunks of 8 KiB are 6,400."""
+_PLAIN_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
+DEEP_MODES = frozenset({"I;16", "I;16B", "I;16L"})
+
+DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    cv2.error,
+    AssertionError,
+    AttributeError,
+)
+"""What Pillow and OpenCV raise for bytes that they cannot read: what `PIL.Image.open` expects, and fuzzing found."""
+
+
+class Header(NamedTuple):
+    """What an image file says of itself."""
+
+    format: str
+    """JPEG, PNG, WEBP, GIF, BMP, TIFF or AVIF."""
+    width: int
+    """After the EXIF turn, pixels."""
+    height: int
+    """After the EXIF turn, pixels."""
+
+
+class Stored(NamedTuple):
+    """The picture as it lies in the file, before the EXIF turn."""
+
+    width: int
+    height: int
+    mode: str
+    orientation: int
+
+
+def is_web_page(prefix: bytes) -> bool:
+    """Whether these first bytes are HTML, JSON or XML text, never an image; SVG does not count."""
+    return _WEB_PAGE.match(prefix) is not None
+
+
+def sniff(prefix: bytes) -> Header | None:
+    """The header, if the first bytes of an image file suffice to know it here; None otherwise. Never raises."""
+    format = format_of(prefix)
+    if format not in OPENERS or format in APART:
+        return None
+    try:
+        return _header(format, read_stored(format, prefix))
+    except (*DECODER_ERRORS, Dropped):
+        return None
+
+
+def read_header(data: bytes) -> Header:
+    """The header of a whole image file; pixels are not decoded.
+
+    Raises:
+        Dropped: not_an_image, unsupported_format, truncated_image, corrupt_image or decoder_crash.
+    """
+    format = format_of(data)
+    if format not in OPENERS:
+        is_image = format is not None or _OTHER_IMAGE.match(data) or (_SVG.match(data) and not is_web_page(data))
+        raise Dropped(DropReason.UNSUPPORTED_FORMAT if is_image else DropReason.NOT_AN_IMAGE)
+    try:
+        stored = Stored(*decoding.header(data)) if format in APART else read_stored(format, data)
+    except DECODER_ERRORS as error:
+        raise undecodable(format, data, error) from error
+    return _header(format, stored)
+
+
+def check_whole(data: bytes, header: Header) -> None:
+    """Check that an image file has its end, and is no trap for its decoder: cheap, no pixel is decoded.
+
+    Formats without an end mark (GIF, BMP, TIFF, AVIF) are left to `decode`.
+
+    Raises:
+        Dropped: truncated_image; corrupt_image for a JPEG of too many scans or a PNG of too many chunks.
+    """
+    if _ends_early(header.format, data):
+        raise Dropped(DropReason.TRUNCATED_IMAGE)
+    if _is_trap(header.format, data):
+        raise Dropped(DropReason.CORRUPT_IMAGE)
+
+
+def format_of(prefix: bytes) -> str | None:
+    """The format that the first bytes show, None for all that is never decoded here."""
+    match = _FORMAT.match(prefix)
+    return match.lastgroup if match else None
+
+
+def _header(format: str, stored: Stored) -> Header:
+    if stored.mode not in _PLAIN_MODES | DEEP_MODES:
+        raise Dropped(DropReason.UNSUPPORTED_FORMAT)
+    sizes = stored.width, stored.height
+    return Header(format, *(sizes[::-1] if stored.orientation >= 5 else sizes))
+
+
+def read_stored(format: str, data: bytes) -> Stored:
+    """Read the header of a file of a known format; raises one of DECODER_ERRORS when that is impossible."""
+    reader = _READERS.get(format)
+    if reader is not None:
+        stored = reader(data)
+    else:
+        image = open_lazily(format, data)
+        stored = Stored(*image.size, image.mode, _orientation(image.info.get("exif") or b""))
+    if min(stored.width, stored.height) < 1:
+        raise ValueError(f"a {format} without pixels")
+    return stored
+
+
+def open_lazily(format: str, data: bytes) -> ImageFile:
+    """Pillow's image of a file of a known format, before its pixels are loaded; raises one of DECODER_ERRORS."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks on broken metadata, which is not used
+        return OPENERS[format](io.BytesIO(data))
+
+
+def _orientation(exif: bytes) -> int:
+    """The Orientation (tag 0x0112) of an EXIF block, 1 when there is none or the block is broken."""
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
+        return 1
+    try:
+        (start,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, start)
+        for place in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(order + "HH", tiff, place)
+            if tag == 0x0112:
+                (value,) = struct.unpack_from(order + {3: "H", 4: "I"}.get(kind, "x"), tiff, place + 8)
+                return int(value) if 1 <= value <= 8 else 1
+    except (struct.error, ValueError):
+        return 1
+    return 1
+
+
+def _jpeg(data: bytes) -> Stored:
+    frame = jpeg.read_frame(data)
+    return Stored(frame.width, frame.height, frame.mode, _orientation(frame.exif))
+
+
+def _png(data: bytes) -> Stored:
+    """The first chunk (https://www.w3.org/TR/png-3/#11IHDR), and eXIf where it comes before the pixels."""
+    kind, width, height, depth, colours, checksum = struct.unpack_from(">12x4sIIBB3xI", data)
+    if kind != b"IHDR" or checksum != zlib.crc32(data[12:29]):
+        raise ValueError("a PNG that does not begin with its size")
+    exif = b""
+    for name, start, size in _png_chunks(data):
+        if name == b"eXIf":
+            exif = data[start : start + size]
+        elif name == b"IDAT":
+            return Stored(width, height, "I;16" if (depth, colours) == (16, 0) else "RGBA", _orientation(exif))
+    raise ValueError("the PNG ends before its pixels")
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Name, start and size of the content of each chunk whose head is there."""
+    place = 8
+    for _ in range(_CHUNKS):
+        if place + 8 > len(data):
+            return
+        size, name = struct.unpack_from(">I4s", data, place)
+        yield name, place + 8, size
+        place += 12 + size
+    raise ValueError("too many chunks")
+
+
+def _gif(data: bytes) -> Stored:
+    """The logical screen (https://www.w3.org/Graphics/GIF/spec-gif89a.txt, 18); `decode` refuses frames beyond it."""
+    width, height = struct.unpack_from("<6xHH", data)
+    return Stored(width, height, "P", 1)
+
+
+def _webp(data: bytes) -> Stored:
+    # Pillow would set up the decoder for the whole canvas, and needs the whole file for it
+    return Stored(*_webp_size(data), "RGBA", _orientation(_webp_exif(data)))
+
+
+_READERS: dict[str, Callable[[bytes], Stored]] = {"JPEG": _jpeg, "PNG": _png, "GIF": _gif, "WEBP": _webp}
+"""Formats read without Pillow, which walks over hostile ones for minutes. Its code for BMP has no loop."""
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Canvas size of a WebP file (https://developers.google.com/speed/webp/docs/riff_container)."""
+    kind = data[12:16]
+    if kind == b"VP8X":
+        low_width, high_width, low_height, high_height = struct.unpack_from("<HBHB", data, 24)
+        return 1 + low_width + (high_width << 16), 1 + low_height + (high_height << 16)
+    if kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 ":
+        width, height = struct.unpack_from("<HH", data, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    raise ValueError(f"a WebP file that begins with {kind!r}")
+
+
+def _webp_exif(data: bytes) -> bytes:
+    """The EXIF chunk of a WebP file, empty when its header announces none; raises while it has not arrived."""
+    if data[12:16] != b"VP8X" or not data[20] & 0x08:
+        return b""
+    place = 12
+    for _ in range(_CHUNKS):
+        kind, size = struct.unpack_from("<4sI", data, place)
+        if kind == b"EXIF":
+            return data[place + 8 : place + 8 + size]
+        place += 8 + size + size % 2
+    raise ValueError("too many chunks")
+
+
+def undecodable(format: str, data: bytes, error: Exception) -> Dropped:
+    """The drop that a decoder's error stands for: truncated_image or corrupt_image."""
+    truncated = _ends_early(format, data) or "truncated" in str(error).lower()
+    return Dropped(DropReason.TRUNCATED_IMAGE if truncated else DropReason.CORRUPT_IMAGE)
+
+
+def _ends_early(format: str, data: bytes) -> bool:
+    if format == "JPEG":
+        return not _has_jpeg_end(data)
+    if format == "PNG":
+        return not has_png_end(data)
+    if format == "WEBP":
+        return len(data) < 8 + int.from_bytes(data[4:8], "little")
+    return False
+
+
+def _is_trap(format: str, data: bytes) -> bool:
+    """Whether a decoder would take minutes for what has few pixels."""
+    if format == "JPEG":
+        return jpeg.count_scans(data) > jpeg.MAX_SCANS
+    return format == "PNG" and sum(1 for _ in islice(_png_chunks(data), _CHUNKS)) == _CHUNKS
+
+
+def _has_jpeg_end(data: bytes) -> bool:
+    try:
+        # embedded thumbnails have their own end marks, before the first scan of the picture itself
+        scan = jpeg.first_scan(data)
+    except jpeg.Endless:  # whatever it is, it is not for want of bytes
+        return True
+    return scan is not None and data.find(b"\xff\xd9", scan) >= 0
+
+
+def has_png_end(data: bytes) -> bool:
+    """Whether the chunks of a PNG lead to its last one."""
+    try:
+        return any(name == b"IEND" for name, _, _ in _png_chunks(data))
+    except ValueError:  # likewise
+        return True

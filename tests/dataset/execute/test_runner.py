@@ -1,0 +1,159 @@
+import pyarrow as pa
+import pytest
+
+from pipeline.dataset.execute.make_shard import regrouped
+from pipeline.dataset.execute.runner import Loaded, Rows, apply, judge_seeds, split_seeds
+from schemas.columns import LEDGER, SEED_SCHEMA
+from schemas.drops import DropReason
+from schemas.errors import ContractError
+from stages.base import DROP, Dropped, RowStage, to_table
+from stages.settings import Settings
+
+KEEP = frozenset({*LEDGER, "image", "text"})
+
+
+class Fetch(RowStage):
+    """Rows 0, 3, 6 … are not found; the others get a picture."""
+
+    name = "fetch"
+    reads = ("row",)
+    writes = ("image", "sha256", "n_bytes", "width")
+    drops = (DropReason.NOT_FOUND, DropReason.SMALL_IMAGE)
+
+    def row(self, record):
+        assert set(record) == {"row"}
+        if record["row"] % 3 == 0:
+            raise Dropped(DropReason.NOT_FOUND, width=7)
+        return {"image": b"picture", "sha256": "ab", "n_bytes": 7, "width": record["row"]}
+
+
+def seeds(count: int) -> pa.Table:
+    rows = [{"key": f"p-{n:09d}", "part": "p", "row": n, "url": f"http://x/{n}", "text": "t"} for n in range(count)]
+    return pa.Table.from_pylist(rows, schema=SEED_SCHEMA)
+
+
+def run(stage, table=None, keep=KEEP) -> Rows:
+    return apply(Loaded(stage, keep), Rows.living(seeds(7) if table is None else table))
+
+
+def test_dropped_rows_become_tombstones_with_their_measurements():
+    rows = run(Fetch(Settings()))
+    assert rows.alive.column("row").to_pylist() == [1, 2, 4, 5]
+    assert rows.dead.column_names == list(LEDGER)
+    assert rows.dead.select(["row", "verdict", "stage", "width"]).to_pylist() == [
+        {"row": n, "verdict": "not_found", "stage": "fetch", "width": 7} for n in (0, 3, 6)
+    ]
+
+
+def test_columns_that_nobody_needs_any_more_are_let_go():
+    rows = run(Fetch(Settings()), keep=frozenset(LEDGER))
+    assert "image" not in rows.alive.column_names
+    assert "text" not in rows.alive.column_names
+
+
+def test_an_empty_batch_gets_the_columns_without_a_call():
+    rows = run(Fetch(Settings()), seeds(0))
+    assert rows.alive.num_rows == 0
+    assert {"image", "sha256", "width"} <= set(rows.alive.column_names)
+
+
+class Bad(Fetch):
+    """Breaks its declaration in the way that `how` returns."""
+
+    def __init__(self, how):
+        super().__init__(Settings())
+        self.how = how
+
+    def __call__(self, table):
+        return self.how(super().__call__(table))
+
+
+def undeclared(table):
+    reasons = pa.array(["no_face"] * table.num_rows, pa.string())
+    return table.set_column(table.column_names.index(DROP), DROP, reasons)
+
+
+def nulls(table):
+    return table.set_column(table.column_names.index("sha256"), "sha256", pa.nulls(table.num_rows, pa.string()))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda table: table.slice(1),
+        lambda table: table.drop_columns(["n_bytes"]),
+        lambda table: table.append_column("det_score", pa.nulls(table.num_rows, pa.float32())),
+        lambda table: table.set_column(0, "image", pa.array(["x"] * table.num_rows)),
+        undeclared,
+        nulls,
+    ],
+    ids=["rows lost", "column missing", "column undeclared", "wrong type", "undeclared reason", "null in a living row"],
+)
+def test_a_stage_that_breaks_its_declaration_is_stopped(how):
+    with pytest.raises(ContractError, match="fetch"):
+        run(Bad(how))
+
+
+def test_an_unforeseen_error_is_not_swallowed():
+    class Breaks(Fetch):
+        def row(self, record):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(Breaks(Settings()))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"), [([7, 7, 7], [5, 5, 4]), ([1], [0]), ([0, 2, 3], [3]), ([20], [5, 5, 3])]
+)
+def test_regrouped_batches_hold_the_same_rows_in_order(sizes, expected):
+    start, batches = 0, []
+    for size in sizes:
+        batches.append(run(Fetch(Settings()), seeds(start + size).slice(start)))
+        start += size
+    groups = list(regrouped(iter(batches), 5))
+    assert [rows.alive.num_rows for rows in groups] == expected
+    alive = [row for rows in groups for row in rows.alive.column("row").to_pylist()]
+    dead = [row for rows in groups for row in rows.dead.column("row").to_pylist()]
+    assert (alive, dead) == ([n for n in range(start) if n % 3], [n for n in range(start) if n % 3 == 0])
+
+
+class Judge(RowStage):
+    name = "metadata"
+    reads = ("row",)
+    writes = ()
+    drops = (DropReason.UNSAFE,)
+
+    def row(self, record):
+        return {DROP: DropReason.UNSAFE} if record["row"] == 2 else {}
+
+
+def test_judged_seeds_are_split_into_living_rows_and_tombstones():
+    judged = judge_seeds(Judge(Settings()), seeds(4))
+    rows = split_seeds(judged)
+    assert rows.alive.column("row").to_pylist() == [0, 1, 3]
+    assert rows.dead.select(["row", "verdict", "stage"]).to_pylist() == [
+        {"row": 2, "verdict": "unsafe", "stage": "metadata"}
+    ]
+
+
+def test_one_photo_per_reason_is_kept_as_a_witness():
+    class Second(RowStage):
+        name = "second"
+        reads = ("image", "row")
+        writes = ()
+        drops = (DropReason.NO_FACE, DropReason.SMALL_FACE)
+
+        def row(self, record):
+            return {DROP: DropReason.NO_FACE if record["row"] < 5 else DropReason.SMALL_FACE}
+
+    rows = apply(Loaded(Second(Settings()), KEEP), run(Fetch(Settings())))
+    assert rows.witnesses.to_pylist() == [
+        {"key": "p-000000001", "verdict": "no_face", "image": b"picture"},
+        {"key": "p-000000005", "verdict": "small_face", "image": b"picture"},
+    ]
+
+
+def test_to_table_types_absent_values_as_nulls():
+    table = to_table([{"width": 3}, {}], ("width", "sha256"), ())
+    assert table.to_pylist() == [{"width": 3, "sha256": None}, {"width": None, "sha256": None}]

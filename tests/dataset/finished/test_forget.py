@@ -1,0 +1,421 @@
+"""Take-downs: what goes, what stays, that nothing tells of it, and that a kill at any moment leaves no half of it."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import fake_dataset as fake
+import pyarrow.parquet as pq
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from pipeline.dataset.finished.forget import Wanted, forget
+from pipeline.dataset.finished.report import write_report
+from pipeline.dataset.finished.verify import verify
+from pipeline.dataset.out.forgotten import FORGOTTEN, Forgotten, finish, load
+from pipeline.dataset.out.ledger import funnel, read_manifests
+from pipeline.forget_command import forget as command
+from pipeline.shared.files import place, write
+from schemas.errors import CorruptShardError, OutputError
+from stages.pixels.images import encode_jpeg
+
+FIRST, SECOND = "a-00000", "a-00001"
+KEPT_URL, DEAD_URL = "http://photos.example/a/0.jpg", "http://photos.example/a/3.jpg"
+KEYS = [f"a-{row:09d}" for row in range(12)]
+
+
+def rows(start, changes=()):
+    """Six rows, of which `changes` replace some by index."""
+    found = fake.mixed("a", start)
+    for index, change in changes:
+        found[index] = change
+    return found
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    photo = encode_jpeg(fake.drawn(1200, 1200, 5), 90)
+    elsewhere = fake.record("a", 6, url="https://img.Sub.Example.ORG:8443/x.jpg", sha256="cd" * 32)
+    again = fake.dead("a", 7, "filter", "no_face", photo, sha256="ab" * 32, n_faces=0)
+    shards = {FIRST: rows(0), SECOND: rows(6, [(0, elsewhere), (1, again)])}
+    out = fake.write(tmp_path_factory.mktemp("published"), shards)
+    write_report(out)
+    assert verify(out) == []
+    return out
+
+
+@pytest.fixture
+def out(published, tmp_path):
+    return Path(shutil.copytree(published, tmp_path / "out"))
+
+
+def ledger(out, shard=FIRST):
+    return {row["key"]: row for row in pq.read_table(out / "shards" / f"{shard}.parquet").to_pylist()}
+
+
+def samples(out, shard=FIRST):
+    with tarfile.open(out / "shards" / f"{shard}.tar") as tar:
+        return sorted({name.partition(".")[0] for name in tar.getnames()})
+
+
+def files(out):
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def everything(out):
+    """All that OUT tells, uncompressed."""
+    told = []
+    for path in out.rglob("*"):
+        if path.suffix == ".parquet":
+            told.append(repr(pq.read_table(path).to_pylist()).encode())
+        elif path.is_file():
+            told.append(path.read_bytes())
+    return b"\n".join(told)
+
+
+def test_a_sample_goes_from_tar_ledger_manifest_and_report(out):
+    before = read_manifests(out)
+    gone = forget(out, Wanted(urls=(KEPT_URL,)))
+    assert (gone.rows, gone.samples, gone.damaged) == ({FIRST: [KEYS[0]]}, 1, [])
+    assert samples(out) == [KEYS[4]]
+    row = ledger(out)[KEYS[0]]
+    assert (row["part"], row["row"], row["verdict"], row["stage"]) == ("a", 0, "forgotten", "metadata")
+    assert {name for name, value in row.items() if value is not None} == {"key", "part", "row", "verdict", "stage"}
+    first, second = read_manifests(out)
+    assert (first.kept, first.dropped["forgotten"], first.rows_in) == (1, 1, 6)
+    assert second == before[1]
+    assert verify(out) == []
+    assert funnel(out).kept == 3
+    told = json.loads((out / "dataset.json").read_text())
+    assert (told["kept"], told["dropped"]["forgotten"]) == (3, 1)
+
+
+def test_nothing_tells_of_it_any_more(out):
+    portrait = fake.pictures(0)["portrait"]
+    secrets = [b"a/0.jpg", b"caption of row 0", b"a/3.jpg", portrait[len(portrait) // 2 :][:60]]
+    pictures = {row["key"] for row in pq.read_table(out / "drops" / f"{FIRST}.parquet").to_pylist()}
+    assert KEYS[3] in pictures
+    assert all(secret in everything(out) for secret in secrets)
+    forget(out, Wanted(urls=(KEPT_URL, DEAD_URL)))
+    assert not [secret for secret in secrets if secret in everything(out)]
+    assert KEYS[3] not in {row["key"] for row in pq.read_table(out / "drops" / f"{FIRST}.parquet").to_pylist()}
+    assert verify(out) == []
+
+
+def test_only_the_shards_concerned_are_rewritten(out):
+    before = files(out)
+    forget(out, Wanted(urls=(DEAD_URL,)))
+    changed = {name for name, data in files(out).items() if before.get(name) != data}
+    assert changed == {
+        f"shards/{FIRST}.parquet", f"shards/{FIRST}.json", f"drops/{FIRST}.parquet", "dataset.json", "report.html",
+        FORGOTTEN,
+    }  # fmt: skip
+    assert set(files(out)) == {*before, FORGOTTEN}
+
+
+def test_what_is_left_is_what_a_run_without_it_would_have_written(out, tmp_path):
+    forget(out, Wanted(urls=(KEPT_URL, DEAD_URL)))
+    blanks = [(index, fake.dead("a", index, "metadata", "forgotten", url=None)) for index in (0, 3)]
+    fresh = fake.write(tmp_path / "fresh", {FIRST: rows(0, blanks)})
+    for suffix in ("tar", "parquet", "json"):
+        name = f"{FIRST}.{suffix}"
+        assert (out / "shards" / name).read_bytes() == (fresh / "shards" / name).read_bytes(), suffix
+
+
+@pytest.mark.parametrize("domain", ["example.org", "Sub.EXAMPLE.org", "https://example.org:1/x", "*.example.org."])
+def test_a_site_with_all_below_it(out, domain):
+    assert forget(out, Wanted(domains=(domain,))).rows == {SECOND: [KEYS[6]]}
+    assert verify(out) == []
+
+
+@pytest.mark.parametrize("domain", ["xample.org", "other.sub.example.org", "photos.example.org"])
+def test_other_sites_stay(out, domain):
+    before = files(out)
+    assert forget(out, Wanted(domains=(domain,))).rows == {}
+    after = files(out)
+    after.pop(FORGOTTEN)
+    assert after == before
+
+
+def test_a_file_goes_wherever_it_came_from_and_its_addresses_are_remembered(out):
+    gone = forget(out, Wanted(contents=("CD" * 32, "ab" * 32)))
+    assert gone.rows == {SECOND: [KEYS[6], KEYS[7]]}
+    assert load(out).concerns_url("https://img.sub.example.org:8443/x.jpg")
+    assert load(out).concerns_url("http://photos.example/a/7.jpg")
+    assert not load(out).concerns_url("http://photos.example/a/8.jpg")
+
+
+def test_the_list_holds_no_address_and_no_hash_of_a_file(out):
+    forget(out, Wanted((KEPT_URL,), ("example.org",), ("cd" * 32,)))
+    text = (out / FORGOTTEN).read_text()
+    assert "example" not in text
+    assert "cd" * 32 not in text
+    others = Forgotten("another salt").and_urls([KEPT_URL])
+    assert not others.urls & load(out).urls
+
+
+def test_a_second_take_down_adds_to_the_first(out):
+    forget(out, Wanted(urls=(KEPT_URL,)))
+    assert forget(out, Wanted(urls=(DEAD_URL,))).rows == {FIRST: [KEYS[3]]}
+    known = load(out)
+    assert known.concerns_url(KEPT_URL)
+    assert known.concerns_url(DEAD_URL)
+    before = files(out)
+    assert forget(out, Wanted()).rows == {}
+    assert files(out) == before
+
+
+def test_a_whole_shard_may_go(out):
+    assert forget(out, Wanted(domains=("photos.example",))).count == 11
+    assert samples(out) == []
+    assert verify(out) == []
+    assert sum(row["verdict"] == "forgotten" for row in ledger(out).values()) == 6
+
+
+def test_an_unfinished_dataset_is_forgotten_in_too(tmp_path):
+    out = fake.write(tmp_path, {FIRST: rows(0)}, finish=False)
+    forget(out, Wanted(urls=(KEPT_URL,)))
+    assert verify(out) == []
+    assert "shards" not in json.loads((out / "dataset.json").read_text())
+
+
+@pytest.fixture
+def remote(published):
+    """The same dataset in an object store."""
+    there = place(f"memory://{published.name}-{time.time_ns()}/out")
+    for name, data in files(published).items():
+        write(there / name, data)
+    return there
+
+
+def test_a_remote_dataset_is_forgotten_in_too(out, remote):
+    wanted = Wanted(urls=(KEPT_URL, DEAD_URL), contents=("cd" * 32,))
+    assert forget(remote, wanted).rows == forget(out, wanted).rows == {FIRST: [KEYS[0], KEYS[3]], SECOND: [KEYS[6]]}
+    assert verify(remote) == []
+    for name, data in files(out).items():
+        if name != FORGOTTEN:
+            assert (remote / name).read_bytes() == data, name
+    assert not list((remote / "shards").glob(".new-*"))
+
+
+@pytest.mark.parametrize("steps", range(3))
+def test_a_remote_shard_that_was_committed_is_finished(out, remote, steps):
+    """Objects cannot be renamed: a kill while the new ones are copied leaves what to go on with."""
+    forget(out, Wanted(urls=(KEPT_URL,)))
+    for number, suffix in enumerate(("tar", "parquet", "json")):
+        data = (out / "shards" / f"{FIRST}.{suffix}").read_bytes()
+        write(remote / "shards" / (f"{FIRST}.{suffix}" if number < steps else f".new-{FIRST}.{suffix}"), data)
+    assert any("`forget` was killed" in problem.message for problem in verify(remote))
+    finish(remote)
+    for suffix in ("tar", "parquet", "json"):
+        name = f"{FIRST}.{suffix}"
+        assert (remote / "shards" / name).read_bytes() == (out / "shards" / name).read_bytes()
+    assert not list((remote / "shards").glob(".new-*"))
+
+
+# ---- the words of the command
+
+
+app = typer.Typer()
+app.command()(command)
+
+
+def call(*words):
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.stdout
+
+
+def test_a_list_may_mix_all_kinds(out, tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text(f"# asked for on Monday\n{KEPT_URL}\n\n  example.org \n{'AB' * 32}\n")
+    code, said = call("--list", path, "--url", DEAD_URL, out)
+    assert (code, said.strip()) == (0, "Forgotten: 4 rows, 2 of them samples, in 2 shards.")
+    assert verify(out) == []
+
+
+def test_a_dry_run_lists_and_writes_nothing(out):
+    before = files(out)
+    code, said = call("--dry-run", "--url", KEPT_URL, "--sha256", "cd" * 32, out)
+    assert (code, said.splitlines()) == (
+        0,
+        [
+            f"{FIRST}: {KEYS[0]}",
+            f"{SECOND}: {KEYS[6]}",
+            "Would forget: 2 rows, 2 of them samples, in 2 shards.",
+        ],
+    )
+    assert files(out) == before
+
+
+def test_nothing_that_matches_is_said_and_remembered(out):
+    code, said = call("--url", "http://nowhere.example/", out)
+    assert code == 0
+    assert said.startswith("Nothing in the dataset matches")
+    assert load(out).concerns_url("http://nowhere.example")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (Wanted(), "give --url, --domain, --sha256 or --list"),
+        (Wanted(domains=("org",)), "is no site"),
+        (Wanted(domains=("",)), "is no site"),
+        (Wanted(contents=("abc",)), "is no sha256"),
+    ],
+)
+def test_words_that_make_no_sense_change_nothing(out, wanted, message):
+    before = files(out)
+    with pytest.raises(OutputError, match=message):
+        forget(out, wanted)
+    assert files(out) == before
+
+
+def test_a_folder_that_is_no_dataset_or_a_list_that_is_not_there(out, tmp_path):
+    with pytest.raises(OutputError, match="holds no dataset"):
+        forget(tmp_path / "none", Wanted(urls=(KEPT_URL,)))
+    with pytest.raises(OutputError, match="cannot be read"):
+        Wanted.listed(tmp_path / "none.txt")
+
+
+def test_a_run_in_the_same_folder_is_not_disturbed(out):
+    handle = os.open(out / "shards", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(OutputError, match="A run is writing"):
+            forget(out, Wanted(urls=(KEPT_URL,)))
+    finally:
+        os.close(handle)
+    assert not (out / FORGOTTEN).exists()
+
+
+@pytest.mark.parametrize("suffix", ["tar", "parquet"])
+def test_damage_is_never_signed_as_whole_and_the_other_shards_are_done(out, suffix):
+    path = out / "shards" / f"{FIRST}.{suffix}"
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    gone = forget(out, Wanted(domains=("photos.example",)))
+    assert list(gone.rows) == [SECOND]
+    assert len(gone.damaged) == 1
+    assert path.name in gone.damaged[0]
+    assert path.read_bytes() == damaged
+    assert load(out).concerns_url(KEPT_URL)
+    assert {problem.shard for problem in verify(out)} == {FIRST}
+
+
+def test_a_damaged_list_stops_everything(out):
+    forget(out, Wanted(urls=(KEPT_URL,)))
+    text = (out / FORGOTTEN).read_text()
+    for broken in (
+        "{",
+        "[]",
+        text.replace("urls", "sites"),
+        text.replace('"version": 1', '"version": 1 '),
+        "[" * 100_000,
+    ):
+        (out / FORGOTTEN).write_text(broken)
+        with pytest.raises(CorruptShardError, match=FORGOTTEN):
+            load(out)
+        with pytest.raises(CorruptShardError, match=FORGOTTEN):
+            forget(out, Wanted(urls=(DEAD_URL,)))
+
+
+# ---- killed at any moment
+
+
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from pipeline.dataset.finished.forget import Wanted, forget
+
+published, work, urls = Path(sys.argv[1]), Path(sys.argv[2]), tuple(sys.argv[3:])
+
+def deadly(function, left):
+    def call(*args, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **options)
+    return call
+
+steps, killed = 0, True
+while killed:
+    out = Path(shutil.copytree(published, work / f"{steps:03d}"))
+    forked = os.fork()
+    if forked == 0:
+        left = [steps]
+        for name in ("fsync", "unlink", "replace"):  # all that changes what a reader finds under a name
+            setattr(os, name, deadly(getattr(os, name), left))
+        forget(out, Wanted(urls=urls))
+        os._exit(0)
+    killed = os.waitpid(forked, 0)[1] != 0
+    steps += 1
+"""
+
+
+def test_a_kill_at_any_step_leaves_the_old_shard_or_the_new_one(tmp_path):
+    published = fake.write(tmp_path / "published", {shard: SHORT[shard] for shard in SHORT})
+    urls = ("http://photos.example/a/0.jpg", "http://photos.example/a/1.jpg", "http://photos.example/a/2.jpg")
+    words = [sys.executable, "-c", KILLED, str(published), str(tmp_path / "states"), *urls]
+    (tmp_path / "states").mkdir()
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    states = sorted((tmp_path / "states").iterdir())
+    assert len(states) > 20
+    states = list({tuple(nameless(files(state)).items()): state for state in states}.values())
+    generations = shards_of(published), shards_of(states[-1])
+    seen = [what_a_kill_left(state, generations, Wanted(urls=urls)) for state in states]
+    # nothing done; one shard done; in the middle of a shard, before and behind its commit; all done
+    assert {("old", "old"), ("new", "old"), ("new", "new")} < set(seen)
+    assert any(None in found for found in seen)
+    assert len({tuple(salt_free(files(state)).items()) for state in states}) == 1
+
+
+SHORT = {
+    FIRST: [fake.record("a", 0), fake.dead("a", 1, "download", "not_found")],
+    SECOND: [fake.record("a", 2), fake.record("a", 3)],
+}
+
+
+def what_a_kill_left(state, generations, wanted):
+    """Which generation each shard is; None while its files are of both, which everybody is told."""
+    problems = verify(state)
+    old, new = generations
+    found = shards_of(state)
+    told = tuple("old" if found[s] == old[s] else "new" if found[s] == new[s] else None for s in (FIRST, SECOND))
+    assert None not in told or any("`forget` was killed" in problem.message for problem in problems), state.name
+    assert (state / FORGOTTEN).exists() or not problems
+    resumed = Path(shutil.copytree(state, state.with_name(f"{state.name}-resumed")))
+    finish(resumed)  # as every run begins
+    assert all(shards_of(resumed)[shard] in (old[shard], new[shard]) for shard in (FIRST, SECOND)), state.name
+    assert not [name for name in files(resumed) if "/.new-" in name]
+    shutil.rmtree(resumed)
+    forget(state, wanted)
+    assert verify(state) == []
+    return told
+
+
+def shards_of(out):
+    return {
+        shard: tuple((out / "shards" / f"{shard}.{suffix}").read_bytes() for suffix in ("tar", "parquet", "json"))
+        for shard in (FIRST, SECOND)
+    }
+
+
+def nameless(found):
+    """Files without what differs each time: the salt, and the numbers of processes."""
+    return {re.sub(r"(\.tmp-.*)\.\d+$", r"\1", name): name == FORGOTTEN or data for name, data in found.items()}
+
+
+def salt_free(found):
+    return {name: data for name, data in found.items() if name != FORGOTTEN}

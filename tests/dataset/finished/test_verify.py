@@ -1,0 +1,464 @@
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import fake_dataset as fake
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save as save_features
+
+from pipeline.dataset.finished.verify import verify
+from pipeline.dataset.out.forgotten import Forgotten
+from pipeline.dataset.out.forgotten import save as save_forgotten
+from pipeline.dataset.out.output import fingerprint
+from schemas.columns import LEDGER_SCHEMA
+from schemas.errors import OutputError
+from schemas.shard import UNCONDITIONAL, Manifest, digest, encode_npy
+from stages.pixels.images import encode_jpeg, encode_png
+
+SHARD, FIRST = "a-00000", "a-000000000"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    return fake.write(tmp_path_factory.mktemp("published"), {SHARD: fake.mixed("a"), "a-00001": fake.mixed("a", 6)})
+
+
+@pytest.fixture
+def out(published, tmp_path):
+    return Path(shutil.copytree(published, tmp_path / "out"))
+
+
+def seal(out, **changes):
+    """Make manifest and dataset.json fit the files again: what a faulty writer would publish."""
+    path = out / "shards" / f"{SHARD}.json"
+    fields = json.loads(path.read_text()) | changes
+    for name in fields["files"]:
+        data = (path.parent / name).read_bytes()
+        fields["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    path.write_text(Manifest(**fields).to_json())
+    dataset = json.loads((out / "dataset.json").read_text())
+    unfinished = {name: dataset[name] for name in ("schema_version", "profile", "plan_digest", "plan")}
+    (out / "dataset.json").write_text(json.dumps(unfinished, indent=2, sort_keys=True) + "\n")
+
+
+def edit_tar(out, change):
+    """Rewrite the tar after `change` of its files: a dict of name -> content, in order."""
+    path = out / "shards" / f"{SHARD}.tar"
+    with tarfile.open(path) as tar:
+        files = {info.name: tar.extractfile(info).read() for info in tar}
+    files = change(files) or files
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    seal(out)
+
+
+def edit_ledger(out, change, **manifest):
+    path = out / "shards" / f"{SHARD}.parquet"
+    rows = pq.read_table(path).to_pylist()
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA), path)
+    seal(out, **manifest)
+
+
+def told(out):
+    return [(problem.file, problem.key, problem.message) for problem in verify(out)]
+
+
+def test_what_the_publisher_writes_verifies(out):
+    heard = []
+    assert verify(out, on_shard=heard.append) == []
+    assert heard == [SHARD, "a-00001"]
+
+
+def test_the_edits_of_this_file_are_themselves_harmless(out):
+    edit_tar(out, lambda files: None)
+    edit_ledger(out, lambda rows: None)
+    assert told(out) == []
+
+
+def test_clip_features_verify_too(tmp_path):
+    clip = {"clip": encode_npy(np.ones(1024, np.float16)), "clip_hidden": encode_npy(np.ones((257, 1280), np.float16))}
+    out = fake.write(tmp_path, {SHARD: [fake.record("a", 0, dino=None, **clip)]})
+    assert told(out) == []
+
+
+def test_a_shard_that_kept_nothing_verifies(tmp_path):
+    assert told(fake.write(tmp_path, {SHARD: [fake.dead("a", 0, "size", "small_image")]})) == []
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A dataset with every file that a run writes."""
+    out = fake.write(tmp_path_factory.mktemp("whole"), {SHARD: fake.mixed("a"), "a-00001": fake.mixed("a", 6)})
+    save_forgotten(out, Forgotten("salt").and_urls(["http://nowhere.example/a.jpg"]).and_domains(["gone.example"]))
+    features = save_features({"dino": np.ones((257, 2), np.float16)})
+    (out / UNCONDITIONAL).write_bytes(features)
+    dataset = json.loads((out / "dataset.json").read_text())
+    dataset["files"] = {UNCONDITIONAL: fingerprint(out / UNCONDITIONAL)}
+    (out / "dataset.json").write_text(json.dumps(dataset, indent=2, sort_keys=True) + "\n")
+    assert verify(out) == []
+    return out
+
+
+def owner(tar: bytes, place: int) -> str | None:
+    """The key of the sample whose headers, content or padding a byte of a tar belongs to; None behind all of them."""
+    found = None
+    with tarfile.open(fileobj=io.BytesIO(tar)) as members:
+        for info in members:
+            if info.offset <= place < info.offset_data + -(-info.size // 512) * 512:
+                found = info.name.partition(".")[0]
+    return found
+
+
+EVERY_FILE = [*(f"shards/{SHARD}.{suffix}" for suffix in ("tar", "parquet", "json"))]
+EVERY_FILE += ["dataset.json", "forgotten.json", UNCONDITIONAL]
+
+
+@pytest.mark.parametrize("name", EVERY_FILE)
+def test_every_flipped_bit_is_reported_with_its_file_and_its_sample(whole, name):
+    path = whole / name
+    content = path.read_bytes()
+
+    @settings(max_examples=25, deadline=None)
+    @given(place=st.integers(0, len(content) - 1), bit=st.integers(0, 7))
+    def flipped(place, bit):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << bit
+        path.write_bytes(damaged)
+        found = verify(whole)
+        # a hash that differs from a file's own may be damaged at either end: both are named
+        assert any(path.name in (problem.file, *problem.message.split()) for problem in found)
+        if name.endswith(".tar"):
+            blamed = {problem.key for problem in found if problem.file == path.name} - {None}
+            assert blamed == {owner(content, place)} - {None}
+
+    try:
+        flipped()
+    finally:
+        path.write_bytes(content)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_torn_and_overwritten_tars_are_never_a_traceback(whole, tmp_path_factory, data):
+    out = Path(shutil.copytree(whole, tmp_path_factory.mktemp("torn") / "out"))
+    path = out / "shards" / f"{SHARD}.tar"
+    content = path.read_bytes()
+    start = data.draw(st.integers(0, len(content) - 1))
+    length = data.draw(st.integers(1, 5000))
+    filler = data.draw(st.sampled_from([b"", b"\0" * length, b"\xff" * length, content[:length]]))
+    path.write_bytes(content[:start] + filler + content[start + length :])
+    problems = verify(out)
+    changed = path.read_bytes() != content
+    assert bool(problems) is changed
+    assert {problem.file for problem in problems} <= {path.name}
+
+
+def test_long_names_are_salvaged_too(tmp_path):
+    part = "p" * 90  # longer than a plain header holds
+    out = fake.write(tmp_path, {f"{part}-00000": [fake.record(part, 0), fake.record(part, 1)]})
+    path = out / "shards" / f"{part}-00000.tar"
+    damaged = bytearray(path.read_bytes())
+    damaged[5000] ^= 1
+    path.write_bytes(damaged)
+    assert {key for _, key, _ in told(out) if key} == {f"{part}-000000000"}
+
+
+def test_dataset_json_without_an_entry_or_with_another(whole, tmp_path):
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    path = out / "dataset.json"
+    dataset = json.loads(path.read_text())
+    for name in ("shards", "rows_in", "dataset_digest"):
+        path.write_text(json.dumps({k: v for k, v in dataset.items() if k != name}, indent=2, sort_keys=True) + "\n")
+        assert ("dataset.json", None, f"it lacks {name}") in told(out)
+    path.write_text(json.dumps({**dataset, "more": 1}, indent=2, sort_keys=True) + "\n")
+    assert told(out) == [("dataset.json", None, "it has the unknown entries more")]
+    dataset["plan"]["settings"]["filter"]["min_face_px"] = 1.0
+    path.write_text(json.dumps(dataset, indent=2, sort_keys=True) + "\n")
+    assert told(out) == [("dataset.json", None, "its plan is not the one of its plan_digest")]
+
+
+def test_a_sample_whose_files_fit_together_but_are_not_those_that_were_written(out):
+    """Finite numbers of the right shape: nothing but the hash in the ledger tells."""
+    edit_tar(out, lambda files: files.update({f"{FIRST}.dino.npy": npy(np.full((257, 2), 2, np.float16))}))
+    assert told(out) == [(f"{SHARD}.tar", FIRST, "its files are not those that the ledger's sample_sha256 stands for")]
+
+
+BLANK = {name: None for name in LEDGER_SCHEMA.names if name not in ("key", "part", "row")}
+
+
+def forgotten(rows):
+    rows[1].update(BLANK, verdict="forgotten", stage="metadata")
+
+
+def test_a_forgotten_row_may_lack_everything(out):
+    edit_ledger(out, forgotten, dropped=recounted(out, unsafe=-1, forgotten=1))
+    assert told(out) == []
+
+
+def test_a_forgotten_row_of_which_something_is_known(out):
+    def change(rows):
+        forgotten(rows)
+        rows[1]["url"] = "http://photos.example/a/1.jpg"
+
+    edit_ledger(out, change, dropped=recounted(out, unsafe=-1, forgotten=1))
+    assert told(out) == [(f"{SHARD}.parquet", None, "forgotten rows still tell url")]
+
+
+def recounted(out, **changes):
+    dropped = json.loads((out / "shards" / f"{SHARD}.json").read_text())["dropped"]
+    return {reason: count + changes.get(reason, 0) for reason, count in dropped.items()}
+
+
+def test_a_row_that_was_to_be_forgotten_and_is_still_there(out):
+    save_forgotten(out, Forgotten("salt").and_urls(["https://PHOTOS.example/a/2.jpg"]))
+    ((file, key, message),) = told(out)
+    assert (file, key) == (f"{SHARD}.parquet", "a-000000002")
+    assert "was to be forgotten" in message
+
+
+def without_embeddings(out):
+    """Make it a dataset whose plan leaves embeddings out."""
+    path = out / "dataset.json"
+    dataset = json.loads(path.read_text())
+    dataset["plan"]["settings"]["pack"] = {"embeddings": False}
+    dataset["plan_digest"] = digest(dataset["plan"])
+    path.write_text(json.dumps(dataset, indent=2, sort_keys=True) + "\n")
+    return dataset["plan_digest"]
+
+
+def test_embeddings_that_the_plan_leaves_out_are_a_problem(tmp_path):
+    out = fake.write(tmp_path, {SHARD: [fake.record("a", 0)]}, finish=False)
+    seal(out, plan_digest=without_embeddings(out))
+    ((file, key, message),) = told(out)
+    assert (file, key) == (f"{SHARD}.tar", FIRST)
+    assert message == "embeddings, which its plan leaves out: arcface.npy, dino.npy"
+
+
+def test_a_dataset_without_embeddings_verifies(tmp_path):
+    out = fake.write(tmp_path, {SHARD: [fake.record("a", 0, arcface=None, dino=None)]}, finish=False)
+    assert {message[:19] for _, _, message in told(out)} == {"missing files: arcf", "no image features: "}
+    seal(out, plan_digest=without_embeddings(out))
+    (out / "dataset.json").write_text((out / "dataset.json").read_text())
+    assert told(out) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from(["json", "face.jpg", "mask.png", "arcface.npy", "dino.npy"]), data=st.data())
+def test_no_damage_inside_a_sample_is_a_traceback(published, tmp_path_factory, name, data):
+    out = Path(shutil.copytree(published, tmp_path_factory.mktemp("damaged") / "out"))
+
+    def damage(files):
+        content = bytearray(files[f"{FIRST}.{name}"])
+        for place in data.draw(st.lists(st.integers(0, min(len(content), 300) - 1), min_size=1, max_size=4)):
+            content[place] = data.draw(st.integers(0, 255))
+        files[f"{FIRST}.{name}"] = bytes(content[: data.draw(st.integers(0, len(content)))])
+
+    edit_tar(out, damage)
+    assert {problem.file for problem in verify(out)} <= {f"{SHARD}.tar"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(flips=st.lists(st.tuples(st.integers(0, 511), st.integers(1, 255)), min_size=1, max_size=3))
+def test_no_damage_of_a_tar_header_is_a_traceback(published, tmp_path_factory, flips):
+    out = Path(shutil.copytree(published, tmp_path_factory.mktemp("damaged") / "out"))
+    path = out / "shards" / f"{SHARD}.tar"
+    damaged = bytearray(path.read_bytes())
+    header = damaged[:512]
+    for place, mask in flips:
+        header[place] ^= mask
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + sum(header[156:]) + 8 * 32)
+    path.write_bytes(header + damaged[512:])
+    seal(out)
+    assert {problem.file for problem in verify(out)} <= {f"{SHARD}.tar"}
+
+
+@pytest.mark.parametrize("suffix", ["tar", "parquet"])
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])])
+def test_a_file_that_is_gone_or_short(out, suffix, damage):
+    damage(out / "shards" / f"{SHARD}.{suffix}")
+    assert f"{SHARD}.{suffix}" in {problem.file for problem in verify(out)}
+
+
+def test_files_without_a_manifest_are_strays(out):
+    (out / "shards" / "a-00001.json").unlink()
+    (out / "shards" / ".tmp-a-00002.tar.7").write_bytes(b"half")
+    (out / "shards" / "notes.txt").write_text("mine")
+    assert {file for file, _, message in told(out) if "no finished shard" in message} == {
+        "a-00001.parquet",
+        "a-00001.tar",
+        "notes.txt",
+    }
+
+
+def test_a_lost_shard_is_missed_by_dataset_json(out):
+    for path in (out / "shards").glob("a-00001.*"):
+        path.unlink()
+    ((file, _, message),) = told(out)
+    assert file == "dataset.json"
+    assert "shards, rows_in, kept, dropped" in message
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", "[1]", '{"plan": 3}', "[" * 100_000])
+def test_dataset_json_that_is_gone_or_broken(out, text):
+    path = out / "dataset.json"
+    path.unlink() if text is None else path.write_text(text)
+    assert {file for file, _, _ in told(out)} == {"dataset.json"}
+
+
+@pytest.mark.parametrize("field", ["profile", "plan_digest", "models"])
+def test_a_shard_of_another_plan(out, field):
+    seal(out, **{field: [] if field == "models" else "other"})
+    assert told(out) == [(f"{SHARD}.json", None, f"{field} is not that of dataset.json")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kept": 3}, "6 rows in, but 3 kept"),
+        ({"shard": "a-00009"}, "manifest of a-00009"),
+        ({"dropped": {"because": 4}}, "unknown reasons ['because']"),
+        ({"rows_in": 7}, "7 rows in"),
+    ],
+)
+def test_a_manifest_that_lies(out, changes, message):
+    seal(out, **changes)
+    assert any(file == f"{SHARD}.json" and message in text for file, _, text in told(out))
+
+
+def test_a_folder_without_a_dataset_is_the_users_mistake(tmp_path):
+    with pytest.raises(OutputError, match="holds no dataset"):
+        verify(tmp_path)
+
+
+def put(index, **values):
+    return lambda rows: rows[index].update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put(1, verdict="watermark"), "counts the verdicts differently"),
+        (put(1, verdict="because"), "no stage declares the verdicts ['because']"),
+        (put(1, stage="sieze"), "unknown stages ['sieze']"),
+        (put(0, stage="filter"), "did not pass the last stage"),
+        (put(0, bbox=None), "1 kept rows have no bbox"),
+        (put(2, key=FIRST), "is not that of a row of a"),
+        (put(2, part="b"), "is not that of a row of a"),
+        (put(2, key="a-000000001", row=1), "out of order or occurs twice"),
+        (lambda rows: rows.insert(1, rows.pop(2)), "out of order"),
+        (lambda rows: rows.pop(1), "5 rows; the manifest says 6"),
+    ],
+)  # fmt: skip
+def test_a_ledger_that_lies(out, change, message):
+    edit_ledger(out, change)
+    assert any(file == f"{SHARD}.parquet" and message in text for file, _, text in told(out)), told(out)
+
+
+def test_a_ledger_of_other_columns(out):
+    path = out / "shards" / f"{SHARD}.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["kps"]), path)
+    seal(out)
+    assert told(out) == [(path.name, None, "its columns or types are not those of a ledger")]
+
+
+def test_a_tar_whose_samples_are_others_than_the_ledgers(out):
+    edit_tar(out, lambda files: {name.replace("a-000000004", "a-000000007"): data for name, data in files.items()})
+    assert (f"{SHARD}.tar", "a-000000004", "the ledger keeps it, but the tar has no such sample") in told(out)
+    assert (f"{SHARD}.tar", "a-000000007", "the ledger does not keep it") in told(out)
+
+
+def test_samples_out_of_order(out):
+    edit_tar(out, lambda files: dict(sorted(files.items(), key=lambda item: -int(item[0][2:11]))))
+    assert told(out) == [(f"{SHARD}.tar", None, "its keys are not sorted, or a key occurs twice")]
+
+
+def test_a_tar_that_is_none(out):
+    (out / "shards" / f"{SHARD}.tar").write_bytes(b"no tar" * 200)
+    seal(out)
+    assert "not a readable tar" in told(out)[0][2]
+
+
+FACE = fake.drawn(224, 224)
+UNIT = np.full(512, 512**-0.5, np.float32)
+
+
+def npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def grown(data, **changes):
+    return json.dumps(json.loads(data) | changes).encode()
+
+
+def cropped(**sizes):
+    return fake.CROPS | {name: {"size": size} for name, size in sizes.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("json", None, "missing files: json"),
+        ("face.jpg", None, "missing files: face.jpg"),
+        ("mask.png", None, "missing files: mask.png"),
+        ("arcface.npy", None, "missing files: arcface.npy"),
+        ("dino.npy", None, "no image features"),
+        ("portrait.jpg", None, "portrait.jpg is absent, and json does not say why"),
+        ("extra.bin", lambda old: b"x", "unknown files: extra.bin"),
+        ("half.jpg", lambda old: encode_jpeg(FACE, 90), "json does not give the size of half.jpg"),
+        ("face.jpg", lambda old: encode_png(FACE), "face.jpg is not a JPEG"),
+        ("face.jpg", lambda old: encode_jpeg(fake.drawn(112, 224), 90), "face.jpg is 112 x 224 pixels"),
+        ("face.jpg", lambda old: old[:-40], "face.jpg cannot be decoded"),
+        ("portrait.jpg", lambda old: encode_jpeg(fake.drawn(500, 500), 90), "portrait.jpg is 500 x 500 pixels"),
+        ("mask.png", lambda old: encode_png(FACE), "mask.png is not a map of 19 labels"),
+        ("mask.png", lambda old: encode_png(np.full((224, 224), 19, np.uint8)), "mask.png is not a map of 19 labels"),
+        ("mask.png", lambda old: encode_png(np.zeros((224, 223), np.uint8)), "mask.png is 223 x 224 pixels"),
+        ("mask.png", lambda old: old[:-12], "mask.png cannot be decoded"),
+        ("arcface.npy", lambda old: npy(UNIT.astype(np.float64)), "arcface.npy is not an npy of float32 (512,)"),
+        ("arcface.npy", lambda old: npy(np.array([{}] * 512)), "arcface.npy is not an npy"),
+        ("arcface.npy", lambda old: npy(UNIT.reshape(1, 512)), "arcface.npy is not an npy"),
+        ("arcface.npy", lambda old: npy(UNIT * 1.01), "arcface.npy has the length 1.0100"),
+        ("arcface.npy", lambda old: npy(UNIT * np.nan), "arcface.npy holds numbers that are not finite"),
+        ("arcface.npy", lambda old: old + b"\0", "arcface.npy is not an npy"),
+        ("dino.npy", lambda old: npy(np.full((257, 4), np.inf, np.float16)), "dino.npy holds numbers"),
+        ("dino.npy", lambda old: npy(np.zeros((256, 4), np.float16)), "dino.npy is not an npy"),
+        ("dino.npy", lambda old: b"", "dino.npy is not an npy"),
+        ("json", lambda old: b"{", "json cannot be parsed"),
+        ("json", lambda old: b"[" * 100_000, "json cannot be parsed"),
+        ("json", lambda old: b"[]", "json is not an object"),
+        ("json", lambda old: b"{}", "json lacks key, part"),
+        ("json", lambda old: grown(old, key="a-000000004"), "json is that of the key 'a-000000004'"),
+        ("json", lambda old: grown(old, width=1281), "json and ledger differ in width"),
+        ("json", lambda old: grown(old, bbox=[400.0, 200.0, 700.0, 600.001]), "json and ledger differ in bbox"),
+        ("json", lambda old: grown(old, kps="x"), "json and ledger differ in kps"),
+        ("json", lambda old: grown(old, url=None), "json and ledger differ in url"),
+        ("json", lambda old: grown(old, schema_version=2), "json has the schema version 2"),
+        ("json", lambda old: grown(old, crops=None), "json does not describe portrait.jpg"),
+        ("json", lambda old: grown(old, crops=cropped(portrait=[600, 500])), "portrait.jpg is not square"),
+        ("json", lambda old: grown(old, crops=cropped(full=[1e9, "x"])), "json does not give the size of full.jpg"),
+    ],
+)  # fmt: skip
+def test_a_sample_that_breaks_the_contract(out, name, content, message):
+    def change(files):
+        old = files.pop(f"{FIRST}.{name}", b"")
+        if content:
+            files[f"{FIRST}.{name}"] = content(old)
+        return dict(sorted(files.items()))
+
+    edit_tar(out, change)
+    found = told(out)
+    assert {(file, key) for file, key, _ in found} == {(f"{SHARD}.tar", FIRST)}
+    assert any(message in text for _, _, text in found), found

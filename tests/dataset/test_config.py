@@ -1,0 +1,74 @@
+import pytest
+
+from pipeline.dataset.config import PROFILES, Config, load_config
+from pipeline.shared.configfile import keys
+from schemas.errors import ConfigError
+
+
+def test_profiles_name_the_models_and_may_be_overridden():
+    assert load_config(None, [], shards="sample").models.detector == "haar"
+    config = load_config(None, ["models.segmenter=grabcut"], shards="x.parquet")
+    assert (config.profile, config.models.detector, config.models.segmenter) == ("insightface", "scrfd", "grabcut")
+
+
+def test_set_beats_the_file_and_both_beat_the_profile(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('[filter]\nmin_face_px = 99\nmin_image_px = 700\n[models]\ndetector = "yunet"\n')
+    config = load_config(path, ["filter.min_face_px=64"], shards="sample")
+    assert (config.filter.min_face_px, config.filter.min_image_px, config.models.detector) == (64, 700, "yunet")
+
+
+@pytest.mark.parametrize(
+    ("pair", "expected"),
+    [
+        ("filter.min_face_pix=1", "filter.min_face_px"),
+        ("fliter.min_face_px=1", "filter"),
+        ("min_face_px=1", "filter.min_face_px"),
+        ("crop.face_share.protrait=0.4", "crop.face_share.portrait"),
+        ("filter.min_image_px=many", "filter.min_image_px"),
+        ("models.det_size=100", "models.det_size"),
+        ("filter", "key=value"),
+        ("profile=fast", "embedded"),
+        ("crop.size=2000", "crop.max_size"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_sentence_that_names_the_right_one(pair, expected):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [pair], shards="sample")
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unreadable_or_broken_file_is_one_sentence(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "none.toml", [])
+    broken = tmp_path / "broken.toml"
+    broken.write_text("a = [")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(broken, [])
+
+
+def test_every_key_explains_itself():
+    assert [name for name, meaning in keys(Config) if not meaning] == []
+    assert "download.timeout_s" in dict(keys(Config))
+
+
+def test_the_executor_is_local_for_the_sample_and_ray_otherwise():
+    assert load_config(None, [], shards="sample").executor.name == "local"
+    assert load_config(None, [], shards="a.parquet").executor.name == "ray"
+    assert load_config(None, [], shards="a.parquet", executor="local").executor.name == "local"
+
+
+def test_gpus_decide_the_device_of_models():
+    assert load_config(None, [], shards="sample").models.device == "cpu"
+    assert load_config(None, ["executor.gpus=1"], shards="sample").models.device == "cuda"
+
+
+def test_the_executor_given_on_the_command_line_must_be_known():
+    with pytest.raises(ConfigError, match=r"executor\.name"):
+        load_config(None, [], executor="spark")
+
+
+def test_profiles_only_set_what_the_config_knows():
+    for name in PROFILES:
+        assert load_config(None, [], profile=name).profile == name

@@ -1,0 +1,88 @@
+from dataclasses import replace
+
+import pytest
+
+from pipeline.dataset.config import load_config
+from pipeline.dataset.plan import make_plan, prove
+from schemas.columns import LEDGER
+from schemas.errors import ConfigError, PlanError, WeightsError
+from schemas.shard import SUFFIXES
+from stages import STAGES
+
+
+def plan_of(*sets: str):
+    return make_plan(load_config(None, list(sets), shards="sample"))
+
+
+def test_the_steps_are_the_registry_in_its_order():
+    assert [step.name for step in plan_of().steps] == list(STAGES)
+
+
+def test_a_step_that_reads_what_comes_later_is_refused():
+    steps = plan_of().steps
+    with pytest.raises(PlanError, match="filter reads 'n_faces'"):
+        prove(step for step in steps if step.name != "detect")
+
+
+def test_a_column_that_no_stage_writes_is_refused():
+    steps = plan_of().steps
+    with pytest.raises(PlanError, match="reads 'clip'"):
+        prove(step for step in steps if step.name != "embed_image")
+    with pytest.raises(PlanError, match="does not define"):
+        prove([replace(steps[0], writes=("nonsense",)), *steps[1:]])
+
+
+def test_pixels_are_kept_only_as_long_as_a_later_step_reads_them():
+    plan = plan_of()
+    readers = [index for index, step in enumerate(plan.steps) if "image" in step.reads]
+    for index, step in enumerate(plan.steps):
+        assert ("image" in plan.keep_after(step)) == (index < readers[-1])
+        assert {*LEDGER, *SUFFIXES.values()} <= plan.keep_after(step)
+
+
+def test_the_digest_follows_what_decides_the_bytes_and_nothing_else():
+    digest = plan_of().digest
+    for same in ("executor.workers=7", "download.timeout_s=3", "download.engine=img2dataset", "source.root=/x"):
+        assert plan_of(same).digest == digest
+    for other in ("filter.min_face_px=64", "crop.jpeg_quality=90", "source.rows_per_shard=7", "models.det_thresh=0.6"):
+        assert plan_of(other).digest != digest
+
+
+def test_an_unknown_backend_names_the_known_ones():
+    with pytest.raises(ConfigError, match=r"did you mean 'scrfd'.*yunet"):
+        plan_of("models.detector=scrfdd")
+
+
+def test_missing_weights_say_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("FACESHARDS_MODELS", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(WeightsError) as caught:
+        plan_of("models.detector=scrfd")
+    for part in ("buffalo_l", "sha256", str(tmp_path), "models fetch"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.real_data
+def test_noncommercial_weights_need_a_yes_and_stand_in_the_manifest(data):
+    pack = f"models.pack={data / 'models' / 'real'}"
+    with pytest.raises(WeightsError, match="accept_noncommercial"):
+        plan_of("models.detector=scrfd", pack)
+    plan = plan_of("models.detector=scrfd", pack, "models.accept_noncommercial=true")
+    detector = next(model for model in plan.model_list if model["task"] == "detector")
+    assert "non-commercial" in detector["licence"]
+    assert detector["sha256"].startswith("041f73f4")
+
+
+def test_pools_without_and_with_gpus():
+    assert [(pool.name, pool.workers, pool.gpus) for pool in plan_of("executor.workers=3").pools()] == [
+        ("models", 3, 0)
+    ]
+    faces, images = plan_of("executor.workers=4", "executor.gpus=2").pools()
+    assert (faces.workers, faces.gpus, images.workers, images.gpus) == (4, 0.25, 2, 0.5)
+    assert [step.name for step in images.steps] == ["embed_image", "encode"]
+
+
+def test_every_reason_has_a_place_in_the_funnel():
+    reasons = plan_of().reasons
+    assert len(set(reasons)) == len(reasons)
+    assert {"not_found", "no_face", "several_faces", "small_image"} <= set(reasons)

@@ -1,0 +1,116 @@
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import pytest
+
+from schemas.drops import DropReason
+from stages.base import Dropped
+from stages.fetch.base import Refused, check_head, user_agent, wait_s
+from stages.fetch.manners.robots import opted_out
+from stages.settings import DownloadSettings
+
+OURS = "faceshards/0.1 (+image dataset builder)"
+TOLD = DownloadSettings(retries=2)
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "noai",
+        "NoImageAI",
+        "noindex, nofollow",
+        "nofollow,noimageindex",
+        "faceshards: noai",
+        "FaceShards:nofollow, noai",
+        "*: noai",
+        "otherbot: nofollow, faceshards: noindex",
+        "max-image-preview: large, noai",
+        "unavailable_after: 25 Jun 2030 15:00:00 PST, noai",
+    ],
+)
+def test_opt_outs(tag):
+    assert opted_out([tag], OURS)
+
+
+@pytest.mark.parametrize(
+    "tag", ["", "all", "nofollow", "otherbot: noai", "otherbot: nofollow, noai", "noaix", "max-snippet: 0", "::,,:"]
+)
+def test_no_opt_outs(tag):
+    assert not opted_out([tag], OURS)
+
+
+def test_one_of_several_values_is_enough():
+    assert opted_out(["otherbot: noai", "noimageai"], OURS)
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (400, "http_error"),
+        (402, "access_denied"),
+        (429, "rate_limited"),
+        (599, "server_error"),
+        (304, "http_error"),
+        (999, "http_error"),
+    ],
+)
+def test_refusals(status, reason):
+    with pytest.raises(Dropped) as caught:
+        check_head(status, [], None, TOLD)
+    assert caught.value.reason == reason
+
+
+def test_heads_that_are_no_refusal():
+    assert [check_head(status, [], None, TOLD) for status in (200, 203, 206, 301, 308)] == [
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
+def refusal(retry_after):
+    with pytest.raises(Refused) as caught:
+        check_head(503, [], retry_after, TOLD)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "wait"),
+    [("2", 2.0), (None, 0.25), ("soon", 0.25), ("-1", 0.25), ("²", 0.25), ("0", 0.0), ("9" * 400, None)],
+)
+def test_retry_after_in_seconds(retry_after, wait):
+    if wait is None:
+        with pytest.raises(Refused):
+            wait_s(refusal(retry_after), 0, TOLD, left_s=9.0)
+    else:
+        assert wait_s(refusal(retry_after), 0, TOLD, left_s=9.0) == wait
+
+
+@pytest.mark.parametrize("zone", [UTC, None])
+def test_retry_after_as_a_date(zone):
+    date = format_datetime((datetime.now(UTC) + timedelta(seconds=5)).replace(tzinfo=zone))
+    assert 2 < wait_s(refusal(date), 0, TOLD, left_s=9.0) <= 5
+    assert wait_s(refusal("Mon, 01 Jan 2001 00:00:00 GMT"), 0, TOLD, left_s=9.0) == 0
+
+
+def test_the_back_off_doubles_and_ends():
+    failure = Dropped(DropReason.CONNECTION_ERROR)
+    assert [wait_s(failure, attempt, TOLD, left_s=9.0) for attempt in (0, 1)] == [0.25, 0.5]
+    for attempt, left_s in ((2, 9.0), (0, 0.2)):
+        with pytest.raises(Dropped):
+            wait_s(failure, attempt, TOLD, left_s)
+
+
+@pytest.mark.parametrize(
+    "reason", ["not_found", "opted_out", "access_denied", "forbidden_address", "timeout", "dns_error"]
+)
+def test_final_failures_are_never_repeated(reason):
+    with pytest.raises(Dropped):
+        wait_s(Dropped(DropReason(reason)), 0, TOLD, left_s=9.0)
+
+
+def test_the_user_agent_names_a_contact_when_there_is_one():
+    assert user_agent(DownloadSettings(user_agent="x/1", contact="me@example.org")) == "x/1 (me@example.org)"
+    assert user_agent(DownloadSettings(user_agent="x/1")) == "x/1"

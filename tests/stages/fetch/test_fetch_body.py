@@ -1,0 +1,137 @@
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from stages.base import Dropped
+from stages.fetch.body import Body
+from stages.pixels import headers
+from stages.settings import DownloadSettings, Settings
+
+SETTINGS = Settings(download=DownloadSettings(max_bytes=3_000_000), filter={"min_image_px": 64})
+
+
+def picture(format, side, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)).save(
+        buffer, format, **options
+    )
+    return buffer.getvalue()
+
+
+def feed(data, piece=1000):
+    """The reason, or the body; and how many bytes were taken."""
+    body = Body(SETTINGS)
+    taken = 0
+    try:
+        for start in range(0, len(data), piece):
+            taken += len(data[start : start + piece])
+            body.feed(data[start : start + piece])
+        return body.finish(), taken
+    except Dropped as dropped:
+        return dropped.reason, taken
+
+
+@given(st.lists(st.binary(max_size=3000), max_size=20))
+def test_what_goes_in_comes_out(chunks):
+    body = Body(SETTINGS)
+    for chunk in chunks:
+        body.feed(b"\x01" + chunk)
+    if chunks:
+        assert body.finish() == b"".join(b"\x01" + chunk for chunk in chunks)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_a_small_image_is_seen_within_the_first_bytes(format):
+    data = picture(format, 48) + bytes(1_000_000)
+    assert feed(data) == ("small_image", 4096 // 1000 * 1000 + 1000)
+
+
+def test_a_header_behind_a_long_preamble_is_still_seen():
+    data = picture("JPEG", 48, icc_profile=bytes(100_000)) + bytes(2_000_000)
+    reason, taken = feed(data)
+    assert reason == "small_image"
+    assert taken <= 300_000
+
+
+def test_a_tiny_file_is_looked_at_in_the_end():
+    assert feed(picture("JPEG", 8))[0] == "small_image"
+    assert feed(b"<html></html>")[0] == "not_an_image"
+
+
+def test_looks_are_few(monkeypatch):
+    looks = []
+    monkeypatch.setattr(headers, "sniff", lambda prefix: looks.append(len(prefix)))
+    body = Body(SETTINGS)
+    for _ in range(290):
+        body.feed(b"\x01" * 10_000)
+    body.finish()
+    assert len(looks) <= 5
+    assert max(looks) < 1_100_000
+
+
+def test_a_large_image_is_promising_and_looked_at_once(monkeypatch):
+    looks, sniff = [], headers.sniff
+    monkeypatch.setattr(headers, "sniff", lambda prefix: looks.append(1) or sniff(prefix))
+    data = picture("PNG", 600)
+    assert feed(data)[0] == data
+    assert len(looks) == 1
+
+
+def read_into(body, data, most=100_000):
+    """Feed by room() and took(), as a socket does; the sizes of the rooms."""
+    sizes = []
+    while data:
+        with body.room() as room:
+            piece = data[: min(len(room), most)]
+            room[: len(piece)] = piece
+            sizes.append(len(room))
+        body.took(len(piece))
+        data = data[len(piece) :]
+    return sizes
+
+
+@given(st.binary(max_size=100_000), st.integers(1, 50_000), st.booleans())
+def test_what_is_read_into_the_room_comes_out(data, most, announced):
+    data = b"\x01" + data
+    body = Body(SETTINGS)
+    body.announce(len(data) if announced else None)
+    read_into(body, data, most)
+    assert body.finish() == data
+
+
+def test_the_room_is_small_until_the_header_is_seen_and_never_beyond_what_was_announced():
+    data = picture("PNG", 600)
+    assert len(data) > 1_000_000
+    body = Body(SETTINGS)
+    body.announce(len(data))
+    sizes = read_into(body, data)
+    assert sizes[0] <= 16 << 10
+    assert max(sizes) > 500_000
+    assert body.promising
+    assert body.finish() == data
+    body = Body(SETTINGS)
+    body.announce(5)
+    assert len(body.room()) == 5
+
+
+def test_a_body_of_unknown_kind_is_not_copied_again_and_again(monkeypatch):
+    grown = []
+    monkeypatch.setattr(Body, "_capacity", lambda body, own=Body._capacity: grown.append(1) or own(body))
+    body = Body(SETTINGS)
+    read_into(body, b"\x01" * 2_900_000)
+    assert len(grown) < 15
+
+
+def test_the_cap_is_exact():
+    body = Body(SETTINGS)
+    body.announce(3_000_000)
+    body.feed(b"\x01" * 3_000_000)
+    assert len(body.finish()) == 3_000_000
+    with pytest.raises(Dropped):
+        body.feed(b"\x01")
+    with pytest.raises(Dropped):
+        Body(SETTINGS).announce(3_000_001)

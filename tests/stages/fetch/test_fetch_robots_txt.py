@@ -1,0 +1,215 @@
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemas.drops import DropReason
+from stages.base import Dropped
+from stages.fetch import address
+from stages.fetch.manners import robots_txt
+from stages.fetch.manners.robots_txt import ALL, NOTHING, Said, judge, parse
+
+HOST = ("http", "a.test", 80)
+
+
+def allowed(text, target, name="faceshards"):
+    return parse(text.encode() if isinstance(text, str) else text, name).allow(target)
+
+
+def rules(*lines):
+    return "\n".join(["User-agent: *", *lines])
+
+
+@pytest.mark.parametrize(
+    ("text", "allows"),
+    [
+        ("", True),
+        ("User-agent: *\nDisallow: /", False),
+        ("User-agent: *\nDisallow:", True),
+        ("User-agent: otherbot\nDisallow: /", True),
+        ("User-agent: FaceShards\nDisallow: /", False),
+        ("User-agent: faceshards/1.0\nDisallow: /", False),
+        ("User-agent: faceshardsbot\nDisallow: /", True),
+        ("User-agent: *\nDisallow: /\n\nUser-agent: faceshards\nAllow: /", True),
+        ("User-agent: *\nDisallow: /\n\nUser-agent: faceshards\n", True),
+        ("User-agent: faceshards\nAllow: /\n\nUser-agent: *\nDisallow: /", True),
+        ("User-agent: otherbot\nUser-agent: faceshards\nDisallow: /", False),
+        ("User-agent: faceshards\nUser-agent: otherbot\nDisallow: /", False),
+        ("User-agent: faceshards\nDisallow: /b\nUser-agent: otherbot\nDisallow: /", True),
+        ("User-agent: faceshards\nDisallow: /b\n\nUser-agent: faceshards\nDisallow: /a", False),
+        ("User-agent: faceshards\nCrawl-delay: 9\nUser-agent: otherbot\nDisallow: /", False),
+        ("Disallow: /\nUser-agent: otherbot\nDisallow: /", True),
+        ("user-agent:*\r\ndisallow:/a", False),
+        ("User-agent: *\rDisallow: /a", False),
+        ("\ufeffUser-agent: *\nDisallow: /a", False),
+        ("User agent: *\nDissallow: /a", False),
+        ("User-agent: *  # all\nDisallow: /a # this", False),
+        ("  User-agent : *\n\tDisallow : /a", False),
+        ("User-agent: *\nDisallow: a", False),
+        ("Sitemap: x\nnonsense\n:\nUser-agent: *\nnothing\nDisallow: /a", False),
+        ("<html><body>User-agent: *<br>Disallow: /</body></html>", True),
+        ("User-agent: *\nDisallow: /\0a", True),
+    ],
+)
+def test_whom_rules_are_meant_for(text, allows):
+    assert allowed(text, "/a/b.jpg") is allows
+
+
+@pytest.mark.parametrize(
+    ("lines", "target", "allows"),
+    [
+        # the examples of RFC 9309, 5.2, and of Google's documentation
+        (["Allow: /example/page/", "Disallow: /example/page/disallowed.gif"], "/example/page/disallowed.gif", False),
+        (["Allow: /example/page/", "Disallow: /example/page/disallowed.gif"], "/example/page/x.gif", True),
+        (["Allow: /p", "Disallow: /"], "/page", True),
+        (["Allow: /folder", "Disallow: /folder"], "/folder/page", True),
+        (["Allow: /page", "Disallow: /*.htm"], "/page.htm", False),
+        (["Allow: /page", "Disallow: /*.ph"], "/page.php5", True),
+        (["Allow: /$", "Disallow: /"], "/", True),
+        (["Allow: /$", "Disallow: /"], "/page.htm", False),
+        (["Disallow: /fish"], "/fish.html", False),
+        (["Disallow: /fish"], "/Fish.asp", True),
+        (["Disallow: /fish*"], "/fishheads/yummy.html", False),
+        (["Disallow: /fish/"], "/fish", True),
+        (["Disallow: /*.php$"], "/folder/filename.php", False),
+        (["Disallow: /*.php$"], "/filename.php?parameters", True),
+        (["Disallow: /fish*.php"], "/fishheads/catfish.php?parameters", False),
+        (["Disallow: *.gif$"], "/x.gif", False),
+        (["Disallow: /a*b*c$"], "/a1b2c", False),
+        (["Disallow: /a*b*c$"], "/acb", True),
+        (["Disallow: /ab*ab$"], "/ab", True),
+        (["Disallow: /ab*ab$"], "/abab", False),
+        (["Disallow: /*?"], "/x?y=1", False),
+        (["Disallow: /**a"], "/xa", False),
+        (["Disallow: *"], "/x", False),
+        # percent-encoding (2.2.2)
+        (["Disallow: /foo/bar?baz=http://foo.bar"], "/foo/bar?baz=http://foo.bar", False),
+        (["Disallow: /ü"], "/%C3%BC.jpg", False),
+        (["Disallow: /%c3%bc"], "/%C3%BC.jpg", False),
+        (["Disallow: /%61b"], "/ab", False),
+        (["Disallow: /a%2Fb"], "/a/b", True),
+        (["Disallow: /"], "/robots.txt", True),
+    ],
+)
+def test_which_paths_rules_are_about(lines, target, allows):
+    assert allowed(rules(*lines), target) is allows
+
+
+@given(st.binary(max_size=400), st.text("/ab*$%4", max_size=9))
+def test_any_bytes_are_a_robots_txt(text, path):
+    assert allowed(text, f"/{path}") in (True, False)
+    assert allowed(b"User-agent: *\nDisallow: " + text, f"/{path}") in (True, False)
+
+
+@given(st.lists(st.text("ab*$", max_size=6), max_size=5), st.text("ab", max_size=8))
+def test_patterns_mean_what_a_slow_matcher_says(patterns, path):
+    def matches(pattern, target):
+        if not pattern:
+            return True
+        if pattern == "$":
+            return not target
+        if pattern[0] == "*":
+            return any(matches(pattern[1:], target[n:]) for n in range(len(target) + 1))
+        return target[:1] == pattern[0] and matches(pattern[1:], target[1:])
+
+    for pattern in patterns:
+        if "$" not in pattern[:-1]:
+            assert allowed(rules(f"Disallow: /{pattern}"), f"/{path}") is not matches(f"/{pattern}", f"/{path}")
+
+
+HOSTILE = {
+    "one line": b"User-agent: *\nDisallow: /" + b"a" * 10_000_000,
+    "wildcards": rules("Disallow: /" + "*a" * 200_000).encode(),
+    "rules": rules(*["Disallow: /x"] * 100_000).encode(),
+    "rules with wildcards": rules(*["Disallow: /*a*a*a*a*b"] * 30_000).encode(),
+    "names": b"\n".join(b"User-agent: bot%s" % (b"x" * n) for n in range(1000)) * 10,
+    "no end of names": b"User-agent: a\n" * 100_000,
+    "zeros": bytes(5_000_000),
+    "line ends": b"\n" * 5_000_000,
+    "colons": b":" * 5_000_000,
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_files_take_little_time(kind):
+    begun = time.process_time()
+    said = parse(HOSTILE[kind], "faceshards")
+    read = time.process_time()
+    for _ in range(10):
+        said.allow("/" + "a" * 8000)
+    assert read - begun < 2
+    assert time.process_time() - read < 0.5
+
+
+@pytest.mark.parametrize("kind", ["one line", "wildcards", "rules", "rules with wildcards"])
+def test_more_rules_than_can_be_heeded_are_a_no(kind):
+    assert not parse(HOSTILE[kind], "faceshards").allow("/y")
+
+
+def test_what_lies_beyond_the_limit_is_not_read():
+    far = rules("Disallow: /a") + "\n#" + "x" * robots_txt.MOST_BYTES + "\nDisallow: /"
+    assert allowed(far, "/b")
+    assert not allowed(far, "/a")
+
+
+@pytest.mark.parametrize(
+    ("agent", "name"), [("faceshards/0.1 (+x)", "faceshards"), ("My_Bot-x 1", "my_bot-x"), ("123", "*"), ("", "*")]
+)
+def test_our_name(agent, name):
+    assert robots_txt.name_of(agent) == name
+
+
+@pytest.mark.parametrize("reason", ["not_found", "access_denied", "http_error", "redirect_loop", "bad_url"])
+def test_a_host_without_robots_txt_allows_all(reason):
+    assert judge(DropReason(reason), 0) is ALL
+
+
+@pytest.mark.parametrize("reason", ["server_error", "rate_limited", "timeout", "connection_error", "incomplete_body"])
+def test_a_host_that_fails_allows_nothing_and_says_why(reason):
+    assert judge(DropReason(reason), 0) == judge(DropReason(reason), 3) == reason
+
+
+@pytest.mark.parametrize("reason", ["forbidden_address", "dns_error"])
+def test_only_the_hosts_own_address_matters(reason):
+    assert judge(DropReason(reason), 0) == reason
+    assert judge(DropReason(reason), 1) is ALL
+
+
+def test_checks():
+    url = address.parse("http://a.test/x.jpg")
+    robots_txt.check(ALL, url)
+    for said, reason in ((NOTHING, "robots_txt"), (DropReason.TIMEOUT, "timeout")):
+        with pytest.raises(Dropped) as caught:
+            robots_txt.check(said, url)
+        assert caught.value.reason == reason
+
+
+def test_what_was_said_is_remembered_for_a_day_and_failures_for_a_minute(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(robots_txt.time, "monotonic", lambda: now)
+    said, other = Said(), ("http", "b.test", 80)
+    assert said.get(HOST) is None
+    said.put(HOST, NOTHING)
+    said.put(other, DropReason.SERVER_ERROR)
+    assert (said.get(HOST), said.get(other)) == (NOTHING, DropReason.SERVER_ERROR)
+    now += 70
+    assert (said.get(HOST), said.get(other)) == (NOTHING, None)
+    now += 24 * 3600
+    assert said.get(HOST) is None
+
+
+def test_the_memory_is_bounded_by_hosts_and_by_rules(monkeypatch):
+    monkeypatch.setattr(robots_txt, "_MOST_HOSTS", 10)
+    monkeypatch.setattr(robots_txt, "_MOST_KEPT", 1000)
+    small = Said()
+    for n in range(50):
+        small.put(("http", f"{n}.test", 80), NOTHING)
+    assert [small.get(("http", f"{n}.test", 80)) is NOTHING for n in (39, 40, 49)] == [False, True, True]
+    large = parse(rules("Disallow: /" + "x" * 600).encode(), "faceshards")
+    for n in range(3):
+        small.put(("http", f"large{n}.test", 80), large)
+    assert small.get(("http", "large1.test", 80)) is None
+    assert small.get(("http", "large2.test", 80)) is large
+    small.put(("http", "large2.test", 80), NOTHING)
+    assert small.get(("http", "large2.test", 80)) is NOTHING

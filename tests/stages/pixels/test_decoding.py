@@ -1,0 +1,296 @@
+"""Decoding in a process of its own: what kills that process costs one file, and nothing else."""
+
+import gc
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from skimage import data as samples
+
+from pipeline.dataset.finished.verify import verify
+from schemas.drops import DropReason
+from stages.base import Dropped
+from stages.pixels import decoding, images
+
+SIDE = 200
+TROUBLE = {
+    b"SEGFAULT": "os.kill(os.getpid(), signal.SIGSEGV)",
+    b"MEMORY": "bytearray(64 << 30)",
+    b"ENDLESS": "exec('while True: pass')",
+    b"UNFORESEEN": "1 / 0",
+    b"ASLEEP": "time.sleep(100)",
+    b"ONCE": "os.path.exists(once) or (open(once, 'w').close(), os.kill(os.getpid(), signal.SIGKILL))",
+}
+"""Marks in a file, and what a faulty decoder does when it meets them."""
+
+
+def faulty(folder: Path) -> str:
+    """Source that gives this process a decoder with every fault."""
+    return textwrap.dedent(f"""
+        import os, signal, time
+        from stages import decoding, images
+        real, once = images.decode_into, {str(folder / "once")!r}
+        def decode_into(data, canvas, path):
+            for mark, trouble in {TROUBLE!r}.items():
+                if mark in data:
+                    exec(trouble)
+            return real(data, canvas, path)
+        images.decode_into = decode_into
+    """)
+
+
+def picture(mark: bytes = b"", side: int = SIDE) -> bytes:
+    """A JPEG with a mark behind its end, where no decoder looks."""
+    return images.encode_jpeg(np.asarray(Image.fromarray(samples.astronaut()).resize((side, side))), 95) + mark
+
+
+def child_of(decoder: decoding.Decoder) -> int:
+    return decoder._child._process.pid
+
+
+@pytest.fixture
+def decoder(tmp_path, monkeypatch):
+    """A decoder whose children have every fault."""
+    program = tmp_path / "child.py"
+    main = "\nimport runpy\nrunpy.run_module('stages.pixels.decoding_child', run_name='__main__', alter_sys=False)\n"
+    program.write_text("import stages.pixels.decoding as told\ntold.CPU_S = 1\n" + faulty(tmp_path) + main)
+    monkeypatch.setattr(decoding, "COMMAND", (sys.executable, str(program)))
+    return decoding.Decoder()
+
+
+def reason(decoder: decoding.Decoder, data: bytes) -> DropReason | None:
+    try:
+        decoder.pixels(data, SIDE * SIDE * 3)
+    except Dropped as dropped:
+        return dropped.reason
+    return None
+
+
+def test_pixels_are_those_of_decoding_here():
+    for data in (picture(), picture(side=1)):
+        here = images.decode(data)
+        there = decoding.pixels(data, here.size)
+        assert (there == here).all()
+        assert there.shape == here.shape
+
+
+@pytest.mark.parametrize("mark", [b"SEGFAULT", b"MEMORY", b"UNFORESEEN"])
+def test_what_kills_the_decoder_costs_its_own_file_alone(decoder, mark):
+    outcomes = [reason(decoder, data) for data in (picture(), picture(mark), picture())]
+    assert outcomes == [None, DropReason.DECODER_CRASH, None]
+
+
+def test_an_endless_decoder_is_killed_by_its_processor_time_and_tried_once(decoder):
+    assert reason(decoder, picture()) is None
+    started = time.monotonic()
+    assert reason(decoder, picture(b"ENDLESS")) is DropReason.DECODER_CRASH
+    assert time.monotonic() - started < 20
+    assert reason(decoder, picture()) is None
+
+
+def test_a_decoder_that_sleeps_is_given_up(decoder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "_ANSWER_S", 3.0)
+        assert reason(decoder, picture(b"ASLEEP")) is DropReason.DECODER_CRASH
+    assert reason(decoder, picture()) is None
+
+
+def test_a_child_that_somebody_else_kills_costs_nothing(decoder):
+    assert reason(decoder, picture(b"ONCE")) is None  # killed in the middle of the file, and tried again
+    os.kill(child_of(decoder), signal.SIGKILL)
+    assert reason(decoder, picture()) is None
+
+
+def test_a_thumbnail_of_what_kills_its_decoder_is_none(decoder, monkeypatch):
+    monkeypatch.setattr(images, "thumbnail_here", None)  # never in this process
+    assert decoder.thumbnail(picture(), 32)[:2] == b"\xff\xd8"
+    monkeypatch.setattr(decoding, "COMMAND", ("false",))
+    monkeypatch.setattr(decoding, "_decoders", {})
+    assert images.thumbnail(picture(), 32) is None
+
+
+def test_a_child_ends_with_its_parent():
+    code = "import os; from stages import decoding, images; import sys\n"
+    code += "images.photo('a', sys.stdin.buffer.read()); print(decoding._decoder()._child._process.pid, flush=True)\n"
+    code += "os.kill(os.getpid(), 9)"
+    done = subprocess.run([sys.executable, "-c", code], input=picture(), capture_output=True, check=False)
+    assert done.returncode == -9, done.stderr
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{int(done.stdout)}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{int(done.stdout)}").exists()
+
+
+def test_an_answer_that_nobody_waited_for_is_never_taken_for_another(decoder, monkeypatch):
+    assert reason(decoder, picture()) is None
+    before = child_of(decoder)
+
+    monkeypatch.setattr(decoder._child, "_socket", Interrupted(decoder._child._socket))
+    with pytest.raises(KeyboardInterrupt):
+        decoder.pixels(picture(), SIDE * SIDE * 3)
+    assert decoder.header(picture(side=7))[:2] == (7, 7)
+    assert child_of(decoder) != before
+
+
+class Interrupted:
+    """A socket whose user presses Ctrl-C while waiting."""
+
+    def __init__(self, real):
+        self.real = real
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def recv(self, size):
+        raise KeyboardInterrupt
+
+
+def test_several_threads_take_turns():
+    files = [picture(side=side) for side in range(20, 60, 5)]
+    wrong = []
+
+    def work(data, side):
+        for _ in range(20):
+            if decoding.pixels(data, side * side * 3).shape != (side, side, 3):
+                wrong.append(side)
+
+    threads = [threading.Thread(target=work, args=each) for each in zip(files, range(20, 60, 5), strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_forked_process_has_a_decoder_of_its_own():
+    code = textwrap.dedent("""
+        import os, sys
+        from stages import decoding, images
+        data = sys.stdin.buffer.read()
+        images._decode_apart(data)
+        mine = decoding._decoder()._child._process.pid
+        forked = os.fork()
+        if forked == 0:
+            images._decode_apart(data)
+            os._exit(decoding._decoder()._child._process.pid == mine)
+        _, status = os.waitpid(forked, 0)
+        images._decode_apart(data)
+        assert decoding._decoder()._child._process.pid == mine
+        sys.exit(status)
+    """)
+    done = subprocess.run([sys.executable, "-c", code], input=picture(), capture_output=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_memory_is_used_again_and_never_under_a_living_picture():
+    decoder = decoding.Decoder()
+    rng = random.Random(0)
+    kept: list[tuple[np.ndarray, int]] = []
+    files = {side: picture(side=side) for side in (64, 100, 400)}
+    expected = {side: images.decode(data) for side, data in files.items()}
+    for _ in range(300):
+        side = rng.choice(list(files))
+        kept.append((decoder.pixels(files[side], side * side * 3)[:: rng.choice([1, -1])], side))
+        if len(kept) > 10:
+            kept.pop(rng.randrange(len(kept)))
+    for pixels, side in kept:
+        assert (pixels == expected[side]).all() or (pixels[::-1] == expected[side]).all()
+    del kept, pixels
+    gc.collect()
+    assert decoder._arena.take(decoding._ARENA) == 0  # all of it came back
+
+
+def test_a_picture_that_finds_no_room_gets_memory_of_its_own(monkeypatch):
+    monkeypatch.setattr(decoding, "_ARENA", SIDE * SIDE * 3)
+    decoder = decoding.Decoder()
+    files = len(os.listdir("/proc/self/fd"))
+    held = [decoder.pixels(picture(), SIDE * SIDE * 3) for _ in range(4)]
+    assert all((pixels == images.decode(picture())).all() for pixels in held)
+    assert len(os.listdir("/proc/self/fd")) <= files + 8  # each mapping may hold one of its own
+    del held
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= files + 1
+
+
+@given(st.lists(st.integers(1, 40), max_size=30), st.randoms())
+def test_the_arena_never_gives_out_a_byte_twice(sizes, rng):
+    arena = decoding.Arena(100)
+    owned: list[tuple[int, int]] = []
+    for size in sizes:
+        start = arena.take(size)
+        if start is not None:
+            assert start + size <= 100
+            assert all(start + size <= other or other + length <= start for other, length in owned)
+            owned.append((start, size))
+        if owned and rng.random() < 0.5:
+            arena.give_back(*owned.pop(rng.randrange(len(owned))))
+    for piece in owned:
+        arena.give_back(*piece)
+    assert arena.take(100) == 0
+    os.close(arena.file)
+
+
+@pytest.mark.slow
+def test_a_run_loses_the_row_and_keeps_its_neighbours(dataset, tmp_path):
+    """A whole run whose decoder dies of a segmentation fault over one photo of the sample, and nothing else differs."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nif 'stages.pixels.decoding_child' in sys.orig_argv:\n"
+        + textwrap.indent(faulty(tmp_path).replace("b'SEGFAULT'", repr(signature("admiral.jpg"))), "    ")
+    )
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "pipeline", "dataset", "--shards", "sample", "--out", str(out)]
+    workers = ["--executor", "ray", "--set", "executor.workers=1"]
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = subprocess.run(
+        [*command, *workers], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert verify(out) == []
+    before, after = (verdicts(folder) for folder in (dataset, out))
+    url = "http://sample.localhost/admiral.jpg"
+    assert (before.pop(url), after.pop(url)) == ("kept", "decoder_crash")
+    assert after == before
+
+
+def signature(name: str) -> bytes:
+    """Bytes from the middle of a picture of the sample, which no other has."""
+    from pipeline.dataset.source.sample_pictures import FILES
+
+    content = FILES[name]()
+    return content[len(content) // 2 :][:24]
+
+
+def verdicts(out: Path) -> dict[str, str]:
+    tables = [pq.read_table(path, columns=["url", "verdict"]) for path in sorted((out / "shards").glob("*.parquet"))]
+    return {row["url"]: row["verdict"] for table in tables for row in table.to_pylist()}
+
+
+def test_no_more_than_the_file_is_written_to_the_child(decoder):
+    """A shorter file after a longer one: its tail must not be the other's."""
+    long, short = picture(side=SIDE), picture(side=SIDE)[:2000] + b"\xff\xd9"
+    assert reason(decoder, long) is None
+    with pytest.raises(Dropped) as dropped:
+        images.decode(short)
+    assert reason(decoder, short) is dropped.value.reason
+
+
+def test_what_is_no_picture_never_reaches_the_child(monkeypatch):
+    monkeypatch.setattr(decoding, "_decoder", None)
+    for junk in (b"", b"<html>", io.BytesIO().getvalue(), b"MZ" * 100):
+        assert images.thumbnail(junk, 32) is None
+        with pytest.raises(Dropped) as dropped:
+            images.photo("junk", junk)
+        assert dropped.value.reason is DropReason.CORRUPT_IMAGE

@@ -1,0 +1,89 @@
+"""Embed the picture: the background must not matter, and shapes and nulls must be as declared."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from skimage import data
+
+from schemas.columns import schema
+from schemas.record import check
+from schemas.shard import decode_npy
+from stages.embed_image import EmbedImage
+from stages.pixels.images import encode_jpeg, encode_png
+from stages.settings import Settings
+
+MODELS = {"image_embedder": "patches"}
+FACE = np.ascontiguousarray(data.astronaut()[:224, 100:324])
+MASK = np.zeros((224, 224), np.uint8)
+MASK[32:200, 48:184] = 1
+
+
+def run(*pairs: tuple[np.ndarray, np.ndarray], **told: object) -> pa.Table:
+    faces, masks = [encode_jpeg(face, 99) for face, _ in pairs], [encode_png(mask) for _, mask in pairs]
+    table = pa.table({"face": faces, "mask": masks}, schema=schema(EmbedImage.reads))
+    return EmbedImage(Settings.model_validate({"models": MODELS} | told))(table)
+
+
+@pytest.fixture(scope="module")
+def embedded() -> pa.Table:
+    return run((FACE, MASK), (FACE[:, ::-1], MASK))
+
+
+def vector(table: pa.Table, name: str = "clip", row: int = 0) -> np.ndarray:
+    return decode_npy(table[name][row].as_py())
+
+
+def test_columns_are_as_declared(embedded: pa.Table) -> None:
+    check(embedded, EmbedImage.writes, "embed_image")
+    assert (vector(embedded).shape, vector(embedded).dtype) == ((1024,), np.float16)
+    hidden = vector(embedded, "clip_hidden")
+    assert (hidden.shape, hidden.dtype) == ((257, 1280), np.float16)
+    assert np.isfinite(hidden).all()
+    assert embedded["dino"].null_count == 2
+
+
+def test_the_background_does_not_matter(embedded: pa.Table) -> None:
+    # 16 px around the face stay, since JPEG spreads what lies in its 8 px blocks.
+    elsewhere = FACE.copy()
+    elsewhere[:16] = elsewhere[216:] = (255, 0, 0)
+    elsewhere[:, :32] = elsewhere[:, 200:] = (0, 0, 255)
+    assert (vector(run((elsewhere, MASK))) == vector(embedded)).all()
+    inside = FACE.copy()
+    inside[90:130, 90:130] = 0
+    assert (vector(run((inside, MASK))) != vector(embedded)).any()
+
+
+def test_fill_and_labels_are_the_configured_ones(embedded: pa.Table) -> None:
+    assert (vector(run((FACE, MASK), segment={"fill": (0, 0, 0)})) != vector(embedded)).any()
+    nothing_kept = run((FACE, MASK), (255 - FACE, MASK), segment={"keep": (17,)})
+    assert (vector(nothing_kept) == vector(nothing_kept, row=1)).all()
+
+
+def test_a_vector_does_not_depend_on_its_batch(embedded: pa.Table) -> None:
+    alone = run((FACE[:, ::-1], MASK))
+    for name in ("clip", "clip_hidden"):
+        assert alone[name][0] == embedded[name][1]
+        assert embedded[name][0] != embedded[name][1]
+    assert run().num_rows == 0
+
+
+class Counter:
+    """Notes the sizes of the batches that it is given."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def embed(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        self.sizes.append(len(images))
+        return {"dino": np.zeros((len(images), 257, 8), np.float16)}
+
+
+@pytest.mark.parametrize(("device", "sizes"), [("cpu", [1, 1, 1]), ("cuda", [3])])
+def test_batches_on_a_gpu_only(device: str, sizes: list[int]) -> None:
+    stage = EmbedImage(Settings.model_validate({"models": MODELS | {"device": device}}))
+    stage._embedder = counter = Counter()
+    pairs = {"face": [encode_jpeg(FACE, 95)] * 3, "mask": [encode_png(MASK)] * 3}
+    result = stage(pa.table(pairs, schema=schema(EmbedImage.reads)))
+    assert counter.sizes == sizes
+    assert result["dino"].null_count == 0
+    assert result["clip"].null_count == 3

@@ -1,0 +1,44 @@
+"""Who reads what: every sample once per epoch, whatever the number of consumers."""
+
+from collections import Counter
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.train.loader.order import segments, shard_order
+
+KEPT = st.lists(st.integers(1, 9), min_size=1, max_size=6)
+
+
+@given(KEPT, st.integers(0, 99), st.integers(0, 3), st.integers(1, 8))
+def test_consumers_share_an_epoch_without_gap_or_overlap(
+    kept: list[int], seed: int, epoch: int, consumers: int
+) -> None:
+    parts = [segments(kept, seed, epoch, consumer, consumers) for consumer in range(consumers)]
+    seen = Counter((one.shard, number) for part in parts for one in part for number in range(one.start, one.stop))
+    assert seen == Counter((shard, number) for shard, count in enumerate(kept) for number in range(count))
+    sizes = [sum(one.stop - one.start for one in part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    assert all(size >= 1 for size in sizes) == (sum(kept) >= consumers)
+
+
+@given(KEPT, st.integers(0, 99))
+def test_a_consumer_opens_only_the_shards_of_its_range_and_each_once(kept: list[int], seed: int) -> None:
+    for consumer in range(3):
+        opened = [one.shard for one in segments(kept, seed, 0, consumer, 3)]
+        assert len(set(opened)) == len(opened)
+
+
+def test_the_order_follows_from_seed_and_epoch_alone() -> None:
+    orders = {(seed, epoch): tuple(shard_order(seed, epoch, 20)) for seed, epoch in product(range(3), range(3))}
+    assert len(set(orders.values())) == 9
+    assert all(sorted(order) == list(range(20)) for order in orders.values())
+    assert orders[1, 2] == tuple(shard_order(1, 2, 20))
+
+
+@pytest.mark.parametrize("consumers", [1, 2, 3, 7])
+def test_one_shard_serves_many(consumers: int) -> None:
+    parts = [segments([7], 0, 0, consumer, consumers) for consumer in range(consumers)]
+    assert [number for (part,) in parts for number in range(part.start, part.stop)] == list(range(7))

@@ -1,0 +1,140 @@
+"""The objective against formulas written out, for each prediction type, and its random numbers."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from pipeline.train.objective import denoising_loss, noised, predicted_clean, weights
+from pipeline.train.settings import ObjectiveSettings
+from schemas.errors import ConfigError
+
+KINDS = ("epsilon", "v_prediction", "sample")
+
+
+def scheduler(kind="epsilon", **more):
+    return DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=kind, **more
+    )
+
+
+def make(kind="epsilon", seed=0, batch=6, more=None, **settings):
+    latents = torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+    used = scheduler(kind, **(more or {}))
+    made = noised(used, latents, ObjectiveSettings(**settings), torch.Generator().manual_seed(seed))
+    return used, latents, made
+
+
+def terms(used, made):
+    variance = used.alphas_cumprod[made.timesteps].view(-1, 1, 1, 1)
+    return variance.sqrt(), (1 - variance).sqrt()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noisy_latents_and_target_follow_the_schedule(kind):
+    used, latents, made = make(kind)
+    signal, noise = terms(used, made)
+    assert torch.allclose(made.noisy_latents, signal * latents + noise * made.noise, atol=1e-6)
+    expected = {"epsilon": made.noise, "sample": latents, "v_prediction": signal * made.noise - noise * latents}
+    assert torch.allclose(made.target, expected[kind], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_target_predicts_the_clean_latents(kind):
+    used, latents, made = make(kind)
+    assert torch.allclose(predicted_clean(used, made.target, made), latents, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_predicted_clean_latents_pass_gradients_on(kind):
+    used, _, made = make(kind)
+    guess = made.target.clone().requires_grad_()
+    predicted_clean(used, guess, made).sum().backward()
+    assert guess.grad.abs().min() > 0
+
+
+def test_an_unknown_prediction_type_is_refused():
+    used = scheduler()
+    used.register_to_config(prediction_type="flow")
+    with pytest.raises(ConfigError, match="'flow'"):
+        noised(used, torch.zeros(1, 4, 2, 2), ObjectiveSettings(), torch.Generator())
+
+
+def test_the_same_generator_state_gives_the_same_numbers_and_others_others():
+    first, second, other = (make(seed=seed, noise_offset=0.1)[2] for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first.noise, other.noise)
+    assert not torch.equal(first.timesteps, other.timesteps)
+
+
+def test_the_global_generator_is_left_alone():
+    before = torch.get_rng_state()
+    make(noise_offset=0.1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_timesteps_are_uniform_over_the_whole_schedule():
+    latents = torch.zeros(8000, 4, 1, 1)
+    drawn = noised(scheduler(), latents, ObjectiveSettings(), torch.Generator().manual_seed(0)).timesteps
+    assert drawn.min() < 5
+    assert drawn.max() > 994
+    counts = torch.histc(drawn.float(), bins=10, min=0, max=1000)
+    assert (counts - 800).abs().max() < 150
+
+
+def test_the_noise_offset_is_constant_over_a_channel_and_as_strong_as_asked():
+    latents = torch.zeros(2000, 4, 2, 2)
+    plain, offset = (
+        noised(scheduler(), latents, ObjectiveSettings(noise_offset=size), torch.Generator().manual_seed(0))
+        for size in (0.0, 0.5)
+    )
+    added = offset.noise - plain.noise
+    assert torch.allclose(added, added[:, :, :1, :1].expand_as(added), atol=1e-6)
+    assert added.std() == pytest.approx(0.5, rel=0.05)
+    assert torch.equal(offset.noise, offset.target)
+
+
+def snr_at(used, timesteps):
+    variance = used.alphas_cumprod[timesteps]
+    return variance / (1 - variance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_min_snr_weights_the_clean_loss_by_the_capped_snr(kind):
+    used, timesteps = scheduler(kind), torch.arange(0, 1000, 37)
+    snr = snr_at(used, timesteps)
+    # The squared error of the clean image is the squared error of the target times this:
+    clean = {"epsilon": 1 / snr, "v_prediction": 1 / (snr + 1), "sample": torch.ones_like(snr)}[kind]
+    assert torch.allclose(weights(used, timesteps, 5.0), snr.clamp_max(5.0) * clean, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_terminal_snr_of_zero_gives_finite_weights_and_predictions(kind):
+    used, _, made = make(kind, more={"rescale_betas_zero_snr": True})
+    made = made._replace(timesteps=torch.full_like(made.timesteps, 999))
+    assert used.alphas_cumprod[999] < 1e-6
+    last = weights(used, torch.tensor([999, 0]), 5.0)
+    assert last[0] == pytest.approx(1.0 if kind == "epsilon" else 0.0, abs=1e-5)
+    assert torch.isfinite(last).all()
+    assert torch.isfinite(predicted_clean(used, made.noise, made)).all()
+
+
+def test_gamma_zero_is_the_plain_mean_squared_error():
+    used, _, made = make()
+    guess = torch.zeros_like(made.target)
+    even = weights(used, made.timesteps, 0.0)
+    assert torch.equal(even, torch.ones(6))
+    assert denoising_loss(guess, made, even) == pytest.approx(made.target.square().mean().item(), rel=1e-6)
+
+
+def test_a_weight_counts_for_its_own_sample():
+    _, _, made = make(batch=2)
+    guess = made.target.clone()
+    guess[1] += 2.0
+    assert denoising_loss(guess, made, torch.tensor([7.0, 0.5])) == pytest.approx(4 * 0.5 / 2, rel=1e-5)
+
+
+def test_half_precision_predictions_are_compared_in_float32():
+    _, _, made = make(batch=1)
+    loss = denoising_loss(made.target.to(torch.bfloat16), made, torch.ones(1))
+    assert loss.dtype == torch.float32
+    assert 0 < loss < 1e-4

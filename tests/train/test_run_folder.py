@@ -1,0 +1,277 @@
+"""The folder of a run: started once, resumed only by the same run, and never without a whole checkpoint."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pipeline.train.run_folder import RunFolder, identity_of
+from pipeline.train.settings import TrainConfig
+from schemas.errors import OutputError
+
+IDENTITY = {"variant": "faceid", "base": "tiny", "optim.lr": 1e-4}
+WEIGHTS = {"image_proj.w": torch.arange(6.0).view(2, 3), "ip_adapter.1.w": torch.ones(4)}
+STATE = {"step": 3, "ranks": [{"torch": torch.arange(4, dtype=torch.uint8), "loader": {"positions": [[0, 1]]}}]}
+
+
+def told(**changes):
+    return {"identity": {**IDENTITY, **changes}, "name": "x"}
+
+
+def sentence(error):
+    text = str(error.value)
+    assert "\n" not in text
+    assert text.endswith(".")
+    return text
+
+
+@pytest.fixture
+def run(tmp_path):
+    made = RunFolder(tmp_path / "deep" / "run")
+    made.start(told(), resume=False)
+    return made
+
+
+def save(run, step, keep=3, average=None, weights=WEIGHTS):
+    state = {**STATE, "step": step, "average": None if average is None else {"decay": 0.9}}
+    return run.save(step, weights, average, state, keep)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_new_folder_is_nothing_until_it_is_started(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    assert (run.known(), run.steps()) == (None, [])
+    assert not run.root.exists()
+    run.start(told(), resume=False)
+    assert run.known() == told()
+    assert names(run.root) == ["checkpoints", "run.json"]
+
+
+def test_a_folder_with_other_things_can_hold_a_run(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    RunFolder(tmp_path).start(told(), resume=False)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_resume_starts_a_run_that_is_not_there_yet(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.start(told(), resume=True)
+    assert run.known() == told()
+
+
+def test_a_run_is_not_started_twice(run):
+    save(run, 1)
+    with pytest.raises(OutputError, match="--resume") as error:
+        run.start(told(), resume=False)
+    sentence(error)
+    run.start(told(), resume=True)
+    assert run.steps() == [1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"variant": "plus"}, "variant was 'faceid', now 'plus'"),
+        ({"optim.lr": 1e-3}, "optim.lr was 0.0001, now 0.001"),
+        ({"new": 1}, "new was None, now 1"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(run, changes, said):
+    with pytest.raises(OutputError) as error:
+        run.start(told(**changes), resume=True)
+    assert said in sentence(error)
+    assert run.known() == told(), "the old run's description was overwritten"
+
+
+def test_all_that_differs_is_told(run):
+    with pytest.raises(OutputError, match=r"base was 'tiny', now 'sd15'; optim\.lr was"):
+        run.start(told(base="sd15", **{"optim.lr": 1}), resume=True)
+
+
+def test_what_is_watched_may_change_and_what_is_computed_may_not():
+    whole = identity_of(TrainConfig().model_dump(mode="json"))
+    free = {"steps", "data.verify", "data.allow_embedded", "optim.compile", "optim.channels_last"}
+    assert not free & whole.keys()
+    assert not any(key.startswith("watch") for key in whole)
+    assert {"seed", "data.workers", "data.batch_size", "optim.lr", "adapter.lora_rank"} <= whole.keys()
+    assert len(whole) > 25
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff", b'{"identity": 3}'])
+def test_a_run_json_that_is_none_is_one_sentence(run, content):
+    (run.root / "run.json").write_bytes(content)
+    with pytest.raises(OutputError, match="cannot be read") as error:
+        run.known()
+    assert str(run.root / "run.json") in sentence(error)
+
+
+@pytest.mark.parametrize("place", ["file", "file/run"])
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be") as error:
+        RunFolder(tmp_path / place).start(told(), resume=False)
+    assert str(tmp_path / place) in sentence(error)
+
+
+def test_a_checkpoint_gives_back_what_was_saved(run):
+    average = {key: value / 2 for key, value in WEIGHTS.items()}
+    folder = save(run, 7, average=average)
+    assert names(folder) == ["adapter.safetensors", "average.safetensors", "state.pt"]
+    weights, averaged, state = run.load(7)
+    for found, expected in ((weights, WEIGHTS), (averaged, average)):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found)
+    assert (state["step"], state["ranks"][0]["loader"]) == (7, {"positions": [[0, 1]]})
+    assert torch.equal(run.exported(7)["ip_adapter.1.w"], average["ip_adapter.1.w"])
+    save(run, 8)
+    assert run.load(8)[1] is None
+    assert torch.equal(run.exported(8)["ip_adapter.1.w"], WEIGHTS["ip_adapter.1.w"])
+
+
+def test_weights_are_kept_in_float32_whatever_their_layout(run):
+    save(run, 1, weights={"a": torch.rand(4, 6).half().t(), "b": torch.rand(2, requires_grad=True)})
+    weights, _, _ = run.load(1)
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert weights["a"].shape == (6, 4)
+
+
+def test_only_the_last_checkpoints_stay(run):
+    for step in (5, 10, 100, 20):
+        save(run, step, keep=2)
+    assert run.steps() == [20, 100], "by number, not by name or time"
+    save(run, 101, keep=1)
+    assert run.steps() == [101]
+    assert names(run.checkpoints) == ["step-00000101"]
+
+
+def test_steps_are_numbers_even_beyond_eight_digits(run):
+    save(run, 99_999_999)
+    save(run, 100_000_000)
+    assert run.steps() == [99_999_999, 100_000_000]
+
+
+def test_other_names_are_no_checkpoints(run):
+    save(run, 2)
+    for name in (".tmp-step-00000009", "step-", "step-x", "step-00000003.old"):
+        (run.checkpoints / name).mkdir()
+    assert run.steps() == [2]
+    run.start(told(), resume=True)
+    assert ".tmp-step-00000009" not in names(run.checkpoints), "a torn checkpoint was kept"
+
+
+@pytest.mark.parametrize("file", ["adapter.safetensors", "average.safetensors", "state.pt"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "junk", "gone"])
+def test_a_damaged_checkpoint_is_one_sentence_that_names_it(run, file, damage):
+    path = save(run, 4, average=WEIGHTS) / file
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes({"cut": path.read_bytes()[:-9], "empty": b"", "junk": b"junk" * 99}[damage])
+    with pytest.raises(OutputError, match="remove it") as error:
+        run.load(4)
+    assert str(run.folder(4)) in sentence(error)
+
+
+def test_a_checkpoint_that_would_run_code_is_not_loaded(run):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(run.root / "evil"),))
+
+    path = save(run, 4) / "state.pt"
+    torch.save({"step": 4, "ranks": [Evil()]}, path)
+    with pytest.raises(OutputError, match="cannot be read"):
+        run.load(4)
+    assert not (run.root / "evil").exists()
+
+
+def test_a_disk_that_is_full_is_one_sentence_and_the_last_checkpoint_stays(run):
+    save(run, 1)
+    big = {"image_proj.w": torch.zeros(100_000)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(OutputError, match="cannot be written") as error:
+            save(run, 2, weights=big)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(run.folder(2)) in sentence(error)
+    assert run.steps() == [1]
+    run.load(1)
+    run.start(told(), resume=True)
+    save(run, 2, weights=big)
+    assert run.steps() == [1, 2]
+
+
+# Each child is killed at another of its calls that change the disk; the parent never touches torch's threads.
+_KILLED = """
+import json, os, shutil, sys
+from pathlib import Path
+import torch
+from pipeline.train import run_folder
+root, calls = Path(sys.argv[1]), ["rename", "rmtree", "mkdir", "fsync"]
+real = {"rename": Path.rename, "rmtree": shutil.rmtree, "mkdir": Path.mkdir, "fsync": os.fsync}
+count = 0
+def counted(name, before):
+    def call(*given, **options):
+        global count
+        count += 1
+        if count == limit and before:
+            os.kill(os.getpid(), 9)
+        done = real[name](*given, **options)
+        if count == limit:
+            os.kill(os.getpid(), 9)
+        return done
+    return call
+def patched(before):
+    Path.rename, Path.mkdir = counted("rename", before), counted("mkdir", before)
+    shutil.rmtree, os.fsync = counted("rmtree", before), counted("fsync", before)
+for limit in range(1, 50):
+    ends = []
+    for before in (True, False):
+        pid = os.fork()
+        if not pid:
+            patched(before)
+            run = run_folder.RunFolder(root / f"{limit}-{before}")
+            run.checkpoints.mkdir(parents=True)
+            count = 0
+            for step in (1, 2, 3):
+                run.save(step, {"w": torch.full((9,), float(step))}, None, {"step": step, "ranks": []}, 2)
+            os._exit(0)
+        ends.append(os.waitpid(pid, 0)[1])
+    print(limit, *ends, flush=True)
+    if ends == [0, 0]:
+        break
+"""
+
+
+def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(tmp_path)], capture_output=True, text=True, check=True, timeout=120
+    )
+    ends = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert ends[-1][1:] == (0, 0), "the save was never over"
+    assert all(end[1:] == (9, 9) for end in ends[:-1])
+    assert len(ends) > 15
+    for folder in tmp_path.iterdir():
+        run = RunFolder(folder)
+        for step in run.steps():
+            weights, _, state = run.load(step)
+            assert (weights["w"].tolist(), state["step"]) == ([float(step)] * 9, step)
+    numbers = [number for number, *_ in ends]
+    newest = [max(RunFolder(tmp_path / f"{number}-True").steps(), default=0) for number in numbers]
+    assert newest == sorted(newest), "a later kill lost an earlier checkpoint"
+    assert set(newest) == {0, 1, 2, 3}
+    assert RunFolder(tmp_path / f"{numbers[-1]}-True").steps() == [2, 3]
+
+
+def test_a_description_is_plain_json_that_people_can_read(run):
+    text = (run.root / "run.json").read_text()
+    assert json.loads(text) == told()
+    assert text.count("\n") > 3

@@ -1,0 +1,356 @@
+"""The trainer's command line: every mistake is one sentence and exit code 2, and nothing was written."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+
+import pipeline.train as trainer
+from pipeline.shared.bases import find_base
+from pipeline.train.adapters import VARIANTS
+from pipeline.train.adapters.released import read_released
+from pipeline.train.settings import TrainConfig
+
+QUICK = ("--base", "tiny", "--steps", "2", "--set", "adapter.lora_rank=4")
+FACEID = ("--variant", "faceid", *QUICK)
+NAME = "ip-adapter-faceid_sd15"
+
+
+class Cli:
+    """Calls the trainer's command line in this process."""
+
+    def __init__(self, monkeypatch, capsys):
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, *words):
+        """Exit code, stdout, stderr."""
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        self._monkeypatch.setattr(sys, "argv", ["faceshards-train", *map(str, words)])
+        with pytest.raises(SystemExit) as done:
+            trainer.main()
+        said = self._capsys.readouterr()
+        return int(done.value.code or 0), said.out, said.err
+
+    def refused(self, *words):
+        """The one sentence that a mistake gets."""
+        before = contents(Path.cwd())
+        code, out, err = self(*words)
+        assert (code, out) == (2, ""), err
+        lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
+        assert len(lines) == 1, err
+        assert lines[0].startswith("error: ")
+        assert contents(Path.cwd()) == before, "something was written"
+        return lines[0]
+
+
+def contents(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    return Cli(monkeypatch, capsys)
+
+
+@pytest.fixture
+def copy(dataset, tmp_path):
+    """A dataset that may be damaged."""
+    return Path(shutil.copytree(dataset, tmp_path / "copy", ignore=shutil.ignore_patterns("drops", "*.html")))
+
+
+@pytest.fixture(scope="module")
+def real(dataset, tmp_path_factory):
+    """A run of the real command, in a folder without anything else."""
+    folder = tmp_path_factory.mktemp("real")
+    (folder / "out").symlink_to(dataset)
+    words = ["--from-shards", "--variant", "faceid", "--steps", "2", "--set", "adapter.lora_rank=4"]
+    words += ["--set", "watch.save_every=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.train", *words], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+# --- what works ------------------------------------------------------------------------------------------------------
+
+
+def test_without_dir_base_and_out_it_trains_the_tiny_base_on_out(real):
+    folder, done = real
+    run = folder / "runs" / "faceid-tiny"
+    listed = [folder / line for line in done.stdout.splitlines() if line.startswith("runs/")]
+    assert {path.name for path in listed} == {
+        f"{NAME}{end}" for end in (".safetensors", ".bin", ".json", "_lora.safetensors")
+    }
+    assert all(path.parent == run and path.is_file() for path in listed)
+    assert "step 2 of 2" in done.stdout
+    assert sorted(path.name for path in folder.iterdir()) == ["out", "runs"]
+
+
+def test_embedded_shards_are_warned_of_and_stderr_holds_nothing_else(real):
+    _, done = real
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("warning: these shards are of the `embedded` profile")
+
+
+def test_a_mistake_of_the_real_command_is_one_line_on_stderr(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.train", "--from-shards", "nowhere", "--variant", "faceid"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "nowhere" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["--from-shards DIR", "--from-shards=DIR", "DIR", "--from-shards DIR COPY", "run DIR"])
+def test_shards_are_given_in_many_ways(how, cli, dataset, copy):
+    places = {"DIR": str(dataset), "COPY": str(copy)}
+    words = [re.sub("DIR|COPY", lambda found: places[found[0]], word) for word in how.split()]
+    code, out, err = cli(*words, *FACEID, "--out", "run")
+    assert code == 0, err
+    assert NAME in out
+    told = json.loads(Path("run", f"{NAME}.json").read_text())
+    assert told["dataset"]["samples"] == 9 * ("COPY" in how) + 9
+
+
+def test_options_and_files_and_pairs_are_all_heard(cli, dataset):
+    Path("more.toml").write_text("seed = 5\n[optim]\nlr = 1e-3\nweight_decay = 0.5\n")
+    words = ["--config", "more.toml", "--set", "optim.lr=2e-3", "--seed", "6", "--preset", "tiny"]
+    code, _, err = cli("--from-shards", dataset, *FACEID, "--out", "run", *words)
+    assert code == 0, err
+    told = json.loads(Path("run", f"{NAME}.json").read_text())["recipe"]
+    assert (told["seed"], told["optim"]["lr"], told["optim"]["weight_decay"]) == (6, 2e-3, 0.5)
+    assert told["data"]["resolution"] == 64
+
+
+def test_the_sdxl_presets_take_the_sdxl_like_tiny_base(cli, dataset):
+    words = ["--preset", "sdxl-512", "--steps", "1", "--set", "data.resolution=64", "--set", "data.workers=0"]
+    code, _, err = cli("--from-shards", dataset, "--variant", "faceid", "--out", "run", *words)
+    assert code == 0, err
+    told = json.loads(Path("run", "ip-adapter-faceid_sdxl.json").read_text())
+    assert (told["base"], told["preset"], told["recipe"]["data"]["batch_size"]) == ("tiny-sdxl", "sdxl-512", 8)
+
+
+def test_embedded_shards_train_a_real_base_where_that_is_allowed(cli, dataset, monkeypatch):
+    monkeypatch.setenv("FACESHARDS_MODELS", str(Path.cwd() / "models"))
+    Path("models").mkdir()
+    Path("models/sd15").symlink_to(find_base("tiny").folder)
+    words = ["--from-shards", dataset, "--variant", "faceid", "--steps", "1", "--out", "run", "--base", "sd15"]
+    words += ["--set", "data.resolution=64", "--set", "data.workers=0", "--set", "adapter.lora_rank=4"]
+    assert "`embedded` profile" in cli.refused(*words)
+    code, _, err = cli(*words, "--set", "data.allow_embedded=true")
+    assert code == 0, err
+    assert "warning: these shards" in err
+    told = json.loads(Path("run", f"{NAME}.json").read_text())
+    assert (told["base"], told["preset"]) == ("sd15", "sd15")
+    assert "CreativeML OpenRAIL-M" in told["licences"]
+
+
+def test_a_released_adapter_is_a_starting_point(cli, dataset, real):
+    start = real[0] / "runs" / "faceid-tiny" / f"{NAME}.bin"
+    words = ["--from-shards", dataset, *FACEID, "--init-from", start, "--set", "optim.lr=1e-12"]
+    words += ["--set", "optim.weight_decay=0"]
+    code, _, err = cli(*words, "--out", "run")
+    assert code == 0, err
+    before, after = read_released(start), read_released(Path("run", f"{NAME}.bin"))
+    assert all((before[key].float() - after[key].float()).abs().max() < 1e-6 for key in before)
+
+
+def test_help_and_config_tell_everything(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = cli("--help")
+    assert code == 0
+    options = "--from-shards --variant --base --out --steps --preset --resume --image-encoder --init-from --seed"
+    for option in (*options.split(), "--config", "--set", *VARIANTS, "sdxl-1024", "dinov2", "export RUN"):
+        assert option in out, option
+    code, out, _ = cli("export", "--help")
+    assert code == 0
+    assert "--step" in out
+    code, out, _ = cli("config")
+    assert code == 0
+    for section, model in TrainConfig.model_fields.items():
+        fields = getattr(model.annotation, "model_fields", None)
+        for name in [f"{section}.{field}" for field in fields] if fields else [section]:
+            assert name in out, name
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+def test_export_writes_the_same_files_again(cli, real):
+    run = real[0] / "runs" / "faceid-tiny"
+    before = {path.name: path.read_bytes() for path in run.glob("ip-adapter*")}
+    assert len(before) == 4
+    for path in run.glob("ip-adapter*"):
+        path.unlink()
+    code, out, err = cli("export", run)
+    assert code == 0, err
+    assert {path.name: path.read_bytes() for path in run.glob("ip-adapter*")} == before
+    assert set(out.split()) == {str(run / name) for name in before}
+
+
+def test_export_takes_an_earlier_checkpoint_and_another_folder(cli, real):
+    run = real[0] / "runs" / "faceid-tiny"
+    code, _, err = cli("export", run, "--step", "1", "--out", "other/place")
+    assert code == 0, err
+    first = run / "checkpoints" / "step-00000001" / f"{NAME}.safetensors"
+    written = Path("other/place", f"{NAME}.safetensors").read_bytes()
+    assert written == first.read_bytes()
+    assert written != (run / f"{NAME}.safetensors").read_bytes()
+    assert json.loads(Path("other/place", f"{NAME}.json").read_text())["steps"] == 1
+
+
+def test_export_refuses_what_is_no_run(cli, real):
+    run = real[0] / "runs" / "faceid-tiny"
+    assert "step 7" in cli.refused("export", run, "--step", "7")
+    assert "1, 2" in cli.refused("export", run, "--step", "7")
+    assert "holds no run" in cli.refused("export", "nowhere")
+    Path("empty").mkdir()
+    assert "holds no run" in cli.refused("export", "empty")
+    Path("empty/run.json").write_bytes((run / "run.json").read_bytes())
+    assert "no checkpoint" in cli.refused("export", "empty")
+    Path("empty/run.json").write_text("{")
+    assert "cannot be read" in cli.refused("export", "empty")
+    Path("empty/run.json").write_text("{}")
+    assert "cannot be read" in cli.refused("export", "empty")
+    Path("file").write_text("")
+    assert "file" in cli.refused("export", run, "--out", "file/below")
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--variant", "faceidd"], ["'faceidd'", *VARIANTS]),
+        ([], ["--variant", *VARIANTS]),
+        (["--variant", "faceid", "--base", "sd16"], ["'sd16'", "did you mean sd15", "tiny-sdxl"]),
+        (["--variant", "faceid", "--base", "/no/such/folder"], ["/no/such/folder"]),
+        (["--variant", "faceid", "--base", "."], ["no whole diffusers folder", "unet"]),
+        (["--variant", "faceid", "--base", "sd15"], ["`embedded`", "data.allow_embedded=true", "--base tiny"]),
+        (["--variant", "faceid", "--base", "sdxl"], ["`embedded`"]),
+        (["--variant", "faceid", "--preset", "sd"], ["'sd'", "sdxl-1024"]),
+        (["--variant", "faceid", "--preset", "sdxl-512", "--base", "tiny-sdxl", "--set", "data.resolution=8"], ["64"]),
+        (["--variant", "faceid", "--preset", "sd15", "--base", "tiny-sdxl"], ["preset sd15", "tiny-sdxl"]),
+        ([*FACEID, "--set", "optim.lrr=1"], ["optim.lrr", "optim.lr"]),
+        ([*FACEID, "--set", "optim"], ["key=value"]),
+        ([*FACEID, "--set", "optim.lr=fast"], ["optim.lr"]),
+        ([*FACEID, "--set", "optim.lr=-1"], ["optim.lr"]),
+        ([*FACEID, "--set", "guidance.p_uncond_both=1"], ["guidance.p_uncond_image", "more than 1"]),
+        ([*FACEID, "--steps", "0"], ["steps"]),
+        ([*FACEID, "--config", "none.toml"], ["none.toml", "cannot be read"]),
+        ([*FACEID, "--image-encoder", "clip"], ["adapter.image_encoder"]),
+        ([*FACEID, "--set", "optim.precision=fp16"], ["fp16", "GPU"]),
+        ([*FACEID, "--set", "optim.eight_bit=true"], ["bitsandbytes"]),
+        ([*FACEID, "--set", "objective.id_loss=1"], ["objective.id_loss_weights", "https://"]),
+        (
+            [*FACEID, "--set", "objective.id_loss=1", "--set", "objective.id_loss_weights=no.pth"],
+            ["no.pth", "does not exist"],
+        ),
+        ([*FACEID, "--set", "watch.validate_every=1", "--set", "watch.judge=nopack"], ["watch.judge", "nopack"]),
+        ([*FACEID, "--init-from", "no.safetensors"], ["no.safetensors", "does not exist"]),
+        (["--variant", "plus", *QUICK, "--image-encoder", "dinov2"], ["dino.npy", "models.image_embedder=dinov2"]),
+        ([*FACEID, "--set", "data.latents=shards"], ["latents", "--with latents"]),
+        ([*FACEID, "--set", "data.text=shards"], ["text", "--with text"]),
+        ([*FACEID, "--out", "file/run"], ["file/run", "cannot be"]),
+        ([*FACEID, "--out", "file"], ["file", "cannot be"]),
+    ],
+    ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) and "--variant" in value else None,
+)
+def test_a_wrong_call_is_one_sentence_and_writes_nothing(words, said, cli, dataset, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("FACESHARDS_MODELS", raising=False)
+    Path("file").write_text("")
+    line = cli.refused("--from-shards", dataset, *words)
+    for each in said:
+        assert each in line
+
+
+def test_a_dir_that_is_no_dataset_is_one_sentence(cli):
+    Path("empty").mkdir()
+    line = cli.refused("--from-shards", *FACEID)
+    assert re.search(r"\bout\b", line)
+    assert "empty" in cli.refused("--from-shards", "empty", *FACEID)
+    assert "nowhere" in cli.refused("--from-shards", "nowhere", *FACEID)
+    assert "nowhere" in cli.refused("--from-shards=nowhere", *FACEID)
+    assert "bucket" in cli.refused("--from-shards", "nocloud://bucket/out", *FACEID)
+
+
+def test_a_run_that_is_there_is_not_trained_over(cli, dataset, real):
+    run = real[0] / "runs" / "faceid-tiny"
+    before = contents(run)
+    assert "--resume" in cli.refused("--from-shards", dataset, *FACEID, "--out", run)
+    assert contents(run) == before
+
+
+def test_an_adapter_of_another_variant_is_no_starting_point(cli, dataset, real):
+    start = real[0] / "runs" / "faceid-tiny" / f"{NAME}.safetensors"
+    line = cli.refused("--from-shards", dataset, "--variant", "plus", *QUICK, "--init-from", start)
+    assert str(start) in line
+    assert "plus" in line
+    damaged = Path("damaged.safetensors")
+    damaged.write_bytes(start.read_bytes()[:-100])
+    assert "damaged.safetensors" in cli.refused("--from-shards", dataset, *FACEID, "--init-from", damaged)
+
+
+def flip(path, place):
+    """Change one byte."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_shard_with_a_flipped_byte_is_refused_by_name(cli, copy):
+    (tar,) = copy.glob("shards/*.tar")
+    flip(tar, tar.stat().st_size // 2)
+    assert tar.name in cli.refused("--from-shards", copy, *FACEID)
+
+
+def test_a_truncated_tar_is_refused_by_name(cli, copy):
+    (tar,) = copy.glob("shards/*.tar")
+    tar.write_bytes(tar.read_bytes()[:-20_000])
+    assert tar.name in cli.refused("--from-shards", copy, *FACEID)
+    assert tar.name in cli.refused("--from-shards", copy, *FACEID, "--set", "data.verify=size")
+
+
+def test_a_missing_tar_manifest_or_features_are_refused_by_name(cli, copy):
+    features = copy / "unconditional.safetensors"
+    flip(features, -1)
+    assert features.name in cli.refused("--from-shards", copy, "--variant", "plus", *QUICK)
+    features.unlink()
+    assert features.name in cli.refused("--from-shards", copy, "--variant", "plus", *QUICK)
+    (tar,) = copy.glob("shards/*.tar")
+    tar.unlink()
+    assert tar.name in cli.refused("--from-shards", copy, *FACEID)
+    tar.with_suffix(".json").unlink()
+    assert "copy" in cli.refused("--from-shards", copy, *FACEID)
+
+
+def test_a_sample_that_is_damaged_behind_the_manifest_s_back_names_shard_and_key(cli, copy):
+    """Lengths alone were compared, so it shows when it is read."""
+    (tar,) = copy.glob("shards/*.tar")
+    with tarfile.open(tar) as members:
+        place = next(member.offset_data for member in members if member.name.endswith(".arcface.npy"))
+    flip(tar, place)
+    code, _, err = cli("--from-shards", copy, *FACEID, "--out", "run", "--set", "data.verify=size", "--steps", "9")
+    assert code == 2
+    last = err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert tar.name in last
+    assert re.search(r"sample-\d+\.arcface\.npy", last)
+    assert not list(Path("run").glob("*.safetensors"))

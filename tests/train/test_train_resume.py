@@ -1,0 +1,548 @@
+"""Runs that are killed, stopped, continued and split over processes end with the very weights of an undisturbed run.
+
+Real processes: one server imports the trainer once, and forks a process for each command line.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+import pipeline.train.loop as trainer
+from pipeline.shared.bases import find_base
+from pipeline.train.job import Call, prepared
+from pipeline.train.run_folder import RunFolder
+from pipeline.train.watch import METRICS
+from schemas.errors import ExitCode, FaceShardsError, UserError
+
+pytestmark = pytest.mark.slow
+
+WAIT_S = 150
+STEPS, EVERY = 12, 3
+COMMON = ("adapter.lora_rank=4", f"watch.save_every={EVERY}", "watch.keep=2")
+PLANS = {
+    "faceid": ("tiny", ("data.workers=0", "optim.accumulate=2", "optim.ema_decay=0.9", "objective.noise_offset=0.1")),
+    "faceid-plusv2": ("tiny-sdxl", ("data.workers=2", "optim.schedule=cosine", "optim.warmup_steps=3")),
+}
+
+_SERVER = """
+import json, os, sys
+import torch
+torch.set_num_threads(1)
+import pipeline.train as trainer
+from pipeline.shared.bases import find_base
+from pipeline.train.base_model import Base
+from pipeline.train.loader.pictures import preload
+from torch.utils.tensorboard import SummaryWriter
+import pipeline.train.loop
+preload()
+for name in ("tiny", "tiny-sdxl"):
+    base = Base(find_base(name), torch.device("cpu"), torch.float32)
+    base.encode_text(["warm"]), base.vae
+print("ready", flush=True)
+for line in sys.stdin:
+    call = json.loads(line)
+    if "poll" in call:
+        pid, status = os.waitpid(call["poll"], os.WNOHANG)
+        print(os.waitstatus_to_exitcode(status) if pid else "running", flush=True)
+        continue
+    pid = os.fork()
+    if pid:
+        print(pid, flush=True)
+        continue
+    os.setpgid(0, 0)
+    log = os.open(call["log"], os.O_WRONLY | os.O_CREAT)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(log, 1), os.dup2(log, 2)
+    os.environ.update(call["env"])
+    exec(call["first"])
+    sys.argv = ["faceshards-train", *call["words"]]
+    trainer.main()
+"""
+
+
+class Server:
+    """Forks trainers."""
+
+    def __init__(self, folder):
+        self._folder = folder
+        self._count = 0
+        # One thread, and no base to make: a fork has none of its parent's other threads.
+        for base, _ in PLANS.values():
+            find_base(base)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        assert self._process.stdout.readline() == "ready\n"
+
+    def ask(self, **call):
+        self._process.stdin.write(json.dumps(call) + "\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().strip()
+
+    def start(self, *words, first="", env=None):
+        self._count += 1
+        log = self._folder / f"{self._count}.log"
+        told = {"words": list(map(str, words)), "log": str(log), "first": first, "env": env or {}}
+        return Trainer(self, int(self.ask(**told)), log)
+
+    def close(self):
+        with self._process:
+            self._process.stdin.close()
+
+
+class Trainer:
+    """One forked process."""
+
+    def __init__(self, server, pid, log):
+        self._server, self.pid, self._log = server, pid, log
+        self.code = None
+
+    @property
+    def said(self):
+        return self._log.read_text()
+
+    def running(self):
+        if self.code is None:
+            answer = self._server.ask(poll=self.pid)
+            self.code = None if answer == "running" else int(answer)
+        return self.code is None
+
+    def until(self, found):
+        """Wait until something is so."""
+        end = time.monotonic() + WAIT_S
+        while not found():
+            assert self.running(), f"ended with {self.code}: {self.said}"
+            assert time.monotonic() < end, self.said
+            time.sleep(0.01)
+
+    def end(self):
+        """Wait for the exit code."""
+        end = time.monotonic() + WAIT_S
+        while self.running():
+            if time.monotonic() > end:
+                os.killpg(self.pid, signal.SIGKILL)
+                pytest.fail(f"hangs: {self.said}")
+            time.sleep(0.02)
+        return self.code
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    made = Server(tmp_path_factory.mktemp("logs"))
+    yield made
+    made.close()
+
+
+def words(dataset, name, out, *more, steps=STEPS):
+    base, pairs = PLANS[name]
+    sets = [word for pair in (*COMMON, *pairs) for word in ("--set", pair)]
+    asked = ["--variant", name, "--base", base, "--steps", steps, "--out", out]
+    return ["--from-shards", str(dataset), *asked, *sets, *more]
+
+
+@pytest.fixture(scope="module", params=PLANS)
+def whole(request, server, dataset, tmp_path_factory):
+    """A variant, and its undisturbed run."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = server.start(*words(dataset, request.param, out))
+    assert done.end() == 0, done.said
+    return request.param, RunFolder(out)
+
+
+_TIMES = ("samples_per_s", "data_wait", "seconds")
+
+
+def lines(run):
+    """Metrics by step, without times."""
+    path = run.root / METRICS
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{key: value for key, value in line.items() if key not in _TIMES} for line in found]
+
+
+def exported(run):
+    return {path.name: path for path in run.root.glob("ip-adapter*")}
+
+
+def assert_same(run, other):
+    """Bit for bit: what is exported, the last checkpoints in float32, and every step's loss."""
+    files, others = exported(run), exported(other)
+    assert files.keys() == others.keys()
+    assert len(files) == 4
+    checkpoints = [each.folder(each.steps()[-1]) for each in (run, other)]
+    names = [path.name for path in checkpoints[0].glob("*.safetensors")]
+    pairs = [(files[name], others[name]) for name in files if name.endswith(".safetensors")]
+    for path, twin in [*pairs, *((checkpoints[0] / name, checkpoints[1] / name) for name in names)]:
+        tensors, twins = load_file(path), load_file(twin)
+        assert tensors.keys() == twins.keys()
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, twins[key]), f"{path.name}: {key}"
+    assert run.steps() == other.steps()
+    assert lines(run) == lines(other)
+
+
+def test_the_undisturbed_run_stops_and_saves_in_the_middle_of_epochs(whole):
+    _, run = whole
+    assert run.steps() == [STEPS - EVERY, STEPS], "keep = 2"
+    assert [line["step"] for line in lines(run)] == list(range(1, STEPS + 1))
+    assert lines(run)[-1]["epoch"] >= 1
+    _, _, state = run.load(STEPS - EVERY)
+    assert any(place for _, place in state["ranks"][0]["loader"]["positions"]), "a checkpoint in the middle is wanted"
+
+
+def test_killed_at_a_random_moment_and_resumed(whole, server, dataset, tmp_path):
+    name, undisturbed = whole
+    seed = random.SystemRandom().randrange(1000)
+    delay = random.Random(seed).uniform(0, 0.5)
+    print(f"seed {seed}: killed {delay:.3f} s after the first checkpoint")  # noqa: T201  # to do it again
+    run = RunFolder(tmp_path / "run")
+    child = server.start(*words(dataset, name, run.root))
+    child.until(run.steps)
+    time.sleep(delay)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.end() == -signal.SIGKILL
+    before = run.steps()
+    assert not exported(run)
+    again = server.start(*words(dataset, name, run.root, "--resume"))
+    assert again.end() == 0, again.said
+    assert before
+    assert_same(run, undisturbed)
+    assert not list(run.root.rglob(".tmp-*"))
+
+
+_KILL_WHILE_SAVING = """
+import pipeline.train.run_folder as room, signal
+real, calls = room.save_file, []
+def save_file(tensors, path):
+    real(tensors, path)
+    calls.append(path)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+room.save_file = save_file
+"""
+
+
+def test_killed_while_a_checkpoint_is_written(server, dataset, tmp_path, whole):
+    name, undisturbed = whole
+    if name != "faceid":
+        return  # what is saved differs, not how
+    run = RunFolder(tmp_path / "run")
+    child = server.start(*words(dataset, name, run.root), first=_KILL_WHILE_SAVING)
+    assert child.end() == -signal.SIGKILL
+    assert run.steps() == [EVERY], "weights and their average are two files, so this was the second checkpoint"
+    assert list(run.checkpoints.glob(".tmp-*"))
+    again = server.start(*words(dataset, name, run.root, "--resume"))
+    assert again.end() == 0, again.said
+    assert_same(run, undisturbed)
+    assert not list(run.root.rglob(".tmp-*"))
+
+
+def test_stopped_by_a_signal_it_saves_and_goes_on(whole, server, dataset, tmp_path):
+    name, undisturbed = whole
+    number = {"faceid": signal.SIGINT, "faceid-plusv2": signal.SIGTERM}[name]
+    run = RunFolder(tmp_path / "run")
+    child = server.start(*words(dataset, name, run.root))
+    child.until(lambda: len(lines(run)) > 1)
+    # A terminal sends Ctrl-C to the loader's processes too. So does a cluster with SIGTERM, and its launcher again.
+    for _ in range(2 if number == signal.SIGTERM else 1):
+        os.killpg(child.pid, number)
+        time.sleep(0.02)
+    assert child.end() == ExitCode.INTERRUPTED, child.said
+    stopped = lines(run)[-1]["step"]
+    assert stopped < STEPS
+    assert run.steps()[-1] == stopped
+    assert not exported(run)
+    assert f"Stopped at step {stopped}" in child.said
+    assert "Traceback" not in child.said
+    again = server.start(*words(dataset, name, run.root, "--resume"))
+    assert again.end() == 0, again.said
+    final, twin = (each.load(STEPS)[0] for each in (run, undisturbed))
+    assert all(torch.equal(final[key], twin[key]) for key in twin)
+    assert lines(run) == lines(undisturbed)
+
+
+_SLOW = """
+import time
+from pipeline.train.session import Session
+real = Session.clip
+def clip(session):
+    open(call["log"] + ".step", "w").close()
+    time.sleep(30)
+Session.clip = clip
+"""
+
+
+def test_a_second_ctrl_c_stops_at_once(server, dataset, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    child = server.start(*words(dataset, "faceid", run.root), first=_SLOW)
+    child.until(lambda: Path(f"{child._log}.step").exists())
+    os.kill(child.pid, signal.SIGINT)
+    child.until(lambda: "stops at once" in child.said)
+    os.kill(child.pid, signal.SIGINT)
+    begun = time.monotonic()
+    assert child.end() == ExitCode.INTERRUPTED
+    assert time.monotonic() - begun < 20
+    assert "Traceback" not in child.said
+    assert run.steps() == []
+
+
+# --- in this process ------------------------------------------------------------------------------------------
+
+
+def train(dataset, out, *pairs, name="faceid", base="tiny", steps=2, resume=False, **told):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    pairs = ("adapter.lora_rank=4", "watch.save_every=1", *pairs)
+    return trainer.train(
+        prepared(Call((str(dataset),), name, base, out, pairs=pairs, resume=resume, told={"steps": steps, **told}))
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory):
+    """A run of two steps with a checkpoint of each."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert train(dataset, out) == 0
+    return out
+
+
+@pytest.fixture
+def short(finished, tmp_path):
+    """A copy of it."""
+    return RunFolder(Path(shutil.copytree(finished, tmp_path / "run")))
+
+
+def refused(error):
+    text = str(error.value)
+    assert "\n" not in text
+    assert text.endswith(".")
+    return text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"name": "faceid-portrait"}, "variant was 'faceid', now 'faceid-portrait'"),
+        ({"base": "tiny-sdxl"}, "base was 'tiny', now 'tiny-sdxl'"),
+        ({"pairs": ["optim.lr=1e-3"]}, "optim.lr was 0.0001, now 0.001"),
+        ({"pairs": ["data.batch_size=1", "data.workers=1"]}, "data.batch_size was 2, now 1; data.workers was 0, now 1"),
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"pairs": ["optim.ema_decay=0.5"]}, "optim.ema_decay"),
+    ],
+)
+def test_another_run_is_not_continued(short, dataset, changes, said):
+    changes = dict(changes)
+    pairs = changes.pop("pairs", [])
+    before = {path: path.read_bytes() for path in short.root.rglob("*") if path.is_file()}
+    with pytest.raises(UserError) as error:
+        train(dataset, short.root, *pairs, resume=True, **changes)
+    assert said in refused(error)
+    assert {path: path.read_bytes() for path in short.root.rglob("*") if path.is_file()} == before
+
+
+def test_another_dataset_is_not_continued_on(short, dataset, tmp_path):
+    other = tmp_path / "other"
+    (other / "shards").mkdir(parents=True)
+    for path in (dataset / "shards").iterdir():
+        os.link(path, other / "shards" / path.name)
+    (manifest,) = other.glob("shards/*.json")
+    told = json.loads(manifest.read_text())
+    manifest.unlink()
+    told["files"] = dict(told["files"])
+    told["plan_digest"] = "0" * 64
+    (ledger,) = other.glob("shards/*.parquet")
+    told["files"][ledger.name] = {**told["files"][ledger.name], "sha256": "0" * 64}
+    manifest.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
+    with pytest.raises(UserError, match="dataset was '") as error:
+        train(other, short.root, resume=True)
+    refused(error)
+
+
+def test_a_run_is_not_started_over_another(short, dataset):
+    with pytest.raises(UserError, match="--resume") as error:
+        train(dataset, short.root)
+    refused(error)
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_good(short, dataset):
+    state = short.folder(2) / "state.pt"
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(UserError, match="remove it, then resume") as error:
+        train(dataset, short.root, resume=True)
+    assert str(short.folder(2)) in refused(error)
+    final = load_file(short.folder(2) / "adapter.safetensors")
+    for path in short.folder(2).iterdir():
+        path.unlink()
+    short.folder(2).rmdir()
+    assert train(dataset, short.root, resume=True) == 0
+    again = load_file(short.folder(2) / "adapter.safetensors")
+    assert all(torch.equal(again[key], final[key]) for key in final)
+    assert [line["step"] for line in lines(short)] == [1, 2]
+
+
+def test_a_finished_run_that_is_resumed_exports_again(short, dataset):
+    before = {name: path.read_bytes() for name, path in exported(short).items()}
+    assert len(before) == 4
+    for path in exported(short).values():
+        path.unlink()
+    assert train(dataset, short.root, resume=True) == 0
+    assert {name: path.read_bytes() for name, path in exported(short).items()} == before
+    assert [line["step"] for line in lines(short)] == [1, 2]
+
+
+def test_a_finished_run_can_be_made_longer(short, dataset, tmp_path):
+    assert train(dataset, short.root, steps=4, resume=True) == 0
+    assert train(dataset, tmp_path / "straight", steps=4) == 0
+    straight = RunFolder(tmp_path / "straight")
+    ends = [load_file(run.folder(4) / "adapter.safetensors") for run in (short, straight)]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[1])
+    assert lines(short) == lines(straight)
+
+
+def test_resume_where_nothing_is_begins(dataset, tmp_path):
+    assert train(dataset, tmp_path / "run", resume=True) == 0
+    assert RunFolder(tmp_path / "run").steps() == [1, 2]
+
+
+def test_weights_that_are_not_finite_are_never_saved(dataset, tmp_path):
+    with pytest.raises(FaceShardsError, match="not finite") as error:
+        train(dataset, tmp_path / "run", "optim.lr=1e38", steps=3)
+    assert "lower optim.lr" in str(error.value)
+    run = RunFolder(tmp_path / "run")
+    for step in run.steps():
+        assert all(torch.isfinite(weight).all() for weight in run.load(step)[0].values())
+
+
+# --- two processes --------------------------------------------------------------------------------------------
+
+_OBSERVED = """
+import hashlib
+from pipeline.train.inputs import Preparer
+from pipeline.train.session import Session
+call_real, moved_real = Preparer.__call__, Session.moved
+def note(**what):
+    with open(os.path.join(os.environ["OBSERVED"], os.environ["RANK"]), "a") as stream:
+        stream.write(json.dumps(what) + "\\n")
+def prepare(preparer, batch):
+    note(epoch=batch.position.epoch, keys=batch.keys)
+    return call_real(preparer, batch)
+def moved(session):
+    lr = moved_real(session)
+    weights = b"".join(weight.detach().numpy().tobytes() for weight in session.trained.values())
+    note(step=session.step, weights=hashlib.sha256(weights).hexdigest())
+    return lr
+Preparer.__call__, Session.moved = prepare, moved
+"""
+DDP_STEPS = 6
+
+
+def two(server, dataset, run, observed, *more):
+    """Two training processes over loopback."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    observed.mkdir(exist_ok=True)
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": "2"}
+    common |= {"LOCAL_WORLD_SIZE": "2", "OBSERVED": str(observed)}
+    asked = words(dataset, "faceid", run.root, *more, steps=DDP_STEPS)
+    return [
+        server.start(*asked, first=_OBSERVED, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+
+
+def notes(observed):
+    return [[json.loads(line) for line in (observed / str(rank)).read_text().splitlines()] for rank in range(2)]
+
+
+def addresses(processes):
+    found = set()
+    for process in processes:
+        try:
+            for one in psutil.Process(process.pid).net_connections(kind="inet"):
+                found |= {end.ip for end in (one.laddr, one.raddr) if end}
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def pair(server, dataset, tmp_path_factory):
+    """A run of two processes: its folder, what each was seen to do, and the addresses that they used."""
+    folder = tmp_path_factory.mktemp("pair")
+    run = RunFolder(folder / "run")
+    processes = two(server, dataset, run, folder / "observed")
+    used = set()
+    while any(process.running() for process in processes):
+        used |= addresses(processes)
+        time.sleep(0.05)
+    assert [process.code for process in processes] == [0, 0], processes[0].said + processes[1].said
+    return run, notes(folder / "observed"), processes, used
+
+
+def test_two_processes_see_disjoint_samples_and_all_of_them_together(pair):
+    _, seen, _, _ = pair
+    keys = [[key for note in rank if note.get("epoch") == 0 for key in note["keys"]] for rank in seen]
+    assert not set(keys[0]) & set(keys[1])
+    assert len(keys[0]) + len(keys[1]) == len({*keys[0], *keys[1]}) == 9
+    assert abs(len(keys[0]) - len(keys[1])) <= 1
+
+
+def test_two_processes_hold_the_same_weights_after_every_step(pair):
+    _, seen, _, _ = pair
+    weights = [[(note["step"], note["weights"]) for note in rank if "step" in note] for rank in seen]
+    assert weights[0] == weights[1]
+    assert [step for step, _ in weights[0]] == list(range(1, DDP_STEPS + 1))
+    assert len({digest for _, digest in weights[0]}) == DDP_STEPS
+
+
+def test_two_processes_write_and_export_once(pair):
+    run, _, (first, second), _ = pair
+    assert [line["step"] for line in lines(run)] == list(range(1, DDP_STEPS + 1))
+    assert len(exported(run)) == 4
+    for path in exported(run).values():
+        assert first.said.count(f"{path}\n") == 1
+    assert second.said == ""
+    assert len(run.load(DDP_STEPS)[2]["ranks"]) == 2
+
+
+def test_two_processes_talk_over_loopback_alone(pair):
+    *_, used = pair
+    assert used, "nothing was seen of their connections"
+    assert {ip.removeprefix("::ffff:") for ip in used} <= {"127.0.0.1", "::1", "::", "0.0.0.0"}
+
+
+def test_one_of_two_processes_hears_the_signal_and_both_stop_and_go_on(pair, server, dataset, tmp_path):
+    undisturbed = pair[0]
+    run = RunFolder(tmp_path / "run")
+    processes = two(server, dataset, run, tmp_path / "observed")
+    processes[0].until(lambda: len(lines(run)) > 1)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert [process.end() for process in processes] == [ExitCode.INTERRUPTED] * 2, processes[0].said
+    stopped = run.steps()[-1]
+    assert stopped < DDP_STEPS
+    again = two(server, dataset, run, tmp_path / "observed", "--resume")
+    assert [process.end() for process in again] == [0, 0], again[0].said
+    final, twin = (each.load(DDP_STEPS)[0] for each in (run, undisturbed))
+    assert all(torch.equal(final[key], twin[key]) for key in twin)
+    assert lines(run) == lines(undisturbed)
+
+
+def test_another_number_of_processes_does_not_go_on(pair, server, dataset):
+    run = pair[0]
+    child = server.start(*words(dataset, "faceid", run.root, "--resume", steps=DDP_STEPS + 1))
+    assert child.end() == 2
+    (line,) = [line for line in child.said.splitlines() if not line.startswith("warning")]
+    assert line.startswith("error: ")
+    assert "2 processes" in line

@@ -1,0 +1,240 @@
+"""Metrics of a run: lines, resume, pace, TensorBoard, the screen."""
+
+import io
+import json
+import time
+
+import pytest
+import torch
+from rich.console import Console
+
+from pipeline.train import watch as module
+from pipeline.train.settings import TrainConfig
+from pipeline.train.watch import MetricsFile, StepClock, Watch
+
+
+def config(**watch):
+    return TrainConfig.model_validate({"steps": 6, "watch": {"log_every": 1, "tensorboard": False, **watch}})
+
+
+def lines(root):
+    return [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+
+
+def go(root, first, last, start=0, console=None, quiet=False, accumulate=1, **settings):
+    console = console or Console(file=io.StringIO())
+    with Watch(root, config(**settings), start, console, quiet=quiet) as watch:
+        step = first
+        for index, _ in enumerate(watch.timed(range((last - first + 1) * accumulate)), start=1):
+            watch.batch(torch.tensor(float(step), requires_grad=True), samples=2)
+            if index % accumulate == 0:
+                watch.step(step, lr=0.1, grad_norm=torch.tensor(0.5), epoch=3)
+                step += 1
+
+
+def test_a_logged_step_is_a_line_with_all_its_numbers(tmp_path):
+    go(tmp_path, 1, 3)
+    found = lines(tmp_path)
+    assert [line["step"] for line in found] == [1, 2, 3]
+    expected = {"step", "epoch", "loss", "lr", "grad_norm", "samples_per_s", "data_wait", "seconds"}
+    assert all(set(line) == expected for line in found)
+    told = {"step": 2, "epoch": 3, "loss": 2.0, "lr": 0.1, "grad_norm": 0.5}
+    assert {name: found[1][name] for name in told} == told
+    assert all(line["samples_per_s"] > 0 and 0 <= line["data_wait"] <= 1 for line in found)
+
+
+def test_the_loss_between_logs_is_averaged_over_all_batches(tmp_path):
+    go(tmp_path, 1, 6, log_every=4, accumulate=2)
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(4, 2.5), (6, 5.5)]
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path):
+    with Watch(tmp_path, config(), 0, Console(file=io.StringIO())) as watch:
+        watch.batch(torch.tensor(float("nan")), samples=1)
+        watch.step(1, lr=0.1, grad_norm=float("inf"), epoch=0)
+    (line,) = lines(tmp_path)
+    assert line["loss"] is None
+    assert line["grad_norm"] is None
+
+
+def test_without_clipping_there_is_no_norm(tmp_path):
+    with Watch(tmp_path, config(), 0, Console(file=io.StringIO())) as watch:
+        watch.batch(torch.tensor(1.0), samples=1)
+        watch.step(1, lr=0.1, grad_norm=None, epoch=0)
+    assert "grad_norm" not in lines(tmp_path)[0]
+
+
+def test_a_resumed_run_goes_on_after_its_checkpoint(tmp_path):
+    go(tmp_path, 1, 5)
+    before = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
+    go(tmp_path, 4, 6, start=3)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "metrics.jsonl").read_bytes().splitlines()[:3] == before[:3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 3, "lo', b'{"step": 3}', b"\x00\xff\n", b"[]\n", b'{"loss": 1}\n', b'{"step": null}\n']
+)
+def test_torn_lines_are_dropped(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 2, "loss": 1.0}\n' + torn)
+    file = MetricsFile(path, 5)
+    file.write(6, {"loss": 2.0})
+    file.close()
+    assert [line["step"] for line in lines(tmp_path)] == [2, 6]
+
+
+def test_a_new_run_starts_an_empty_file(tmp_path):
+    go(tmp_path, 1, 2)
+    go(tmp_path, 1, 1)
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+
+
+def test_a_line_is_on_the_disk_at_once(tmp_path):
+    with Watch(tmp_path, config(), 0, Console(file=io.StringIO())) as watch:
+        watch.note(0, {"id_similarity": 0.5})
+        assert lines(tmp_path) == [{"step": 0, "id_similarity": 0.5}]
+
+
+def test_other_processes_are_quiet(tmp_path):
+    console = Console(file=io.StringIO())
+    go(tmp_path, 1, 6, console=console, quiet=True, tensorboard=True)
+    assert not list(tmp_path.iterdir())
+    assert not console.file.getvalue()
+
+
+def test_losses_are_not_kept_with_their_graphs(tmp_path):
+    with Watch(tmp_path, config(log_every=100), 0, Console(file=io.StringIO())) as watch:
+        weight = torch.ones(1, requires_grad=True)
+        watch.batch(weight.sum() * 2, samples=1)
+        watch.batch(weight.sum() * 2, samples=1)
+        assert not watch._loss.requires_grad
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock whose time only passes when it is told."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def wait(seconds):
+        now[0] += seconds
+
+    made = StepClock()
+    made.wait = wait
+    return made
+
+
+def fetched(clock, seconds, count):
+    for index in range(count):
+        clock.wait(seconds)
+        yield index
+
+
+def test_the_pace_counts_waiting_and_computing_but_not_what_lies_between_steps(clock):
+    for _ in clock.timed(fetched(clock, 1.0, 4)):
+        clock.count(5)
+        clock.wait(3.0)
+        clock.stop()
+        clock.wait(1000.0)  # a checkpoint
+    pace = clock.take()
+    assert pace.samples_per_s == pytest.approx(20 / 16)
+    assert pace.data_wait == pytest.approx(0.25)
+
+
+def test_accumulated_batches_are_one_measurement(clock):
+    for index in clock.timed(fetched(clock, 1.0, 4)):
+        clock.count(1)
+        clock.wait(1.0)
+        if index % 2:
+            clock.stop()
+            clock.wait(50.0)
+    assert clock.take() == (pytest.approx(0.5), pytest.approx(0.5))
+
+
+def test_each_measurement_starts_anew(clock):
+    batches = clock.timed(fetched(clock, 0.0, 2))
+    for samples, seconds in ((8, 1.0), (8, 4.0)):
+        next(batches)
+        clock.count(samples)
+        clock.wait(seconds)
+        clock.stop()
+        assert clock.take().samples_per_s == pytest.approx(samples / seconds)
+
+
+def test_an_error_of_the_loader_comes_through(clock):
+    def broken():
+        yield 1
+        raise ValueError("shard")
+
+    with pytest.raises(ValueError, match="shard"):
+        list(clock.timed(broken()))
+
+
+def scalars(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(folder))
+    read.Reload()
+    return {tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+
+
+def test_tensorboard_holds_the_same_numbers_also_after_a_resume(tmp_path):
+    pytest.importorskip("tensorboard")
+    go(tmp_path, 1, 4, tensorboard=True)
+    time.sleep(1.1)  # event files are named by the second
+    go(tmp_path, 3, 5, start=2, tensorboard=True)
+    found = scalars(tmp_path / "tensorboard")
+    assert found["loss"] == [(step, float(step)) for step in range(1, 6)]
+    assert {"lr", "grad_norm", "samples_per_s", "data_wait", "epoch"} <= set(found)
+
+
+def test_without_tensorboard_the_rest_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    go(tmp_path, 1, 1, tensorboard=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_elsewhere_than_on_a_terminal_there_are_plain_lines_now_and_then(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=40)
+    with Watch(tmp_path, config(), 0, console) as watch:
+        for step in range(1, 7):
+            now[0] += 10.0
+            watch.batch(torch.tensor(0.25), samples=2)
+            watch.step(step, lr=0.1, grad_norm=None, epoch=0)
+    said = console.file.getvalue().splitlines()
+    assert [line.split(",")[0] for line in said] == ["step 2 of 6", "step 4 of 6", "step 6 of 6"]
+    assert "loss 0.2500" in said[0]
+    assert "samples/s, data wait" in said[0]
+    assert said[0].endswith("about 1 min left")
+    assert "left" not in said[-1]
+
+
+def test_a_terminal_gets_a_bar(tmp_path):
+    console = Console(file=io.StringIO(), force_terminal=True, width=160)
+    go(tmp_path, 1, 6, console=console)
+    drawn = console.file.getvalue()
+    assert "6/6" in drawn
+    assert "loss 6.0000" in drawn
+
+
+def test_a_resumed_bar_begins_where_the_run_was(tmp_path):
+    console = Console(file=io.StringIO(), force_terminal=True, width=160)
+    go(tmp_path, 5, 5, start=4, console=console)
+    assert "5/6" in console.file.getvalue()
+
+
+def test_files_are_closed_when_the_loop_dies(tmp_path):
+    watch = Watch(tmp_path, config(tensorboard=True), 0, Console(file=io.StringIO()))
+
+    def loop():
+        with watch:
+            watch.note(1, {"loss": 1.0})
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loop()
+    assert watch._file._stream.closed
