@@ -28,8 +28,9 @@ from insightface.utils import face_align
 
 from pipeline.dataset.config import load_config
 from pipeline.dataset.execute.make_shard import load
-from pipeline.dataset.execute.runner import Loaded, Rows, apply_all
+from pipeline.dataset.execute.runner import Loaded, apply_all
 from pipeline.dataset.plan import Plan, make_plan
+from pipeline.dataset.rows import Rows
 from schemas.columns import SEED_SCHEMA
 from schemas.shard import decode_npy
 from stages.pixels import images

@@ -22,7 +22,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.dataset.execute.make_shard import ordered_ahead
-from pipeline.dataset.execute.runner import Loaded, Rows, apply
+from pipeline.dataset.execute.runner import Loaded, apply
+from pipeline.dataset.rows import Rows
 from schemas.columns import LEDGER, SEED, schema
 from stages.download import Download
 from stages.settings import DownloadSettings, Settings

@@ -19,9 +19,10 @@ from bench_executors import _SERVER, Watch, settings, write_part
 
 from pipeline.dataset.config import load_config
 from pipeline.dataset.execute.make_shard import load
-from pipeline.dataset.execute.runner import Rows, apply_all
+from pipeline.dataset.execute.runner import apply_all
 from pipeline.dataset.job import executor_of, prepared
 from pipeline.dataset.plan import Plan
+from pipeline.dataset.rows import Rows
 from schemas.columns import SEED
 
 

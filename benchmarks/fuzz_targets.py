@@ -20,8 +20,8 @@ from schemas.errors import ConfigError, CorruptShardError, OutputError, SourceEr
 from schemas.shard import Manifest, decode_npy
 from schemas.targets import Targets
 from stages.base import Dropped
-from stages.fetch import address
-from stages.fetch.manners import robots, robots_txt
+from stages.fetch import address, robots_tag
+from stages.fetch.manners import robots_txt
 from stages.pixels import headers, images
 
 MOST_PIXELS = 4_000_000
@@ -140,7 +140,7 @@ def read_robots(data: bytes, folder: Path) -> str:
 
 
 def read_tags(data: bytes, folder: Path) -> str:
-    return str(robots.opted_out([data.decode("latin-1")], "faceshards/0.1"))
+    return str(robots_tag.opted_out([data.decode("latin-1")], "faceshards/0.1"))
 
 
 def read_url(data: bytes, folder: Path) -> str:

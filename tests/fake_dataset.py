@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.dataset.config import load_config
-from pipeline.dataset.execute.runner import WITNESS_SCHEMA, Rows, tombstones
 from pipeline.dataset.out.ledger import read_manifests, summary
 from pipeline.dataset.out.output import Output, ShardWriter
 from pipeline.dataset.plan import Plan, make_plan
+from pipeline.dataset.rows import WITNESS_SCHEMA, Rows, tombstones
 from schemas.columns import COLUMNS, LEDGER, LEDGER_SCHEMA, schema
 from schemas.names import sample_key
 from schemas.shard import encode_npy

@@ -1,6 +1,7 @@
 """The house's rules as tests: who may import whom, and that every declaration is true."""
 
 import ast
+import collections
 import functools
 import graphlib
 import inspect
@@ -210,6 +211,27 @@ def test_no_import_cycles() -> None:
         if found.target in graph and found.target != found.importer:
             graph[found.importer].add(found.target)
     assert not circle(graph)
+
+
+def test_packages_do_not_import_each_other_in_a_circle() -> None:
+    """In each folder, its modules and folders, each folder taken as one, stand above one another."""
+    folders: dict[str, dict[str, set[str]]] = {}
+    for found in imports():
+        importer, target = found.importer.split("."), found.target.split(".")
+        depth = next((i for i, (a, b) in enumerate(zip(importer, target, strict=False)) if a != b), None)
+        if depth is not None and found.target in modules():
+            graph = folders.setdefault(".".join(importer[:depth]), {})
+            graph.setdefault(importer[depth], set()).add(target[depth])
+    circles = {folder: circle(graph) for folder, graph in folders.items()}
+    assert not {folder: names for folder, names in circles.items() if names}
+
+
+def test_no_folder_is_crowded_and_no_file_is_long() -> None:
+    """At most 16 modules in a folder, and 400 lines in a file."""
+    folders = collections.Counter(path.parent for path in modules().values() if path.name != "__init__.py")
+    assert not {str(folder): count for folder, count in folders.items() if count > 16}
+    lines = {module: path.read_text(encoding="utf-8").count("\n") for module, path in modules().items()}
+    assert not {module: count for module, count in lines.items() if count > 400 and module != "stages.models.weights"}
 
 
 def test_every_folder_of_ours_is_a_package_and_pipeline_is_an_empty_one() -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from schemas.drops import DropReason
 from stages.base import Dropped
-from stages.fetch.manners import robots
+from stages.fetch import robots_tag
 from stages.settings import DownloadSettings, Settings
 
 Outcome = bytes | bytearray | Dropped
@@ -73,7 +73,7 @@ def check_head(status: int, robots_tags: Iterable[str], retry_after: str | None,
     Raises:
         Dropped: for an opt-out, and for a status other than 2xx (and the redirects).
     """
-    if settings.respect_opt_out and status < 400 and robots.opted_out(robots_tags, settings.user_agent):
+    if settings.respect_opt_out and status < 400 and robots_tag.opted_out(robots_tags, settings.user_agent):
         raise Dropped(DropReason.OPTED_OUT)
     return check_status(status, retry_after)
 

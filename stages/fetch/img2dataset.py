@@ -19,10 +19,9 @@ from urllib.request import Request
 
 from schemas.drops import DropReason
 from stages.base import Dropped
-from stages.fetch import address
+from stages.fetch import address, robots_tag
 from stages.fetch.address import Url
 from stages.fetch.base import Outcome, bare, wait_s
-from stages.fetch.manners import robots
 from stages.fetch.manners.hosts import Hosts
 from stages.fetch.manners.refusals import Refusals
 from stages.fetch.manners.robots_opened import Robots
@@ -108,7 +107,7 @@ class Img2dataset:
             timeout=self._settings.download.timeout_s,
             retries=0,
             user_agent_token=_TOKEN,
-            disallowed_header_directives=robots.DIRECTIVES if self._settings.download.respect_opt_out else None,
+            disallowed_header_directives=robots_tag.DIRECTIVES if self._settings.download.respect_opt_out else None,
         )
         if stream is not None:
             self._hosts.saw(opener.way[-1].origin, None)

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.dataset.execute.runner import judge_seeds, split_seeds
+from pipeline.dataset.execute.runner import judge_seeds
 from pipeline.dataset.out.forgotten import Forgotten
+from pipeline.dataset.rows import split_seeds
 from schemas.columns import SEED_SCHEMA, schema
 from schemas.drops import DropReason
 from stages.base import DROP

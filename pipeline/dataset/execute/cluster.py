@@ -30,10 +30,11 @@ from ray.exceptions import (
 
 from pipeline.dataset.config import ExecutorSettings
 from pipeline.dataset.execute.make_shard import Event, Finished, Worker, load, make_shard, windowed
-from pipeline.dataset.execute.runner import Rows, apply_all
+from pipeline.dataset.execute.runner import apply_all
 from pipeline.dataset.execute.watchdog import overdue
 from pipeline.dataset.out.output import Output
 from pipeline.dataset.plan import Plan, Pool
+from pipeline.dataset.rows import Rows
 from pipeline.dataset.source.seeds import Seeds
 from schemas.errors import ExitCode, LostError, PlanError, ShardError, first_line
 

@@ -4,10 +4,11 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 
 from pipeline.dataset.execute.make_shard import Event, Finished, Worker, load, make_shard
-from pipeline.dataset.execute.runner import Rows, apply_all
+from pipeline.dataset.execute.runner import apply_all
 from pipeline.dataset.execute.watchdog import Watchdog, is_hanging
 from pipeline.dataset.out.output import Output
 from pipeline.dataset.plan import Plan
+from pipeline.dataset.rows import Rows
 from pipeline.dataset.source.seeds import Seeds
 from schemas.errors import PlanError
 

@@ -10,9 +10,10 @@ from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
-from pipeline.dataset.execute.runner import Loaded, Rows, apply_all, split_seeds
+from pipeline.dataset.execute.runner import Loaded, apply_all
 from pipeline.dataset.out.output import Output, ShardWriter
 from pipeline.dataset.plan import Plan, Step
+from pipeline.dataset.rows import Rows, split_seeds
 from pipeline.dataset.source.seeds import Seeds
 from schemas.errors import FaceShardsError, LostError
 from schemas.shard import Manifest

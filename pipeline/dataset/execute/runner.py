@@ -6,45 +6,13 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from schemas.columns import COLUMNS, LEDGER, LEDGER_SCHEMA, SEED, schema
+from pipeline.dataset.rows import Rows, put, tombstones
+from schemas.columns import COLUMNS, schema
 from schemas.errors import ContractError
 from schemas.record import check, check_filled
 from stages.base import DROP, Stage
 
-WITNESS_SCHEMA = pa.schema([("key", pa.string()), ("verdict", pa.string()), ("image", pa.binary())])
-"""Photos of a few dropped rows, for the report alone."""
 _WITNESSES_PER_REASON = 1
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The records of a batch: the living with their payload, the dropped as tombstones."""
-
-    alive: pa.Table
-    dead: pa.Table
-    """LEDGER columns."""
-    witnesses: pa.Table
-
-    @staticmethod
-    def living(table: pa.Table) -> "Rows":
-        """Rows of which none was dropped yet."""
-        return Rows(table, LEDGER_SCHEMA.empty_table(), WITNESS_SCHEMA.empty_table())
-
-    @staticmethod
-    def joined(batches: "Sequence[Rows]") -> "Rows":
-        """Batches as one."""
-        return Rows(
-            pa.concat_tables([rows.alive for rows in batches]),
-            pa.concat_tables([rows.dead for rows in batches]),
-            pa.concat_tables([rows.witnesses for rows in batches]),
-        )
-
-    def split(self, count: int) -> "tuple[Rows, Rows]":
-        """The first `count` living rows with all that was dropped, and the further living rows."""
-        # take() copies: a slice would carry the whole of its batch along when it is sent to another process.
-        at = pa.array(range(self.alive.num_rows), pa.int64())
-        first, rest = self.alive.take(at[:count]), self.alive.take(at[count:])
-        return Rows(first, self.dead, self.witnesses), Rows.living(rest)
 
 
 @dataclass(frozen=True)
@@ -63,7 +31,7 @@ def apply(step: Loaded, rows: Rows) -> Rows:
         return Rows(schema(names).empty_table(), rows.dead, rows.witnesses)
     written, drop = outcome(stage, alive)
     for name in stage.writes:
-        alive = _put(alive, name, written.column(name))
+        alive = put(alive, name, written.column(name))
     dropped = pc.is_valid(drop)
     fallen = alive.filter(dropped)
     survivors = alive.filter(pc.invert(dropped))
@@ -112,35 +80,6 @@ def judge_seeds(stage: Stage, seeds: pa.Table) -> pa.Table:
     return seeds.append_column("verdict", drop).append_column("stage", said)
 
 
-def split_seeds(seeds: pa.Table) -> Rows:
-    """Judged seed rows as living rows and tombstones."""
-    alive = pc.is_null(seeds.column("verdict"))
-    dead = seeds.filter(pc.invert(alive))
-    return Rows(
-        seeds.filter(alive).select(list(SEED)),
-        _as_ledger(dead),
-        WITNESS_SCHEMA.empty_table(),
-    )
-
-
-def tombstones(rows: pa.Table, verdicts: pa.Array, stage: str) -> pa.Table:
-    """Rows as ledger rows: the measurements so far, the verdict, and the stage that said so; no payload."""
-    rows = _put(rows, "verdict", verdicts)
-    return _as_ledger(_put(rows, "stage", pa.array([stage] * rows.num_rows, pa.string())))
-
-
-def _as_ledger(rows: pa.Table) -> pa.Table:
-    known = set(rows.column_names)
-    arrays = [rows.column(name) if name in known else pa.nulls(rows.num_rows, COLUMNS[name].type) for name in LEDGER]
-    return pa.table(arrays, schema=LEDGER_SCHEMA)
-
-
-def _put(table: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
-    if name in table.column_names:
-        return table.set_column(table.column_names.index(name), name, values)
-    return table.append_column(name, values)
-
-
 def _witnesses(known: pa.Table, fallen: pa.Table, verdicts: pa.Array) -> pa.Table:
     """Add the photo of the first dropped row of each new reason, where it was fetched at all."""
     if fallen.num_rows == 0 or "image" not in fallen.column_names:
@@ -153,5 +92,5 @@ def _witnesses(known: pa.Table, fallen: pa.Table, verdicts: pa.Array) -> pa.Tabl
             chosen.append(index)
     if not chosen:
         return known
-    picked = _put(fallen, "verdict", verdicts).select(["key", "verdict", "image"]).take(chosen)
+    picked = put(fallen, "verdict", verdicts).select(["key", "verdict", "image"]).take(chosen)
     return pa.concat_tables([known, picked])

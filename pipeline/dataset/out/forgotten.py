@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from yarl import URL
 
-from pipeline.dataset.execute.runner import Rows, tombstones
+from pipeline.dataset.rows import Rows, tombstones
 from pipeline.shared.files import Place, Remote, local, settle, write
 from schemas.columns import COLUMNS
 from schemas.drops import DropReason

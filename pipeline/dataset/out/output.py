@@ -20,7 +20,7 @@ from pipeline.shared.atomic import TEMPORARY
 from pipeline.dataset.out.forgotten import Forgotten, finish, load
 from pipeline.dataset.out.ledger import counts
 from pipeline.dataset.plan import Plan
-from pipeline.dataset.execute.runner import Rows, tombstones
+from pipeline.dataset.rows import Rows, tombstones
 from pipeline.shared.files import Draft, Place, Remote
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.errors import CorruptShardError, OutputError, ShardError, first_line

@@ -2,7 +2,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.dataset.execute.make_shard import regrouped
-from pipeline.dataset.execute.runner import Loaded, Rows, apply, judge_seeds, split_seeds
+from pipeline.dataset.execute.runner import Loaded, apply, judge_seeds
+from pipeline.dataset.rows import Rows, split_seeds
 from schemas.columns import LEDGER, SEED_SCHEMA
 from schemas.drops import DropReason
 from schemas.errors import ContractError

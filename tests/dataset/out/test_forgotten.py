@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.dataset.out.forgotten import Forgotten, host_of, load, normal_domain, normal_url, save
-from pipeline.dataset.execute.runner import WITNESS_SCHEMA, Rows, split_seeds
+from pipeline.dataset.rows import WITNESS_SCHEMA, Rows, split_seeds
 from schemas.columns import LEDGER_SCHEMA, SEED_SCHEMA
 
 KEPT_URL = "http://photos.example/a/0.jpg"

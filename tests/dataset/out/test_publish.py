@@ -14,7 +14,7 @@ from pipeline.shared.atomic import write_atomically
 from pipeline.dataset.config import load_config
 from pipeline.dataset.plan import make_plan
 from pipeline.dataset.out.output import Output, ShardWriter
-from pipeline.dataset.execute.runner import WITNESS_SCHEMA, Rows, tombstones
+from pipeline.dataset.rows import WITNESS_SCHEMA, Rows, tombstones
 from schemas.columns import COLUMNS, LEDGER_SCHEMA, SEED_SCHEMA, schema
 from schemas.errors import OutputError, ShardError
 from schemas.shard import SUFFIXES, Manifest

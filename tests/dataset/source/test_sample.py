@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.dataset.execute.runner import Loaded, Rows, apply_all
+from pipeline.dataset.execute.runner import Loaded, apply_all
+from pipeline.dataset.rows import Rows
 from pipeline.dataset.source.sample import ROWS, SampleServer, write_sample
 from schemas.columns import COLUMNS, KEPT, SEED_SCHEMA
 from stages import STAGES

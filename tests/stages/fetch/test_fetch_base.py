@@ -6,7 +6,7 @@ import pytest
 from schemas.drops import DropReason
 from stages.base import Dropped
 from stages.fetch.base import Refused, check_head, user_agent, wait_s
-from stages.fetch.manners.robots import opted_out
+from stages.fetch.robots_tag import opted_out
 from stages.settings import DownloadSettings
 
 OURS = "faceshards/0.1 (+image dataset builder)"

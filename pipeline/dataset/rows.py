@@ -1,0 +1,72 @@
+"""The rows of a batch on their way: the living with their payload, the dropped as tombstones."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas.columns import COLUMNS, LEDGER, LEDGER_SCHEMA, SEED
+
+WITNESS_SCHEMA = pa.schema([("key", pa.string()), ("verdict", pa.string()), ("image", pa.binary())])
+"""Photos of a few dropped rows, for the report alone."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The records of a batch: the living with their payload, the dropped as tombstones."""
+
+    alive: pa.Table
+    dead: pa.Table
+    """LEDGER columns."""
+    witnesses: pa.Table
+
+    @staticmethod
+    def living(table: pa.Table) -> "Rows":
+        """Rows of which none was dropped yet."""
+        return Rows(table, LEDGER_SCHEMA.empty_table(), WITNESS_SCHEMA.empty_table())
+
+    @staticmethod
+    def joined(batches: "Sequence[Rows]") -> "Rows":
+        """Batches as one."""
+        return Rows(
+            pa.concat_tables([rows.alive for rows in batches]),
+            pa.concat_tables([rows.dead for rows in batches]),
+            pa.concat_tables([rows.witnesses for rows in batches]),
+        )
+
+    def split(self, count: int) -> "tuple[Rows, Rows]":
+        """The first `count` living rows with all that was dropped, and the further living rows."""
+        # take() copies: a slice would carry the whole of its batch along when it is sent to another process.
+        at = pa.array(range(self.alive.num_rows), pa.int64())
+        first, rest = self.alive.take(at[:count]), self.alive.take(at[count:])
+        return Rows(first, self.dead, self.witnesses), Rows.living(rest)
+
+
+def split_seeds(seeds: pa.Table) -> Rows:
+    """Judged seed rows as living rows and tombstones."""
+    alive = pc.is_null(seeds.column("verdict"))
+    dead = seeds.filter(pc.invert(alive))
+    return Rows(
+        seeds.filter(alive).select(list(SEED)),
+        _as_ledger(dead),
+        WITNESS_SCHEMA.empty_table(),
+    )
+
+
+def tombstones(rows: pa.Table, verdicts: pa.Array, stage: str) -> pa.Table:
+    """Rows as ledger rows: the measurements so far, the verdict, and the stage that said so; no payload."""
+    rows = put(rows, "verdict", verdicts)
+    return _as_ledger(put(rows, "stage", pa.array([stage] * rows.num_rows, pa.string())))
+
+
+def _as_ledger(rows: pa.Table) -> pa.Table:
+    known = set(rows.column_names)
+    arrays = [rows.column(name) if name in known else pa.nulls(rows.num_rows, COLUMNS[name].type) for name in LEDGER]
+    return pa.table(arrays, schema=LEDGER_SCHEMA)
+
+
+def put(table: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
+    if name in table.column_names:
+        return table.set_column(table.column_names.index(name), name, values)
+    return table.append_column(name, values)
