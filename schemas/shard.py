@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from schemas.digest import sha256_of_json
 from schemas.errors import CorruptShardError
 from schemas.record import SCHEMA_VERSION
 
@@ -159,12 +160,6 @@ class Manifest:
         return manifest
 
 
-def digest(value: Mapping[str, Any]) -> str:
-    """sha256 of a JSON-able mapping in canonical form (sorted keys, no white space), hex."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def dataset_digest(manifests: Iterable[Manifest]) -> str:
     """sha256 that tells datasets apart by the bytes of their shards, whatever the order of the manifests, hex."""
-    return digest({manifest.shard: manifest.files for manifest in manifests})
+    return sha256_of_json({manifest.shard: manifest.files for manifest in manifests})

@@ -4,13 +4,13 @@ Shared by whoever encodes and whoever trains: latents of another VAE are as good
 their hashes, the same way.
 """
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from schemas.buckets import Fit
+from schemas.digest import sha256_of_file
 from schemas.errors import CorruptShardError, WeightsError
 
 _VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -87,7 +87,6 @@ def text_sha256(folder: Path) -> str:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_of_file(path)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read ({error.strerror}): fetch the base's safetensors files.") from error

@@ -2,12 +2,12 @@
 
 import pkgutil
 from collections.abc import Sequence
-from hashlib import sha256
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
+from schemas.digest import sha256
 from schemas.drops import DropReason
 from stages.base import DROP, Dropped, to_table
 from stages.fetch import ENGINES, tar
@@ -77,7 +77,7 @@ class Download:
     def _row(self, outcome: Outcome) -> dict[str, Any]:
         if isinstance(outcome, Dropped):
             return {**outcome.measured, DROP: outcome.reason}
-        digest = sha256(outcome).hexdigest()
+        digest = sha256(outcome)
         row = {"sha256": digest, "n_bytes": len(outcome)}
         if self._removed and self._removed.has_sha256(digest):
             return {**row, DROP: DropReason.REMOVED}

@@ -9,9 +9,10 @@ from typing import Any, Literal
 from pipeline.dataset.config import EXTRAS, Config
 from pipeline.dataset.encoders import with_encoders
 from schemas.columns import COLUMNS, LEDGER, SEED
+from schemas.digest import sha256_of_json
 from schemas.errors import PlanError
 from schemas.record import SCHEMA_VERSION
-from schemas.shard import SUFFIXES, digest
+from schemas.shard import SUFFIXES
 from stages import STAGES
 from stages.base import Stage
 from stages.encode import Encode
@@ -133,7 +134,7 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         """sha256 of the identity."""
-        return digest(self.identity)
+        return sha256_of_json(self.identity)
 
 
 def _asked(encode: EncodeSettings) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Fetches weight files: resumable, verified, atomic. Knows nothing of which weights there are."""
 
-import hashlib
 import os
 import urllib.error
 import urllib.request
@@ -8,10 +7,10 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fcntl import LOCK_EX, flock
-from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 
+from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
 
 Progress = Callable[[str, int, int], None]
@@ -22,21 +21,9 @@ _TIMEOUT_S = 60.0
 _FRUITLESS = 3
 
 
-def sha256_of(path: Path) -> str:
-    """sha256 of a file, hex; remembered within the process as long as size and modification time stay."""
-    stat = path.stat()
-    return _sha256(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=256)
-def _sha256(path: str, size: int, mtime_ns: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def matches(path: Path, sha256: str) -> bool:
     """Whether a file is there and, where its sha256 is known, has it."""
-    return path.is_file() and (not sha256 or sha256_of(path) == sha256)
+    return path.is_file() and (not sha256 or sha256_of_file(path) == sha256)
 
 
 @contextmanager
@@ -68,7 +55,7 @@ def download(url: str, target: Path, sha256: str, progress: Progress) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _complete(url, part, lambda done, total: progress(target.name, done, total))
-        found = sha256_of(part)
+        found = sha256_of_file(part)
         if sha256 and found != sha256:
             part.unlink()
             raise WeightsError(f"{url} gave a file with sha256 {found}, not {sha256}: it was deleted; try again later.")
@@ -142,7 +129,7 @@ def _extract(content: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, sha2
     with content.open(info) as source, part.open("wb") as file:
         while chunk := source.read(_CHUNK):
             file.write(chunk)
-    found = sha256_of(part)
+    found = sha256_of_file(part)
     if sha256 and found != sha256:
         part.unlink()
         raise WeightsError(f"{target.name} in the archive has sha256 {found}, not {sha256}: nothing was installed.")

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
+from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
 from stages.models.base import ModelCard
-from stages.models.downloads import sha256_of
 from stages.models.weights import INSIGHTFACE_LICENCE, WEIGHTS, Weight, known, resolve
 from stages.settings import ModelSettings
 
@@ -85,7 +85,7 @@ def _task_of(path: Path) -> str:
 def pack_card(task: str, settings: ModelSettings) -> ModelCard:
     """The card of the file of `models.pack` for a task; in a folder, a file's licence is told by its sha256."""
     path = pack_file(task, settings)
-    sha256 = sha256_of(path)
+    sha256 = sha256_of_file(path)
     weight = WEIGHTS.get(settings.pack) or _with_hash(sha256)
     pack = settings.pack if settings.pack in WEIGHTS else Path(settings.pack).expanduser().resolve().name
     licence, commercial = (weight.licence, weight.commercial) if weight else (INSIGHTFACE_LICENCE, False)

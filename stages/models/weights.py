@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 from platformdirs import user_cache_dir
 
+from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
 from stages.models.base import ModelCard
-from stages.models.downloads import Progress, download, locked, matches, sha256_of, unpack
+from stages.models.downloads import Progress, download, locked, matches, unpack
 from stages.settings import ModelSettings
 
 
@@ -307,7 +308,7 @@ def resolve(name: str, settings: ModelSettings, task: str = "") -> Path:
         raise WeightsError(_missing(weight))
     for file, place in weight.paths(path, task).items():
         if not matches(place, file.sha256):
-            wrong = f"{place} has sha256 {sha256_of(place)}, not {file.sha256}"
+            wrong = f"{place} has sha256 {sha256_of_file(place)}, not {file.sha256}"
             raise WeightsError(f"{wrong}: delete it, then {_remedy(weight, path)}")
     return path
 
@@ -352,7 +353,7 @@ def card(name: str, task: str, settings: ModelSettings) -> ModelCard:
     weight = known(name)
     for file, place in weight.paths(resolve(name, settings, task), task).items():
         if file.task == task:
-            return ModelCard(name, task, sha256_of(place), weight.licence, weight.commercial)
+            return ModelCard(name, task, sha256_of_file(place), weight.licence, weight.commercial)
     raise WeightsError(f"The weights {name!r} do not hold a {task}.")
 
 

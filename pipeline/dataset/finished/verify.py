@@ -16,10 +16,11 @@ from pipeline.dataset.out.unpack import salvage, unpack
 from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import Place, parquet
 from schemas.columns import KEPT, LEDGER_SCHEMA
+from schemas.digest import sha256_of_json
 from schemas.drops import DropReason
 from schemas.errors import ContractError, CorruptShardError
 from schemas.names import sample_key, shard_origin
-from schemas.shard import DATASET, UNCONDITIONAL, Manifest, digest, sample_sha256
+from schemas.shard import DATASET, UNCONDITIONAL, Manifest, sample_sha256
 from stages import STAGES
 
 _MEASURED = ("sha256", "n_bytes", "format", "width", "height", "bbox", "kps", "det_score", "face_px", "sample_sha256")
@@ -136,7 +137,7 @@ def _dataset_problems(out: Place, manifests: list[Manifest]) -> Iterator[Problem
 def _identity_problems(dataset: Mapping[str, Any]) -> Iterator[str]:
     """Where the plan that it tells is not the one of its digest."""
     plan = dataset["plan"]
-    if digest(plan) != dataset["plan_digest"]:
+    if sha256_of_json(plan) != dataset["plan_digest"]:
         yield "its plan is not the one of its plan_digest"
     for name in ("schema_version", "profile"):
         if plan.get(name) != dataset[name]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 from collections import Counter
@@ -23,6 +22,7 @@ from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import Rows, tombstones
 from pipeline.shared.files import Draft, Place, Remote
 from schemas.columns import KEPT, LEDGER_SCHEMA
+from schemas.digest import sha256_of_stream
 from schemas.errors import CorruptShardError, OutputError, ShardError, first_line
 from schemas.shard import DATASET, SUFFIXES, Manifest, sample_files
 from stages.pixels.images import thumbnail
@@ -285,4 +285,4 @@ class ShardWriter:
 def fingerprint(path: Place) -> dict[str, Any]:
     """Length and sha256 of a file, as manifests tell them."""
     with path.open("rb") as stream:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        return {"bytes": path.stat().st_size, "sha256": sha256_of_stream(stream)}

@@ -23,8 +23,9 @@ from pipeline.train.loader.folders import (
 from pipeline.train.loader.storage import sha256
 from pipeline.train.loader.tars import Raw, Shard, samples
 from pipeline.train.settings import DataSettings
+from schemas.digest import sha256_of_json
 from schemas.errors import SourceError
-from schemas.shard import UNCONDITIONAL, Manifest, digest
+from schemas.shard import UNCONDITIONAL, Manifest
 from schemas.targets import Targets
 
 T = TypeVar("T")
@@ -93,7 +94,7 @@ def open_dataset(
     parts = [read_part(given) for given in dirs]
     check_embedders(parts)
     digests = tuple(part.digest for part in parts)
-    total = digests[0] if len(digests) == 1 else digest({str(index): one for index, one in enumerate(digests)})
+    total = digests[0] if len(digests) == 1 else sha256_of_json({str(index): one for index, one in enumerate(digests)})
     for part in parts:
         check_lengths(part)
         if data.verify == "sha256":

@@ -17,8 +17,8 @@ from pipeline.train.loader.reading import plan_reading
 from pipeline.train.loader.storage import forked
 from pipeline.train.loader.stream import Consumer
 from pipeline.train.settings import TrainConfig
+from schemas.digest import sha256_of_json
 from schemas.errors import ConfigError, FaceShardsError, SourceError, UserError
-from schemas.shard import digest
 
 _WORKER_DIED = "DataLoader worker"
 """How torch's message of a dead worker begins."""
@@ -78,7 +78,7 @@ class ShardLoader:
         data = {name: value for name, value in config["data"].items() if name not in ("verify", "allow_embedded")}
         told = {name: config[name] for name in ("seed", "augment", "guidance")}
         who = [self._rank, self._world, self._streams]
-        return digest({**told, "data": data, "done": done, "who": who, "dataset": self._dataset.digest})
+        return sha256_of_json({**told, "data": data, "done": done, "who": who, "dataset": self._dataset.digest})
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         if state["order"] != self._order:

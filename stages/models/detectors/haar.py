@@ -8,13 +8,13 @@ the mean error of a point against SCRFD's is then 10 % of the eye distance (11 %
 Paper: Viola and Jones, CVPR 2001, doi:10.1109/CVPR.2001.990517; cascades trained by R. Lienhart and S. Hameed.
 """
 
-import hashlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
+from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
 from stages.models.base import Faces, Floats, Image, ModelCard
 from stages.settings import ModelSettings
@@ -61,7 +61,7 @@ class Haar:
     @classmethod
     def cards(cls, settings: ModelSettings) -> list[ModelCard]:
         """The two cascade files; raises WeightsError when this OpenCV carries none."""
-        return [ModelCard(name, "detector", _sha256(_path(name)), _LICENCE, True) for name in (_FACE, _EYE)]
+        return [ModelCard(name, "detector", sha256_of_file(_path(name)), _LICENCE, True) for name in (_FACE, _EYE)]
 
     def detect(self, image: Image) -> Faces:
         """Faces of one (H, W, 3) RGB photo, best score first; boxes are clipped to the photo."""
@@ -127,7 +127,3 @@ def _path(name: str) -> Path:
     if not path.is_file():
         raise WeightsError(f"OpenCV {cv2.__version__} carries no {path.name}: install opencv-python<5.")
     return path
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

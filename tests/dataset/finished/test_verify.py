@@ -19,8 +19,9 @@ from pipeline.dataset.out.forgotten import Forgotten
 from pipeline.dataset.out.forgotten import save as save_forgotten
 from pipeline.dataset.out.output import fingerprint
 from schemas.columns import LEDGER_SCHEMA
+from schemas.digest import sha256_of_json
 from schemas.errors import OutputError
-from schemas.shard import UNCONDITIONAL, Manifest, digest, encode_npy
+from schemas.shard import UNCONDITIONAL, Manifest, encode_npy
 from stages.pixels.images import encode_jpeg, encode_png
 
 SHARD, FIRST = "a-00000", "a-000000000"
@@ -233,7 +234,7 @@ def without_embeddings(out):
     path = out / "dataset.json"
     dataset = json.loads(path.read_text())
     dataset["plan"]["settings"]["pack"] = {"embeddings": False}
-    dataset["plan_digest"] = digest(dataset["plan"])
+    dataset["plan_digest"] = sha256_of_json(dataset["plan"])
     path.write_text(json.dumps(dataset, indent=2, sort_keys=True) + "\n")
     return dataset["plan_digest"]
 

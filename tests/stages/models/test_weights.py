@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
 from stages.models import downloads, packs, weights
 from stages.models.base import ModelCard
@@ -166,10 +167,10 @@ def test_given_file_that_is_absent_is_an_error(toy: Weight, places: Path) -> Non
 
 def test_sha256_is_computed_anew_when_the_file_changes(places: Path) -> None:
     path = put(places / "file", b"one")
-    first = downloads.sha256_of(path)
+    first = sha256_of_file(path)
     put(path, b"two")
     os.utime(path, ns=(0, 0))
-    assert downloads.sha256_of(path) != first
+    assert sha256_of_file(path) != first
 
 
 # --- fetching
