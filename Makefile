@@ -12,7 +12,7 @@ ARGS ?=
 VARIANT ?= faceid-plusv2
 ## EXTRA        cpu or gpu; remembered once set up
 EXTRA ?= $(patsubst .venv/.setup-%,%,$(firstword $(wildcard .venv/.setup-*) .venv/.setup-cpu))
-## TORCH_INDEX  index to take torch from, such as one of CPU builds (a default index may hold a CUDA build of gigabytes)
+## TORCH_INDEX  index to take torch and torchvision from, such as one of CPU builds (a default index may hold CUDA builds of gigabytes)
 TORCH_INDEX ?=
 ## PYTHON       Python 3.11 or 3.12 to make .venv with
 PYTHON ?= $(shell for python in python3.11 python3.12 python3 python; do \
@@ -41,7 +41,7 @@ help: ## list the targets and variables
 
 setup: $(STAMP) ## make .venv and install everything into it [EXTRA= TORCH_INDEX= PYTHON=]
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt docker/torchvision_beside_cpu_torch.py
 	@$(if $(ONNXRUNTIME),,echo "EXTRA=$(EXTRA) is not known; choose cpu or gpu." >&2; exit 1)
 	@if ! $(PY) -m pip --version >/dev/null 2>&1; then \
 		if [ -z "$(PYTHON)" ]; then \
@@ -51,7 +51,7 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@# pip first: unlike uv it knows the local wheels that its own configuration names, and torch is the big one
 	$(PY) -m pip install --quiet --constraint constraints.txt uv
-	$(PY) -m pip install --quiet --constraint constraints.txt --no-deps $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch
+	$(PY) -m pip install --quiet --constraint constraints.txt --no-deps $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch torchvision
 	@# uv does not read pip's configuration: hand it the main index, where pip has one
 	@set -e; index=$$($(PY) -m pip config list | sed -nE "s/^(global|install|:env:)\.index-url='(.*)'$$/\2/p" | tail -n 1); \
 	export UV_DEFAULT_INDEX=$${UV_DEFAULT_INDEX:-$$index}; [ -n "$$UV_DEFAULT_INDEX" ] || unset UV_DEFAULT_INDEX; \
@@ -59,6 +59,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$$uv install --quiet --python $(PY) --constraint constraints.txt --editable '.[$(EXTRA),dev]'; \
 	$$uv uninstall --quiet --python $(PY) onnxruntime onnxruntime-gpu; \
 	$$uv install --quiet --python $(PY) --constraint constraints.txt --no-deps $(ONNXRUNTIME)
+	$(PY) docker/torchvision_beside_cpu_torch.py
 	@rm -f .venv/.setup-*; touch $@
 
 dataset: $(STAMP) ## metadata to training shards; the bundled sample by default [SHARDS= OUT= CONFIG= ARGS=]

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from safetensors.numpy import save
 from safetensors.torch import save_file
 from train_loader import CROPS, FACE, PICTURES
@@ -24,9 +26,6 @@ from pipeline.train.base_model import meta_unet
 from schemas.buckets import Fit
 from schemas.shard import Manifest, encode_npy
 from schemas.targets import Targets, text_sha256, vae_sha256
-
-import diffusers  # isort: skip  # after pipeline.train, which makes torchvision importable
-import transformers  # isort: skip
 
 SHARD = 200
 VAE = {

@@ -162,9 +162,7 @@ def test_imports_go_down_only() -> None:
 
 def test_schemas_use_only_numpy_and_pyarrow() -> None:
     allowed = sys.stdlib_module_names | {"schemas", "numpy", "pyarrow"}
-    found = [i for i in imports() if inside(i.importer, "schemas") and i.target.partition(".")[0] not in allowed]
-    # It mends torch's import, and imports it only when somebody else does.
-    wrong = [i for i in found if i.on_load or (i.importer, i.target) != ("schemas.torchvision_cpu", "torch")]
+    wrong = [i for i in imports() if inside(i.importer, "schemas") and i.target.partition(".")[0] not in allowed]
     assert not wrong, listing(wrong)
 
 

@@ -15,6 +15,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
+HOOK = ROOT / "docker" / "torchvision_beside_cpu_torch.py"
 TOGETHER = {
     "insightface": "insightface",
     "onnxruntime": "onnxruntime",
@@ -31,8 +32,6 @@ TOGETHER = {
 
 IMPORT_ALL = """
 import importlib, json, sys
-from schemas import torchvision_cpu
-torchvision_cpu.install()
 for name in json.loads(sys.argv[1]):
     importlib.import_module(name)
 import cv2, facexlib.parsing, torchvision
@@ -104,3 +103,46 @@ def test_pins_that_share_a_folder_agree() -> None:
     assert pins()["opencv-python"] == pins()["opencv-python-headless"]
     assert pins()["onnxruntime"] == pins()["onnxruntime-gpu"]
     assert len(runtimes()) == 1
+
+
+FAKE = {
+    "torch/__init__.py": """
+class ops:
+    def load_library(path):
+        if not FITS:
+            raise OSError("libtorch_cuda.so: cannot open shared object file")
+class library:
+    class Library:
+        def __init__(self, name, kind): self.known = known
+        def define(self, signature): known.append(signature.partition("(")[0])
+known = []
+""",
+    "torchvision/__init__.py": "import torch; assert torch.FITS or torch.known == ['nms', 'qnms'], torch.known",
+    "torchvision/_C.so": "",
+}
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_torchvision_gets_its_hook_only_where_torch_is_of_another_build(fits: bool, tmp_path: Path) -> None:
+    """With stand-ins for both libraries, in a Python without site-packages."""
+    for name, content in FAKE.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"FITS = {fits}\n{content}" if name.startswith("torch/") else content)
+    site = tmp_path / "site"
+    site.mkdir()
+
+    def python(*arguments: str) -> None:
+        command = [sys.executable, "-S", "-B", *arguments]
+        done = subprocess.run(command, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    for _ in range(2):
+        python(str(HOOK), str(site))
+    assert sorted(path.suffix for path in site.iterdir()) == ([] if fits else [".pth", ".py"])
+    start = f"import site, sys; site.addsitedir({str(site)!r}); assert 'torch' not in sys.modules"
+    python("-c", f"{start}; import torchvision; assert torchvision.__spec__.loader.name == 'torchvision'")
+
+    (tmp_path / "torch/__init__.py").write_text(f"FITS = True\n{FAKE['torch/__init__.py']}")  # another torch comes
+    python("-c", f"{start}; import torchvision, torch; assert torch.known == []")
+    python(str(HOOK), str(site))
+    assert list(site.iterdir()) == []

@@ -1,9 +1,6 @@
-"""Imported before diffusers and transformers: torchvision made importable, and nothing sent anywhere."""
+"""Imported before diffusers and transformers: nothing is sent anywhere."""
 
 import os
 
-from schemas.torchvision_cpu import install
-
 os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", NO_ALBUMENTATIONS_UPDATE="1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-install()

@@ -61,12 +61,8 @@ _VAE: dict[str, Any] = {
 
 def write_tiny(folder: Path, kind: Kind) -> None:
     """Write a pipeline in diffusers' layout; the same weights every time."""
-    import torch
-
-    from schemas.torchvision_cpu import install
-
-    install()
     import diffusers
+    import torch
     import transformers
 
     for library in (diffusers, transformers):

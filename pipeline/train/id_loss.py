@@ -156,9 +156,6 @@ def _recogniser(path: Path) -> nn.Module:
     """The IR-SE50 of facexlib, frozen, from a state dict that fits exactly; nothing is ever fetched."""
     if not path.is_file():
         raise WeightsError(f"{path} does not exist: fetch {WEIGHTS_URL} and set objective.id_loss_weights to the file.")
-    from schemas.torchvision_cpu import install
-
-    install()
     from facexlib.recognition.arcface_arch import Backbone
 
     with torch.device("meta"):  # no time on initial values

@@ -5,7 +5,6 @@ import os
 import numpy as np
 
 from schemas.errors import PlanError
-from schemas.torchvision_cpu import install
 from stages.models.base import Floats, Image
 from stages.settings import ModelSettings
 
@@ -26,7 +25,6 @@ def prepare(settings: ModelSettings) -> str:
         PlanError: when a GPU is asked for and torch has none.
     """
     os.environ.update(_OFFLINE)
-    install()
     import torch
 
     if settings.device == "cuda" and not torch.cuda.is_available():

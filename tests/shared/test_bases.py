@@ -11,7 +11,6 @@ import pytest
 from pipeline.shared.bases import find_base
 from pipeline.shared.tiny import write_tiny
 from schemas.errors import SourceError, UserError, WeightsError
-from schemas.torchvision_cpu import install
 
 TINY = {"sd15": "tiny", "sdxl": "tiny-sdxl"}
 REPOSITORY = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -92,7 +91,6 @@ def test_tiny_weights_are_the_same_each_time_and_disturb_no_random_numbers(kind,
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' Euler schedule
 @pytest.mark.parametrize("kind", TINY)
 def test_tiny_draws_with_the_stock_pipeline(kind):
-    install()
     import diffusers
     import torch
 
@@ -137,8 +135,6 @@ def test_tiny_has_the_layout_of_the_real_one(kind, cross, factor):
 
 _RACER = """
 import sys
-from schemas.torchvision_cpu import install
-install()
 import diffusers, transformers
 from pipeline.shared.bases import find_base
 [diffusers.StableDiffusionPipeline, transformers.CLIPTextModel]

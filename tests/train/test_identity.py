@@ -16,9 +16,6 @@ from pipeline.train.id_loss import IdLoss, align, id_loss_of, similarity_transfo
 from pipeline.train.objective import Noised, noised
 from pipeline.train.settings import ObjectiveSettings
 from schemas.errors import ConfigError, WeightsError
-from schemas.torchvision_cpu import install
-
-install()
 
 CPU = torch.device("cpu")
 TEMPLATE = np.array(identity.TEMPLATE, np.float32)

@@ -4,9 +4,6 @@ import pkgutil
 
 from pipeline.train.adapters.base import Variant
 from schemas.errors import ConfigError
-from schemas.torchvision_cpu import install
-
-install()  # before any module of this package imports diffusers
 
 VARIANTS: dict[str, str] = {
     "ip-adapter": "pipeline.train.adapters.ip_adapter:IpAdapter",

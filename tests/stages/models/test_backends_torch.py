@@ -4,8 +4,6 @@ import hashlib
 import json
 import pickle
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +37,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def photos(n: int, side: int = 224) -> Image:
     return RNG.integers(0, 256, (n, side, side, 3), np.uint8)
-
-
-# --- torchvision beside a CPU torch
-
-
-def test_hook_makes_torchvision_importable() -> None:
-    program = (
-        "from schemas.torchvision_cpu import install\n"
-        "install(); install()\n"
-        "import sys; assert 'torch' not in sys.modules, 'the hook alone must be cheap'\n"
-        "import torchvision, torchvision.transforms.v2, importlib.resources\n"
-        "assert torchvision.__spec__.loader.name == 'torchvision'\n"
-        "assert importlib.resources.files('torchvision').joinpath('__init__.py').is_file()\n"
-        "print(sum(type(f).__module__ == 'schemas.torchvision_cpu' for f in sys.meta_path))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
 # --- CLIP and DINOv2

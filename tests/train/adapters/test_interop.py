@@ -10,7 +10,7 @@ import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import diffusers  # its members load when they are used: after pipeline.train.adapters has prepared torchvision
+import diffusers
 import pytest
 import torch
 from torch.nn.functional import normalize
