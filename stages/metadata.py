@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from schemas.columns import COLUMNS
 from schemas.drops import DropReason
+from schemas.urls import identity
 from stages.base import DROP
 from stages.settings import Settings
 
@@ -24,9 +25,9 @@ class Metadata:
     """Drop rows that their metadata rules out; of several reasons the first of `drops` stands.
 
     One instance judges one part, in row order: it remembers the URLs of the candidates so far (16 bytes each), and a
-    row is a duplicate when an earlier candidate has its URL. A null never drops a row, except a null URL. Rows with an
-    `image_ref` were downloaded before, so their URL may be anything; those without an image in the tar ("") neither
-    are nor make duplicates.
+    row is a duplicate when an earlier candidate has its URL, however it is written. A null never drops a row, except a
+    null URL. Rows with an `image_ref` were downloaded before, so their URL may be anything; those without an image in
+    the tar ("") neither are nor make duplicates.
     """
 
     name: ClassVar[str] = "metadata"
@@ -106,7 +107,7 @@ class SeenUrls:
 
 
 def _hashes(urls: pa.ChunkedArray) -> npt.NDArray[np.bytes_]:
-    digests = [hashlib.blake2b(url.strip().encode(), digest_size=16).digest() for url in urls.to_pylist()]
+    digests = [hashlib.blake2b(identity(url).encode(), digest_size=16).digest() for url in urls.to_pylist()]
     # numpy's S16 ignores trailing NULs, which is exact here: all hashes have the same length.
     return np.frombuffer(b"".join(digests), dtype="S16")
 

@@ -8,39 +8,19 @@ import re
 import socket
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
-from typing import NamedTuple
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import urljoin
 
-from yarl import URL
-
+from schemas import urls
 from schemas.drops import DropReason
+from schemas.urls import Origin, Url
 from stages.base import Dropped
 from stages.settings import DownloadSettings
+
+__all__ = ["SAMPLE_HOST", "Guard", "Origin", "Url", "literal", "parse", "redirected"]
 
 SAMPLE_HOST = "sample.localhost"
 """Host of the bundled sample part: no real host can have this name (RFC 6761)."""
 
-_LONGEST = 8192
-"""Characters of a URL; servers refuse longer ones, and redirects could make them grow."""
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-_SERVICES = """
-    0 1 7 9 11 13 15 17 19 20 21 22 23 25 37 42 43 53 69 77 79 87 95 101 102 103 104 109 110 111 113 115 117 119 123 135
-    137 139 143 161 179 389 427 465 512 513 514 515 526 530 531 532 540 548 554 556 563 587 601 636 989 990 993 995 1719
-    1720 1723 2049 3659 4045 4190 5060 5061 6000 6566 6665 6666 6667 6668 6669 6679 6697 10080
-"""
-_OTHER_SERVICES = frozenset(map(int, _SERVICES.split()))
-"""Ports of other services than the web, which browsers refuse: https://fetch.spec.whatwg.org/#port-blocking (2025).
-
-All others are allowed, as images do lie on odd ports; a URL must not make us speak to a mail server."""
-
-_KEPT = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in '"<>\\^`{|}')
-_PLAIN = re.compile(
-    rf"(https?)://([A-Za-z0-9._-]+)(?::([0-9]{{1,5}}))?(/[{re.escape(_KEPT.translate({35: None, 63: None}))}]*"
-    rf"(?:\?[{re.escape(_KEPT.translate({35: None}))}]+)?)(?:#[^\x00-\x1f\x7f]*)?"
-)
-"""A URL that is sent as it is written; nearly all are."""
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+", re.IGNORECASE)
 _NUMERIC = re.compile(r"(?:0x[0-9a-f]*|[0-9]+)(?:\.(?:0x[0-9a-f]*|[0-9]+)){0,3}\.?", re.IGNORECASE)
 _GLOBAL_UNICAST = IPv6Network("2000::/3")
 _REFUSED_4 = tuple(map(IPv4Network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")))
@@ -50,74 +30,16 @@ _REFUSED_6 = tuple(map(IPv6Network, ("2002::/16", "3fff::/20")))
 _NAT64 = IPv6Network("64:ff9b::/96")
 
 
-Origin = tuple[str, str, int]
-"""Scheme, host and port."""
-
-
-class Url(NamedTuple):
-    """A URL that may be fetched."""
-
-    scheme: str
-    """http or https."""
-    host: str
-    """A name in ASCII or an address, lower case; IPv6 without brackets."""
-    port: int
-    target: str
-    """Path and query, as they are sent."""
-
-    @property
-    def authority(self) -> str:
-        """Host, and port where it is not the scheme's own: the value of the Host header."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == _DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
-
-    @property
-    def origin(self) -> Origin:
-        """Scheme, host and port: what has one robots.txt, and one set of connections."""
-        return self[:3]
-
-    def __str__(self) -> str:
-        return f"{self.scheme}://{self.authority}{self.target}"
-
-
 def parse(text: str | None) -> Url:
-    """A fetchable URL; what is already percent-encoded stays as it is, as signatures in URLs need.
+    """A fetchable URL.
 
     Raises:
-        Dropped: BAD_URL when it is missing, malformed, neither http nor https, with a user's name, or to a port
-            that belongs to another service.
+        Dropped: BAD_URL.
     """
-    written = (text or "").strip()
-    if len(written) > _LONGEST:
-        raise Dropped(DropReason.BAD_URL)
-    plain = _PLAIN.fullmatch(written)
-    if plain is None:
-        return _checked(_unusual(written))
-    scheme, host, port, target = plain.groups()
-    return _checked(Url(scheme, host.lower(), int(port) if port else _DEFAULT_PORTS[scheme], target))
-
-
-def _unusual(written: str) -> Url:
-    """A URL that needs quoting, IDNA, or a refusal."""
     try:
-        url, exact = URL(written), urlsplit(written)
-        path, query = quote(exact.path or "/", safe=_KEPT), quote(exact.query, safe=_KEPT)
-        port = url.port
-    except ValueError as error:
+        return urls.parse(text)
+    except urls.BadUrl as error:
         raise Dropped(DropReason.BAD_URL) from error
-    host = (url.raw_host or "").lower()
-    if url.scheme not in _DEFAULT_PORTS or not _HOST.fullmatch(host) or _CONTROL.search(written):
-        raise Dropped(DropReason.BAD_URL)
-    # A name and password in a URL are somebody's: they are not for us to use.
-    if port is None or url.raw_user is not None or url.raw_password is not None:
-        raise Dropped(DropReason.BAD_URL)
-    return Url(url.scheme, host, port, f"{path}?{query}" if query else path)
-
-
-def _checked(url: Url) -> Url:
-    if url.port in _OTHER_SERVICES or url.port > 0xFFFF:
-        raise Dropped(DropReason.BAD_URL)
-    return url
 
 
 def redirected(url: Url, location: str | None, hops: int, settings: DownloadSettings) -> Url:
@@ -131,7 +53,7 @@ def redirected(url: Url, location: str | None, hops: int, settings: DownloadSett
     if not location:
         raise Dropped(DropReason.HTTP_ERROR)
     try:
-        return parse(urljoin(str(url), location.strip()))
+        return urls.parse(urljoin(str(url), location.strip()))
     except ValueError as error:
         raise Dropped(DropReason.BAD_URL) from error
 

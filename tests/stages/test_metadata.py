@@ -67,6 +67,7 @@ def test_drops_duplicate_url():
         None, None, "duplicate_url", "duplicate_url",
     ]  # fmt: skip
     assert judge(other, {"url": "https://example.org/A.jpg"}, stage=stage) == ["duplicate_url", None]
+    assert judge({"url": "http://EXAMPLE.org:80/b.jpg#x"}, stage=stage) == ["duplicate_url"]
 
 
 def test_only_candidates_make_duplicates():

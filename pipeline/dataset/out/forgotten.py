@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from yarl import URL
 
 from pipeline.dataset.rows import Rows, tombstones
 from pipeline.shared.files import Place, Remote, local, settle, write
 from schemas.columns import COLUMNS
 from schemas.drops import DropReason
 from schemas.errors import CorruptShardError, OutputError
+from schemas.urls import host_of, identity
 from stages.metadata import Metadata
 
 FORGOTTEN = "forgotten.json"
@@ -37,12 +37,8 @@ NEW = ".new-"
 """How the names of a rewritten shard's files begin until they replace the old ones."""
 
 _VERSION = 1
-_SIMPLE_URL = re.compile(r"https?://([A-Za-z0-9.-]+)((?:/[^\s%?#\\]*)?)(\?[!\"$-~]*)?", re.ASCII)
-"""URLs whose normal form needs no parser; nearly all."""
-_DOTS = re.compile(r"/\.")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ADDRESS = re.compile(r"[0-9.]+|.*:.*")
-_DEFAULT_PORTS = (None, 80, 443)
 
 Mask = npt.NDArray[np.bool_]
 
@@ -63,7 +59,7 @@ class Forgotten:
 
     def and_urls(self, urls: Iterable[str]) -> "Forgotten":
         """With these URLs too."""
-        return replace(self, urls=self.urls | {self._hash("url", normal_url(url)) for url in urls})
+        return replace(self, urls=self.urls | {self._hash("url", identity(url)) for url in urls})
 
     def and_domains(self, domains: Iterable[str]) -> "Forgotten":
         """With these sites and all below them too."""
@@ -77,7 +73,7 @@ class Forgotten:
         """Whether a URL, or a site that it belongs to, is to be forgotten."""
         if url is None:
             return False
-        if self.urls and self._hash("url", normal_url(url)) in self.urls:
+        if self.urls and self._hash("url", identity(url)) in self.urls:
             return True
         return bool(self.domains) and _concerns_host(self, host_of(url))
 
@@ -155,41 +151,6 @@ def _nulled(column: pa.ChunkedArray, mask: Mask) -> pa.ChunkedArray:
     # take() with null indices: if_else knows no lists of fixed size
     places = np.arange(len(column))
     return pa.chunked_array([column.combine_chunks().take(pa.array(places, mask=mask))], column.type)
-
-
-def normal_url(text: str) -> str:
-    """One form for all ways to write a URL: scheme, user, default port and fragment do not count."""
-    simple = _SIMPLE_URL.fullmatch(text)
-    if simple and simple[2].isascii() and not _DOTS.search(simple[2]):
-        return f"{simple[1].lower().rstrip('.')}{simple[2] or '/'}{_query(simple[3])}"
-    try:
-        url = URL(text.strip())
-        port = "" if url.explicit_port in _DEFAULT_PORTS else f":{url.explicit_port}"
-        return f"{_host(url)}{port}{url.path or '/'}{f'?{url.query_string}' if url.query_string else ''}"
-    except ValueError:
-        return text.strip()
-
-
-def _query(text: str | None) -> str:
-    """A query as it is compared: decoded once, `+` for a space."""
-    if not text or text == "?":
-        return ""
-    return "?" + URL.build(query_string=text[1:], encoded=True).query_string if "%" in text or "+" in text else text
-
-
-def host_of(url: str) -> str:
-    """The host of a URL in normal form, empty where there is none."""
-    simple = _SIMPLE_URL.fullmatch(url)
-    if simple:
-        return simple[1].lower().rstrip(".")
-    try:
-        return _host(URL(url.strip()))
-    except ValueError:
-        return ""
-
-
-def _host(url: URL) -> str:
-    return (url.raw_host or "").lower().rstrip(".")
 
 
 def normal_domain(text: str) -> str:

@@ -3,7 +3,7 @@
 import csv
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from hashlib import blake2b, sha256
+from hashlib import blake2b
 
 import fsspec
 import numpy as np
@@ -11,12 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import SourceError
-from stages.base import Dropped
-from stages.fetch import address
+from schemas.urls import identity
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _URL = re.compile(r"https?://", re.IGNORECASE)
-_BLOCK = 1 << 20
 _ROWS = 100_000
 
 
@@ -38,7 +36,7 @@ class Removed:
 
     def has_url(self, text: str | None) -> bool:
         """Whether this URL is on a list, however it is written."""
-        return text is not None and self._has(_canonical(text))
+        return text is not None and self._has(identity(text))
 
     def has_sha256(self, digest: str) -> bool:
         """Whether a file of this sha256 (hex, lower case) is on a list."""
@@ -48,26 +46,6 @@ class Removed:
         wanted = _hash(text)
         place = int(np.searchsorted(self._hashes, wanted))
         return place < len(self._hashes) and bool(self._hashes[place] == wanted)
-
-
-def identity(paths: Sequence[str]) -> list[str]:
-    """The sha256 of each list, sorted: what they decide about the bytes of a dataset.
-
-    Raises:
-        SourceError: when one cannot be read.
-    """
-    return sorted(map(_sha256_of, paths))
-
-
-def _sha256_of(path: str) -> str:
-    digest = sha256()
-    try:
-        with fsspec.open(path, "rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    return digest.hexdigest()
 
 
 def _hashes(path: str) -> np.ndarray:
@@ -90,7 +68,7 @@ def _entries(cells: Iterable[str]) -> Iterator[str]:
         if _SHA256.fullmatch(text):
             yield text.lower()
         elif _URL.match(text):
-            yield _canonical(text)
+            yield identity(text)
 
 
 def _cells(path: str) -> Iterator[str]:
@@ -111,13 +89,6 @@ def _parquet_cells(path: str) -> Iterator[str]:
         for batch in parquet.iter_batches(batch_size=_ROWS, columns=[field.name for field in fields]):
             for column in batch.columns:
                 yield from (cell for cell in column.to_pylist() if cell is not None)
-
-
-def _canonical(text: str) -> str:
-    try:
-        return str(address.parse(text))
-    except Dropped:
-        return text.strip()
 
 
 def _hash(text: str) -> int:

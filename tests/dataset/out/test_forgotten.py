@@ -4,10 +4,7 @@ import time
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from pipeline.dataset.out.forgotten import Forgotten, host_of, load, normal_domain, normal_url, save
+from pipeline.dataset.out.forgotten import Forgotten, load, normal_domain, save
 from pipeline.dataset.rows import WITNESS_SCHEMA, Rows, split_seeds
 from schemas.columns import LEDGER_SCHEMA, SEED_SCHEMA
 
@@ -89,47 +86,6 @@ def test_a_later_run_withholds_the_file_that_comes_from_yet_another_url():
 
 
 # ---- how addresses are compared
-
-
-SAME = [
-    ["http://Example.ORG/a.jpg", "https://example.org:443/a.jpg", "http://u:p@example.org./a.jpg#x", "http://example.org/%61.jpg"],
-    ["http://bücher.example/ä", "HTTP://xn--bcher-kva.example:80/%C3%A4", "https://BÜCHER.example/%c3%a4"],
-    ["http://example.org", "https://example.org/", "http://example.org/?", "http://example.org#top"],
-    ["http://e.org/a?b=c%20d", "http://e.org/a?b=c+d#e"],
-    ["http://e.org/x/../a", "http://e.org/./a", "http://e.org/a"],
-    ["http://[2001:db8::1]/a", "http://[2001:DB8:0::1]:80/a"],
-    ["  http://e.org/a b ", "http://e.org/a%20b"],
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("same", SAME)
-def test_one_address_has_one_form(same):
-    assert len(set(map(normal_url, same))) == 1
-
-
-def test_other_addresses_have_other_forms():
-    others = [names[0] for names in SAME] + [
-        "http://e.org/A",
-        "http://e.org:8080/a",
-        "http://e.org/a?",
-        "http://e.org/a?b",
-        "junk",
-    ]
-    assert len({normal_url(url) for url in others}) == len(others) - 1  # a? is a
-
-
-@given(
-    host=st.from_regex(r"[A-Za-z0-9-]{1,5}(\.[A-Za-z0-9-]{1,5}){0,3}\.?", fullmatch=True),
-    path=st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="?#"), max_size=12),
-    query=st.none() | st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="#"), max_size=12),
-)
-def test_the_short_way_to_a_form_is_the_long_one(host, path, query):
-    tail = f"/{path}" + ("" if query is None else f"?{query}")
-    # a fragment or a default port keep an address from the short way, and mean nothing
-    short, long = f"http://{host}{tail}", f"http://{host}:80{tail}"
-    if host_of(long):
-        assert host_of(short) == host_of(long)
-        assert normal_url(short) == normal_url(long)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from schemas.drops import DropReason
 from schemas.errors import SourceError
 from stages.base import DROP
 from stages.download import Download
-from stages.fetch.manners.removed import Removed, identity
+from stages.fetch.manners.removed import Removed
 from stages.settings import DownloadSettings, Settings
 
 URL, OTHER, THIRD = "http://a.test/x%2F.jpg?a=1", "https://b.test/ü.jpg", "http://c.test/"
@@ -76,6 +76,10 @@ def test_nothing_is_removed_without_a_list(server):
         f"  {URL}\r",
         URL.replace("http", "HTTP"),
         URL.replace("a.test", "A.TEST:80"),
+        URL.replace("http", "https"),
+        URL.replace("a.test", "me@a.test."),
+        URL.replace("x%2F.jpg", "x%2f%2Ejpg"),
+        URL.replace("x%2F", "b/../x%2F"),
         f"{URL}#fragment",
         f"\ufeff{URL}",
     ],
@@ -143,12 +147,5 @@ def test_a_list_without_sense_is_the_users_trouble(tmp_path, content, name):
 
 def test_an_absent_list_is_the_users_trouble(tmp_path):
     path = str(tmp_path / "absent.txt")
-    for work in (Removed, identity):
-        with pytest.raises(SourceError, match=r"absent\.txt of download\.removed cannot be read"):
-            work([path])
-
-
-def test_the_identity_is_that_of_the_contents_alone(listed):
-    one, two, same = listed(URL, name="1.txt"), listed(SHA, name="2.txt"), listed(URL, name="3.txt")
-    assert identity([one, two]) == identity([two, same]) != identity([two])
-    assert identity([]) == []
+    with pytest.raises(SourceError, match=r"absent\.txt of download\.removed cannot be read"):
+        Removed([path])
