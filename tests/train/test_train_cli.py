@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
-import pipeline.train as trainer
+import pipeline.train.__main__ as trainer
 from pipeline.shared.bases import find_base
 from pipeline.train.adapters import VARIANTS
 from pipeline.train.adapters.released import read_released

@@ -1,4 +1,4 @@
-"""A shard in OUT: put there whole, manifest last, as `pipeline.shared.files` does it. Same rows and plan, same bytes."""
+"""A shard in OUT, put there whole, manifest last, by `pipeline.shared.files`. Same rows and plan, same bytes."""
 
 import contextlib
 import fcntl
@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.shared import files as storage
-from pipeline.shared.atomic import TEMPORARY
 from pipeline.dataset.out.forgotten import Forgotten, finish, load
 from pipeline.dataset.out.ledger import counts
 from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import Rows, tombstones
+from pipeline.shared import files as storage
+from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import Draft, Place, Remote
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.digest import sha256_of_stream

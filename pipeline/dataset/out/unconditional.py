@@ -10,9 +10,9 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from pipeline.shared import files as storage
-from pipeline.dataset.plan import Plan
 from pipeline.dataset.out.output import fingerprint
+from pipeline.dataset.plan import Plan
+from pipeline.shared import files as storage
 from pipeline.shared.files import Place
 from schemas.shard import UNCONDITIONAL
 from stages.models.base import ImageEmbedder, backend

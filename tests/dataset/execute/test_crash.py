@@ -205,7 +205,7 @@ def test_a_stage_that_hangs_costs_its_shard_and_no_other(whole, tmp_path, module
 def test_what_does_not_hear_the_watchdog_is_left_by_ending_the_process(tmp_path):
     script = """
 import ctypes, sys, time
-from pipeline import watchdog
+from pipeline.dataset.execute import watchdog
 watchdog._GRACE_S = 1
 dog = watchdog.Watchdog(1, lambda: sys.stderr.write("cleared\\n"))
 with dog.watching("part-00000"):
@@ -258,7 +258,7 @@ def test_a_driver_that_waits_within_ray_hears_of_a_dead_node_all_the_same():
     script = """
 import time
 import psutil
-from pipeline import cluster
+from pipeline.dataset.execute import cluster
 from pipeline.dataset.config import load_config
 from pipeline.dataset.plan import make_plan
 cluster._HEARD_S = 1
@@ -279,7 +279,7 @@ def test_a_node_that_dies_while_it_starts_ends_the_run_with_a_sentence():
     script = """
 import threading, time
 import psutil
-from pipeline import cluster
+from pipeline.dataset.execute import cluster
 from pipeline.dataset.config import load_config
 from pipeline.dataset.plan import make_plan
 def kill():

@@ -13,12 +13,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 from rich.console import Console
 
 from pipeline.dataset.config import load_config
+from pipeline.dataset.finished.report import write_report
+from pipeline.dataset.finished.verify import verify
+from pipeline.dataset.job import make_dataset, prepared
 from pipeline.dataset.out.ledger import funnel
 from pipeline.dataset.out.output import Output
-from pipeline.dataset.finished.report import write_report
-from pipeline.dataset.job import make_dataset, prepared
 from pipeline.shared.files import Draft, Remote, kept, local, place, sizes, write
-from pipeline.dataset.finished.verify import verify
 from schemas.errors import ExitCode, LostError, OutputError
 
 

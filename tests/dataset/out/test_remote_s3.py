@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.shared.files import Remote, place
 from pipeline.dataset.finished.verify import verify
+from pipeline.shared.files import Remote, place
 
 pytest.importorskip("s3fs", reason="s3fs is not installed: the extra `dev` has it")
 server = pytest.importorskip("moto.server", reason="moto's server is not installed: the extra `dev` has it")

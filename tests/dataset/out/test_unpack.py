@@ -5,8 +5,8 @@ import tracemalloc
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pipeline.train.loader.tars import Shard, samples
 from pipeline.dataset.out.unpack import salvage, unpack
+from pipeline.train.loader.tars import Shard, samples
 from schemas.errors import CorruptShardError
 
 

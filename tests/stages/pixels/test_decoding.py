@@ -41,7 +41,7 @@ def faulty(folder: Path) -> str:
     """Source that gives this process a decoder with every fault."""
     return textwrap.dedent(f"""
         import os, signal, time
-        from stages import decoding, images
+        from stages.pixels import decoding, images
         real, once = images.decode_into, {str(folder / "once")!r}
         def decode_into(data, canvas, path):
             for mark, trouble in {TROUBLE!r}.items():
@@ -123,7 +123,7 @@ def test_a_thumbnail_of_what_kills_its_decoder_is_none(decoder, monkeypatch):
 
 
 def test_a_child_ends_with_its_parent():
-    code = "import os; from stages import decoding, images; import sys\n"
+    code = "import os; from stages.pixels import decoding, images; import sys\n"
     code += "images.photo('a', sys.stdin.buffer.read()); print(decoding._decoder()._child._process.pid, flush=True)\n"
     code += "os.kill(os.getpid(), 9)"
     done = subprocess.run([sys.executable, "-c", code], input=picture(), capture_output=True, check=False)
@@ -178,7 +178,7 @@ def test_several_threads_take_turns():
 def test_a_forked_process_has_a_decoder_of_its_own():
     code = textwrap.dedent("""
         import os, sys
-        from stages import decoding, images
+        from stages.pixels import decoding, images
         data = sys.stdin.buffer.read()
         images._decode_apart(data)
         mine = decoding._decoder()._child._process.pid
