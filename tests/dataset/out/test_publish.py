@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.dataset.config import load_config
+from pipeline.dataset.out.output import Output, ShardWriter
+from pipeline.dataset.plan import make_plan
+from pipeline.dataset.rows import WITNESS_SCHEMA, Rows, tombstones
 from pipeline.shared import files as storage
 from pipeline.shared.atomic import write_atomically
-from pipeline.dataset.config import load_config
-from pipeline.dataset.plan import make_plan
-from pipeline.dataset.out.output import Output, ShardWriter
-from pipeline.dataset.rows import WITNESS_SCHEMA, Rows, tombstones
 from schemas.columns import COLUMNS, LEDGER_SCHEMA, SEED_SCHEMA, schema
 from schemas.errors import OutputError, ShardError
 from schemas.shard import SUFFIXES, Manifest
@@ -160,7 +160,7 @@ def test_a_broken_dataset_json_is_one_sentence(tmp_path, plan):
 _KILLED = """
 import os, sys
 from pathlib import Path
-from pipeline import atomic
+from pipeline.shared import atomic
 real = os.fsync
 def fsync(handle):
     real(handle)

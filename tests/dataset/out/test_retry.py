@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from pipeline.dataset.source import sample_pictures
 from pipeline.dataset.config import load_config
 from pipeline.dataset.finished.forget import Wanted, forget
+from pipeline.dataset.finished.verify import verify
+from pipeline.dataset.job import make_dataset, prepared
 from pipeline.dataset.out.ledger import funnel, read_ledger, read_manifests
 from pipeline.dataset.out.output import Output
-from pipeline.dataset.job import make_dataset, prepared
 from pipeline.dataset.out.unpack import unpack
-from pipeline.dataset.finished.verify import verify
+from pipeline.dataset.source import sample_pictures
 from schemas.errors import ExitCode
 from schemas.names import shard_name, shard_origin
 

@@ -13,10 +13,10 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from pipeline.dataset.config import load_config
-from pipeline.dataset.plan import make_plan
+from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.job import Job, make_dataset
 from pipeline.dataset.out.unconditional import write_unconditional
-from pipeline.dataset.finished.verify import verify
+from pipeline.dataset.plan import make_plan
 from schemas.errors import ExitCode
 from schemas.shard import UNCONDITIONAL
 from stages.models.base import backend
