@@ -4,6 +4,7 @@ import time
 
 import pyarrow as pa
 import pytest
+
 from pipeline.dataset.out.forgotten import Forgotten, load, normal_domain, save
 from pipeline.dataset.rows import WITNESS_SCHEMA, Rows, split_seeds
 from schemas.columns import LEDGER_SCHEMA, SEED_SCHEMA
