@@ -94,7 +94,7 @@ def read_tar(data: bytes, folder: Path) -> str:
     for _ in unpack.salvage(path):
         pass
     with contextlib.suppress(CorruptShardError):
-        for _ in loader_tars.samples(loader_tars.Shard("x", "a-00000", str(path), 3), 0, 3, lambda suffix: True):
+        for _ in loader_tars.samples(loader_tars.Shard("x", "a-00000", path, 3), 0, 3, lambda suffix: True):
             pass
     for _ in unpack.unpack(path):
         pass

@@ -24,7 +24,7 @@ from pipeline.dataset.out.output import Output
 from pipeline.forget_command import forget
 from pipeline.models import app as models_app
 from pipeline.shared.configfile import key_table
-from pipeline.shared.files import place, sizes
+from pipeline.shared.files import sizes, to_path
 from schemas.errors import CorruptShardError, ExitCode, LostError, UserError
 from schemas.names import SAMPLE
 
@@ -88,7 +88,7 @@ def dataset(
     ] = None,
 ) -> None:
     """Make training shards from metadata parts; a rerun skips what is done."""
-    folder = place(out)
+    folder = to_path(out)
     with prepared(shards, _config(shards, config, sets, profile, executor, ray_address, extras)) as job:
         code = make_dataset(job, folder, console, replan=replan, retry=retry is not None)
     console.print(funnel_table(funnel(folder)))
@@ -111,7 +111,7 @@ def plan(
 ) -> None:
     """Prove the plan and show what would be done; nothing is written."""
     with prepared(shards, _config(shards, config, sets, profile, executor, ray_address, extras)) as job:
-        output = Output(place(out))
+        output = Output(to_path(out))
         output.refuse_other_plan(job.plan)
         _print_steps(job)
         _print_models(job)
@@ -139,12 +139,12 @@ def _print_models(job: Job) -> None:
 
 def _print_work(job: Job, output: Output) -> None:
     rows = candidates = done = total = 0
-    size_of = sizes(output.shards)
+    listed = sizes(output.shards)
     for seeds in job.shards():
         total += 1
         rows += seeds.table.num_rows
         candidates += seeds.candidates
-        done += output.is_done(seeds.name, job.plan, size_of)
+        done += output.is_done(seeds.name, job.plan, listed)
     console.print(
         f"Parts: {len(job.parts):,}; rows: {rows:,}, of which {candidates:,} pass the metadata filter\n"
         f"Shards: {total:,} of up to {job.plan.config.source.rows_per_shard:,} candidate rows; "
@@ -156,14 +156,14 @@ def _print_work(job: Job, output: Output) -> None:
 @app.command()
 def report(folder: Folder = "out") -> None:
     """Write DIR/report.html: the funnel, kept samples, and some of what was dropped."""
-    console.print(f"Report: {write_report(place(folder))}", highlight=False, soft_wrap=True)
-    console.print(funnel_table(funnel(place(folder))))
+    console.print(f"Report: {write_report(to_path(folder))}", highlight=False, soft_wrap=True)
+    console.print(funnel_table(funnel(to_path(folder))))
 
 
 @app.command()
 def verify(folder: Folder = "out") -> None:
     """Check manifests, hashes, counts, and that every sample can be decoded."""
-    problems = verify_output(place(folder))
+    problems = verify_output(to_path(folder))
     for problem in problems:
         where = f"{problem.file}{f' [{problem.key}]' if problem.key else ''}"
         errors.print(f"{where}: {problem.message}", highlight=False, markup=False, soft_wrap=True)
@@ -193,7 +193,7 @@ def export_json(
     The published FaceID script reads it with `--id-format pt-numpy --absolute`; from torch 2.6 on, start that script
     with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment, since torch refuses pickled arrays otherwise.
     """
-    done = write_list(place(folder), target, Form(crop, id_format, absolute))
+    done = write_list(to_path(folder), target, Form(crop, id_format, absolute))
     console.print(f"{target / LIST}: {done.samples:,} samples", highlight=False, soft_wrap=True)
     if done.left_out:
         console.print(f"{done.left_out:,} samples have no crop and were left out.", highlight=False)

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from pipeline.dataset.finished.forget import Gone, Wanted
 from pipeline.dataset.finished.forget import forget as forget_in
-from pipeline.shared.files import place
+from pipeline.shared.files import to_path
 from schemas.errors import ExitCode
 
 _console = Console()
@@ -32,7 +32,7 @@ def forget(
     wanted = Wanted(tuple(urls or ()), tuple(domains or ()), tuple(contents or ()))
     for path in lists or ():
         wanted += Wanted.listed(path)
-    gone = forget_in(place(folder), wanted, dry_run=dry_run)
+    gone = forget_in(to_path(folder), wanted, dry_run=dry_run)
     for shard, keys in gone.rows.items() if dry_run else ():
         for key in keys:
             _console.print(f"{shard}: {key}", highlight=False, markup=False, soft_wrap=True)

@@ -20,6 +20,7 @@ from pipeline.dataset.execute.progress import Screen
 from pipeline.dataset.execute.runner import judge_seeds
 from pipeline.dataset.finished.report import write_report
 from pipeline.dataset.out.ledger import read_manifests, replaced, shard_names, summary
+from pipeline.dataset.out.lost import lost_errors
 from pipeline.dataset.out.output import Output
 from pipeline.dataset.out.retry import discard, second_chances
 from pipeline.dataset.out.unconditional import write_unconditional
@@ -27,7 +28,7 @@ from pipeline.dataset.plan import Plan, make_plan
 from pipeline.dataset.source.sample import SampleServer, write_sample
 from pipeline.dataset.source.seeds import Part, Seeds, find_parts, iter_shards
 from pipeline.shared import files as storage
-from pipeline.shared.files import Place, Remote
+from pipeline.shared.files import AnyPath, RemotePath
 from schemas.errors import ExitCode, LostError, OutputError, UserError
 from schemas.names import SAMPLE, shard_origin, split_spec
 
@@ -96,7 +97,7 @@ def _sample(config: Config) -> Iterator[tuple[Config, Path]]:
             yield config.model_copy(update={"download": download}), path
 
 
-def make_dataset(job: Job, out: Place, console: Console, *, replan: bool = False, retry: bool = False) -> ExitCode:
+def make_dataset(job: Job, out: AnyPath, console: Console, *, replan: bool = False, retry: bool = False) -> ExitCode:
     """Make all shards that are not done yet, then the summary and the report.
 
     With `retry`, rows whose fetch failed for a reason that may have passed get another chance, once no shard failed.
@@ -121,7 +122,7 @@ def make_dataset(job: Job, out: Place, console: Console, *, replan: bool = False
     return ExitCode.SHARDS_FAILED if work.failed else ExitCode.OK
 
 
-def _further(out: Place) -> list[str]:
+def _further(out: AnyPath) -> list[str]:
     """The shards of second chances."""
     return [name for name in shard_names(out) if shard_origin(name)[1]]
 
@@ -140,8 +141,8 @@ def _make_again(job: Job, work: "_Work", start: "Start") -> None:
             work.screen.say("Second chances: no row failed for a reason that may have passed.")
 
 
-def _require_shared(out: Place, config: Config) -> None:
-    if isinstance(out, Remote) and out.is_private and config.executor.name == "ray":
+def _require_shared(out: AnyPath, config: Config) -> None:
+    if isinstance(out, RemotePath) and out.is_private and config.executor.name == "ray":
         raise OutputError(f"OUT {out} exists in one process alone: give --executor local, or another OUT.")
 
 
@@ -175,11 +176,11 @@ class _Work:
 
         Of `further`, the shards of second chances, those go that hold rows of a shard which is to be made.
         """
-        size_of = storage.sizes(self.output.shards)
+        listed = storage.sizes(self.output.shards)
         try:
             for seeds in map(self._known, shards):
-                with storage.kept(self.output.root):
-                    done = self.output.is_done(seeds.name, self.plan, size_of)
+                with lost_errors(self.output.root):
+                    done = self.output.is_done(seeds.name, self.plan, listed)
                     if not done:
                         discard(self.output, further, seeds)
                 if done:
@@ -199,7 +200,7 @@ class _Work:
 def _finish(output: Output, plan: Plan) -> None:
     """The files beside the shards."""
     try:
-        with storage.kept(output.root):
+        with lost_errors(output.root):
             told = summary(read_manifests(output.root), replaced(output.root))
             files = write_unconditional(output.root, plan) if told["kept"] else {}
             output.describe(plan, {**told, "files": files})

@@ -1,4 +1,4 @@
-"""Files whose names hold the old content or the new, never a part."""
+"""Files of a local disk whose names hold the old content or the new, never a part."""
 
 import os
 from collections.abc import Callable
@@ -11,33 +11,29 @@ TEMPORARY = ".tmp-"
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that its name holds the old content or the new, never a part."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(data)
-
-    replace_atomically(path, write)
+    replace_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
-def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """As `write_atomically`, for content that `write` puts into the path it is given."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}.{os.getpid()}")
     try:
         write(temporary)
         with temporary.open("rb") as stream:
-            sync(stream)
+            fsync_file(stream)
         temporary.replace(path)
-        sync_folder(path.parent)
+        fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def sync(stream: IO[bytes]) -> None:
+def fsync_file(stream: IO[bytes]) -> None:
     """Have everything written to `stream` on the disk."""
     stream.flush()
     os.fsync(stream.fileno())
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Have the names in a folder on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -1,32 +1,115 @@
-"""The files of OUT: on a local disk, or behind an fsspec URL (`s3://bucket/faces`).
+"""Files on a local disk or behind an fsspec URL (`s3://bucket/faces`): all that this project has of fsspec.
 
-A local file is a `Path`. `Remote` has as much of a Path's interface as its readers use, so that they read both alike.
-Writing differs: a local file gets a temporary name, fsync and a rename; an object is put whole, or not at all. Either
-way no name ever holds a part of a file, and a manifest that is written last proves all that it names.
+OUT and datasets are an `AnyPath`: a `Path`, or a `RemotePath` with as much of its interface as readers use. Trouble
+with either is an OSError. Writing differs: a local file gets a temporary name, fsync and a rename; an object is put
+whole, or not at all. Either way no name ever holds a part of a file, and a manifest that is written last proves all
+that it names.
+
+Metadata is read through `locate`, `open_binary` and `kind_of`, whose trouble is a `SourceError` of one sentence.
 """
 
+import csv
+import difflib
+import errno
 import os
+import sys
+import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from errno import EBUSY, EDQUOT, EIO, ENODEV, ENOSPC, EROFS, ESTALE
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.asyn import reset_lock
+from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.shared.atomic import TEMPORARY, sync, sync_folder, write_atomically
-from pipeline.shared.source_files import locate, unreadable
-from schemas.errors import LostError, OutputError, SourceError, first_line
+from pipeline.shared.atomic import TEMPORARY, fsync_file, fsync_folder, write_atomically
+from schemas.errors import OutputError, SourceError, first_line
 
+UNREADABLE = (OSError, EOFError, ValueError, zlib.error, tarfile.TarError, csv.Error, pa.ArrowException)
+"""What unreadable, truncated or corrupt files raise, in all formats that are read here; ValueError: text and URLs."""
+_FOREIGN = (
+    ("aiohttp", "ClientError"),
+    ("azure.core.exceptions", "AzureError"),
+    ("botocore.exceptions", "BotoCoreError"),
+    ("gcsfs.retry", "HttpError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("httpx", "HTTPError"),
+    ("httpx2", "HTTPError"),
+)
+"""Errors of remote file systems (no credentials, no route) that are no OSError; known once their module is loaded."""
 _BLOCK_BYTES = 2**24
-"""Read ahead over a network: a request per 16 MiB."""
-_FULL, _READ_ONLY = (ENOSPC, EDQUOT), (EROFS,)
-_LOST = (*_FULL, *_READ_ONLY, EIO, ENODEV, ESTALE)
-"""Errors of a disk that concern whatever comes next too."""
+"""Datasets are read ahead over a network: a request per 16 MiB."""
+
+
+def unreadable() -> tuple[type[BaseException], ...]:
+    """All errors that mean: this file or folder cannot be read."""
+    foreign = [getattr(sys.modules[module], name) for module, name in _FOREIGN if module in sys.modules]
+    return (*UNREADABLE, *foreign)
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Turn what an unreadable file raises into a `SourceError` that names the file."""
+    try:
+        yield
+    except unreadable() as error:
+        raise SourceError(f"{path} cannot be read: {first_line(error)}.") from error
+
+
+def locate(path: str) -> tuple[Any, str]:
+    """The file system of a path or URL, and the path in it.
+
+    Raises:
+        SourceError: when the protocol is unknown, its package is not installed, or the URL is malformed.
+    """
+    try:
+        fs, inside = fsspec.core.url_to_fs(path)
+    except ImportError as error:
+        raise SourceError(f"{path} needs a package that is not installed here ({first_line(error)}).") from error
+    except unreadable() as error:
+        protocol, known = path.split("://")[0], fsspec.available_protocols()
+        near = [] if protocol in known else difflib.get_close_matches(protocol, known, n=3)
+        hint = f"; did you mean {' or '.join(f'{name}://' for name in near)}" if near else ""
+        raise SourceError(f"{path} cannot be reached: {first_line(error)}{hint}.") from error
+    return fs, inside
+
+
+def full_path(fs: Any, inside: str, word: str = "") -> str:
+    """The path with its protocol; local paths are absolute and have none."""
+    if "::" in word:
+        # A chain such as simplecache::https://… is known to the word alone.
+        return word
+    return inside if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(inside))
+
+
+def open_binary(path: str, compression: str | None = None) -> Any:
+    """Open a file for reading bytes, seekable."""
+    fs, inside = locate(path)
+    return fsspec.core.OpenFile(fs, inside, "rb", compression).open() if compression else fs.open(inside, "rb")
+
+
+def kind_of(path: str) -> Literal["file", "directory"] | None:
+    """What stands at a path; None for nothing.
+
+    Raises:
+        SourceError: when the file system cannot tell (no access, no connection).
+    """
+    fs, inside = locate(path)
+    with reading(path):
+        try:
+            return "directory" if fs.info(inside)["type"] == "directory" else "file"
+        except FileNotFoundError as error:
+            # Over HTTP, a server that does not answer is "not found" too; only the cause tells.
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno not in (None, errno.ENOENT):
+                raise error.__cause__ from error
+            return None
 
 
 class Stat(NamedTuple):
@@ -36,10 +119,10 @@ class Stat(NamedTuple):
 
 
 @dataclass(frozen=True, order=True)
-class Remote:
+class RemotePath:
     """A file or folder behind an fsspec URL. Trouble with reaching it is an OSError, whatever the file system raises.
 
-    The file system is looked up when it is needed, so that a Remote can be sent to other processes.
+    The file system is looked up when it is needed, so that a RemotePath can be sent to other processes.
     """
 
     url: str
@@ -48,23 +131,24 @@ class Remote:
     def __str__(self) -> str:
         return self.url
 
-    def __truediv__(self, name: str) -> "Remote":
-        return Remote(f"{self.url}/{name}")
+    def __truediv__(self, name: str) -> "RemotePath":
+        return RemotePath(f"{self.url}/{name}")
+
+    @property
+    def parent(self) -> "RemotePath":
+        return RemotePath(self.url.rpartition("/")[0])
 
     @property
     def name(self) -> str:
-        """The last piece of the URL."""
         return self.url.rpartition("/")[2]
 
     @property
     def suffix(self) -> str:
-        """As that of a Path."""
-        return Path(self.name).suffix
+        return PurePosixPath(self.name).suffix
 
     @property
     def stem(self) -> str:
-        """As that of a Path."""
-        return Path(self.name).stem
+        return PurePosixPath(self.name).stem
 
     @property
     def is_private(self) -> bool:
@@ -72,7 +156,6 @@ class Remote:
         return self.url.startswith("memory:")
 
     def is_file(self) -> bool:
-        """Whether there is such an object."""
         return bool(self._call("isfile"))
 
     def is_dir(self) -> bool:
@@ -80,20 +163,10 @@ class Remote:
         return bool(self._call("isdir"))
 
     def exists(self) -> bool:
-        """Whether there is such an object, or anything below it."""
         return bool(self._call("exists"))
 
     def stat(self) -> Stat:
-        """The size of an object."""
         return Stat(int(self._call("info")["size"]))
-
-    def iterdir(self) -> Iterator["Remote"]:
-        """What lies right in this folder; nothing where there is none."""
-        return (self / name for name in self.sizes())
-
-    def glob(self, pattern: str) -> Iterator["Remote"]:
-        """The files in this folder whose names match `pattern`, which holds no slash."""
-        return (self / name for name in self.sizes() if fnmatchcase(name, pattern))
 
     def sizes(self) -> dict[str, int]:
         """Name -> bytes of the files right in this folder, sorted; empty where there is none."""
@@ -104,12 +177,19 @@ class Remote:
         files = {entry["name"].rpartition("/")[2]: entry for entry in entries if entry["type"] == "file"}
         return {name: int(entry["size"]) for name, entry in sorted(files.items()) if name}
 
+    def iterdir(self) -> Iterator["RemotePath"]:
+        """The files right in this folder; nothing where there is none."""
+        return (self / name for name in self.sizes())
+
+    def glob(self, pattern: str) -> Iterator["RemotePath"]:
+        """The files in this folder whose names match `pattern`, which holds no slash."""
+        return (self / name for name in self.sizes() if fnmatchcase(name, pattern))
+
     def open(self, mode: str = "rb") -> Any:
         """Open for reading and seeking."""
         return self._call("open", mode, block_size=_BLOCK_BYTES)
 
     def read_bytes(self) -> bytes:
-        """The whole content."""
         return bytes(self._call("cat_file"))
 
     def write_bytes(self, data: bytes) -> None:
@@ -118,12 +198,11 @@ class Remote:
 
     def upload(self, path: Path) -> None:
         """Put the content of a local file."""
-        with _reached(self.url):
+        with _os_errors(self.url):
             fs, inside = locate(self.url)
             fs.put_file(str(path), inside)
 
     def unlink(self, missing_ok: bool = False) -> None:
-        """Remove the object."""
         try:
             self._call("rm_file")
         except FileNotFoundError:
@@ -131,18 +210,14 @@ class Remote:
                 raise
 
     def _call(self, method: str, *args: Any, **options: Any) -> Any:
-        with _reached(self.url):
+        with _os_errors(self.url):
             fs, inside = locate(self.url)
             fs.invalidate_cache()  # other processes write here too
             return getattr(fs, method)(inside, *args, **options)
 
 
-Place = Path | Remote
-AnyPlace = TypeVar("AnyPlace", Path, Remote, Place)
-
-
 @contextmanager
-def _reached(url: str) -> Iterator[None]:
+def _os_errors(url: str) -> Iterator[None]:
     """Turn what a file system raises of its own into OSErrors."""
     try:
         yield
@@ -156,8 +231,11 @@ def _reached(url: str) -> Iterator[None]:
         raise OSError(f"{url}: {first_line(error)}") from error
 
 
-def place(text: str) -> Place:
-    """The folder that a path or URL stands for; it need not exist.
+AnyPath = Path | RemotePath
+
+
+def to_path(text: str) -> AnyPath:
+    """The file or folder that a path or URL stands for; it need not exist.
 
     Raises:
         OutputError: when the URL's protocol is not known, or its package is not installed.
@@ -173,76 +251,90 @@ def place(text: str) -> Place:
         locate(text)
     except SourceError as error:
         raise OutputError(str(error)) from error
-    return Remote(text.rstrip("/"))
+    return RemotePath(text.rstrip("/"))
 
 
-def sizes(folder: Place) -> Callable[[str], int | None]:
-    """What tells the bytes of a file in a folder by its name: asked each time on a disk, listed once over a network."""
-    if isinstance(folder, Remote):
-        return folder.sizes().get
-    return lambda name: (folder / name).stat().st_size if (folder / name).is_file() else None
+def sizes(folder: AnyPath) -> dict[str, int]:
+    """Name -> bytes of the files right in a folder, sorted; empty where there is no folder."""
+    if isinstance(folder, RemotePath):
+        return folder.sizes()
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.stat().st_size for entry in sorted(entries, key=_name) if entry.is_file()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
 
 
-def parquet(file: Place) -> pq.ParquetFile:
+def _name(entry: "os.DirEntry[str]") -> str:
+    return entry.name
+
+
+def parquet(file: AnyPath) -> pq.ParquetFile:
     """Open a parquet file; a remote one is fetched as a whole.
 
     Raises:
         OSError: when it cannot be read.
     """
-    return pq.ParquetFile(pa.BufferReader(file.read_bytes()) if isinstance(file, Remote) else file)
+    return pq.ParquetFile(pa.BufferReader(file.read_bytes()) if isinstance(file, RemotePath) else file)
 
 
-@contextmanager
-def local(file: Place) -> Iterator[Path]:
-    """The file itself, or a copy of a remote one, for libraries that want a path."""
-    if isinstance(file, Path):
-        yield file
-        return
-    with tempfile.TemporaryFile() as copy:
-        copy.write(file.read_bytes())
-        copy.flush()
-        yield _path(copy)
+def forget_network_loops() -> None:
+    """To be called in a forked child, in which the loops of fsspec's network file systems do not run."""
+    reset_lock()
 
 
-def _path(stream: Any) -> Path:
-    """A path to an open file without a name."""
-    return Path(f"/proc/self/fd/{stream.fileno()}")
-
-
-def write(file: Place, data: bytes) -> None:
+def write(file: AnyPath, data: bytes) -> None:
     """Write a file so that its name holds the old content or the new, never a part."""
-    if isinstance(file, Remote):
+    if isinstance(file, RemotePath):
         file.write_bytes(data)
     else:
         write_atomically(file, data)
 
 
-class Draft:
-    """A file in the making: written at `path`, and put in its place when it is whole."""
+def rename(new: AnyPath, old: AnyPath) -> None:
+    """Give a file the name of another in the same folder; an object is copied, since a store renames nothing."""
+    if isinstance(new, Path) and isinstance(old, Path):
+        new.replace(old)
+    else:
+        with closing(Draft(old)) as draft:
+            draft.stream.write(new.read_bytes())
+            draft.fsync()
+            draft.publish()
+        new.unlink()
 
-    def __init__(self, target: Place) -> None:
-        """Prepare the file; one for a remote place has no name, so that nothing is left of it, whoever is killed."""
+
+def fsync_names(folder: AnyPath) -> None:
+    """Have the names in a folder on the disk; a store has them when a put returns."""
+    if isinstance(folder, Path):
+        fsync_folder(folder)
+
+
+class Draft:
+    """A file in the making: written at `path`, and given its name by `publish` when it is whole."""
+
+    def __init__(self, target: AnyPath) -> None:
+        """Prepare the file; one for a remote target has no name, so that nothing is left of it, whoever is killed."""
         self.target = target
-        if isinstance(target, Remote):
+        if isinstance(target, RemotePath):
             self.stream = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115  # `close` closes it
-            self.path = _path(self.stream)
+            self.path = _path_of(self.stream)
         else:
             self.path = target.with_name(f"{TEMPORARY}{target.name}.{os.getpid()}")
             self.stream = self.path.open("wb")
 
-    def sync(self) -> None:
+    def fsync(self) -> None:
         """Have on the disk what was written to `stream`, or at `path`."""
-        sync(self.stream)
+        fsync_file(self.stream)
 
-    def put(self) -> None:
+    def publish(self) -> None:
         """Give it its name."""
-        if isinstance(self.target, Remote):
+        if isinstance(self.target, RemotePath):
             self.target.upload(self.path)
         else:
             self.path.replace(self.target)
 
     def close(self) -> None:
-        """Remove what was not put."""
+        """Remove what was not published."""
         try:
             self.stream.close()
         finally:
@@ -250,35 +342,6 @@ class Draft:
                 self.path.unlink(missing_ok=True)
 
 
-def settle(folder: Place) -> None:
-    """Have the names in a folder on the disk."""
-    if isinstance(folder, Path):
-        sync_folder(folder)
-
-
-@contextmanager
-def kept(root: Place) -> Iterator[None]:
-    """Turn trouble of OUT that no other shard would escape into a `LostError` of one sentence."""
-    try:
-        yield
-    except OSError as error:
-        how = _how_to_go_on(root, error)
-        if how is None:
-            raise
-        trouble = error.strerror or first_line(error)
-        raise LostError(
-            f"OUT {root} cannot be written any more ({trouble}), so the run stops; finished shards are kept: {how}, "
-            "and the same command goes on."
-        ) from error
-
-
-def _how_to_go_on(root: Place, error: OSError) -> str | None:
-    if error.errno in _FULL:
-        return "make room"
-    if error.errno in _READ_ONLY:
-        return "make it writable"
-    if isinstance(root, Remote):  # its file system has tried again by itself
-        return None if error.errno == EBUSY else "see to it"
-    if not (root / "shards").is_dir():
-        return "bring it back"
-    return "see to it" if error.errno in _LOST else None
+def _path_of(stream: Any) -> Path:
+    """A path to an open file without a name."""
+    return Path(f"/proc/self/fd/{stream.fileno()}")

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.shared.atomic import TEMPORARY, sync, sync_folder, write_atomically
+from pipeline.shared.atomic import TEMPORARY, fsync_file, fsync_folder, write_atomically
 from schemas.errors import OutputError, first_line
 
 _STEP = "step-"
@@ -106,7 +106,7 @@ class RunFolder:
             if final.exists():
                 _remove(final)
             temporary.rename(final)
-            sync_folder(self.checkpoints)
+            fsync_folder(self.checkpoints)
             for old in self.steps()[:-keep]:
                 _remove(self.folder(old))
         return final
@@ -160,8 +160,8 @@ def _remove(checkpoint: Path) -> None:
 def _sync_files(folder: Path) -> None:
     for path in folder.iterdir():
         with path.open("rb") as stream:
-            sync(stream)
-    sync_folder(folder)
+            fsync_file(stream)
+    fsync_folder(folder)
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from pipeline.dataset.out.unpack import Sample
-from pipeline.shared.files import Place
+from pipeline.shared.files import AnyPath
 from schemas.columns import COLUMNS
 from schemas.errors import CorruptShardError
 from schemas.record import SCHEMA_VERSION
@@ -212,7 +212,7 @@ def _encoded_problems(sample: Sample, told: Any) -> Iterator[str]:
         yield f"text.npy and text_pooled.npy are not those of {targets.kind}"
 
 
-def unconditional_problems(path: Place) -> Iterator[str]:
+def unconditional_problems(path: AnyPath) -> Iterator[str]:
     """What is wrong with the file of the features of "no face"."""
     try:
         features = load(path.read_bytes())

@@ -11,7 +11,7 @@ from typing import IO, Any
 from pipeline.dataset.out.ledger import read_manifests
 from pipeline.dataset.out.unpack import Sample, unpack
 from pipeline.shared.atomic import replace_atomically
-from pipeline.shared.files import Place
+from pipeline.shared.files import AnyPath
 from schemas.errors import CorruptShardError, OutputError
 from schemas.shard import Manifest, decode_npy
 
@@ -52,7 +52,7 @@ class Exported:
     left_out: int = 0
 
 
-def export_json(out: Place, folder: Path, form: Form) -> Exported:
+def export_json(out: AnyPath, folder: Path, form: Form) -> Exported:
     """Write images/, faces/, ids/ and at last data.json for all finished shards of OUT, one sample in memory at a time.
 
     An entry of the list has image_file, text, id_embed_file ((512,) float32 of unit length), face_image_file (the
@@ -78,7 +78,7 @@ def export_json(out: Place, folder: Path, form: Form) -> Exported:
     return exported
 
 
-def _require_length(out: Place, manifest: Manifest) -> None:
+def _require_length(out: AnyPath, manifest: Manifest) -> None:
     name = f"{manifest.shard}.tar"
     path = out / "shards" / name
     told = manifest.files.get(name, {}).get("bytes")
@@ -107,7 +107,7 @@ def _write_list(stream: IO[str], entries: Iterator[dict[str, Any]]) -> None:
 
 
 def _entries(
-    out: Place, manifests: list[Manifest], folder: Path, form: Form, exported: Exported
+    out: AnyPath, manifests: list[Manifest], folder: Path, form: Form, exported: Exported
 ) -> Iterator[dict[str, Any]]:
     for manifest in manifests:
         tar = f"{manifest.shard}.tar"

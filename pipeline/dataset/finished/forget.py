@@ -34,7 +34,7 @@ from pipeline.dataset.out.ledger import (
     summary,
 )
 from pipeline.dataset.out.output import Output, fingerprint
-from pipeline.shared.files import Draft, Place, Remote, parquet, write
+from pipeline.shared.files import AnyPath, Draft, RemotePath, parquet, write
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.drops import DropReason
 from schemas.errors import CorruptShardError, LostError, OutputError
@@ -110,7 +110,7 @@ class Gone:
         self.damaged.append(str(error))
 
 
-def forget(out: Place, wanted: Wanted, *, dry_run: bool = False) -> Gone:
+def forget(out: AnyPath, wanted: Wanted, *, dry_run: bool = False) -> Gone:
     """Forget in OUT what `wanted` says, and what it was told before; later runs into OUT will not fetch it again.
 
     Any part of the work may be interrupted: the same call goes on with it.
@@ -135,14 +135,14 @@ def forget(out: Place, wanted: Wanted, *, dry_run: bool = False) -> Gone:
             ) from error
 
 
-def _asked(out: Place, wanted: Wanted) -> Forgotten:
+def _asked(out: AnyPath, wanted: Wanted) -> Forgotten:
     forgotten = wanted.added_to(load(out))
     if not forgotten:
         raise OutputError("There is nothing to forget: give --url, --domain, --sha256 or --list.")
     return forgotten
 
 
-def _begin(out: Place, forgotten: Forgotten) -> None:
+def _begin(out: AnyPath, forgotten: Forgotten) -> None:
     """Put the list down first of all: whatever happens then, nothing of it is fetched again."""
     try:
         finish(out)
@@ -152,7 +152,7 @@ def _begin(out: Place, forgotten: Forgotten) -> None:
         raise OutputError(f"{out} cannot be written: {error.strerror or error}.") from error
 
 
-def _forget(out: Place, forgotten: Forgotten) -> Gone:
+def _forget(out: AnyPath, forgotten: Forgotten) -> Gone:
     complete, gone = _found(out, forgotten)
     if complete != forgotten:
         save(out, complete)
@@ -167,9 +167,9 @@ def _forget(out: Place, forgotten: Forgotten) -> Gone:
 
 
 @contextmanager
-def _held(out: Place) -> Iterator[None]:
+def _held(out: AnyPath) -> Iterator[None]:
     """Hold OUT alone, as a run does; a remote one cannot be held."""
-    if isinstance(out, Remote):
+    if isinstance(out, RemotePath):
         yield
         return
     handle = os.open(out / "shards", os.O_RDONLY)
@@ -187,7 +187,7 @@ def _lock(handle: int, out: Path) -> None:
         raise OutputError(f"A run is writing to {out}: wait for it, or interrupt it, and forget then.") from None
 
 
-def _found(out: Place, forgotten: Forgotten) -> tuple[Forgotten, Gone]:
+def _found(out: AnyPath, forgotten: Forgotten) -> tuple[Forgotten, Gone]:
     """The rows of all ledgers that are to be forgotten; URLs of files that are, are so from now on too."""
     gone = Gone()
     more: set[str] = set()
@@ -209,7 +209,7 @@ def _found(out: Place, forgotten: Forgotten) -> tuple[Forgotten, Gone]:
     return _found(out, forgotten.and_urls(more - {None}))
 
 
-def _rewrite(out: Place, shard: str, keys: list[str]) -> None:
+def _rewrite(out: AnyPath, shard: str, keys: list[str]) -> None:
     """Make a shard anew without some of its rows."""
     shards = out / "shards"
     manifest = read_manifest(out, shard)
@@ -225,7 +225,7 @@ def _rewrite(out: Place, shard: str, keys: list[str]) -> None:
     finish(out)
 
 
-def _require(path: Place, told: dict[str, Any]) -> None:
+def _require(path: AnyPath, told: dict[str, Any]) -> None:
     """Refuse to write a new manifest over damage that the old one would show."""
     try:
         whole = fingerprint(path) == told
@@ -243,13 +243,13 @@ def _lost_samples(ledger: pa.Table, mask: Mask) -> set[str]:
     return set(ledger["key"].filter(kept).to_pylist())
 
 
-def _write_ledger(ledger: pa.Table, path: Place) -> None:
+def _write_ledger(ledger: pa.Table, path: AnyPath) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(ledger.combine_chunks().cast(LEDGER_SCHEMA), sink, compression="zstd")
     write(path, sink.getvalue().to_pybytes())
 
 
-def _copy_tar(old: Place, new: Place, keys: set[str]) -> None:
+def _copy_tar(old: AnyPath, new: AnyPath, keys: set[str]) -> None:
     """Copy the bytes of all other samples; what comes out is what would have been written without these keys."""
     try:
         with closing(Draft(new)) as draft:
@@ -261,8 +261,8 @@ def _copy_tar(old: Place, new: Place, keys: set[str]) -> None:
                         _copy(source, draft.stream, member.offset, end)
             draft.stream.write(bytes(2 * tarfile.BLOCKSIZE))
             draft.stream.write(bytes(-draft.stream.tell() % tarfile.RECORDSIZE))
-            draft.sync()
-            draft.put()
+            draft.fsync()
+            draft.publish()
     except _BROKEN as error:
         raise CorruptShardError(f"{old.name}: not a readable tar: {error}") from error
 
@@ -277,7 +277,7 @@ def _copy(source: IO[bytes], target: IO[bytes], start: int, end: int) -> None:
         start += len(piece)
 
 
-def _recounted(out: Place, manifest: Manifest) -> Manifest:
+def _recounted(out: AnyPath, manifest: Manifest) -> Manifest:
     """The manifest of the new files."""
     shards = out / "shards"
     new = {name: shards / f"{NEW}{name}" for name in manifest.files}
@@ -288,12 +288,12 @@ def _recounted(out: Place, manifest: Manifest) -> Manifest:
     return Manifest(**fields)
 
 
-def _commit(out: Place, manifest: Manifest) -> None:
+def _commit(out: AnyPath, manifest: Manifest) -> None:
     """From here on the new shard counts."""
     write(out / "shards" / f"{NEW}{manifest.shard}.json", manifest.to_json().encode())
 
 
-def _forget_thumbnails(path: Place, keys: list[str]) -> None:
+def _forget_thumbnails(path: AnyPath, keys: list[str]) -> None:
     """Remove pictures of dropped photos. The file serves the report alone: an unreadable one goes as a whole."""
     try:
         table = parquet(path).read()
@@ -309,7 +309,7 @@ def _forget_thumbnails(path: Place, keys: list[str]) -> None:
         write(path, sink.getvalue().to_pybytes())
 
 
-def _report(out: Place) -> None:
+def _report(out: AnyPath) -> None:
     """Write the report anew where there is one; one that cannot be written must not show what is gone."""
     if (out / REPORT).exists():
         try:
@@ -318,7 +318,7 @@ def _report(out: Place) -> None:
             (out / REPORT).unlink()
 
 
-def _summarise(out: Place) -> None:
+def _summarise(out: AnyPath) -> None:
     """Have dataset.json tell what the manifests add up to, where it told that before."""
     path = out / DATASET
     try:

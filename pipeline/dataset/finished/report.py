@@ -17,7 +17,7 @@ from pipeline.dataset.finished.report_pictures import LABEL_COLOURS, data_uri, m
 from pipeline.dataset.out.ledger import UNREADABLE, Funnel, funnel, read_ledger, read_manifests, shards_folder
 from pipeline.dataset.out.unpack import Sample, unpack
 from pipeline.shared import files as storage
-from pipeline.shared.files import Place
+from pipeline.shared.files import AnyPath
 from schemas.drops import DropReason
 from schemas.errors import CorruptShardError, OutputError
 from schemas.shard import DATASET, Manifest
@@ -80,7 +80,7 @@ class Reason:
     cards: list[Card]
 
 
-def write_report(out: Place) -> Place:
+def write_report(out: AnyPath) -> AnyPath:
     """Write OUT/report.html from the finished shards of OUT, and return its path.
 
     Whatever the size of the dataset, all ledgers are counted, but few shards and few of their samples are opened.
@@ -109,7 +109,7 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def _context(out: Place) -> dict[str, Any]:
+def _context(out: AnyPath) -> dict[str, Any]:
     manifests, dataset, counted = read_manifests(out), _dataset(out), funnel(out)
     first = manifests[0] if manifests else None
     samples = list(_kept_cards(out, manifests))
@@ -126,7 +126,7 @@ def _context(out: Place) -> dict[str, Any]:
     }
 
 
-def _dataset(out: Place) -> dict[str, Any]:
+def _dataset(out: AnyPath) -> dict[str, Any]:
     """dataset.json; empty where it was not copied along."""
     try:
         content = json.loads((out / DATASET).read_bytes())
@@ -154,7 +154,7 @@ def quotas(manifests: Sequence[Manifest], wanted: int) -> Counter[str]:
     return given
 
 
-def _kept_cards(out: Place, manifests: list[Manifest]) -> Iterator[Card]:
+def _kept_cards(out: AnyPath, manifests: list[Manifest]) -> Iterator[Card]:
     length, kept = 0, {manifest.shard: manifest.kept for manifest in manifests}
     for shard, quota in sorted(quotas(manifests, _SAMPLES).items()):
         path, stride = out / "shards" / f"{shard}.tar", min(_STRIDE, kept[shard] // quota)
@@ -224,7 +224,7 @@ def _shortened(text: str | None) -> str:
     return text if len(text) <= _TEXT_LENGTH else f"{text[:_TEXT_LENGTH]}…"
 
 
-def _reasons(out: Place, manifests: list[Manifest], counted: Funnel) -> Iterator[Reason]:
+def _reasons(out: AnyPath, manifests: list[Manifest], counted: Funnel) -> Iterator[Reason]:
     """Examples per reason, whichever stages gave it, in the funnel's order."""
     left = _DROP_BYTES
     totals: Counter[str] = Counter()
@@ -240,7 +240,7 @@ def _sentence(reason: str) -> str:
     return next((known.sentence for known in DropReason if known == reason), "")
 
 
-def _drop_cards(out: Place, manifests: list[Manifest], reason: str, *, pictured: bool) -> list[Card]:
+def _drop_cards(out: AnyPath, manifests: list[Manifest], reason: str, *, pictured: bool) -> list[Card]:
     """A few rows that were dropped for a reason: from several shards, those with a picture first."""
     ranked: list[tuple[bool, int, Card]] = []
     for manifest in spread([manifest for manifest in manifests if manifest.dropped.get(reason)], _DROPS):
@@ -252,7 +252,7 @@ def _drop_cards(out: Place, manifests: list[Manifest], reason: str, *, pictured:
     return [card for *_, card in ranked[:_DROPS]]
 
 
-def _thumbnails(out: Place, shard: str, reason: str) -> dict[str, bytes]:
+def _thumbnails(out: AnyPath, shard: str, reason: str) -> dict[str, bytes]:
     """Key -> JPEG of some dropped photos; none where the disposable file is gone or damaged."""
     try:
         table = storage.parquet(out / "drops" / f"{shard}.parquet").read(columns=["key", "verdict", "thumbnail"])
@@ -261,7 +261,7 @@ def _thumbnails(out: Place, shard: str, reason: str) -> dict[str, bytes]:
         return {}
 
 
-def _examples(out: Place, shard: str, reason: str, thumbnails: dict[str, bytes]) -> list[dict[str, Any]]:
+def _examples(out: AnyPath, shard: str, reason: str, thumbnails: dict[str, bytes]) -> list[dict[str, Any]]:
     """Ledger rows that were dropped for a reason, those with a thumbnail first."""
     rows = read_ledger(out, shard, _DROP_COLUMNS, reason)
     pictured = pc.is_in(rows["key"], pa.array(list(thumbnails), pa.string()))

@@ -14,7 +14,7 @@ from pipeline.dataset.out.ledger import UNREADABLE, counts, read_manifest, repla
 from pipeline.dataset.out.output import fingerprint
 from pipeline.dataset.out.unpack import salvage, unpack
 from pipeline.shared.atomic import TEMPORARY
-from pipeline.shared.files import Place, parquet
+from pipeline.shared.files import AnyPath, parquet
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.digest import sha256_of_json
 from schemas.drops import DropReason
@@ -42,7 +42,7 @@ class Problem:
     message: str
 
 
-def verify(out: Place, on_shard: Callable[[str], None] | None = None) -> list[Problem]:
+def verify(out: AnyPath, on_shard: Callable[[str], None] | None = None) -> list[Problem]:
     """Check all finished shards of OUT; `on_shard` hears each one's name when it was checked.
 
     Whatever is wrong with files below OUT is a problem in the list, never an exception.
@@ -82,7 +82,7 @@ class _Told:
     """Whether samples have them; None when nobody knows."""
 
 
-def _forgotten(out: Place, problems: list[Problem]) -> Forgotten | None:
+def _forgotten(out: AnyPath, problems: list[Problem]) -> Forgotten | None:
     if is_interrupted(out):
         problems.append(Problem("", "shards", None, "`forget` was killed: give it DIR alone, and it goes on"))
     try:
@@ -92,7 +92,7 @@ def _forgotten(out: Place, problems: list[Problem]) -> Forgotten | None:
         return None
 
 
-def _embeddings(out: Place) -> bool | None:
+def _embeddings(out: AnyPath) -> bool | None:
     try:
         wanted = json.loads((out / DATASET).read_bytes())["plan"]["settings"].get("pack", {}).get("embeddings", True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -100,11 +100,11 @@ def _embeddings(out: Place) -> bool | None:
     return wanted if isinstance(wanted, bool) else None
 
 
-def _strays(out: Place) -> Iterator[Problem]:
+def _strays(out: AnyPath) -> Iterator[Problem]:
     """Files that belong to no finished shard; temporary ones are a running or killed run's."""
     shards = set(shard_names(out))
-    folder: Place = shards_folder(out)
-    found: list[Place] = [*folder.iterdir()]
+    folder: AnyPath = shards_folder(out)
+    found: list[AnyPath] = [*folder.iterdir()]
     for path in sorted(found, key=lambda path: path.name):
         if path.name.startswith((TEMPORARY, NEW)):
             continue
@@ -112,7 +112,7 @@ def _strays(out: Place) -> Iterator[Problem]:
             yield Problem("", path.name, None, "belongs to no finished shard: a rerun makes it anew, or remove it")
 
 
-def _dataset_problems(out: Place, manifests: list[Manifest]) -> Iterator[Problem]:
+def _dataset_problems(out: AnyPath, manifests: list[Manifest]) -> Iterator[Problem]:
     """Where dataset.json is not what was written, or contradicts the manifests."""
     try:
         text = (out / DATASET).read_bytes()
@@ -144,7 +144,7 @@ def _identity_problems(dataset: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} is not that of its plan"
 
 
-def _summary_problems(out: Place, dataset: Mapping[str, Any], manifests: list[Manifest]) -> Iterator[str]:
+def _summary_problems(out: AnyPath, dataset: Mapping[str, Any], manifests: list[Manifest]) -> Iterator[str]:
     """Where it does not tell what the manifests add up to, once the run came to its end."""
     try:
         told = summary(manifests, replaced(out))
@@ -161,7 +161,7 @@ def _summary_problems(out: Place, dataset: Mapping[str, Any], manifests: list[Ma
             yield f"the manifests add up to other {', '.join(differing)}"
 
 
-def _named_problems(out: Place, files: Any) -> Iterator[Problem]:
+def _named_problems(out: AnyPath, files: Any) -> Iterator[Problem]:
     """What is wrong with the files that dataset.json names."""
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         yield Problem("", DATASET, None, "files is not an object of objects")
@@ -175,7 +175,7 @@ def _named_problems(out: Place, files: Any) -> Iterator[Problem]:
             yield Problem("", name, None, message)
 
 
-def _shard_problems(out: Place, shard: str, manifest: Manifest, told: _Told) -> Iterator[Problem]:
+def _shard_problems(out: AnyPath, shard: str, manifest: Manifest, told: _Told) -> Iterator[Problem]:
     name = f"{shard}.json"
     for message in _manifest_problems(out, shard, manifest):
         yield Problem(shard, name, None, message)
@@ -198,7 +198,7 @@ def _shard_problems(out: Place, shard: str, manifest: Manifest, told: _Told) -> 
     yield from _damaged_samples(path, kept) if damage["tar"] else _tar_problems(path, kept, told.embeddings)
 
 
-def _manifest_problems(out: Place, shard: str, manifest: Manifest) -> Iterator[str]:
+def _manifest_problems(out: AnyPath, shard: str, manifest: Manifest) -> Iterator[str]:
     if manifest.to_json().encode() != (out / "shards" / f"{shard}.json").read_bytes():
         yield "the text is not that of a manifest as it was written"
     if manifest.shard != shard:
@@ -212,7 +212,7 @@ def _manifest_problems(out: Place, shard: str, manifest: Manifest) -> Iterator[s
         yield f"it names the files {sorted(manifest.files)}"
 
 
-def _file_problems(path: Place, claimed: dict[str, Any], told_by: str) -> Iterator[str]:
+def _file_problems(path: AnyPath, claimed: dict[str, Any], told_by: str) -> Iterator[str]:
     """Where a file's length and hash are not those that the file `told_by` claims."""
     try:
         found = fingerprint(path)
@@ -225,7 +225,7 @@ def _file_problems(path: Place, claimed: dict[str, Any], told_by: str) -> Iterat
         yield f"its sha256 is not the one in {told_by}"
 
 
-def _ledger(out: Place, shard: str) -> Generator[Problem, None, pa.Table | None]:
+def _ledger(out: AnyPath, shard: str) -> Generator[Problem, None, pa.Table | None]:
     """The ledger of a shard whose bytes are those that were published."""
     name = f"{shard}.parquet"
     try:
@@ -286,7 +286,7 @@ def _forgotten_problems(shard: str, ledger: pa.Table, forgotten: Forgotten | Non
             yield Problem(shard, name, key, "it was to be forgotten: give `forget` DIR alone, and it goes on")
 
 
-def _tar_problems(path: Place, kept: pa.Table, embeddings: bool | None) -> Iterator[Problem]:
+def _tar_problems(path: AnyPath, kept: pa.Table, embeddings: bool | None) -> Iterator[Problem]:
     """What is wrong with the samples of a tar, given the kept rows of its ledger."""
     shard, wanted = path.stem, kept["key"].to_pylist()
     rows = {key: index for index, key in enumerate(wanted)}
@@ -304,12 +304,12 @@ def _tar_problems(path: Place, kept: pa.Table, embeddings: bool | None) -> Itera
         yield Problem(shard, path.name, None, "its keys are not sorted, or a key occurs twice")
 
 
-def _missing(path: Place, keys: Iterable[str]) -> Iterator[Problem]:
+def _missing(path: AnyPath, keys: Iterable[str]) -> Iterator[Problem]:
     for key in keys:
         yield Problem(path.stem, path.name, key, "the ledger keeps it, but the tar has no such sample")
 
 
-def _damaged_samples(path: Place, kept: pa.Table) -> Iterator[Problem]:
+def _damaged_samples(path: AnyPath, kept: pa.Table) -> Iterator[Problem]:
     """Which samples of a tar of other bytes are not what the ledger's sample_sha256 stand for."""
     wanted = dict(zip(kept["key"].to_pylist(), kept["sample_sha256"].to_pylist(), strict=True))
     seen: set[str] = set()

@@ -11,7 +11,6 @@ import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.rows import Rows, tombstones
-from pipeline.shared.files import Place, Remote, local, settle, write
+from pipeline.shared.files import AnyPath, fsync_names, rename, write
 from schemas.columns import COLUMNS
 from schemas.drops import DropReason
 from schemas.errors import CorruptShardError, OutputError
@@ -178,7 +177,7 @@ def normal_sha256(text: str) -> str:
     return found
 
 
-def load(out: Place) -> Forgotten:
+def load(out: AnyPath) -> Forgotten:
     """The list of OUT; an empty one where there is none yet.
 
     Raises:
@@ -199,7 +198,7 @@ def load(out: Place) -> Forgotten:
     return found
 
 
-def save(out: Place, forgotten: Forgotten) -> None:
+def save(out: AnyPath, forgotten: Forgotten) -> None:
     """Write the list of OUT."""
     write(out / FORGOTTEN, _text(forgotten))
 
@@ -215,35 +214,26 @@ def _text(forgotten: Forgotten) -> bytes:
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
-def finish(out: Place) -> None:
+def finish(out: AnyPath) -> None:
     """Put the files of rewritten shards in place, the manifest last; remove those of shards that were not committed.
 
     Every run into OUT, and every `forget`, begins with this.
     """
     shards = out / "shards"
-    committed: list[Place] = [*shards.glob(f"{NEW}*.json")]
+    committed: list[AnyPath] = [*shards.glob(f"{NEW}*.json")]
     for name in sorted(manifest.name.removeprefix(NEW).removesuffix(".json") for manifest in committed):
         for suffix in ("tar", "parquet"):
             new = shards / f"{NEW}{name}.{suffix}"
             if new.exists():
-                _replace(new, shards / f"{name}.{suffix}")
-        settle(shards)
-        _replace(shards / f"{NEW}{name}.json", shards / f"{name}.json")
-        settle(shards)
-    strays: list[Place] = [*shards.glob(f"{NEW}*")]
+                rename(new, shards / f"{name}.{suffix}")
+        fsync_names(shards)
+        rename(shards / f"{NEW}{name}.json", shards / f"{name}.json")
+        fsync_names(shards)
+    strays: list[AnyPath] = [*shards.glob(f"{NEW}*")]
     for stray in strays:
         stray.unlink(missing_ok=True)
 
 
-def _replace(new: Place, old: Place) -> None:
-    if isinstance(new, Path) and isinstance(old, Path):
-        new.replace(old)
-    elif isinstance(old, Remote):  # objects cannot be renamed
-        with local(new) as path:
-            old.upload(path)
-        new.unlink()
-
-
-def is_interrupted(out: Place) -> bool:
+def is_interrupted(out: AnyPath) -> bool:
     """Whether a `forget` was killed between its commit and its end."""
     return any((out / "shards").glob(f"{NEW}*.json"))

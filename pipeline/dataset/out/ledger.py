@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from pipeline.shared import files as storage
-from pipeline.shared.files import AnyPlace, Place, Remote
+from pipeline.shared.files import AnyPath, RemotePath
 from schemas.columns import KEPT
 from schemas.errors import ContractError, CorruptShardError, OutputError
 from schemas.names import shard_origin
@@ -62,7 +62,7 @@ class Funnel:
         return count / self.rows_in if self.rows_in else 0.0
 
 
-def shards_folder(out: AnyPlace) -> AnyPlace:
+def shards_folder(out: AnyPath) -> AnyPath:
     """Where the shards of OUT lie.
 
     Raises:
@@ -70,7 +70,7 @@ def shards_folder(out: AnyPlace) -> AnyPlace:
     """
     folder = out / "shards"
     try:
-        there = (out / DATASET).is_file() if isinstance(out, Remote) else folder.is_dir()
+        there = (out / DATASET).is_file() if isinstance(out, RemotePath) else folder.is_dir()
     except OSError as error:
         raise OutputError(f"{out} cannot be read: {error.strerror or error}.") from error
     if not there:
@@ -78,12 +78,12 @@ def shards_folder(out: AnyPlace) -> AnyPlace:
     return folder
 
 
-def shard_names(out: Place) -> list[str]:
+def shard_names(out: AnyPath) -> list[str]:
     """The finished shards of OUT (those with a manifest), sorted."""
     return sorted(path.stem for path in shards_folder(out).glob("*.json") if not path.name.startswith("."))
 
 
-def read_manifest(out: Place, shard: str) -> Manifest:
+def read_manifest(out: AnyPath, shard: str) -> Manifest:
     """The manifest of one shard.
 
     Raises:
@@ -97,7 +97,7 @@ def read_manifest(out: Place, shard: str) -> Manifest:
     return manifest
 
 
-def read_manifests(out: Place) -> list[Manifest]:
+def read_manifests(out: AnyPath) -> list[Manifest]:
     """The manifests of all finished shards, in the order of their names.
 
     Raises:
@@ -136,7 +136,7 @@ def counts(verdicts: pa.ChunkedArray, reasons: Sequence[str]) -> tuple[int, dict
     return kept, {str(reason): found.get(reason, 0) for reason in reasons}
 
 
-def read_ledger(out: Place, shard: str, columns: Sequence[str], verdict: str | None = None) -> pa.Table:
+def read_ledger(out: AnyPath, shard: str, columns: Sequence[str], verdict: str | None = None) -> pa.Table:
     """Some columns of one ledger; of rows with this verdict alone, when one is given.
 
     Raises:
@@ -154,7 +154,7 @@ def read_ledger(out: Place, shard: str, columns: Sequence[str], verdict: str | N
 class Rounds:
     """Which rows of a dataset stand in the ledgers of later rounds (second chances) again, part by part."""
 
-    def __init__(self, out: Place, shards: Iterable[str]) -> None:
+    def __init__(self, out: AnyPath, shards: Iterable[str]) -> None:
         """Read the row numbers in the ledgers of all later rounds: eight bytes per row that had a second chance.
 
         Raises:
@@ -183,7 +183,7 @@ class Rounds:
         return np.isin(rows.to_numpy(), np.concatenate(later))
 
 
-def replaced(out: Place) -> Counter[str]:
+def replaced(out: AnyPath) -> Counter[str]:
     """Verdict -> rows whose verdict a later round has replaced. Less these, manifests count each row once."""
     total: Counter[str] = Counter()
     shards = shard_names(out)
@@ -195,7 +195,7 @@ def replaced(out: Place) -> Counter[str]:
     return total
 
 
-def funnel(out: Place) -> Funnel:
+def funnel(out: AnyPath) -> Funnel:
     """The funnel of all finished shards, counted from their ledgers, one ledger in memory at a time.
 
     Rows that had a second chance are counted once, with the last that was said of them.

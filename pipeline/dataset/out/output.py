@@ -1,11 +1,11 @@
-"""A shard in OUT, put there whole, manifest last, by `pipeline.shared.files`. Same rows and plan, same bytes."""
+"""OUT, and the shards in it: each published whole, its manifest last. Same rows and plan, same bytes."""
 
 import contextlib
 import fcntl
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 
 from pipeline.dataset.out.forgotten import Forgotten, finish, load
 from pipeline.dataset.out.ledger import counts
+from pipeline.dataset.out.lost import lost_errors
 from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import Rows, tombstones
 from pipeline.shared import files as storage
 from pipeline.shared.atomic import TEMPORARY
-from pipeline.shared.files import Draft, Place, Remote
+from pipeline.shared.files import AnyPath, Draft, RemotePath
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.digest import sha256_of_stream
 from schemas.errors import CorruptShardError, OutputError, ShardError, first_line
@@ -33,7 +34,7 @@ _THUMBNAIL_PX = 256
 class Output:
     """The directory of a dataset: OUT/shards, OUT/drops and OUT/dataset.json."""
 
-    def __init__(self, root: Place) -> None:
+    def __init__(self, root: AnyPath) -> None:
         """Name the directory; nothing is created yet."""
         self.root = root
         self.shards = root / "shards"
@@ -72,7 +73,7 @@ class Output:
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:
-        if isinstance(self.root, Remote):
+        if isinstance(self.root, RemotePath):
             yield
             return
         for folder in (self.shards, self.drops):
@@ -86,7 +87,7 @@ class Output:
 
     def clear(self) -> None:
         """Remove temporary files: those of this run, or of one that was killed."""
-        if isinstance(self.root, Remote):
+        if isinstance(self.root, RemotePath):
             return
         for folder in (self.root, self.shards, self.drops):
             for stray in folder.glob(f"{TEMPORARY}*"):
@@ -145,18 +146,18 @@ class Output:
         }
         storage.write(self.root / DATASET, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
-    def is_done(self, shard: str, plan: Plan, size_of: Callable[[str], int | None] | None = None) -> bool:
+    def is_done(self, shard: str, plan: Plan, listed: Mapping[str, int] | None = None) -> bool:
         """Whether the shard has a manifest of this plan and files of the lengths that it names.
 
-        `size_of` tells the bytes of a file in OUT/shards; over a network, one answer for many shards saves requests.
+        `listed` is `files.sizes` of OUT/shards: over a network, one listing for many shards saves requests.
         """
         try:
             manifest = Manifest.from_json((self.shards / f"{shard}.json").read_bytes())
         except (FileNotFoundError, CorruptShardError):
             return False
-        size_of = size_of or storage.sizes(self.shards)
+        listed = storage.sizes(self.shards) if listed is None else listed
         return manifest.plan_digest == plan.digest and all(
-            size_of(name) == told["bytes"] for name, told in manifest.files.items()
+            listed.get(name) == entry["bytes"] for name, entry in manifest.files.items()
         )
 
 
@@ -182,14 +183,14 @@ class ShardWriter:
         self._thumbnails: list[dict[str, Any]] = []
         self._pictured: Counter[str] = Counter()
         self._half_put = False
-        with contextlib.ExitStack() as stack, storage.kept(output.root):
+        with contextlib.ExitStack() as stack, lost_errors(output.root):
             self._tar_draft, self._ledger_draft = (
                 stack.enter_context(contextlib.closing(Draft(self._place(suffix)))) for suffix in ("tar", "parquet")
             )
             self._drafts = stack.pop_all()
         self._tar = TarWriter(self._tar_draft.stream, user="", group="", mode=0o644, mtime=0, encoder=False)
 
-    def _place(self, suffix: str) -> Place:
+    def _place(self, suffix: str) -> AnyPath:
         return self._output.shards / f"{self._shard}.{suffix}"
 
     def __enter__(self) -> "ShardWriter":
@@ -217,7 +218,7 @@ class ShardWriter:
     def add(self, rows: Rows) -> None:
         """Append the samples of the living rows, and all rows to the ledger."""
         for record in rows.alive.select(["key", *SUFFIXES.values()]).to_pylist():
-            with storage.kept(self._output.root):
+            with lost_errors(self._output.root):
                 self._tar.write({"__key__": record["key"], **sample_files(record)})
         kept = pa.array([KEPT] * rows.alive.num_rows, pa.string())
         self._ledgers += [rows.dead, tombstones(rows.alive, kept, self._plan.steps[-1].name)]
@@ -230,9 +231,9 @@ class ShardWriter:
             ShardError: when rows were lost or doubled on the way.
         """
         ledger = pa.concat_tables(self._ledgers).sort_by("row").combine_chunks()
-        with storage.kept(self._output.root):
+        with lost_errors(self._output.root):
             self._tar.close()
-            self._tar_draft.sync()
+            self._tar_draft.fsync()
             manifest = self._manifest(ledger, rows_in)
             if not manifest.conserves_rows() or pc.count_distinct(ledger.column("key")).as_py() != rows_in:
                 raise ShardError(f"{self._shard}: {rows_in} rows in, but the ledger holds {ledger.num_rows}")
@@ -243,15 +244,15 @@ class ShardWriter:
         self._half_put = True
         self._place("json").unlink(missing_ok=True)
         self._publish_thumbnails()
-        self._tar_draft.put()
-        self._ledger_draft.put()
-        storage.settle(self._output.shards)
+        self._tar_draft.publish()
+        self._ledger_draft.publish()
+        storage.fsync_names(self._output.shards)
         storage.write(self._place("json"), manifest.to_json().encode())
         self._half_put = False
 
     def _manifest(self, ledger: pa.Table, rows_in: int) -> Manifest:
         pq.write_table(ledger.cast(LEDGER_SCHEMA), self._ledger_draft.path, compression="zstd")
-        self._ledger_draft.sync()
+        self._ledger_draft.fsync()
         kept, dropped = counts(ledger.column("verdict"), self._plan.reasons)
         return Manifest(
             shard=self._shard,
@@ -282,7 +283,7 @@ class ShardWriter:
         storage.write(self._output.drops / f"{self._shard}.parquet", sink.getvalue().to_pybytes())
 
 
-def fingerprint(path: Place) -> dict[str, Any]:
+def fingerprint(path: AnyPath) -> dict[str, Any]:
     """Length and sha256 of a file, as manifests tell them."""
     with path.open("rb") as stream:
         return {"bytes": path.stat().st_size, "sha256": sha256_of_stream(stream)}

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from pipeline.dataset.out.ledger import Rounds, read_ledger, shard_names
 from pipeline.dataset.out.output import Output
 from pipeline.dataset.source.seeds import Part, Seeds, SourceSettings, iter_again
-from pipeline.shared.files import Place
+from pipeline.shared.files import AnyPath
 from schemas.errors import SourceError
 from schemas.names import shard_origin
 from stages.fetch.base import SECOND_CHANCE
@@ -38,7 +38,7 @@ class _Rows:
         return _Rows(self.numbers[left], self.urls[left])
 
 
-def second_chances(parts: Sequence[Part], settings: SourceSettings, out: Place, is_done: IsDone) -> Iterator[Seeds]:
+def second_chances(parts: Sequence[Part], settings: SourceSettings, out: AnyPath, is_done: IsDone) -> Iterator[Seeds]:
     """The rows of some parts that get another chance now, in shards that are not done yet.
 
     Raises:
@@ -53,7 +53,7 @@ def second_chances(parts: Sequence[Part], settings: SourceSettings, out: Place, 
 
 
 def _of_part(
-    part: Part, settings: SourceSettings, out: Place, shards: Sequence[str], rounds: Rounds, is_done: IsDone
+    part: Part, settings: SourceSettings, out: AnyPath, shards: Sequence[str], rounds: Rounds, is_done: IsDone
 ) -> Iterator[Seeds]:
     round = rounds.last(part.name)
     done = {name: _numbers(out, name) for name in shards if round and shard_origin(name)[1] == round and is_done(name)}
@@ -74,7 +74,7 @@ def _of_part(
         raise SourceError(f"{part.path} has fewer rows than OUT was made of: give the file that OUT was made of.")
 
 
-def _failed(out: Place, shards: Sequence[str], rounds: Rounds, before: int) -> _Rows:
+def _failed(out: AnyPath, shards: Sequence[str], rounds: Rounds, before: int) -> _Rows:
     """The rows of which the last that was said, before a round, is a transient failure."""
     reasons = pa.array(sorted(map(str, SECOND_CHANCE)))
     tables = []
@@ -96,7 +96,7 @@ def _hashes(urls: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
     return np.frombuffer(b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts), np.uint64)
 
 
-def _numbers(out: Place, shard: str) -> npt.NDArray[np.int64]:
+def _numbers(out: AnyPath, shard: str) -> npt.NDArray[np.int64]:
     numbers: npt.NDArray[np.int64] = read_ledger(out, shard, ("row",))["row"].to_numpy()
     return numbers
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from pipeline.dataset.out.output import fingerprint
 from pipeline.dataset.plan import Plan
 from pipeline.shared import files as storage
-from pipeline.shared.files import Place
+from pipeline.shared.files import AnyPath
 from schemas.shard import UNCONDITIONAL
 from stages.models.base import ImageEmbedder, backend
 
@@ -23,7 +23,7 @@ _MADE = "made"
 Features = Mapping[str, npt.NDArray[np.float16]]
 
 
-def write_unconditional(root: Place, plan: Plan) -> dict[str, dict[str, Any]]:
+def write_unconditional(root: AnyPath, plan: Plan) -> dict[str, dict[str, Any]]:
     """Write the file unless it is there, whole and of this plan's image embedder; returns dataset.json's entry of it.
 
     The embedder runs in this process, on the CPU, and is let go. A dataset without embeddings needs no such file.
@@ -39,15 +39,15 @@ def write_unconditional(root: Place, plan: Plan) -> dict[str, dict[str, Any]]:
     return {UNCONDITIONAL: fingerprint(path)}
 
 
-def _is_current(path: Place, plan: Plan) -> bool:
-    if not path.exists():
-        return False
+def _is_current(path: AnyPath, plan: Plan) -> bool:
     try:
-        with storage.local(path) as near, safe_open(near, framework="numpy") as file:
-            made: object = (file.metadata() or {}).get(_MADE)
-            features = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-    except (SafetensorError, OSError, ValueError, TypeError):
+        data = path.read_bytes()
+        features = load(data)
+        # `load` does not return the metadata that its header holds.
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError):
         return False
+    made: object = header.get("__metadata__", {}).get(_MADE)
     return made == _made(features, plan)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import IO, NamedTuple
 
-from pipeline.shared.files import Place
+from pipeline.shared.files import AnyPath
 from schemas.errors import CorruptShardError
 
 _READ_BYTES = 2**20
@@ -29,7 +29,7 @@ class _File(NamedTuple):
     data: bytes
 
 
-def unpack(path: Place) -> Iterator[Sample]:
+def unpack(path: AnyPath) -> Iterator[Sample]:
     """The samples of a tar in its order; names are split at the first dot, as webdataset does. One in memory at a time.
 
     Raises:
@@ -44,7 +44,7 @@ def unpack(path: Place) -> Iterator[Sample]:
         yield Sample(key, found)
 
 
-def _files(path: Place) -> Iterator[_File]:
+def _files(path: AnyPath) -> Iterator[_File]:
     try:
         with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r|", bufsize=_READ_BYTES) as tar:
             for info in tar:
@@ -67,7 +67,7 @@ class Remains(NamedTuple):
     """Whether nothing but zeros fills their last blocks."""
 
 
-def salvage(path: Place) -> Iterator[Remains]:
+def salvage(path: AnyPath) -> Iterator[Remains]:
     """Whatever files can be found in a tar whose bytes were changed; a file whose header is damaged is passed over.
 
     Raises:

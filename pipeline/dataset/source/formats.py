@@ -13,7 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline.dataset.source.aliases import ALIASES, require_url, resolve
-from pipeline.shared.source_files import open_binary, open_text_lines, reading
+from pipeline.shared.files import open_binary, reading
 from schemas.errors import SourceError
 
 EXTENSIONS = ".parquet, .csv[.gz], .tsv[.gz], .jsonl[.gz]"
@@ -98,8 +98,13 @@ def probe_parquet(path: str) -> tuple[list[str], int]:
         return parquet.schema_arrow.names, parquet.metadata.num_rows
 
 
+def _open_lines(path: str) -> Any:
+    """A text file for reading bytes, decompressed when its name ends in `.gz`."""
+    return open_binary(path, "gzip" if path.lower().endswith(".gz") else None)
+
+
 def _csv_header(path: str) -> list[str]:
-    with open_text_lines(path) as file:
+    with _open_lines(path) as file:
         line = file.readline(_CSV_BLOCK).decode("utf-8-sig", "replace")
     return next(csv.reader([line], delimiter=_delimiter(path)), [])
 
@@ -117,7 +122,7 @@ def _read_csv(path: str) -> Iterator[pa.Table]:
     header = _csv_header(path)
     ours = {header.index(name): seed for seed, name in resolve(header).items()}
     columns = [ours.get(number, f"unused{number}") for number in range(len(header))]
-    with open_text_lines(path) as file, _open_csv(file, columns, list(ours.values()), _delimiter(path)) as reader:
+    with _open_lines(path) as file, _open_csv(file, columns, list(ours.values()), _delimiter(path)) as reader:
         for batch in reader:
             yield pa.Table.from_batches([batch])
 
@@ -138,13 +143,13 @@ def _open_csv(file: Any, columns: list[str], wanted: list[str], delimiter: str) 
 
 
 def _probe_jsonl(path: str) -> tuple[list[str], None]:
-    with reading(path), open_text_lines(path) as file:
+    with reading(path), _open_lines(path) as file:
         records = islice(_records(path, file), _PROBE_LINES)
         return list(dict.fromkeys(name for record in records for name in record)), None
 
 
 def _read_jsonl(path: str) -> Iterator[pa.Table]:
-    with open_text_lines(path) as file:
+    with _open_lines(path) as file:
         records = _records(path, file)
         while batch := list(islice(records, BATCH_ROWS)):
             yield from_records(batch)

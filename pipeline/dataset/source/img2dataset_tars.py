@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from pipeline.dataset.source.aliases import STORED_ALIASES
 from pipeline.dataset.source.formats import from_records, parse_record, probe_parquet, read_parquet
-from pipeline.shared.source_files import kind_of, locate, open_binary, reading
+from pipeline.shared.files import kind_of, locate, open_binary, reading
 from schemas.errors import SourceError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jxl")

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from pipeline.dataset.source import formats
 from pipeline.dataset.source import img2dataset_tars as tars
-from pipeline.shared.source_files import full_path, kind_of, listing, locate, reading, unreadable
+from pipeline.shared.files import full_path, kind_of, locate, reading, unreadable
 from schemas.errors import SourceError
 from schemas.names import SAMPLE, part_name, part_number, split_spec
 from stages.settings import Section
@@ -103,10 +103,20 @@ def _resolve(word: str, numbered: list[str], settings: SourceSettings) -> list[t
 
 def _missing_part(word: str, numbered: list[str], root: str) -> str:
     if not numbered:
-        return f"{word} does not exist: the root {root} holds no metadata ({_KINDS}); {listing(root)}."
+        return f"{word} does not exist: the root {root} holds no metadata ({_KINDS}); {_listing(root)}."
     first, last = (path.rsplit("/", 1)[-1] for path in (numbered[0], numbered[-1]))
     held = f"{len(numbered)} metadata files, {first} to {last}" if len(numbered) > 1 else f"1 metadata file, {first}"
     return f"{word} does not exist: the root {root} holds {held}, so the last part is laion-part-{len(numbered) - 1}."
+
+
+def _listing(folder: str, limit: int = 6) -> str:
+    """What stands directly in a folder, for an error message: its first names, or why there are none."""
+    if kind_of(folder) is None:
+        return "it does not exist"
+    fs, inside = locate(folder)
+    names = sorted(str(name).rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(inside, detail=False))
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"found there: {', '.join(names[:limit])}{more}" if names else "it is empty"
 
 
 def _resolve_path(word: str) -> list[str]:
@@ -116,7 +126,7 @@ def _resolve_path(word: str) -> list[str]:
     if kind == "file":
         return [_require_readable(full_path(fs, inside, word=path))]
     if kind == "directory":
-        return files_under(path) or _none(f"{word} holds no metadata ({_KINDS}); {listing(path)}.")
+        return files_under(path) or _none(f"{word} holds no metadata ({_KINDS}); {_listing(path)}.")
     if has_magic(inside):
         with reading(path):
             matched = sorted(full_path(fs, str(name)) for name in fs.glob(inside))

@@ -20,10 +20,9 @@ from pipeline.train.loader.folders import (
     dataset_files,
     read_part,
 )
-from pipeline.train.loader.storage import sha256
 from pipeline.train.loader.tars import Raw, Shard, samples
 from pipeline.train.settings import DataSettings
-from schemas.digest import sha256_of_json
+from schemas.digest import sha256, sha256_of_json
 from schemas.errors import SourceError
 from schemas.shard import UNCONDITIONAL, Manifest
 from schemas.targets import Targets
@@ -153,12 +152,13 @@ def _unconditional(parts: Sequence[Part]) -> dict[str, npt.NDArray[Any]]:
 
 
 def _checked_features(part: Part, told: str) -> dict[str, npt.NDArray[Any]]:
-    url = part.root.join(UNCONDITIONAL).url
-    wrong = f"{url} is not what dataset.json describes: run `python -m pipeline dataset` on {part.given} again."
+    path = part.root / UNCONDITIONAL
+    wrong = f"{path} is not what dataset.json describes: run `python -m pipeline dataset` on {part.given} again."
     try:
-        if sha256(url) != told:
+        data = path.read_bytes()
+        if sha256(data) != told:
             raise SourceError(wrong)
-        features: dict[str, npt.NDArray[Any]] = load(part.root.read(UNCONDITIONAL))
+        features: dict[str, npt.NDArray[Any]] = load(data)
     except (OSError, SafetensorError) as error:
         raise SourceError(wrong) from error
     if not all(np.isfinite(values).all() for values in features.values()):

@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from pipeline.train.loader.storage import Folder, folder, sha256
+from pipeline.shared.files import AnyPath, sizes, to_path
 from pipeline.train.loader.tars import Shard
-from schemas.errors import CorruptShardError, SourceError
+from schemas.digest import sha256_of_stream
+from schemas.errors import CorruptShardError, OutputError, SourceError
 from schemas.shard import DATASET, Manifest, dataset_digest
 
 _EMBEDDERS = ("face_embedder", "image_embedder")
@@ -22,9 +23,9 @@ class Part(NamedTuple):
 
     given: str
     """As the user wrote it."""
-    root: Folder
+    root: AnyPath
     """Where dataset.json lies."""
-    shards: Folder
+    shards: AnyPath
     sizes: dict[str, int]
     """Name -> bytes of the files in `shards`."""
     manifests: list[Manifest]
@@ -39,8 +40,7 @@ class Part(NamedTuple):
         """The shards that hold samples."""
         for manifest in self.manifests:
             if manifest.kept:
-                tar = self.shards.join(f"{manifest.shard}.tar")
-                yield Shard(self.given, manifest.shard, tar.url, manifest.kept), manifest
+                yield Shard(self.given, manifest.shard, self.shards / f"{manifest.shard}.tar", manifest.kept), manifest
 
 
 def read_part(given: str) -> Part:
@@ -49,11 +49,18 @@ def read_part(given: str) -> Part:
     Raises:
         SourceError: when it does not exist, cannot be read, or holds no finished shard with samples.
     """
-    root = folder(given)
     try:
-        if not root.fs.isdir(root.path):
+        root = to_path(given)
+        if not root.is_dir():
             raise SourceError(f"{given} does not exist: --from-shards takes the OUT folders of `make dataset`.")
-        part = _found(given, root)
+        shards: AnyPath = root / "shards"
+        if not shards.is_dir():
+            root, shards = root.parent, root
+        listed = sizes(shards)
+        names = [name for name in listed if name.endswith(".json") and not name.startswith(".") and name != DATASET]
+        part = Part(given, root, shards, listed, [_manifest(shards / name) for name in names])
+    except OutputError as error:
+        raise SourceError(f"{given} cannot be opened: {error}") from error
     except OSError as error:
         raise SourceError(f"{given} cannot be read: {error}") from error
     if not any(manifest.kept for manifest in part.manifests):
@@ -62,25 +69,15 @@ def read_part(given: str) -> Part:
     return part
 
 
-def _found(given: str, root: Folder) -> Part:
-    shards = root.join("shards")
-    if not shards.fs.isdir(shards.path):
-        root, shards = Folder(root.fs, root.path.rstrip("/").rpartition("/")[0]), root
-    sizes = shards.files()
-    names = [name for name in sizes if name.endswith(".json") and not name.startswith(".") and name != DATASET]
-    return Part(given, root, shards, sizes, [_manifest(shards, name) for name in names])
-
-
-def _manifest(shards: Folder, name: str) -> Manifest:
-    text = shards.read(name)
+def _manifest(path: AnyPath) -> Manifest:
+    text = path.read_bytes()
     try:
         manifest = Manifest.from_json(text)
-        if manifest.to_json().encode() != text or f"{manifest.shard}.json" != name or not manifest.conserves_rows():
+        if manifest.to_json().encode() != text or manifest.shard != path.stem or not manifest.conserves_rows():
             raise CorruptShardError("it was changed since it was written")
         return manifest
     except CorruptShardError as error:
-        url = shards.join(name).url
-        raise SourceError(f"{url} is damaged ({error}): remove it and run `make dataset` again.") from error
+        raise SourceError(f"{path} is damaged ({error}): remove it and run `make dataset` again.") from error
 
 
 def dataset_files(part: Part) -> dict[str, str]:
@@ -104,7 +101,7 @@ def check_manifests(part: Part) -> None:
         told = _dataset(part).get("dataset_digest", part.digest)
     if told != part.digest:
         raise SourceError(
-            f"The manifests of {part.given} are not those that {part.root.join(DATASET).url} was written for: copy the "
+            f"The manifests of {part.given} are not those that {part.root / DATASET} was written for: copy the "
             f"dataset again (`python -m pipeline verify {part.given}` tells what differs), or train on what is there "
             "with --set data.verify=size."
         )
@@ -112,7 +109,7 @@ def check_manifests(part: Part) -> None:
 
 def _dataset(part: Part) -> dict[str, Any]:
     try:
-        told: dict[str, Any] = json.loads(part.root.read(DATASET))
+        told: dict[str, Any] = json.loads((part.root / DATASET).read_bytes())
     except FileNotFoundError:
         return {}
     return told
@@ -123,7 +120,7 @@ def _reading(part: Part) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise SourceError(f"{part.root.join(DATASET).url} is damaged: run `make dataset` again.") from error
+        raise SourceError(f"{part.root / DATASET} is damaged: run `make dataset` again.") from error
 
 
 def check_embedders(parts: Sequence[Part]) -> None:
@@ -158,9 +155,9 @@ def check_lengths(part: Part) -> None:
     for shard, manifest in part.listed():
         told, found = _told(manifest)["bytes"], part.sizes.get(f"{shard.name}.tar")
         if found is None:
-            raise SourceError(f"{shard.url} is missing, though its manifest is there: copy the dataset again.")
+            raise SourceError(f"{shard.tar} is missing, though its manifest is there: copy the dataset again.")
         if found != told:
-            raise SourceError(f"{shard.url} has {found} bytes, its manifest says {told}: copy the dataset again.")
+            raise SourceError(f"{shard.tar} has {found} bytes, its manifest says {told}: copy the dataset again.")
 
 
 def check_hashes(part: Part, on_shard: Callable[[str], None] | None = None) -> None:
@@ -171,14 +168,19 @@ def check_hashes(part: Part, on_shard: Callable[[str], None] | None = None) -> N
     """
     listed = list(part.listed())
     with ThreadPoolExecutor(min(_HASHING_THREADS, os.cpu_count() or 1)) as pool:
-        for (shard, manifest), found in zip(listed, pool.map(sha256, (shard.url for shard, _ in listed)), strict=True):
+        for (shard, manifest), found in zip(listed, pool.map(_sha256, (shard.tar for shard, _ in listed)), strict=True):
             if found != _told(manifest)["sha256"]:
                 raise SourceError(
-                    f"{shard.url} is not the file of its manifest (sha256 {found[:12]}…): copy the dataset again, "
+                    f"{shard.tar} is not the file of its manifest (sha256 {found[:12]}…): copy the dataset again, "
                     f"or make it anew; `python -m pipeline verify {part.given}` tells what is damaged."
                 )
             if on_shard:
                 on_shard(shard.name)
+
+
+def _sha256(path: AnyPath) -> str:
+    with path.open("rb") as stream:
+        return sha256_of_stream(stream)
 
 
 def _told(manifest: Manifest) -> dict[str, Any]:

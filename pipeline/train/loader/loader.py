@@ -10,11 +10,11 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from pipeline.shared.files import forget_network_loops
 from pipeline.train.loader.batches import Batch
 from pipeline.train.loader.dataset import Dataset
 from pipeline.train.loader.pictures import preload
 from pipeline.train.loader.reading import plan_reading
-from pipeline.train.loader.storage import forked
 from pipeline.train.loader.stream import Consumer
 from pipeline.train.settings import TrainConfig
 from schemas.digest import sha256_of_json
@@ -198,7 +198,7 @@ def _start_worker(_: int) -> None:
     may need another batch.
     """
     cv2.setNumThreads(0)
-    forked()
+    forget_network_loops()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
-from pipeline.train.loader.storage import open_file
+from pipeline.shared.files import AnyPath
 from schemas.errors import CorruptShardError
 
 _BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError)
@@ -24,8 +24,7 @@ class Shard(NamedTuple):
     folder: str
     """The dataset's folder, as it was given."""
     name: str
-    url: str
-    """Path or URL of the tar."""
+    tar: AnyPath
     kept: int
     """Samples in it."""
 
@@ -33,13 +32,13 @@ class Shard(NamedTuple):
 class Span(NamedTuple):
     """A file that was not read yet."""
 
-    url: str
+    tar: AnyPath
     offset: int
     size: int
 
     def read(self) -> bytes:
         """Read it now."""
-        with open_file(self.url) as stream:
+        with self.tar.open("rb") as stream:
             return _read(stream, self)
 
 
@@ -67,7 +66,7 @@ class Raw(NamedTuple):
 
     def corrupt(self, suffix: str, reason: str) -> CorruptShardError:
         """The error of a damaged file."""
-        return CorruptShardError(f"{self.shard.url}: {self.key}.{suffix} {reason}")
+        return CorruptShardError(f"{self.shard.tar}: {self.key}.{suffix} {reason}")
 
 
 Wish = Callable[[str], bool | None]
@@ -82,13 +81,13 @@ def samples(shard: Shard, start: int, stop: int, wish: Wish) -> Iterator[Raw]:
             or fewer samples than the manifest says; names the shard, and the key where known.
     """
     count = 0
-    with _translated(shard), open_file(shard.url) as stream:
+    with _translated(shard), shard.tar.open("rb") as stream:
         for sample in group_by_keys(_files(shard, stream, start, stop, wish)):
             key, _ = sample.pop("__key__"), sample.pop("__url__")
             count += 1
             yield Raw(shard, key, sample)
     if count != stop - start:
-        raise CorruptShardError(f"{shard.url}: ends after {start + count} samples, its manifest says {shard.kept}")
+        raise CorruptShardError(f"{shard.tar}: ends after {start + count} samples, its manifest says {shard.kept}")
 
 
 def _files(shard: Shard, stream: BinaryIO, start: int, stop: int, wish: Wish) -> Iterator[dict[str, Any]]:
@@ -102,15 +101,15 @@ def _files(shard: Shard, stream: BinaryIO, start: int, stop: int, wish: Wish) ->
             if number >= stop:
                 break
         if key is None or not info.isreg() or suffix in seen:
-            raise CorruptShardError(f"{shard.url}: {info.name} is not a file of a sample, or occurs twice")
+            raise CorruptShardError(f"{shard.tar}: {info.name} is not a file of a sample, or occurs twice")
         seen.add(suffix)
         if number >= start and (wanted := wish(suffix)) is not None:
-            span = Span(shard.url, info.offset_data, info.size)
-            yield {"fname": info.name, "data": _read(stream, span) if wanted else span, "__url__": shard.url}
+            span = Span(shard.tar, info.offset_data, info.size)
+            yield {"fname": info.name, "data": _read(stream, span) if wanted else span, "__url__": str(shard.tar)}
     else:
         _check_json(shard, current, seen)
     if number >= stop == shard.kept:
-        raise CorruptShardError(f"{shard.url}: holds more samples than the {shard.kept} that its manifest says")
+        raise CorruptShardError(f"{shard.tar}: holds more samples than the {shard.kept} that its manifest says")
 
 
 def _members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
@@ -132,7 +131,7 @@ def _read(stream: BinaryIO, span: Span) -> bytes:
 
 def _check_json(shard: Shard, key: str, seen: set[str]) -> None:
     if _REQUIRED not in seen:
-        raise CorruptShardError(f"{shard.url}: {key}.{_REQUIRED} is missing")
+        raise CorruptShardError(f"{shard.tar}: {key}.{_REQUIRED} is missing")
 
 
 @contextmanager
@@ -140,4 +139,4 @@ def _translated(shard: Shard) -> Iterator[None]:
     try:
         yield
     except _BROKEN as error:
-        raise CorruptShardError(f"{shard.url}: not a readable tar: {error}") from error
+        raise CorruptShardError(f"{shard.tar}: not a readable tar: {error}") from error

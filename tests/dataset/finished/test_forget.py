@@ -23,7 +23,7 @@ from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.out.forgotten import FORGOTTEN, Forgotten, finish, load
 from pipeline.dataset.out.ledger import funnel, read_manifests
 from pipeline.forget_command import forget as command
-from pipeline.shared.files import place, write
+from pipeline.shared.files import to_path, write
 from schemas.errors import CorruptShardError, OutputError
 from stages.pixels.images import encode_jpeg
 
@@ -190,7 +190,7 @@ def test_an_unfinished_dataset_is_forgotten_in_too(tmp_path):
 @pytest.fixture
 def remote(published):
     """The same dataset in an object store."""
-    there = place(f"memory://{published.name}-{time.time_ns()}/out")
+    there = to_path(f"memory://{published.name}-{time.time_ns()}/out")
     for name, data in files(published).items():
         write(there / name, data)
     return there

@@ -17,8 +17,9 @@ from pipeline.dataset.finished.report import write_report
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.job import make_dataset, prepared
 from pipeline.dataset.out.ledger import funnel
+from pipeline.dataset.out.lost import lost_errors
 from pipeline.dataset.out.output import Output
-from pipeline.shared.files import Draft, Remote, kept, local, place, sizes, write
+from pipeline.shared.files import Draft, RemotePath, sizes, to_path, write
 from schemas.errors import ExitCode, LostError, OutputError
 
 
@@ -64,13 +65,13 @@ class StoreFS(MemoryFileSystem):
 
 
 @pytest.fixture
-def store() -> Iterator[Remote]:
+def store() -> Iterator[RemotePath]:
     fsspec.register_implementation("teststore", StoreFS, clobber=True)
     StoreFS.store.clear()
     StoreFS.puts.clear()
     StoreFS.refuse_at, StoreFS.stays_dead = None, False
-    folder = place("teststore://bucket/faces/")
-    assert isinstance(folder, Remote)
+    folder = to_path("teststore://bucket/faces/")
+    assert isinstance(folder, RemotePath)
     yield folder
     StoreFS.refuse_at = None
 
@@ -124,7 +125,7 @@ def test_a_put_that_fails_leaves_no_shard_and_a_rerun_makes_the_same(store, tmp_
 
 
 def test_a_busy_store_fails_one_shard_and_not_the_run(store):
-    with pytest.raises(OSError, match="slow down"), kept(store):
+    with pytest.raises(OSError, match="slow down"), lost_errors(store):
         raise OSError(errno.EBUSY, "slow down")
 
 
@@ -155,34 +156,33 @@ def test_nothing_of_a_remote_draft_is_left_on_the_disk(store, tmp_path, monkeypa
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     draft = Draft(store / "x")
     draft.stream.write(b"content")
-    draft.sync()
+    draft.fsync()
     assert os.listdir(tmp_path) == []
-    draft.put()
+    draft.publish()
     draft.close()
     assert (store / "x").read_bytes() == b"content"
 
 
 def test_paths_and_urls(tmp_path, store):
-    assert place("out") == Path("out")
-    assert place(f"file://{tmp_path}") == tmp_path
-    url = place("teststore://bucket/a.b/") / "c.tar"
+    assert to_path("out") == Path("out")
+    assert to_path(f"file://{tmp_path}") == tmp_path
+    url = to_path("teststore://bucket/a.b/") / "c.tar"
     assert (str(url), url.name, url.stem, url.suffix) == ("teststore://bucket/a.b/c.tar", "c.tar", "c", ".tar")
     assert not url.exists()
     url.unlink(missing_ok=True)
     write(url, b"123")
     assert (url.exists(), url.is_file(), url.is_dir(), url.stat().st_size) == (True, True, False, 3)
-    with local(url) as path:
-        assert path.read_bytes() == b"123"
-    assert (place("teststore://bucket/a.b")).is_dir()
+    assert url.read_bytes() == b"123"
+    assert (to_path("teststore://bucket/a.b")).is_dir()
     for wrong, named in (("s3:/bucket/x", "neither a folder nor a URL"), ("nonsense://x", "nonsense")):
         with pytest.raises(OutputError, match=named):
-            place(wrong)
+            to_path(wrong)
 
 
 def test_a_store_that_can_only_be_read_is_one_sentence(tmp_path):
     with (
         pytest.raises(OutputError, match="cannot be written") as told,
-        Output(place("http://127.0.0.1:9/x")).prepared(fake.plan()),
+        Output(to_path("http://127.0.0.1:9/x")).prepared(fake.plan()),
     ):
         pytest.fail("prepared what cannot be written")
     assert "\n" not in str(told.value)
@@ -195,7 +195,7 @@ def make(out, *sets: str, executor: str = "local") -> ExitCode:
 
 
 def test_a_whole_run_into_memory_equals_a_local_one(tmp_path):
-    memory = place("memory://faces")
+    memory = to_path("memory://faces")
     assert make(memory) == make(tmp_path) == ExitCode.OK
     store = {path: file.getvalue() for path, file in MemoryFileSystem.store.items() if path.startswith("/faces/")}
     found = {path.removeprefix("/faces/"): content for path, content in store.items()}
@@ -207,4 +207,4 @@ def test_a_whole_run_into_memory_equals_a_local_one(tmp_path):
 
 def test_what_lives_in_one_process_is_refused_for_several():
     with pytest.raises(OutputError, match="one process alone"):
-        make(place("memory://faces"), executor="ray")
+        make(to_path("memory://faces"), executor="ray")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.dataset.finished.verify import verify
-from pipeline.shared.files import Remote, place
+from pipeline.shared.files import RemotePath, to_path
 
 pytest.importorskip("s3fs", reason="s3fs is not installed: the extra `dev` has it")
 server = pytest.importorskip("moto.server", reason="moto's server is not installed: the extra `dev` has it")
@@ -44,13 +44,13 @@ def endpoint() -> Iterator[str]:
 
 
 @pytest.fixture
-def out(endpoint: str, request: pytest.FixtureRequest) -> Remote:
+def out(endpoint: str, request: pytest.FixtureRequest) -> RemotePath:
     import s3fs
 
     name = f"bucket-{abs(hash(request.node.name)) % 10**6}"
     s3fs.S3FileSystem().mkdir(f"s3://{name}")
-    folder = place(f"s3://{name}/faces")
-    assert isinstance(folder, Remote)
+    folder = to_path(f"s3://{name}/faces")
+    assert isinstance(folder, RemotePath)
     return folder
 
 
@@ -69,7 +69,7 @@ def local(tmp_path_factory) -> dict[str, bytes]:
     return contents(out)
 
 
-def contents(out: Path | Remote) -> dict[str, bytes]:
+def contents(out: Path | RemotePath) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((out / "shards").iterdir())}
 
 

@@ -69,7 +69,7 @@ def test_a_file_that_claims_more_than_there_is_takes_no_memory(tmp_path, size):
         with pytest.raises(CorruptShardError, match="unexpected end of data"):
             list(unpack(path))
         with pytest.raises(CorruptShardError, match="unexpected end of data"):
-            list(samples(Shard("x", "a-00000", str(path), 1), 0, 1, lambda suffix: True))
+            list(samples(Shard("x", "a-00000", path, 1), 0, 1, lambda suffix: True))
         (found,) = salvage(path)
         assert (found.key, found.clean) == ("a-000000000", False)
         assert tracemalloc.get_traced_memory()[1] < 10_000_000

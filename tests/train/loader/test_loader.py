@@ -415,7 +415,7 @@ except RuntimeError as error:
 
 def test_a_killed_worker_is_told(dataset: Dataset) -> None:
     # In a process of its own: torch tells of dead workers from a signal handler, at any later moment.
-    root = str(Path(dataset.shards[0].url).parent)
+    root = str(dataset.shards[0].tar.parent)
     command = [sys.executable, "-c", _KILLS_ITS_WORKER, root]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert "A loader process died" in done.stdout, done.stderr

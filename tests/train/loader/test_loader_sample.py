@@ -1,6 +1,7 @@
 """What is drawn for a sample: crops in balance, places that hold the face, points that follow."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import fake_shards as fake
@@ -17,7 +18,7 @@ from pipeline.train.settings import CropWeights, TrainConfig
 from schemas.buckets import buckets, fit
 from schemas.errors import CorruptShardError
 
-SHARD = Shard("out", "a-00000", "out/shards/a-00000.tar", 1)
+SHARD = Shard("out", "a-00000", Path("out/shards/a-00000.tar"), 1)
 
 
 def crop(side: int, target: int = 64) -> Crop:
