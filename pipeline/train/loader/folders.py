@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from pipeline.shared.files import AnyPath, sizes, to_path
-from pipeline.train.loader.tars import Shard
+from pipeline.train.loader.shards import Shard
 from schemas.digest import sha256_of_stream
 from schemas.errors import CorruptShardError, OutputError, SourceError
 from schemas.shard import DATASET, Manifest, dataset_digest
