@@ -41,7 +41,7 @@ _SERVER = """
 import json, os, sys
 import torch
 torch.set_num_threads(1)
-import pipeline.train as trainer
+import pipeline.train.__main__ as trainer
 from pipeline.shared.bases import find_base
 from pipeline.train.base_model import Base
 from pipeline.train.loader.pictures import preload
