@@ -21,10 +21,10 @@ from train_loader import CROPS, FACE, PICTURES
 from webdataset import TarWriter
 
 from pipeline.shared import tiny
-from pipeline.shared.bases import BaseKind, BaseSource, find_base
+from pipeline.shared.bases import BaseSource, find_base
 from schemas.buckets import Fit
 from schemas.shard import Manifest, encode_npy
-from schemas.targets import Targets, text_sha256, vae_sha256
+from schemas.targets import BaseKind, Targets, text_sha256, vae_sha256
 
 SHARD = 200
 UNETS: dict[BaseKind, dict[str, Any]] = {

@@ -10,13 +10,12 @@ import tempfile
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from platformdirs import user_cache_dir
 
 from schemas.errors import SourceError, WeightsError
-
-BaseKind = Literal["sd15", "sdxl"]
+from schemas.targets import BaseKind
 
 _TINY_VERSION = 1
 """Part of the folder's name; to be raised when what `pipeline.shared.tiny` builds changes."""

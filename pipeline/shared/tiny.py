@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.shared.bases import BaseKind
+from schemas.targets import BaseKind
 
 _SEED = 15
 _WIDTH = 128

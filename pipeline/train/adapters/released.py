@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.shared.atomic import replace_atomically, write_atomically
-from pipeline.shared.bases import BaseKind
 from schemas.errors import FaceShardsError, SourceError, first_line
+from schemas.targets import BaseKind
 
 _PARTS = ("image_proj", "ip_adapter")
 _LORA_LAYERS = {"to_q_lora": "to_q", "to_k_lora": "to_k", "to_v_lora": "to_v", "to_out_lora": "to_out_0"}

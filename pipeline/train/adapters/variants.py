@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.shared.bases import BaseKind
 from pipeline.train.adapters.resampler import Perceiver, Resampler
 from pipeline.train.settings import AdapterSettings
 from schemas.errors import ConfigError
+from schemas.targets import BaseKind
 
 ID_WIDTH = 512
 """Width of a face recogniser's vector."""
