@@ -27,7 +27,7 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 
-from pipeline.dataset.out.unpack import unpack
+from pipeline.shared.tars import unpack
 
 _MARK = "FACESHARDS_KILLS"
 _HANGS_S = 240.0

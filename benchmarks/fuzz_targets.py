@@ -12,10 +12,11 @@ import fuzz_inputs as inputs
 
 from pipeline.dataset.config import load_config
 from pipeline.dataset.finished import contract
-from pipeline.dataset.out import forgotten, ledger, unpack
+from pipeline.dataset.out import forgotten, ledger
 from pipeline.dataset.source import formats
 from pipeline.dataset.source.values import to_seeds
-from pipeline.train.loader import tars as loader_tars
+from pipeline.shared import tars
+from pipeline.train.loader import shards
 from schemas.errors import ConfigError, CorruptShardError, OutputError, SourceError
 from schemas.shard import Manifest, decode_npy
 from schemas.targets import Targets
@@ -91,12 +92,12 @@ def read_ledger(data: bytes, folder: Path) -> str:
 def read_tar(data: bytes, folder: Path) -> str:
     path = folder / "a-00000.tar"
     path.write_bytes(data)
-    for _ in unpack.salvage(path):
+    for _ in tars.salvage(path):
         pass
     with contextlib.suppress(CorruptShardError):
-        for _ in loader_tars.samples(loader_tars.Shard("x", "a-00000", path, 3), 0, 3, lambda suffix: True):
+        for _ in shards.samples(shards.Shard("x", "a-00000", path, 3), 0, 3, lambda suffix: True):
             pass
-    for _ in unpack.unpack(path):
+    for _ in tars.unpack(path):
         pass
     return "ok"
 
@@ -106,7 +107,7 @@ def read_sample(data: bytes, folder: Path) -> str:
     files = dict(sample_files())
     suffix = sorted(files)[sum(data) % len(files)]
     files[suffix] = inputs.mutated(files[suffix], random.Random(data))
-    return "wrong" if list(contract.sample_problems(unpack.Sample("k", files), None)) else "ok"
+    return "wrong" if list(contract.sample_problems(tars.Sample("k", files), None)) else "ok"
 
 
 @cache

@@ -1,6 +1,7 @@
 """Names: SHARDS ranges, sample keys, shard names. No name ever holds a dot (webdataset splits there)."""
 
 import re
+from collections.abc import Iterable
 
 from schemas.errors import SourceError
 
@@ -10,6 +11,7 @@ SAMPLE = "sample"
 _RANGE = re.compile(r"laion-part-(\d+)(?:\.\.(\d+))?")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _FURTHER = re.compile(r"(.+)-r(\d+)_\d+")
+_MANIFEST = re.compile(r"([A-Za-z0-9_-]+-(?:r\d+_)?\d{5,})\.json")
 _ROW_DIGITS = 9
 _SHARD_DIGITS = 5
 
@@ -63,6 +65,11 @@ def shard_name(part: str, number: int, round: int = 0) -> str:
     """The name of a part's shard without suffix: `<part>-<NNNNN>`, in a further round `<part>-r<round>_<NNNNN>`."""
     further = f"r{round}_" if round else ""
     return f"{part}-{further}{number:0{_SHARD_DIGITS}d}"
+
+
+def finished_shards(files: Iterable[str]) -> list[str]:
+    """The shards whose manifests are among some files of OUT/shards, sorted; files with other names are not ours."""
+    return sorted(match[1] for name in files if (match := _MANIFEST.fullmatch(name)))
 
 
 def shard_origin(shard: str) -> tuple[str, int]:

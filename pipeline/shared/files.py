@@ -168,22 +168,21 @@ class RemotePath:
     def stat(self) -> Stat:
         return Stat(int(self._call("info")["size"]))
 
-    def sizes(self) -> dict[str, int]:
-        """Name -> bytes of the files right in this folder, sorted; empty where there is none."""
+    def listing(self) -> dict[str, dict[str, Any]]:
+        """Name -> what fsspec tells of what lies right in this folder, sorted; empty where there is none."""
         try:
             entries = self._call("ls", detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        files = {entry["name"].rpartition("/")[2]: entry for entry in entries if entry["type"] == "file"}
-        return {name: int(entry["size"]) for name, entry in sorted(files.items()) if name}
+        by_name = {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in entries}
+        return {name: by_name[name] for name in sorted(by_name) if name}
 
     def iterdir(self) -> Iterator["RemotePath"]:
-        """The files right in this folder; nothing where there is none."""
-        return (self / name for name in self.sizes())
+        return (self / name for name in self.listing())
 
     def glob(self, pattern: str) -> Iterator["RemotePath"]:
-        """The files in this folder whose names match `pattern`, which holds no slash."""
-        return (self / name for name in self.sizes() if fnmatchcase(name, pattern))
+        """What lies right in this folder under a name that matches `pattern`, which holds no slash."""
+        return (self / name for name in self.listing() if fnmatchcase(name, pattern))
 
     def open(self, mode: str = "rb") -> Any:
         """Open for reading and seeking."""
@@ -257,16 +256,20 @@ def to_path(text: str) -> AnyPath:
 def sizes(folder: AnyPath) -> dict[str, int]:
     """Name -> bytes of the files right in a folder, sorted; empty where there is no folder."""
     if isinstance(folder, RemotePath):
-        return folder.sizes()
+        return {name: int(entry["size"]) for name, entry in folder.listing().items() if entry["type"] == "file"}
     try:
         with os.scandir(folder) as entries:
-            return {entry.name: entry.stat().st_size for entry in sorted(entries, key=_name) if entry.is_file()}
+            return dict(sorted((entry.name, entry.stat().st_size) for entry in entries if entry.is_file()))
     except (FileNotFoundError, NotADirectoryError):
         return {}
 
 
-def _name(entry: "os.DirEntry[str]") -> str:
-    return entry.name
+def names(folder: AnyPath) -> list[str]:
+    """What lies right in a folder, hidden files and folders too, sorted; empty where there is no folder."""
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def parquet(file: AnyPath) -> pq.ParquetFile:

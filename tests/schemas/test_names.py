@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.errors import SourceError
-from schemas.names import part_name, part_number, sample_key, shard_name, split_spec
+from schemas.names import finished_shards, part_name, part_number, sample_key, shard_name, split_spec
 
 
 def test_ranges_are_inclusive_and_lists_keep_their_order():
@@ -37,4 +37,9 @@ def test_keys_sort_as_rows_do(one, other):
 
 def test_shard_names():
     assert shard_name("laion-part-7", 12) == "laion-part-7-00012"
+    assert finished_shards(["b-00001.json", "a-r2_00000.json", "a-123456.json", "index.json", ".x-00000.json"]) == [
+        "a-123456",
+        "a-r2_00000",
+        "b-00001",
+    ]
     assert part_name("hf://datasets/x/part-00000-5b.snappy.parquet") == "part-00000-5b"

@@ -14,9 +14,9 @@ import torch
 
 from pipeline.dataset.config import load_config
 from pipeline.dataset.finished.verify import verify
-from pipeline.dataset.out.unpack import unpack
 from pipeline.dataset.plan import make_plan
 from pipeline.shared.bases import find_base
+from pipeline.shared.tars import unpack
 from schemas.buckets import Fit, buckets, nearest
 from schemas.columns import schema
 from schemas.errors import ConfigError, CorruptShardError, WeightsError

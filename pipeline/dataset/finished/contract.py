@@ -9,8 +9,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from pipeline.dataset.out.unpack import Sample
 from pipeline.shared.files import AnyPath
+from pipeline.shared.tars import Sample
 from schemas.columns import COLUMNS
 from schemas.errors import CorruptShardError
 from schemas.record import SCHEMA_VERSION

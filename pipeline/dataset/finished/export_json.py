@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.dataset.out.ledger import read_manifests
-from pipeline.dataset.out.unpack import Sample, unpack
 from pipeline.shared.atomic import replace_atomically
 from pipeline.shared.files import AnyPath
+from pipeline.shared.tars import Sample, unpack
 from schemas.errors import CorruptShardError, OutputError
 from schemas.shard import Manifest, decode_npy
 

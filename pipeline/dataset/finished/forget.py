@@ -35,12 +35,12 @@ from pipeline.dataset.out.ledger import (
 )
 from pipeline.dataset.out.output import Output, fingerprint
 from pipeline.shared.files import AnyPath, Draft, RemotePath, parquet, write
+from pipeline.shared.tars import BROKEN, members
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.drops import DropReason
 from schemas.errors import CorruptShardError, LostError, OutputError
 from schemas.shard import DATASET, Manifest
 
-_BROKEN = (tarfile.TarError, EOFError, ValueError, OverflowError)
 _CHUNK = 1 << 20
 
 
@@ -253,9 +253,8 @@ def _copy_tar(old: AnyPath, new: AnyPath, keys: set[str]) -> None:
     """Copy the bytes of all other samples; what comes out is what would have been written without these keys."""
     try:
         with closing(Draft(new)) as draft:
-            with old.open("rb") as source, tarfile.open(fileobj=source, mode="r:") as tar:
-                for member in tar:
-                    tar.members.clear()  # type: ignore[attr-defined]  # it would remember every member of the shard
+            with old.open("rb") as source:
+                for member in members(source):
                     end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                     if member.name.partition(".")[0] not in keys:
                         _copy(source, draft.stream, member.offset, end)
@@ -263,7 +262,7 @@ def _copy_tar(old: AnyPath, new: AnyPath, keys: set[str]) -> None:
             draft.stream.write(bytes(-draft.stream.tell() % tarfile.RECORDSIZE))
             draft.fsync()
             draft.publish()
-    except _BROKEN as error:
+    except BROKEN as error:
         raise CorruptShardError(f"{old.name}: not a readable tar: {error}") from error
 
 

@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.finished.report_pictures import LABEL_COLOURS, data_uri, marked, masked, reduced
 from pipeline.dataset.out.ledger import UNREADABLE, Funnel, funnel, read_ledger, read_manifests, shards_folder
-from pipeline.dataset.out.unpack import Sample, unpack
 from pipeline.shared import files as storage
 from pipeline.shared.files import AnyPath
+from pipeline.shared.tars import Sample, unpack
 from schemas.drops import DropReason
 from schemas.errors import CorruptShardError, OutputError
 from schemas.shard import DATASET, Manifest

@@ -12,9 +12,9 @@ from pipeline.dataset.finished.contract import sample_problems, unconditional_pr
 from pipeline.dataset.out.forgotten import FORGOTTEN, KEEPS, NEW, Forgotten, is_interrupted, load
 from pipeline.dataset.out.ledger import UNREADABLE, counts, read_manifest, replaced, shard_names, shards_folder, summary
 from pipeline.dataset.out.output import fingerprint
-from pipeline.dataset.out.unpack import salvage, unpack
 from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import AnyPath, parquet
+from pipeline.shared.tars import salvage, unpack
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.digest import sha256_of_json
 from schemas.drops import DropReason
@@ -298,7 +298,7 @@ def _tar_problems(path: AnyPath, kept: pa.Table, embeddings: bool | None) -> Ite
             for message in sample_problems(sample, record, embeddings=embeddings):
                 yield Problem(shard, path.name, sample.key, message)
     except CorruptShardError as error:
-        yield Problem(shard, path.name, None, _reason(error, path.name))
+        yield Problem(shard, path.name, None, _reason(error, str(path)))
     yield from _missing(path, sorted(set(wanted) - set(found)))
     if sorted(found) != found or len(set(found)) != len(found):
         yield Problem(shard, path.name, None, "its keys are not sorted, or a key occurs twice")

@@ -16,7 +16,7 @@ from pipeline.shared import files as storage
 from pipeline.shared.files import AnyPath, RemotePath
 from schemas.columns import KEPT
 from schemas.errors import ContractError, CorruptShardError, OutputError
-from schemas.names import shard_origin
+from schemas.names import finished_shards, shard_origin
 from schemas.shard import DATASET, Manifest, dataset_digest
 from stages import STAGES
 from stages.filter import Filter
@@ -80,7 +80,7 @@ def shards_folder(out: AnyPath) -> AnyPath:
 
 def shard_names(out: AnyPath) -> list[str]:
     """The finished shards of OUT (those with a manifest), sorted."""
-    return sorted(path.stem for path in shards_folder(out).glob("*.json") if not path.name.startswith("."))
+    return finished_shards(storage.names(shards_folder(out)))
 
 
 def read_manifest(out: AnyPath, shard: str) -> Manifest:

@@ -24,7 +24,8 @@ from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import AnyPath, Draft, RemotePath
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.digest import sha256_of_stream
-from schemas.errors import CorruptShardError, OutputError, ShardError, first_line
+from schemas.errors import CorruptShardError, LostError, OutputError, ShardError, first_line
+from schemas.names import finished_shards
 from schemas.shard import DATASET, SUFFIXES, Manifest, sample_files
 from stages.pixels.images import thumbnail
 
@@ -94,13 +95,13 @@ class Output:
                 stray.unlink(missing_ok=True)
 
     def _remove_other_plans(self, plan: Plan) -> None:
-        for path in self.shards.glob("*.json"):
+        for shard in finished_shards(storage.names(self.shards)):
             try:
-                manifest = Manifest.from_json(path.read_bytes())
+                manifest = Manifest.from_json((self.shards / f"{shard}.json").read_bytes())
             except CorruptShardError:
                 continue
             if manifest.plan_digest != plan.digest:
-                self.remove(path.stem)
+                self.remove(shard)
 
     def remove(self, shard: str) -> None:
         """Remove a shard, manifest first, so that no half of it ever counts as done."""
@@ -150,11 +151,20 @@ class Output:
         """Whether the shard has a manifest of this plan and files of the lengths that it names.
 
         `listed` is `files.sizes` of OUT/shards: over a network, one listing for many shards saves requests.
+
+        Raises:
+            LostError: when there is a manifest that cannot be read.
         """
+        path = self.shards / f"{shard}.json"
         try:
-            manifest = Manifest.from_json((self.shards / f"{shard}.json").read_bytes())
+            manifest = Manifest.from_json(path.read_bytes())
         except (FileNotFoundError, CorruptShardError):
             return False
+        except OSError as error:
+            raise LostError(
+                f"{path} cannot be read ({error.strerror or first_line(error)}), so nobody knows whether its shard is "
+                "done: see to it, and the same command goes on."
+            ) from error
         listed = storage.sizes(self.shards) if listed is None else listed
         return manifest.plan_digest == plan.digest and all(
             listed.get(name) == entry["bytes"] for name, entry in manifest.files.items()

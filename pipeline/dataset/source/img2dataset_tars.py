@@ -1,6 +1,5 @@
 """Existing downloads of img2dataset: webdataset tars, with a parquet beside each or the metadata in their members."""
 
-import tarfile
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -9,14 +8,12 @@ import pyarrow as pa
 
 from pipeline.dataset.source.aliases import STORED_ALIASES
 from pipeline.dataset.source.formats import from_records, parse_record, probe_parquet, read_parquet
-from pipeline.shared.files import kind_of, locate, open_binary, reading
+from pipeline.shared.files import kind_of, open_binary, reading
+from pipeline.shared.tars import members, read, require_whole
 from schemas.errors import SourceError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jxl")
 """The image of a sample is its first member with one of these suffixes, in this order."""
-
-_BLOCK = tarfile.BLOCKSIZE
-_END_MARK = bytes(2 * _BLOCK)
 
 
 class Member(NamedTuple):
@@ -41,14 +38,8 @@ def rows_in(path: str) -> int | None:
     Raises:
         SourceError: for a truncated or unreadable tar or parquet.
     """
-    fs, inside = locate(path)
-    with reading(path), fs.open(inside, "rb") as file:
-        head = file.read(_BLOCK)
-        # A tar without members starts with its end mark.
-        if head.strip(b"\0"):
-            tarfile.TarInfo.frombuf(head, tarfile.ENCODING, "surrogateescape")
-        file.seek(max(0, fs.size(inside) - len(_END_MARK)))
-        _require_end(path, file.read(len(_END_MARK)))
+    with reading(path), open_binary(path) as file:
+        require_whole(file)
     table = table_path(path)
     return probe_parquet(table)[1] if kind_of(table) else None
 
@@ -79,23 +70,13 @@ def scan(path: str) -> Samples:
         SourceError: when the tar cannot be read, or ends without its end mark.
     """
     samples: Samples = defaultdict(dict)
-    with reading(path), open_binary(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        for info in tar:
+    with reading(path), open_binary(path) as file:
+        for info in members(file):
             folder, slash, name = info.name.rpartition("/")
             stem, _, suffix = name.partition(".")
             if info.isreg():
                 samples[folder + slash + stem][suffix.lower()] = Member(info.offset_data, info.size)
-        # tarfile stops without a word at a header that is cut off or damaged.
-        file.seek(tar.offset)
-        _require_end(path, file.read(_BLOCK))
     return dict(samples)
-
-
-def _require_end(path: str, blocks: bytes) -> None:
-    if not blocks or blocks.strip(b"\0") or len(blocks) % _BLOCK:
-        raise SourceError(
-            f"{path} is truncated or damaged: it does not end as a tar does; leave it out or make it anew."
-        )
 
 
 def table_path(path: str) -> str:
@@ -103,10 +84,10 @@ def table_path(path: str) -> str:
     return path[: -len(".tar")] + ".parquet"
 
 
-def _image_ref(path: str, members: dict[str, Member]) -> str:
+def _image_ref(path: str, files: dict[str, Member]) -> str:
     for suffix in IMAGE_SUFFIXES:
-        if suffix in members:
-            return f"{path}#{members[suffix].offset}:{members[suffix].size}"
+        if suffix in files:
+            return f"{path}#{files[suffix].offset}:{files[suffix].size}"
     return ""
 
 
@@ -135,12 +116,7 @@ def _rows_inside(path: str, samples: Samples) -> pa.Table:
     return from_records(records, STORED_ALIASES)
 
 
-def _record(path: str, file: Any, key: str, members: dict[str, Member]) -> dict[str, Any]:
-    if "json" in members:
-        return parse_record(_read(file, members["json"]), f"{key}.json in {path}")
-    return {"txt": _read(file, members["txt"]).decode("utf-8", "replace")} if "txt" in members else {}
-
-
-def _read(file: Any, member: Member) -> bytes:
-    file.seek(member.offset)
-    return bytes(file.read(member.size))
+def _record(path: str, file: Any, key: str, files: dict[str, Member]) -> dict[str, Any]:
+    if "json" in files:
+        return parse_record(read(file, *files["json"]), f"{key}.json in {path}")
+    return {"txt": read(file, *files["txt"]).decode("utf-8", "replace")} if "txt" in files else {}

@@ -20,7 +20,7 @@ from pipeline.train.loader.folders import (
     dataset_files,
     read_part,
 )
-from pipeline.train.loader.tars import Raw, Shard, samples
+from pipeline.train.loader.shards import Raw, Shard, samples
 from pipeline.train.settings import DataSettings
 from schemas.digest import sha256, sha256_of_json
 from schemas.errors import SourceError

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.train.loader.tars import Raw
+from pipeline.train.loader.shards import Raw
 from schemas.errors import CorruptShardError
 from schemas.shard import decode_npy
 from schemas.targets import Targets

@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from pipeline.shared.files import AnyPath, sizes, to_path
-from pipeline.train.loader.tars import Shard
+from pipeline.shared.files import AnyPath, names, sizes, to_path
+from pipeline.train.loader.shards import Shard
 from schemas.digest import sha256_of_stream
 from schemas.errors import CorruptShardError, OutputError, SourceError
+from schemas.names import finished_shards
 from schemas.shard import DATASET, Manifest, dataset_digest
 
 _EMBEDDERS = ("face_embedder", "image_embedder")
@@ -56,9 +57,8 @@ def read_part(given: str) -> Part:
         shards: AnyPath = root / "shards"
         if not shards.is_dir():
             root, shards = root.parent, root
-        listed = sizes(shards)
-        names = [name for name in listed if name.endswith(".json") and not name.startswith(".") and name != DATASET]
-        part = Part(given, root, shards, listed, [_manifest(shards / name) for name in names])
+        manifests = [_manifest(shards / f"{name}.json") for name in finished_shards(names(shards))]
+        part = Part(given, root, shards, sizes(shards), manifests)
     except OutputError as error:
         raise SourceError(f"{given} cannot be opened: {error}") from error
     except OSError as error:

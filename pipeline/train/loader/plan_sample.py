@@ -9,7 +9,7 @@ import numpy.typing as npt
 from pipeline.train.loader.crops import CROPS, Balance, Box, Crop, bucketed, random_square
 from pipeline.train.loader.decode import meta, targets
 from pipeline.train.loader.reading import Reading
-from pipeline.train.loader.tars import Raw
+from pipeline.train.loader.shards import Raw
 from pipeline.train.settings import GuidanceSettings, TrainConfig
 from schemas.buckets import Fit, Size, buckets
 

@@ -11,7 +11,7 @@ from pipeline.train.loader.dataset import Dataset
 from pipeline.train.loader.order import draws_generator, segments
 from pipeline.train.loader.plan_sample import Planned, Planner
 from pipeline.train.loader.reading import Reading
-from pipeline.train.loader.tars import Raw, samples
+from pipeline.train.loader.shards import Raw, samples
 from pipeline.train.settings import TrainConfig
 from schemas.buckets import Size
 from schemas.errors import SourceError

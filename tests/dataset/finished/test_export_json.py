@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from pipeline.__main__ import app
 from pipeline.dataset.finished.export_json import Crop, Form, IdFormat, export_json
-from pipeline.dataset.out.unpack import unpack
+from pipeline.shared.tars import unpack
 from schemas.errors import CorruptShardError, OutputError
 from schemas.shard import decode_npy
 from stages.pixels.images import decode_jpeg

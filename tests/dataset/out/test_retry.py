@@ -19,8 +19,8 @@ from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.job import make_dataset, prepared
 from pipeline.dataset.out.ledger import funnel, read_ledger, read_manifests
 from pipeline.dataset.out.output import Output
-from pipeline.dataset.out.unpack import unpack
 from pipeline.dataset.source import sample_pictures
+from pipeline.shared.tars import unpack
 from schemas.errors import ExitCode
 from schemas.names import shard_name, shard_origin
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline.train.loader.crops import CROPS, Balance, Crop, bucketed, random_square
 from pipeline.train.loader.plan_sample import Planned, Planner
 from pipeline.train.loader.reading import Reading
-from pipeline.train.loader.tars import Raw, Shard
+from pipeline.train.loader.shards import Raw, Shard
 from pipeline.train.settings import CropWeights, TrainConfig
 from schemas.buckets import buckets, fit
 from schemas.errors import CorruptShardError

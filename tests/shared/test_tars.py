@@ -5,9 +5,11 @@ import tracemalloc
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pipeline.dataset.out.unpack import salvage, unpack
-from pipeline.train.loader.tars import Shard, samples
-from schemas.errors import CorruptShardError
+from pipeline.dataset.source.img2dataset_tars import scan
+from pipeline.shared import tars
+from pipeline.shared.tars import salvage, unpack
+from pipeline.train.loader.shards import Shard, samples
+from schemas.errors import CorruptShardError, SourceError
 
 
 def tar_of(path, members):
@@ -43,6 +45,7 @@ def test_an_empty_tar_has_no_samples(tmp_path):
     [
         ([("a.json", b"1"), ("a.json", b"2")], r"a\.json occurs twice"),
         ([("folder", b"")], "folder is not a file"),
+        ([("a", b"1")], "a is not a file of a sample"),
     ],
 )
 def test_other_things_than_files_of_samples(tmp_path, members, message):
@@ -75,6 +78,43 @@ def test_a_file_that_claims_more_than_there_is_takes_no_memory(tmp_path, size):
         assert tracemalloc.get_traced_memory()[1] < 10_000_000
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("size", [10**9, 2**40, 2**62])
+def test_a_long_name_that_claims_more_than_there_is_takes_no_memory(tmp_path, kind, size):
+    claims = tarfile.TarInfo("name")
+    claims.type, claims.size = kind, size
+    path = tmp_path / "a-00000.tar"
+    path.write_bytes(claims.tobuf(tarfile.GNU_FORMAT) + tar_of(tmp_path / "x.tar", [("a.json", b"{}")]).read_bytes())
+    tracemalloc.start()
+    try:
+        with pytest.raises(CorruptShardError, match="unexpected end of data"):
+            list(unpack(path))
+        with pytest.raises(SourceError, match="unexpected end of data"):
+            scan(str(path))
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_header_that_is_damaged_in_the_middle_is_no_end(tmp_path):
+    path = tar_of(tmp_path / "x.tar", [("a.json", b"1"), ("b.json", b"2")])
+    data = bytearray(path.read_bytes())
+    data[1024 + 10] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptShardError, match=r"x\.tar: not a readable tar: .*does not end as a tar does"):
+        list(unpack(path))
+
+
+def test_some_samples_with_some_of_their_files(tmp_path):
+    path = tar_of(tmp_path / "x.tar", [(f"k{n}.{suffix}", b"%d" % n) for n in range(4) for suffix in ("a", "b", "c")])
+    wish = {"a": True, "b": False}.get
+    found = list(tars.samples(path, 1, 3, wish))
+    assert [(key, files["a"], files["b"].read(), sorted(files)) for key, files in found] == [
+        ("k1", b"1", b"1", ["a", "b"]),
+        ("k2", b"2", b"2", ["a", "b"]),
+    ]
 
 
 def test_a_tar_that_is_not_there(tmp_path):

@@ -1,0 +1,214 @@
+"""Webdataset tars, read: their members, their samples, and of damaged ones what is left.
+
+A sample is the files of one key, which lie together: `<key>.<suffix>`, split at the first dot as webdataset does.
+Headers may claim anything: no more memory is taken than there are bytes.
+"""
+
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from typing import IO, NamedTuple, cast
+
+from pipeline.shared.files import AnyPath
+from schemas.errors import CorruptShardError
+
+BROKEN = (tarfile.TarError, EOFError, ValueError, OverflowError)
+"""What tarfile raises for bytes that are no such tar."""
+_LARGE = 64 << 20
+"""Whether so many bytes are there at all is checked before they are read: their memory would be taken at once."""
+
+
+class Span(NamedTuple):
+    """A file in a tar that was not read yet."""
+
+    tar: AnyPath
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """Read it now.
+
+        Raises:
+            CorruptShardError: when it cannot be read.
+        """
+        with corrupt_errors(self.tar), self.tar.open("rb") as stream:
+            return read(stream, self.offset, self.size)
+
+
+class Sample(NamedTuple):
+    """All files of one key."""
+
+    key: str
+    files: dict[str, bytes]
+    """Suffix -> content."""
+
+
+Wish = Callable[[str], bool | None]
+"""Suffix -> True: read it; False: note where it is (a Span); None: leave it out."""
+
+
+def unpack(tar: AnyPath) -> Iterator[Sample]:
+    """The samples of a tar in its order, one in memory at a time.
+
+    Raises:
+        CorruptShardError: when the tar cannot be read to its end, or holds other things than files of samples.
+    """
+    for key, files in samples(tar):
+        yield Sample(key, cast(dict[str, bytes], files))
+
+
+def samples(
+    tar: AnyPath, start: int = 0, stop: int | None = None, wish: Wish = lambda suffix: True
+) -> Iterator[tuple[str, dict[str, bytes | Span]]]:
+    """Key, and suffix -> content, of samples [start, stop) in the order of the tar; all others are skipped by seeks.
+
+    Raises:
+        CorruptShardError: when the tar cannot be read so far, or holds other things than files of samples.
+    """
+    number, current = -1, None
+    seen: set[str] = set()
+    files: dict[str, bytes | Span] = {}
+    with corrupt_errors(tar), tar.open("rb") as stream:
+        for info in members(stream):
+            key, _, suffix = info.name.partition(".")
+            if key != current:
+                if number >= start and current is not None:
+                    yield current, files
+                number, current, seen, files = number + 1, key, set(), {}
+                if number == stop:
+                    return
+            if not (info.isreg() and suffix):
+                raise CorruptShardError(f"{tar}: {info.name} is not a file of a sample")
+            if suffix in seen:
+                raise CorruptShardError(f"{tar}: {info.name} occurs twice")
+            seen.add(suffix)
+            wanted = wish(suffix) if number >= start else None
+            if wanted:
+                files[suffix] = read(stream, info.offset_data, info.size)
+            elif wanted is not None:
+                files[suffix] = Span(tar, info.offset_data, info.size)
+        if number >= start and current is not None:
+            yield current, files
+
+
+@contextmanager
+def corrupt_errors(tar: AnyPath) -> Iterator[None]:
+    """Turn what a tar that is none raises into a `CorruptShardError` that names it."""
+    try:
+        yield
+    except (*BROKEN, OSError) as error:
+        raise CorruptShardError(f"{tar}: not a readable tar: {error}") from error
+
+
+def members(stream: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar in its order, from their headers alone; `stream` may be read in between.
+
+    Raises one of `BROKEN` when a header is damaged or the tar is cut off, if only behind its last file.
+    """
+    with tarfile.open(fileobj=_Bounded(stream), mode="r:") as tar:  # type: ignore[call-overload]
+        for info in tar:
+            tar.members.clear()  # it would remember every member of the shard
+            yield info
+        # tarfile stops without a word at a header that is damaged or cut off.
+        _require_end(stream, tar.offset)
+
+
+def require_whole(stream: IO[bytes]) -> None:
+    """Check the first header and the end of a tar, without a look at what lies between.
+
+    Raises one of `BROKEN`.
+    """
+    head = stream.read(tarfile.BLOCKSIZE)
+    if head.strip(b"\0"):  # a tar without members begins with its end
+        tarfile.TarInfo.frombuf(head, tarfile.ENCODING, "surrogateescape")
+    _require_end(stream, max(0, stream.seek(0, os.SEEK_END) - 2 * tarfile.BLOCKSIZE))
+
+
+def _require_end(stream: IO[bytes], offset: int) -> None:
+    """Tars end with two blocks of zeros; some writers leave out the second."""
+    stream.seek(offset)
+    blocks = stream.read(2 * tarfile.BLOCKSIZE)
+    if not blocks or blocks.strip(b"\0") or len(blocks) % tarfile.BLOCKSIZE:
+        raise EOFError("truncated or damaged: it does not end as a tar does")
+
+
+def read(stream: IO[bytes], offset: int, size: int) -> bytes:
+    """The bytes of a file in a tar.
+
+    Raises:
+        EOFError: when the tar ends before it.
+    """
+    stream.seek(offset)
+    data = _Bounded(stream).read(size)
+    if len(data) != size:
+        raise EOFError("unexpected end of data")
+    return data
+
+
+class _Bounded:
+    """A stream of which no more is read at once than there is, whatever a header claims."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.seek, self.tell = stream.seek, stream.tell
+
+    def read(self, size: int) -> bytes:
+        if size > _LARGE:
+            here = self.tell()
+            left = self.seek(0, os.SEEK_END) - here
+            self.seek(here)
+            if size > left:
+                raise EOFError("unexpected end of data")
+        return self._stream.read(size)
+
+
+class Remains(NamedTuple):
+    """The files of one key that lie together in a damaged tar."""
+
+    key: str
+    files: dict[str, bytes]
+    clean: bool
+    """Whether nothing but zeros fills their last blocks."""
+
+
+class _Member(NamedTuple):
+    name: str
+    data: bytes
+    clean: bool
+
+
+def salvage(tar: AnyPath) -> Iterator[Remains]:
+    """Whatever files lie in a tar whose bytes were changed; a file whose header is damaged is passed over.
+
+    Raises:
+        OSError: when it cannot be read.
+    """
+    with tar.open("rb") as stream:
+        for key, group in groupby(_salvaged(stream), lambda member: member.name.partition(".")[0]):
+            left = list(group)
+            files = {member.name.partition(".")[2]: member.data for member in left}
+            yield Remains(key, files, all(member.clean for member in left))
+
+
+def _salvaged(stream: IO[bytes]) -> Iterator[_Member]:
+    """Each file whose header is whole; between two of them, block after block is tried."""
+    name, clean = "", True
+    whole = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    while len(block := stream.read(tarfile.BLOCKSIZE)) == tarfile.BLOCKSIZE:
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            continue
+        data = stream.read(min(max(info.size, 0), whole - stream.tell()))
+        padding = bytes(-len(data) % tarfile.BLOCKSIZE)
+        clean = stream.read(len(padding)) == padding and len(data) == info.size and clean
+        if info.type == tarfile.XHDTYPE:  # it holds the next file's name, where that is a long one
+            match = re.search(rb"\d+ path=([^\n]*)\n", data)
+            name = match[1].decode("utf-8", "surrogateescape") if match else ""
+            continue
+        yield _Member(name or info.name, data, clean)
+        name, clean = "", True

@@ -1,0 +1,84 @@
+"""Files in OUT/shards that are not ours, and manifests of ours that cannot be read."""
+
+import io
+
+import fake_dataset as fake
+import pytest
+from rich.console import Console
+
+from pipeline.dataset.config import load_config
+from pipeline.dataset.job import make_dataset, prepared
+from pipeline.dataset.out.ledger import funnel, read_manifests, shard_names
+from pipeline.dataset.out.output import Output
+from pipeline.shared.files import to_path
+from pipeline.train.loader import open_dataset
+from pipeline.train.settings import DataSettings
+from schemas.errors import CorruptShardError, ExitCode, LostError, SourceError
+
+FOREIGN = {
+    "index.json": b'{"wids_version": 1, "shardlist": []}',
+    "a-00000.tar.idx": b"energon",
+    "notes-2026.json": b"[]",
+    ".info.json": b"{}",
+    "a-000.json": b"too few digits",
+}
+
+
+def made(out, *sets: str, replan: bool = False) -> ExitCode:
+    config = load_config(None, ["source.rows_per_shard=100", *sets], shards="sample", executor="local")
+    with prepared("sample", config) as job:
+        return make_dataset(job, out, Console(file=io.StringIO()), replan=replan)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    assert made(out) is ExitCode.OK
+    return out
+
+
+def test_files_of_others_stop_neither_a_rerun_nor_training_and_stay(finished):
+    shards = finished / "shards"
+    before = {path.name: path.read_bytes() for path in shards.iterdir()}
+    for name, data in FOREIGN.items():
+        (shards / name).write_bytes(data)
+    (shards / ".nv-meta").mkdir()
+    (shards / ".nv-meta" / "split.yaml").write_bytes(b"split_parts: {}")
+    assert made(finished) is ExitCode.OK
+    dataset = open_dataset([str(finished)], DataSettings())
+    assert [shard.name for shard in dataset.shards] == ["sample-00000"]
+    assert made(finished, "filter.min_face_px=100", replan=True) is ExitCode.OK
+    assert {path.name for path in shards.iterdir()} == {*before, *FOREIGN, ".nv-meta"}
+    assert {name: (shards / name).read_bytes() for name in FOREIGN} == FOREIGN
+
+
+@pytest.mark.parametrize("url", ["", "memory://foreign"])
+def test_what_stands_under_the_name_of_a_manifest_is_never_overlooked(tmp_path, url):
+    out = to_path(url) if url else tmp_path
+    fake.write(out, {"a-00000": fake.mixed("a"), "a-00001": fake.mixed("a", 6)})
+    path = out / "shards" / "a-00001.json"
+    path.unlink()
+    if url:
+        (path / "file").write_bytes(b"below")
+    else:
+        path.mkdir()
+    assert shard_names(out) == ["a-00000", "a-00001"]
+    with pytest.raises(CorruptShardError, match=r"a-00001\.json"):
+        read_manifests(out)
+    with pytest.raises(CorruptShardError, match=r"a-00001\.json"):
+        funnel(out)
+    with pytest.raises(SourceError, match=r"a-00001\.json"):
+        open_dataset([str(out)], DataSettings())
+    if url:
+        (path / "file").unlink()
+
+
+def test_a_manifest_that_cannot_be_read_ends_the_run_with_a_sentence(finished, tmp_path):
+    (tmp_path / "shards" / "sample-00000.json").mkdir(parents=True)
+    with pytest.raises(LostError, match=r"sample-00000\.json cannot be read \(Is a directory\).*same command") as ended:
+        made(tmp_path)
+    assert "\n" not in str(ended.value)
+    with pytest.raises(LostError, match=r"sample-00000\.json cannot be read"):
+        Output(tmp_path).is_done("sample-00000", fake.plan())
+    (tmp_path / "shards" / "sample-00000.json").rmdir()
+    assert made(tmp_path) is ExitCode.OK
