@@ -24,7 +24,7 @@ from pipeline.dataset.out.forgotten import FORGOTTEN, Forgotten, finish, load
 from pipeline.dataset.out.ledger import funnel, read_manifests
 from pipeline.forget_command import forget as command
 from pipeline.shared.files import to_path, write
-from schemas.errors import CorruptShardError, OutputError
+from schemas.errors import CorruptShardError, OutputError, SourceError
 from stages.pixels.images import encode_jpeg
 
 FIRST, SECOND = "a-00000", "a-00001"
@@ -84,7 +84,7 @@ def everything(out):
 def test_a_sample_goes_from_tar_ledger_manifest_and_report(out):
     before = read_manifests(out)
     gone = forget(out, Wanted(urls=(KEPT_URL,)))
-    assert (gone.rows, gone.samples, gone.damaged) == ({FIRST: [KEYS[0]]}, 1, [])
+    assert (gone.rows, gone.kept, gone.damaged) == ({FIRST: [KEYS[0]]}, {FIRST: 1}, [])
     assert samples(out) == [KEYS[4]]
     row = ledger(out)[KEYS[0]]
     assert (row["part"], row["row"], row["verdict"], row["stage"]) == ("a", 0, "forgotten", "metadata")
@@ -174,7 +174,7 @@ def test_a_second_take_down_adds_to_the_first(out):
 
 
 def test_a_whole_shard_may_go(out):
-    assert forget(out, Wanted(domains=("photos.example",))).count == 11
+    assert str(forget(out, Wanted(domains=("photos.example",)))) == "11 rows, 3 of them samples, in 2 shards"
     assert samples(out) == []
     assert verify(out) == []
     assert sum(row["verdict"] == "forgotten" for row in ledger(out).values()) == 6
@@ -283,7 +283,7 @@ def test_words_that_make_no_sense_change_nothing(out, wanted, message):
 def test_a_folder_that_is_no_dataset_or_a_list_that_is_not_there(out, tmp_path):
     with pytest.raises(OutputError, match="holds no dataset"):
         forget(tmp_path / "none", Wanted(urls=(KEPT_URL,)))
-    with pytest.raises(OutputError, match="cannot be read"):
+    with pytest.raises(SourceError, match="cannot be read"):
         Wanted.listed(tmp_path / "none.txt")
 
 
@@ -291,7 +291,7 @@ def test_a_run_in_the_same_folder_is_not_disturbed(out):
     handle = os.open(out / "shards", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:
-        with pytest.raises(OutputError, match="A run is writing"):
+        with pytest.raises(OutputError, match="Another run is writing"):
             forget(out, Wanted(urls=(KEPT_URL,)))
     finally:
         os.close(handle)
