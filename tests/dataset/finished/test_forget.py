@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import fake_dataset as fake
@@ -17,11 +18,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from pipeline.dataset.finished.forget import Wanted, forget
+from pipeline.dataset.finished.forget import Wanted, forget, take_down_listed
 from pipeline.dataset.finished.report import write_report
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.out.forgotten import FORGOTTEN, Forgotten, finish, load
 from pipeline.dataset.out.ledger import funnel, read_manifests
+from pipeline.dataset.out.output import Output
 from pipeline.forget_command import forget as command
 from pipeline.shared.files import to_path, write
 from schemas.errors import CorruptShardError, OutputError, SourceError
@@ -221,6 +223,50 @@ def test_a_remote_shard_that_was_committed_is_finished(out, remote, steps):
     assert not list((remote / "shards").glob(".new-*"))
 
 
+# ---- lists of download.removed
+
+
+def take_down(out, *lines):
+    """What a run does under such a list, before it makes any shard."""
+    path = out.with_name("removed.txt")
+    path.write_text("\n".join(lines))
+    config = fake.plan().config
+    download = config.download.model_copy(update={"removed": (str(path),) if lines else ()})
+    plan = replace(fake.plan(), config=config.model_copy(update={"download": download}))
+    output = Output(out)
+    with output.prepared(plan):
+        return take_down_listed(output)
+
+
+def test_a_list_is_taken_down_once_for_each_state_of_it(out):
+    assert take_down(out).rows == {}
+    assert not (out / FORGOTTEN).exists()
+    gone = take_down(out, KEPT_URL.replace("http", "https"), "CD" * 32)
+    assert gone.rows == {FIRST: [KEYS[0]], SECOND: [KEYS[6]]}
+    assert verify(out) == []
+    for row in (ledger(out)[KEYS[0]], ledger(out, SECOND)[KEYS[6]]):
+        assert (row["verdict"], row["stage"], row["url"]) == ("removed", "metadata", None)
+    assert not [secret for secret in (b"a/0.jpg", b"caption of row 0") if secret in everything(out)]
+    ours = out / "shards" / f"{FIRST}.parquet"
+    whole = ours.read_bytes()
+    ours.write_bytes(b"damaged")
+    assert take_down(out, "cd" * 32, "# no change", f"{KEPT_URL}#x").rows == {}, "no shard is looked at"
+    with pytest.raises(CorruptShardError, match=ours.name):
+        take_down(out, DEAD_URL)
+    ours.write_bytes(whole)
+    assert take_down(out, DEAD_URL).rows == {FIRST: [KEYS[3]]}
+    assert take_down(out).rows == {}
+    assert load(out).lists == "", "shards of this run are made under no list"
+
+
+def test_what_was_forgotten_stays_so_under_a_list(out):
+    forget(out, Wanted(urls=(KEPT_URL,)))
+    assert take_down(out, KEPT_URL, DEAD_URL).rows == {FIRST: [KEYS[3]]}
+    assert ledger(out)[KEYS[0]]["verdict"] == "forgotten"
+    assert load(out).concerns_url(KEPT_URL)
+    assert verify(out) == []
+
+
 # ---- the words of the command
 
 
@@ -336,7 +382,7 @@ def test_a_damaged_list_stops_everything(out):
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
-from pipeline.dataset.finished.forget import Wanted, forget
+from pipeline.dataset.finished.forget import Wanted, forget, take_down_listed
 
 published, work, urls = Path(sys.argv[1]), Path(sys.argv[2]), tuple(sys.argv[3:])
 

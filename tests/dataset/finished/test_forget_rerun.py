@@ -43,12 +43,12 @@ def server():
         running.shutdown()
 
 
-def call(*words, code=0):
+def call(*words):
     done = subprocess.run(
         [sys.executable, "-m", "pipeline", *map(str, words)], capture_output=True, text=True, check=False
     )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def rows(out):
@@ -110,11 +110,3 @@ def test_lists_of_removals_reach_shards_that_are_done(server, tmp_path):
     call("dataset", *words, "--out", fresh)
     for path in (out / "shards").iterdir():
         assert path.read_bytes() == (fresh / "shards" / path.name).read_bytes(), path.name
-    # Once done, a rerun under the same lists looks at no shard; under others it does.
-    (out / "shards" / "part-00000.parquet").write_bytes(
-        b"damaged, of the length: ".ljust((out / "shards" / "part-00000.parquet").stat().st_size, b".")
-    )
-    removed.write_text(f"{copied.upper()}\n# {copied}\n{base}/b.jpg")
-    assert "taken out" not in call("dataset", *words, code=3)
-    removed.write_text(f"{base}/a.jpg")
-    assert "part-00000.parquet" in call("dataset", *words, code=3)
