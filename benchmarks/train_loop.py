@@ -29,7 +29,7 @@ from train_made import Made, make
 from train_tutorial import Tutorial
 
 from pipeline.train import __main__ as trainer
-from pipeline.train.adapters import VARIANTS
+from pipeline.train.adapters.variants import VARIANTS
 from pipeline.train.job import Call, prepared
 from pipeline.train.session import Session
 from pipeline.train.watch import METRICS, Watch

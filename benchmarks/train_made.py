@@ -21,13 +21,29 @@ from train_loader import CROPS, FACE, PICTURES
 from webdataset import TarWriter
 
 from pipeline.shared import tiny
-from pipeline.shared.bases import BaseSource, Kind, find_base
-from pipeline.train.base_model import meta_unet
+from pipeline.shared.bases import BaseSource, find_base
 from schemas.buckets import Fit
 from schemas.shard import Manifest, encode_npy
-from schemas.targets import Targets, text_sha256, vae_sha256
+from schemas.targets import BaseKind, Targets, text_sha256, vae_sha256
 
 SHARD = 200
+UNETS: dict[BaseKind, dict[str, Any]] = {
+    "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8, "block_out_channels": (320, 640, 1280, 1280)},
+    "sdxl": {
+        "sample_size": 128,
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+"""What the published UNets' configs say besides diffusers' defaults."""
 VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "layers_per_block": 2,
@@ -64,7 +80,7 @@ class Made:
     """N.jpg, N.face.jpg and N.npy (ID vector): what the published tutorial reads."""
 
 
-def make(folder: Path, kind: Kind, resolution: int, samples: int, *, is_tiny: bool) -> Made:
+def make(folder: Path, kind: BaseKind, resolution: int, samples: int, *, is_tiny: bool) -> Made:
     """All of it; what is in `folder` already is used again."""
     base = folder / f"base-{kind}"
     if is_tiny:
@@ -81,9 +97,9 @@ def make(folder: Path, kind: Kind, resolution: int, samples: int, *, is_tiny: bo
     return made
 
 
-def _write_base(folder: Path, kind: Kind) -> None:
+def _write_base(folder: Path, kind: BaseKind) -> None:
     factor = 0.18215 if kind == "sd15" else 0.13025
-    _write_model(folder / "unet", lambda: meta_unet(kind))
+    _write_model(folder / "unet", lambda: diffusers.UNet2DConditionModel(**UNETS[kind]))
     _write_model(folder / "vae", lambda: diffusers.AutoencoderKL(**VAE, scaling_factor=factor))
     _write_model(folder / "text_encoder", lambda: _text_encoder("text_encoder"))
     tiny._tokenizer(folder).save_pretrained(folder / "tokenizer")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pipeline.dataset.finished.forget import Gone, Wanted
+from pipeline.dataset.finished.forget import Wanted
 from pipeline.dataset.finished.forget import forget as forget_in
 from pipeline.shared.files import to_path
 from schemas.errors import ExitCode
@@ -36,17 +36,13 @@ def forget(
     for shard, keys in gone.rows.items() if dry_run else ():
         for key in keys:
             _console.print(f"{shard}: {key}", highlight=False, markup=False, soft_wrap=True)
-    _console.print(_summary(gone, dry_run), highlight=False, soft_wrap=True)
-    for sentence in gone.damaged:
-        _errors.print(f"error: {sentence}.", highlight=False, markup=False, soft_wrap=True)
+    if gone.rows:
+        sentence = f"{'Would forget' if dry_run else 'Forgotten'}: {gone}."
+    else:
+        later = "would not" if dry_run else "will not"
+        sentence = f"Nothing in the dataset matches; later runs into it {later} fetch it either."
+    _console.print(sentence, highlight=False, soft_wrap=True)
+    for trouble in gone.damaged:
+        _errors.print(f"error: {trouble}.", highlight=False, markup=False, soft_wrap=True)
     if gone.damaged:
         raise typer.Exit(ExitCode.SHARDS_FAILED)
-
-
-def _summary(gone: Gone, dry_run: bool) -> str:
-    if not gone.rows:
-        later = "would not" if dry_run else "will not"
-        return f"Nothing in the dataset matches; later runs into it {later} fetch it either."
-    verb, shards = "Would forget" if dry_run else "Forgotten", len(gone.rows)
-    counted = f"{gone.count:,} rows, {gone.samples:,} of them samples"
-    return f"{verb}: {counted}, in {shards:,} shard{'' if shards == 1 else 's'}."

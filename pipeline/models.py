@@ -5,13 +5,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from rich.table import Table
 
 from pipeline.dataset.config import load_config
 from schemas.errors import ExitCode
-from stages.models.weights import Row, check, fetch, listing
-from stages.settings import ModelSettings
+from stages.models.backends import backends
+from stages.models.weights import WeightState, fetch, known, known_weights, states
 
 app = typer.Typer(invoke_without_command=True, help="Weights: where they are, under which licence, how to get them.")
 console = Console()
@@ -32,13 +31,16 @@ def default(context: typer.Context) -> None:
 @app.command("list")
 def list_weights(config: ConfigFile = None, sets: Sets = None) -> None:
     """Show all known weights, their licences, and where they were found."""
-    _show(listing(_settings(config, sets, None)))
+    settings = load_config(config, sets or []).models
+    _show(states(known_weights(settings).values(), settings))
 
 
 @app.command("check")
 def check_weights(names: Names = None, config: ConfigFile = None, sets: Sets = None) -> None:
     """Read the weights that are there and compare their sha256."""
-    rows = check(_settings(config, sets, None), names or ())
+    settings = load_config(config, sets or []).models
+    weights = [known(name, settings) for name in names or ()] or known_weights(settings).values()
+    rows = states(weights, settings, hashes=True)
     _show(rows)
     if any("wrong" in row.state for row in rows) or (names and any(row.path is None for row in rows)):
         raise typer.Exit(ExitCode.USER_ERROR)
@@ -48,36 +50,15 @@ def check_weights(names: Names = None, config: ConfigFile = None, sets: Sets = N
 def fetch_weights(
     names: Names = None, config: ConfigFile = None, sets: Sets = None, profile: ProfileName = None
 ) -> None:
-    """Download weights into the cache; an interrupted download goes on where it stopped."""
-    settings = _settings(config, sets, profile)
-    with Progress(*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn(), console=console) as bars:
-        tasks: dict[str, int] = {}
-
-        def advance(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total or None)
-            bars.update(tasks[name], completed=done, total=total or None)  # type: ignore[arg-type]
-
-        for name in names or needed(settings):
-            console.print(f"{name}: {fetch(name, progress=advance)}", highlight=False, soft_wrap=True)
+    """Download weights into the cache; those of the hub go on where they were interrupted."""
+    settings = load_config(config, sets or [], profile=profile)
+    needed = [weight for cls in backends(settings) for weight in cls.weights(settings.models)]
+    wanted = {weight.name: weight for weight in needed if weight.name not in settings.models.paths}
+    for weight in [known(name, settings.models) for name in names or ()] or wanted.values():
+        console.print(f"{weight.name}: {fetch(weight)}", highlight=False, soft_wrap=True)
 
 
-def needed(settings: ModelSettings) -> list[str]:
-    """Names of the known weights that these settings use; a pack given as a folder is not among them."""
-    names = []
-    if "scrfd" in settings.detector or settings.face_embedder == "arcface":
-        names += [] if Path(settings.pack).expanduser().is_dir() else [settings.pack]
-    names += ["yunet"] if settings.detector == "yunet" else []
-    names += [settings.parser] if settings.segmenter == "facexlib" else []
-    names += [settings.image_embedder] if settings.image_embedder in ("clip-vit-h", "dinov2") else []
-    return names
-
-
-def _settings(config: Path | None, sets: list[str] | None, profile: str | None) -> ModelSettings:
-    return load_config(config, sets or [], profile=profile).models
-
-
-def _show(rows: list[Row]) -> None:
+def _show(rows: list[WeightState]) -> None:
     table = Table("name", "does", "licence", "commercial use", "state", "where")
     for row in rows:
         weight = row.weight

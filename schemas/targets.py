@@ -7,11 +7,14 @@ their hashes, the same way.
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from schemas.buckets import Fit
 from schemas.digest import sha256_of_file
 from schemas.errors import CorruptShardError, WeightsError
+
+BaseKind = Literal["sd15", "sdxl"]
+"""Layout of a base model: Stable Diffusion 1.5's, or SDXL's (two text encoders, micro-conditioning)."""
 
 _VAE = "vae/diffusion_pytorch_model.safetensors"
 _TEXT_ENCODERS = ("text_encoder/model.safetensors", "text_encoder_2/model.safetensors")

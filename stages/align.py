@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 from stages.base import RowStage
-from stages.models.base import Image
+from stages.models.backends import Image
 from stages.pixels.geometry import ARCFACE_SIZE, norm_crop, roll_degrees
 from stages.pixels.images import encode_jpeg, encode_png, photo
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from stages.base import RowStage
-from stages.models.base import Image
+from stages.models.backends import Image
 from stages.pixels.geometry import Box, Framing, crop_box
 from stages.pixels.images import encode_jpeg, photo, shrink
 

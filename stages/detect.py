@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from schemas.drops import DropReason
 from stages.base import RowStage
-from stages.models.base import Detector, Faces, Floats, backend
+from stages.models.backends import Detector, Faces, Floats, backend
 from stages.pixels.images import photo
 from stages.settings import Settings
 

@@ -12,7 +12,6 @@ from schemas.drops import DropReason
 from stages.base import DROP, Dropped, to_table
 from stages.fetch import ENGINES, tar
 from stages.fetch.base import Engine, Outcome
-from stages.fetch.manners.removed import Removed
 from stages.settings import Settings
 
 _MOST_CHUNK = np.iinfo(np.int32).max
@@ -23,14 +22,13 @@ class Download:
     """Fetches each row's image file; a row with an image_ref is read from the tar that it names instead.
 
     May be called from several threads at once. Width and height are written only for rows that are dropped as
-    SMALL_IMAGE, whose bodies were not read to their end; sha256 and n_bytes also for files that are REMOVED.
+    SMALL_IMAGE, whose bodies were not read to their end.
     """
 
     name: ClassVar[str] = "download"
     reads: ClassVar[tuple[str, ...]] = ("url", "image_ref")
     writes: ClassVar[tuple[str, ...]] = ("image", "sha256", "n_bytes", "width", "height")
     drops: ClassVar[tuple[DropReason, ...]] = (
-        DropReason.REMOVED,
         DropReason.BAD_URL,
         DropReason.SMALL_IMAGE,
         DropReason.FORBIDDEN_ADDRESS,
@@ -56,18 +54,14 @@ class Download:
     def __init__(self, settings: Settings) -> None:
         """Start the engine that `settings.download.engine` names."""
         self._settings = settings
-        self._removed = Removed(settings.download.removed)
         self._engine: Engine = pkgutil.resolve_name(ENGINES[settings.download.engine])(settings)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Fetch all rows, as many at a time as the settings allow."""
         urls, refs = table["url"].to_pylist(), table["image_ref"].to_pylist()
-        allowed = [not (self._removed and self._removed.has_url(url)) for url in urls]
-        rows = list(zip(urls, refs, allowed, strict=True))
-        stored = iter(tar.read([ref for _, ref, may in rows if may and ref is not None], self._settings))
-        fetched = iter(self._engine.fetch([url for url, ref, may in rows if may and ref is None]))
-        gone = Dropped(DropReason.REMOVED)
-        outcomes = [next(fetched if ref is None else stored) if may else gone for _, ref, may in rows]
+        stored = iter(tar.read([ref for ref in refs if ref is not None], self._settings))
+        fetched = iter(self._engine.fetch([url for url, ref in zip(urls, refs, strict=True) if ref is None]))
+        outcomes = [next(fetched if ref is None else stored) for ref in refs]
         return _with_images([self._row(outcome) for outcome in outcomes], self.writes, self.drops)
 
     def close(self) -> None:
@@ -77,11 +71,7 @@ class Download:
     def _row(self, outcome: Outcome) -> dict[str, Any]:
         if isinstance(outcome, Dropped):
             return {**outcome.measured, DROP: outcome.reason}
-        digest = sha256(outcome)
-        row = {"sha256": digest, "n_bytes": len(outcome)}
-        if self._removed and self._removed.has_sha256(digest):
-            return {**row, DROP: DropReason.REMOVED}
-        return {**row, "image": outcome}
+        return {"sha256": sha256(outcome), "n_bytes": len(outcome), "image": outcome}
 
 
 def _with_images(rows: list[dict[str, Any]], writes: tuple[str, ...], drops: tuple[DropReason, ...]) -> pa.Table:

@@ -8,7 +8,7 @@ import pyarrow as pa
 from schemas.drops import DropReason
 from schemas.shard import encode_npy
 from stages.base import DROP, to_table
-from stages.models.base import FaceEmbedder, Floats, backend
+from stages.models.backends import FaceEmbedder, Floats, backend
 from stages.pixels.images import decode_png
 from stages.settings import Settings
 

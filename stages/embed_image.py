@@ -12,7 +12,7 @@ import pyarrow as pa
 from schemas.drops import DropReason
 from schemas.shard import encode_npy
 from stages.base import to_table
-from stages.models.base import Image, ImageEmbedder, backend
+from stages.models.backends import Image, ImageEmbedder, backend
 from stages.pixels.geometry import foreground
 from stages.pixels.images import decode_jpeg, decode_png
 from stages.settings import Settings

@@ -15,7 +15,7 @@ from schemas.drops import DropReason
 from schemas.shard import encode_npy
 from schemas.targets import Targets
 from stages.base import to_table
-from stages.models.base import Image
+from stages.models.backends import Image
 from stages.models.encoders import TextEncoder, Vae
 from stages.pixels.images import decode_jpeg
 from stages.settings import EncoderSource, Settings

@@ -41,7 +41,6 @@ class Metadata:
         DropReason.WATERMARK,
         DropReason.SMALL_IMAGE,
         DropReason.DUPLICATE_URL,
-        DropReason.FORGOTTEN,  # given by pipeline.dataset.out.forgotten, before any other: OUT knows which rows
     )
 
     def __init__(self, settings: Settings) -> None:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from schemas.drops import DropReason
 from stages.align import FACE_SIZE
 from stages.base import Dropped, RowStage
-from stages.models.base import Image, Segmenter, backend
+from stages.models.backends import Image, Segmenter, backend
 from stages.pixels.geometry import ffhq_crop, ffhq_matrix, inside_photo, transform_points, warp_labels
 from stages.pixels.images import encode_png, photo
 from stages.settings import Settings

@@ -54,7 +54,9 @@ class DownloadSettings(Section):
     respect_robots: bool = True
     """Fetch nothing that a host's robots.txt disallows for our name, or for `*` where our name is not in it."""
     removed: tuple[str, ...] = ()
-    """Lists of what must not be used: text, CSV or parquet files of URLs and of files' sha256."""
+    """Lists of what must not be used: text, CSV or parquet files of URLs and of files' sha256.
+
+    The next run takes it out of finished shards too."""
     refusals: str = ""
     """File in which the processes of a run share what was refused, so that none asks again; set by the run itself."""
     sample_port: int | None = None

@@ -3,7 +3,7 @@
 from pipeline.dataset.config import Config
 from pipeline.shared.bases import find_base
 from schemas.targets import text_sha256, vae_sha256
-from stages.models.base import ModelCard
+from stages.models.backends import ModelCard
 from stages.settings import EncoderSource
 
 

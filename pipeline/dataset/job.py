@@ -18,6 +18,7 @@ from pipeline.dataset.execute import local
 from pipeline.dataset.execute.make_shard import Event, Finished
 from pipeline.dataset.execute.progress import Screen
 from pipeline.dataset.execute.runner import judge_seeds
+from pipeline.dataset.finished.forget import take_down_listed
 from pipeline.dataset.finished.report import write_report
 from pipeline.dataset.out.ledger import read_manifests, replaced, shard_names, summary
 from pipeline.dataset.out.lost import lost_errors
@@ -112,6 +113,9 @@ def make_dataset(job: Job, out: AnyPath, console: Console, *, replan: bool = Fal
     _require_shared(out, job.plan.config)
     start, execute = executor_of(job.plan.config)
     with start(job.plan), output.prepared(job.plan, replan=replan):
+        gone = take_down_listed(output)
+        if gone.rows:
+            console.print(f"Lists of download.removed: taken out of what is done: {gone}.", highlight=False)
         work = _Work(output, job.plan, execute, Screen(console, job.rows))
         with work.screen:
             work.make(work.pending(job.shards(), further=_further(out)))
@@ -179,7 +183,9 @@ class _Work:
         """
         listed = storage.sizes(self.output.shards)
         try:
-            for seeds in map(self._known, shards):
+            for seeds in shards:
+                # What must not be used is marked after shards are cut, so that their borders stay.
+                seeds = replace(seeds, table=self.output.takedowns.judged(seeds.table))
                 with lost_errors(self.output.root):
                     done = self.output.is_done(seeds.name, self.plan, listed)
                     if not done:
@@ -191,11 +197,6 @@ class _Work:
         except UserError as error:
             self.screen.show(Finished.failed("metadata", error))
             self.failed.append("metadata")
-
-    def _known(self, seeds: Seeds) -> Seeds:
-        """A shard whose rows that are to be forgotten are marked: after it was cut, so that its borders stay."""
-        forgotten = self.output.forgotten
-        return replace(seeds, table=forgotten.judged(seeds.table)) if forgotten else seeds
 
 
 def _finish(output: Output, plan: Plan) -> None:

@@ -16,7 +16,7 @@ from schemas.shard import SUFFIXES
 from stages import STAGES
 from stages.base import Stage
 from stages.encode import Encode
-from stages.models.base import REGISTRIES, ModelCard, backend
+from stages.models.backends import ModelCard, backends
 from stages.models.weights import known, require_licences
 from stages.settings import EncodeSettings
 
@@ -159,9 +159,8 @@ def make_plan(config: Config) -> Plan:
     steps = tuple(_step(name, path) for name, path in STAGES.items())
     prove(steps)
     for name in config.models.paths:
-        known(name)
-    tasks = [task for task in REGISTRIES if config.pack.embeddings or task != "image_embedder"]
-    cards = [card for task in tasks for card in backend(task, getattr(config.models, task)).cards(config.models)]
+        known(name, config.models)
+    cards = [card for cls in backends(config) for card in cls.cards(config.models)]
     cards += encoders
     require_licences(cards, config.models)
     return Plan(config, steps, tuple(cards))

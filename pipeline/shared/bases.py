@@ -10,13 +10,12 @@ import tempfile
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from platformdirs import user_cache_dir
 
 from schemas.errors import SourceError, WeightsError
-
-Kind = Literal["sd15", "sdxl"]
+from schemas.targets import BaseKind
 
 _TINY_VERSION = 1
 """Part of the folder's name; to be raised when what `pipeline.shared.tiny` builds changes."""
@@ -43,7 +42,7 @@ _SD15 = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "t
 _MODELS = {"sd15": _SD15, "sdxl": {**_SD15, "text_encoder_2": "model"}}
 """Parts with weights, and how the names of their files begin."""
 _TOKENIZERS = {"sd15": ("tokenizer",), "sdxl": ("tokenizer", "tokenizer_2")}
-_KINDS: dict[str | None, Kind] = {None: "sd15", "text_time": "sdxl"}
+_KINDS: dict[str | None, BaseKind] = {None: "sd15", "text_time": "sdxl"}
 """Layout by what the UNet's `addition_embed_type` says."""
 
 
@@ -53,7 +52,7 @@ class BaseSource:
 
     name: str
     folder: Path
-    kind: Kind
+    kind: BaseKind
     licence: str
     text_width: int
     """Width of the text tokens, the UNet's `cross_attention_dim`."""
@@ -71,7 +70,7 @@ def find_base(name: str, *, sdxl: bool = False) -> BaseSource:
         SourceError: when a path is no diffusers folder of Stable Diffusion 1.5's or SDXL's layout.
     """
     if name in ("tiny", "tiny-sdxl"):
-        kind: Kind = "sdxl" if sdxl or name == "tiny-sdxl" else "sd15"
+        kind: BaseKind = "sdxl" if sdxl or name == "tiny-sdxl" else "sd15"
         return _described("tiny" if kind == "sd15" else "tiny-sdxl", _tiny(kind), "Apache-2.0 (random weights)")
     if name in _KNOWN:
         return _described(name, _known_folder(name, _KNOWN[name]), _KNOWN[name].licence)
@@ -96,7 +95,7 @@ def _described(name: str, folder: Path, licence: str) -> BaseSource:
     return BaseSource(name, folder, kind, licence, width)
 
 
-def _require_whole(folder: Path, kind: Kind) -> None:
+def _require_whole(folder: Path, kind: BaseKind) -> None:
     """Raise for a missing part now, not when the part is needed first."""
     for part, name in _MODELS[kind].items():
         _json(folder, f"{part}/config.json")
@@ -153,7 +152,7 @@ def _known_folder(name: str, hub: _Hub) -> Path:
         ) from error
 
 
-def _tiny(kind: Kind) -> Path:
+def _tiny(kind: BaseKind) -> Path:
     """The folder of a tiny base, made once; a second process that makes it at the same time loses harmlessly."""
     parent = Path(user_cache_dir("faceshards")) / "bases"
     folder = parent / f"tiny-{kind}-v{_TINY_VERSION}"

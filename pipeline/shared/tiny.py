@@ -5,9 +5,9 @@ They draw nothing, and load wherever the real ones do: for tests, and for trying
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-Kind = Literal["sd15", "sdxl"]
+from schemas.targets import BaseKind
 
 _SEED = 15
 _WIDTH = 128
@@ -33,7 +33,7 @@ _UNET: dict[str, Any] = {
     "attention_head_dim": 4,
     "norm_num_groups": 8,
 }
-_UNETS: dict[Kind, dict[str, Any]] = {
+_UNETS: dict[BaseKind, dict[str, Any]] = {
     "sd15": {
         "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -59,7 +59,7 @@ _VAE: dict[str, Any] = {
 }
 
 
-def write_tiny(folder: Path, kind: Kind) -> None:
+def write_tiny(folder: Path, kind: BaseKind) -> None:
     """Write a pipeline in diffusers' layout; the same weights every time."""
     import diffusers
     import torch
@@ -72,7 +72,7 @@ def write_tiny(folder: Path, kind: Kind) -> None:
         _pipeline(folder, kind).save_pretrained(folder, safe_serialization=True)
 
 
-def _pipeline(folder: Path, kind: Kind) -> Any:
+def _pipeline(folder: Path, kind: BaseKind) -> Any:
     import diffusers
 
     parts: dict[str, Any] = {

@@ -1,3 +1,7 @@
-"""What `pipeline.train` is made of: settings, bases, the objective, checkpoints, validation."""
+"""Training: from finished shards to an adapter that others can load."""
 
-import pipeline.shared.quiet  # noqa: F401  # before any module of this package imports diffusers or transformers
+import os
+
+# Before any module of this package imports diffusers, transformers or albumentations: nothing is sent anywhere.
+os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", NO_ALBUMENTATIONS_UPDATE="1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.shared.configfile import key_table
-from pipeline.train.adapters import VARIANTS
+from pipeline.train.adapters.variants import VARIANTS
 from pipeline.train.job import Call, Job, prepared
 from pipeline.train.loader import worker_died
 from pipeline.train.screen import console, say

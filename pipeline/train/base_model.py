@@ -13,7 +13,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pipeline.shared.bases import BaseSource, Kind
+from pipeline.shared.bases import BaseSource
 from schemas.errors import WeightsError, first_line
 
 diffusers.utils.logging.set_verbosity_error()
@@ -23,24 +23,6 @@ transformers.utils.logging.disable_progress_bar()
 
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError)
 """What from_pretrained raises for folders that do not hold what they should."""
-
-UNETS: dict[Kind, dict[str, Any]] = {
-    "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8, "block_out_channels": (320, 640, 1280, 1280)},
-    "sdxl": {
-        "sample_size": 128,
-        "cross_attention_dim": 2048,
-        "attention_head_dim": (5, 10, 20),
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
-"""What the published UNets' configs say besides diffusers' defaults."""
 
 
 class TextEmbeds(NamedTuple):
@@ -179,9 +161,3 @@ def _variant(folder: Path) -> str | None:
     files = list(folder.glob("*.safetensors"))
     whole = any("." not in file.stem for file in files)
     return "fp16" if not whole and any(".fp16" in file.name for file in files) else None
-
-
-def meta_unet(kind: Kind) -> Any:
-    """The published UNet of a kind without weights, on the meta device: for shapes, keys and sizes."""
-    with torch.device("meta"):
-        return diffusers.UNet2DConditionModel(**UNETS[kind])

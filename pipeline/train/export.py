@@ -9,7 +9,7 @@ import torch
 
 from pipeline.train.adapters.attention import named_attention
 from pipeline.train.adapters.model import AdapterModel
-from pipeline.train.adapters.released import released_name, write_released
+from pipeline.train.adapters.released import write_released
 from pipeline.train.job import Job
 from pipeline.train.loader import unconditional
 from pipeline.train.run_folder import RunFolder, writing
@@ -28,7 +28,7 @@ def described(job: Job, model: AdapterModel) -> dict[str, Any]:
     encoder = job.config.adapter.image_encoder
     return {
         "identity": job.identity,
-        "name": released_name(job.variant, job.base.kind, encoder),
+        "name": job.variant.released_name(job.base.kind, encoder),
         "attention_paths": [path for path, _ in named_attention(model.unet)],
         "sidecar": _sidecar(job, _num_tokens(job, model)),
     }
@@ -46,7 +46,7 @@ def _sidecar(job: Job, num_tokens: int) -> dict[str, Any]:
         "condition": {role: _CONDITIONS[role] for role in job.variant.reads},
         "num_tokens": num_tokens,
         "lora_rank": job.config.adapter.lora_rank if job.variant.lora else 0,
-        "shortcut": job.variant.name == "faceid-plusv2",
+        **job.variant.sidecar,
         "preset": job.preset,
         "recipe": _recipe(job),
         "dataset": {

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from pipeline.shared.bases import BaseSource, find_base
-from pipeline.train.adapters import variant
-from pipeline.train.adapters.base import Variant, Widths
+from pipeline.train.adapters.variants import Variant, Widths, variant
 from pipeline.train.loader import Dataset, open_dataset, require, widths
 from pipeline.train.run_folder import RunFolder, identity_of
 from pipeline.train.settings import Precision, TrainConfig, load_train_config
@@ -42,7 +41,7 @@ class Job:
 
     config: TrainConfig
     preset: str
-    variant: type[Variant]
+    variant: Variant
     base: BaseSource
     dataset: Dataset
     run: RunFolder

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from pipeline.train import optim
-from pipeline.train.adapters.faceid_plusv2 import ShortcutQueries
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.adapters.released import read_released, require_fit
 from pipeline.train.base_model import Base
@@ -160,9 +159,7 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
 def _model(job: Job, base: Base) -> AdapterModel:
     """The adapter in its base, from scratch or from a released file, ready to train."""
     settings = job.config.adapter
-    model = AdapterModel(base.unet, job.variant, job.widths, lora_rank=settings.lora_rank)
-    if isinstance(model.image_proj, ShortcutQueries):
-        model.image_proj.p_drop, model.image_proj.rescale = settings.p_drop_clip, settings.rescale_clip
+    model = AdapterModel(base.unet, job.variant, job.widths, settings)
     if settings.init_from:
         tensors = read_released(Path(settings.init_from))
         require_fit(Path(settings.init_from), tensors, model.trained(), job.variant.name)

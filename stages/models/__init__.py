@@ -1,1 +1,1 @@
-"""Model backends behind four small protocols; see `stages.models.base`."""
+"""Model backends behind four small protocols; see `stages.models.backends`."""

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from schemas.errors import WeightsError
-from stages.models.base import Image
+from stages.models.backends import Image
 from stages.models.torch_backend import HALF, normalise, prepare
 from stages.models.tower import load_folder
 from stages.settings import EncoderSource, ModelSettings

@@ -5,12 +5,27 @@ from pathlib import Path
 
 from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
-from stages.models.base import ModelCard
-from stages.models.weights import INSIGHTFACE_LICENCE, WEIGHTS, Weight, known, resolve
+from stages.models.backends import ModelCard
+from stages.models.papers import INSIGHTFACE_LICENCE, WEIGHTS, Weight
+from stages.models.weights import find
 from stages.settings import ModelSettings
 
 _UNUSED = ("1k3d68.onnx", "2d106det.onnx", "genderage.onnx")
 _MANIFEST_TASKS = {"detector": "detection", "face_embedder": "recognition"}
+
+
+def pack_weights(settings: ModelSettings) -> tuple[Weight, ...]:
+    """The weights of `models.pack`; none when it is a folder.
+
+    Raises:
+        WeightsError: when it is neither a known name nor a folder.
+    """
+    if settings.pack in WEIGHTS:
+        return (WEIGHTS[settings.pack],)
+    if not Path(settings.pack).expanduser().is_dir():
+        packs = [weight.name for weight in WEIGHTS.values() if "face_embedder" in weight.tasks]
+        raise WeightsError(f"models.pack = {settings.pack!r} is neither a folder nor one of {', '.join(packs)}.")
+    return ()
 
 
 def pack_file(task: str, settings: ModelSettings) -> Path:
@@ -19,18 +34,13 @@ def pack_file(task: str, settings: ModelSettings) -> Path:
     Raises:
         WeightsError: when the pack is neither a known name nor a folder, or has no file for the task.
     """
-    if settings.pack in WEIGHTS:
-        weight = known(settings.pack)
-        path = resolve(weight.name, settings, task)
-        for file, place in weight.paths(path, task).items():
-            if file.task == task:
-                return place
-        raise WeightsError(f"models.pack = {settings.pack!r} has no {task}: choose another models.{task} or pack.")
-    folder = Path(settings.pack).expanduser()
-    if not folder.is_dir():
-        packs = [weight.name for weight in WEIGHTS.values() if "face_embedder" in weight.tasks]
-        raise WeightsError(f"models.pack = {settings.pack!r} is neither a folder nor one of {', '.join(packs)}.")
-    return _find_in(folder, task)
+    if not pack_weights(settings):
+        return _find_in(Path(settings.pack).expanduser(), task)
+    weight = WEIGHTS[settings.pack]
+    for file, path in weight.paths(find(weight, settings, task), task).items():
+        if file.task == task:
+            return path
+    raise WeightsError(f"models.pack = {settings.pack!r} has no {task}: choose another models.{task} or pack.")
 
 
 def _find_in(folder: Path, task: str) -> Path:

@@ -5,7 +5,7 @@ import os
 import numpy as np
 
 from schemas.errors import PlanError
-from stages.models.base import Floats, Image
+from stages.models.backends import Floats, Image
 from stages.settings import ModelSettings
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

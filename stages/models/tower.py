@@ -7,9 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from schemas.errors import PlanError, WeightsError
-from stages.models.base import Floats, Image, ModelCard
+from stages.models.backends import Floats, Image, ModelCard
+from stages.models.papers import Weight
 from stages.models.torch_backend import normalise, prepare
-from stages.models.weights import card, resolve
+from stages.models.weights import card, find
 from stages.settings import ModelSettings
 
 Features = dict[str, npt.NDArray[np.float16]]
@@ -26,8 +27,7 @@ class Tower:
     do not depend on its neighbours; a GPU computes in float16 and in batches, and proves first that they do not mix.
     """
 
-    weights: ClassVar[str]
-    """Name of the weights."""
+    papers: ClassVar[Weight]
     model_class: ClassVar[str]
     """Name in transformers."""
     mean_std: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]]
@@ -37,15 +37,18 @@ class Tower:
         self._device = prepare(settings)
         import transformers
 
-        folder = resolve(self.weights, settings)
+        folder = find(self.papers, settings)
         self._model = load_folder(getattr(transformers, self.model_class), folder, self._device)
         if self._device == "cuda":
             self._require_batches_equal_singles()
 
     @classmethod
+    def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:
+        return (cls.papers,)
+
+    @classmethod
     def cards(cls, settings: ModelSettings) -> list[ModelCard]:
-        """The safetensors file; see the protocol."""
-        return [card(cls.weights, "image_embedder", settings)]
+        return [card(cls.papers, "image_embedder", settings)]
 
     def embed(self, images: Image) -> Features:
         """Features of (N, 224, 224, 3) RGB images."""
@@ -82,7 +85,8 @@ class Tower:
             for column, alone in self._run(images[i : i + 1]).items():
                 difference = np.linalg.norm(together[column][i].astype(np.float32) - alone[0].astype(np.float32))
                 if difference > _TOLERANCE * np.linalg.norm(alone[0].astype(np.float32)):
-                    raise PlanError(f"{self.weights} mixes the images of a batch ({column}): set executor.gpus = 0.")
+                    name = self.papers.name
+                    raise PlanError(f"{name} mixes the images of a batch ({column}): set executor.gpus = 0.")
 
 
 def load_folder(model_class: Any, folder: Path, device: str) -> Any:

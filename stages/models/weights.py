@@ -1,271 +1,26 @@
-"""The papers of every known weight, and where weights are found: a given path, FACESHARDS_MODELS, the cache, the web.
+"""Where weights are found: at a given path, in FACESHARDS_MODELS, in the cache, on the web. And how they get there.
 
 Known weights are verified by sha256 wherever they are found; a file or folder that the user names is taken as it is,
 and its sha256 recorded. Nothing is fetched unless `models.allow_download` is set or `models fetch` is called.
 """
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import shutil
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from filelock import FileLock
 from platformdirs import user_cache_dir
 
 from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
-from stages.models.base import ModelCard
-from stages.models.downloads import Progress, download, locked, matches, unpack
+from stages.models.backends import REGISTRIES, ModelCard, backend
+from stages.models.papers import WEIGHTS, Weight, WeightFile
 from stages.settings import ModelSettings
-
-
-@dataclass(frozen=True)
-class File:
-    """One file of a weight."""
-
-    name: str
-    task: str
-    """The task that it does; empty for a config that only goes with the weights."""
-    bytes: int = 0
-    """Length; 0 when not known."""
-    sha256: str = ""
-    """Hex; empty when no public source was found for it."""
-    url: str = ""
-    """Where the file itself is; empty when it comes in the weight's archive."""
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A known weight: its papers and its files."""
-
-    name: str
-    files: tuple[File, ...]
-    licence: str
-    commercial: bool
-    source: str
-    """The page that publishes it."""
-    revision: str
-    paper: str
-    preprocessing: str
-    """What its input looks like."""
-    archive: File | None = None
-    """The zip that holds the files."""
-
-    @property
-    def folder(self) -> bool:
-        """Whether it is a folder of files under its own name, rather than a single file."""
-        return self.archive is not None or len(self.files) > 1
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """The tasks that its files do."""
-        return tuple(file.task for file in self.files if file.task)
-
-    def under(self, root: Path) -> Path:
-        """The path of the weight (a folder or a file) under a folder of weights."""
-        return root / (self.name if self.folder else self.files[0].name)
-
-    def paths(self, path: Path, task: str = "") -> dict[File, Path]:
-        """Its files, or those that a task needs, when the weight lies at `path`."""
-        needed = [file for file in self.files if not task or file.task in ("", task)]
-        return {file: path / file.name if self.folder else path for file in needed}
-
-
-INSIGHTFACE_LICENCE = "insightface pretrained models: non-commercial research only"
-_CELEBAMASK = "code MIT; weights trained on CelebAMask-HQ: non-commercial research and education only"
-_SCRFD = "SCRFD (arXiv 2105.04714), ArcFace (arXiv 1801.07698)"
-_SCRFD_INPUT = (
-    "detector: RGB letterboxed to det_size, (x - 127.5) / 128; recogniser: RGB 112 norm_crop, (x - 127.5) / 127.5"
-)
-_ZIPS = "https://github.com/deepinsight/insightface/releases/download/v0.7"
-_IP_ADAPTER = (
-    "https://huggingface.co/h94/IP-Adapter/resolve/018e402774aeeddd60609b4ecdb7e298259dc729/models/image_encoder"
-)
-_DINOV2 = "https://huggingface.co/facebook/dinov2-large/resolve/47b73eefe95e8d44ec3623f8890bd894b6ea2d6c"
-_AURAFACE = "https://huggingface.co/fal/AuraFace-v1/resolve/af6d057c9b0ec4071d4c49c80e3539258798b609"
-_OPENCV_ZOO = "https://github.com/opencv/opencv_zoo/raw/47534e27c9851bb1128ccc0102f1145e27f23f98"
-_FACEXLIB = "https://github.com/xinntao/facexlib/releases/download"
-
-_DET_10G = (16_923_827, "5838f7fe053675b1c7a08b633df49e7af5495cee0493c7dcf6697200b85b5b91")
-_DET_2_5G = (3_292_009, "041f73f47371333d1d17a6fee6c8ab4e6aecabefe398ff32cca4e2d5eaee0af9")
-_DET_500M = (2_524_817, "5e4447f50245bbd7966bd6c0fa52938c61474a04ec7def48753668a9d8b4ea3a")
-_W600K_R50 = (174_383_860, "4c06341c33c2ca1f86781dab0e829f88ad5b64be9fba56e56bc9ebdefc619e43")
-_W600K_MBF = (13_616_099, "9cc6e4a75f0e2bf0b1aed94578f144d15175f357bdc05e815e5c4a02b319eb4f")
-_GLINTR100 = (260_665_334, "4ab1d6435d639628a6f3e5008dd4f929edf4c4124b1a7169e1048f9fef534cdf")
-
-
-def _pack(name: str, detector: File, recogniser: File, size: int, sha256: str) -> Weight:
-    """A pack of insightface's release: only detection and recognition are taken out of its zip."""
-    return Weight(
-        name=name,
-        files=(detector, recogniser),
-        archive=File(f"{name}.zip", "", size, sha256, f"{_ZIPS}/{name}.zip"),
-        licence=INSIGHTFACE_LICENCE,
-        commercial=False,
-        source="https://github.com/deepinsight/insightface/releases/tag/v0.7",
-        revision="v0.7",
-        paper=_SCRFD,
-        preprocessing=_SCRFD_INPUT,
-    )
-
-
-_ALL = (
-    _pack(
-        "buffalo_l",
-        File("det_10g.onnx", "detector", *_DET_10G),
-        File("w600k_r50.onnx", "face_embedder", *_W600K_R50),
-        288_621_354,
-        "80ffe37d8a5940d59a7384c201a2a38d4741f2f3c51eef46ebb28218a7b0ca2f",
-    ),
-    _pack(
-        "buffalo_m",
-        File("det_2.5g.onnx", "detector", *_DET_2_5G),
-        File("w600k_r50.onnx", "face_embedder", *_W600K_R50),
-        275_951_529,
-        "d98264bd8f2dc75cbc2ddce2a14e636e02bb857b3051c234b737bf3b614edca9",
-    ),
-    _pack(
-        "buffalo_s",
-        File("det_500m.onnx", "detector", *_DET_500M),
-        File("w600k_mbf.onnx", "face_embedder", *_W600K_MBF),
-        127_607_557,
-        "d85a87f503f691807cd8bb97128bdf7a0660326cd9cd02657127fa978bab8b5e",
-    ),
-    _pack(
-        "buffalo_sc",
-        File("det_500m.onnx", "detector", *_DET_500M),
-        File("w600k_mbf.onnx", "face_embedder", *_W600K_MBF),
-        14_969_382,
-        "57d31b56b6ffa911c8a73cfc1707c73cab76efe7f13b675a05223bf42de47c72",
-    ),
-    _pack(
-        "antelopev2",
-        File("scrfd_10g_bnkps.onnx", "detector", *_DET_10G),
-        File("glintr100.onnx", "face_embedder", *_GLINTR100),
-        360_662_982,
-        "8e182f14fc6e80b3bfa375b33eb6cff7ee05d8ef7633e738d1c89021dcf0c5c5",
-    ),
-    Weight(
-        name="auraface",
-        files=(
-            File(
-                "auraface_glintr100.onnx",
-                "face_embedder",
-                260_694_151,
-                "a7933ea5330113b01c9b60351d8f4c33003f145d8470ac5f0e52ee2effe25c60",
-                f"{_AURAFACE}/glintr100.onnx",
-            ),
-        ),
-        licence="Apache-2.0",
-        commercial=True,
-        source="https://huggingface.co/fal/AuraFace-v1",
-        revision="af6d057c9b0ec4071d4c49c80e3539258798b609",
-        paper="ArcFace (arXiv 1801.07698)",
-        preprocessing="RGB 112 norm_crop, (x - 127.5) / 127.5",
-    ),
-    Weight(
-        name="yunet",
-        files=(
-            File(
-                "face_detection_yunet_2023mar.onnx",
-                "detector",
-                232_589,
-                "8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4",
-                f"{_OPENCV_ZOO}/models/face_detection_yunet/face_detection_yunet_2023mar.onnx",
-            ),
-        ),
-        licence="MIT",
-        commercial=True,
-        source="https://github.com/opencv/opencv_zoo/tree/main/models/face_detection_yunet",
-        revision="47534e27c9851bb1128ccc0102f1145e27f23f98",
-        paper="YuNet (doi 10.1007/s11633-023-1423-y)",
-        preprocessing="BGR 0..255, long side at most det_size",
-    ),
-    Weight(
-        name="bisenet",
-        files=(
-            File(
-                "parsing_bisenet.pth",
-                "segmenter",
-                53_289_463,
-                "468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567",
-                f"{_FACEXLIB}/v0.2.0/parsing_bisenet.pth",
-            ),
-        ),
-        licence=_CELEBAMASK,
-        commercial=False,
-        source="https://github.com/xinntao/facexlib/releases/tag/v0.2.0",
-        revision="v0.2.0",
-        paper="BiSeNet (arXiv 1808.00897), CelebAMask-HQ (arXiv 1907.11922)",
-        preprocessing="RGB 512, ImageNet mean and standard deviation",
-    ),
-    Weight(
-        name="parsenet",
-        files=(
-            File(
-                "parsing_parsenet.pth",
-                "segmenter",
-                85_331_193,
-                "3d558d8d0e42c20224f13cf5a29c79eba2d59913419f945545d8cf7b72920de2",
-                f"{_FACEXLIB}/v0.2.2/parsing_parsenet.pth",
-            ),
-        ),
-        licence=_CELEBAMASK,
-        commercial=False,
-        source="https://github.com/xinntao/facexlib/releases/tag/v0.2.2",
-        revision="v0.2.2",
-        paper="PSFR-GAN (arXiv 2009.08709), CelebAMask-HQ (arXiv 1907.11922)",
-        preprocessing="RGB 512, (x / 255 - 0.5) / 0.5",
-    ),
-    Weight(
-        name="clip-vit-h",
-        files=(
-            File("config.json", "", url=f"{_IP_ADAPTER}/config.json"),
-            File(
-                "model.safetensors",
-                "image_embedder",
-                2_528_373_448,
-                "6ca9667da1ca9e0b0f75e46bb030f7e011f44f86cbfb8d5a36590fcd7507b030",
-                f"{_IP_ADAPTER}/model.safetensors",
-            ),
-        ),
-        licence="Apache-2.0 (h94/IP-Adapter; OpenCLIP ViT-H/14 laion2B: MIT)",
-        commercial=True,
-        source="https://huggingface.co/h94/IP-Adapter",
-        revision="018e402774aeeddd60609b4ecdb7e298259dc729",
-        paper="OpenCLIP scaling laws (arXiv 2212.07143), IP-Adapter (arXiv 2308.06721)",
-        preprocessing="RGB 224, CLIP mean and standard deviation",
-    ),
-    Weight(
-        name="dinov2",
-        files=(
-            File(
-                "config.json",
-                "",
-                549,
-                "12df51c069a2dc1305e34ba71ef58bc2407ea553b75f4722a1715c1bce3bbed0",
-                f"{_DINOV2}/config.json",
-            ),
-            File(
-                "model.safetensors",
-                "image_embedder",
-                1_217_522_888,
-                "399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23",
-                f"{_DINOV2}/model.safetensors",
-            ),
-        ),
-        licence="Apache-2.0",
-        commercial=True,
-        source="https://huggingface.co/facebook/dinov2-large",
-        revision="47b73eefe95e8d44ec3623f8890bd894b6ea2d6c",
-        paper="DINOv2 (arXiv 2304.07193)",
-        preprocessing="RGB 224, ImageNet mean and standard deviation",
-    ),
-)
-
-WEIGHTS: dict[str, Weight] = {weight.name: weight for weight in _ALL}
-"""Name -> papers, of all known weights."""
 
 
 def cache_root() -> Path:
@@ -273,88 +28,53 @@ def cache_root() -> Path:
     return Path(user_cache_dir("faceshards")) / "models"
 
 
-def _roots() -> list[Path]:
-    given = os.environ.get("FACESHARDS_MODELS")
-    return [Path(given).expanduser(), cache_root()] if given else [cache_root()]
+def known_weights(settings: ModelSettings) -> dict[str, Weight]:
+    """Name -> papers: those of the table, and those that a registered backend brings itself."""
+    backends = [backend(task, name) for task, names in REGISTRIES.items() for name in names]
+    return WEIGHTS | {weight.name: weight for cls in backends for weight in cls.weights(settings)}
 
 
-def known(name: str) -> Weight:
+def known(name: str, settings: ModelSettings) -> Weight:
     """The papers of a weight.
 
     Raises:
         WeightsError: for an unknown name; lists the known ones.
     """
-    if name not in WEIGHTS:
-        near = get_close_matches(name, WEIGHTS, n=1)
+    weights = known_weights(settings)
+    if name not in weights:
+        near = get_close_matches(name, weights, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise WeightsError(f"No weight is called {name!r}{hint}; known are {', '.join(WEIGHTS)}.")
-    return WEIGHTS[name]
+        raise WeightsError(f"No weight is called {name!r}{hint}; known are {', '.join(weights)}.")
+    return weights[name]
 
 
-def resolve(name: str, settings: ModelSettings, task: str = "") -> Path:
-    """The path of a known weight (a folder, or the file of a one-file weight), verified; only what `task` needs.
+def find(weight: Weight, settings: ModelSettings, task: str = "") -> Path:
+    """The path of a weight (a folder, or the file of a one-file weight), verified; only what `task` needs.
 
     Raises:
         WeightsError: when it is missing and may not be fetched, or a file has the wrong sha256.
     """
-    weight = known(name)
-    given = _given(weight, settings, task)
-    if given:
-        return given
+    path = _given(weight, settings, task)
+    if path:
+        return path
     path = _installed(weight, task)
     if path is None and settings.allow_download:
-        return fetch(name)
+        return fetch(weight)
     if path is None:
-        raise WeightsError(_missing(weight))
-    for file, place in weight.paths(path, task).items():
-        if not matches(place, file.sha256):
-            wrong = f"{place} has sha256 {sha256_of_file(place)}, not {file.sha256}"
+        raise WeightsError(f"The weights {weight.name!r} are missing: {_remedy(weight, weight.under(_roots()[0]))}")
+    for file, location in weight.paths(path, task).items():
+        if not _matches(location, file):
+            wrong = f"{location} has sha256 {sha256_of_file(location)}, not {file.sha256}"
             raise WeightsError(f"{wrong}: delete it, then {_remedy(weight, path)}")
     return path
 
 
-def _given(weight: Weight, settings: ModelSettings, task: str = "") -> Path | None:
-    """The path that the user set for a weight; it is not compared with the known sha256."""
-    text = settings.paths.get(weight.name)
-    if text is None:
-        return None
-    path = Path(text).expanduser()
-    if path.is_dir() and not weight.folder:
-        path /= weight.files[0].name
-    absent = [place for place in weight.paths(path, task).values() if not place.is_file()]
-    if absent:
-        raise WeightsError(f"models.paths.{weight.name} = {text!r} is wrong: {absent[0]} does not exist; correct it.")
-    return path
-
-
-def _installed(weight: Weight, task: str = "") -> Path | None:
-    for root in _roots():
-        path = weight.under(root)
-        if all(place.is_file() for place in weight.paths(path, task).values()):
-            return path
-    return None
-
-
-def _missing(weight: Weight) -> str:
-    return f"The weights {weight.name!r} are missing: {_remedy(weight, weight.under(_roots()[0]))}"
-
-
-def _remedy(weight: Weight, path: Path) -> str:
-    sources = [weight.archive] if weight.archive else list(weight.files)
-    files = ", ".join(f"{file.url} (sha256 {file.sha256 or 'not known'})" for file in sources)
-    names = " and ".join(file.name for file in weight.files)
-    action = f"unpack {names} into" if weight.archive else f"put {names} into"
-    folder = path if weight.folder else path.parent
-    return f"run `python -m pipeline models fetch {weight.name}`, or fetch {files} and {action} {folder}."
-
-
-def card(name: str, task: str, settings: ModelSettings) -> ModelCard:
-    """The card of a known weight's file for a task; the file is found and verified for it."""
-    weight = known(name)
-    for file, place in weight.paths(resolve(name, settings, task), task).items():
+def card(weight: Weight, task: str, settings: ModelSettings) -> ModelCard:
+    """The card of a weight's file for a task; the file is found and verified for it."""
+    for file, location in weight.paths(find(weight, settings, task), task).items():
         if file.task == task:
-            return ModelCard(name, task, sha256_of_file(place), weight.licence, weight.commercial)
-    raise WeightsError(f"The weights {name!r} do not hold a {task}.")
+            return ModelCard(weight.name, task, sha256_of_file(location), weight.licence, weight.commercial)
+    raise WeightsError(f"The weights {weight.name!r} do not hold a {task}.")
 
 
 def require_licences(cards: Iterable[ModelCard], settings: ModelSettings) -> None:
@@ -373,33 +93,8 @@ def require_licences(cards: Iterable[ModelCard], settings: ModelSettings) -> Non
         )
 
 
-def _quiet(name: str, done: int, total: int) -> None:
-    """Report no progress."""
-
-
-def fetch(name: str, root: Path | None = None, progress: Progress = _quiet) -> Path:
-    """Fetch what is missing or damaged of a known weight into `root` (default: the cache); returns its path there.
-
-    Raises:
-        WeightsError: when it cannot be fetched or is not what it should be; says what to do.
-    """
-    weight, root = known(name), root or cache_root()
-    path = weight.under(root)
-    with locked(root):
-        wanted = {file: place for file, place in weight.paths(path).items() if not matches(place, file.sha256)}
-        if weight.archive and wanted:
-            archive = root / weight.archive.name
-            download(weight.archive.url, archive, weight.archive.sha256, progress)
-            unpack(archive, path, {file.name: file.sha256 for file in wanted})
-            archive.unlink()
-        elif not weight.archive:
-            for file, place in wanted.items():
-                download(file.url, place, file.sha256, progress)
-    return path
-
-
-class Row(NamedTuple):
-    """A known weight as `models list` and `models check` show it."""
+class WeightState(NamedTuple):
+    """A weight as `models list` and `models check` show it."""
 
     weight: Weight
     state: str
@@ -407,24 +102,128 @@ class Row(NamedTuple):
     path: Path | None
 
 
-def listing(settings: ModelSettings, *, hashes: bool = False) -> list[Row]:
-    """All known weights and where they are; with `hashes`, their files are read and compared too."""
-    return [_row(weight, settings, hashes) for weight in WEIGHTS.values()]
+def states(weights: Iterable[Weight], settings: ModelSettings, *, hashes: bool = False) -> list[WeightState]:
+    """Where weights are; with `hashes`, their files are read and compared too."""
+    return [_state(weight, settings, hashes) for weight in weights]
 
 
-def check(settings: ModelSettings, names: Sequence[str] = ()) -> list[Row]:
-    """The named weights (default: all), their files read and compared with the known sha256."""
-    return [_row(known(name), settings, True) for name in names or WEIGHTS]
-
-
-def _row(weight: Weight, settings: ModelSettings, hashes: bool) -> Row:
+def _state(weight: Weight, settings: ModelSettings, hashes: bool) -> WeightState:
     given = _given(weight, settings)
     path = given or _installed(weight)
     if path is None:
-        return Row(weight, "missing", None)
+        return WeightState(weight, "missing", None)
     if not hashes:
-        return Row(weight, "given" if given else "found", path)
-    wrong = [place.name for file, place in weight.paths(path).items() if not matches(place, file.sha256)]
+        return WeightState(weight, "given" if given else "found", path)
+    wrong = [location.name for file, location in weight.paths(path).items() if not _matches(location, file)]
     if wrong:
-        return Row(weight, f"{'given, ' if given else ''}wrong sha256: {', '.join(wrong)}", path)
-    return Row(weight, "verified", path)
+        return WeightState(weight, f"{'given, ' if given else ''}wrong sha256: {', '.join(wrong)}", path)
+    return WeightState(weight, "verified", path)
+
+
+def _roots() -> list[Path]:
+    given = os.environ.get("FACESHARDS_MODELS")
+    return [Path(given).expanduser(), cache_root()] if given else [cache_root()]
+
+
+def _given(weight: Weight, settings: ModelSettings, task: str = "") -> Path | None:
+    """The path that the user set for a weight; it is not compared with the known sha256."""
+    text = settings.paths.get(weight.name)
+    if text is None:
+        return None
+    path = Path(text).expanduser()
+    if path.is_dir() and not weight.is_folder:
+        path /= weight.files[0].name
+    absent = [location for location in weight.paths(path, task).values() if not location.is_file()]
+    if absent:
+        raise WeightsError(f"models.paths.{weight.name} = {text!r} is wrong: {absent[0]} does not exist; correct it.")
+    return path
+
+
+def _installed(weight: Weight, task: str = "") -> Path | None:
+    for root in _roots():
+        path = weight.under(root)
+        if all(location.is_file() for location in weight.paths(path, task).values()):
+            return path
+    return None
+
+
+def _matches(path: Path, file: WeightFile) -> bool:
+    return path.is_file() and (not file.sha256 or sha256_of_file(path) == file.sha256)
+
+
+def _remedy(weight: Weight, path: Path) -> str:
+    """What to do when a weight is not at `path`."""
+    sources = [weight.archive] if weight.archive else list(weight.files)
+    files = ", ".join(f"{weight.url(file)} (sha256 {file.sha256 or 'not known'})" for file in sources)
+    names = " and ".join(file.name for file in weight.files)
+    action = f"unpack {names} into" if weight.archive else f"put {names} into"
+    folder = path if weight.is_folder else path.parent
+    return f"run `python -m pipeline models fetch {weight.name}`, or fetch {files} and {action} {folder}."
+
+
+def fetch(weight: Weight, root: Path | None = None) -> Path:
+    """Fetch what is missing or damaged of a weight into `root` (default: the cache); returns its path there.
+
+    A file gets its name once it is whole and verified. Files of the hub go on where they were interrupted.
+
+    Raises:
+        WeightsError: when it cannot be fetched or is not what it should be; says what to do.
+    """
+    root = root or cache_root()
+    path, partial = weight.under(root), root / ".partial" / weight.name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WeightsError(
+            f"Cannot write {root} ({error.strerror}): set XDG_CACHE_HOME to a writable folder."
+        ) from error
+    try:
+        with FileLock(root / ".lock"):
+            targets = {file: target for file, target in weight.paths(path).items() if not _matches(target, file)}
+            for file, whole in _downloaded(weight, list(targets), partial):
+                if file.sha256 and sha256_of_file(whole) != file.sha256:
+                    wrong = sha256_of_file(whole)
+                    whole.unlink()
+                    raise ValueError(f"{file.name} has sha256 {wrong}, not {file.sha256}, and was deleted")
+                targets[file].parent.mkdir(exist_ok=True)
+                os.replace(whole, targets[file])
+            shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise WeightsError(f"Cannot fetch {weight.name} ({error}): {_remedy(weight, path)}") from error
+    return path
+
+
+def _downloaded(weight: Weight, files: list[WeightFile], folder: Path) -> Iterator[tuple[WeightFile, Path]]:
+    """The files one after the other, each where it was downloaded to, in `folder`."""
+    if weight.repository:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # its HTTP client's
+
+        for file in files:
+            try:
+                whole = hf_hub_download(weight.repository, file.source, revision=weight.revision, local_dir=folder)
+            except HTTPError as error:
+                raise OSError(str(error)) from error
+            yield file, Path(whole)
+    elif weight.archive and files:
+        with zipfile.ZipFile(_retrieve(weight.archive, folder)) as archive:
+            members = {PurePosixPath(name).name: name for name in archive.namelist()}
+            for file in files:
+                if file.name not in members:
+                    raise ValueError(f"{weight.archive.name} holds no {file.name}")
+                with archive.open(members[file.name]) as source, (folder / file.name).open("wb") as target:
+                    shutil.copyfileobj(source, target)
+                yield file, folder / file.name
+    else:
+        for file in files:
+            yield file, _retrieve(file, folder)
+
+
+def _retrieve(file: WeightFile, folder: Path) -> Path:
+    """Download a file by its URL, and compare its sha256."""
+    import pooch
+
+    pooch.get_logger().setLevel("WARNING")
+    bar = sys.stderr.isatty()
+    return Path(pooch.retrieve(file.source, f"sha256:{file.sha256}", file.name, folder, progressbar=bar))

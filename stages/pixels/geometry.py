@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from skimage.transform import SimilarityTransform
 
-from stages.models.base import Floats, Image
+from stages.models.backends import Floats, Image
 
 Matrix = npt.NDArray[np.float64]
 """(2, 3): maps x y 1 to x y."""

@@ -23,7 +23,7 @@ from PIL.ImageFile import ImageFile
 
 from schemas.drops import DropReason
 from stages.base import Dropped
-from stages.models.base import Image
+from stages.models.backends import Image
 from stages.pixels import decoding
 from stages.pixels.headers import (
     DECODER_ERRORS,

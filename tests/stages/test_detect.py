@@ -16,7 +16,7 @@ from schemas.record import check
 from stages.base import DROP
 from stages.detect import Detect, measure
 from stages.filter import judge
-from stages.models.base import Faces
+from stages.models.backends import Faces
 from stages.pixels.images import encode_jpeg, encode_png
 from stages.settings import Settings
 

@@ -11,7 +11,7 @@ from schemas.record import check
 from schemas.shard import decode_npy
 from stages.base import DROP
 from stages.embed_face import EmbedFace
-from stages.models.base import backend
+from stages.models.backends import backend
 from stages.pixels.images import encode_png
 from stages.settings import Settings
 

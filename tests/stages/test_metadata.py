@@ -7,11 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.dataset.execute.runner import judge_seeds
-from pipeline.dataset.out.forgotten import Forgotten
-from pipeline.dataset.rows import split_seeds
-from schemas.columns import SEED_SCHEMA, schema
-from schemas.drops import DropReason
+from schemas.columns import schema
 from stages.base import DROP
 from stages.metadata import Metadata, SeenUrls
 from stages.settings import FilterSettings, MetadataSettings, Settings
@@ -178,26 +174,6 @@ def test_agrees_with_the_plain_rule_however_the_rows_are_batched(rows, size):
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     found = [verdict for batch in batches for verdict in stage(table(batch)).column(DROP).to_pylist()]
     assert found == [plainly(row, seen) for row in rows]
-
-
-def test_drops_forgotten():
-    """Which rows those are, OUT's list knows: pipeline.dataset.out.forgotten gives the reason in this stage's name."""
-    rows = [
-        {"key": "a-0", "part": "a", "row": 0, "url": "http://x.example/gone.jpg", "text": "words"},
-        {"key": "a-1", "part": "a", "row": 1, "url": "http://x.example/stays.jpg"},
-        {"key": "a-2", "part": "a", "row": 2, "url": "https://x.example/gone.jpg", "nsfw": "NSFW"},
-    ]
-    judged = judge_seeds(Metadata(Settings()), pa.Table.from_pylist(rows, schema=SEED_SCHEMA))
-    parted = split_seeds(Forgotten("salt").and_urls(["http://X.example/gone.jpg"]).judged(judged))
-    assert parted.alive["key"].to_pylist() == ["a-1"]
-    told = parted.dead.to_pylist()
-    assert [(row["key"], row["verdict"], row["stage"]) for row in told] == [
-        ("a-0", DropReason.FORGOTTEN, "metadata"),
-        ("a-2", DropReason.FORGOTTEN, "metadata"),
-    ]
-    assert {name for row in told for name, value in row.items() if value is not None} == {
-        "key", "part", "row", "verdict", "stage",
-    }  # fmt: skip
 
 
 def test_every_declared_reason_has_a_witness_here():

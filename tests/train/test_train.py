@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 import pipeline.train.loop as trainer
 from pipeline.shared.bases import find_base
 from pipeline.train import objective
-from pipeline.train.adapters import VARIANTS, variant
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.adapters.released import read_released, require_fit
+from pipeline.train.adapters.variants import VARIANTS
 from pipeline.train.base_model import Base
 from pipeline.train.job import Call, prepared
 from pipeline.train.loader import first_faces
@@ -150,7 +150,7 @@ def test_every_trained_weight_moved_and_the_base_did_not(run):
         assert torch.equal(weight, frozen[key]), key
         assert weight.grad is None
     torch.manual_seed(run.job.config.seed)
-    start = AdapterModel(fresh.unet, run.job.variant, run.job.widths, lora_rank=RANK).trained()
+    start = AdapterModel(fresh.unet, run.job.variant, run.job.widths, run.job.config.adapter).trained()
     still = [key for key, weight in run.model.trained().items() if torch.equal(weight, start[key])]
     assert not still, "these were not trained"
 
@@ -161,7 +161,9 @@ def test_the_file_holds_the_trained_weights_in_half_precision_and_reads_back_str
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     assert same(tensors, {key: weight.half() for key, weight in run.model.trained().items()})
     assert same(tensors, read_released(path.with_suffix(".bin")))
-    again = AdapterModel(Base(run.job.base, CPU, torch.float32).unet, variant(run.name), run.job.widths, lora_rank=RANK)
+    again = AdapterModel(
+        Base(run.job.base, CPU, torch.float32).unet, run.job.variant, run.job.widths, run.job.config.adapter
+    )
     require_fit(path, tensors, again.trained(), run.name)
     again.load_trained(tensors)
 
@@ -264,7 +266,7 @@ def test_plusv2_leaves_the_image_branch_alone_where_it_is_always_dropped(dataset
     job = train(dataset, tmp_path / "out", *pairs, name="faceid-plusv2")
     torch.manual_seed(job.config.seed)
     unet = Base(job.base, CPU, torch.float32).unet
-    start = AdapterModel(unet, job.variant, job.widths, lora_rank=RANK).trained()
+    start = AdapterModel(unet, job.variant, job.widths, job.config.adapter).trained()
     for key, weight in weights(job).items():
         assert torch.equal(weight, start[key]) == ("perceiver_resampler" in key), key
 

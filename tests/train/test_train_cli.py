@@ -13,8 +13,8 @@ from accelerate.state import AcceleratorState, GradientState
 
 import pipeline.train.__main__ as trainer
 from pipeline.shared.bases import find_base
-from pipeline.train.adapters import VARIANTS
 from pipeline.train.adapters.released import read_released
+from pipeline.train.adapters.variants import VARIANTS
 from pipeline.train.settings import TrainConfig
 
 QUICK = ("--base", "tiny", "--steps", "2", "--set", "adapter.lora_rank=4")

@@ -94,9 +94,8 @@ def make_shard(plan: Plan, seeds: Seeds, output: Output, worker: "Worker", compu
     with ShardWriter(output, seeds.name, plan) as writer:
         writer.add_tombstones(rows.dead)
         yield Progress(seeds.name, rows.dead.num_rows, 0)
-        fetched = worker.fetched(batches)
-        known = output.forgotten.withheld(fetched) if output.forgotten else fetched
-        for done in compute(regrouped(known, size)):
+        fetched = output.takedowns.without_contents(worker.fetched(batches))
+        for done in compute(regrouped(fetched, size)):
             packed = apply_all(worker.write, done)
             writer.add(packed)
             yield Progress(seeds.name, packed.alive.num_rows + packed.dead.num_rows, packed.alive.num_rows)

@@ -21,7 +21,7 @@ from pipeline.shared.tars import Sample, unpack
 from schemas.drops import DropReason
 from schemas.errors import CorruptShardError, OutputError
 from schemas.shard import DATASET, Manifest
-from stages.models.base import Image
+from stages.models.backends import Image
 from stages.pixels.headers import DECODER_ERRORS
 from stages.pixels.images import decode_jpeg, decode_png
 

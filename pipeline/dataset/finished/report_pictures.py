@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from stages.models.base import Image
+from stages.models.backends import Image
 from stages.pixels.images import encode_jpeg, shrink
 
 _QUALITY = 80

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.finished.contract import sample_problems, unconditional_problems
-from pipeline.dataset.out.forgotten import FORGOTTEN, KEEPS, NEW, Forgotten, is_interrupted, load
+from pipeline.dataset.out.forgotten import FORGOTTEN, NEW, Forgotten, is_interrupted, load
 from pipeline.dataset.out.ledger import UNREADABLE, counts, read_manifest, replaced, shard_names, shards_folder, summary
 from pipeline.dataset.out.output import fingerprint
+from pipeline.dataset.out.takedowns import DROPS, KEEPS, STAGE
 from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import AnyPath, parquet
 from pipeline.shared.tars import salvage, unpack
@@ -276,10 +277,11 @@ def _key_problems(shard: str, ledger: pa.Table) -> Iterator[str]:
 def _forgotten_problems(shard: str, ledger: pa.Table, forgotten: Forgotten | None) -> Iterator[Problem]:
     """Forgotten rows of which something is known, and rows that were to be forgotten."""
     name = f"{shard}.parquet"
-    gone = ledger.filter(pc.equal(ledger["verdict"], str(DropReason.FORGOTTEN)))
+    verdicts = pa.array([str(reason) for reason in DROPS])
+    gone = ledger.filter(pc.and_(pc.is_in(ledger["verdict"], verdicts), pc.equal(ledger["stage"], STAGE)))
     known = [column for column in ledger.column_names if column not in KEEPS and gone[column].null_count < len(gone)]
     if known:
-        yield Problem(shard, name, None, f"forgotten rows still tell {', '.join(known)}")
+        yield Problem(shard, name, None, f"rows that must not be used still tell {', '.join(known)}")
     if forgotten:
         left = ledger.filter(pa.array(forgotten.urls_in(ledger) | forgotten.contents_in(ledger)))
         for key in left["key"].to_pylist():

@@ -1,37 +1,27 @@
-"""What a dataset was told to forget: OUT/forgotten.json, and the rows that it concerns.
+"""What a dataset is to forget: OUT/forgotten.json, and shards that are rewritten for it.
 
 The file holds salted hashes of URLs, sites and files, never these themselves. Every later run into the same OUT reads
-it, and makes tombstones of such rows that hold nothing but key, part, row, verdict and stage.
+it, and makes tombstones of such rows (`takedowns`).
 """
 
-import hashlib
 import json
 import re
 import secrets
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from pipeline.dataset.rows import Rows, tombstones
 from pipeline.shared.files import AnyPath, fsync_names, rename, write
-from schemas.columns import COLUMNS
-from schemas.drops import DropReason
+from schemas.digest import sha256
 from schemas.errors import CorruptShardError, OutputError
 from schemas.urls import host_of, identity
-from stages.metadata import Metadata
 
 FORGOTTEN = "forgotten.json"
-KEEPS = ("key", "part", "row", "verdict", "stage")
-"""The ledger columns of a forgotten row that are not null."""
-STAGE = Metadata.name
-"""The stage that a forgotten row is said to be dropped by, whatever became of it before."""
-
 NEW = ".new-"
 """How the names of a rewritten shard's files begin until they replace the old ones."""
 
@@ -46,14 +36,15 @@ Mask = npt.NDArray[np.bool_]
 class Forgotten:
     """Salted hashes of what is to be forgotten."""
 
-    salt: str
+    salt: str = field(default_factory=lambda: secrets.token_hex(16))
     urls: frozenset[str] = frozenset()
     domains: frozenset[str] = frozenset()
     contents: frozenset[str] = frozenset()
     """Of the sha256 of image files."""
+    lists: str = ""
+    """The digest of the lists of `download.removed` that all finished shards were made under, or rewritten for."""
 
     def __bool__(self) -> bool:
-        """Whether there is anything."""
         return bool(self.urls or self.domains or self.contents)
 
     def and_urls(self, urls: Iterable[str]) -> "Forgotten":
@@ -76,50 +67,21 @@ class Forgotten:
             return True
         return bool(self.domains) and _concerns_host(self, host_of(url))
 
-    def concerns_content(self, sha256: str | None) -> bool:
-        """Whether an image file is to be forgotten."""
-        return bool(self.contents) and sha256 is not None and self._hash("content", sha256) in self.contents
-
     def urls_in(self, table: pa.Table) -> Mask:
         """Which rows have a URL that is to be forgotten."""
         if not (self.urls or self.domains):
             return np.zeros(table.num_rows, bool)
-        return np.array([self.concerns_url(url) for url in table.column("url").to_pylist()], bool)
+        return np.array([self.concerns_url(url) for url in table["url"].to_pylist()], bool)
 
     def contents_in(self, table: pa.Table) -> Mask:
         """Which rows have a file that is to be forgotten."""
         if not self.contents or "sha256" not in table.column_names:
             return np.zeros(table.num_rows, bool)
-        return np.array([self.concerns_content(found) for found in table.column("sha256").to_pylist()], bool)
-
-    def judged(self, seeds: pa.Table) -> pa.Table:
-        """Judged seed rows, those that are to be forgotten as such, whatever else the metadata said of them."""
-        return blank(seeds, self.urls_in(seeds))
-
-    def withheld(self, batches: Iterator[Rows]) -> Iterator[Rows]:
-        """Fetched batches, without what is known of files that are to be forgotten and came from yet another URL."""
-        return map(self._without, batches) if self.contents else batches
-
-    def _without(self, rows: Rows) -> Rows:
-        alive, dead = self.contents_in(rows.alive), self.contents_in(rows.dead)
-        if not (alive.any() or dead.any()):
-            return rows
-        fallen = rows.alive.filter(pa.array(alive))
-        verdicts = pa.array([str(DropReason.FORGOTTEN)] * fallen.num_rows, pa.string())
-        gone = pa.array([*fallen["key"].to_pylist(), *rows.dead.filter(pa.array(dead))["key"].to_pylist()], pa.string())
-        return Rows(
-            rows.alive.filter(pa.array(~alive)),
-            pa.concat_tables(
-                [
-                    blank(rows.dead, dead),
-                    blank(tombstones(fallen, verdicts, STAGE), np.ones(fallen.num_rows, bool)),
-                ]
-            ),
-            rows.witnesses.filter(pc.invert(pc.is_in(rows.witnesses["key"], gone))),
-        )
+        digests = table["sha256"].to_pylist()
+        return np.array([one is not None and self._hash("content", one) in self.contents for one in digests], bool)
 
     def _hash(self, kind: str, form: str) -> str:
-        return hashlib.sha256(f"{self.salt}{kind}\0{form}".encode("utf-8", "surrogatepass")).hexdigest()
+        return sha256(f"{self.salt}{kind}\0{form}".encode("utf-8", "surrogatepass"))
 
 
 @lru_cache(1 << 16)
@@ -128,28 +90,6 @@ def _concerns_host(forgotten: Forgotten, host: str) -> bool:
     names = host.split(".")
     above = [host] if _ADDRESS.fullmatch(host) else [".".join(names[start:]) for start in range(len(names))]
     return any(forgotten._hash("domain", name) in forgotten.domains for name in above)
-
-
-def blank(table: pa.Table, mask: Mask) -> pa.Table:
-    """A table of ledger or seed columns whose rows in `mask` became forgotten ones."""
-    if not mask.any():
-        return table
-    chosen = pa.array(mask)
-    said = {"verdict": str(DropReason.FORGOTTEN), "stage": STAGE}
-    columns = []
-    for name in table.column_names:
-        kind = COLUMNS[name].type
-        if name in said:
-            columns.append(pc.if_else(chosen, pa.scalar(said[name], kind), table.column(name)))
-        else:
-            columns.append(table.column(name) if name in KEEPS else _nulled(table.column(name), mask))
-    return pa.table(columns, schema=table.schema)
-
-
-def _nulled(column: pa.ChunkedArray, mask: Mask) -> pa.ChunkedArray:
-    # take() with null indices: if_else knows no lists of fixed size
-    places = np.arange(len(column))
-    return pa.chunked_array([column.combine_chunks().take(pa.array(places, mask=mask))], column.type)
 
 
 def normal_domain(text: str) -> str:
@@ -171,10 +111,10 @@ def normal_sha256(text: str) -> str:
     Raises:
         OutputError: when it is none.
     """
-    found = text.strip().lower()
-    if not _SHA256.fullmatch(found):
-        raise OutputError(f"{text!r} is no sha256: give 64 hexadecimal digits, as ledgers tell it.")
-    return found
+    digest = text.strip().lower()
+    if not _SHA256.fullmatch(digest):
+        raise OutputError(f"{text!r} is no sha256: give 64 hexadecimal digits, as in a ledger.")
+    return digest
 
 
 def load(out: AnyPath) -> Forgotten:
@@ -186,16 +126,16 @@ def load(out: AnyPath) -> Forgotten:
     try:
         text = (out / FORGOTTEN).read_bytes()
     except FileNotFoundError:
-        return Forgotten(secrets.token_hex(16))
+        return Forgotten()
     try:
-        told = json.loads(text)
-        lists = {name: frozenset(map(normal_sha256, told[name])) for name in ("urls", "domains", "contents")}
-        found = Forgotten(str(told["salt"]), **lists)
+        content = json.loads(text)
+        hashes = {name: frozenset(map(normal_sha256, content[name])) for name in ("urls", "domains", "contents")}
+        forgotten = Forgotten(str(content["salt"]), lists=str(content.get("lists", "")), **hashes)
     except (ValueError, KeyError, TypeError, AttributeError, OutputError, RecursionError) as error:
         raise CorruptShardError(f"{FORGOTTEN}: cannot be read: {error}") from error
-    if _text(found) != text:
+    if _text(forgotten) != text:
         raise CorruptShardError(f"{FORGOTTEN}: it was changed since it was written")
-    return found
+    return forgotten
 
 
 def save(out: AnyPath, forgotten: Forgotten) -> None:
@@ -205,12 +145,11 @@ def save(out: AnyPath, forgotten: Forgotten) -> None:
 
 def _text(forgotten: Forgotten) -> bytes:
     """As stable JSON text that a single changed byte contradicts."""
-    content: dict[str, Any] = {
-        "version": _VERSION,
-        **{name: value if isinstance(value, str) else sorted(value) for name, value in asdict(forgotten).items()},
-    }
-    body = json.dumps(content, sort_keys=True)
-    content["sha256"] = hashlib.sha256(body.encode()).hexdigest()
+    fields = {name: value if isinstance(value, str) else sorted(value) for name, value in asdict(forgotten).items()}
+    content: dict[str, Any] = {"version": _VERSION, **fields}
+    if not forgotten.lists:
+        del content["lists"]
+    content["sha256"] = sha256(json.dumps(content, sort_keys=True).encode())
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 

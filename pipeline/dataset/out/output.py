@@ -14,9 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.dataset.out.forgotten import Forgotten, finish, load
+from pipeline.dataset.out.forgotten import finish, load
 from pipeline.dataset.out.ledger import counts
+from pipeline.dataset.out.lists import Listed
 from pipeline.dataset.out.lost import lost_errors
+from pipeline.dataset.out.takedowns import DROPS, Takedowns
 from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import Rows, tombstones
 from pipeline.shared import files as storage
@@ -40,8 +42,8 @@ class Output:
         self.root = root
         self.shards = root / "shards"
         self.drops = root / "drops"
-        self.forgotten: Forgotten | None = None
-        """What this OUT was told to forget; known once it is prepared."""
+        self.takedowns = Takedowns()
+        """What must not be used; known once OUT is prepared."""
 
     @contextlib.contextmanager
     def prepared(self, plan: Plan, *, replan: bool = False) -> Iterator[None]:
@@ -51,13 +53,18 @@ class Output:
 
         Raises:
             OutputError: when OUT cannot be written, is in use by another run, or holds shards of another plan.
+            SourceError: when a list of `download.removed` cannot be read.
             CorruptShardError: when the list of what is to be forgotten is damaged.
         """
+        listed = Listed(plan.config.download.removed)
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(self._held())
+                if not isinstance(self.root, RemotePath):
+                    for folder in (self.shards, self.drops):
+                        Path(str(folder)).mkdir(parents=True, exist_ok=True)
+                stack.enter_context(self.locked())
                 finish(self.root)
-                self.forgotten = load(self.root)
+                self.takedowns = Takedowns(load(self.root), listed)
                 self.refuse_other_plan(plan, replan=replan)
                 self.clear()
                 if replan:
@@ -73,16 +80,21 @@ class Output:
                     self.clear()
 
     @contextlib.contextmanager
-    def _held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
+        """Hold OUT alone; a remote one cannot be held.
+
+        Raises:
+            OutputError: when somebody else holds it.
+        """
         if isinstance(self.root, RemotePath):
             yield
             return
-        for folder in (self.shards, self.drops):
-            Path(str(folder)).mkdir(parents=True, exist_ok=True)
         handle = os.open(str(self.shards), os.O_RDONLY)
         try:
-            self._lock(handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
+        except BlockingIOError:
+            raise OutputError(f"Another run is writing to {self.root}: wait for it, or interrupt it.") from None
         finally:
             os.close(handle)
 
@@ -108,12 +120,6 @@ class Output:
         for suffix in ("json", "tar", "parquet"):
             (self.shards / f"{shard}.{suffix}").unlink(missing_ok=True)
         (self.drops / f"{shard}.parquet").unlink(missing_ok=True)
-
-    def _lock(self, handle: int) -> None:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"Another run is writing to {self.root}; wait for it, or choose another OUT.") from None
 
     def refuse_other_plan(self, plan: Plan, *, replan: bool = False) -> None:
         """Check that OUT is new or was made under an equal plan.
@@ -263,7 +269,7 @@ class ShardWriter:
     def _manifest(self, ledger: pa.Table, rows_in: int) -> Manifest:
         pq.write_table(ledger.cast(LEDGER_SCHEMA), self._ledger_draft.path, compression="zstd")
         self._ledger_draft.fsync()
-        kept, dropped = counts(ledger.column("verdict"), self._plan.reasons)
+        kept, dropped = counts(ledger.column("verdict"), [*self._plan.reasons, *DROPS])
         return Manifest(
             shard=self._shard,
             profile=self._plan.config.profile,

@@ -15,7 +15,7 @@ from pipeline.dataset.plan import Plan
 from pipeline.shared import files as storage
 from pipeline.shared.files import AnyPath
 from schemas.shard import UNCONDITIONAL
-from stages.models.base import ImageEmbedder, backend
+from stages.models.backends import ImageEmbedder, backend
 
 _MADE = "made"
 """The only entry of the file's metadata: several would be written in any order."""

@@ -12,8 +12,6 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-PUBLISHED_RANK = 128
-
 
 class Lora(nn.Module):
     """A low-rank addition to a frozen Linear: `up(down(x))`, strength 1, zero at first."""

@@ -6,21 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.train.adapters.attention import AdapterAttention, install
-from pipeline.train.adapters.base import Variant, Widths
+from pipeline.train.adapters.attention import install
+from pipeline.train.adapters.variants import Variant, Widths
+from pipeline.train.settings import AdapterSettings
 
 
 class AdapterModel(nn.Module):
     """The UNet whose attention layers were given an adapter; only `image_proj` and `ip_adapter` are trained."""
 
-    def __init__(self, unet: Any, variant: type[Variant], widths: Widths, *, lora_rank: int = 0) -> None:
+    def __init__(self, unet: Any, variant: Variant, widths: Widths, settings: AdapterSettings) -> None:
         """Freeze `unet` (a UNet2DConditionModel), and install the variant into it."""
         super().__init__()
         unet.requires_grad_(False)
         self.variant = variant
         self.widths = widths
-        self.image_proj = variant.image_proj(widths)
-        self.ip_adapter = install(unet, lora_rank=lora_rank if variant.lora else 0)
+        self.image_proj = variant.image_proj(widths, settings)
+        self.ip_adapter = install(unet, lora_rank=settings.lora_rank if variant.lora else 0)
         self.unet = unet
 
     def tokens(self, condition: Mapping[str, Tensor]) -> Tensor:
@@ -54,12 +55,6 @@ class AdapterModel(nn.Module):
             return_dict=False,
         )[0]
         return predicted
-
-    def set_scale(self, ip: float = 1.0, lora: float = 1.0) -> None:
-        """Strength of the image tokens and of the LoRA; both zero give the untouched base."""
-        for processor in self.ip_adapter:
-            assert isinstance(processor, AdapterAttention)
-            processor.scale, processor.lora_scale = ip, lora
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters under their published flat keys, `image_proj.…` and `ip_adapter.…`."""

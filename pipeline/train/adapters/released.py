@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.shared.atomic import replace_atomically, write_atomically
-from pipeline.train.adapters.base import Kind, Variant
 from schemas.errors import FaceShardsError, SourceError, first_line
+from schemas.targets import BaseKind
 
 _PARTS = ("image_proj", "ip_adapter")
 _LORA_LAYERS = {"to_q_lora": "to_q", "to_k_lora": "to_k", "to_v_lora": "to_v", "to_out_lora": "to_out_0"}
@@ -26,29 +26,20 @@ _DAMAGED = (
 """What the readers raise for files that are torn or hold other things; torch's gives its own mistakes away."""
 
 
-def released_name(variant: type[Variant], kind: Kind, image_encoder: str) -> str:
-    """File name without suffix; features of another encoder than the published one are told by the name."""
-    name = variant.released_name(kind)
-    reads_features = {"pooled", "hidden"} & set(variant.reads)
-    if not reads_features or image_encoder == "clip-vit-h":
-        return name
-    return f"{name.removesuffix('_vit-h')}_{image_encoder}"
-
-
 def write_released(
     folder: Path,
     name: str,
     tensors: Mapping[str, Tensor],
     *,
     attention_paths: Iterable[str],
-    kind: Kind,
+    kind: BaseKind,
     sidecar: Mapping[str, Any],
 ) -> list[Path]:
     """Write `name`.safetensors, .bin, .json, and the LoRA file where there is a LoRA; all in float16.
 
     Args:
         folder: where to; it must exist.
-        name: see `released_name`.
+        name: see Variant.released_name.
         tensors: flat keys `image_proj.…`, `ip_adapter.…` (see AdapterModel.trained), any float type.
         attention_paths: the UNet's attention layers in their order (see attention.named_attention).
         kind: SDXL's LoRA files carry an alpha, SD1.5's do not.
@@ -86,7 +77,7 @@ def _half(key: str, tensor: Tensor) -> Tensor:
     return half
 
 
-def lora_tensors(tensors: Mapping[str, Tensor], paths: list[str], kind: Kind) -> dict[str, Tensor]:
+def lora_tensors(tensors: Mapping[str, Tensor], paths: list[str], kind: BaseKind) -> dict[str, Tensor]:
     """The LoRA part of an adapter under Kohya-style names (`lora_unet_<path>_to_q.lora_down.weight`, …)."""
     lora: dict[str, Tensor] = {}
     for key, tensor in tensors.items():

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from pipeline.train.adapters.base import HEAD
-
+HEAD = 64
+"""Width of an attention head in all published projections."""
 DEPTH, FF_MULT = 4, 4
 """Hard-wired in every program that reads such files."""
 

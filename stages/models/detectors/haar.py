@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
-from stages.models.base import Faces, Floats, Image, ModelCard
+from stages.models.backends import Faces, Floats, Image, ModelCard
+from stages.models.papers import Weight
 from stages.settings import ModelSettings
 
 _FACE = "haarcascade_frontalface_alt2"
@@ -59,8 +60,11 @@ class Haar:
         self._eye = cv2.CascadeClassifier(str(_path(_EYE)))
 
     @classmethod
+    def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:
+        return ()
+
+    @classmethod
     def cards(cls, settings: ModelSettings) -> list[ModelCard]:
-        """The two cascade files; raises WeightsError when this OpenCV carries none."""
         return [ModelCard(name, "detector", sha256_of_file(_path(name)), _LICENCE, True) for name in (_FACE, _EYE)]
 
     def detect(self, image: Image) -> Faces:

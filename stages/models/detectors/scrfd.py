@@ -14,8 +14,9 @@ import cv2
 import numpy as np
 
 from schemas.errors import ConfigError, WeightsError
-from stages.models.base import Faces, Floats, Image, ModelCard
-from stages.models.packs import pack_card, pack_file
+from stages.models.backends import Faces, Floats, Image, ModelCard
+from stages.models.packs import pack_card, pack_file, pack_weights
+from stages.models.papers import Weight
 from stages.settings import ModelSettings
 
 
@@ -57,8 +58,11 @@ class Scrfd:
         self._screen_size = self._size * 3 // 10 // 32 * 32 if fixed is None and self._size >= 128 else self._size
 
     @classmethod
+    def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:
+        return pack_weights(settings)
+
+    @classmethod
     def cards(cls, settings: ModelSettings) -> list[ModelCard]:
-        """The pack's detection file; see the protocol."""
         return [pack_card("detector", settings)]
 
     def detect(self, image: Image) -> Faces:

@@ -4,8 +4,9 @@ import cv2
 import numpy as np
 
 from schemas.errors import WeightsError
-from stages.models.base import Faces, Image, ModelCard
-from stages.models.weights import card, resolve
+from stages.models.backends import Faces, Image, ModelCard
+from stages.models.papers import WEIGHTS, Weight
+from stages.models.weights import card, find
 from stages.settings import ModelSettings
 
 _LOWEST = 0.2
@@ -18,7 +19,7 @@ class YuNet:
 
     def __init__(self, settings: ModelSettings) -> None:
         cv2.setNumThreads(1)
-        path = resolve("yunet", settings)
+        path = find(WEIGHTS["yunet"], settings)
         self._side = settings.det_size
         try:
             self._model = cv2.FaceDetectorYN.create(str(path), "", (self._side, self._side), _LOWEST, _NMS, _TOP_K)
@@ -26,9 +27,12 @@ class YuNet:
             raise WeightsError(f"{path} cannot be loaded by OpenCV ({error.err}): fetch it again.") from error
 
     @classmethod
+    def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:
+        return (WEIGHTS["yunet"],)
+
+    @classmethod
     def cards(cls, settings: ModelSettings) -> list[ModelCard]:
-        """The ONNX file; see the protocol."""
-        return [card("yunet", "detector", settings)]
+        return [card(WEIGHTS["yunet"], "detector", settings)]
 
     def detect(self, image: Image) -> Faces:
         """Faces of one RGB photo; boxes may reach over its edge."""

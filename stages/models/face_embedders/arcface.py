@@ -4,8 +4,9 @@ import cv2
 import numpy as np
 
 from schemas.errors import WeightsError
-from stages.models.base import Floats, Image, ModelCard
-from stages.models.packs import pack_card, pack_file
+from stages.models.backends import Floats, Image, ModelCard
+from stages.models.packs import pack_card, pack_file, pack_weights
+from stages.models.papers import Weight
 from stages.settings import ModelSettings
 
 
@@ -25,8 +26,11 @@ class ArcFace:
             )
 
     @classmethod
+    def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:
+        return pack_weights(settings)
+
+    @classmethod
     def cards(cls, settings: ModelSettings) -> list[ModelCard]:
-        """The pack's recognition file; see the protocol."""
         return [pack_card("face_embedder", settings)]
 
     def embed(self, faces: Image) -> Floats:

@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from stages.models.base import Floats, Image, ModelCard
+from stages.models.backends import Floats, Image, ModelCard
+from stages.models.papers import Weight
 from stages.settings import ModelSettings
 
 _SIZE = 112
@@ -38,8 +39,11 @@ class Lbp:
         self._projection = np.rint(normal * np.float32(_LEVELS)).astype(np.float64)
 
     @classmethod
+    def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:
+        return ()
+
+    @classmethod
     def cards(cls, settings: ModelSettings) -> list[ModelCard]:
-        """A method without weights."""
         return [ModelCard("lbp", "face_embedder", "", "Apache-2.0", True)]
 
     def embed(self, faces: Image) -> Floats:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from stages.models.papers import WEIGHTS
 from stages.models.torch_backend import CLIP
 from stages.models.tower import Tower
 
@@ -12,7 +13,7 @@ class ClipVitH(Tower):
     The latter are (N, 257, 1280), the class token first, and have not passed the final norm.
     """
 
-    weights = "clip-vit-h"
+    papers = WEIGHTS["clip-vit-h"]
     model_class = "CLIPVisionModelWithProjection"
     mean_std = CLIP
 

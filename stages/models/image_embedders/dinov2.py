@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from stages.models.papers import WEIGHTS
 from stages.models.torch_backend import IMAGENET
 from stages.models.tower import Tower
 
@@ -9,7 +10,7 @@ from stages.models.tower import Tower
 class DinoV2(Tower):
     """`dino`: `last_hidden_state` after the final norm, (N, 257, 1024) for DINOv2-L/14, the class token first."""
 
-    weights = "dinov2"
+    papers = WEIGHTS["dinov2"]
     model_class = "Dinov2Model"
     mean_std = IMAGENET
 

@@ -11,7 +11,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from stages.models.base import Floats, Image, ModelCard
+from stages.models.backends import Floats, Image, ModelCard
+from stages.models.papers import Weight
 from stages.settings import ModelSettings
 
 _GRID = 16
@@ -41,8 +42,11 @@ class Patches:
         self._to_embeds = _projection(random, _FEATURES * _POOLED_GRID**2, _EMBEDS)
 
     @classmethod
+    def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:
+        return ()
+
+    @classmethod
     def cards(cls, settings: ModelSettings) -> list[ModelCard]:
-        """A method without weights."""
         return [ModelCard("patches", "image_embedder", "", "Apache-2.0", True)]
 
     def embed(self, images: Image) -> Mapping[str, _Halves]:

@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from schemas.errors import WeightsError
-from stages.models.base import Floats, Image, ModelCard
+from stages.models.backends import Floats, Image, ModelCard
+from stages.models.papers import WEIGHTS, Weight
 from stages.models.torch_backend import HALF, IMAGENET, normalise, prepare
-from stages.models.weights import card, known, resolve
+from stages.models.weights import card, find
 from stages.settings import ModelSettings
 
 # fmt: off
@@ -40,12 +41,15 @@ class FacexlibParser:
     def __init__(self, settings: ModelSettings) -> None:
         self._device = prepare(settings)
         self._name = settings.parser
-        self._model = _load(self._name, resolve(self._name, settings), self._device)
+        self._model = _load(self._name, find(WEIGHTS[self._name], settings), self._device)
+
+    @classmethod
+    def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:
+        return (WEIGHTS[settings.parser],)
 
     @classmethod
     def cards(cls, settings: ModelSettings) -> list[ModelCard]:
-        """The parser's weight file; see the protocol."""
-        return [card(settings.parser, "segmenter", settings)]
+        return [card(WEIGHTS[settings.parser], "segmenter", settings)]
 
     def segment(self, image: Image, kps: Floats) -> npt.NDArray[np.uint8]:
         """(512, 512) labels in BiSeNet's order of an FFHQ-style (512, 512, 3) RGB crop; `kps` are not needed."""
@@ -63,7 +67,7 @@ def _load(name: str, path: Path, device: str) -> Any:
     from facexlib.parsing import init_parsing_model
 
     with TemporaryDirectory() as folder, _no_pickled_code():
-        (Path(folder) / known(name).files[0].name).symlink_to(path.resolve())
+        (Path(folder) / WEIGHTS[name].files[0].name).symlink_to(path.resolve())
         try:
             return init_parsing_model(name, device=device, model_rootpath=folder)
         except (UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:

@@ -8,7 +8,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from stages.models.base import Floats, Image, ModelCard
+from stages.models.backends import Floats, Image, ModelCard
+from stages.models.papers import Weight
 from stages.settings import ModelSettings
 
 SKIN = 1
@@ -36,8 +37,11 @@ class GrabCut:
         cv2.setNumThreads(1)
 
     @classmethod
+    def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:
+        return ()
+
+    @classmethod
     def cards(cls, settings: ModelSettings) -> list[ModelCard]:
-        """A method without weights."""
         return [ModelCard("grabcut", "segmenter", "", "Apache-2.0", True)]
 
     def segment(self, image: Image, kps: Floats) -> npt.NDArray[np.uint8]:

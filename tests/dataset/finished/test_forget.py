@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import fake_dataset as fake
@@ -17,14 +18,15 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from pipeline.dataset.finished.forget import Wanted, forget
+from pipeline.dataset.finished.forget import Wanted, forget, take_down_listed
 from pipeline.dataset.finished.report import write_report
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.out.forgotten import FORGOTTEN, Forgotten, finish, load
 from pipeline.dataset.out.ledger import funnel, read_manifests
+from pipeline.dataset.out.output import Output
 from pipeline.forget_command import forget as command
 from pipeline.shared.files import to_path, write
-from schemas.errors import CorruptShardError, OutputError
+from schemas.errors import CorruptShardError, OutputError, SourceError
 from stages.pixels.images import encode_jpeg
 
 FIRST, SECOND = "a-00000", "a-00001"
@@ -84,7 +86,7 @@ def everything(out):
 def test_a_sample_goes_from_tar_ledger_manifest_and_report(out):
     before = read_manifests(out)
     gone = forget(out, Wanted(urls=(KEPT_URL,)))
-    assert (gone.rows, gone.samples, gone.damaged) == ({FIRST: [KEYS[0]]}, 1, [])
+    assert (gone.rows, gone.kept, gone.damaged) == ({FIRST: [KEYS[0]]}, {FIRST: 1}, [])
     assert samples(out) == [KEYS[4]]
     row = ledger(out)[KEYS[0]]
     assert (row["part"], row["row"], row["verdict"], row["stage"]) == ("a", 0, "forgotten", "metadata")
@@ -174,7 +176,7 @@ def test_a_second_take_down_adds_to_the_first(out):
 
 
 def test_a_whole_shard_may_go(out):
-    assert forget(out, Wanted(domains=("photos.example",))).count == 11
+    assert str(forget(out, Wanted(domains=("photos.example",)))) == "11 rows, 3 of them samples, in 2 shards"
     assert samples(out) == []
     assert verify(out) == []
     assert sum(row["verdict"] == "forgotten" for row in ledger(out).values()) == 6
@@ -219,6 +221,50 @@ def test_a_remote_shard_that_was_committed_is_finished(out, remote, steps):
         name = f"{FIRST}.{suffix}"
         assert (remote / "shards" / name).read_bytes() == (out / "shards" / name).read_bytes()
     assert not list((remote / "shards").glob(".new-*"))
+
+
+# ---- lists of download.removed
+
+
+def take_down(out, *lines):
+    """What a run does under such a list, before it makes any shard."""
+    path = out.with_name("removed.txt")
+    path.write_text("\n".join(lines))
+    config = fake.plan().config
+    download = config.download.model_copy(update={"removed": (str(path),) if lines else ()})
+    plan = replace(fake.plan(), config=config.model_copy(update={"download": download}))
+    output = Output(out)
+    with output.prepared(plan):
+        return take_down_listed(output)
+
+
+def test_a_list_is_taken_down_once_for_each_state_of_it(out):
+    assert take_down(out).rows == {}
+    assert not (out / FORGOTTEN).exists()
+    gone = take_down(out, KEPT_URL.replace("http", "https"), "CD" * 32)
+    assert gone.rows == {FIRST: [KEYS[0]], SECOND: [KEYS[6]]}
+    assert verify(out) == []
+    for row in (ledger(out)[KEYS[0]], ledger(out, SECOND)[KEYS[6]]):
+        assert (row["verdict"], row["stage"], row["url"]) == ("removed", "metadata", None)
+    assert not [secret for secret in (b"a/0.jpg", b"caption of row 0") if secret in everything(out)]
+    ours = out / "shards" / f"{FIRST}.parquet"
+    whole = ours.read_bytes()
+    ours.write_bytes(b"damaged")
+    assert take_down(out, "cd" * 32, "# no change", f"{KEPT_URL}#x").rows == {}, "no shard is looked at"
+    with pytest.raises(CorruptShardError, match=ours.name):
+        take_down(out, DEAD_URL)
+    ours.write_bytes(whole)
+    assert take_down(out, DEAD_URL).rows == {FIRST: [KEYS[3]]}
+    assert take_down(out).rows == {}
+    assert load(out).lists == "", "shards of this run are made under no list"
+
+
+def test_what_was_forgotten_stays_so_under_a_list(out):
+    forget(out, Wanted(urls=(KEPT_URL,)))
+    assert take_down(out, KEPT_URL, DEAD_URL).rows == {FIRST: [KEYS[3]]}
+    assert ledger(out)[KEYS[0]]["verdict"] == "forgotten"
+    assert load(out).concerns_url(KEPT_URL)
+    assert verify(out) == []
 
 
 # ---- the words of the command
@@ -283,7 +329,7 @@ def test_words_that_make_no_sense_change_nothing(out, wanted, message):
 def test_a_folder_that_is_no_dataset_or_a_list_that_is_not_there(out, tmp_path):
     with pytest.raises(OutputError, match="holds no dataset"):
         forget(tmp_path / "none", Wanted(urls=(KEPT_URL,)))
-    with pytest.raises(OutputError, match="cannot be read"):
+    with pytest.raises(SourceError, match="cannot be read"):
         Wanted.listed(tmp_path / "none.txt")
 
 
@@ -291,7 +337,7 @@ def test_a_run_in_the_same_folder_is_not_disturbed(out):
     handle = os.open(out / "shards", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:
-        with pytest.raises(OutputError, match="A run is writing"):
+        with pytest.raises(OutputError, match="Another run is writing"):
             forget(out, Wanted(urls=(KEPT_URL,)))
     finally:
         os.close(handle)
@@ -336,7 +382,7 @@ def test_a_damaged_list_stops_everything(out):
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
-from pipeline.dataset.finished.forget import Wanted, forget
+from pipeline.dataset.finished.forget import Wanted, forget, take_down_listed
 
 published, work, urls = Path(sys.argv[1]), Path(sys.argv[2]), tuple(sys.argv[3:])
 

@@ -84,3 +84,29 @@ def test_a_rerun_asks_for_nothing_that_was_forgotten(server, tmp_path):
     assert set(after) == {*before, "two-000000000", "two-000000001"}
     assert all(after[key] == row for key, row in before.items() if key not in gone)
     assert sum(manifest.dropped["forgotten"] for manifest in read_manifests(out)) == 3
+
+
+def test_lists_of_removals_reach_shards_that_are_done(server, tmp_path):
+    base, asked = server
+    part, out, removed = tmp_path / "part.parquet", tmp_path / "out", tmp_path / "removed.txt"
+    pq.write_table(pa.table({"URL": [f"{base}{path}" for path in FILES]}), part)
+    words = ["--out", out, "--shards", part, "--profile", "embedded", "--executor", "local"]
+    words += ["--set", "download.allow_loopback=true", "--set", "source.rows_per_shard=3"]
+    words += ["--set", "filter.min_image_px=64"]
+    call("dataset", *words)
+    before = {row["key"]: row for row in rows(out)}
+    copied = next(row["sha256"] for row in before.values() if row["url"].endswith("/copy.jpg"))
+    removed.write_text(f"{base.replace('http', 'https')}/./b.jpg\n{copied}\n")
+    asked.clear()
+    words += ["--set", f"download.removed=['{removed}']"]
+    assert "taken out of what is done: 2 rows" in call("dataset", *words)
+    assert verify(out) == []
+    assert not asked, "what is done is not fetched again"
+    verdicts = {key: row["verdict"] for key, row in {row["key"]: row for row in rows(out)}.items()}
+    assert {key for key, verdict in verdicts.items() if verdict == "removed"} == {"part-000000001", "part-000000007"}
+    assert b"b.jpg" not in (out / "report.html").read_bytes()
+    # A run that begins with the lists makes the same shards.
+    fresh = tmp_path / "fresh"
+    call("dataset", *words, "--out", fresh)
+    for path in (out / "shards").iterdir():
+        assert path.read_bytes() == (fresh / "shards" / path.name).read_bytes(), path.name

@@ -214,7 +214,7 @@ def test_a_forgotten_row_of_which_something_is_known(out):
         rows[1]["url"] = "http://photos.example/a/1.jpg"
 
     edit_ledger(out, change, dropped=recounted(out, unsafe=-1, forgotten=1))
-    assert told(out) == [(f"{SHARD}.parquet", None, "forgotten rows still tell url")]
+    assert told(out) == [(f"{SHARD}.parquet", None, "rows that must not be used still tell url")]
 
 
 def recounted(out, **changes):

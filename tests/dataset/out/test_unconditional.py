@@ -19,7 +19,7 @@ from pipeline.dataset.out.unconditional import write_unconditional
 from pipeline.dataset.plan import make_plan
 from schemas.errors import ExitCode
 from schemas.shard import UNCONDITIONAL
-from stages.models.base import backend
+from stages.models.backends import backend
 from stages.models.torch_backend import prepare
 from stages.settings import ModelSettings
 

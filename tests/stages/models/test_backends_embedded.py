@@ -11,7 +11,7 @@ from PIL import Image
 from skimage import data
 
 from schemas.errors import WeightsError
-from stages.models.base import backend
+from stages.models.backends import backend
 from stages.models.detectors import haar as haar_module
 from stages.pixels.geometry import ffhq_crop, ffhq_matrix, norm_crop, transform_points
 from stages.settings import ModelSettings

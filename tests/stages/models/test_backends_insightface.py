@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from schemas.errors import ConfigError, PlanError, WeightsError
 from stages.models import packs
-from stages.models.base import Faces, Image
+from stages.models.backends import Faces, Image
 from stages.models.detectors import scrfd
 from stages.models.detectors.scrfd import Scrfd
 from stages.models.detectors.yunet import YuNet

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from schemas.errors import PlanError, WeightsError
-from stages.models.base import Image
+from stages.models.backends import Image
 from stages.models.image_embedders.clip import ClipVitH
 from stages.models.image_embedders.dinov2 import DinoV2
 from stages.models.segmenters.facexlib import _TO_BISENET, FacexlibParser

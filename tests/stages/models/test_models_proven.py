@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from schemas.errors import PlanError
-from stages.models.base import backend
+from stages.models.backends import backend
+from stages.models.papers import WEIGHTS
 from stages.models.tower import Tower
 from stages.settings import ModelSettings
 
@@ -39,7 +40,7 @@ def test_a_gpu_that_was_asked_for_and_is_not_used_is_an_error(providers: list[st
 class Mixing(Tower):
     """A tower whose features hold something of the other images of a batch."""
 
-    weights = "clip-vit-h"
+    papers = WEIGHTS["clip-vit-h"]
 
     def __init__(self, share: float) -> None:
         self.share = share

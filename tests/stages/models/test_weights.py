@@ -1,41 +1,48 @@
-"""Weights: papers, the order in which places are searched, verification, resumable downloads, packs, licences."""
+"""Weights: papers, the order in which places are searched, verification, downloads, packs, licences."""
 
+import gc
 import hashlib
 import io
 import os
 import re
+import subprocess
+import sys
+import textwrap
 import threading
+import warnings
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from pipeline.__main__ import app
 from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
-from stages.models import downloads, packs, weights
-from stages.models.base import ModelCard
-from stages.models.weights import WEIGHTS, File, Weight
+from stages.models import packs, weights
+from stages.models.backends import REGISTRIES, ModelCard
+from stages.models.papers import WEIGHTS, Weight, WeightFile
 from stages.settings import ModelSettings
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
+REVISION = "0123456789" * 4
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `content` at every path; what it does wrong is set per test."""
+    """Serves `content` at every path, as the hub does; what it does wrong is set per test."""
 
     content = CONTENT
-    ranges = True
     cut_after: int | None = None
     """Bytes after which the next answer ends; None: it does not."""
     status = 200
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.asked: list[str | None] = []
-        """Range header of each request."""
+        self.requests: list[tuple[str, str, str | None]] = []
+        """Method, path and Range header of each request."""
 
     @property
     def url(self) -> str:
@@ -47,17 +54,22 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         wanted = self.headers.get("Range")
-        self.server.asked.append(wanted)
-        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and self.server.ranges else 0
-        if self.server.status != 200 or start >= len(self.server.content) > 0:
-            self.send_error(self.server.status if self.server.status != 200 else 416)
+        self.server.requests.append((self.command, self.path, wanted))
+        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
+        if self.server.status != 200:
+            self.send_error(self.server.status)
             return
         body = self.server.content[start:]
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{len(self.server.content)}"')
+        self.send_header("X-Repo-Commit", REVISION)
         self.end_headers()
-        cut, self.server.cut_after = self.server.cut_after, None
-        self.wfile.write(body if cut is None else body[:cut])
+        if self.command == "GET":
+            cut, self.server.cut_after = self.server.cut_after, None
+            self.wfile.write(body if cut is None else body[:cut])
+
+    do_HEAD = do_GET  # noqa: N815  # a name that http.server looks for
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -69,6 +81,9 @@ def server() -> Iterator[Server]:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # requests leaves the socket of a 404 to the collector
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)
@@ -79,14 +94,14 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def papers(name: str, *files: File, archive: File | None = None, commercial: bool = True) -> Weight:
-    return Weight(name, files, "some licence", commercial, "page", "v1", "paper", "pixels", archive)
+def papers(name: str, *files: WeightFile, archive: WeightFile | None = None, commercial: bool = True) -> Weight:
+    return Weight(name, files, "some licence", commercial, "page", "v1", "paper", "pixels", archive=archive)
 
 
 @pytest.fixture
 def toy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Weight:
     """A known weight of one file, on the server."""
-    weight = papers("toy", File("toy.bin", "detector", len(CONTENT), SHA256, server.url))
+    weight = papers("toy", WeightFile("toy.bin", "detector", len(CONTENT), SHA256, server.url))
     monkeypatch.setitem(WEIGHTS, "toy", weight)
     return weight
 
@@ -109,15 +124,16 @@ def test_papers_are_complete_and_pinned(weight: Weight) -> None:
     for file in (*weight.files, *([weight.archive] if weight.archive else [])):
         assert re.fullmatch(r"[0-9a-f]{64}|", file.sha256)
         assert file.sha256 or not file.task, "a file that computes something has a known sha256"
-        assert bool(file.url) != bool(weight.archive and file is not weight.archive)
-        if file.url:
-            assert file.url.startswith("https://")
-            assert weight.revision in file.url, "a moving branch is no source"
+        assert bool(file.source) != bool(weight.archive and file is not weight.archive)
+        if file.source:
+            assert weight.url(file).startswith("https://")
+            assert weight.revision in weight.url(file), "a moving branch is no source"
+            assert not weight.repository or re.fullmatch("[0-9a-f]{40}", weight.revision)
 
 
 def test_unknown_name_names_the_nearest() -> None:
     with pytest.raises(WeightsError, match=r"'bufalo_l' \(did you mean 'buffalo_l'\?\)"):
-        weights.known("bufalo_l")
+        weights.known("bufalo_l", ModelSettings())
 
 
 # --- where weights are found
@@ -125,21 +141,21 @@ def test_unknown_name_names_the_nearest() -> None:
 
 def test_path_beats_environment_beats_cache(toy: Weight, places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cached = put(weights.cache_root() / "toy.bin")
-    assert weights.resolve("toy", ModelSettings()) == cached
+    assert weights.find(toy, ModelSettings()) == cached
     monkeypatch.setenv("FACESHARDS_MODELS", str(places / "models"))
-    assert weights.resolve("toy", ModelSettings()) == cached
+    assert weights.find(toy, ModelSettings()) == cached
     found = put(places / "models" / "toy.bin")
-    assert weights.resolve("toy", ModelSettings()) == found
+    assert weights.find(toy, ModelSettings()) == found
     given = put(places / "mine.bin")
-    assert weights.resolve("toy", ModelSettings(paths={"toy": str(given)})) == given
+    assert weights.find(toy, ModelSettings(paths={"toy": str(given)})) == given
 
 
 def test_missing_says_what_to_fetch_and_where_to_put_it(toy: Weight, server: Server) -> None:
     with pytest.raises(WeightsError) as caught:
-        weights.resolve("toy", ModelSettings())
+        weights.find(toy, ModelSettings())
     for fact in ("models fetch toy", server.url, SHA256, "toy.bin", str(weights.cache_root())):
         assert fact in str(caught.value)
-    assert not server.asked, "nothing is fetched without leave"
+    assert not server.requests, "nothing is fetched without leave"
 
 
 @pytest.mark.parametrize("place", ["cache", "environment"])
@@ -150,19 +166,19 @@ def test_wrong_content_is_refused_where_it_was_not_given(
     monkeypatch.setenv("FACESHARDS_MODELS", str(root))
     put(root / "toy.bin", b"other")
     with pytest.raises(WeightsError, match=f"not {SHA256}: delete it"):
-        weights.resolve("toy", ModelSettings())
+        weights.find(toy, ModelSettings())
 
 
 def test_given_file_is_recorded_not_compared(toy: Weight, places: Path) -> None:
     put(places / "mine.bin", b"other")
-    card = weights.card("toy", "detector", ModelSettings(paths={"toy": str(places / "mine.bin")}))
+    card = weights.card(toy, "detector", ModelSettings(paths={"toy": str(places / "mine.bin")}))
     assert card.sha256 == hashlib.sha256(b"other").hexdigest()
 
 
 def test_given_file_that_is_absent_is_an_error(toy: Weight, places: Path) -> None:
     put(weights.cache_root() / "toy.bin")
     with pytest.raises(WeightsError, match=r"models\.paths\.toy"):
-        weights.resolve("toy", ModelSettings(paths={"toy": str(places / "absent.bin")}))
+        weights.find(toy, ModelSettings(paths={"toy": str(places / "absent.bin")}))
 
 
 def test_sha256_is_computed_anew_when_the_file_changes(places: Path) -> None:
@@ -178,72 +194,96 @@ def test_sha256_is_computed_anew_when_the_file_changes(places: Path) -> None:
 
 def test_fetches_once_when_allowed(toy: Weight, server: Server) -> None:
     settings = ModelSettings(allow_download=True)
-    path = weights.resolve("toy", settings)
+    path = weights.find(toy, settings)
     assert path.read_bytes() == CONTENT
-    assert weights.resolve("toy", settings) == path
-    assert server.asked == [None]
-    assert [p.name for p in path.parent.iterdir() if p.name != ".lock"] == ["toy.bin"]
+    assert weights.find(toy, settings) == path
+    assert len(server.requests) == 1
+    assert files_of(path.parent) == {"toy.bin"}
 
 
-def test_reports_progress_up_to_the_end(toy: Weight) -> None:
-    seen: list[tuple[str, int, int]] = []
-    weights.fetch("toy", progress=lambda *what: seen.append(what))
-    assert seen[-1] == ("toy.bin", len(CONTENT), len(CONTENT))
+def files_of(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-def test_goes_on_where_the_connection_broke(toy: Weight, server: Server) -> None:
-    server.cut_after = 300_000
-    assert weights.fetch("toy").read_bytes() == CONTENT
-    assert server.asked == [None, "bytes=300000-"]
+@pytest.mark.parametrize("trouble", ["other content", "cut short", "404", "down"])
+def test_what_cannot_be_fetched_whole_is_never_installed(trouble: str, toy: Weight, server: Server) -> None:
+    if trouble == "other content":
+        server.content = b"<html>not found</html>"
+    elif trouble == "cut short":
+        server.cut_after = 300_000
+    elif trouble == "404":
+        server.status = 404
+    else:
+        server.shutdown()
+        server.server_close()
+    with pytest.raises(WeightsError, match="Cannot fetch toy") as caught:
+        weights.fetch(toy)
+    for fact in (server.url, SHA256, f"put toy.bin into {weights.cache_root()}"):
+        assert fact in str(caught.value)
+    assert files_of(weights.cache_root()) == set()
 
 
-def test_goes_on_where_an_earlier_run_was_stopped(toy: Weight, server: Server) -> None:
-    put(weights.cache_root() / "toy.bin.part", CONTENT[:100_000])
-    assert weights.fetch("toy").read_bytes() == CONTENT
-    assert server.asked == ["bytes=100000-"]
-
-
-def test_starts_again_when_the_server_knows_no_ranges(toy: Weight, server: Server) -> None:
-    server.ranges = False
-    put(weights.cache_root() / "toy.bin.part", b"x" * 100)
-    assert weights.fetch("toy").read_bytes() == CONTENT
-
-
-@pytest.mark.parametrize("content", [b"x" * len(CONTENT), CONTENT + b"more"], ids=["other", "longer"])
-def test_damaged_part_is_thrown_away(content: bytes, toy: Weight) -> None:
-    part = put(weights.cache_root() / "toy.bin.part", content)
-    with pytest.raises(WeightsError, match=SHA256):
-        weights.fetch("toy")
-    assert not part.exists()
-    assert weights.fetch("toy").read_bytes() == CONTENT
-
-
-def test_wrong_content_is_never_installed(toy: Weight, server: Server) -> None:
-    server.content = b"<html>not found</html>"
-    with pytest.raises(WeightsError, match=SHA256):
-        weights.fetch("toy")
-    assert [p.name for p in weights.cache_root().iterdir()] == [".lock"]
-
-
-def test_server_errors_are_one_sentence(toy: Weight, server: Server) -> None:
-    server.status = 404
-    with pytest.raises(WeightsError, match=r"Cannot fetch .* 404"):
-        weights.fetch("toy")
-    assert len(server.asked) == 1
-
-
-def test_endlessly_broken_connection_ends(toy: Weight, server: Server) -> None:
-    server.shutdown()
-    server.server_close()
-    with pytest.raises(WeightsError, match="Cannot fetch"):
-        weights.fetch("toy")
+def test_a_damaged_file_is_fetched_again(toy: Weight) -> None:
+    put(weights.cache_root() / "toy.bin", b"damaged")
+    assert weights.fetch(toy).read_bytes() == CONTENT
 
 
 def test_unwritable_cache_is_one_sentence(toy: Weight, places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(places / "file")
     monkeypatch.setenv("XDG_CACHE_HOME", str(places / "file"))
     with pytest.raises(WeightsError, match="Cannot write"):
-        weights.fetch("toy")
+        weights.fetch(toy)
+
+
+HUB = """
+    from schemas.errors import WeightsError
+    from stages.models import weights
+    from stages.models.papers import Weight, WeightFile
+    files = (
+        WeightFile("config.json", "", source="encoder/config.json"),
+        WeightFile("model.bin", "detector", 0, {sha256!r}, "encoder/model.bin"),
+    )
+    weight = Weight("hubtoy", files, "MIT", True, "page", {revision!r}, "paper", "pixels", "owner/toy")
+    try:
+        print(weights.fetch(weight))
+    except WeightsError as error:
+        print(error)
+"""
+
+
+def fetch_from_hub(server: Server, places: Path, sha256: str = SHA256, **environment: str) -> str:
+    """What a process says that fetches a weight of two files from a hub on loopback."""
+    hub = {"HF_ENDPOINT": server.url.removesuffix("/weights.bin"), "HF_HUB_OFFLINE": "0", "HF_HOME": str(places / "hf")}
+    program = textwrap.dedent(HUB).format(sha256=sha256, revision=REVISION)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **hub, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_files_of_the_hub_come_at_their_revision_and_go_on_where_they_broke(server: Server, places: Path) -> None:
+    server.content, server.cut_after = CONTENT * 12, 11 << 20  # the hub's library writes 10 MiB at a time
+    folder = weights.cache_root() / "hubtoy"
+    assert fetch_from_hub(server, places, hashlib.sha256(server.content).hexdigest()) == str(folder)
+    assert files_of(weights.cache_root()) == {"hubtoy/config.json", "hubtoy/model.bin"}
+    assert (folder / "model.bin").read_bytes() == server.content
+    assert {path for _, path, _ in server.requests} == {
+        f"/owner/toy/resolve/{REVISION}/encoder/{name}" for name in ("config.json", "model.bin")
+    }
+    assert [wanted for method, _, wanted in server.requests if method == "GET"][:2] == [None, f"bytes={10 << 20}-"]
+
+
+@pytest.mark.parametrize("trouble", ["other content", "404", "offline"])
+def test_trouble_with_the_hub_is_one_sentence(trouble: str, server: Server, places: Path) -> None:
+    server.status = 404 if trouble == "404" else 200
+    sha256 = "f" * 64 if trouble == "other content" else SHA256
+    message = fetch_from_hub(server, places, sha256, HF_HUB_OFFLINE="1" if trouble == "offline" else "0")
+    url = f"https://huggingface.co/owner/toy/resolve/{REVISION}/encoder/model.bin"
+    for fact in ("Cannot fetch hubtoy", "models fetch hubtoy", url, sha256, str(weights.cache_root() / "hubtoy")):
+        assert fact in message
+    assert not (weights.cache_root() / "hubtoy/model.bin").exists()
+    assert bool(server.requests) == (trouble != "offline")
 
 
 # --- archives
@@ -262,37 +302,26 @@ def pack(server: Server, monkeypatch: pytest.MonkeyPatch) -> Weight:
     """A known pack whose zip holds a climbing path, a file in a folder, and one that nobody wants."""
     server.content = zipped(**{"../../../det.onnx": b"detector", "toy/rec.onnx": b"recogniser", "big.onnx": b"unused"})
     files = (
-        File("det.onnx", "detector", 8, hashlib.sha256(b"detector").hexdigest()),
-        File("rec.onnx", "face_embedder", 10, hashlib.sha256(b"recogniser").hexdigest()),
+        WeightFile("det.onnx", "detector", 8, hashlib.sha256(b"detector").hexdigest()),
+        WeightFile("rec.onnx", "face_embedder", 10, hashlib.sha256(b"recogniser").hexdigest()),
     )
-    archive = File("pack.zip", "", len(server.content), hashlib.sha256(server.content).hexdigest(), server.url)
+    archive = WeightFile("pack.zip", "", len(server.content), hashlib.sha256(server.content).hexdigest(), server.url)
     weight = papers("toypack", *files, archive=archive, commercial=False)
     monkeypatch.setitem(WEIGHTS, "toypack", weight)
     return weight
 
 
 def test_takes_only_the_wanted_files_out_of_a_zip(pack: Weight, places: Path) -> None:
-    folder = weights.fetch("toypack")
-    assert folder == weights.cache_root() / "toypack"
-    everything = {str(p.relative_to(places)) for p in places.rglob("*") if p.is_file() and p.name != ".lock"}
-    assert everything == {f"cache/faceshards/models/toypack/{name}.onnx" for name in ("det", "rec")}
+    assert weights.fetch(pack) == weights.cache_root() / "toypack"
+    assert files_of(places) == {f"cache/faceshards/models/toypack/{name}.onnx" for name in ("det", "rec")}
 
 
-def test_wrong_file_in_a_zip_is_not_installed(pack: Weight, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = File("rec.onnx", "face_embedder", 10, "0" * 64)
-    monkeypatch.setitem(WEIGHTS, "toypack", papers("toypack", pack.files[0], wrong, archive=pack.archive))
-    with pytest.raises(WeightsError, match=r"rec\.onnx in the archive"):
-        weights.fetch("toypack")
-    assert not (weights.cache_root() / "toypack" / "rec.onnx").exists()
-
-
-def test_zip_without_the_file_is_one_sentence(places: Path) -> None:
-    archive = put(places / "a.zip", zipped(**{"other.onnx": b""}))
-    with pytest.raises(WeightsError, match=r"holds no det\.onnx"):
-        downloads.unpack(archive, places / "out", {"det.onnx": ""})
-    put(archive, b"no zip at all")
-    with pytest.raises(WeightsError, match="Cannot unpack"):
-        downloads.unpack(archive, places / "out", {"det.onnx": ""})
+@pytest.mark.parametrize("wrong", ["rec.onnx", "absent.onnx"])
+def test_wrong_file_in_a_zip_is_not_installed(wrong: str, pack: Weight) -> None:
+    other = papers("toypack", pack.files[0], WeightFile(wrong, "face_embedder", 10, "0" * 64), archive=pack.archive)
+    with pytest.raises(WeightsError, match=wrong.replace(".", r"\.")):
+        weights.fetch(other)
+    assert not (weights.cache_root() / "toypack" / wrong).exists()
 
 
 def test_a_task_needs_only_its_own_file_of_a_pack(pack: Weight) -> None:
@@ -373,11 +402,10 @@ def test_licence_gate() -> None:
         weights.require_licences([free, bound], ModelSettings())
 
 
-def test_listing_and_check_tell_the_state(toy: Weight, places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list_and_check_tell_the_state(toy: Weight, places: Path) -> None:
     def state(settings: ModelSettings) -> tuple[str, str]:
-        listed = {row.weight.name: row.state for row in weights.listing(settings)}
-        (checked,) = weights.check(settings, ["toy"])
-        return listed["toy"], checked.state
+        listed, checked = (weights.states([toy], settings, hashes=hashes)[0].state for hashes in (False, True))
+        return listed, checked
 
     assert state(ModelSettings()) == ("missing", "missing")
     put(weights.cache_root() / "toy.bin", b"other")
@@ -387,3 +415,59 @@ def test_listing_and_check_tell_the_state(toy: Weight, places: Path, monkeypatch
     put(places / "mine.bin", b"other")
     given = ModelSettings(paths={"toy": str(places / "mine.bin")})
     assert state(given) == ("given", "given, wrong sha256: mine.bin")
+
+
+# --- `models list | fetch | check`
+
+
+class Newcomer:
+    """A detector with weights of its own, as somebody adds one: a file, and a line in the registry."""
+
+    papers: Weight
+
+    @classmethod
+    def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:
+        return (cls.papers,)
+
+
+@pytest.fixture
+def newcomer(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    Newcomer.papers = papers("newcomer-v1", WeightFile("new.bin", "detector", len(CONTENT), SHA256, server.url))
+    monkeypatch.setitem(REGISTRIES["detector"], "newcomer", f"{__name__}:Newcomer")
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[Newcomer.__module__])
+
+
+def models(*words: str) -> str:
+    result = CliRunner().invoke(app, ["models", *words], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+CHOSEN = ["models.detector=newcomer", "models.segmenter=grabcut", "models.face_embedder=lbp"]
+SETS = [word for pair in [*CHOSEN, "models.image_embedder=patches"] for word in ("--set", pair)]
+
+
+@pytest.mark.usefixtures("newcomer")
+def test_models_commands_know_a_backend_that_was_just_registered() -> None:
+    assert "newcomer-v1" in models("list")
+    models("fetch", *SETS)
+    assert (weights.cache_root() / "new.bin").read_bytes() == CONTENT
+    assert "verified" in models("check", "newcomer-v1")
+
+
+@pytest.mark.usefixtures("newcomer")
+def test_models_fetch_leaves_out_what_a_path_gives(places: Path, server: Server) -> None:
+    path = put(places / "mine.bin")
+    models("fetch", *SETS, "--set", f'models.paths={{newcomer-v1 = "{path}"}}')
+    assert not server.requests
+    assert not weights.cache_root().exists()
+
+
+def test_models_fetch_gets_what_the_profile_needs_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+    monkeypatch.setattr("pipeline.models.fetch", lambda weight: fetched.append(weight.name))
+    models("fetch")
+    assert fetched == ["buffalo_l", "bisenet", "clip-vit-h"]
+    fetched.clear()
+    models("fetch", "--set", "pack.embeddings=false")
+    assert fetched == ["buffalo_l", "bisenet"]

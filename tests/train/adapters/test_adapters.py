@@ -7,30 +7,17 @@ import math
 import diffusers
 import pytest
 import torch
+from tiny_adapters import KINDS, WITH_LORA, adapter, numbers, published_unet, set_scale, tiny_unet
 from torch.nn.functional import gelu, layer_norm, linear, normalize
 
-from pipeline.shared.tiny import write_tiny
-from pipeline.train.adapters import VARIANTS, variant
-from pipeline.train.adapters.attention import PUBLISHED_RANK, AdapterAttention, Lora, install, named_attention
-from pipeline.train.adapters.base import Widths
-from pipeline.train.adapters.id_mlp import IdMlp
-from pipeline.train.adapters.model import AdapterModel
+from pipeline.train.adapters.attention import AdapterAttention, Lora, install, named_attention
 from pipeline.train.adapters.released import lora_tensors, write_released
 from pipeline.train.adapters.resampler import Perceiver, Resampler
-from pipeline.train.base_model import UNETS
+from pipeline.train.adapters.variants import VARIANTS, IdMlp, Widths, variant
+from pipeline.train.settings import AdapterSettings
 from schemas.errors import ConfigError
 
-KINDS = ("sd15", "sdxl")
 TEXT = {"sd15": 768, "sdxl": 2048}
-WITH_LORA = ("faceid", "faceid-plus", "faceid-plusv2")
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def numbers(seed, *shape):
-    return torch.randn(*shape, generator=seeded(seed))
 
 
 # --------------------------------------------------------------------------------- full size: keys, shapes, bytes
@@ -39,13 +26,12 @@ def numbers(seed, *shape):
 @pytest.fixture(scope="module")
 def full():
     """The real UNets without weights."""
-    with torch.device("meta"):
-        return {kind: diffusers.UNet2DConditionModel(**UNETS[kind]) for kind in KINDS}
+    return {kind: published_unet(kind) for kind in KINDS}
 
 
 def full_model(full, name, kind, **widths):
     with torch.device("meta"):
-        return AdapterModel(full[kind], variant(name), Widths(kind, TEXT[kind], **widths), lora_rank=PUBLISHED_RANK)
+        return adapter(full[kind], name, kind, AdapterSettings().lora_rank, **widths)
 
 
 CROSS_WIDTHS = {
@@ -234,21 +220,16 @@ def test_sizes_are_computed_as_files_are_written(tiny, tmp_path, kind):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny():
     """The UNets of the tiny bases; to be copied, not changed."""
-    return {kind: read_unet(tmp_path_factory.mktemp("base"), kind) for kind in KINDS}
-
-
-def read_unet(folder, kind):
-    write_tiny(folder, kind)
-    return diffusers.UNet2DConditionModel.from_pretrained(folder / "unet").eval()
+    return {kind: tiny_unet(kind) for kind in KINDS}
 
 
 def adapted(unet, name, kind="sd15", *, rank=8, moved=False):
     """A fresh model; `moved` weights are away from their initial values, so that nothing is zero by luck."""
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        model = AdapterModel(copy.deepcopy(unet), variant(name), Widths(kind, 128), lora_rank=rank).eval()
+        model = adapter(copy.deepcopy(unet), name, kind, rank).eval()
         for weight in model.trained().values() if moved else ():
             weight.data += (0.05 if weight.ndim > 1 else 0.2) * torch.randn_like(weight)
     return model
@@ -282,11 +263,11 @@ def test_zero_scale_and_lora_off_is_exactly_the_base(tiny, name, kind):
     with torch.no_grad():
         base = bare(tiny[kind], kind)
         assert (predicted(model) - base).abs().max() > 0.01
-        model.set_scale(0, 0)
+        set_scale(model, 0, 0)
         assert torch.equal(predicted(model), base)
-        model.set_scale(0, 1)
+        set_scale(model, 0, 1)
         assert torch.equal(predicted(model), base) is (name not in WITH_LORA)
-        model.set_scale(1, 0)
+        set_scale(model, 1, 0)
         assert not torch.equal(predicted(model), base)
 
 
@@ -331,10 +312,10 @@ def test_adapter_trains_in_float32_over_a_bfloat16_base_under_autocast(tiny):
 
 def test_every_variant_is_registered_under_its_own_name():
     for name in VARIANTS:
-        cls = variant(name)
-        assert cls.name == name
-        assert set(cls.reads) <= set(CONDITION)
-        assert cls.lora is (name in WITH_LORA)
+        assert variant(name).name == name
+        assert set(variant(name).reads) <= set(CONDITION)
+        assert variant(name).lora is (name in WITH_LORA)
+        assert variant(name).sidecar == {"shortcut": name == "faceid-plusv2"}
 
 
 def test_an_unknown_variant_is_refused_with_the_known_ones():
@@ -362,7 +343,7 @@ def test_lora_starts_without_effect(tiny):
     model = adapted(tiny["sd15"], "faceid", rank=128)
     with torch.no_grad():
         with_lora = predicted(model)
-        model.set_scale(1, 0)
+        set_scale(model, 1, 0)
         assert torch.equal(predicted(model), with_lora)
     loras = [module for module in model.ip_adapter.modules() if isinstance(module, Lora)]
     assert len(loras) == 4 * len(model.ip_adapter)
@@ -495,18 +476,14 @@ def test_resampler_is_the_published_one(dim, out):
 @pytest.mark.parametrize("faces", [1, 2, 5])
 @torch.no_grad()
 def test_portrait_of_several_faces_is_their_tokens_side_by_side(faces):
-    made, arcface = moved(IdMlp, 16, 128), normalize(numbers(36, 3, faces, 512), dim=-1)
+    made, arcface = moved(IdMlp, Widths("sd15", 128), 16), normalize(numbers(36, 3, faces, 512), dim=-1)
     assert made(arcface).shape == (3, 16 * faces, 128)
     singly = torch.cat([made(arcface[:, face]) for face in range(faces)], dim=1)
     torch.testing.assert_close(made(arcface), singly, rtol=1e-4, atol=1e-5)
 
 
 def shortcut_net(name="faceid-plusv2", **settings):
-    made = moved(variant(name).image_proj, Widths("sd15", 128, features=16))
-    for setting, value in settings.items():
-        assert hasattr(made, setting)
-        setattr(made, setting, value)
-    return made.train()
+    return moved(variant(name).image_proj, Widths("sd15", 128, features=16), AdapterSettings(**settings)).train()
 
 
 def few_features(batch=64):
@@ -514,13 +491,13 @@ def few_features(batch=64):
 
 
 def test_plusv2_drops_nothing_while_evaluating():
-    made, (arcface, hidden) = shortcut_net(p_drop=1.0).eval(), few_features()
+    made, (arcface, hidden) = shortcut_net(p_drop_clip=1.0).eval(), few_features()
     ids = made.id_tokens(arcface)
     torch.testing.assert_close(made(arcface, hidden), ids + made.perceiver_resampler(ids, hidden))
 
 
 def test_plusv2_with_every_branch_dropped_trains_the_ids_alone():
-    made, (arcface, hidden) = shortcut_net(p_drop=1.0), few_features()
+    made, (arcface, hidden) = shortcut_net(p_drop_clip=1.0), few_features()
     tokens = made(arcface, hidden)
     assert torch.equal(tokens, made.id_tokens(arcface))
     tokens.square().mean().backward()
@@ -533,7 +510,7 @@ def test_plusv2_with_every_branch_dropped_trains_the_ids_alone():
 @pytest.mark.parametrize("p_drop", [0.1, 0.5, 0.8])
 @torch.no_grad()
 def test_plusv2_drops_its_share_sample_by_sample(p_drop):
-    made, (arcface, hidden) = shortcut_net(p_drop=p_drop), few_features()
+    made, (arcface, hidden) = shortcut_net(p_drop_clip=p_drop), few_features()
     ids = made.id_tokens(arcface)
     kept = ids + made.perceiver_resampler(ids, hidden)
     dropped, draws = 0, 20
@@ -549,14 +526,14 @@ def test_plusv2_drops_its_share_sample_by_sample(p_drop):
     assert abs(dropped - p_drop * samples) < 4 * (samples * p_drop * (1 - p_drop)) ** 0.5
 
 
-def test_plusv2_drops_half_unless_told_otherwise():
+def test_plusv2_drops_half_by_default():
     made = shortcut_net()
-    assert (made.p_drop, made.rescale, made.shortcut, made.shortcut_scale) == (0.5, False, True, 1.0)
+    assert (made.p_drop, made.rescale) == (0.5, False)
 
 
 @torch.no_grad()
 def test_plusv2_rescales_the_kept_branch_only_if_asked():
-    made, (arcface, hidden) = shortcut_net(p_drop=0.75, rescale=True), few_features()
+    made, (arcface, hidden) = shortcut_net(p_drop_clip=0.75, rescale_clip=True), few_features()
     ids = made.id_tokens(arcface)
     branch = made.perceiver_resampler(ids, hidden)
     with torch.random.fork_rng():
@@ -568,14 +545,11 @@ def test_plusv2_rescales_the_kept_branch_only_if_asked():
     torch.testing.assert_close(made.eval()(arcface, hidden), ids + branch)
 
 
-@pytest.mark.parametrize("training", [True, False])
 @torch.no_grad()
-def test_plusv2_without_shortcut_is_faceid_plus(training):
-    plus, v2, features = shortcut_net("faceid-plus"), shortcut_net(shortcut=False), few_features()
+def test_plusv2_is_faceid_plus_and_the_ids():
+    plus, v2, features = shortcut_net("faceid-plus"), shortcut_net().eval(), few_features()
     plus.load_state_dict(v2.state_dict())  # strict: nothing in the weights tells the two apart
-    assert torch.equal(plus.train(training)(*features), v2.train(training)(*features))
-    v2.shortcut = True
-    assert not torch.allclose(plus.eval()(*features), v2.eval()(*features), atol=0.1)
+    assert torch.equal(v2(*features), v2.id_tokens(features[0]) + plus(*features))
 
 
 def test_install_gives_every_layer_its_own_processor(tiny):

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from tiny_adapters import adapter
 from torch.nn.functional import normalize
 
 from pipeline.shared.bases import find_base
 from pipeline.train import objective
-from pipeline.train.adapters import VARIANTS, variant
-from pipeline.train.adapters.base import Widths
-from pipeline.train.adapters.model import AdapterModel
+from pipeline.train.adapters.variants import VARIANTS
 from pipeline.train.base_model import Base
 from pipeline.train.settings import ObjectiveSettings
 
@@ -40,7 +39,7 @@ class Problem:
         torch.manual_seed(0)
         self.base = Base(find_base(base_name), torch.device("cpu"), torch.float32)
         kind = self.base.kind
-        self.model = AdapterModel(self.base.unet, variant(name), Widths(kind, 128), lora_rank=8)
+        self.model = adapter(self.base.unet, name, kind, 8)
         self.model.train()
         self.condition = {
             "arcface": normalize(torch.randn(count, 512), dim=-1),

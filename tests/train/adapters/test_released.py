@@ -9,41 +9,31 @@ import random
 import warnings
 import zipfile
 
-import diffusers
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_adapters import KINDS, WITH_LORA, adapter, tiny_unet
 
-from pipeline.shared.tiny import write_tiny
-from pipeline.train.adapters import VARIANTS, variant
 from pipeline.train.adapters.attention import named_attention
-from pipeline.train.adapters.base import Widths
-from pipeline.train.adapters.model import AdapterModel
-from pipeline.train.adapters.released import lora_tensors, read_released, released_name, require_fit, write_released
+from pipeline.train.adapters.released import lora_tensors, read_released, require_fit, write_released
+from pipeline.train.adapters.variants import VARIANTS, variant
 from schemas.errors import FaceShardsError, SourceError
 
-KINDS = ("sd15", "sdxl")
-WITH_LORA = ("faceid", "faceid-plus", "faceid-plusv2")
 RANK = 4
 
 
 @pytest.fixture(scope="module")
-def unets(tmp_path_factory):
+def unets():
     """The UNets of the tiny bases; to be copied, not changed."""
-    return {kind: read_unet(tmp_path_factory.mktemp("base"), kind) for kind in KINDS}
-
-
-def read_unet(folder, kind):
-    write_tiny(folder, kind)
-    return diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+    return {kind: tiny_unet(kind) for kind in KINDS}
 
 
 def model_of(unets, name, kind="sd15", *, seed=1, rank=RANK):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AdapterModel(copy.deepcopy(unets[kind]), variant(name), Widths(kind, 128), lora_rank=rank)
+        model = adapter(copy.deepcopy(unets[kind]), name, kind, rank)
         for weight in model.trained().values():
             weight.data += 0.1 * torch.randn_like(weight)
     return model
@@ -78,13 +68,13 @@ NAMES = {
 
 
 def test_names_are_the_published_ones():
-    given = {(name, kind): released_name(variant(name), kind, "clip-vit-h") for name in VARIANTS for kind in KINDS}
+    given = {(name, kind): variant(name).released_name(kind, "clip-vit-h") for name in VARIANTS for kind in KINDS}
     assert given == NAMES
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_name_tells_another_image_encoder_where_it_matters(name):
-    clip, dino = (released_name(variant(name), "sd15", encoder) for encoder in ("clip-vit-h", "dinov2"))
+    clip, dino = (variant(name).released_name("sd15", encoder) for encoder in ("clip-vit-h", "dinov2"))
     assert ("dinov2" in dino) is (name not in ("faceid", "faceid-portrait"))
     assert dino.startswith(clip)
     assert ("plusv2" in dino) is (name == "faceid-plusv2")

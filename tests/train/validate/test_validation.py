@@ -4,12 +4,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from tiny_adapters import set_scale
 
-from pipeline.train.adapters.base import Widths
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.base_model import Base
 from pipeline.train.job import Call, prepared
-from pipeline.train.loader import widths
 from pipeline.train.validate.validation import Sampler, Validator, _metrics
 from schemas.errors import WeightsError
 
@@ -32,8 +31,7 @@ def job_of(dataset, out, variant="faceid", base="tiny", more=()):
 
 def model_of(job, base):
     torch.manual_seed(0)
-    found = Widths(job.base.kind, job.base.text_width, **widths(job.dataset, job.config.adapter.image_encoder))
-    model = AdapterModel(base.unet, job.variant, found, lora_rank=job.config.adapter.lora_rank)
+    model = AdapterModel(base.unet, job.variant, job.widths, job.config.adapter)
     with torch.no_grad():  # as if it had learned something
         for name, weight in model.trained().items():
             if "to_v_ip" in name or name.endswith("up.weight"):
@@ -90,13 +88,13 @@ def test_images_have_the_resolution_of_the_run_and_depend_on_face_prompt_and_sca
     assert np.array_equal(image, sample(validator, model))
     assert not np.array_equal(image, sample(validator, model, face=1))
     assert not np.array_equal(image, sample(validator, model, column=1))
-    model.set_scale(0.0, 0.0)
+    set_scale(model, 0.0, 0.0)
     try:
         untouched = sample(validator, model)
         assert not np.array_equal(image, untouched)
         assert np.array_equal(untouched, sample(validator, model, face=1))
     finally:
-        model.set_scale()
+        set_scale(model)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from schemas.errors import ConfigError
-from stages.settings import ModelSettings
+from stages.models.papers import Weight
+from stages.settings import ModelSettings, Settings
 
 Image = npt.NDArray[np.uint8]
 """(H, W, 3) uint8, RGB."""
@@ -47,6 +48,10 @@ class Backend(Protocol):
 
     def __init__(self, settings: ModelSettings) -> None:
         """Load the model, on `settings.device`; runs on the worker."""
+
+    @classmethod
+    def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:
+        """The weights that `models fetch` gets for these settings; none where a method has none."""
 
     @classmethod
     def cards(cls, settings: ModelSettings) -> list[ModelCard]:
@@ -126,3 +131,13 @@ def backend(task: str, name: str) -> Any:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ConfigError(f"models.{task} = {name!r} is not known{hint}; choose one of: {', '.join(known)}.")
     return pkgutil.resolve_name(known[name])
+
+
+def backends(settings: Settings) -> list[type[Backend]]:
+    """The classes that these settings name, one per task; without `pack.embeddings` no image is embedded.
+
+    Raises:
+        ConfigError: for an unknown name; lists the known ones.
+    """
+    tasks = [task for task in REGISTRIES if settings.pack.embeddings or task != "image_embedder"]
+    return [backend(task, getattr(settings.models, task)) for task in tasks]

@@ -1,0 +1,256 @@
+"""The papers of all known weights: source, revision, sha256, licence, paper, preprocessing."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of a weight."""
+
+    name: str
+    task: str
+    """The task that it does; empty for a config that only goes with the weights."""
+    bytes: int = 0
+    """Length; 0 when not known."""
+    sha256: str = ""
+    """Hex; empty when no public source was found for it."""
+    source: str = ""
+    """Its URL, or its path in the weight's repository; empty when it comes in the weight's archive."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A known weight: its papers and its files."""
+
+    name: str
+    files: tuple[WeightFile, ...]
+    licence: str
+    commercial: bool
+    """Whether the licence allows commercial use."""
+    source: str
+    """The page that publishes it."""
+    revision: str
+    paper: str
+    preprocessing: str
+    """What its input looks like."""
+    repository: str = ""
+    """On the Hugging Face hub, where the files come from there, at `revision`."""
+    archive: WeightFile | None = None
+    """The zip that holds the files."""
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder of files under its own name, rather than a single file."""
+        return self.archive is not None or len(self.files) > 1
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(file.task for file in self.files if file.task)
+
+    def url(self, file: WeightFile) -> str:
+        hub = f"https://huggingface.co/{self.repository}/resolve/{self.revision}/" if self.repository else ""
+        return f"{hub}{file.source}"
+
+    def under(self, root: Path) -> Path:
+        """The path of the weight (a folder or a file) under a folder of weights."""
+        return root / (self.name if self.is_folder else self.files[0].name)
+
+    def paths(self, path: Path, task: str = "") -> dict[WeightFile, Path]:
+        """Its files, or those that a task needs, when the weight lies at `path`."""
+        needed = [file for file in self.files if not task or file.task in ("", task)]
+        return {file: path / file.name if self.is_folder else path for file in needed}
+
+
+INSIGHTFACE_LICENCE = "insightface pretrained models: non-commercial research only"
+_CELEBAMASK = "code MIT; weights trained on CelebAMask-HQ: non-commercial research and education only"
+_SCRFD = "SCRFD (arXiv 2105.04714), ArcFace (arXiv 1801.07698)"
+_SCRFD_INPUT = (
+    "detector: RGB letterboxed to det_size, (x - 127.5) / 128; recogniser: RGB 112 norm_crop, (x - 127.5) / 127.5"
+)
+_ZIPS = "https://github.com/deepinsight/insightface/releases/download/v0.7"
+_OPENCV_ZOO = "https://github.com/opencv/opencv_zoo/raw/47534e27c9851bb1128ccc0102f1145e27f23f98"
+_FACEXLIB = "https://github.com/xinntao/facexlib/releases/download"
+
+_DET_10G = (16_923_827, "5838f7fe053675b1c7a08b633df49e7af5495cee0493c7dcf6697200b85b5b91")
+_DET_2_5G = (3_292_009, "041f73f47371333d1d17a6fee6c8ab4e6aecabefe398ff32cca4e2d5eaee0af9")
+_DET_500M = (2_524_817, "5e4447f50245bbd7966bd6c0fa52938c61474a04ec7def48753668a9d8b4ea3a")
+_W600K_R50 = (174_383_860, "4c06341c33c2ca1f86781dab0e829f88ad5b64be9fba56e56bc9ebdefc619e43")
+_W600K_MBF = (13_616_099, "9cc6e4a75f0e2bf0b1aed94578f144d15175f357bdc05e815e5c4a02b319eb4f")
+_GLINTR100 = (260_665_334, "4ab1d6435d639628a6f3e5008dd4f929edf4c4124b1a7169e1048f9fef534cdf")
+
+
+def _insightface_pack(name: str, detector: WeightFile, recogniser: WeightFile, size: int, sha256: str) -> Weight:
+    """A pack of insightface's release: only detection and recognition are taken out of its zip."""
+    return Weight(
+        name=name,
+        files=(detector, recogniser),
+        archive=WeightFile(f"{name}.zip", "", size, sha256, f"{_ZIPS}/{name}.zip"),
+        licence=INSIGHTFACE_LICENCE,
+        commercial=False,
+        source="https://github.com/deepinsight/insightface/releases/tag/v0.7",
+        revision="v0.7",
+        paper=_SCRFD,
+        preprocessing=_SCRFD_INPUT,
+    )
+
+
+_ALL = (
+    _insightface_pack(
+        "buffalo_l",
+        WeightFile("det_10g.onnx", "detector", *_DET_10G),
+        WeightFile("w600k_r50.onnx", "face_embedder", *_W600K_R50),
+        288_621_354,
+        "80ffe37d8a5940d59a7384c201a2a38d4741f2f3c51eef46ebb28218a7b0ca2f",
+    ),
+    _insightface_pack(
+        "buffalo_m",
+        WeightFile("det_2.5g.onnx", "detector", *_DET_2_5G),
+        WeightFile("w600k_r50.onnx", "face_embedder", *_W600K_R50),
+        275_951_529,
+        "d98264bd8f2dc75cbc2ddce2a14e636e02bb857b3051c234b737bf3b614edca9",
+    ),
+    _insightface_pack(
+        "buffalo_s",
+        WeightFile("det_500m.onnx", "detector", *_DET_500M),
+        WeightFile("w600k_mbf.onnx", "face_embedder", *_W600K_MBF),
+        127_607_557,
+        "d85a87f503f691807cd8bb97128bdf7a0660326cd9cd02657127fa978bab8b5e",
+    ),
+    _insightface_pack(
+        "buffalo_sc",
+        WeightFile("det_500m.onnx", "detector", *_DET_500M),
+        WeightFile("w600k_mbf.onnx", "face_embedder", *_W600K_MBF),
+        14_969_382,
+        "57d31b56b6ffa911c8a73cfc1707c73cab76efe7f13b675a05223bf42de47c72",
+    ),
+    _insightface_pack(
+        "antelopev2",
+        WeightFile("scrfd_10g_bnkps.onnx", "detector", *_DET_10G),
+        WeightFile("glintr100.onnx", "face_embedder", *_GLINTR100),
+        360_662_982,
+        "8e182f14fc6e80b3bfa375b33eb6cff7ee05d8ef7633e738d1c89021dcf0c5c5",
+    ),
+    Weight(
+        name="auraface",
+        files=(
+            WeightFile(
+                "auraface_glintr100.onnx",
+                "face_embedder",
+                260_694_151,
+                "a7933ea5330113b01c9b60351d8f4c33003f145d8470ac5f0e52ee2effe25c60",
+                "glintr100.onnx",
+            ),
+        ),
+        licence="Apache-2.0",
+        commercial=True,
+        source="https://huggingface.co/fal/AuraFace-v1",
+        repository="fal/AuraFace-v1",
+        revision="af6d057c9b0ec4071d4c49c80e3539258798b609",
+        paper="ArcFace (arXiv 1801.07698)",
+        preprocessing="RGB 112 norm_crop, (x - 127.5) / 127.5",
+    ),
+    Weight(
+        name="yunet",
+        files=(
+            WeightFile(
+                "face_detection_yunet_2023mar.onnx",
+                "detector",
+                232_589,
+                "8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4",
+                f"{_OPENCV_ZOO}/models/face_detection_yunet/face_detection_yunet_2023mar.onnx",
+            ),
+        ),
+        licence="MIT",
+        commercial=True,
+        source="https://github.com/opencv/opencv_zoo/tree/main/models/face_detection_yunet",
+        revision="47534e27c9851bb1128ccc0102f1145e27f23f98",
+        paper="YuNet (doi 10.1007/s11633-023-1423-y)",
+        preprocessing="BGR 0..255, long side at most det_size",
+    ),
+    Weight(
+        name="bisenet",
+        files=(
+            WeightFile(
+                "parsing_bisenet.pth",
+                "segmenter",
+                53_289_463,
+                "468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567",
+                f"{_FACEXLIB}/v0.2.0/parsing_bisenet.pth",
+            ),
+        ),
+        licence=_CELEBAMASK,
+        commercial=False,
+        source="https://github.com/xinntao/facexlib/releases/tag/v0.2.0",
+        revision="v0.2.0",
+        paper="BiSeNet (arXiv 1808.00897), CelebAMask-HQ (arXiv 1907.11922)",
+        preprocessing="RGB 512, ImageNet mean and standard deviation",
+    ),
+    Weight(
+        name="parsenet",
+        files=(
+            WeightFile(
+                "parsing_parsenet.pth",
+                "segmenter",
+                85_331_193,
+                "3d558d8d0e42c20224f13cf5a29c79eba2d59913419f945545d8cf7b72920de2",
+                f"{_FACEXLIB}/v0.2.2/parsing_parsenet.pth",
+            ),
+        ),
+        licence=_CELEBAMASK,
+        commercial=False,
+        source="https://github.com/xinntao/facexlib/releases/tag/v0.2.2",
+        revision="v0.2.2",
+        paper="PSFR-GAN (arXiv 2009.08709), CelebAMask-HQ (arXiv 1907.11922)",
+        preprocessing="RGB 512, (x / 255 - 0.5) / 0.5",
+    ),
+    Weight(
+        name="clip-vit-h",
+        files=(
+            WeightFile("config.json", "", source="models/image_encoder/config.json"),
+            WeightFile(
+                "model.safetensors",
+                "image_embedder",
+                2_528_373_448,
+                "6ca9667da1ca9e0b0f75e46bb030f7e011f44f86cbfb8d5a36590fcd7507b030",
+                "models/image_encoder/model.safetensors",
+            ),
+        ),
+        licence="Apache-2.0 (h94/IP-Adapter; OpenCLIP ViT-H/14 laion2B: MIT)",
+        commercial=True,
+        source="https://huggingface.co/h94/IP-Adapter",
+        repository="h94/IP-Adapter",
+        revision="018e402774aeeddd60609b4ecdb7e298259dc729",
+        paper="OpenCLIP scaling laws (arXiv 2212.07143), IP-Adapter (arXiv 2308.06721)",
+        preprocessing="RGB 224, CLIP mean and standard deviation",
+    ),
+    Weight(
+        name="dinov2",
+        files=(
+            WeightFile(
+                "config.json",
+                "",
+                549,
+                "12df51c069a2dc1305e34ba71ef58bc2407ea553b75f4722a1715c1bce3bbed0",
+                "config.json",
+            ),
+            WeightFile(
+                "model.safetensors",
+                "image_embedder",
+                1_217_522_888,
+                "399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23",
+                "model.safetensors",
+            ),
+        ),
+        licence="Apache-2.0",
+        commercial=True,
+        source="https://huggingface.co/facebook/dinov2-large",
+        repository="facebook/dinov2-large",
+        revision="47b73eefe95e8d44ec3623f8890bd894b6ea2d6c",
+        paper="DINOv2 (arXiv 2304.07193)",
+        preprocessing="RGB 224, ImageNet mean and standard deviation",
+    ),
+)
+
+WEIGHTS: dict[str, Weight] = {weight.name: weight for weight in _ALL}
+"""Name -> papers, of all known weights."""

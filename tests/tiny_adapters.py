@@ -1,0 +1,45 @@
+"""Adapters on the tiny bases, and the real UNets without weights, for tests."""
+
+import diffusers
+import torch
+from train_made import UNETS
+
+from pipeline.shared.bases import find_base
+from pipeline.train.adapters.model import AdapterModel
+from pipeline.train.adapters.variants import Widths, variant
+from pipeline.train.settings import AdapterSettings
+
+KINDS = ("sd15", "sdxl")
+WITH_LORA = ("faceid", "faceid-plus", "faceid-plusv2")
+TEXT = 128
+"""Text width of the tiny bases."""
+
+
+def numbers(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def published_unet(kind):
+    """The real UNet without weights, on the meta device: for shapes, keys and sizes."""
+    with torch.device("meta"):
+        return diffusers.UNet2DConditionModel(**UNETS[kind])
+
+
+def tiny_base(kind):
+    return find_base({"sd15": "tiny", "sdxl": "tiny-sdxl"}[kind])
+
+
+def tiny_unet(kind):
+    return diffusers.UNet2DConditionModel.from_pretrained(tiny_base(kind).folder / "unet").eval()
+
+
+def adapter(unet, name, kind, rank, **widths):
+    """The named variant in a UNet; its text is as wide as the UNet's."""
+    text = unet.config.cross_attention_dim
+    return AdapterModel(unet, variant(name), Widths(kind, text, **widths), AdapterSettings(lora_rank=rank))
+
+
+def set_scale(model, ip=1.0, lora=1.0):
+    """Strength of the image tokens and of the LoRA; both zero are to give the untouched base."""
+    for processor in model.ip_adapter:
+        processor.scale, processor.lora_scale = ip, lora
