@@ -12,8 +12,7 @@ import pyarrow.compute as pc
 from rich import box
 from rich.table import Table
 
-from pipeline.shared import files as storage
-from pipeline.shared.files import AnyPath, RemotePath
+from pipeline.shared.files import AnyPath, RemotePath, names, parquet
 from schemas.columns import KEPT
 from schemas.errors import ContractError, CorruptShardError, OutputError
 from schemas.names import finished_shards, shard_origin
@@ -80,7 +79,7 @@ def shards_folder(out: AnyPath) -> AnyPath:
 
 def shard_names(out: AnyPath) -> list[str]:
     """The finished shards of OUT (those with a manifest), sorted."""
-    return finished_shards(storage.names(shards_folder(out)))
+    return finished_shards(names(shards_folder(out)))
 
 
 def read_manifest(out: AnyPath, shard: str) -> Manifest:
@@ -128,12 +127,12 @@ def counts(verdicts: pa.ChunkedArray, reasons: Sequence[str]) -> tuple[int, dict
     Raises:
         ContractError: when a verdict is neither.
     """
-    found = {entry["values"]: entry["counts"] for entry in pc.value_counts(verdicts).to_pylist()}
-    kept: int = found.pop(KEPT, 0)
-    undeclared = set(found) - set(reasons)
+    dropped = {entry["values"]: entry["counts"] for entry in pc.value_counts(verdicts).to_pylist()}
+    kept: int = dropped.pop(KEPT, 0)
+    undeclared = set(dropped) - set(reasons)
     if undeclared:
         raise ContractError(f"no stage declares the verdicts {sorted(map(str, undeclared))}")
-    return kept, {str(reason): found.get(reason, 0) for reason in reasons}
+    return kept, {str(reason): dropped.get(reason, 0) for reason in reasons}
 
 
 def read_ledger(out: AnyPath, shard: str, columns: Sequence[str], verdict: str | None = None) -> pa.Table:
@@ -144,8 +143,8 @@ def read_ledger(out: AnyPath, shard: str, columns: Sequence[str], verdict: str |
     """
     path = out / "shards" / f"{shard}.parquet"
     try:
-        table = storage.parquet(path).read(columns=list(dict.fromkeys([*columns, "verdict"])))
-        table.validate(full=True)  # text that is none would be found by whoever reads it
+        table = parquet(path).read(columns=list(dict.fromkeys([*columns, "verdict"])))
+        table.validate(full=True)  # bytes that are no text would stop whoever reads them
         return (table if verdict is None else table.filter(pc.equal(table["verdict"], verdict))).select(list(columns))
     except UNREADABLE as error:
         raise CorruptShardError(f"{path.name}: not a ledger: {error}") from error
@@ -160,27 +159,30 @@ class Rounds:
         Raises:
             CorruptShardError: names the file.
         """
-        found: dict[str, dict[int, list[npt.NDArray[np.int64]]]] = defaultdict(lambda: defaultdict(list))
+        numbers: dict[str, dict[int, list[npt.NDArray[np.int64]]]] = defaultdict(lambda: defaultdict(list))
         for shard in shards:
             part, round = shard_origin(shard)
             if round:
-                found[part][round].append(read_ledger(out, shard, ("row",))["row"].to_numpy())
+                numbers[part][round].append(read_ledger(out, shard, ("row",))["row"].to_numpy())
         self._rows = {
-            part: {round: np.concatenate(rows) for round, rows in rounds.items()} for part, rounds in found.items()
+            part: {round: np.sort(np.concatenate(arrays)) for round, arrays in rounds.items()}
+            for part, rounds in numbers.items()
         }
 
     def last(self, part: str) -> int:
         """The last round of a part, 0 where there was none."""
-        return max(self._rows.get(part, {0: None}))
+        return max(self._rows.get(part, {}), default=0)
 
     def replaced(self, shard: str, rows: pa.ChunkedArray, before: int | None = None) -> npt.NDArray[np.bool_]:
         """Which of a shard's rows a later round holds; a round before `before`, when given."""
         part, own = shard_origin(shard)
-        rounds = self._rows.get(part, {})
-        later = [found for round, found in rounds.items() if round > own and (before is None or round < before)]
-        if not later:
-            return np.zeros(len(rows), bool)
-        return np.isin(rows.to_numpy(), np.concatenate(later))
+        wanted = rows.to_numpy()
+        mask = np.zeros(len(wanted), bool)
+        for round, numbers in self._rows.get(part, {}).items():
+            if round > own and (before is None or round < before) and len(numbers):
+                # A search in sorted numbers: np.isin would sort them anew for each of thousands of shards.
+                mask |= numbers[np.searchsorted(numbers, wanted).clip(max=len(numbers) - 1)] == wanted
+        return mask
 
 
 def replaced(out: AnyPath) -> Counter[str]:
@@ -198,7 +200,7 @@ def replaced(out: AnyPath) -> Counter[str]:
 def funnel(out: AnyPath) -> Funnel:
     """The funnel of all finished shards, counted from their ledgers, one ledger in memory at a time.
 
-    Rows that had a second chance are counted once, with the last that was said of them.
+    Rows that had a second chance are counted once, with their last verdict.
 
     Raises:
         CorruptShardError: when a ledger cannot be read or contradicts its manifest; names it.
@@ -214,7 +216,7 @@ def funnel(out: AnyPath) -> Funnel:
     left = rows_in = total.total()
     rows = []
     for stage in STAGES:
-        dropped = [(verdict, n) for (said, verdict), n in total.items() if said == stage and verdict != KEPT and n]
+        dropped = [(verdict, n) for (at, verdict), n in total.items() if at == stage and verdict != KEPT and n]
         rows.append(FunnelRow(stage, left, dict(sorted(dropped, key=lambda entry: (-entry[1], entry[0])))))
         left = rows[-1].rows_left
     return Funnel(len(shards), rows_in, tuple(rows))
@@ -258,32 +260,21 @@ def _numbers(funnel: Funnel, count: int) -> tuple[str, str]:
     return f"{count:,}", f"{100 * funnel.share(count):.1f}"
 
 
-Judge = Callable[[Mapping[str, Any]], str | None]
-"""Measurements of one row -> the reason to drop it, or None; such as `stages.filter.judge` with other thresholds."""
-
-
-def replay(ledger: pa.Table, judge: Judge) -> list[str | None]:
+def replay(ledger: pa.Table, judge: Callable[[Mapping[str, Any]], str | None]) -> list[str | None]:
     """Verdicts of a ledger's rows, had `filter` judged them by `judge`; no image is touched.
 
+    `judge` makes of one row's measurements the reason to drop it, or None, as `stages.filter.judge` does.
     Rows that never reached `filter` keep their verdict, and so do those that pass it again. None stands for a row
     that `filter` had dropped and now lets pass: what the stages behind it would say is not known.
     """
     order = list(STAGES)
     behind = frozenset(order[order.index(Filter.name) + 1 :])
-    table = ledger.select(["verdict", "stage", *Filter.reads])
-    return [
-        _replayed(record, behind, judge)
-        for batch in table.to_batches(max_chunksize=_RECORDS)
-        for record in batch.to_pylist()
-    ]
-
-
-def _replayed(record: Mapping[str, Any], behind: frozenset[str], judge: Judge) -> str | None:
-    verdict: str = record["verdict"]
-    passed_before = record["stage"] in behind
-    if not passed_before and record["stage"] != Filter.name:
-        return verdict
-    reason = judge(record)
-    if reason is not None:
-        return str(reason)
-    return verdict if passed_before else None
+    verdicts: list[str | None] = []
+    for batch in ledger.select(["verdict", "stage", *Filter.reads]).to_batches(max_chunksize=_RECORDS):
+        for record in batch.to_pylist():
+            verdict, passed = record["verdict"], record["stage"] in behind
+            if passed or record["stage"] == Filter.name:
+                reason = judge(record)
+                verdict = str(reason) if reason is not None else verdict if passed else None
+            verdicts.append(verdict)
+    return verdicts

@@ -18,12 +18,11 @@ from pipeline.dataset.out.forgotten import finish, load
 from pipeline.dataset.out.ledger import counts
 from pipeline.dataset.out.lists import Listed
 from pipeline.dataset.out.lost import lost_errors
-from pipeline.dataset.out.takedowns import DROPS, Takedowns
+from pipeline.dataset.out.takedowns import Takedowns
 from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import Rows, tombstones
-from pipeline.shared import files as storage
 from pipeline.shared.atomic import TEMPORARY
-from pipeline.shared.files import AnyPath, Draft, RemotePath
+from pipeline.shared.files import AnyPath, Draft, RemotePath, fsync_names, names, sizes, write
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.digest import sha256_of_stream
 from schemas.errors import CorruptShardError, LostError, OutputError, ShardError, first_line
@@ -32,13 +31,13 @@ from schemas.shard import DATASET, SUFFIXES, Manifest, sample_files
 from stages.pixels.images import thumbnail
 
 _THUMBNAIL_PX = 256
+_THUMBNAILS = pa.schema([("key", pa.string()), ("verdict", pa.string()), ("thumbnail", pa.binary())])
 
 
 class Output:
     """The directory of a dataset: OUT/shards, OUT/drops and OUT/dataset.json."""
 
     def __init__(self, root: AnyPath) -> None:
-        """Name the directory; nothing is created yet."""
         self.root = root
         self.shards = root / "shards"
         self.drops = root / "drops"
@@ -68,7 +67,10 @@ class Output:
                 self.refuse_other_plan(plan, replan=replan)
                 self.clear()
                 if replan:
-                    self._remove_other_plans(plan)
+                    for shard in finished_shards(names(self.shards)):
+                        with contextlib.suppress(CorruptShardError):  # it counts as not done
+                            if self._manifest(shard).plan_digest != plan.digest:
+                                self.remove(shard)
                 self.describe(plan, {})
             except OSError as error:
                 trouble = error.strerror or first_line(error)
@@ -76,7 +78,7 @@ class Output:
             try:
                 yield
             finally:
-                with contextlib.suppress(OSError):  # of an OUT that is gone or read-only: the run has told of it
+                with contextlib.suppress(OSError):  # of an OUT that is gone or read-only, which ended the run
                     self.clear()
 
     @contextlib.contextmanager
@@ -105,15 +107,6 @@ class Output:
         for folder in (self.root, self.shards, self.drops):
             for stray in folder.glob(f"{TEMPORARY}*"):
                 stray.unlink(missing_ok=True)
-
-    def _remove_other_plans(self, plan: Plan) -> None:
-        for shard in finished_shards(storage.names(self.shards)):
-            try:
-                manifest = Manifest.from_json((self.shards / f"{shard}.json").read_bytes())
-            except CorruptShardError:
-                continue
-            if manifest.plan_digest != plan.digest:
-                self.remove(shard)
 
     def remove(self, shard: str) -> None:
         """Remove a shard, manifest first, so that no half of it ever counts as done."""
@@ -151,7 +144,7 @@ class Output:
             "plan": plan.identity,
             **summary,
         }
-        storage.write(self.root / DATASET, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+        write(self.root / DATASET, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
     def is_done(self, shard: str, plan: Plan, listed: Mapping[str, int] | None = None) -> bool:
         """Whether the shard has a manifest of this plan and files of the lengths that it names.
@@ -161,20 +154,23 @@ class Output:
         Raises:
             LostError: when there is a manifest that cannot be read.
         """
-        path = self.shards / f"{shard}.json"
         try:
-            manifest = Manifest.from_json(path.read_bytes())
+            manifest = self._manifest(shard)
         except (FileNotFoundError, CorruptShardError):
             return False
         except OSError as error:
+            trouble = error.strerror or first_line(error)
             raise LostError(
-                f"{path} cannot be read ({error.strerror or first_line(error)}), so nobody knows whether its shard is "
-                "done: see to it, and the same command goes on."
+                f"{self.shards}/{shard}.json cannot be read ({trouble}), so nobody knows whether its shard is done: "
+                "see to it, and the same command goes on."
             ) from error
-        listed = storage.sizes(self.shards) if listed is None else listed
+        listed = sizes(self.shards) if listed is None else listed
         return manifest.plan_digest == plan.digest and all(
             listed.get(name) == entry["bytes"] for name, entry in manifest.files.items()
         )
+
+    def _manifest(self, shard: str) -> Manifest:
+        return Manifest.from_json((self.shards / f"{shard}.json").read_bytes())
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -191,26 +187,24 @@ class ShardWriter:
     """Writes one shard, batch by batch, and publishes it whole; leaves nothing behind when it fails."""
 
     def __init__(self, output: Output, shard: str, plan: Plan) -> None:
-        """Open the drafts."""
         from webdataset import TarWriter  # it imports torch: only processes that write shards pay for it
 
         self._output, self._shard, self._plan = output, shard, plan
         self._ledgers: list[pa.Table] = []
         self._thumbnails: list[dict[str, Any]] = []
         self._pictured: Counter[str] = Counter()
-        self._half_put = False
+        self._half_published = False
         with contextlib.ExitStack() as stack, lost_errors(output.root):
             self._tar_draft, self._ledger_draft = (
-                stack.enter_context(contextlib.closing(Draft(self._place(suffix)))) for suffix in ("tar", "parquet")
+                stack.enter_context(contextlib.closing(Draft(self._path(suffix)))) for suffix in ("tar", "parquet")
             )
             self._drafts = stack.pop_all()
         self._tar = TarWriter(self._tar_draft.stream, user="", group="", mode=0o644, mtime=0, encoder=False)
 
-    def _place(self, suffix: str) -> AnyPath:
+    def _path(self, suffix: str) -> AnyPath:
         return self._output.shards / f"{self._shard}.{suffix}"
 
     def __enter__(self) -> "ShardWriter":
-        """Enter the block that writes the shard."""
         return self
 
     def __exit__(
@@ -221,10 +215,10 @@ class ShardWriter:
             self._tar.close()
         with contextlib.suppress(OSError):
             self._drafts.close()
-        if self._half_put:
+        if self._half_published:
             with contextlib.suppress(OSError):
                 # Interrupted right after the manifest got its name, it is whole, and others may have seen it.
-                if not self._place("json").exists():
+                if not self._path("json").exists():
                     self._output.remove(self._shard)
 
     def add_tombstones(self, ledger: pa.Table) -> None:
@@ -236,9 +230,16 @@ class ShardWriter:
         for record in rows.alive.select(["key", *SUFFIXES.values()]).to_pylist():
             with lost_errors(self._output.root):
                 self._tar.write({"__key__": record["key"], **sample_files(record)})
-        kept = pa.array([KEPT] * rows.alive.num_rows, pa.string())
-        self._ledgers += [rows.dead, tombstones(rows.alive, kept, self._plan.steps[-1].name)]
-        self._add_thumbnails(rows.witnesses)
+        verdicts = pa.array([KEPT] * rows.alive.num_rows, pa.string())
+        self._ledgers += [rows.dead, tombstones(rows.alive, verdicts, self._plan.steps[-1].name)]
+        for record in rows.witnesses.to_pylist():
+            verdict = record["verdict"]
+            if self._pictured[verdict] < self._plan.config.report.drops_per_reason:
+                # Reduced at once: photos at full size would pile up until the shard is done.
+                small = thumbnail(record["image"], _THUMBNAIL_PX)
+                if small is not None:
+                    self._pictured[verdict] += 1
+                    self._thumbnails.append({"key": record["key"], "verdict": verdict, "thumbnail": small})
 
     def publish(self, rows_in: int) -> Manifest:
         """Make the shard durable under its final names, the manifest last.
@@ -247,59 +248,40 @@ class ShardWriter:
             ShardError: when rows were lost or doubled on the way.
         """
         ledger = pa.concat_tables(self._ledgers).sort_by("row").combine_chunks()
+        kept, dropped = counts(ledger.column("verdict"), self._plan.reasons)
+        drafts = self._tar_draft, self._ledger_draft
         with lost_errors(self._output.root):
             self._tar.close()
-            self._tar_draft.fsync()
-            manifest = self._manifest(ledger, rows_in)
+            pq.write_table(ledger.cast(LEDGER_SCHEMA), self._ledger_draft.path, compression="zstd")
+            for draft in drafts:
+                draft.fsync()
+            manifest = Manifest(
+                shard=self._shard,
+                profile=self._plan.config.profile,
+                plan_digest=self._plan.digest,
+                rows_in=rows_in,
+                kept=kept,
+                dropped=dropped,
+                models=self._plan.model_list,
+                files={draft.target.name: fingerprint(draft.path) for draft in drafts},
+            )
             if not manifest.conserves_rows() or pc.count_distinct(ledger.column("key")).as_py() != rows_in:
                 raise ShardError(f"{self._shard}: {rows_in} rows in, but the ledger holds {ledger.num_rows}")
-            self._put(manifest)
+            self._half_published = True
+            self._path("json").unlink(missing_ok=True)
+            # Pictures of a few dropped photos, for the report: not part of the shard.
+            pictures = pa.BufferOutputStream()
+            pq.write_table(pa.Table.from_pylist(self._thumbnails, schema=_THUMBNAILS), pictures)
+            write(self._output.drops / f"{self._shard}.parquet", pictures.getvalue().to_pybytes())
+            for draft in drafts:
+                draft.publish()
+            fsync_names(self._output.shards)
+            write(self._path("json"), manifest.to_json().encode())
+            self._half_published = False
         return manifest
-
-    def _put(self, manifest: Manifest) -> None:
-        self._half_put = True
-        self._place("json").unlink(missing_ok=True)
-        self._publish_thumbnails()
-        self._tar_draft.publish()
-        self._ledger_draft.publish()
-        storage.fsync_names(self._output.shards)
-        storage.write(self._place("json"), manifest.to_json().encode())
-        self._half_put = False
-
-    def _manifest(self, ledger: pa.Table, rows_in: int) -> Manifest:
-        pq.write_table(ledger.cast(LEDGER_SCHEMA), self._ledger_draft.path, compression="zstd")
-        self._ledger_draft.fsync()
-        kept, dropped = counts(ledger.column("verdict"), [*self._plan.reasons, *DROPS])
-        return Manifest(
-            shard=self._shard,
-            profile=self._plan.config.profile,
-            plan_digest=self._plan.digest,
-            rows_in=rows_in,
-            kept=kept,
-            dropped=dropped,
-            models=self._plan.model_list,
-            files={draft.target.name: fingerprint(draft.path) for draft in (self._tar_draft, self._ledger_draft)},
-        )
-
-    def _add_thumbnails(self, witnesses: pa.Table) -> None:
-        """Reduce the photos of a few dropped rows at once: at full size they would pile up until the shard is done."""
-        for record in witnesses.to_pylist():
-            verdict = record["verdict"]
-            if self._pictured[verdict] < self._plan.config.report.drops_per_reason:
-                small = thumbnail(record["image"], _THUMBNAIL_PX)
-                if small is not None:
-                    self._pictured[verdict] += 1
-                    self._thumbnails.append({"key": record["key"], "verdict": verdict, "thumbnail": small})
-
-    def _publish_thumbnails(self) -> None:
-        """Thumbnails of a few dropped photos, for the report; not part of the shard."""
-        names = pa.schema([("key", pa.string()), ("verdict", pa.string()), ("thumbnail", pa.binary())])
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(self._thumbnails, schema=names), sink)
-        storage.write(self._output.drops / f"{self._shard}.parquet", sink.getvalue().to_pybytes())
 
 
 def fingerprint(path: AnyPath) -> dict[str, Any]:
-    """Length and sha256 of a file, as manifests tell them."""
+    """Length and sha256 of a file, as a manifest's `files` hold them."""
     with path.open("rb") as stream:
         return {"bytes": path.stat().st_size, "sha256": sha256_of_stream(stream)}

@@ -7,7 +7,7 @@ with before another begins, and the rows of each of its shards follow from the l
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -23,104 +23,88 @@ from schemas.errors import SourceError
 from schemas.names import shard_origin
 from stages.fetch.base import SECOND_CHANCE
 
-IsDone = Callable[[str], bool]
+RowNumbers = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows of a part that failed, in order."""
-
-    numbers: npt.NDArray[np.int64]
-    urls: npt.NDArray[np.uint64]
-    """Hashes of their URLs."""
-
-    def without(self, numbers: npt.NDArray[np.int64]) -> "_Rows":
-        left = ~np.isin(self.numbers, numbers)
-        return _Rows(self.numbers[left], self.urls[left])
-
-
-def second_chances(parts: Sequence[Part], settings: SourceSettings, out: AnyPath, is_done: IsDone) -> Iterator[Seeds]:
+def second_chances(
+    parts: Sequence[Part], settings: SourceSettings, out: AnyPath, is_done: Callable[[str], bool]
+) -> Iterator[Seeds]:
     """The rows of some parts that get another chance now, in shards that are not done yet.
 
     Raises:
         SourceError: when a part does not hold the rows any more that OUT was made of.
         CorruptShardError: when a ledger cannot be read.
     """
-    names = shard_names(out)
-    rounds = Rounds(out, names)
+    shards = shard_names(out)
+    rounds = Rounds(out, shards)
     for part in parts:
-        own = [name for name in names if shard_origin(name)[0] == part.name]
-        yield from _of_part(part, settings, out, own, rounds, is_done)
+        own = [name for name in shards if shard_origin(name)[0] == part.name]
+        last = rounds.last(part.name)
+        for round in range(max(last, 1), last + 2):
+            done = {name: _rows_of(out, name) for name in own if shard_origin(name)[1] == round and is_done(name)}
+            rows, urls = _failed(out, own, rounds, round)
+            if not np.isin(rows, _joined(done.values())).all():
+                yield from _again(part, settings, round, rows, urls, done)
+                break
 
 
-def _of_part(
-    part: Part, settings: SourceSettings, out: AnyPath, shards: Sequence[str], rounds: Rounds, is_done: IsDone
-) -> Iterator[Seeds]:
-    round = rounds.last(part.name)
-    done = {name: _numbers(out, name) for name in shards if round and shard_origin(name)[1] == round and is_done(name)}
-    failed = _failed(out, shards, rounds, round) if round else None
-    if failed is None or not len(failed.without(_joined(done.values())).numbers):
-        round, done = round + 1, {}
-        failed = _failed(out, shards, rounds, round)
-    if not len(failed.numbers):
-        return
-    found = 0
-    for seeds in iter_again(part, settings, failed.numbers, round):
-        found += seeds.table.num_rows
-        _require_same(part, seeds.table, failed)
-        left = _without(seeds, [rows for name, rows in done.items() if name != seeds.name])
-        if seeds.name not in done and left.table.num_rows:
-            yield left
-    if found < len(failed.numbers):
-        raise SourceError(f"{part.path} has fewer rows than OUT was made of: give the file that OUT was made of.")
-
-
-def _failed(out: AnyPath, shards: Sequence[str], rounds: Rounds, before: int) -> _Rows:
-    """The rows of which the last that was said, before a round, is a transient failure."""
+def _failed(
+    out: AnyPath, shards: Sequence[str], rounds: Rounds, before: int
+) -> tuple[RowNumbers, npt.NDArray[np.uint64]]:
+    """The rows of a part whose last verdict before a round is a transient failure, and hashes of their URLs."""
     reasons = pa.array(sorted(map(str, SECOND_CHANCE)))
-    tables = []
+    tables = [pa.table({"row": pa.array([], pa.int64()), "url": pa.array([], pa.string())})]
     for name in shards:
         if shard_origin(name)[1] < before:
             ledger = read_ledger(out, name, ("row", "url", "verdict"))
-            chosen = pc.and_(
-                pc.is_in(ledger["verdict"], reasons), pa.array(~rounds.replaced(name, ledger["row"], before))
-            )
-            tables.append(ledger.filter(chosen).select(["row", "url"]))
-    if not tables:
-        return _Rows(np.zeros(0, np.int64), np.zeros(0, np.uint64))
+            last = pa.array(~rounds.replaced(name, ledger["row"], before))
+            tables.append(ledger.filter(pc.and_(pc.is_in(ledger["verdict"], reasons), last)).select(["row", "url"]))
     table = pa.concat_tables(tables).sort_by("row")
-    return _Rows(table["row"].to_numpy(), _hashes(table["url"]))
+    return table["row"].to_numpy(), _hashes(table["url"])
+
+
+def _again(
+    part: Part,
+    settings: SourceSettings,
+    round: int,
+    rows: RowNumbers,
+    urls: npt.NDArray[np.uint64],
+    done: dict[str, RowNumbers],
+) -> Iterator[Seeds]:
+    """The shards of a round that are not `done`, from a part that must still be the one that OUT was made of."""
+    count = 0
+    for seeds in iter_again(part, settings, rows, round):
+        own = seeds.table["row"].to_numpy()
+        count += len(own)
+        if not np.array_equal(urls[np.searchsorted(rows, own)], _hashes(seeds.table["url"])):
+            raise SourceError(f"{part.path} holds other URLs than OUT was made of: give the file that OUT was made of.")
+        # A take-down in between moves the borders: some rows may stand in another finished shard of the round.
+        others = _joined(numbers for name, numbers in done.items() if name != seeds.name)
+        left = seeds.table.filter(pa.array(~np.isin(own, others)))
+        if seeds.name not in done and left.num_rows:
+            yield replace(seeds, table=left)
+    if count < len(rows):
+        raise SourceError(f"{part.path} has fewer rows than OUT was made of: give the file that OUT was made of.")
 
 
 def _hashes(urls: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
+    """Eight bytes each: a part has millions of URLs."""
     texts = ((url or "").encode() for url in urls.to_pylist())
     return np.frombuffer(b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts), np.uint64)
 
 
-def _numbers(out: AnyPath, shard: str) -> npt.NDArray[np.int64]:
-    numbers: npt.NDArray[np.int64] = read_ledger(out, shard, ("row",))["row"].to_numpy()
+def _rows_of(out: AnyPath, shard: str) -> RowNumbers:
+    numbers: RowNumbers = read_ledger(out, shard, ("row",))["row"].to_numpy()
     return numbers
 
 
-def _joined(arrays: Iterable[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+def _joined(arrays: Iterable[RowNumbers]) -> RowNumbers:
     return np.concatenate([np.zeros(0, np.int64), *arrays])
-
-
-def _without(seeds: Seeds, others: Sequence[npt.NDArray[np.int64]]) -> Seeds:
-    """The rows that no other finished shard of the round holds: a take-down in between has moved the borders."""
-    again = np.isin(seeds.table["row"].to_numpy(), _joined(others))
-    return replace(seeds, table=seeds.table.filter(pa.array(~again))) if again.any() else seeds
-
-
-def _require_same(part: Part, table: pa.Table, failed: _Rows) -> None:
-    at = np.searchsorted(failed.numbers, table["row"].to_numpy())
-    if not np.array_equal(failed.urls[at], _hashes(table["url"])):
-        raise SourceError(f"{part.path} holds other URLs than OUT was made of: give the file that OUT was made of.")
 
 
 def discard(output: Output, further: Sequence[str], seeds: Seeds) -> None:
     """Remove those of the `further` shards that hold rows of a shard which is about to be made (anew)."""
     rows = seeds.table["row"].to_numpy()
     for name in further:
-        if shard_origin(name)[0] == seeds.part and np.isin(_numbers(output.root, name), rows).any():
+        if shard_origin(name)[0] == seeds.part and np.isin(_rows_of(output.root, name), rows).any():
             output.remove(name)
