@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.dataset.execute.runner import judge_seeds
 from pipeline.dataset.source.seeds import SourceSettings, find_parts, iter_shards
 from stages.metadata import Metadata
+from stages.runtime import Runtime
 from stages.settings import Settings
 
 LARGE = 0.03
@@ -43,7 +44,7 @@ def plan(path: Path) -> tuple[int, int, int]:
     settings = SourceSettings()
     shards = rows = candidates = 0
     for part in find_parts(str(path), settings):
-        for seeds in iter_shards(part, settings, partial(judge_seeds, Metadata(Settings()))):
+        for seeds in iter_shards(part, settings, partial(judge_seeds, Metadata(Settings(), Runtime()))):
             shards, rows, candidates = shards + 1, rows + seeds.table.num_rows, candidates + seeds.candidates
     return rows, candidates, shards
 

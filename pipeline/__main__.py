@@ -121,7 +121,8 @@ def plan(
 def _print_steps(job: Job) -> None:
     table = Table("step", "runs", "reads", "writes", "drops for", title="Steps", title_justify="left")
     for step in job.plan.steps:
-        table.add_row(step.name, step.place, ", ".join(step.reads), ", ".join(step.writes), ", ".join(step.drops))
+        stage = step.stage()
+        table.add_row(stage.name, step.at, *map(", ".join, (stage.reads, stage.writes, stage.drops)))
     console.print(table)
     executor = job.plan.config.executor
     if executor.name == "local":

@@ -15,6 +15,7 @@ from skimage import data as samples
 
 from stages.align import FACE_SIZE, Align
 from stages.pixels.images import decode, decode_jpeg, decode_png
+from stages.runtime import Runtime
 from stages.settings import Settings
 
 KPS = [[204.4, 100.8], [247.3, 103.1], [223.5, 128.4], [201.2, 138.5], [246.4, 140.6]]
@@ -29,7 +30,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 def align(data: bytes, kps: object = KPS) -> dict[str, Any]:
     table = pa.table({"image": [data], "sha256": [hashlib.sha256(data).hexdigest()], "kps": [kps]})
-    return Align(Settings())(table).to_pylist()[0]
+    return Align(Settings(), Runtime())(table).to_pylist()[0]
 
 
 def reference(image: np.ndarray, kps: object, size: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from skimage import data as samples
 
 from stages.crop import Crop
 from stages.pixels.images import decode
+from stages.runtime import Runtime
 from stages.settings import CropSettings, FaceShare, Settings
 
 BBOX = [180.8, 55.7, 270.8, 178.4]
@@ -28,7 +29,7 @@ def crop(pixels: np.ndarray, bbox: list[float], **options: Any) -> tuple[dict[st
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=0)
     data = buffer.getvalue()
     table = pa.table({"image": [data], "sha256": [hashlib.sha256(data).hexdigest()], "bbox": [bbox]})
-    row = Crop(Settings(crop=CropSettings(**options)))(table).to_pylist()[0]
+    row = Crop(Settings(crop=CropSettings(**options)), Runtime())(table).to_pylist()[0]
     return row, json.loads(row["crops"])
 
 

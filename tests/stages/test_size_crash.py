@@ -9,6 +9,7 @@ from PIL import Image
 from schemas.drops import DropReason
 from stages.base import DROP
 from stages.pixels import decoding
+from stages.runtime import Runtime
 from stages.settings import Settings
 from stages.size import Size
 
@@ -21,5 +22,5 @@ def test_drops_decoder_crash(monkeypatch: pytest.MonkeyPatch) -> None:
         buffer = io.BytesIO()
         Image.new("RGB", (1200, 1200)).save(buffer, format)
         files.append(buffer.getvalue())
-    dropped = Size(Settings())(pa.table({"image": files}))[DROP].to_pylist()
+    dropped = Size(Settings(), Runtime())(pa.table({"image": files}))[DROP].to_pylist()
     assert dropped == [DropReason.DECODER_CRASH, None]

@@ -12,11 +12,12 @@ from threadpoolctl import threadpool_limits
 
 from pipeline.dataset.execute.runner import Loaded, apply_all
 from pipeline.dataset.out.output import Output, ShardWriter
-from pipeline.dataset.plan import Plan, Step
+from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import Rows, split_seeds
 from pipeline.dataset.source.seeds import Seeds
 from schemas.errors import FaceShardsError, LostError
 from schemas.shard import Manifest
+from stages import Step
 
 FETCH_ROWS = 32
 """Rows that are fetched together. Most are dropped there; the living go on in batches of executor.batch_rows."""
@@ -81,7 +82,7 @@ def load(plan: Plan, steps: tuple[Step, ...]) -> list[Loaded]:
     """Load stages, and their models, in this process."""
     # One thread per process: more of them only wait for each other, and fill the cores that other workers have.
     threadpool_limits(1)
-    return [Loaded(step.stage_class()(plan.config), plan.keep_after(step)) for step in steps]
+    return [Loaded(step.stage()(plan.config, plan.runtime), plan.keep_after(step)) for step in steps]
 
 
 def make_shard(plan: Plan, seeds: Seeds, output: Output, worker: "Worker", compute: Compute) -> Iterator[Event]:

@@ -237,7 +237,7 @@ class ShardWriter:
             with lost_errors(self._output.root):
                 self._tar.write({"__key__": record["key"], **sample_files(record)})
         kept = pa.array([KEPT] * rows.alive.num_rows, pa.string())
-        self._ledgers += [rows.dead, tombstones(rows.alive, kept, self._plan.steps[-1].name)]
+        self._ledgers += [rows.dead, tombstones(rows.alive, kept, self._plan.steps[-1].stage().name)]
         self._add_thumbnails(rows.witnesses)
 
     def publish(self, rows_in: int) -> Manifest:

@@ -15,6 +15,7 @@ from skimage import data as samples
 
 from stages.base import Dropped
 from stages.pixels import decoding, images, jpeg
+from stages.runtime import Runtime
 from stages.settings import Settings
 from stages.size import Size
 
@@ -219,7 +220,7 @@ if features.check("avif"):
 def outcome(content: bytes) -> str:
     """Why the road from bytes to pixels drops a file, `ok` when it does not."""
     try:
-        told = Size(Settings.model_validate(TO_ALL)).row({"image": content})
+        told = Size(Settings.model_validate(TO_ALL), Runtime()).row({"image": content})
         pixels = images.photo(str(hash(content)), content)
     except Dropped as dropped:
         return str(dropped.reason)
