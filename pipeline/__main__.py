@@ -17,6 +17,7 @@ from pipeline.dataset.execute.watchdog import is_hanging
 from pipeline.dataset.finished.export_json import LIST, Crop, Form, IdFormat
 from pipeline.dataset.finished.export_json import export_json as write_list
 from pipeline.dataset.finished.report import write_report
+from pipeline.dataset.finished.verify import foreign_files
 from pipeline.dataset.finished.verify import verify as verify_output
 from pipeline.dataset.job import Job, make_dataset, prepared
 from pipeline.dataset.out.ledger import funnel, funnel_table
@@ -165,6 +166,8 @@ def report(folder: Folder = "out") -> None:
 def verify(folder: Folder = "out") -> None:
     """Check manifests, hashes, counts, and that every sample can be decoded."""
     problems = verify_output(to_path(folder))
+    if foreign := foreign_files(to_path(folder)):
+        console.print(f"Not ours, and left alone: {', '.join(foreign)}", highlight=False, markup=False, soft_wrap=True)
     for problem in problems:
         where = f"{problem.file}{f' [{problem.key}]' if problem.key else ''}"
         errors.print(f"{where}: {problem.message}", highlight=False, markup=False, soft_wrap=True)
