@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError
 
-from pipeline.dataset.source.seeds import SourceSettings
+from pipeline.dataset.source.parts import SourceSettings
 from pipeline.shared.configfile import explain, merge, told
 from schemas.errors import ConfigError
 from schemas.names import SAMPLE

@@ -26,8 +26,9 @@ from pipeline.dataset.out.output import Output
 from pipeline.dataset.out.retry import discard, second_chances
 from pipeline.dataset.out.unconditional import write_unconditional
 from pipeline.dataset.plan import Plan, make_plan
+from pipeline.dataset.source.parts import Part, find_parts
 from pipeline.dataset.source.sample import SampleServer, write_sample
-from pipeline.dataset.source.seeds import Part, Seeds, find_parts, iter_shards
+from pipeline.dataset.source.seeds import Seeds, iter_shards
 from pipeline.shared import files as storage
 from pipeline.shared.files import AnyPath, RemotePath
 from schemas.errors import ExitCode, LostError, OutputError, UserError

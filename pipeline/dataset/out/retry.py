@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.out.ledger import Rounds, read_ledger, shard_names
 from pipeline.dataset.out.output import Output
-from pipeline.dataset.source.seeds import Part, Seeds, SourceSettings, iter_again
+from pipeline.dataset.source.parts import Part, SourceSettings
+from pipeline.dataset.source.seeds import Seeds, iter_again
 from pipeline.shared.files import AnyPath
 from schemas.errors import SourceError
 from schemas.names import shard_origin

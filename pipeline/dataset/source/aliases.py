@@ -33,8 +33,8 @@ def resolve(columns: Iterable[str], aliases: Mapping[str, tuple[str, ...]] = ALI
     by_alias: dict[str, str] = {}
     for column in columns:
         by_alias.setdefault(column.strip().lower().replace("-", "_").replace(" ", "_"), column)
-    found = {seed: [by_alias[name] for name in names if name in by_alias] for seed, names in aliases.items()}
-    return {seed: names[0] for seed, names in found.items() if names}
+    known = {seed: [by_alias[name] for name in names if name in by_alias] for seed, names in aliases.items()}
+    return {seed: names[0] for seed, names in known.items() if names}
 
 
 def require_url(path: str, columns: Iterable[str]) -> None:

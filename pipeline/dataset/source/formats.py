@@ -4,7 +4,6 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -63,39 +62,32 @@ def tables(path: str) -> Iterator[pa.Table]:
 
 
 def _format(path: str) -> Format:
-    found = format_of(path)
-    if found is None:
+    format = format_of(path)
+    if format is None:
         raise SourceError(f"{path} is not a metadata file: the names of those end in {EXTENSIONS}.")
-    return found
+    return format
 
 
-def _renamed(batch: pa.RecordBatch, aliases: Mapping[str, tuple[str, ...]] = ALIASES) -> pa.Table:
-    names = resolve(batch.schema.names, aliases)
-    # By number, since a file may hold a name twice.
-    return pa.table({seed: batch.column(batch.schema.get_all_field_indices(name)[0]) for seed, name in names.items()})
+def probe_parquet(path: str) -> tuple[list[str], int]:
+    with reading(path), open_binary(path) as file, pq.ParquetFile(file) as parquet:
+        return parquet.schema_arrow.names, parquet.metadata.num_rows
 
 
 def read_parquet(path: str, aliases: Mapping[str, tuple[str, ...]] = ALIASES) -> Iterator[pa.Table]:
     """The rows of a parquet file; large column chunks are read through small buffers."""
-    with reading(path), open_binary(path) as file, pq.ParquetFile(file, **_buffering(file)) as parquet:
-        wanted = list(resolve(parquet.schema_arrow.names, aliases).values())
-        for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
-            yield _renamed(batch, aliases)
-
-
-def _buffering(file: Any) -> dict[str, Any]:
-    """Small groups are read whole: behind a buffer, a damaged page gets whatever 2 GB it claims to need."""
-    footer = pq.read_metadata(file)
-    # Not column by column: pyarrow ends the process when it meets damaged statistics there.
-    sizes = [footer.row_group(number).total_byte_size for number in range(footer.num_row_groups)]
-    # pre_buffer, on by default, would fetch whole column chunks in spite of the buffer size.
-    return {"pre_buffer": False, **({"buffer_size": _BUFFER} if max(sizes, default=0) > _GROUP else {})}
-
-
-def probe_parquet(path: str) -> tuple[list[str], int]:
-    """Names of a parquet file's columns, and its number of rows, from its footer."""
-    with reading(path), open_binary(path) as file, pq.ParquetFile(file) as parquet:
-        return parquet.schema_arrow.names, parquet.metadata.num_rows
+    with reading(path), open_binary(path) as file:
+        footer = pq.read_metadata(file)
+        # Not column by column: pyarrow ends the process when it meets damaged statistics there.
+        sizes = [footer.row_group(number).total_byte_size for number in range(footer.num_row_groups)]
+        # Small groups are read whole: behind a buffer, a damaged page gets whatever 2 GB it claims to need.
+        buffer = _BUFFER if max(sizes, default=0) > _GROUP else 0
+        # pre_buffer, on by default, would fetch whole column chunks in spite of the buffer size.
+        with pq.ParquetFile(file, pre_buffer=False, buffer_size=buffer) as parquet:
+            names = resolve(parquet.schema_arrow.names, aliases)
+            for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=list(names.values())):
+                # By number, since a file may hold a name twice.
+                index = {seed: batch.schema.get_all_field_indices(name)[0] for seed, name in names.items()}
+                yield pa.table({seed: batch.column(number) for seed, number in index.items()})
 
 
 def _open_lines(path: str) -> Any:
@@ -103,52 +95,41 @@ def _open_lines(path: str) -> Any:
     return open_binary(path, "gzip" if path.lower().endswith(".gz") else None)
 
 
-def _csv_header(path: str) -> list[str]:
-    with _open_lines(path) as file:
+def _csv_header(path: str) -> tuple[list[str], str]:
+    """Names of the columns, and what separates them."""
+    delimiter = "\t" if re.search(r"\.tsv(\.gz)?$", path, re.IGNORECASE) else ","
+    with reading(path), _open_lines(path) as file:
         line = file.readline(_CSV_BLOCK).decode("utf-8-sig", "replace")
-    return next(csv.reader([line], delimiter=_delimiter(path)), [])
+        return next(csv.reader([line], delimiter=delimiter), []), delimiter
 
 
-def _delimiter(path: str) -> str:
-    return "\t" if re.search(r"\.tsv(\.gz)?$", path, re.IGNORECASE) else ","
-
-
-def _probe_csv(path: str) -> tuple[list[str], None]:
-    with reading(path):
-        return _csv_header(path), None
-
-
-def _read_csv(path: str) -> Iterator[pa.Table]:
-    header = _csv_header(path)
+def read_csv(path: str) -> Iterator[pa.Table]:
+    header, delimiter = _csv_header(path)
     ours = {header.index(name): seed for seed, name in resolve(header).items()}
-    columns = [ours.get(number, f"unused{number}") for number in range(len(header))]
-    with _open_lines(path) as file, _open_csv(file, columns, list(ours.values()), _delimiter(path)) as reader:
-        for batch in reader:
-            yield pa.Table.from_batches([batch])
-
-
-def _open_csv(file: Any, columns: list[str], wanted: list[str], delimiter: str) -> Any:
-    # All as strings: a type guessed from the first block would fail on a later one.
-    return pa.csv.open_csv(
-        file,
-        pa.csv.ReadOptions(column_names=columns, skip_rows=1, block_size=_CSV_BLOCK, use_threads=False),
+    names = [ours.get(number, f"unused{number}") for number in range(len(header))]
+    options = (
+        pa.csv.ReadOptions(column_names=names, skip_rows=1, block_size=_CSV_BLOCK, use_threads=False),
         pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         pa.csv.ConvertOptions(
-            column_types=dict.fromkeys(wanted, pa.string()),
-            include_columns=wanted,
+            # All as strings: a type guessed from the first block would fail on a later one.
+            column_types=dict.fromkeys(ours.values(), pa.string()),
+            include_columns=list(ours.values()),
             check_utf8=False,
             strings_can_be_null=False,
         ),
     )
+    with _open_lines(path) as file, pa.csv.open_csv(file, *options) as reader:
+        for batch in reader:
+            yield pa.Table.from_batches([batch])
 
 
-def _probe_jsonl(path: str) -> tuple[list[str], None]:
+def probe_jsonl(path: str) -> tuple[list[str], None]:
     with reading(path), _open_lines(path) as file:
         records = islice(_records(path, file), _PROBE_LINES)
         return list(dict.fromkeys(name for record in records for name in record)), None
 
 
-def _read_jsonl(path: str) -> Iterator[pa.Table]:
+def read_jsonl(path: str) -> Iterator[pa.Table]:
     with _open_lines(path) as file:
         records = _records(path, file)
         while batch := list(islice(records, BATCH_ROWS)):
@@ -178,28 +159,26 @@ def parse_record(data: bytes, where: str) -> dict[str, Any]:
 
 def from_records(records: list[dict[str, Any]], aliases: Mapping[str, tuple[str, ...]] = ALIASES) -> pa.Table:
     """JSON objects as a table under our names, all values as text: their types may differ from row to row."""
-    known = tuple(aliases.items())
-    rows = [
-        {seed: _scalar_text(record[name]) for seed, name in _resolve_keys(tuple(record), known).items()}
-        for record in records
-    ]
+    known: dict[tuple[str, ...], dict[str, str]] = {}
+    rows = []
+    for record in records:
+        keys = tuple(record)
+        if keys not in known:
+            known[keys] = resolve(keys, aliases)
+        rows.append({seed: _text(record[name]) for seed, name in known[keys].items()})
     return pa.Table.from_pylist(rows, schema=pa.schema([(seed, pa.string()) for seed in aliases]))
 
 
-@lru_cache(maxsize=1024)
-def _resolve_keys(keys: tuple[str, ...], aliases: tuple[tuple[str, tuple[str, ...]], ...]) -> dict[str, str]:
-    return resolve(keys, dict(aliases))
-
-
-def _scalar_text(value: Any) -> str | None:
+def _text(value: Any) -> str | None:
+    """A scalar as text; null for lists and objects."""
     if isinstance(value, str):
         # A lone surrogate from a \u escape has no UTF-8 form.
         return value if value.isascii() else value.encode("utf-8", "replace").decode()
     return str(value) if isinstance(value, int | float) else None
 
 
-_CSV = Format(_probe_csv, _read_csv)
-_JSONL = Format(_probe_jsonl, _read_jsonl)
+_CSV = Format(lambda path: (_csv_header(path)[0], None), read_csv)
+_JSONL = Format(probe_jsonl, read_jsonl)
 _FORMATS = {
     "parquet": Format(probe_parquet, read_parquet),
     "csv": _CSV,

@@ -53,13 +53,18 @@ def tables(path: str) -> Iterator[pa.Table]:
         SourceError: for a truncated or corrupt tar, or a parquet that belongs to another tar.
     """
     samples = scan(path)
-    rows = _rows_beside(path)
-    if rows is None:
+    table = table_path(path)
+    beside = list(read_parquet(table, STORED_ALIASES)) if kind_of(table) else []
+    if beside and "image_key" in beside[0].column_names:
+        rows = pa.concat_tables(beside)
+        keys = rows.column("image_key").cast(pa.string())
+        rows = rows.set_column(rows.column_names.index("image_key"), "image_key", keys)
+    else:
         rows = _rows_inside(path, samples)
     rows = rows.sort_by("image_key")
     refs = [_image_ref(path, samples.get(key, {})) for key in rows.column("image_key").to_pylist()]
     if any(_image_ref(path, members) for members in samples.values()) and not any(refs):
-        raise SourceError(f"{table_path(path)} does not describe {path}: no key of it occurs there.")
+        raise SourceError(f"{table} does not describe {path}: no key of it occurs there.")
     yield rows.drop_columns(["image_key"]).append_column("image_ref", pa.array(refs, pa.string()))
 
 
@@ -91,32 +96,17 @@ def _image_ref(path: str, files: dict[str, Member]) -> str:
     return ""
 
 
-def _rows_beside(path: str) -> pa.Table | None:
-    """The parquet beside a tar, or None when there is none, or one without keys."""
-    table = table_path(path)
-    if kind_of(table) is None:
-        return None
-    found = list(read_parquet(table, STORED_ALIASES))
-    if not found or "image_key" not in found[0].column_names:
-        return None
-    rows = pa.concat_tables(found)
-    return rows.set_column(
-        rows.column_names.index("image_key"), "image_key", rows.column("image_key").cast(pa.string())
-    )
-
-
 def _rows_inside(path: str, samples: Samples) -> pa.Table:
     """Rows from the members: `json` where there is one, else the caption in `txt`."""
     records: list[dict[str, Any]] = []
     with reading(path), open_binary(path) as file:
-        for key, members in samples.items():
-            if "json" in members or _image_ref(path, members):
-                record = _record(path, file, key, members)
-                records.append({**record, "key": key})
+        for key, files in samples.items():
+            record = {}
+            if "json" in files:
+                record = parse_record(read(file, *files["json"]), f"{key}.json in {path}")
+            elif not _image_ref(path, files):
+                continue
+            elif "txt" in files:
+                record = {"txt": read(file, *files["txt"]).decode("utf-8", "replace")}
+            records.append({**record, "key": key})
     return from_records(records, STORED_ALIASES)
-
-
-def _record(path: str, file: Any, key: str, files: dict[str, Member]) -> dict[str, Any]:
-    if "json" in files:
-        return parse_record(read(file, *files["json"]), f"{key}.json in {path}")
-    return {"txt": read(file, *files["txt"]).decode("utf-8", "replace")} if "txt" in files else {}

@@ -31,7 +31,7 @@ _HEADERS = {"opted-out.jpg": {"X-Robots-Tag": "noai"}}
 
 
 @dataclass(frozen=True)
-class Row:
+class SampleRow:
     """One row of the part. A size of None stands for the stored picture's; 0 for a null."""
 
     name: str
@@ -50,7 +50,25 @@ def write_sample(folder: Path) -> Path:
     files = {name: make() for name, make in pictures.FILES.items()}
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    records = [_record(row, files.get(row.name)) for row in ROWS]
+    records = []
+    for row in ROWS:
+        width, height = row.size or _CLAIMED
+        if row.size is None and row.name in files:
+            with Pillow.open(BytesIO(files[row.name])) as image:
+                width, height = image.size
+        record = {
+            "URL": _BASE + row.name if row.url is None else row.url,
+            "TEXT": row.text or row.note,
+            "WIDTH": width or None,
+            "HEIGHT": height or None,
+            "NSFW": row.nsfw,
+            "similarity": 0.3,
+            "punsafe": row.punsafe,
+            "pwatermark": row.pwatermark,
+            "expected": row.expected,
+            "note": row.note,
+        }
+        records.append(record)
     path = folder / METADATA
     pq.write_table(pa.Table.from_pylist(records, schema=_SCHEMA), path)
     return path
@@ -139,90 +157,69 @@ _SCHEMA = pa.schema(
 )
 
 
-def _record(row: Row, data: bytes | None) -> dict[str, object]:
-    width, height = row.size or _stored_size(data)
-    return {
-        "URL": _BASE + row.name if row.url is None else row.url,
-        "TEXT": row.text or row.note,
-        "WIDTH": width or None,
-        "HEIGHT": height or None,
-        "NSFW": row.nsfw,
-        "similarity": 0.3,
-        "punsafe": row.punsafe,
-        "pwatermark": row.pwatermark,
-        "expected": row.expected,
-        "note": row.note,
-    }
-
-
-def _stored_size(data: bytes | None) -> tuple[int, int]:
-    if data is None:
-        return _CLAIMED
-    with Pillow.open(BytesIO(data)) as image:
-        return image.size
-
-
 _NASA = "public-domain NASA photo of Eileen Collins (512x512 px)"
 _NAVY = "public-domain US Navy photo of Grace Hopper (512x600 px)"
 
-ROWS: tuple[Row, ...] = (
-    Row(
+ROWS: tuple[SampleRow, ...] = (
+    SampleRow(
         "astronaut.jpg", KEPT, f"{_NASA}, enlarged 3 times",
         text="portrait of a smiling astronaut in an orange suit, a flag and a model of the shuttle behind her",
     ),
-    Row(
+    SampleRow(
         "admiral.jpg", KEPT, f"{_NAVY}, enlarged 2.5 times",
         text="official portrait of an admiral with glasses, in dress uniform and cap",
     ),
-    Row(
+    SampleRow(
         "half-body.jpg", KEPT, f"{_NASA}, mirrored, enlarged 2.3 times, in a drawn landscape",
         text="an astronaut with her helmet in front of green hills",
     ),
-    Row(
+    SampleRow(
         "full-scene.jpg", KEPT, f"{_NAVY}, enlarged 1.1 times, small in a drawn landscape",
         text="a house, trees and hills, and a woman in navy uniform",
     ),
-    Row(
+    SampleRow(
         "tall.jpg", KEPT, f"{_NASA}, enlarged 2.2 times, in colder light, under a drawn sky",
         text="an astronaut under a wide blue sky",
     ),
-    Row(
+    SampleRow(
         "close-up.jpg", KEPT, f"{_NASA}, mirrored, the head alone, enlarged 5.2 times",
         text="close-up of a woman with short hair, smiling",
     ),
-    Row(
+    SampleRow(
         "on-its-side.jpg", KEPT, f"{_NASA}, its middle, enlarged 2.4 times, stored on its side with EXIF orientation 6",
         text="an astronaut in an orange suit", size=(1056, 1229), nsfw=None, punsafe=None, pwatermark=None,
     ),
-    Row(
+    SampleRow(
         "vignette.png", KEPT, f"{_NAVY}, enlarged 2 times, PNG with transparent corners",
         text="an oval portrait of a woman in uniform",
     ),
-    Row(
+    SampleRow(
         "warm.webp", KEPT, f"{_NAVY}, mirrored, warmer light, enlarged 2.2 times, WebP without a size in the metadata",
         text="a navy officer in evening light", size=(0, 0),
     ),
-    Row("astronaut.jpg", DropReason.DUPLICATE_URL, "the URL of the first row again", size=(1536, 1536)),
-    Row("small.jpg", DropReason.SMALL_IMAGE, f"{_NASA} as it is, and the metadata says so"),
-    Row("boasting.jpg", DropReason.SMALL_IMAGE, f"{_NAVY} as it is; the metadata claims more", size=(2048, 2400)),
-    Row("landscape.jpg", DropReason.NO_FACE, "a drawn landscape"),
-    Row("couple.jpg", DropReason.SEVERAL_FACES, f"{_NAVY} and {_NASA}, enlarged, in a drawn landscape"),
-    Row("tiny-face.jpg", DropReason.SMALL_FACE, f"{_NASA} at its own size in a drawn landscape"),
-    Row(
+    SampleRow("astronaut.jpg", DropReason.DUPLICATE_URL, "the URL of the first row again", size=(1536, 1536)),
+    SampleRow("small.jpg", DropReason.SMALL_IMAGE, f"{_NASA} as it is, and the metadata says so"),
+    SampleRow("boasting.jpg", DropReason.SMALL_IMAGE, f"{_NAVY} as it is; the metadata claims more", size=(2048, 2400)),
+    SampleRow("landscape.jpg", DropReason.NO_FACE, "a drawn landscape"),
+    SampleRow("couple.jpg", DropReason.SEVERAL_FACES, f"{_NAVY} and {_NASA}, enlarged, in a drawn landscape"),
+    SampleRow("tiny-face.jpg", DropReason.SMALL_FACE, f"{_NASA} at its own size in a drawn landscape"),
+    SampleRow(
         "truncated.jpg", DropReason.TRUNCATED_IMAGE, f"{_NASA}, enlarged 2.5 times, the file cut after three fifths",
         size=(1280, 1280),
     ),
-    Row("corrupt.png", DropReason.CORRUPT_IMAGE, "a drawn landscape as PNG, 4 KiB of its pixels overwritten"),
-    Row("page.jpg", DropReason.NOT_AN_IMAGE, "a web page that poses as an image", size=_CLAIMED),
-    Row("drawing.svg", DropReason.UNSUPPORTED_FORMAT, "a vector drawing", size=_CLAIMED),
-    Row("empty.jpg", DropReason.EMPTY_BODY, "a file without a byte", size=_CLAIMED),
-    Row("gone.jpg", DropReason.NOT_FOUND, "a URL that the server does not know"),
-    Row("forbidden.jpg", DropReason.ACCESS_DENIED, "a URL that the server answers with 403"),
-    Row("failing.jpg", DropReason.SERVER_ERROR, "a URL that the server answers with 500"),
-    Row("opted-out.jpg", DropReason.OPTED_OUT, "a drawn landscape whose site asks not to be used for AI training"),
-    Row("unsafe.jpg", DropReason.UNSAFE, "tagged NSFW by the metadata; never fetched", nsfw="NSFW"),
-    Row("perhaps-unsafe.jpg", DropReason.UNSAFE, "punsafe of 0.97; never fetched", nsfw="UNSURE", punsafe=0.97),
-    Row("stock-photo.jpg", DropReason.WATERMARK, "pwatermark of 0.93; never fetched", pwatermark=0.93),
-    Row("old.jpg", DropReason.BAD_URL, "a URL that is not http", url="ftp://sample.localhost/old.jpg"),
-    Row("nowhere.jpg", DropReason.BAD_URL, "an empty URL", url=""),
+    SampleRow("corrupt.png", DropReason.CORRUPT_IMAGE, "a drawn landscape as PNG, 4 KiB of its pixels overwritten"),
+    SampleRow("page.jpg", DropReason.NOT_AN_IMAGE, "a web page that poses as an image", size=_CLAIMED),
+    SampleRow("drawing.svg", DropReason.UNSUPPORTED_FORMAT, "a vector drawing", size=_CLAIMED),
+    SampleRow("empty.jpg", DropReason.EMPTY_BODY, "a file without a byte", size=_CLAIMED),
+    SampleRow("gone.jpg", DropReason.NOT_FOUND, "a URL that the server does not know"),
+    SampleRow("forbidden.jpg", DropReason.ACCESS_DENIED, "a URL that the server answers with 403"),
+    SampleRow("failing.jpg", DropReason.SERVER_ERROR, "a URL that the server answers with 500"),
+    SampleRow(
+        "opted-out.jpg", DropReason.OPTED_OUT, "a drawn landscape whose site asks not to be used for AI training"
+    ),
+    SampleRow("unsafe.jpg", DropReason.UNSAFE, "tagged NSFW by the metadata; never fetched", nsfw="NSFW"),
+    SampleRow("perhaps-unsafe.jpg", DropReason.UNSAFE, "punsafe of 0.97; never fetched", nsfw="UNSURE", punsafe=0.97),
+    SampleRow("stock-photo.jpg", DropReason.WATERMARK, "pwatermark of 0.93; never fetched", pwatermark=0.93),
+    SampleRow("old.jpg", DropReason.BAD_URL, "a URL that is not http", url="ftp://sample.localhost/old.jpg"),
+    SampleRow("nowhere.jpg", DropReason.BAD_URL, "an empty URL", url=""),
 )  # fmt: skip

@@ -79,8 +79,8 @@ def _scene(width: int, height: int) -> Picture:
     cv2.rectangle(canvas, (left, top), (left + side, top + side), (190, 120, 90), -1)
     roof = np.array([[left - side // 6, top], [left + side // 2, top - side // 2], [left + side * 7 // 6, top]])
     cv2.fillPoly(canvas, [roof.astype(np.int32)], (120, 60, 50), cv2.LINE_AA)
-    for place in (0.3, 0.36, 0.9):
-        root = round(width * place), height * 3 // 4
+    for across_share in (0.3, 0.36, 0.9):
+        root = round(width * across_share), height * 3 // 4
         cv2.line(canvas, root, (root[0], root[1] - side), (90, 70, 50), max(2, side // 10))
         cv2.circle(canvas, (root[0], root[1] - side), side // 3, (60, 100, 60), -1, cv2.LINE_AA)
     return canvas
@@ -95,8 +95,8 @@ def _set_into(around: Picture, photo: Picture, left: int, top: int) -> Picture:
     fade_x = np.minimum(_ramp(x, left, feather), _ramp(width - 1 - x, right, feather))
     fade_y = np.minimum(_ramp(y, top, feather), _ramp(height - 1 - y, bottom, feather))
     alpha = np.minimum(fade_x[None, :], fade_y[:, None])[:, :, None]
-    composed, place = around.copy(), (slice(top, top + height), slice(left, left + width))
-    composed[place] = np.rint(alpha * photo + (1 - alpha) * around[place]).astype(np.uint8)
+    composed, inside = around.copy(), (slice(top, top + height), slice(left, left + width))
+    composed[inside] = np.rint(alpha * photo + (1 - alpha) * around[inside]).astype(np.uint8)
     return composed
 
 
@@ -116,14 +116,14 @@ def _saved(image: Pillow.Image, format: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def _on_its_side() -> bytes:
+def on_its_side() -> bytes:
     """The astronaut stored on her left side, with the EXIF tag that says how to turn her upright."""
     exif = Pillow.Exif()
     exif[_ORIENTATION_TAG] = _LYING
     return _jpeg(np.rot90(_enlarged(_astronaut()[:, 40:480], 2.4)), exif=exif)
 
 
-def _vignette() -> bytes:
+def vignette() -> bytes:
     """Grace Hopper as a PNG whose corners fade into nothing."""
     photo = _enlarged(_hopper(), 2)
     height, width = photo.shape[:2]
@@ -133,30 +133,30 @@ def _vignette() -> bytes:
     return _saved(Pillow.fromarray(np.dstack([photo, alpha])), "PNG", compress_level=3)
 
 
-def _warm_webp() -> bytes:
+def warm_webp() -> bytes:
     """Grace Hopper, mirrored, in warmer light, as WebP."""
     photo = _lit(_mirrored(_hopper()), 1.1, 1.0, 0.85)
     return _saved(Pillow.fromarray(_enlarged(photo, 2.2)), "WEBP", quality=90, method=0)
 
 
-def _couple() -> bytes:
+def couple() -> bytes:
     """Both in one landscape."""
     one = _set_into(_scene(1700, 1200), _enlarged(_hopper(), 1.5), 100, 300)
     return _jpeg(_set_into(one, _enlarged(_astronaut(), 1.6), 850, 1200 - 819))
 
 
-def _half_body() -> bytes:
+def half_body() -> bytes:
     """The astronaut, mirrored, in a landscape."""
     return _jpeg(_set_into(_scene(1800, 1300), _enlarged(_mirrored(_astronaut()), 2.3), 320, 1300 - 1178))
 
 
-def _tall() -> bytes:
+def tall() -> bytes:
     """The astronaut in colder light under a high sky."""
     cold = _lit(_enlarged(_astronaut(), 2.2), 0.75, 0.8, 0.95)
     return _jpeg(_set_into(_scene(1126, 1700), cold, 0, 1700 - 1126))
 
 
-def _corrupt() -> bytes:
+def corrupt() -> bytes:
     """A PNG whose compressed pixels were overwritten in the middle."""
     data = bytearray(_saved(Pillow.fromarray(_scene(1200, 1100)), "PNG", compress_level=1))
     middle = len(data) // 2
@@ -164,7 +164,7 @@ def _corrupt() -> bytes:
     return bytes(data)
 
 
-def _truncated() -> bytes:
+def truncated() -> bytes:
     """The astronaut as a JPEG of which the last two fifths are missing."""
     whole = _jpeg(_enlarged(_astronaut(), 2.5))
     return whole[: len(whole) * 3 // 5]
@@ -173,20 +173,20 @@ def _truncated() -> bytes:
 FILES: dict[str, Callable[[], bytes]] = {
     "astronaut.jpg": lambda: _jpeg(_enlarged(_astronaut(), 3)),
     "admiral.jpg": lambda: _jpeg(_enlarged(_hopper(), 2.5)),
-    "half-body.jpg": _half_body,
+    "half-body.jpg": half_body,
     "full-scene.jpg": lambda: _jpeg(_set_into(_scene(1800, 1200), _enlarged(_hopper(), 1.1), 1000, 1200 - 660)),
-    "tall.jpg": _tall,
+    "tall.jpg": tall,
     "close-up.jpg": lambda: _jpeg(_enlarged(_mirrored(_astronaut())[20:250, 180:400], 5.2)),
-    "on-its-side.jpg": _on_its_side,
-    "vignette.png": _vignette,
-    "warm.webp": _warm_webp,
+    "on-its-side.jpg": on_its_side,
+    "vignette.png": vignette,
+    "warm.webp": warm_webp,
     "small.jpg": lambda: _jpeg(_astronaut()),
     "boasting.jpg": lambda: _jpeg(_hopper()),
     "landscape.jpg": lambda: _jpeg(_scene(1600, 1100)),
-    "couple.jpg": _couple,
+    "couple.jpg": couple,
     "tiny-face.jpg": lambda: _jpeg(_set_into(_scene(1400, 1100), _astronaut(), 700, 1100 - 512)),
-    "truncated.jpg": _truncated,
-    "corrupt.png": _corrupt,
+    "truncated.jpg": truncated,
+    "corrupt.png": corrupt,
     "page.jpg": lambda: _HTML,
     "drawing.svg": lambda: _SVG,
     "empty.jpg": bytes,

@@ -4,22 +4,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.dataset.source import formats
 from pipeline.dataset.source import img2dataset_tars as tars
-from pipeline.dataset.source.parts import Part, SourceSettings, find_parts
+from pipeline.dataset.source.parts import Part, SourceSettings
 from pipeline.dataset.source.values import to_seeds
 from schemas.columns import SEED, schema
 from schemas.names import shard_name
-
-__all__ = ["Part", "Seeds", "SourceSettings", "find_parts", "iter_again", "iter_shards"]
 
 _COLUMNS = (*SEED, "verdict", "stage")
 _ROWS_PER_CANDIDATE = 100
 """A shard holds at most this many input rows per candidate row, so that a part of small images is cut as well."""
 
-Judge = Callable[[pa.Table], pa.Table]
+JudgeSeeds = Callable[[pa.Table], pa.Table]
 """Seed columns -> the same rows with `verdict` and `stage`, null for candidates; called on a part's rows in order."""
 
 
@@ -38,7 +37,7 @@ class Seeds:
         return int(self.table.column("verdict").null_count)
 
 
-def iter_shards(part: Part, settings: SourceSettings, metadata: Judge) -> Iterator[Seeds]:
+def iter_shards(part: Part, settings: SourceSettings, metadata: JudgeSeeds) -> Iterator[Seeds]:
     """The shards of a part, in row order, in memory that its length does not change.
 
     Which rows a shard gets depends on the rows, `rows_per_shard` and `metadata` alone: it ends with the row that makes
@@ -54,23 +53,21 @@ def iter_shards(part: Part, settings: SourceSettings, metadata: Judge) -> Iterat
         yield Seeds(shard_name(part.name, 0), part.name, schema(_COLUMNS).empty_table())
 
 
-def iter_again(
-    part: Part, settings: SourceSettings, rows: "np.ndarray[tuple[int], np.dtype[np.int64]]", round: int
-) -> Iterator[Seeds]:
+def iter_again(part: Part, settings: SourceSettings, rows: npt.NDArray[np.int64], round: int) -> Iterator[Seeds]:
     """Some rows of a part in the shards of a further round, all of them candidates.
 
     Raises:
         SourceError: as `iter_shards`.
     """
-    unjudged = (table.filter(pa.array(np.isin(table.column("row").to_numpy(), rows))) for table in seed_tables(part))
-    for number, table in enumerate(_cut(map(_as_candidates, unjudged), settings.rows_per_shard)):
+
+    def candidates() -> Iterator[pa.Table]:
+        for table in seed_tables(part):
+            chosen = table.filter(pa.array(np.isin(table.column("row").to_numpy(), rows)))
+            nulls = pa.nulls(chosen.num_rows, pa.string())
+            yield chosen.append_column("verdict", nulls).append_column("stage", nulls)
+
+    for number, table in enumerate(_cut(candidates(), settings.rows_per_shard)):
         yield Seeds(shard_name(part.name, number, round), part.name, table)
-
-
-def _as_candidates(seeds: pa.Table) -> pa.Table:
-    for name in ("verdict", "stage"):
-        seeds = seeds.append_column(name, pa.nulls(seeds.num_rows, pa.string()))
-    return seeds
 
 
 def seed_tables(part: Part) -> Iterator[pa.Table]:
@@ -92,9 +89,11 @@ def _cut(judged: Iterator[pa.Table], rows_per_shard: int) -> Iterator[pa.Table]:
         alive = table.column("verdict").is_null().to_numpy()
         start = 0
         while start < len(alive):
-            end = start + _until(alive[start:], candidates, rows)
+            hits = np.flatnonzero(alive[start : start + rows])
+            full = len(hits) >= candidates
+            end = start + int(hits[candidates - 1]) + 1 if full else min(start + rows, len(alive))
             held.append(table.slice(start, end - start))
-            candidates -= int(np.count_nonzero(alive[start:end]))
+            candidates -= candidates if full else len(hits)
             rows -= end - start
             start = end
             if candidates == 0 or rows == 0:
@@ -102,12 +101,6 @@ def _cut(judged: Iterator[pa.Table], rows_per_shard: int) -> Iterator[pa.Table]:
                 held, candidates, rows = [], rows_per_shard, rows_per_shard * _ROWS_PER_CANDIDATE
     if held:
         yield _joined(held)
-
-
-def _until(alive: "np.ndarray[tuple[int], np.dtype[np.bool_]]", candidates: int, rows: int) -> int:
-    """How many of these rows fit where so many candidates and rows are still wanted; at least one."""
-    hits = np.flatnonzero(alive[:rows])
-    return int(hits[candidates - 1]) + 1 if len(hits) >= candidates else min(rows, len(alive))
 
 
 def _joined(tables: list[pa.Table]) -> pa.Table:

@@ -26,19 +26,21 @@ def to_seeds(raw: pa.Table, part: str, first_row: int, path: str) -> pa.Table:
         "part": pa.repeat(pa.scalar(part), raw.num_rows),
         "row": pa.array(rows, pa.int64()),
     }
-    columns |= {name: _convert(path, name, raw.column(name).combine_chunks()) for name in raw.column_names}
+    for name in raw.column_names:
+        values = raw.column(name).combine_chunks()
+        try:
+            plain = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+            columns[name] = _CONVERT[name](plain)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise SourceError(
+                f"{path} has {values.type} in the column for {name}, which cannot be read as such."
+            ) from error
     if "nsfw" in raw.column_names:
-        columns["punsafe"] = pc.coalesce(columns["punsafe"], score(_truth(columns["nsfw"])))
+        # Some sets have a yes/no or a probability where LAION has a tag: judged as a score; as a tag it would pass.
+        tags = pc.utf8_lower(columns["nsfw"])
+        scores = pc.if_else(pc.equal(tags, "true"), "1", pc.if_else(pc.equal(tags, "false"), "0", columns["nsfw"]))
+        columns["punsafe"] = pc.coalesce(columns["punsafe"], score(scores))
     return pa.table([columns[name] for name in SEED], schema=SEED_SCHEMA)
-
-
-def _convert(path: str, name: str, values: pa.Array) -> pa.Array:
-    try:
-        return _CONVERT[name](values.dictionary_decode() if pa.types.is_dictionary(values.type) else values)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise SourceError(
-            f"{path} has {values.type} in the column for {name}, which cannot be read as such."
-        ) from error
 
 
 def text(values: pa.Array) -> pa.Array:
@@ -77,12 +79,6 @@ def _numbers(values: pa.Array) -> pa.Array:
     strings = pc.utf8_trim_whitespace(text(values))
     plain = pc.if_else(pc.match_substring_regex(strings, _NUMBER), pc.utf8_ltrim(strings, "+"), None)
     return plain.cast(pa.float64())
-
-
-def _truth(tags: pa.Array) -> pa.Array:
-    # Some sets have a yes/no or a probability where LAION has a tag: as a score it is judged, as a tag it would pass.
-    yes, no = pc.equal(pc.utf8_lower(tags), "true"), pc.equal(pc.utf8_lower(tags), "false")
-    return pc.if_else(yes, "1", pc.if_else(no, "0", tags))
 
 
 _CONVERT: Mapping[str, Callable[[pa.Array], pa.Array]] = {

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from pipeline.dataset.execute.runner import judge_seeds
 from pipeline.dataset.source import formats
 from pipeline.dataset.source.aliases import ALIASES, resolve
-from pipeline.dataset.source.seeds import Part, SourceSettings, find_parts, iter_shards
+from pipeline.dataset.source.parts import Part, SourceSettings, find_parts
+from pipeline.dataset.source.seeds import iter_shards
 from pipeline.dataset.source.values import score, size, text
 from schemas.columns import SEED, SEED_SCHEMA
 from schemas.errors import SourceError
