@@ -16,7 +16,7 @@ from rich.console import Console
 from pipeline.dataset.config import Config
 from pipeline.dataset.execute import local
 from pipeline.dataset.execute.make_shard import Event, Finished
-from pipeline.dataset.execute.progress import Screen
+from pipeline.dataset.execute.progress import RunScreen
 from pipeline.dataset.execute.runner import judge_seeds
 from pipeline.dataset.finished.forget import take_down_listed
 from pipeline.dataset.finished.report import write_report
@@ -96,7 +96,7 @@ def make_dataset(job: Job, out: AnyPath, console: Console, *, replan: bool = Fal
         gone = take_down_listed(output)
         if gone.rows:
             console.print(f"Lists of download.removed: taken out of what is done: {gone}.", highlight=False)
-        work = _Work(output, job.plan, execute, Screen(console, job.rows))
+        work = _Work(output, job.plan, execute, RunScreen(console, job.rows))
         with work.screen:
             work.make(work.pending(job.shards(), further=_further(out)))
         if retry and work.failed:
@@ -138,7 +138,7 @@ class _Work:
     output: Output
     plan: Plan
     execute: "Execute"
-    screen: Screen
+    screen: RunScreen
     failed: list[str] = field(default_factory=list)
     """Names of the shards that failed."""
 
@@ -171,7 +171,7 @@ class _Work:
                     if not done:
                         discard(self.output, further, seeds)
                 if done:
-                    self.screen.skipped(seeds.name, seeds.table.num_rows)
+                    self.screen.done_before(seeds.name, seeds.table.num_rows)
                 else:
                     yield seeds
         except UserError as error:

@@ -45,7 +45,7 @@ class Started:
 
 
 @dataclass(frozen=True)
-class Progress:
+class Advanced:
     """News of a shard while it is made."""
 
     shard: str
@@ -75,7 +75,7 @@ class Finished:
         return Finished(shard, None, text)
 
 
-Event = Started | Progress | Finished
+Event = Started | Advanced | Finished
 
 
 def load(plan: Plan, steps: tuple[Step, ...]) -> list[Loaded]:
@@ -94,12 +94,12 @@ def make_shard(plan: Plan, seeds: Seeds, output: Output, worker: "Worker", compu
     yield Started(seeds.name, seeds.table.num_rows)
     with ShardWriter(output, seeds.name, plan) as writer:
         writer.add_tombstones(rows.dead)
-        yield Progress(seeds.name, rows.dead.num_rows, 0)
+        yield Advanced(seeds.name, rows.dead.num_rows, 0)
         fetched = output.takedowns.without_contents(worker.fetched(batches))
         for done in compute(regrouped(fetched, size)):
             packed = apply_all(worker.write, done)
             writer.add(packed)
-            yield Progress(seeds.name, packed.alive.num_rows + packed.dead.num_rows, packed.alive.num_rows)
+            yield Advanced(seeds.name, packed.alive.num_rows + packed.dead.num_rows, packed.alive.num_rows)
         yield Finished(seeds.name, writer.publish(seeds.table.num_rows))
 
 
