@@ -14,7 +14,7 @@ from PIL import Image
 from skimage import data as samples
 
 from stages.align import FACE_SIZE, Align
-from stages.pixels.images import decode, decode_jpeg, decode_png
+from stages.pixels.images import decode_jpeg, decode_png, photo
 from stages.runtime import Runtime
 from stages.settings import Settings
 
@@ -90,7 +90,7 @@ def test_real_faces_are_within_a_grey_level_of_insightface(data: Path, labels: l
     for label in (label for label in labels if label["expected"] == "keep"):
         path = data / "photos" / label["file"]
         bgr = cv2.imread(str(path))
-        assert (decode(path.read_bytes())[..., ::-1] == bgr).all()
+        assert (photo(path.name, path.read_bytes())[..., ::-1] == bgr).all()
         for face in app.get(bgr)[:1]:
             row = align(path.read_bytes(), face.kps.tolist())
             assert (decode_png(row["face112"]) == reference(bgr, face.kps, 112)[..., ::-1]).all()

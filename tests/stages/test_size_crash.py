@@ -15,7 +15,7 @@ from stages.size import Size
 
 
 def test_drops_decoder_crash(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_decoders", {})
+    monkeypatch.setattr(decoding, "decoder", decoding.Decoder)
     monkeypatch.setattr(decoding, "COMMAND", ("false",))
     files = []
     for format in ("TIFF", "PNG"):

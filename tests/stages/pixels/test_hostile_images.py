@@ -229,7 +229,7 @@ def outcome(content: bytes) -> str:
 
 
 def seconds() -> float:
-    child = decoding._decoder()._child
+    child = decoding.decoder()._child
     fields = Path(f"/proc/{child._process.pid}/stat").read_text().rpartition(")")[2].split() if child else [0] * 13
     return time.process_time() + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
