@@ -129,10 +129,11 @@ def ours(engine: str, listed: list[str]) -> dict[str, int]:
     from pipeline.dataset.execute.make_shard import FETCH_ROWS, ordered_ahead
     from stages.base import DROP
     from stages.download import Download
+    from stages.runtime import Runtime
     from stages.settings import DownloadSettings, Settings
 
     told = DownloadSettings(engine=engine, allow_loopback=True, retries=0, concurrency=CONCURRENCY, timeout_s=60)
-    stage = Download(Settings(download=told))
+    stage = Download(Settings(download=told), Runtime())
     size = FETCH_ROWS
     batches = (
         pa.table({"url": pa.array(listed[n : n + size]), "image_ref": pa.nulls(len(listed[n : n + size]), pa.string())})

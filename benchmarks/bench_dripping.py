@@ -24,6 +24,7 @@ import bench_download as shared
 from pipeline.dataset.execute.make_shard import FETCH_ROWS, ordered_ahead
 from stages.base import DROP
 from stages.download import Download
+from stages.runtime import Runtime
 from stages.settings import DownloadSettings, Settings
 
 
@@ -39,7 +40,7 @@ def rows(args: argparse.Namespace, port: int, drips: bool) -> list[str]:
 def run(args: argparse.Namespace, port: int, drips: bool) -> tuple[float, dict[str, int]]:
     """Seconds, and outcomes."""
     told = DownloadSettings(allow_loopback=True, timeout_s=args.timeout, concurrency=args.concurrency)
-    stage = Download(Settings(download=told))
+    stage = Download(Settings(download=told), Runtime())
     listed = rows(args, port, drips)
     parts = [listed[start : start + FETCH_ROWS] for start in range(0, len(listed), FETCH_ROWS)]
     tables = (pa.table({"url": pa.array(part), "image_ref": pa.nulls(len(part), pa.string())}) for part in parts)

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from pipeline.dataset.config import load_config
-from pipeline.dataset.execute.make_shard import Finished, Progress
+from pipeline.dataset.execute.make_shard import Advanced, Finished
 from pipeline.dataset.job import executor_of, prepared
 from pipeline.dataset.out.output import Output
 
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace, port: int, server: int, data: Path, sets: list
         with start(job.plan), output.prepared(job.plan):
             watch.start()
             for event in execute(job.plan, job.shards(), output):
-                if isinstance(event, Progress):
+                if isinstance(event, Advanced):
                     rows, kept = rows + event.rows, kept + event.kept
                     if mark is None and rows >= args.warm:
                         mark = (watch.sample(), time.monotonic(), rows)

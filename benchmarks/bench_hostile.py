@@ -26,6 +26,7 @@ from pipeline.dataset.execute.runner import Loaded, apply
 from pipeline.dataset.rows import Rows
 from schemas.columns import LEDGER, SEED, schema
 from stages.download import Download
+from stages.runtime import Runtime
 from stages.settings import DownloadSettings, Settings
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace, ports: dict[str, int]) -> tuple[dict[str, Coun
         concurrency=512,
     )
     per_behaviour = -(-args.rows // len(hostile.BEHAVIOURS))
-    stage = Download(Settings(download=told))
+    stage = Download(Settings(download=told), Runtime())
     step = Loaded(stage, frozenset(LEDGER))
     names = iter(name for name, _ in hostile.rows(per_behaviour, ports))
     verdicts: dict[str, Counter] = defaultdict(Counter)

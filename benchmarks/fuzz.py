@@ -54,7 +54,7 @@ def input_of(name: str, number: int) -> bytes:
 
 def spent_s() -> float:
     """Processor time of this process and of the one that decodes."""
-    child = decoding._decoder()._child
+    child = decoding.decoder()._child
     found = time.process_time()
     if child is not None:
         with contextlib.suppress(OSError):

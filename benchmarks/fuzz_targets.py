@@ -57,7 +57,7 @@ def read_image(data: bytes, folder: Path) -> str:
     headers.check_whole(data, header)
     if header.width * header.height > MOST_PIXELS:
         return "large"
-    images._decode_apart(data)
+    images.PhotoCache(0).get("", data)
     return "ok"
 
 
@@ -92,8 +92,6 @@ def read_ledger(data: bytes, folder: Path) -> str:
 def read_tar(data: bytes, folder: Path) -> str:
     path = folder / "a-00000.tar"
     path.write_bytes(data)
-    for _ in tars.salvage(path):
-        pass
     with contextlib.suppress(CorruptShardError):
         for _ in shards.samples(shards.Shard("x", "a-00000", path, 3), 0, 3, lambda suffix: True):
             pass

@@ -16,12 +16,14 @@ from pipeline.dataset.config import Config, load_config
 from pipeline.dataset.execute.watchdog import is_hanging
 from pipeline.dataset.finished.export_json import LIST, Crop, Form, IdFormat
 from pipeline.dataset.finished.export_json import export_json as write_list
+from pipeline.dataset.finished.forget import Wanted
+from pipeline.dataset.finished.forget import forget as forget_in
 from pipeline.dataset.finished.report import write_report
+from pipeline.dataset.finished.verify import foreign_files
 from pipeline.dataset.finished.verify import verify as verify_output
 from pipeline.dataset.job import Job, make_dataset, prepared
 from pipeline.dataset.out.ledger import funnel, funnel_table
 from pipeline.dataset.out.output import Output
-from pipeline.forget_command import forget
 from pipeline.models import app as models_app
 from pipeline.shared.configfile import key_table
 from pipeline.shared.files import sizes, to_path
@@ -30,7 +32,6 @@ from schemas.names import SAMPLE
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(models_app, name="models")
-app.command()(forget)
 console = Console()
 errors = Console(stderr=True)
 
@@ -121,7 +122,8 @@ def plan(
 def _print_steps(job: Job) -> None:
     table = Table("step", "runs", "reads", "writes", "drops for", title="Steps", title_justify="left")
     for step in job.plan.steps:
-        table.add_row(step.name, step.place, ", ".join(step.reads), ", ".join(step.writes), ", ".join(step.drops))
+        stage = step.stage()
+        table.add_row(stage.name, step.at, *map(", ".join, (stage.reads, stage.writes, stage.drops)))
     console.print(table)
     executor = job.plan.config.executor
     if executor.name == "local":
@@ -164,6 +166,8 @@ def report(folder: Folder = "out") -> None:
 def verify(folder: Folder = "out") -> None:
     """Check manifests, hashes, counts, and that every sample can be decoded."""
     problems = verify_output(to_path(folder))
+    if foreign := foreign_files(to_path(folder)):
+        console.print(f"Not ours, and left alone: {', '.join(foreign)}", highlight=False, markup=False, soft_wrap=True)
     for problem in problems:
         where = f"{problem.file}{f' [{problem.key}]' if problem.key else ''}"
         errors.print(f"{where}: {problem.message}", highlight=False, markup=False, soft_wrap=True)
@@ -171,6 +175,40 @@ def verify(folder: Folder = "out") -> None:
         errors.print(f"{len(problems)} problems found.")
         raise typer.Exit(ExitCode.SHARDS_FAILED)
     console.print(f"{folder}: all shards verify.", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def forget(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="The OUT of a run.")],
+    urls: Annotated[list[str] | None, typer.Option("--url", help="The URL of an image, however it is written.")] = None,
+    domains: Annotated[list[str] | None, typer.Option("--domain", help="A site, and all sites below it.")] = None,
+    contents: Annotated[list[str] | None, typer.Option("--sha256", help="The sha256 of an image file.")] = None,
+    lists: Annotated[
+        list[Path] | None, typer.Option("--list", metavar="FILE", help="A file with a URL, site or sha256 per line.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; write nothing.")] = False,
+) -> None:
+    """Take samples out of DIR, blank their rows, and never fetch them again. Without options: go on where it stopped.
+
+    Options may be given several times. People cannot be searched for by face: a site, URL or file has to be named.
+    """
+    wanted = Wanted(tuple(urls or ()), tuple(domains or ()), tuple(contents or ()))
+    for path in lists or ():
+        wanted += Wanted.listed(path)
+    gone = forget_in(to_path(folder), wanted, dry_run=dry_run)
+    for shard, keys in gone.rows.items() if dry_run else ():
+        for key in keys:
+            console.print(f"{shard}: {key}", highlight=False, markup=False, soft_wrap=True)
+    if gone.rows:
+        sentence = f"{'Would forget' if dry_run else 'Forgotten'}: {gone}."
+    else:
+        later = "would not" if dry_run else "will not"
+        sentence = f"Nothing in the dataset matches; later runs into it {later} fetch it either."
+    console.print(sentence, highlight=False, soft_wrap=True)
+    for trouble in gone.damaged:
+        errors.print(f"error: {trouble}.", highlight=False, markup=False, soft_wrap=True)
+    if gone.damaged:
+        raise typer.Exit(ExitCode.SHARDS_FAILED)
 
 
 @app.command("export-json")

@@ -1,17 +1,53 @@
-"""The pipeline, read top to bottom: the stages in their order."""
+"""The pipeline, read top to bottom: the stages in their order, and where each runs."""
 
-STAGES: dict[str, str] = {
-    "metadata": "stages.metadata:Metadata",  # what the parquet says: size, safety, duplicates; before any download
-    "download": "stages.download:Download",  # bytes from the web, or from an existing download
-    "size": "stages.size:Size",  # header only: format, whole file, both sides at least filter.min_image_px
-    "detect": "stages.detect:Detect",  # measures faces: count, box, five points, scores
-    "filter": "stages.filter:Filter",  # judges the measurements: exactly one face, large enough
-    "align": "stages.align:Align",  # norm_crop to 224 and 112
-    "segment": "stages.segment:Segment",  # face parsing on a wider crop, warped onto the 224 crop
-    "crop": "stages.crop:Crop",  # portrait, half, full
-    "embed_face": "stages.embed_face:EmbedFace",  # normed ArcFace embedding
-    "embed_image": "stages.embed_image:EmbedImage",  # CLIP (or DINOv2) features of the segmented face
-    "encode": "stages.encode:Encode",  # only where asked for: latents and text embeddings, ready for training
-    "pack": "stages.pack:Pack",  # the sample's json
+import pkgutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from stages.base import Stage
+
+Where = Literal["source", "fetch", "models", "images", "write"]
+"""While the part is read; on the shard's worker; in the pool of the face models; in the pool of the large image
+models, which has GPUs of its own; on the shard's worker again."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage's class, as `module:Class`, and where it runs."""
+
+    path: str
+    at: Where
+
+    def stage(self) -> "type[Stage]":
+        """The class, whose module is imported only now."""
+        cls: type[Stage] = pkgutil.resolve_name(self.path)
+        return cls
+
+
+STAGES: dict[str, Step] = {
+    # what the metadata says: size, safety, duplicates; before any download
+    "metadata": Step("stages.metadata:Metadata", at="source"),
+    # bytes from the web, or from an existing download
+    "download": Step("stages.download:Download", at="fetch"),
+    # header only: format, whole file, both sides at least filter.min_image_px
+    "size": Step("stages.size:Size", at="fetch"),
+    # measures faces: count, box, five points, scores
+    "detect": Step("stages.detect:Detect", at="models"),
+    # judges the measurements: exactly one face, large enough
+    "filter": Step("stages.filter:Filter", at="models"),
+    # norm_crop to 224 and 112
+    "align": Step("stages.align:Align", at="models"),
+    # face parsing on a wider crop, warped onto the 224 crop
+    "segment": Step("stages.segment:Segment", at="models"),
+    # portrait, half, full
+    "crop": Step("stages.crop:Crop", at="models"),
+    # normed ArcFace embedding
+    "embed_face": Step("stages.embed_face:EmbedFace", at="models"),
+    # CLIP (or DINOv2) features of the segmented face
+    "embed_image": Step("stages.embed_image:EmbedImage", at="images"),
+    # only where `--with` names them: latents and text embeddings, ready for training
+    "encode": Step("stages.encode:Encode", at="images"),
+    # the sample's json
+    "pack": Step("stages.pack:Pack", at="write"),
 }
-"""Name -> class, resolved lazily with pkgutil.resolve_name."""

@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from schemas.columns import COLUMNS
 from schemas.drops import DropReason
+from stages.runtime import Runtime
 from stages.settings import Settings
 
 DROP = "drop"
@@ -26,7 +27,7 @@ class Stage(Protocol):
     writes: ClassVar[tuple[str, ...]]
     drops: ClassVar[tuple[DropReason, ...]]
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, runtime: Runtime) -> None:
         """Load what the stage needs (models too); runs on the worker, once per process."""
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -51,8 +52,7 @@ class RowStage:
     writes: ClassVar[tuple[str, ...]]
     drops: ClassVar[tuple[DropReason, ...]] = ()
 
-    def __init__(self, settings: Settings) -> None:
-        """Keep the settings."""
+    def __init__(self, settings: Settings, runtime: Runtime) -> None:
         self.settings = settings
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:

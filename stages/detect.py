@@ -10,6 +10,7 @@ from schemas.drops import DropReason
 from stages.base import RowStage
 from stages.models.backends import Detector, Faces, Floats, backend
 from stages.pixels.images import photo
+from stages.runtime import Runtime
 from stages.settings import Settings
 
 _SAME_FACE_IOU = 0.3
@@ -27,10 +28,11 @@ class Detect(RowStage):
         DropReason.DECODER_CRASH,
     )
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, runtime: Runtime) -> None:
         """Load the detector."""
-        super().__init__(settings)
-        self._detector: Detector = backend("detector", settings.models.detector)(settings.models)
+        super().__init__(settings, runtime)
+        make = backend("detector", settings.models.detector)
+        self._detector: Detector = make(settings.models, runtime.device)
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Measure one photo."""

@@ -12,6 +12,7 @@ from schemas.drops import DropReason
 from stages.base import DROP, Dropped, to_table
 from stages.fetch import ENGINES, tar
 from stages.fetch.base import Engine, Outcome
+from stages.runtime import Runtime
 from stages.settings import Settings
 
 _MOST_CHUNK = np.iinfo(np.int32).max
@@ -51,10 +52,10 @@ class Download:
         DropReason.NOT_AN_IMAGE,
     )
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, runtime: Runtime) -> None:
         """Start the engine that `settings.download.engine` names."""
         self._settings = settings
-        self._engine: Engine = pkgutil.resolve_name(ENGINES[settings.download.engine])(settings)
+        self._engine: Engine = pkgutil.resolve_name(ENGINES[settings.download.engine])(settings, runtime)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Fetch all rows, as many at a time as the settings allow."""

@@ -10,6 +10,7 @@ from schemas.shard import encode_npy
 from stages.base import DROP, to_table
 from stages.models.backends import FaceEmbedder, Floats, backend
 from stages.pixels.images import decode_png
+from stages.runtime import Runtime
 from stages.settings import Settings
 
 
@@ -21,10 +22,11 @@ class EmbedFace:
     writes: ClassVar[tuple[str, ...]] = ("arcface", "embedding_norm")
     drops: ClassVar[tuple[DropReason, ...]] = (DropReason.BAD_EMBEDDING,)
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, runtime: Runtime) -> None:
         """Load the face embedder."""
         self._kept = settings.pack.embeddings
-        self._embedder: FaceEmbedder = backend("face_embedder", settings.models.face_embedder)(settings.models)
+        make = backend("face_embedder", settings.models.face_embedder)
+        self._embedder: FaceEmbedder = make(settings.models, runtime.device)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Embed all rows; a backend may take them as one batch. A vector that is not to be kept goes no further."""

@@ -15,6 +15,7 @@ from stages.base import to_table
 from stages.models.backends import Image, ImageEmbedder, backend
 from stages.pixels.geometry import foreground
 from stages.pixels.images import decode_jpeg, decode_png
+from stages.runtime import Runtime
 from stages.settings import Settings
 
 
@@ -36,12 +37,13 @@ class EmbedImage:
     )
     drops: ClassVar[tuple[DropReason, ...]] = ()
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, runtime: Runtime) -> None:
         """Load the image embedder."""
-        self._settings = settings
+        self._settings, self._device = settings, runtime.device
         self._embedder: ImageEmbedder | None = None
         if settings.pack.embeddings:
-            self._embedder = backend("image_embedder", settings.models.image_embedder)(settings.models)
+            make = backend("image_embedder", settings.models.image_embedder)
+            self._embedder = make(settings.models, runtime.device)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Embed all rows; columns that the backend does not give stay null."""
@@ -49,7 +51,7 @@ class EmbedImage:
             return to_table([{}] * table.num_rows, self.writes, self.drops)
         images = [self._segmented(row) for row in table.to_pylist()]
         # On a CPU a batch gains nothing, and its sums may depend on its size; on a GPU it gains 3 to 10 times.
-        step = max(1, len(images)) if self._settings.models.device == "cuda" else 1
+        step = max(1, len(images)) if self._device == "cuda" else 1
         batches = [np.stack(images[start : start + step]) for start in range(0, len(images), step)]
         rows = [row for batch in batches for row in self._rows(self._embedder, batch)]
         return to_table(rows, self.writes, self.drops)

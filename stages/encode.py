@@ -12,13 +12,15 @@ import pyarrow as pa
 
 from schemas.buckets import Fit, Size, buckets, fit_around, nearest
 from schemas.drops import DropReason
+from schemas.errors import PlanError
 from schemas.shard import encode_npy
 from schemas.targets import Targets
 from stages.base import to_table
 from stages.models.backends import Image
 from stages.models.encoders import TextEncoder, Vae
 from stages.pixels.images import decode_jpeg
-from stages.settings import EncoderSource, Settings
+from stages.runtime import EncoderSource, Runtime
+from stages.settings import Settings
 
 _CROPS = ("portrait", "half", "full")
 
@@ -38,17 +40,21 @@ class Encode:
     )
     drops: ClassVar[tuple[DropReason, ...]] = ()
 
-    def __init__(self, settings: Settings) -> None:
-        """Load the encoders that are asked for."""
-        self._told = told = settings.encode
-        self._sizes = buckets(told.resolution)
-        self._vae = Vae(told.found, settings.models) if told.latents else None
-        self._text = TextEncoder(told.found, settings.models) if told.text else None
+    def __init__(self, settings: Settings, runtime: Runtime) -> None:
+        """Load the encoders that `settings.encode` asks for, from where the run says that they are."""
+        encode, source = settings.encode, runtime.encoders
+        if encode.encodes and source is None:
+            raise PlanError("encode needs the encoders of a base: make_plan finds them, and adds them to the runtime.")
+        self._source = source
+        self._resolution = encode.resolution
+        self._sizes = buckets(encode.resolution)
+        self._vae = Vae(source, runtime.device) if source and encode.latents else None
+        self._text = TextEncoder(source, runtime.device) if source and encode.text else None
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Encode all rows, one after the other; all columns are null where nothing was asked for."""
-        asked = self._told.encodes
-        rows = [self._row(record, self._told.found) for record in table.to_pylist()] if asked else [{}] * len(table)
+        source = self._source
+        rows = [self._row(record, source) for record in table.to_pylist()] if source else [{}] * len(table)
         return to_table(rows, self.writes, self.drops)
 
     def _row(self, record: Mapping[str, Any], source: EncoderSource) -> dict[str, Any]:
@@ -63,7 +69,7 @@ class Encode:
         if self._text is not None:
             columns |= {name: encode_npy(array) for name, array in self._text.encode(record["text"] or "").items()}
         targets = Targets(
-            source.name, source.kind, source.vae_sha256, source.text_sha256, self._told.resolution, latents=cuts
+            source.name, source.kind, source.vae_sha256, source.text_sha256, self._resolution, latents=cuts
         )
         return {**columns, "targets": targets.to_json()}
 

@@ -12,6 +12,7 @@ from schemas.columns import COLUMNS
 from schemas.drops import DropReason
 from schemas.urls import identity
 from stages.base import DROP
+from stages.runtime import Runtime
 from stages.settings import Settings
 
 _PORT = r"[0-9]{0,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
@@ -43,8 +44,7 @@ class Metadata:
         DropReason.DUPLICATE_URL,
     )
 
-    def __init__(self, settings: Settings) -> None:
-        """Keep the thresholds, and start with no URL seen."""
+    def __init__(self, settings: Settings, runtime: Runtime) -> None:
         self.settings = settings
         self._tags = pa.array([tag.strip().upper() for tag in settings.metadata.nsfw_tags], pa.string())
         self._seen = SeenUrls()

@@ -12,6 +12,7 @@ from stages.base import Dropped, RowStage
 from stages.models.backends import Image, Segmenter, backend
 from stages.pixels.geometry import ffhq_crop, ffhq_matrix, inside_photo, transform_points, warp_labels
 from stages.pixels.images import encode_png, photo
+from stages.runtime import Runtime
 from stages.settings import Settings
 
 
@@ -23,10 +24,11 @@ class Segment(RowStage):
     writes: ClassVar[tuple[str, ...]] = ("mask", "mask_share")
     drops: ClassVar[tuple[DropReason, ...]] = (DropReason.EMPTY_MASK,)
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, runtime: Runtime) -> None:
         """Load the segmenter."""
-        super().__init__(settings)
-        self._segmenter: Segmenter = backend("segmenter", settings.models.segmenter)(settings.models)
+        super().__init__(settings, runtime)
+        make = backend("segmenter", settings.models.segmenter)
+        self._segmenter: Segmenter = make(settings.models, runtime.device)
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Label one face."""

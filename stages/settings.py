@@ -1,16 +1,10 @@
-"""What a stage may be told: one frozen section per topic. The run's config (pipeline.dataset.config) extends this."""
+"""The settings of the stages, a section per topic. The run's config (pipeline.dataset.config) extends them."""
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from schemas.errors import ConfigError
-
-
-class Section(BaseModel):
-    """A frozen group of settings; an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+from schemas.section import Section
 
 
 class MetadataSettings(Section):
@@ -57,10 +51,6 @@ class DownloadSettings(Section):
     """Lists of what must not be used: text, CSV or parquet files of URLs and of files' sha256.
 
     The next run takes it out of finished shards too."""
-    refusals: str = ""
-    """File in which the processes of a run share what was refused, so that none asks again; set by the run itself."""
-    sample_port: int | None = None
-    """Port of the bundled sample's loopback server; set by the run itself."""
 
 
 class FilterSettings(Section):
@@ -147,29 +137,12 @@ class ModelSettings(Section):
     """Side of the square that the detector sees, pixels."""
     det_thresh: float = Field(0.5, gt=0, lt=1)
     """Smallest detector score of a face."""
-    paths: dict[str, str] = {}
+    paths: dict[str, str] = Field(default_factory=dict)
     """Weight name -> file or folder, looked at before all else, such as {yunet = "/models/yunet.onnx"}."""
     accept_noncommercial: bool = False
     """Needed once for weights whose licence forbids commercial use; the licence is stamped into every manifest."""
     allow_download: bool = False
     """Fetch missing weights during a run; otherwise only `models fetch` does."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Set by the plan: cuda when executor.gpus > 0."""
-
-
-class EncoderSource(Section):
-    """The encoders of a base, as they were found."""
-
-    name: str
-    """The base's name, for people."""
-    folder: str
-    """Its diffusers folder."""
-    kind: Literal["sd15", "sdxl"]
-    """Which pipeline the base belongs to."""
-    vae_sha256: str
-    """Of the VAE's weights."""
-    text_sha256: str
-    """Of the text encoder's weights; both, joined by `+`, where there are two."""
 
 
 class EncodeSettings(Section):
@@ -185,24 +158,15 @@ class EncodeSettings(Section):
     """Whose encoders: sd15, sdxl, tiny, tiny-sdxl, or a diffusers folder."""
     resolution: int = Field(512, ge=64, multiple_of=8)
     """Side of a square picture before the VAE, pixels; other sizes have about its area. At most crop.size."""
-    source: EncoderSource | None = None
-    """Where the base's encoders lie; set by the run itself."""
 
     @property
     def encodes(self) -> bool:
         """Whether encoders of a base are needed."""
         return self.latents or self.text
 
-    @property
-    def found(self) -> EncoderSource:
-        """Where the base's encoders lie, once the run has found them."""
-        if self.source is None:
-            raise ConfigError("encode.base was not looked up: stages get their settings from a plan.")
-        return self.source
-
 
 class Settings(Section):
-    """All that stages are told."""
+    """The settings of all stages."""
 
     metadata: MetadataSettings = MetadataSettings()
     download: DownloadSettings = DownloadSettings()

@@ -20,6 +20,7 @@ from schemas.names import sample_key
 from schemas.shard import encode_npy
 from stages.pack import Pack
 from stages.pixels.images import encode_jpeg, encode_png
+from stages.runtime import Runtime
 from stages.settings import Settings
 
 BBOX, KPS = (
@@ -96,7 +97,7 @@ def record(part: str, row: int, **changes: Any) -> dict[str, Any]:
     }
     table = pa.Table.from_pylist([known], schema=schema(tuple(name for name in PAYLOAD if name in known)))
     read = {name: table[name][0].as_py() if name in table.column_names else None for name in Pack.reads}
-    packed = Pack(Settings()).row(read)
+    packed = Pack(Settings(), Runtime()).row(read)
     return {**known, **packed, **{name: value for name, value in changes.items() if name == "json"}}
 
 

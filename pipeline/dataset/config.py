@@ -11,7 +11,8 @@ from pipeline.dataset.source.parts import SourceSettings
 from pipeline.shared.configfile import explain, merge, told
 from schemas.errors import ConfigError
 from schemas.names import SAMPLE
-from stages.settings import Section, Settings
+from schemas.section import Section
+from stages.settings import Settings
 
 Profile = Literal["embedded", "insightface", "permissive"]
 
@@ -127,10 +128,9 @@ def _words(extras: str) -> list[str]:
 
 
 def _settle(config: Config, shards: str) -> Config:
-    """Fill what follows from other fields: the executor's name, and the device of the models."""
+    """Fill in the executor's name, where it follows from SHARDS."""
     name = config.executor.name
     if name == "auto":
         name = "local" if shards == SAMPLE else "ray"
     executor = config.executor.model_copy(update={"name": name})
-    models = config.models.model_copy(update={"device": "cuda" if executor.gpus else "cpu"})
-    return config.model_copy(update={"executor": executor, "models": models})
+    return config.model_copy(update={"executor": executor})

@@ -3,7 +3,7 @@
 import os
 import secrets
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -16,7 +16,7 @@ from rich.console import Console
 from pipeline.dataset.config import Config
 from pipeline.dataset.execute import local
 from pipeline.dataset.execute.make_shard import Event, Finished
-from pipeline.dataset.execute.progress import Screen
+from pipeline.dataset.execute.progress import RunScreen
 from pipeline.dataset.execute.runner import judge_seeds
 from pipeline.dataset.finished.forget import take_down_listed
 from pipeline.dataset.finished.report import write_report
@@ -33,6 +33,7 @@ from pipeline.shared import files as storage
 from pipeline.shared.files import AnyPath, RemotePath
 from schemas.errors import ExitCode, LostError, OutputError, UserError
 from schemas.names import SAMPLE, shard_origin, split_spec
+from stages.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Job:
 
     def shards(self) -> Iterator[Seeds]:
         """Seed rows of every shard, part after part."""
-        metadata = self.plan.steps[0].stage_class()
+        metadata = self.plan.steps[0].stage()
         for part in self.parts:
-            stage = metadata(self.plan.config)  # one per part: it remembers the URLs that it has seen
+            stage = metadata(self.plan.config, self.plan.runtime)  # one per part: it remembers the URLs before
             yield from iter_shards(part, self.plan.config.source, partial(judge_seeds, stage))
 
 
@@ -63,40 +64,19 @@ def prepared(spec: str, config: Config) -> Iterator[Job]:
     Raises:
         UserError: for anything that the call, the config or the machine lacks; nothing was written.
     """
-    words = split_spec(spec)
-    with (
-        _sample(config) if SAMPLE in words else nullcontext((config, Path())) as (config, sample),
-        _shared_refusals(config) as config,
-    ):
-        parts = find_parts(spec_with(words, sample), config.source)
-        yield Job(make_plan(config), tuple(parts))
-
-
-@contextmanager
-def _shared_refusals(config: Config) -> Iterator[Config]:
-    """A file without a name, in which the processes of this machine share what was refused."""
-    if config.executor.ray_address or config.download.refusals:
-        yield config
-        return
-    with TemporaryFile() as file:
-        path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
-        download = config.download.model_copy(update={"refusals": path})
-        yield config.model_copy(update={"download": download})
-
-
-def spec_with(words: list[str], sample: Path) -> str:
-    """SHARDS with the word `sample` replaced by the path of its written metadata."""
-    return ",".join(str(sample) if word == SAMPLE else word for word in words)
-
-
-@contextmanager
-def _sample(config: Config) -> Iterator[tuple[Config, Path]]:
-    """The bundled part, written to a temporary folder and served on loopback."""
-    with TemporaryDirectory(prefix="faceshards-sample-") as folder:
-        path = write_sample(Path(folder))
-        with SampleServer(Path(folder)) as server:
-            download = config.download.model_copy(update={"sample_port": server.port})
-            yield config.model_copy(update={"download": download}), path
+    words, runtime = split_spec(spec), Runtime()
+    with ExitStack() as stack:
+        if SAMPLE in words:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="faceshards-sample-")))
+            metadata = str(write_sample(folder))
+            words = [metadata if word == SAMPLE else word for word in words]
+            runtime = replace(runtime, sample_port=stack.enter_context(SampleServer(folder)).port)
+        if not config.executor.ray_address:
+            # A file without a name, in which the processes of this machine share what was refused.
+            file = stack.enter_context(TemporaryFile())
+            runtime = replace(runtime, refusals=f"/proc/{os.getpid()}/fd/{file.fileno()}")
+        parts = find_parts(",".join(words), config.source)
+        yield Job(make_plan(config, runtime), tuple(parts))
 
 
 def make_dataset(job: Job, out: AnyPath, console: Console, *, replan: bool = False, retry: bool = False) -> ExitCode:
@@ -116,7 +96,7 @@ def make_dataset(job: Job, out: AnyPath, console: Console, *, replan: bool = Fal
         gone = take_down_listed(output)
         if gone.rows:
             console.print(f"Lists of download.removed: taken out of what is done: {gone}.", highlight=False)
-        work = _Work(output, job.plan, execute, Screen(console, job.rows))
+        work = _Work(output, job.plan, execute, RunScreen(console, job.rows))
         with work.screen:
             work.make(work.pending(job.shards(), further=_further(out)))
         if retry and work.failed:
@@ -158,7 +138,7 @@ class _Work:
     output: Output
     plan: Plan
     execute: "Execute"
-    screen: Screen
+    screen: RunScreen
     failed: list[str] = field(default_factory=list)
     """Names of the shards that failed."""
 
@@ -191,7 +171,7 @@ class _Work:
                     if not done:
                         discard(self.output, further, seeds)
                 if done:
-                    self.screen.skipped(seeds.name, seeds.table.num_rows)
+                    self.screen.done_before(seeds.name, seeds.table.num_rows)
                 else:
                     yield seeds
         except UserError as error:

@@ -1,55 +1,26 @@
 """The plan: which steps run, where, with which models; proved before anything starts."""
 
-import pkgutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.dataset.config import EXTRAS, Config
-from pipeline.dataset.encoders import with_encoders
+from pipeline.shared.bases import find_base
 from schemas.columns import COLUMNS, LEDGER, SEED
 from schemas.digest import sha256_of_json
 from schemas.errors import PlanError
 from schemas.record import SCHEMA_VERSION
 from schemas.shard import SUFFIXES
-from stages import STAGES
+from schemas.targets import text_sha256, vae_sha256
+from stages import STAGES, Step, Where
 from stages.base import Stage
 from stages.encode import Encode
 from stages.models.backends import ModelCard, backends
 from stages.models.weights import known, require_licences
-from stages.settings import EncodeSettings
+from stages.runtime import EncoderSource, Runtime
 
-Place = Literal["source", "fetch", "models", "images", "write"]
-"""Where a step runs: while the part is read; on the shard's worker; in a model pool; on the shard's worker again."""
-
-_PLACES: dict[str, Place] = {
-    "metadata": "source",
-    "download": "fetch",
-    "size": "fetch",
-    "embed_image": "images",
-    "encode": "images",
-    "pack": "write",
-}
 _RUNNER_COLUMNS = {"verdict", "stage"}
-
-
-@dataclass(frozen=True)
-class Step:
-    """One stage in its place."""
-
-    name: str
-    path: str
-    """`module:Class`."""
-    place: Place
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
-    drops: tuple[str, ...]
-
-    def stage_class(self) -> type[Stage]:
-        """The stage's class."""
-        cls: type[Stage] = pkgutil.resolve_name(self.path)
-        return cls
 
 
 @dataclass(frozen=True)
@@ -70,23 +41,24 @@ class Plan:
     """Proved steps and verified models under one config."""
 
     config: Config
+    runtime: Runtime
     steps: tuple[Step, ...]
     cards: tuple[ModelCard, ...]
 
-    def at(self, *places: Place) -> tuple[Step, ...]:
-        """The steps that run at these places, in order."""
-        return tuple(step for step in self.steps if step.place in places)
+    def at(self, *where: Where) -> tuple[Step, ...]:
+        """The steps that run there, in order."""
+        return tuple(step for step in self.steps if step.at in where)
 
     def keep_after(self, step: Step) -> frozenset[str]:
         """Columns that must survive `step`: those that a later step reads, a ledger keeps, or a sample holds."""
         later = self.steps[self.steps.index(step) + 1 :]
-        read = {name for other in later for name in other.reads}
+        read = {name for other in later for name in other.stage().reads}
         return frozenset(read | set(LEDGER) | set(SUFFIXES.values()))
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """Every reason that some step declares, in the order of the steps."""
-        return tuple(dict.fromkeys(str(reason) for step in self.steps for reason in step.drops))
+        return tuple(dict.fromkeys(str(reason) for step in self.steps for reason in step.stage().drops))
 
     def pools(self) -> tuple[Pool, ...]:
         """The model pools: one without a GPU; with GPUs the image embedder has a pool of its own."""
@@ -104,19 +76,25 @@ class Plan:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """All that decides the bytes of a shard, JSON-able; two runs with equal identities may share an OUT."""
-        config = self.config
+        config, encoders = self.config, self.runtime.encoders
+        # Which files the models are is said by their hashes, and whether they may be used changes no byte.
         models = config.models.model_dump(
             mode="json", exclude={"paths", "accept_noncommercial", "allow_download", "pack"}
         )
-        encode = _asked(config.encode)
+        encode: dict[str, Any] = {name: True for name in EXTRAS if getattr(config.encode, name)}
+        if config.encode.latents:
+            encode["resolution"] = config.encode.resolution
+        if encoders is not None:
+            encode["source"] = {name: value for name, value in asdict(encoders).items() if name != "folder"}
+        stages = [step.stage().name for step in self.steps]
         return {
             "schema_version": SCHEMA_VERSION,
             "profile": config.profile,
             "rows_per_shard": config.source.rows_per_shard,
-            "stages": [step.name for step in self.steps if config.encode.encodes or step.name != Encode.name],
+            "stages": [name for name in stages if encoders is not None or name != Encode.name],
             "settings": {
                 **config.model_dump(mode="json", include={"metadata", "filter", "segment", "crop"}),
-                "models": models,
+                "models": {**models, "device": self.runtime.device},
                 **({"encode": encode} if encode else {}),
                 **({} if config.pack.embeddings else {"pack": {"embeddings": False}}),
             },
@@ -137,55 +115,56 @@ class Plan:
         return sha256_of_json(self.identity)
 
 
-def _asked(encode: EncodeSettings) -> dict[str, Any]:
-    """What is asked of `encode`, and by which encoders; empty where it changes no byte of a shard."""
-    asked: dict[str, Any] = {name: True for name in EXTRAS if getattr(encode, name)}
-    if encode.latents:
-        asked["resolution"] = encode.resolution
-    if encode.source is not None:
-        asked["source"] = encode.source.model_dump(mode="json", exclude={"folder"})
-    return asked
-
-
-def make_plan(config: Config) -> Plan:
+def make_plan(config: Config, runtime: Runtime | None = None) -> Plan:
     """Resolve the steps, prove that they fit together, and verify models and licences, without loading any.
+
+    `runtime` is completed by what follows from the config: the device, and where the encoders of `encode.base` are.
 
     Raises:
         PlanError: when a step reads what nothing before it writes, or writes an unknown column.
         ConfigError: for an unknown backend.
-        WeightsError: when a weight is missing or wrong, or its licence is not accepted.
+        WeightsError: when a weight or base is missing or wrong, or its licence is not accepted.
     """
-    config, encoders = with_encoders(config)
-    steps = tuple(_step(name, path) for name, path in STAGES.items())
-    prove(steps)
+    steps = tuple(STAGES.values())
+    prove([step.stage() for step in steps])
     for name in config.models.paths:
         known(name, config.models)
     cards = [card for cls in backends(config) for card in cls.cards(config.models)]
-    cards += encoders
+    runtime = replace(runtime or Runtime(), device="cuda" if config.executor.gpus else "cpu")
+    if config.encode.encodes:
+        encoders, licence = _find_encoders(config.encode.base)
+        runtime = replace(runtime, encoders=encoders)
+        hashes = [("vae", encoders.vae_sha256)] if config.encode.latents else []
+        if config.encode.text:
+            hashes += zip(("text_encoder", "text_encoder_2"), encoders.text_sha256.split("+"), strict=False)
+        cards += [ModelCard(f"{encoders.name}/{part}", "encoder", sha256, licence, True) for part, sha256 in hashes]
     require_licences(cards, config.models)
-    return Plan(config, steps, tuple(cards))
+    return Plan(config, runtime, steps, tuple(cards))
 
 
-def _step(name: str, path: str) -> Step:
-    cls: type[Stage] = pkgutil.resolve_name(path)
-    return Step(name, path, _PLACES.get(name, "models"), cls.reads, cls.writes, tuple(map(str, cls.drops)))
+def _find_encoders(base: str) -> tuple[EncoderSource, str]:
+    """The encoders of a base, by its name or folder, and their licence."""
+    found = find_base(base)
+    folder = found.folder
+    source = EncoderSource(found.name, str(folder.resolve()), found.kind, vae_sha256(folder), text_sha256(folder))
+    return source, found.licence
 
 
-def prove(steps: Iterable[Step]) -> None:
-    """Check that each step finds what it reads, and that all columns of ledger and samples get written.
+def prove(stages: Iterable[type[Stage]]) -> None:
+    """Check that each stage gets what it reads, and that all columns of ledger and samples get written.
 
     Raises:
-        PlanError: names the step and the column.
+        PlanError: names the stage and the column.
     """
     available = set(SEED)
-    for step in steps:
-        for name in step.reads:
+    for stage in stages:
+        for name in stage.reads:
             if name not in available:
-                raise PlanError(f"Stage {step.name} reads {name!r}, which no earlier stage writes.")
-        for name in step.writes:
+                raise PlanError(f"Stage {stage.name} reads {name!r}, which no earlier stage writes.")
+        for name in stage.writes:
             if name not in COLUMNS:
-                raise PlanError(f"Stage {step.name} writes {name!r}, which schemas/columns.py does not define.")
-        available.update(step.writes)
+                raise PlanError(f"Stage {stage.name} writes {name!r}, which schemas/columns.py does not define.")
+        available.update(stage.writes)
     missing = ({*LEDGER, *SUFFIXES.values()} - _RUNNER_COLUMNS) - available
     if missing:
         raise PlanError(f"No stage writes the columns {sorted(missing)}.")

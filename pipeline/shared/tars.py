@@ -1,15 +1,13 @@
-"""Webdataset tars, read: their members, their samples, and of damaged ones what is left.
+"""Webdataset tars, read: their members, and their samples.
 
 A sample is the files of one key, which lie together: `<key>.<suffix>`, split at the first dot as webdataset does.
 Headers may claim anything: no more memory is taken than there are bytes.
 """
 
 import os
-import re
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import groupby
 from typing import IO, NamedTuple, cast
 
 from pipeline.shared.files import AnyPath
@@ -163,52 +161,3 @@ class _Bounded:
             if size > left:
                 raise EOFError("unexpected end of data")
         return self._stream.read(size)
-
-
-class Remains(NamedTuple):
-    """The files of one key that lie together in a damaged tar."""
-
-    key: str
-    files: dict[str, bytes]
-    clean: bool
-    """Whether nothing but zeros fills their last blocks."""
-
-
-class _Member(NamedTuple):
-    name: str
-    data: bytes
-    clean: bool
-
-
-def salvage(tar: AnyPath) -> Iterator[Remains]:
-    """Whatever files lie in a tar whose bytes were changed; a file whose header is damaged is passed over.
-
-    Raises:
-        OSError: when it cannot be read.
-    """
-    with tar.open("rb") as stream:
-        for key, group in groupby(_salvaged(stream), lambda member: member.name.partition(".")[0]):
-            left = list(group)
-            files = {member.name.partition(".")[2]: member.data for member in left}
-            yield Remains(key, files, all(member.clean for member in left))
-
-
-def _salvaged(stream: IO[bytes]) -> Iterator[_Member]:
-    """Each file whose header is whole; between two of them, block after block is tried."""
-    name, clean = "", True
-    whole = stream.seek(0, os.SEEK_END)
-    stream.seek(0)
-    while len(block := stream.read(tarfile.BLOCKSIZE)) == tarfile.BLOCKSIZE:
-        try:
-            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except tarfile.HeaderError:
-            continue
-        data = stream.read(min(max(info.size, 0), whole - stream.tell()))
-        padding = bytes(-len(data) % tarfile.BLOCKSIZE)
-        clean = stream.read(len(padding)) == padding and len(data) == info.size and clean
-        if info.type == tarfile.XHDTYPE:  # it holds the next file's name, where that is a long one
-            match = re.search(rb"\d+ path=([^\n]*)\n", data)
-            name = match[1].decode("utf-8", "surrogateescape") if match else ""
-            continue
-        yield _Member(name or info.name, data, clean)
-        name, clean = "", True

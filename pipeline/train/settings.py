@@ -4,20 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pipeline.shared.configfile import explain, merge, told
 from schemas.errors import ConfigError
+from schemas.section import Section
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
 Preset = Literal["tiny", "sd15", "sdxl-512", "sdxl-1024"]
 ImageEncoder = Literal["clip-vit-h", "dinov2"]
-
-
-class Section(BaseModel):
-    """A frozen group of settings; an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class CropWeights(Section):

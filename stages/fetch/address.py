@@ -61,10 +61,10 @@ def redirected(url: Url, location: str | None, hops: int, settings: DownloadSett
 class Guard:
     """Says which addresses may be connected to, and where the bundled sample is."""
 
-    def __init__(self, settings: DownloadSettings) -> None:
-        """Keep what is allowed beyond the public internet."""
+    def __init__(self, settings: DownloadSettings, sample_port: int | None) -> None:
+        """Beyond the public internet, settings may allow loopback, and the sample's server has a port there."""
         self._loopback = settings.allow_loopback
-        self._sample_port = settings.sample_port
+        self._sample_port = sample_port
 
     def route(self, url: Url) -> Url:
         """Where to connect for a URL: itself, or the loopback server of the bundled sample.

@@ -9,6 +9,7 @@ from typing import Protocol
 from schemas.drops import DropReason
 from stages.base import Dropped
 from stages.fetch import robots_tag
+from stages.runtime import Runtime
 from stages.settings import DownloadSettings, Settings
 
 Outcome = bytes | bytearray | Dropped
@@ -46,7 +47,7 @@ _REASONS = {
 class Engine(Protocol):
     """Fetches image files; may be called from several threads at once."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, runtime: Runtime) -> None:
         """Make what is shared by all calls (a session, a thread pool)."""
 
     def fetch(self, urls: Sequence[str | None]) -> list[Outcome]:

@@ -20,13 +20,14 @@ from urllib.request import Request
 from schemas.drops import DropReason
 from stages.base import Dropped
 from stages.fetch import address, robots_tag
-from stages.fetch.address import Url
+from stages.fetch.address import Guard, Url
 from stages.fetch.base import Outcome, bare, wait_s
 from stages.fetch.manners.hosts import Hosts
 from stages.fetch.manners.refusals import Refusals
 from stages.fetch.manners.robots_opened import Robots
 from stages.fetch.named import Named
 from stages.fetch.opener import Opener
+from stages.runtime import Runtime
 from stages.settings import Settings
 
 _OPTED_OUT = "Use of image disallowed by X-Robots-Tag directive"
@@ -36,15 +37,16 @@ _TOKEN = "faceshards"  # noqa: S105 (a product name)
 class Img2dataset:
     """Fetches with img2dataset; `fetch` may be called from several threads at once."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, runtime: Runtime) -> None:
         """Import img2dataset and start the pool."""
         self._settings = settings
+        self._guard = Guard(settings.download, runtime.sample_port)
         self._downloader = _import()
         self._pool = ThreadPoolExecutor(settings.download.concurrency, thread_name_prefix="faceshards-img2dataset")
         self._turns = Named[BoundedSemaphore](lambda: BoundedSemaphore(settings.download.per_host))
         self._hosts = Hosts(settings.download)
-        self._refusals = Refusals(settings.download.refusals)
-        self._robots = Robots(settings)
+        self._refusals = Refusals(runtime.refusals)
+        self._robots = Robots(settings, self._guard)
 
     def fetch(self, urls: Sequence[str | None]) -> list[Outcome]:
         """The outcome of each URL, in their order."""
@@ -94,7 +96,7 @@ class Img2dataset:
         raise AssertionError("count() does not end")
 
     def _attempt(self, url: Url, way: list[Url], deadline: float) -> bytes:
-        opener = Opener(self._settings, deadline, self._hop)
+        opener = Opener(self._settings, self._guard, deadline, self._hop)
         try:
             return self._opened(url, opener)
         finally:

@@ -8,7 +8,7 @@ from itertools import count
 from schemas.drops import DropReason
 from stages.base import Dropped
 from stages.fetch import address
-from stages.fetch.address import Url
+from stages.fetch.address import Guard, Url
 from stages.fetch.base import Outcome, bare, check_head, wait_s
 from stages.fetch.body import Body
 from stages.fetch.http.client import Client
@@ -17,6 +17,7 @@ from stages.fetch.manners.hosts import Hosts
 from stages.fetch.manners.refusals import Refusals
 from stages.fetch.manners.robots_asked import Robots
 from stages.fetch.named import Named
+from stages.runtime import Runtime
 from stages.settings import Settings
 
 _RESOLVERS = 64
@@ -25,11 +26,11 @@ _RESOLVERS = 64
 class Native:
     """Fetches on a loop of its own; `fetch` may be called from several threads at once."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, runtime: Runtime) -> None:
         """Start the loop."""
-        self._refusals = Refusals(settings.download.refusals)
+        self._refusals = Refusals(runtime.refusals)
         self._loop = LoopThread(min(_RESOLVERS, settings.download.concurrency))
-        self._fetcher = self._loop.run(_made(settings, self._refusals))
+        self._fetcher = self._loop.run(_made(settings, runtime, self._refusals))
         self._finalizer = weakref.finalize(self, _close, self._loop, self._fetcher, self._refusals)
 
     def fetch(self, urls: Sequence[str | None]) -> list[Outcome]:
@@ -42,8 +43,8 @@ class Native:
         self._finalizer()
 
 
-async def _made(settings: Settings, refusals: Refusals) -> "_Fetcher":
-    return _Fetcher(settings, refusals)
+async def _made(settings: Settings, runtime: Runtime, refusals: Refusals) -> "_Fetcher":
+    return _Fetcher(settings, runtime, refusals)
 
 
 def _close(loop: LoopThread, fetcher: "_Fetcher", refusals: Refusals) -> None:
@@ -55,7 +56,7 @@ def _close(loop: LoopThread, fetcher: "_Fetcher", refusals: Refusals) -> None:
 class _Fetcher:
     """The way of each URL from its text to its outcome. Made and used on the loop."""
 
-    def __init__(self, settings: Settings, refusals: Refusals) -> None:
+    def __init__(self, settings: Settings, runtime: Runtime, refusals: Refusals) -> None:
         self._settings = settings
         self._told = settings.download
         self._refusals = refusals
@@ -63,7 +64,7 @@ class _Fetcher:
         # At most `per_host` at a time per host, so that one slow host cannot hold all.
         self._turns = Named[asyncio.Semaphore](lambda: asyncio.Semaphore(self._told.per_host))
         self._all_turns = asyncio.Semaphore(self._told.concurrency)
-        self._client = Client(self._told)
+        self._client = Client(self._told, Guard(self._told, runtime.sample_port))
         self._robots = Robots(self._client, self._told)
 
     async def close(self) -> None:

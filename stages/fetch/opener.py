@@ -35,14 +35,16 @@ _REASONS: tuple[tuple[type[Exception], DropReason], ...] = (
 class Opener:
     """Opens one URL. What it raises is kept in `failure`, for callers that see no more of it than its text."""
 
-    def __init__(self, settings: Settings, deadline: float, may_ask: Callable[[Url], None] | None = None) -> None:
+    def __init__(
+        self, settings: Settings, guard: Guard, deadline: float, may_ask: Callable[[Url], None] | None = None
+    ) -> None:
         """Remember when all must be done, on the clock of `time.monotonic`.
 
         `may_ask` is called with each URL of a redirect, and raises `Dropped` when it must not be asked for.
         """
         self._settings = settings
         self._told = settings.download
-        self._guard = Guard(self._told)
+        self._guard = guard
         self._deadline = deadline
         self._may_ask = may_ask
         self.failure: Dropped | None = None

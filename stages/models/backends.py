@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from schemas.errors import ConfigError
 from stages.models.papers import Weight
+from stages.runtime import Device
 from stages.settings import ModelSettings, Settings
 
 Image = npt.NDArray[np.uint8]
@@ -46,8 +47,8 @@ class Faces(NamedTuple):
 class Backend(Protocol):
     """What all model backends share."""
 
-    def __init__(self, settings: ModelSettings) -> None:
-        """Load the model, on `settings.device`; runs on the worker."""
+    def __init__(self, settings: ModelSettings, device: Device) -> None:
+        """Load the model on the device; runs on the worker."""
 
     @classmethod
     def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:

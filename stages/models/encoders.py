@@ -14,7 +14,7 @@ from schemas.errors import WeightsError
 from stages.models.backends import Image
 from stages.models.torch_backend import HALF, normalise, prepare
 from stages.models.tower import load_folder
-from stages.settings import EncoderSource, ModelSettings
+from stages.runtime import Device, EncoderSource
 
 Halves = npt.NDArray[np.float16]
 
@@ -24,9 +24,8 @@ _NO_TENSOR_FOR = "fetch the base again, with its safetensors files"
 class Vae:
     """The image encoder of a base."""
 
-    def __init__(self, source: EncoderSource, settings: ModelSettings) -> None:
-        """Load it on `settings.device`."""
-        device = prepare(settings)
+    def __init__(self, source: EncoderSource, device: Device) -> None:
+        prepare(device)
         self._model = _load_vae(Path(source.folder) / "vae")
         if device == "cuda" and source.kind == "sd15":
             self._model = self._model.half()
@@ -63,9 +62,8 @@ def _load_vae(folder: Path) -> Any:
 class TextEncoder:
     """The text encoder of SD1.5, or both of SDXL, used as the stock pipelines do."""
 
-    def __init__(self, source: EncoderSource, settings: ModelSettings) -> None:
-        """Load it on `settings.device`."""
-        device = prepare(settings)
+    def __init__(self, source: EncoderSource, device: Device) -> None:
+        prepare(device)
         import transformers
 
         folder = Path(source.folder)

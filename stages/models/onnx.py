@@ -11,7 +11,7 @@ from insightface.model_zoo.package_manifest import has_model_package_manifest
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from schemas.errors import PlanError, WeightsError
-from stages.settings import ModelSettings
+from stages.runtime import Device
 
 _UNLOADABLE = (
     ort_errors.Fail,
@@ -24,7 +24,7 @@ _UNLOADABLE = (
 )
 
 
-def load(path: Path, task: str, settings: ModelSettings) -> Any:
+def load(path: Path, task: str, device: Device) -> Any:
     """The model that insightface makes of an ONNX file; `task` is detection or recognition.
 
     One thread on the CPU: parallel work is one process per core, and sums must not depend on the thread count.
@@ -36,22 +36,22 @@ def load(path: Path, task: str, settings: ModelSettings) -> Any:
     cv2.setNumThreads(1)
     declared = task if has_model_package_manifest(path.parent) else None
     try:
-        model = get_model(str(path), model_task=declared, providers=_providers(settings), sess_options=_options())
+        model = get_model(str(path), model_task=declared, providers=_providers(device), sess_options=_options())
     except _UNLOADABLE as error:
         raise WeightsError(f"{path} cannot be loaded by ONNX Runtime ({error}): fetch it again.") from error
     if getattr(model, "taskname", None) != task:
         raise WeightsError(f"{path} is not a {task} model of insightface: set models.pack to a folder that holds one.")
-    require_device(model.session, settings)
+    require_device(model.session, device)
     return model
 
 
-def require_device(session: Any, settings: ModelSettings) -> None:
+def require_device(session: Any, device: Device) -> None:
     """Refuse a session that quietly fell back to the CPU.
 
     Raises:
         PlanError: says what to install or set.
     """
-    if settings.device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+    if device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
         raise PlanError(
             "executor.gpus asks for a GPU, but ONNX Runtime has none here: install onnxruntime-gpu in place of "
             "onnxruntime (README, GPU), or set executor.gpus = 0."
@@ -66,8 +66,8 @@ def _options() -> onnxruntime.SessionOptions:
     return options
 
 
-def _providers(settings: ModelSettings) -> list[str]:
+def _providers(device: Device) -> list[str]:
     cpu = "CPUExecutionProvider"
-    if settings.device == "cpu" or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+    if device == "cpu" or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         return [cpu]
     return ["CUDAExecutionProvider", cpu]

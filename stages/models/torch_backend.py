@@ -6,7 +6,7 @@ import numpy as np
 
 from schemas.errors import PlanError
 from stages.models.backends import Floats, Image
-from stages.settings import ModelSettings
+from stages.runtime import Device
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -16,8 +16,8 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
 
 
-def prepare(settings: ModelSettings) -> str:
-    """Make torch ready in this process, and name its device; call before importing transformers or facexlib.
+def prepare(device: Device) -> None:
+    """Make torch ready for a device in this process; call before importing transformers or facexlib.
 
     One thread on the CPU: parallel work is one process per core, and sums must not depend on the thread count.
 
@@ -27,13 +27,12 @@ def prepare(settings: ModelSettings) -> str:
     os.environ.update(_OFFLINE)
     import torch
 
-    if settings.device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise PlanError(
             "executor.gpus asks for a GPU, but torch has none here: install a CUDA build of torch, or set "
             "executor.gpus = 0."
         )
     torch.set_num_threads(1)
-    return settings.device
 
 
 def normalise(images: Image, mean_std: tuple[tuple[float, ...], tuple[float, ...]]) -> Floats:

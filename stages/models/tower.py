@@ -11,6 +11,7 @@ from stages.models.backends import Floats, Image, ModelCard
 from stages.models.papers import Weight
 from stages.models.torch_backend import normalise, prepare
 from stages.models.weights import card, find
+from stages.runtime import Device
 from stages.settings import ModelSettings
 
 Features = dict[str, npt.NDArray[np.float16]]
@@ -33,8 +34,9 @@ class Tower:
     mean_std: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]]
     """Of the pixels that the model was trained on."""
 
-    def __init__(self, settings: ModelSettings) -> None:
-        self._device = prepare(settings)
+    def __init__(self, settings: ModelSettings, device: Device) -> None:
+        prepare(device)
+        self._device = device
         import transformers
 
         folder = find(self.papers, settings)

@@ -1,78 +1,178 @@
 """The process in which files of strangers are decoded; started and fed by `stages.pixels.decoding`.
 
-Arguments: the numbers of its socket, of the file that holds what is asked about, and of the arena. It ends when the
-other end of the socket is closed, at the latest.
+Arguments: the numbers of its socket, of the file that holds the picture's file, and of the file for its pixels. It ends
+when the other end of the socket is closed, at the latest. JPEG pixels are read by OpenCV, all others by Pillow, which
+gives the same values for JPEG but slower. Colour profiles are ignored, as OpenCV does.
 """
 
 import json
 import math
 import mmap
 import os
+import re
 import resource
 import signal
 import socket
 import sys
+import warnings
 from typing import Any
 
+import cv2
 import numpy as np
+import numpy.typing as npt
+from PIL import Image as Pillow
+from PIL.ImageFile import ImageFile
 
 from schemas.drops import DropReason
 from stages.base import Dropped
-from stages.pixels import headers, images
+from stages.models.backends import Image
+from stages.pixels import headers
 from stages.pixels.decoding import CPU_S, MEMORY
+from stages.pixels.images import AS_STORED, encode_jpeg, shrink, stderr_taken
 
 _MESSAGE = 4096
+_MAX_THUMBNAIL_PIXELS = 100_000_000
+_THUMBNAIL_QUALITY = 85
+_DAMAGE = re.compile(
+    rb"Corrupt JPEG data: (?:premature end|bad Huffman|found marker|(\d+) extraneous)|Premature end of JPEG"
+)
+"""What libjpeg prints when pixels are lost."""
+_EXTRANEOUS = 32
+"""Bytes before a marker that tell of damage: after some, the decoder is done too early. A few are harmless padding."""
 
 
-def main(link: socket.socket, letter: int, arena: mmap.mmap) -> None:
+def main(link: socket.socket, file: int, canvas: int) -> None:
     """Answer until nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-    while True:
-        message, files, *_ = socket.recv_fds(link, _MESSAGE, 1)
-        if not message:
-            return
-        _limit_time()
+    memory: mmap.mmap | None = None
+    while message := link.recv(_MESSAGE):
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        limit = math.ceil(used.ru_utime + used.ru_stime) + CPU_S  # the next file that takes longer ends this process
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+        if memory is None or len(memory) != os.fstat(canvas).st_size:
+            memory = mmap.mmap(canvas, 0) if os.fstat(canvas).st_size else None
         try:
-            answer = _answer(json.loads(message), letter, arena, files)
+            answer = _answer(json.loads(message), file, memory)
         except Dropped as dropped:
             answer = {"reason": str(dropped.reason)}
         except MemoryError:
             answer = {"reason": str(DropReason.DECODER_CRASH)}
-        for file in files:
-            os.close(file)
         link.send(json.dumps(answer).encode())
 
 
-def _limit_time() -> None:
-    """Have this process killed when the next file takes too long."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    soft = math.ceil(used.ru_utime + used.ru_stime) + CPU_S
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
-
-
-def _answer(request: dict[str, Any], letter: int, arena: mmap.mmap, files: list[int]) -> dict[str, Any]:
-    data = os.pread(letter, os.fstat(letter).st_size, 0)
-    if request["op"] == "header":
-        return {"stored": _stored(data)}
+def _answer(request: dict[str, Any], file: int, memory: mmap.mmap | None) -> dict[str, Any]:
+    data = os.pread(file, os.fstat(file).st_size, 0)
     if request["op"] == "thumbnail":
-        small = images.thumbnail_here(data, request["side"]) or b""
-        os.pwrite(letter, small, 0)
+        small = thumbnail(data, request["side"]) or b""
+        os.pwrite(file, small, 0)
         return {"length": len(small)}
-    memory = mmap.mmap(files[0], request["size"]) if files else arena
-    canvas = np.frombuffer(memory, np.uint8, request["size"], request["start"])
-    return {"shape": images.decode_into(data, canvas, f"/dev/fd/{letter}")}
+    if request["op"] == "header":
+        return {"stored": _stored(data)[1]}
+    return {"shape": decode_into(data, np.frombuffer(memory or b"", np.uint8, request["count"]), f"/dev/fd/{file}")}
 
 
-def _stored(data: bytes) -> headers.Stored:
-    format = str(headers.format_of(data))
+def decode_into(data: bytes, canvas: npt.NDArray[np.uint8], path: str) -> tuple[int, int]:
+    """Write the pixels of an image file into memory of the right length, and return height and width.
+
+    (H, W, 3) uint8 RGB, EXIF turned, transparency over white, first frame. `path` is a file with the same bytes.
+
+    Raises:
+        Dropped: truncated_image or corrupt_image.
+    """
+    format, stored = _stored(data)
+    upright = canvas.reshape(stored.height, stored.width, 3)
     try:
-        return headers.read_stored(format, data)
+        if format == "JPEG" and stored.mode in ("L", "RGB"):
+            pixels = _jpeg_pixels(path, upright if stored.orientation == 1 else np.empty_like(upright))
+        else:
+            pixels = _pillow_pixels(_opened(format, data, stored))
+        if pixels.shape != upright.shape:
+            raise ValueError(f"the header says {stored}, the pixels are {pixels.shape}")
+    except headers.DECODER_ERRORS as error:
+        raise headers.undecodable(format, data, error) from error
+    turned = _turned(pixels, stored.orientation)
+    height, width, _ = turned.shape
+    if turned.ctypes.data != canvas.ctypes.data:
+        canvas.reshape(turned.shape)[:] = turned
+    return height, width
+
+
+def thumbnail(data: bytes, side: int) -> bytes | None:
+    """A JPEG of at most `side` x `side` pixels, cheaply decoded; None where the file has none."""
+    try:
+        format, stored = _stored(data)
+        headers.check_whole(data, headers.Header(format, stored.width, stored.height))
+        if stored.width * stored.height > _MAX_THUMBNAIL_PIXELS:
+            return None
+        image = _opened(format, data, stored)
+        image.draft("RGB", (side, side))  # JPEG decodes at a fraction of its size
+        pixels = np.ascontiguousarray(_turned(_pillow_pixels(image), stored.orientation))
+    except (Dropped, *headers.DECODER_ERRORS):
+        return None
+    return encode_jpeg(shrink(pixels, side), _THUMBNAIL_QUALITY)
+
+
+def _stored(data: bytes) -> tuple[str, headers.Stored]:
+    """Format and header of a file that can be decoded."""
+    format = headers.format_of(data)
+    if format is None or format not in headers.OPENERS:
+        raise Dropped(DropReason.CORRUPT_IMAGE)
+    try:
+        return format, headers.read_stored(format, data)
     except headers.DECODER_ERRORS as error:
         raise headers.undecodable(format, data, error) from error
 
 
+def _opened(format: str, data: bytes, stored: headers.Stored) -> ImageFile:
+    """Pillow's image, before any pixel has memory: a frame beyond the header's size may be of gigabytes."""
+    image = headers.open_lazily(format, data)
+    if image.size != (stored.width, stored.height):
+        raise ValueError(f"the header says {stored}, the pixels are {image.size}")
+    return image
+
+
+def _pillow_pixels(image: ImageFile) -> Image:
+    with stderr_taken(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image.load()
+        if image.mode in headers.DEEP_MODES:
+            grey = np.asarray(image).astype(np.uint32)
+            return np.repeat(((grey * 255 + 32767) // 65535).astype(np.uint8)[:, :, None], 3, axis=2)
+        if not image.has_transparency_data:
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        layer = image.convert("RGBA")
+        paper = Pillow.new("RGB", layer.size, "white")
+        paper.paste(layer, mask=layer.getchannel("A"))
+        return np.array(paper)
+
+
+def _jpeg_pixels(path: str, canvas: Image) -> Image:
+    """`canvas` with the pixels of a JPEG file, or an array of another shape where the file is not as it says."""
+    with stderr_taken() as remarks:
+        pixels: Image | None = cv2.imread(path, canvas, AS_STORED)
+        damage = _DAMAGE.search(remarks())
+    if pixels is None:
+        raise ValueError("not a decodable JPEG")
+    if damage and int(damage[1] or _EXTRANEOUS) >= _EXTRANEOUS:
+        raise ValueError("libjpeg found damage among the pixels, and filled in grey")
+    return canvas if pixels.ctypes.data == canvas.ctypes.data else pixels
+
+
+def _turned(pixels: Image, orientation: int) -> Image:
+    """A view that undoes an EXIF orientation: 1 upright, 2-4 mirrored and half turned, 5-8 lying on a side."""
+    return {
+        2: lambda: pixels[:, ::-1],
+        3: lambda: pixels[::-1, ::-1],
+        4: lambda: pixels[::-1],
+        5: lambda: pixels.transpose(1, 0, 2),
+        6: lambda: np.rot90(pixels, -1),
+        7: lambda: np.rot90(pixels, 2).transpose(1, 0, 2),
+        8: lambda: np.rot90(pixels, 1),
+    }.get(orientation, lambda: pixels)()
+
+
 if __name__ == "__main__":
-    _socket, _letter, _arena = map(int, sys.argv[1:])
-    main(socket.socket(fileno=_socket), _letter, mmap.mmap(_arena, 0))
+    _socket, _file, _canvas = map(int, sys.argv[1:])
+    main(socket.socket(fileno=_socket), _file, _canvas)

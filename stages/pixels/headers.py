@@ -1,9 +1,9 @@
 """Headers of image files: what a file is, how large its picture is, whether its end has arrived. No pixel is decoded.
 
 All that this process does with the bytes of a stranger takes a bounded number of steps, and no code outside of Python's
-own sees them. Where that cannot be had (TIFF, AVIF), the header too is read by `stages.pixels.decoding`, in another
-process.
-`stages.pixels.images` decodes pixels. Only these two modules translate what a decoder raises, from a closed list.
+own sees them. Where that cannot be had (TIFF, AVIF), the header too is read in another process
+(`stages.pixels.decoding`). Only this module and `stages.pixels.decoding_child`, which decodes pixels, translate what a
+decoder raises, from a closed list.
 """
 
 import io
@@ -135,7 +135,7 @@ def read_header(data: bytes) -> Header:
         is_image = format is not None or _OTHER_IMAGE.match(data) or (_SVG.match(data) and not is_web_page(data))
         raise Dropped(DropReason.UNSUPPORTED_FORMAT if is_image else DropReason.NOT_AN_IMAGE)
     try:
-        stored = Stored(*decoding.header(data)) if format in APART else read_stored(format, data)
+        stored = Stored(*decoding.decoder().header(data)) if format in APART else read_stored(format, data)
     except DECODER_ERRORS as error:
         raise undecodable(format, data, error) from error
     return _header(format, stored)
@@ -144,7 +144,7 @@ def read_header(data: bytes) -> Header:
 def check_whole(data: bytes, header: Header) -> None:
     """Check that an image file has its end, and is no trap for its decoder: cheap, no pixel is decoded.
 
-    Formats without an end mark (GIF, BMP, TIFF, AVIF) are left to `decode`.
+    Formats without an end mark (GIF, BMP, TIFF, AVIF) are left to their decoder.
 
     Raises:
         Dropped: truncated_image; corrupt_image for a JPEG of too many scans or a PNG of too many chunks.
@@ -239,7 +239,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _gif(data: bytes) -> Stored:
-    """The logical screen (https://www.w3.org/Graphics/GIF/spec-gif89a.txt, 18); `decode` refuses frames beyond it."""
+    """The logical screen (https://www.w3.org/Graphics/GIF/spec-gif89a.txt, 18): no frame may reach beyond it."""
     width, height = struct.unpack_from("<6xHH", data)
     return Stored(width, height, "P", 1)
 

@@ -59,11 +59,6 @@ def test_the_executor_is_local_for_the_sample_and_ray_otherwise():
     assert load_config(None, [], shards="a.parquet", executor="local").executor.name == "local"
 
 
-def test_gpus_decide_the_device_of_models():
-    assert load_config(None, [], shards="sample").models.device == "cpu"
-    assert load_config(None, ["executor.gpus=1"], shards="sample").models.device == "cuda"
-
-
 def test_the_executor_given_on_the_command_line_must_be_known():
     with pytest.raises(ConfigError, match=r"executor\.name"):
         load_config(None, [], executor="spark")

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 
 from pipeline.dataset.config import load_config
@@ -8,6 +6,8 @@ from schemas.columns import LEDGER
 from schemas.errors import ConfigError, PlanError, WeightsError
 from schemas.shard import SUFFIXES
 from stages import STAGES
+from stages.align import Align
+from stages.runtime import Runtime
 
 
 def plan_of(*sets: str):
@@ -15,26 +15,28 @@ def plan_of(*sets: str):
 
 
 def test_the_steps_are_the_registry_in_its_order():
-    assert [step.name for step in plan_of().steps] == list(STAGES)
+    assert [step.stage().name for step in plan_of().steps] == list(STAGES)
 
 
 def test_a_step_that_reads_what_comes_later_is_refused():
-    steps = plan_of().steps
     with pytest.raises(PlanError, match="filter reads 'n_faces'"):
-        prove(step for step in steps if step.name != "detect")
+        prove(step.stage() for name, step in STAGES.items() if name != "detect")
 
 
 def test_a_column_that_no_stage_writes_is_refused():
-    steps = plan_of().steps
     with pytest.raises(PlanError, match="reads 'clip'"):
-        prove(step for step in steps if step.name != "embed_image")
+        prove(step.stage() for name, step in STAGES.items() if name != "embed_image")
+
+    class Odd(Align):
+        reads, writes = (), ("nonsense",)
+
     with pytest.raises(PlanError, match="does not define"):
-        prove([replace(steps[0], writes=("nonsense",)), *steps[1:]])
+        prove([Odd, *(step.stage() for step in STAGES.values())])
 
 
 def test_pixels_are_kept_only_as_long_as_a_later_step_reads_them():
     plan = plan_of()
-    readers = [index for index, step in enumerate(plan.steps) if "image" in step.reads]
+    readers = [index for index, step in enumerate(plan.steps) if "image" in step.stage().reads]
     for index, step in enumerate(plan.steps):
         assert ("image" in plan.keep_after(step)) == (index < readers[-1])
         assert {*LEDGER, *SUFFIXES.values()} <= plan.keep_after(step)
@@ -79,7 +81,21 @@ def test_pools_without_and_with_gpus():
     ]
     faces, images = plan_of("executor.workers=4", "executor.gpus=2").pools()
     assert (faces.workers, faces.gpus, images.workers, images.gpus) == (4, 0.25, 2, 0.5)
-    assert [step.name for step in images.steps] == ["embed_image", "encode"]
+    assert [step.stage().name for step in images.steps] == ["embed_image", "encode"]
+
+
+def test_gpus_decide_the_device_of_models_and_so_the_digest():
+    plain, gpus = plan_of(), plan_of("executor.gpus=1")
+    assert (plain.runtime.device, gpus.runtime.device) == ("cpu", "cuda")
+    assert plain.digest != gpus.digest
+
+
+def test_what_a_run_alone_knows_is_no_setting_and_not_in_the_digest():
+    for key in ("download.sample_port=1", "download.refusals=x", "models.device=cuda", "encode.source.name=x"):
+        with pytest.raises(ConfigError, match="Unknown config key"):
+            plan_of(key)
+    config = load_config(None, [], shards="sample")
+    assert make_plan(config, Runtime(refusals="/proc/1/fd/3", sample_port=80)).digest == make_plan(config).digest
 
 
 def test_every_reason_has_a_place_in_the_funnel():

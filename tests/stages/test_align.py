@@ -14,7 +14,8 @@ from PIL import Image
 from skimage import data as samples
 
 from stages.align import FACE_SIZE, Align
-from stages.pixels.images import decode, decode_jpeg, decode_png
+from stages.pixels.images import decode_jpeg, decode_png, photo
+from stages.runtime import Runtime
 from stages.settings import Settings
 
 KPS = [[204.4, 100.8], [247.3, 103.1], [223.5, 128.4], [201.2, 138.5], [246.4, 140.6]]
@@ -29,7 +30,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 def align(data: bytes, kps: object = KPS) -> dict[str, Any]:
     table = pa.table({"image": [data], "sha256": [hashlib.sha256(data).hexdigest()], "kps": [kps]})
-    return Align(Settings())(table).to_pylist()[0]
+    return Align(Settings(), Runtime())(table).to_pylist()[0]
 
 
 def reference(image: np.ndarray, kps: object, size: int) -> np.ndarray:
@@ -89,7 +90,7 @@ def test_real_faces_are_within_a_grey_level_of_insightface(data: Path, labels: l
     for label in (label for label in labels if label["expected"] == "keep"):
         path = data / "photos" / label["file"]
         bgr = cv2.imread(str(path))
-        assert (decode(path.read_bytes())[..., ::-1] == bgr).all()
+        assert (photo(path.name, path.read_bytes())[..., ::-1] == bgr).all()
         for face in app.get(bgr)[:1]:
             row = align(path.read_bytes(), face.kps.tolist())
             assert (decode_png(row["face112"]) == reference(bgr, face.kps, 112)[..., ::-1]).all()

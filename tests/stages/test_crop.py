@@ -10,7 +10,8 @@ from PIL import Image
 from skimage import data as samples
 
 from stages.crop import Crop
-from stages.pixels.images import decode
+from stages.pixels.images import decode_jpeg
+from stages.runtime import Runtime
 from stages.settings import CropSettings, FaceShare, Settings
 
 BBOX = [180.8, 55.7, 270.8, 178.4]
@@ -28,7 +29,7 @@ def crop(pixels: np.ndarray, bbox: list[float], **options: Any) -> tuple[dict[st
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=0)
     data = buffer.getvalue()
     table = pa.table({"image": [data], "sha256": [hashlib.sha256(data).hexdigest()], "bbox": [bbox]})
-    row = Crop(Settings(crop=CropSettings(**options)))(table).to_pylist()[0]
+    row = Crop(Settings(crop=CropSettings(**options)), Runtime())(table).to_pylist()[0]
     return row, json.loads(row["crops"])
 
 
@@ -51,7 +52,7 @@ def test_files_show_what_the_boxes_say() -> None:
         x0, y0, x1, y1 = crops[name]["box"]
         width, height = crops[name]["size"]
         expected = np.asarray(Image.fromarray(pixels[y0:y1, x0:x1]).resize((width, height), Image.Resampling.BOX))
-        shown = decode(row[name])
+        shown = decode_jpeg(row[name])
         assert shown.shape == (height, width, 3)
         assert np.abs(shown.astype(float) - expected).mean() < 2.5
 
@@ -83,7 +84,7 @@ def test_what_is_too_small_is_absent_and_says_why() -> None:
 def test_a_face_may_be_a_little_too_large() -> None:
     row, crops = crop(*enlarged(1), face_share=FaceShare(half=0.22), tolerance=0.1)
     assert crops["half"] == {"box": [0, 0, 512, 512], "size": [512, 512], "face_share": 0.2396}
-    assert decode(row["half"]).shape == (512, 512, 3)
+    assert decode_jpeg(row["half"]).shape == (512, 512, 3)
 
 
 def test_full_is_absent_when_the_face_fills_it() -> None:

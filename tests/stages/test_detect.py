@@ -18,6 +18,7 @@ from stages.detect import Detect, measure
 from stages.filter import judge
 from stages.models.backends import Faces
 from stages.pixels.images import encode_jpeg, encode_png
+from stages.runtime import Runtime
 from stages.settings import Settings
 
 SETTINGS = Settings.model_validate({"models": {"detector": "haar"}})
@@ -33,7 +34,7 @@ def faces(*found: tuple[float, float, float, float, float]) -> Faces:
 
 def run(*images: bytes) -> pa.Table:
     table = pa.table({"image": list(images), "sha256": [sha256(image).hexdigest() for image in images]})
-    return Detect(SETTINGS)(table.cast(schema(("image", "sha256"))))
+    return Detect(SETTINGS, Runtime())(table.cast(schema(("image", "sha256"))))
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from schemas.errors import SourceError
 from stages.base import DROP
 from stages.download import Download
 from stages.fetch.address import Guard
+from stages.runtime import Runtime
 from stages.settings import DownloadSettings, Settings
 
 NATIVE, IMG2DATASET = "native", "img2dataset"
@@ -57,11 +58,11 @@ def stage():
     """A function that makes stages, and closes them in the end."""
     made = []
 
-    def make(engine=NATIVE, min_image_px=1024, **download):
+    def make(engine=NATIVE, min_image_px=1024, runtime=None, **download):
         told = {"engine": engine, "allow_loopback": True, "timeout_s": 3.0, "max_bytes": 2_000_000, "max_redirects": 3}
         told["respect_robots"] = False  # one request per row; tests/stages/fetch/test_download_robots.py is about these
         settings = Settings(download=DownloadSettings(**told | download), filter={"min_image_px": min_image_px})
-        made.append(Download(settings))
+        made.append(Download(settings, runtime or Runtime()))
         return made[-1]
 
     yield make
@@ -373,7 +374,7 @@ def test_an_absent_tar_is_the_users_trouble(stage, tmp_path):
 
 
 def test_the_sample_is_fetched_from_its_port_though_loopback_is_forbidden(stage, hostile_server, network, engine):
-    download = stage(engine, allow_loopback=False, sample_port=hostile_server.port)
+    download = stage(engine, allow_loopback=False, runtime=Runtime(sample_port=hostile_server.port))
     paths = ["/ok.jpg", "/hop1.jpg", "/404.jpg"]
     assert fetch(download, *(f"http://sample.localhost{path}" for path in paths)) == [None, None, "not_found"]
     other = f"http://127.0.0.1:{servers.free_port()}/"
@@ -439,7 +440,7 @@ def shared():
     """One server and one stage for many small tries."""
     server = servers.HostileServer()
     told = DownloadSettings(allow_loopback=True, per_host=64, respect_robots=False)
-    download = Download(Settings(download=told))
+    download = Download(Settings(download=told), Runtime())
     yield server, download
     download.close()
     server.close()
@@ -481,7 +482,7 @@ def test_a_drop_holds_no_body(stage, hostile_server):
 
 def test_a_closed_stage_leaves_no_thread(hostile_server):
     before = set(threading.enumerate())
-    download = Download(Settings(download=DownloadSettings(allow_loopback=True)))
+    download = Download(Settings(download=DownloadSettings(allow_loopback=True)), Runtime())
     fetch(download, hostile_server.url("/ok.jpg"))
     download.close()
     mine = {thread for thread in set(threading.enumerate()) - before if thread.name == "faceshards-fetch"}

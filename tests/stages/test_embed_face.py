@@ -13,6 +13,7 @@ from stages.base import DROP
 from stages.embed_face import EmbedFace
 from stages.models.backends import backend
 from stages.pixels.images import encode_png
+from stages.runtime import Runtime
 from stages.settings import Settings
 
 SETTINGS = Settings.model_validate({"models": {"face_embedder": "lbp"}})
@@ -23,7 +24,7 @@ BLACK = np.zeros((112, 112, 3), np.uint8)
 
 def run(*faces: np.ndarray) -> pa.Table:
     table = pa.table({"face112": [encode_png(face) for face in faces]}, schema=schema(EmbedFace.reads))
-    return EmbedFace(SETTINGS)(table)
+    return EmbedFace(SETTINGS, Runtime())(table)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_columns_are_as_declared(embedded: pa.Table) -> None:
 
 
 def test_vectors_have_unit_length_and_the_norm_brings_the_raw_one_back(embedded: pa.Table) -> None:
-    raw = backend("face_embedder", "lbp")(SETTINGS.models).embed(np.stack([FACE, MIRRORED]))
+    raw = backend("face_embedder", "lbp")(SETTINGS.models, "cpu").embed(np.stack([FACE, MIRRORED]))
     for row, expected in zip((0, 2), raw, strict=True):
         vector = decode_npy(embedded["arcface"][row].as_py())
         assert (vector.dtype, vector.shape) == (np.float32, (512,))
@@ -65,7 +66,7 @@ class Overflown:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_drops_bad_embedding_that_is_not_finite(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     fields = {"_embedder": Overflown(value), "_kept": True}
-    monkeypatch.setattr(EmbedFace, "__init__", lambda self, settings: self.__dict__.update(fields))
+    monkeypatch.setattr(EmbedFace, "__init__", lambda self, settings, runtime: self.__dict__.update(fields))
     assert run(FACE)[DROP].to_pylist() == [DropReason.BAD_EMBEDDING]
 
 

@@ -10,6 +10,7 @@ from schemas.record import check
 from schemas.shard import decode_npy
 from stages.embed_image import EmbedImage
 from stages.pixels.images import encode_jpeg, encode_png
+from stages.runtime import Runtime
 from stages.settings import Settings
 
 MODELS = {"image_embedder": "patches"}
@@ -21,7 +22,7 @@ MASK[32:200, 48:184] = 1
 def run(*pairs: tuple[np.ndarray, np.ndarray], **told: object) -> pa.Table:
     faces, masks = [encode_jpeg(face, 99) for face, _ in pairs], [encode_png(mask) for _, mask in pairs]
     table = pa.table({"face": faces, "mask": masks}, schema=schema(EmbedImage.reads))
-    return EmbedImage(Settings.model_validate({"models": MODELS} | told))(table)
+    return EmbedImage(Settings.model_validate({"models": MODELS} | told), Runtime())(table)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ class Counter:
 
 @pytest.mark.parametrize(("device", "sizes"), [("cpu", [1, 1, 1]), ("cuda", [3])])
 def test_batches_on_a_gpu_only(device: str, sizes: list[int]) -> None:
-    stage = EmbedImage(Settings.model_validate({"models": MODELS | {"device": device}}))
+    stage = EmbedImage(Settings.model_validate({"models": MODELS}), Runtime(device=device))
     stage._embedder = counter = Counter()
     pairs = {"face": [encode_jpeg(FACE, 95)] * 3, "mask": [encode_png(MASK)] * 3}
     result = stage(pa.table(pairs, schema=schema(EmbedImage.reads)))

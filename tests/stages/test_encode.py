@@ -26,7 +26,6 @@ from schemas.targets import Targets, text_sha256, vae_sha256
 from stages.encode import Encode, cut, place
 from stages.models.torch_backend import prepare
 from stages.pixels.images import decode_jpeg
-from stages.settings import ModelSettings
 
 BASES = ("tiny", "tiny-sdxl")
 ROWS = [fake.record("a", row) for row in range(3)]
@@ -53,12 +52,12 @@ def encoded(request, cache) -> tuple[str, pa.Table]:
 
 
 def run(base: str, rows: list[dict[str, object]], extras: str = "latents,text") -> pa.Table:
-    stage = Encode(make_plan(config_of(base, extras=extras)).config)
-    return stage(pa.Table.from_pylist(rows, schema=schema(Encode.reads)))
+    plan = make_plan(config_of(base, extras=extras))
+    return Encode(plan.config, plan.runtime)(pa.Table.from_pylist(rows, schema=schema(Encode.reads)))
 
 
 def pipe(base: str):
-    prepare(ModelSettings())
+    prepare("cpu")
     import diffusers
 
     cls = diffusers.StableDiffusionXLPipeline if "sdxl" in base else diffusers.StableDiffusionPipeline
@@ -138,7 +137,7 @@ def test_nothing_asked_is_nothing_loaded_and_nothing_written():
         "from pipeline.dataset.plan import make_plan\n"
         "from stages.encode import Encode\n"
         "plan = make_plan(load_config(None, ['encode.base=nowhere'], shards='sample'))\n"
-        "stage = Encode(plan.config)\n"
+        "stage = Encode(plan.config, plan.runtime)\n"
         "table = stage(pa.table({name: pa.nulls(2) for name in stage.reads}))\n"
         "print(table.num_rows, sum(table[name].null_count for name in stage.writes), len(stage.writes))\n"
         "print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))\n"
@@ -250,8 +249,9 @@ def test_absent_encoders_are_told_before_anything_starts(tmp_path, monkeypatch):
 def test_damaged_weights_are_one_sentence(tmp_path):
     folder = Path(shutil.copytree(find_base("tiny").folder, tmp_path / "base"))
     (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"junk")
+    plan = make_plan(config_of(str(folder)))
     with pytest.raises(WeightsError, match="AutoencoderKL"):
-        Encode(make_plan(config_of(str(folder))).config)
+        Encode(plan.config, plan.runtime)
 
 
 @pytest.mark.parametrize(

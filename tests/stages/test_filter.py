@@ -12,6 +12,7 @@ from schemas.columns import KEPT, schema
 from schemas.drops import DropReason
 from stages.base import DROP
 from stages.filter import Filter, judge, spans_a_face
+from stages.runtime import Runtime
 from stages.settings import FilterSettings, Settings
 
 LIMITS = FilterSettings()
@@ -22,7 +23,7 @@ KEEPER: dict[str, Any] = {"n_faces": 1, "bbox": BBOX, "kps": KPS, "face_px": 200
 
 def verdicts(*changes: dict[str, Any], **limits: float) -> list[str | None]:
     table = pa.Table.from_pylist([KEEPER | change for change in changes], schema=schema(Filter.reads))
-    stage = Filter(Settings.model_validate({"filter": limits}))
+    stage = Filter(Settings.model_validate({"filter": limits}), Runtime())
     result = stage(table)
     assert result.column_names == [DROP]
     return result[DROP].to_pylist()
@@ -89,7 +90,7 @@ def test_a_face_upside_down_or_turned_spans_a_face() -> None:
 
 def test_an_empty_table_passes() -> None:
     empty = schema(Filter.reads).empty_table()
-    assert Filter(Settings())(empty).num_rows == 0
+    assert Filter(Settings(), Runtime())(empty).num_rows == 0
 
 
 number = st.one_of(st.none(), st.floats(allow_nan=True), st.floats(0, 1), st.floats(0, 500))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from schemas.columns import schema
 from stages.base import DROP
 from stages.metadata import Metadata, SeenUrls
+from stages.runtime import Runtime
 from stages.settings import FilterSettings, MetadataSettings, Settings
 
 GOOD = {"url": "https://example.org/a.jpg", "meta_width": 1024, "meta_height": 1024}
@@ -20,7 +21,7 @@ def table(rows):
 
 
 def judge(*rows, stage=None, **metadata):
-    stage = stage or Metadata(Settings(metadata=MetadataSettings(**metadata)))
+    stage = stage or Metadata(Settings(metadata=MetadataSettings(**metadata)), Runtime())
     result = stage(table([GOOD | row for row in rows]))
     assert result.column_names == [DROP]
     return result.column(DROP).to_pylist()
@@ -57,7 +58,7 @@ def test_keeps_unusual_but_valid_urls(url):
 
 
 def test_drops_duplicate_url():
-    stage = Metadata(Settings())
+    stage = Metadata(Settings(), Runtime())
     other = {"url": "https://example.org/b.jpg"}
     assert judge({}, other, {}, {"url": " https://example.org/a.jpg "}, stage=stage) == [
         None, None, "duplicate_url", "duplicate_url",
@@ -97,7 +98,7 @@ def test_drops_small_image(sides):
 
 def test_one_large_side_alone_is_no_evidence():
     assert judge({"meta_width": 5000, "meta_height": None}) == [None]
-    stage = Metadata(Settings(filter=FilterSettings(min_image_px=10)))
+    stage = Metadata(Settings(filter=FilterSettings(min_image_px=10)), Runtime())
     assert judge({"meta_width": 10, "meta_height": 10}, stage=stage) == [None]
 
 
@@ -170,7 +171,7 @@ def plainly(row, seen):
 @settings(deadline=None)
 @given(st.lists(ROWS, max_size=25), st.integers(1, 26))
 def test_agrees_with_the_plain_rule_however_the_rows_are_batched(rows, size):
-    stage, seen = Metadata(Settings()), set()
+    stage, seen = Metadata(Settings(), Runtime()), set()
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     found = [verdict for batch in batches for verdict in stage(table(batch)).column(DROP).to_pylist()]
     assert found == [plainly(row, seen) for row in rows]

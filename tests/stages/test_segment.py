@@ -13,6 +13,7 @@ from stages.base import DROP
 from stages.models.segmenters.grabcut import GrabCut
 from stages.pixels import geometry
 from stages.pixels.images import decode_png
+from stages.runtime import Runtime
 from stages.segment import Segment
 from stages.settings import ModelSettings, SegmentSettings, Settings
 
@@ -27,7 +28,7 @@ def segment(pixels: np.ndarray, kps: object = KPS, **options: Any) -> dict[str, 
     Image.fromarray(pixels).save(buffer, "PNG")
     data = buffer.getvalue()
     table = pa.table({"image": [data], "sha256": [hashlib.sha256(data).hexdigest()], "kps": [kps]})
-    return Segment(Settings(models=MODELS, segment=SegmentSettings(**options)))(table).to_pylist()[0]
+    return Segment(Settings(models=MODELS, segment=SegmentSettings(**options)), Runtime())(table).to_pylist()[0]
 
 
 def test_a_real_face_is_foreground_and_the_mask_says_how_much() -> None:

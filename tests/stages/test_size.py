@@ -6,6 +6,7 @@ from PIL import Image
 
 from schemas.drops import DropReason
 from stages.base import DROP
+from stages.runtime import Runtime
 from stages.settings import FilterSettings, Settings
 from stages.size import Size
 
@@ -19,7 +20,7 @@ def saved(width: int, height: int, format: str = "PNG", **options: object) -> by
 
 
 def measure(data: bytes) -> dict[str, object]:
-    return Size(SETTINGS)(pa.table({"image": pa.array([data], pa.binary())})).to_pylist()[0]
+    return Size(SETTINGS, Runtime())(pa.table({"image": pa.array([data], pa.binary())})).to_pylist()[0]
 
 
 def measured(format: str | None, width: int | None, height: int | None, drop: DropReason | None) -> dict[str, object]:
@@ -39,7 +40,7 @@ def test_sides_are_those_of_the_turned_picture() -> None:
 
 def test_rows_keep_their_order() -> None:
     files = [saved(70, 80), b"<html>", saved(10, 10), saved(90, 90)]
-    table = Size(SETTINGS)(pa.table({"image": files}))
+    table = Size(SETTINGS, Runtime())(pa.table({"image": files}))
     assert table["width"].to_pylist() == [70, None, 10, 90]
     assert table[DROP].to_pylist() == [None, "not_an_image", "small_image", None]
 
@@ -83,7 +84,7 @@ def test_drops_too_many_pixels_without_decoding_them() -> None:
     bomb = bytearray(saved(100, 100, "GIF"))
     bomb[6:10] = b"\xff\xff\xff\xff"
     assert measure(bytes(bomb)) == measured("GIF", 65535, 65535, DropReason.TOO_MANY_PIXELS)
-    assert Size(Settings())(pa.table({"image": [bytes(bomb)]}))[DROP].to_pylist() == ["too_many_pixels"]
+    assert Size(Settings(), Runtime())(pa.table({"image": [bytes(bomb)]}))[DROP].to_pylist() == ["too_many_pixels"]
 
 
 @pytest.mark.parametrize(("width", "height"), [(63, 100), (100, 63), (1, 1)])

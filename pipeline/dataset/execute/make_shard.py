@@ -12,11 +12,12 @@ from threadpoolctl import threadpool_limits
 
 from pipeline.dataset.execute.runner import Loaded, apply_all
 from pipeline.dataset.out.output import Output, ShardWriter
-from pipeline.dataset.plan import Plan, Step
+from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import Rows, split_seeds
 from pipeline.dataset.source.seeds import Seeds
 from schemas.errors import FaceShardsError, LostError
 from schemas.shard import Manifest
+from stages import Step
 
 FETCH_ROWS = 32
 """Rows that are fetched together. Most are dropped there; the living go on in batches of executor.batch_rows."""
@@ -44,7 +45,7 @@ class Started:
 
 
 @dataclass(frozen=True)
-class Progress:
+class Advanced:
     """News of a shard while it is made."""
 
     shard: str
@@ -74,14 +75,14 @@ class Finished:
         return Finished(shard, None, text)
 
 
-Event = Started | Progress | Finished
+Event = Started | Advanced | Finished
 
 
 def load(plan: Plan, steps: tuple[Step, ...]) -> list[Loaded]:
     """Load stages, and their models, in this process."""
     # One thread per process: more of them only wait for each other, and fill the cores that other workers have.
     threadpool_limits(1)
-    return [Loaded(step.stage_class()(plan.config), plan.keep_after(step)) for step in steps]
+    return [Loaded(step.stage()(plan.config, plan.runtime), plan.keep_after(step)) for step in steps]
 
 
 def make_shard(plan: Plan, seeds: Seeds, output: Output, worker: "Worker", compute: Compute) -> Iterator[Event]:
@@ -93,12 +94,12 @@ def make_shard(plan: Plan, seeds: Seeds, output: Output, worker: "Worker", compu
     yield Started(seeds.name, seeds.table.num_rows)
     with ShardWriter(output, seeds.name, plan) as writer:
         writer.add_tombstones(rows.dead)
-        yield Progress(seeds.name, rows.dead.num_rows, 0)
+        yield Advanced(seeds.name, rows.dead.num_rows, 0)
         fetched = output.takedowns.without_contents(worker.fetched(batches))
         for done in compute(regrouped(fetched, size)):
             packed = apply_all(worker.write, done)
             writer.add(packed)
-            yield Progress(seeds.name, packed.alive.num_rows + packed.dead.num_rows, packed.alive.num_rows)
+            yield Advanced(seeds.name, packed.alive.num_rows + packed.dead.num_rows, packed.alive.num_rows)
         yield Finished(seeds.name, writer.publish(seeds.table.num_rows))
 
 

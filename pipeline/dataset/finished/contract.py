@@ -1,4 +1,4 @@
-"""The contract of one sample, and of the features of "no face": which files there are, and what each holds."""
+"""The contract of a manifest, a ledger, a sample, and the features of "no face": what each holds."""
 
 import json
 import math
@@ -6,20 +6,29 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from pipeline.dataset.out.ledger import counts
+from pipeline.dataset.out.takedowns import DROPS, KEEPS, STAGE
 from pipeline.shared.files import AnyPath
 from pipeline.shared.tars import Sample
-from schemas.columns import COLUMNS
-from schemas.errors import CorruptShardError
+from schemas.columns import COLUMNS, KEPT
+from schemas.drops import DropReason
+from schemas.errors import ContractError, CorruptShardError
+from schemas.names import sample_key, shard_origin
 from schemas.record import SCHEMA_VERSION
-from schemas.shard import EMBEDDINGS, SUFFIXES, decode_npy, encode_npy, sample_sha256
+from schemas.shard import EMBEDDINGS, SUFFIXES, Manifest, decode_npy, encode_npy, sample_sha256
 from schemas.targets import Targets
+from stages import STAGES
 from stages.align import FACE_SIZE
 from stages.pixels.headers import DECODER_ERRORS
 from stages.pixels.images import decode_jpeg, decode_png, sniff
 
+_MEASURED = ("sha256", "n_bytes", "format", "width", "height", "bbox", "kps", "det_score", "face_px", "sample_sha256")
+"""Ledger columns that no kept row may lack."""
 _REQUIRED = ("json", "face.jpg", "mask.png")
 _ID = "arcface.npy"
 _CROPS = ("portrait", "half", "full")
@@ -51,42 +60,88 @@ _ROUNDED = 1e-4
 """The json holds measurements with four decimals."""
 
 
+def manifest_problems(shard: str, manifest: Manifest, text: bytes) -> Iterator[str]:
+    """What is wrong with a manifest, whose text this is."""
+    if manifest.to_json().encode() != text:
+        yield "the text is not that of a manifest as it was written"
+    if manifest.shard != shard:
+        yield f"it is the manifest of {manifest.shard}"
+    if unknown := sorted(set(manifest.dropped) - set(DropReason)):
+        yield f"it counts the unknown reasons {unknown}"
+    if not manifest.conserves_rows():
+        yield f"{manifest.rows_in} rows in, but {manifest.kept} kept + {sum(manifest.dropped.values())} dropped"
+    if set(manifest.files) != {f"{shard}.tar", f"{shard}.parquet"}:
+        yield f"it names the files {sorted(manifest.files)}"
+
+
+def ledger_problems(manifest: Manifest, ledger: pa.Table) -> Iterator[str]:
+    """What is wrong with a ledger (LEDGER_SCHEMA), given its manifest."""
+    if ledger.num_rows != manifest.rows_in:
+        yield f"it has {ledger.num_rows} rows; the manifest says {manifest.rows_in}"
+    try:
+        if counts(ledger["verdict"], list(manifest.dropped)) != (manifest.kept, manifest.dropped):
+            yield "it counts the verdicts differently from the manifest"
+    except ContractError as error:
+        yield str(error)
+    if unknown := set(pc.unique(ledger["stage"]).to_pylist()) - set(STAGES):
+        yield f"unknown stages {sorted(map(str, unknown))}"
+    kept = ledger.filter(pc.equal(ledger["verdict"], KEPT))
+    if set(pc.unique(kept["stage"]).to_pylist()) - {list(STAGES)[-1]}:
+        yield "it keeps rows that did not pass the last stage"
+    for column in _MEASURED:
+        if kept[column].null_count:
+            yield f"{kept[column].null_count} kept rows have no {column}"
+    taken = pc.and_(pc.is_in(ledger["verdict"], pa.array(list(map(str, DROPS)))), pc.equal(ledger["stage"], STAGE))
+    gone = ledger.filter(taken)
+    if known := [name for name in ledger.column_names if name not in KEEPS and gone[name].null_count < len(gone)]:
+        yield f"rows that must not be used still tell {', '.join(known)}"
+    (part, _), last = shard_origin(manifest.shard), -1
+    for batch in ledger.select(["key", "part", "row"]).to_batches(max_chunksize=4096):
+        for record in batch.to_pylist():
+            row = record["row"]
+            if record["part"] != part or row is None or record["key"] != sample_key(part, row):
+                yield f"the key {record['key']!r} is not that of a row of {part}"
+                return
+            if row <= last:
+                yield f"the key {record['key']!r} is out of order or occurs twice"
+                return
+            last = row
+
+
 def sample_problems(
     sample: Sample, record: Mapping[str, Any] | None, *, embeddings: bool | None = True
 ) -> Iterator[str]:
-    """What is wrong with a sample; nothing when all is well.
+    """What is wrong with a sample.
 
     Args:
         sample: its files.
-        record: its ledger row.
+        record: its ledger row; None where the ledger does not keep it.
         embeddings: whether the plan writes them; None when nobody knows.
     """
     if record is None:
         yield "the ledger does not keep it"
     elif record["sample_sha256"] != sample_sha256(sample.files):
         yield "its files are not those that the ledger's sample_sha256 stands for"
-    yield from _file_problems(set(sample.files), embeddings)
-    for suffix, shape in (("face.jpg", (FACE_SIZE, FACE_SIZE)), ("mask.png", (FACE_SIZE, FACE_SIZE))):
-        if suffix in sample.files:
-            yield from _image_problems(suffix, sample.files[suffix], shape)
-    for suffix in sorted(set(_ARRAYS) & set(sample.files)):
-        yield from _array_problems(suffix, sample.files[suffix], *_ARRAYS[suffix])
-    yield from _mirror_problems(sample)
-    if "json" in sample.files:
-        yield from _json_problems(sample, record)
-
-
-def _file_problems(found: set[str], embeddings: bool | None) -> Iterator[str]:
-    """Files that no sample has, and files that it lacks."""
-    required = {*_REQUIRED, *((_ID,) if embeddings else ())}
-    if unknown := sorted(found - set(SUFFIXES)):
+    suffixes = set(sample.files)
+    if unknown := sorted(suffixes - set(SUFFIXES)):
         yield f"unknown files: {', '.join(unknown)}"
-    if missing := sorted(required - found):
+    if missing := sorted({*_REQUIRED, *((_ID,) if embeddings else ())} - suffixes):
         yield f"missing files: {', '.join(missing)}"
-    if embeddings and not any(wanted <= found for wanted in _FEATURES):
+    if embeddings and not any(wanted <= suffixes for wanted in _FEATURES):
         yield "no image features: neither clip.npy with clip_hidden.npy nor dino.npy"
-    if embeddings is False and found & EMBEDDINGS:
-        yield f"embeddings, which its plan leaves out: {', '.join(sorted(found & EMBEDDINGS))}"
+    if embeddings is False and suffixes & EMBEDDINGS:
+        yield f"embeddings, which its plan leaves out: {', '.join(sorted(suffixes & EMBEDDINGS))}"
+    for suffix in ("face.jpg", "mask.png"):
+        if suffix in suffixes:
+            yield from _image_problems(suffix, sample.files[suffix], (FACE_SIZE, FACE_SIZE))
+    for suffix in sorted(set(_ARRAYS) & suffixes):
+        yield from _array_problems(suffix, sample.files[suffix], *_ARRAYS[suffix])
+    for name in _MIRRORED:
+        mirrored, own = sample.files.get(f"{name}_mirror.npy"), sample.files.get(f"{name}.npy")
+        if mirrored is not None and (own is None or len(own) != len(mirrored)):
+            yield f"{name}_mirror.npy has not the shape of {name}.npy"
+    if "json" in suffixes:
+        yield from _json_problems(sample, record or {})
 
 
 def _image_problems(suffix: str, data: bytes, size: tuple[int, int]) -> Iterator[str]:
@@ -110,14 +165,6 @@ def _image_problems(suffix: str, data: bytes, size: tuple[int, int]) -> Iterator
         yield f"{suffix} is not a map of {_LABELS} labels, one byte per pixel"
 
 
-def _mirror_problems(sample: Sample) -> Iterator[str]:
-    """Where features of the mirrored face are not there in the shape, and so the length, of the face's own."""
-    for name in _MIRRORED:
-        mirrored, own = sample.files.get(f"{name}_mirror.npy"), sample.files.get(f"{name}.npy")
-        if mirrored is not None and (own is None or len(own) != len(mirrored)):
-            yield f"{name}_mirror.npy has not the shape of {name}.npy"
-
-
 def _array_problems(suffix: str, data: bytes, dtype: str, shape: tuple[int, ...]) -> Iterator[str]:
     array = np.empty([max(side, 1) for side in shape], dtype)
     if -1 in shape:
@@ -135,7 +182,8 @@ def _array_problems(suffix: str, data: bytes, dtype: str, shape: tuple[int, ...]
         yield f"{suffix} has the length {length + 1:.4f}, not 1"
 
 
-def _json_problems(sample: Sample, record: Mapping[str, Any] | None) -> Iterator[str]:
+def _json_problems(sample: Sample, record: Mapping[str, Any]) -> Iterator[str]:
+    """Where the json, and the crops that it describes, are not those of the sample and its ledger row."""
     try:
         content = json.loads(sample.files["json"])
     except (ValueError, RecursionError) as error:
@@ -144,17 +192,30 @@ def _json_problems(sample: Sample, record: Mapping[str, Any] | None) -> Iterator
     if not isinstance(content, dict):
         yield "json is not an object"
         return
-    missing = [name for name in (*_JSON_FIELDS, "crops", "schema_version") if name not in content]
-    if missing:
+    if missing := [name for name in (*_JSON_FIELDS, "crops", "schema_version") if name not in content]:
         yield f"json lacks {', '.join(missing)}"
     if content.get("key", sample.key) != sample.key:
         yield f"json is that of the key {content['key']!r}"
     if content.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
         yield f"json has the schema version {content['schema_version']!r}"
-    for name in sorted(set(content) & set(record or {})):
-        if COLUMNS[name].ledger and not _equal(content[name], (record or {})[name]):
+    for name in sorted(set(content) & set(record)):
+        if COLUMNS[name].ledger and not _equal(content[name], record[name]):
             yield f"json and ledger differ in {name}"
-    yield from _crop_problems(sample, content.get("crops"))
+    crops = content.get("crops")
+    for name in _CROPS:
+        crop, suffix = crops.get(name) if isinstance(crops, dict) else None, f"{name}.jpg"
+        size = crop.get("size") if isinstance(crop, dict) else None
+        if not isinstance(crop, dict):
+            yield f"json does not describe {suffix}"
+        elif suffix not in sample.files:
+            if not crop.get("absent"):
+                yield f"{suffix} is absent, and json does not say why"
+        elif not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
+            yield f"json does not give the size of {suffix}"
+        else:
+            if name in _SQUARE and size[0] != size[1]:
+                yield f"{suffix} is not square"
+            yield from _image_problems(suffix, sample.files[suffix], (size[0], size[1]))
     yield from _encoded_problems(sample, content.get("targets"))
 
 
@@ -167,37 +228,15 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _crop_problems(sample: Sample, crops: Any) -> Iterator[str]:
-    """Where the crops are not those that the json describes: there with their size, or absent with a reason."""
-    for name in _CROPS:
-        told, suffix = crops.get(name) if isinstance(crops, dict) else None, f"{name}.jpg"
-        if not isinstance(told, dict):
-            yield f"json does not describe {suffix}"
-        elif suffix not in sample.files:
-            if not told.get("absent"):
-                yield f"{suffix} is absent, and json does not say why"
-        elif not _is_size(told.get("size")):
-            yield f"json does not give the size of {suffix}"
-        else:
-            width, height = told["size"]
-            if name in _SQUARE and width != height:
-                yield f"{suffix} is not square"
-            yield from _image_problems(suffix, sample.files[suffix], (width, height))
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(side) is int and side > 0 for side in value)
-
-
-def _encoded_problems(sample: Sample, told: Any) -> Iterator[str]:
+def _encoded_problems(sample: Sample, described: Any) -> Iterator[str]:
     """Where latents and text embeddings are not those that the json's `targets` describe."""
     encoded = sorted(suffix for suffix in sample.files if suffix.startswith(("latents.", "text")))
-    if told is None:
+    if described is None:
         if encoded:
             yield f"json does not say what encoded {', '.join(encoded)}"
         return
     try:
-        targets = Targets.from_object(told)
+        targets = Targets.from_object(described)
     except CorruptShardError as error:
         yield f"json: {error}"
         return

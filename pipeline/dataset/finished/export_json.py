@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pipeline.dataset.out.ledger import read_manifests
 from pipeline.shared.atomic import replace_atomically
@@ -66,27 +66,10 @@ def export_json(out: AnyPath, folder: Path, form: Form) -> Exported:
     if not manifests:
         raise OutputError(f"{out} holds no finished shard yet: let `dataset` finish one.")
     for manifest in manifests:
-        _require_length(out, manifest)
-    _make_folders(folder)
-    exported = Exported()
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8") as stream:
-            _write_list(stream, _entries(out, manifests, folder, form, exported))
-
-    replace_atomically(folder / LIST, write)
-    return exported
-
-
-def _require_length(out: AnyPath, manifest: Manifest) -> None:
-    name = f"{manifest.shard}.tar"
-    path = out / "shards" / name
-    told = manifest.files.get(name, {}).get("bytes")
-    if not path.is_file() or path.stat().st_size != told:
-        raise CorruptShardError(f"{name}: it has not the {told} bytes that {manifest.shard}.json tells")
-
-
-def _make_folders(folder: Path) -> None:
+        tar = f"{manifest.shard}.tar"
+        path, claimed = out / "shards" / tar, manifest.files.get(tar, {}).get("bytes")
+        if not path.is_file() or path.stat().st_size != claimed:
+            raise CorruptShardError(f"{tar}: it has not the {claimed} bytes that {manifest.shard}.json says")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
@@ -95,69 +78,58 @@ def _make_folders(folder: Path) -> None:
             (folder / name).mkdir()
     except OSError as error:
         raise OutputError(f"{folder} cannot be written: {error.strerror or error}.") from error
+    exported = Exported()
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write("[")  # one JSON array, an entry a line, which is never held as a whole
+            for entry in _entries(out, manifests, folder, form):
+                if entry is None:
+                    exported.left_out += 1
+                else:
+                    stream.write(",\n" if exported.samples else "\n")
+                    json.dump(entry, stream, ensure_ascii=False)
+                    exported.samples += 1
+            stream.write("\n]\n")
+
+    replace_atomically(folder / LIST, write)
+    return exported
 
 
-def _write_list(stream: IO[str], entries: Iterator[dict[str, Any]]) -> None:
-    """One JSON array, an entry a line, without holding it."""
-    stream.write("[")
-    for number, entry in enumerate(entries):
-        stream.write(",\n" if number else "\n")
-        json.dump(entry, stream, ensure_ascii=False)
-    stream.write("\n]\n")
-
-
-def _entries(
-    out: AnyPath, manifests: list[Manifest], folder: Path, form: Form, exported: Exported
-) -> Iterator[dict[str, Any]]:
+def _entries(out: AnyPath, manifests: list[Manifest], folder: Path, form: Form) -> Iterator[dict[str, Any] | None]:
+    """Write the files of each sample; its entry, or None where it has no crop."""
     for manifest in manifests:
         tar = f"{manifest.shard}.tar"
         for sample in unpack(out / "shards" / tar):
             try:
-                entry = _export(sample, folder, form)
+                yield _export(sample, folder, form)
             except (KeyError, ValueError, TypeError, CorruptShardError) as error:
                 raise CorruptShardError(f"{tar}: {sample.key} is no whole sample ({error})") from error
-            if entry is None:
-                exported.left_out += 1
-            else:
-                exported.samples += 1
-                yield entry
 
 
 def _export(sample: Sample, folder: Path, form: Form) -> dict[str, Any] | None:
-    """Write the files of one sample; its entry, or None when it has no crop."""
-    told = json.loads(sample.files["json"])
-    crop = _crop(sample, told["crops"], form.crop)
-    if crop is None:
+    content = json.loads(sample.files["json"])
+    crops = [crop for crop in Crop if f"{crop}.jpg" in sample.files]
+    if not crops:
         return None
+    sizes = {crop: content["crops"][crop]["size"] for crop in crops}
+    crop = form.crop if form.crop in crops else max(crops, key=lambda crop: sizes[crop][0] * sizes[crop][1])
     if "arcface.npy" not in sample.files:
         raise OutputError("The samples hold no ID vectors: make the dataset again with --set pack.embeddings=true.")
-    suffix, content = _id_file(sample.files["arcface.npy"], form.id_format)
+    suffix, vector = "npy", sample.files["arcface.npy"]
+    if form.id_format is IdFormat.PT_NUMPY:
+        import torch  # takes seconds, so only where it is needed
+
+        buffer = io.BytesIO()
+        torch.save(decode_npy(vector).copy(), buffer)
+        suffix, vector = "bin", buffer.getvalue()
     files = {
         "image_file": (f"images/{sample.key}.jpg", sample.files[f"{crop}.jpg"]),
-        "id_embed_file": (f"ids/{sample.key}.{suffix}", content),
+        "id_embed_file": (f"ids/{sample.key}.{suffix}", vector),
         "face_image_file": (f"faces/{sample.key}.jpg", sample.files["face.jpg"]),
     }
     for name, data in files.values():
         (folder / name).write_bytes(data)
     root = f"{folder.resolve()}/" if form.absolute else ""
     paths = {field: f"{root}{name}" for field, (name, _) in files.items()}
-    return {**paths, "text": told["text"], "id_embed_norm": told["embedding_norm"]}
-
-
-def _crop(sample: Sample, crops: dict[str, Any], wanted: Crop) -> str | None:
-    """The crop to export: the wanted one, else the one with the most pixels."""
-    present = [str(crop) for crop in Crop if f"{crop}.jpg" in sample.files]
-    if wanted in present:
-        return str(wanted)
-    return max(present, key=lambda crop: crops[crop]["size"][0] * crops[crop]["size"][1], default=None)
-
-
-def _id_file(npy: bytes, id_format: IdFormat) -> tuple[str, bytes]:
-    """Suffix and content of the ID's file."""
-    if id_format is IdFormat.NPY:
-        return "npy", npy
-    import torch  # takes seconds, so only where it is asked for
-
-    buffer = io.BytesIO()
-    torch.save(decode_npy(npy).copy(), buffer)
-    return "bin", buffer.getvalue()
+    return {**paths, "text": content["text"], "id_embed_norm": content["embedding_norm"]}

@@ -265,7 +265,8 @@ def _copy_tar(old: AnyPath, new: AnyPath, keys: set[str]) -> None:
                 for member in members(source):
                     if member.name.partition(".")[0] in keys:
                         continue
-                    position, end = member.offset, member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                    position, end = member.offset, member.offset_data + member.size
+                    end += -end % tarfile.BLOCKSIZE
                     source.seek(position)
                     while position < end:
                         piece = source.read(min(_CHUNK, end - position))

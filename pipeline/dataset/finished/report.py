@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,6 @@ from pipeline.shared.tars import Sample, unpack
 from schemas.drops import DropReason
 from schemas.errors import CorruptShardError, OutputError
 from schemas.shard import DATASET, Manifest
-from stages.models.backends import Image
 from stages.pixels.headers import DECODER_ERRORS
 from stages.pixels.images import decode_jpeg, decode_png
 
@@ -90,51 +90,40 @@ def write_report(out: AnyPath) -> AnyPath:
         CorruptShardError: when a file of a shard that is read is damaged; names it.
     """
     shards_folder(out)
-    page = _environment().get_template("report.html.jinja").render(_context(out))
-    path = out / REPORT
+    manifests, counted = read_manifests(out), funnel(out)
     try:
-        storage.write(path, page.encode("utf-8", "replace"))
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
-    return path
-
-
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
+        dataset = json.loads((out / DATASET).read_bytes())
+    except FileNotFoundError:  # it was not copied along
+        dataset = {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CorruptShardError(f"{DATASET}: cannot be read: {error}") from error
+    plan = manifests[0] if manifests else None
+    known = dataset if isinstance(dataset, dict) else {}
+    samples = list(_kept_cards(out, manifests))
+    labels = frozenset[int]().union(*(card.labels for card in samples))
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def _context(out: AnyPath) -> dict[str, Any]:
-    manifests, dataset, counted = read_manifests(out), _dataset(out), funnel(out)
-    first = manifests[0] if manifests else None
-    samples = list(_kept_cards(out, manifests))
-    labels = frozenset[int]().union(*(card.labels for card in samples))
-    return {
-        "profile": first.profile if first else dataset.get("profile", ""),
-        "plan_digest": first.plan_digest if first else dataset.get("plan_digest", ""),
-        "models": first.models if first else [],
-        "finished": "shards" in dataset,
-        "funnel": counted,
-        "samples": samples,
-        "reasons": list(_reasons(out, manifests, counted)),
-        "labels": [(name, rgb) for n, (name, rgb) in enumerate(LABEL_COLOURS.items()) if n in labels and n],
-    }
-
-
-def _dataset(out: AnyPath) -> dict[str, Any]:
-    """dataset.json; empty where it was not copied along."""
+    page = environment.get_template("report.html.jinja").render(
+        profile=plan.profile if plan else known.get("profile", ""),
+        plan_digest=plan.plan_digest if plan else known.get("plan_digest", ""),
+        models=plan.models if plan else [],
+        finished="shards" in known,
+        funnel=counted,
+        samples=samples,
+        reasons=list(_reasons(out, manifests, counted)),
+        labels=[(name, rgb) for n, (name, rgb) in enumerate(LABEL_COLOURS.items()) if n in labels and n],
+    )
+    path = out / REPORT
     try:
-        content = json.loads((out / DATASET).read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise CorruptShardError(f"{DATASET}: cannot be read: {error}") from error
-    return content if isinstance(content, dict) else {}
+        storage.write(path, page.encode("utf-8", "replace"))
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
+    return path
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
@@ -173,31 +162,26 @@ def _kept_card(sample: Sample) -> Card:
     content = json.loads(sample.files["json"])
     crops = {name: decode_jpeg(sample.files[f"{name}.jpg"]) for name in _CROPS if f"{name}.jpg" in sample.files}
     face, mask = decode_jpeg(sample.files["face.jpg"]), decode_png(sample.files["mask.png"])
-    pictures = [
-        _photo(content, crops),
+    described = content["crops"]
+    # The whole photo, or the widest crop that there is, with box and points.
+    widest = next((name for name in reversed(_CROPS) if name in crops), None)
+    if widest is None:
+        pictures = [Picture("photo", absent=described["full"]["absent"])]
+    else:
+        photo = marked(crops[widest], _PHOTO_PX, described[widest]["box"], content["bbox"], content["kps"])
+        title = "photo" if widest == "full" else f"{widest} (no full: {described['full']['absent']})"
+        pictures = [Picture(title, data_uri(photo))]
+    pictures += [
         Picture("face", data_uri(reduced(face, _CROP_PX))),
         Picture("mask", data_uri(masked(face, mask, _CROP_PX))),
-        *(_crop(name, content["crops"][name], crops.get(name)) for name in ("portrait", "half")),
     ]
+    for name in ("portrait", "half"):
+        if name in crops:
+            pictures.append(Picture(f"{name} {crops[name].shape[1]} px", data_uri(reduced(crops[name], _CROP_PX))))
+        else:
+            pictures.append(Picture(name, absent=_shortened(described[name]["absent"])))
     text, url = _shortened(content["text"]), _shortened(content["url"])
     return Card(sample.key, text, url, _facts(content), pictures, frozenset(np.unique(mask).tolist()))
-
-
-def _photo(content: dict[str, Any], crops: dict[str, Image]) -> Picture:
-    """The whole photo, or the widest crop that there is, with box and points."""
-    for name in ("full", "half", "portrait"):
-        if name in crops:
-            frame = content["crops"][name]["box"]
-            drawn = marked(crops[name], _PHOTO_PX, frame, content["bbox"], content["kps"])
-            title = "photo" if name == "full" else f"{name} (no full: {content['crops']['full']['absent']})"
-            return Picture(title, data_uri(drawn))
-    return Picture("photo", absent=content["crops"]["full"]["absent"])
-
-
-def _crop(name: str, told: dict[str, Any], crop: Image | None) -> Picture:
-    if crop is None:
-        return Picture(name, absent=_shortened(told["absent"]))
-    return Picture(f"{name} {crop.shape[1]} px", data_uri(reduced(crop, _CROP_PX)))
 
 
 _FACTS = {
@@ -233,48 +217,31 @@ def _reasons(out: AnyPath, manifests: list[Manifest], counted: Funnel) -> Iterat
     for name, count in totals.items():
         cards = _drop_cards(out, manifests, name, pictured=left > 0)
         left -= sum(card.length for card in cards)
-        yield Reason(name, _sentence(name), count, cards)
-
-
-def _sentence(reason: str) -> str:
-    return next((known.sentence for known in DropReason if known == reason), "")
+        sentence = next((known.sentence for known in DropReason if known == name), "")
+        yield Reason(name, sentence, count, cards)
 
 
 def _drop_cards(out: AnyPath, manifests: list[Manifest], reason: str, *, pictured: bool) -> list[Card]:
     """A few rows that were dropped for a reason: from several shards, those with a picture first."""
     ranked: list[tuple[bool, int, Card]] = []
     for manifest in spread([manifest for manifest in manifests if manifest.dropped.get(reason)], _DROPS):
-        thumbnails = _thumbnails(out, manifest.shard, reason) if pictured else {}
-        for rank, record in enumerate(_examples(out, manifest.shard, reason, thumbnails)):
-            card = _drop_card(record, thumbnails.get(record["key"]))
+        thumbnails: dict[str, bytes] = {}
+        if pictured:
+            with suppress(*UNREADABLE):  # the file is disposable
+                drops = storage.parquet(out / "drops" / f"{manifest.shard}.parquet")
+                table = drops.read(columns=["key", "verdict", "thumbnail"])
+                thumbnails = {row["key"]: row["thumbnail"] for row in table.to_pylist() if row["verdict"] == reason}
+        rows = read_ledger(out, manifest.shard, _DROP_COLUMNS, reason)
+        shown = pc.is_in(rows["key"], pa.array(list(thumbnails), pa.string()))
+        rows = pa.concat_tables([rows.filter(shown), rows.filter(pc.invert(shown))]).slice(0, _DROPS)
+        for rank, record in enumerate(rows.to_pylist()):
+            card = Card(record["key"], "", _shortened(record["url"]), _facts(record))
+            if record["key"] in thumbnails:
+                image = decode_jpeg(thumbnails[record["key"]])
+                height, width = image.shape[:2]
+                frame = (0, 0, record["width"] or width, record["height"] or height)
+                photo = marked(image, _DROP_PX, frame, record["bbox"], record["kps"])
+                card.pictures.append(Picture("", data_uri(photo)))
             ranked.append((not card.pictures, rank, card))
     ranked.sort(key=lambda entry: entry[:2])
     return [card for *_, card in ranked[:_DROPS]]
-
-
-def _thumbnails(out: AnyPath, shard: str, reason: str) -> dict[str, bytes]:
-    """Key -> JPEG of some dropped photos; none where the disposable file is gone or damaged."""
-    try:
-        table = storage.parquet(out / "drops" / f"{shard}.parquet").read(columns=["key", "verdict", "thumbnail"])
-        return {row["key"]: row["thumbnail"] for row in table.to_pylist() if row["verdict"] == reason}
-    except UNREADABLE:
-        return {}
-
-
-def _examples(out: AnyPath, shard: str, reason: str, thumbnails: dict[str, bytes]) -> list[dict[str, Any]]:
-    """Ledger rows that were dropped for a reason, those with a thumbnail first."""
-    rows = read_ledger(out, shard, _DROP_COLUMNS, reason)
-    pictured = pc.is_in(rows["key"], pa.array(list(thumbnails), pa.string()))
-    chosen = pa.concat_tables([rows.filter(pictured), rows.filter(pc.invert(pictured))]).slice(0, _DROPS)
-    records: list[dict[str, Any]] = chosen.to_pylist()
-    return records
-
-
-def _drop_card(record: dict[str, Any], thumbnail: bytes | None) -> Card:
-    card = Card(record["key"], "", _shortened(record["url"]), _facts(record))
-    if thumbnail is not None:
-        image = decode_jpeg(thumbnail)
-        height, width = image.shape[:2]
-        frame = (0, 0, record["width"] or width, record["height"] or height)
-        card.pictures.append(Picture("", data_uri(marked(image, _DROP_PX, frame, record["bbox"], record["kps"]))))
-    return card

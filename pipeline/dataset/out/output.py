@@ -231,7 +231,7 @@ class ShardWriter:
             with lost_errors(self._output.root):
                 self._tar.write({"__key__": record["key"], **sample_files(record)})
         verdicts = pa.array([KEPT] * rows.alive.num_rows, pa.string())
-        self._ledgers += [rows.dead, tombstones(rows.alive, verdicts, self._plan.steps[-1].name)]
+        self._ledgers += [rows.dead, tombstones(rows.alive, verdicts, self._plan.steps[-1].stage().name)]
         for record in rows.witnesses.to_pylist():
             verdict = record["verdict"]
             if self._pictured[verdict] < self._plan.config.report.drops_per_reason:

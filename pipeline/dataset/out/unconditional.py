@@ -32,8 +32,8 @@ def write_unconditional(root: AnyPath, plan: Plan) -> dict[str, dict[str, Any]]:
         return {}
     path = root / UNCONDITIONAL
     if not _is_current(path, plan):
-        settings = plan.config.models.model_copy(update={"device": "cpu"})
-        embedder: ImageEmbedder = backend("image_embedder", settings.image_embedder)(settings)
+        settings = plan.config.models
+        embedder: ImageEmbedder = backend("image_embedder", settings.image_embedder)(settings, "cpu")
         features = dict(embedder.unconditional())
         storage.write(path, save(features, metadata={_MADE: _made(features, plan)}))
     return {UNCONDITIONAL: fingerprint(path)}

@@ -15,7 +15,7 @@ from pipeline.dataset.source import img2dataset_tars as tars
 from pipeline.shared.files import full_path, kind_of, locate, reading, unreadable
 from schemas.errors import SourceError
 from schemas.names import SAMPLE, part_name, part_number, split_spec
-from stages.settings import Section
+from schemas.section import Section
 
 _KINDS = f"{formats.EXTENSIONS} or an img2dataset .tar"
 _PROBES_AT_A_TIME = 8

@@ -18,10 +18,9 @@ _SWITCHING_PROTOCOLS = 101
 class Client:
     """Sends requests; made and used on the loop. Deadlines are the caller's."""
 
-    def __init__(self, told: DownloadSettings) -> None:
-        """Start without connections."""
+    def __init__(self, told: DownloadSettings, guard: Guard) -> None:
         self._told = told
-        self._guard = Guard(told)
+        self._guard = guard
         self._agent = user_agent(told)
         self._resolver = resolve.Resolver()
         self._pool = Pool(told.concurrency)

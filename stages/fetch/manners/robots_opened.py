@@ -7,7 +7,7 @@ from threading import BoundedSemaphore
 
 from schemas.drops import DropReason
 from stages.base import Dropped
-from stages.fetch.address import Url, redirected
+from stages.fetch.address import Guard, Url, redirected
 from stages.fetch.base import check_status, wait_s
 from stages.fetch.manners import robots_txt
 from stages.fetch.manners.robots_txt import Rules
@@ -21,10 +21,9 @@ _CHUNK = 64 << 10
 class Robots(robots_txt.Asking):
     """Asks each host for its robots.txt before the first of its URLs; safe for threads."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Know nothing."""
+    def __init__(self, settings: Settings, guard: Guard) -> None:
         super().__init__(settings.download)
-        self._settings = settings
+        self._settings, self._guard = settings, guard
         self._one_asks = Named(BoundedSemaphore)
 
     def check(self, url: Url) -> None:
@@ -47,7 +46,7 @@ class Robots(robots_txt.Asking):
     def _ask(self, url: Url) -> Rules | DropReason:
         deadline = time.monotonic() + self._limit_s
         for attempt in count():
-            opener = Opener(self._settings, deadline)
+            opener = Opener(self._settings, self._guard, deadline)
             try:
                 return self._attempt(opener, url._replace(target=robots_txt.PATH))
             except Dropped as failure:

@@ -18,6 +18,7 @@ from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
 from stages.models.backends import Faces, Floats, Image, ModelCard
 from stages.models.papers import Weight
+from stages.runtime import Device
 from stages.settings import ModelSettings
 
 _FACE = "haarcascade_frontalface_alt2"
@@ -48,7 +49,7 @@ _Grey = npt.NDArray[np.uint8]
 class Haar:
     """Frontal faces by a cascade; `score` is n / (n + 10) for n overlapping hits, so 0.5 asks for ten."""
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, settings: ModelSettings, device: Device) -> None:
         """Load both cascades; the photo is reduced to a long side of `det_size`.
 
         Raises:

@@ -17,6 +17,7 @@ from schemas.errors import ConfigError, WeightsError
 from stages.models.backends import Faces, Floats, Image, ModelCard
 from stages.models.packs import pack_card, pack_file, pack_weights
 from stages.models.papers import Weight
+from stages.runtime import Device
 from stages.settings import ModelSettings
 
 
@@ -40,11 +41,11 @@ class Scrfd:
     border: ClassVar[float] = 0.5
     """Width of the border / longer side of the photo."""
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, settings: ModelSettings, device: Device) -> None:
         from stages.models.onnx import load
 
         path = pack_file("detector", settings)
-        self._model = load(path, "detection", settings)
+        self._model = load(path, "detection", device)
         self._size = settings.det_size
         self._threshold = settings.det_thresh
         if not self._model.use_kps:

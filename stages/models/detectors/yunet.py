@@ -7,6 +7,7 @@ from schemas.errors import WeightsError
 from stages.models.backends import Faces, Image, ModelCard
 from stages.models.papers import WEIGHTS, Weight
 from stages.models.weights import card, find
+from stages.runtime import Device
 from stages.settings import ModelSettings
 
 _LOWEST = 0.2
@@ -17,7 +18,7 @@ _TOP_K = 5000
 class YuNet:
     """OpenCV's FaceDetectorYN on the photo, reduced so that its long side is at most `det_size`."""
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, settings: ModelSettings, device: Device) -> None:
         cv2.setNumThreads(1)
         path = find(WEIGHTS["yunet"], settings)
         self._side = settings.det_size

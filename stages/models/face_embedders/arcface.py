@@ -7,17 +7,18 @@ from schemas.errors import WeightsError
 from stages.models.backends import Floats, Image, ModelCard
 from stages.models.packs import pack_card, pack_file, pack_weights
 from stages.models.papers import Weight
+from stages.runtime import Device
 from stages.settings import ModelSettings
 
 
 class ArcFace:
     """The recogniser of `models.pack`: identity vectors as `app.get` gives them, one face at a time on the CPU."""
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, settings: ModelSettings, device: Device) -> None:
         from stages.models.onnx import load
 
         path = pack_file("face_embedder", settings)
-        self._model = load(path, "recognition", settings)
+        self._model = load(path, "recognition", device)
         dimension = self._model.output_shape[-1]
         if self._model.input_size != (112, 112) or dimension != 512:
             raise WeightsError(

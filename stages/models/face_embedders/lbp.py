@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from stages.models.backends import Floats, Image, ModelCard
 from stages.models.papers import Weight
+from stages.runtime import Device
 from stages.settings import ModelSettings
 
 _SIZE = 112
@@ -29,7 +30,7 @@ _Doubles = npt.NDArray[np.float64]
 class Lbp:
     """Histograms of uniform patterns on a 7x7 grid, and HOG of the same cells, under a random projection."""
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, settings: ModelSettings, device: Device) -> None:
         """Draw the projection from its fixed seed."""
         cv2.setNumThreads(1)
         self._bins = _uniform_bins()

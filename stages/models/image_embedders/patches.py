@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from stages.models.backends import Floats, Image, ModelCard
 from stages.models.papers import Weight
+from stages.runtime import Device
 from stages.settings import ModelSettings
 
 _GRID = 16
@@ -34,7 +35,7 @@ _Halves = npt.NDArray[np.float16]
 class Patches:
     """`clip` (N, 1024) and `clip_hidden` (N, 257, 1280), float16, by fixed random projections."""
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, settings: ModelSettings, device: Device) -> None:
         """Draw the projections from their fixed seed."""
         cv2.setNumThreads(1)
         random = np.random.Generator(np.random.PCG64(_SEED))

@@ -16,6 +16,7 @@ from stages.models.backends import Floats, Image, ModelCard
 from stages.models.papers import WEIGHTS, Weight
 from stages.models.torch_backend import HALF, IMAGENET, normalise, prepare
 from stages.models.weights import card, find
+from stages.runtime import Device
 from stages.settings import ModelSettings
 
 # fmt: off
@@ -38,8 +39,9 @@ _MEAN_STD = {"bisenet": IMAGENET, "parsenet": HALF}
 class FacexlibParser:
     """The parser that `models.parser` names; float32, one image at a time."""
 
-    def __init__(self, settings: ModelSettings) -> None:
-        self._device = prepare(settings)
+    def __init__(self, settings: ModelSettings, device: Device) -> None:
+        prepare(device)
+        self._device = device
         self._name = settings.parser
         self._model = _load(self._name, find(WEIGHTS[self._name], settings), self._device)
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from stages.models.backends import Floats, Image, ModelCard
 from stages.models.papers import Weight
+from stages.runtime import Device
 from stages.settings import ModelSettings
 
 SKIN = 1
@@ -32,7 +33,7 @@ none is, and between them the colours decide, starting from the second as a gues
 class GrabCut:
     """Face against background, from three ellipses around the five points."""
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, settings: ModelSettings, device: Device) -> None:
         """Nothing to load."""
         cv2.setNumThreads(1)
 

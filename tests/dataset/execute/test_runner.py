@@ -8,6 +8,7 @@ from schemas.columns import LEDGER, SEED_SCHEMA
 from schemas.drops import DropReason
 from schemas.errors import ContractError
 from stages.base import DROP, Dropped, RowStage, to_table
+from stages.runtime import Runtime
 from stages.settings import Settings
 
 KEEP = frozenset({*LEDGER, "image", "text"})
@@ -38,7 +39,7 @@ def run(stage, table=None, keep=KEEP) -> Rows:
 
 
 def test_dropped_rows_become_tombstones_with_their_measurements():
-    rows = run(Fetch(Settings()))
+    rows = run(Fetch(Settings(), Runtime()))
     assert rows.alive.column("row").to_pylist() == [1, 2, 4, 5]
     assert rows.dead.column_names == list(LEDGER)
     assert rows.dead.select(["row", "verdict", "stage", "width"]).to_pylist() == [
@@ -47,13 +48,13 @@ def test_dropped_rows_become_tombstones_with_their_measurements():
 
 
 def test_columns_that_nobody_needs_any_more_are_let_go():
-    rows = run(Fetch(Settings()), keep=frozenset(LEDGER))
+    rows = run(Fetch(Settings(), Runtime()), keep=frozenset(LEDGER))
     assert "image" not in rows.alive.column_names
     assert "text" not in rows.alive.column_names
 
 
 def test_an_empty_batch_gets_the_columns_without_a_call():
-    rows = run(Fetch(Settings()), seeds(0))
+    rows = run(Fetch(Settings(), Runtime()), seeds(0))
     assert rows.alive.num_rows == 0
     assert {"image", "sha256", "width"} <= set(rows.alive.column_names)
 
@@ -62,7 +63,7 @@ class Bad(Fetch):
     """Breaks its declaration in the way that `how` returns."""
 
     def __init__(self, how):
-        super().__init__(Settings())
+        super().__init__(Settings(), Runtime())
         self.how = how
 
     def __call__(self, table):
@@ -101,7 +102,7 @@ def test_an_unforeseen_error_is_not_swallowed():
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        run(Breaks(Settings()))
+        run(Breaks(Settings(), Runtime()))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_an_unforeseen_error_is_not_swallowed():
 def test_regrouped_batches_hold_the_same_rows_in_order(sizes, expected):
     start, batches = 0, []
     for size in sizes:
-        batches.append(run(Fetch(Settings()), seeds(start + size).slice(start)))
+        batches.append(run(Fetch(Settings(), Runtime()), seeds(start + size).slice(start)))
         start += size
     groups = list(regrouped(iter(batches), 5))
     assert [rows.alive.num_rows for rows in groups] == expected
@@ -130,7 +131,7 @@ class Judge(RowStage):
 
 
 def test_judged_seeds_are_split_into_living_rows_and_tombstones():
-    judged = judge_seeds(Judge(Settings()), seeds(4))
+    judged = judge_seeds(Judge(Settings(), Runtime()), seeds(4))
     rows = split_seeds(judged)
     assert rows.alive.column("row").to_pylist() == [0, 1, 3]
     assert rows.dead.select(["row", "verdict", "stage"]).to_pylist() == [
@@ -148,7 +149,7 @@ def test_one_photo_per_reason_is_kept_as_a_witness():
         def row(self, record):
             return {DROP: DropReason.NO_FACE if record["row"] < 5 else DropReason.SMALL_FACE}
 
-    rows = apply(Loaded(Second(Settings()), KEEP), run(Fetch(Settings())))
+    rows = apply(Loaded(Second(Settings(), Runtime()), KEEP), run(Fetch(Settings(), Runtime())))
     assert rows.witnesses.to_pylist() == [
         {"key": "p-000000001", "verdict": "no_face", "image": b"picture"},
         {"key": "p-000000005", "verdict": "small_face", "image": b"picture"},

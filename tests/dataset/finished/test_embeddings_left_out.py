@@ -26,6 +26,7 @@ from stages.base import DROP
 from stages.embed_face import EmbedFace
 from stages.embed_image import EmbedImage
 from stages.pixels.images import encode_png
+from stages.runtime import Runtime
 from stages.settings import Settings
 
 SETTINGS = {"models": {"face_embedder": "lbp", "image_embedder": "patches"}, "pack": {"embeddings": False}}
@@ -34,7 +35,7 @@ SETTINGS = {"models": {"face_embedder": "lbp", "image_embedder": "patches"}, "pa
 def test_all_columns_of_the_image_embedder_are_null_and_its_model_is_not_looked_for():
     settings = Settings.model_validate({**SETTINGS, "models": {"image_embedder": "no such model"}})
     rows = pa.table({"face": [b"x", b"y"], "mask": [b"x", b"y"]}, schema=schema(("face", "mask")))
-    found = EmbedImage(settings)(rows)
+    found = EmbedImage(settings, Runtime())(rows)
     assert found.num_rows == 2
     assert all(found[name].null_count == 2 for name in EmbedImage.writes)
 
@@ -42,8 +43,8 @@ def test_all_columns_of_the_image_embedder_are_null_and_its_model_is_not_looked_
 def test_faces_are_judged_by_their_vector_which_then_goes():
     face = encode_png(np.ascontiguousarray(data.astronaut()[40:152, 170:282]))
     rows = pa.table({"face112": [face]}, schema=schema(("face112",)))
-    with_it = EmbedFace(Settings.model_validate({**SETTINGS, "pack": {}}))(rows)
-    without = EmbedFace(Settings.model_validate(SETTINGS))(rows)
+    with_it = EmbedFace(Settings.model_validate({**SETTINGS, "pack": {}}), Runtime())(rows)
+    without = EmbedFace(Settings.model_validate(SETTINGS), Runtime())(rows)
     assert with_it["arcface"].null_count == 0
     assert without["arcface"].null_count == 1
     assert without["embedding_norm"] == with_it["embedding_norm"]

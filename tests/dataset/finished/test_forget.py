@@ -15,16 +15,15 @@ from pathlib import Path
 import fake_dataset as fake
 import pyarrow.parquet as pq
 import pytest
-import typer
 from typer.testing import CliRunner
 
+from pipeline.__main__ import app
 from pipeline.dataset.finished.forget import Wanted, forget, take_down_listed
 from pipeline.dataset.finished.report import write_report
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.out.forgotten import FORGOTTEN, Forgotten, finish, load
 from pipeline.dataset.out.ledger import funnel, read_manifests
 from pipeline.dataset.out.output import Output
-from pipeline.forget_command import forget as command
 from pipeline.shared.files import to_path, write
 from schemas.errors import CorruptShardError, OutputError, SourceError
 from stages.pixels.images import encode_jpeg
@@ -182,6 +181,19 @@ def test_a_whole_shard_may_go(out):
     assert sum(row["verdict"] == "forgotten" for row in ledger(out).values()) == 6
 
 
+def test_whatever_is_written_follows_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        out = fake.write(tmp_path, {FIRST: rows(0)})
+        write_report(out)
+        forget(out, Wanted(urls=(KEPT_URL,)))
+    finally:
+        os.umask(before)
+    modes = {str(path.relative_to(out)): path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()}
+    assert len(modes) == 7
+    assert set(modes.values()) == {0o640}, modes
+
+
 def test_an_unfinished_dataset_is_forgotten_in_too(tmp_path):
     out = fake.write(tmp_path, {FIRST: rows(0)}, finish=False)
     forget(out, Wanted(urls=(KEPT_URL,)))
@@ -270,12 +282,8 @@ def test_what_was_forgotten_stays_so_under_a_list(out):
 # ---- the words of the command
 
 
-app = typer.Typer()
-app.command()(command)
-
-
 def call(*words):
-    done = CliRunner().invoke(app, [str(word) for word in words])
+    done = CliRunner().invoke(app, ["forget", *map(str, words)])
     if done.exception and not isinstance(done.exception, SystemExit):
         raise done.exception
     return done.exit_code, done.stdout

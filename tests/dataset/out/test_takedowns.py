@@ -10,6 +10,7 @@ from pipeline.dataset.out.takedowns import DROPS, KEEPS, Takedowns
 from pipeline.dataset.rows import WITNESS_SCHEMA, Rows, split_seeds
 from schemas.columns import LEDGER_SCHEMA, SEED_SCHEMA
 from stages.metadata import Metadata
+from stages.runtime import Runtime
 from stages.settings import Settings
 
 KEYS = [f"a-{row:09d}" for row in range(7)]
@@ -29,7 +30,7 @@ def judged(*urls):
     """Seed rows as the metadata stage leaves them; the second has the first one's URL."""
     rows = [{"key": key, "part": "a", "row": row, "text": "words"} for row, key in enumerate(KEYS)]
     table = pa.Table.from_pylist([row | {"url": url} for row, url in zip(rows, urls, strict=False)], SEED_SCHEMA)
-    return judge_seeds(Metadata(Settings()), table)
+    return judge_seeds(Metadata(Settings(), Runtime()), table)
 
 
 def blanked(takedowns, urls):

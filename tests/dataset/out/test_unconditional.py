@@ -29,7 +29,7 @@ TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "pa
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory):
     """A tiny random tower of each kind, by registry name."""
-    prepare(ModelSettings())
+    prepare("cpu")
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)
@@ -49,7 +49,7 @@ def test_a_tower_is_given_zeros_behind_its_preprocessing(tower, name, column):
     import transformers
 
     settings = ModelSettings(paths={name: str(tower / name)})
-    found = backend("image_embedder", name)(settings).unconditional()
+    found = backend("image_embedder", name)(settings, "cpu").unconditional()
     cls = {"clip-vit-h": "CLIPVisionModelWithProjection", "dinov2": "Dinov2Model"}[name]
     model = getattr(transformers, cls).from_pretrained(tower / name).eval()
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_a_tower_is_given_zeros_behind_its_preprocessing(tower, name, column):
 
 
 def test_patches_take_plain_mid_grey_for_no_face_in_milliseconds():
-    patches = backend("image_embedder", "patches")(ModelSettings())
+    patches = backend("image_embedder", "patches")(ModelSettings(), "cpu")
     start = time.perf_counter()
     found = patches.unconditional()
     assert time.perf_counter() - start < 1

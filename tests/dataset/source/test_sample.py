@@ -1,7 +1,6 @@
 """The bundled part: every row ends as `expected` says, by the real stages and models of the embedded profile."""
 
 import http.client
-import pkgutil
 import socket
 import struct
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pipeline.dataset.source.sample import ROWS, SampleServer, write_sample
 from schemas.columns import COLUMNS, KEPT, SEED_SCHEMA
 from stages import STAGES
 from stages.pixels.images import decode_jpeg
+from stages.runtime import Runtime
 from stages.settings import Settings
 
 EMBEDDED = {"detector": "haar", "segmenter": "grabcut", "face_embedder": "lbp", "image_embedder": "patches"}
@@ -43,9 +43,9 @@ def table(folder: Path) -> pa.Table:
 
 @pytest.fixture(scope="module")
 def outcome(server: SampleServer, table: pa.Table) -> Rows:
-    told = {"download": {"sample_port": server.port, "retries": 0}, "models": EMBEDDED}
-    settings = Settings.model_validate(told)
-    steps = [Loaded(pkgutil.resolve_name(STAGES[name])(settings), frozenset(COLUMNS)) for name in STEPS]
+    settings = Settings.model_validate({"download": {"retries": 0}, "models": EMBEDDED})
+    runtime = Runtime(sample_port=server.port)
+    steps = [Loaded(STAGES[name].stage()(settings, runtime), frozenset(COLUMNS)) for name in STEPS]
     return apply_all(steps, Rows.living(_seeds(table)))
 
 

@@ -29,6 +29,7 @@ from schemas.columns import SEED, SEED_SCHEMA
 from schemas.errors import SourceError
 from schemas.names import sample_key
 from stages.metadata import Metadata
+from stages.runtime import Runtime
 from stages.settings import Settings
 
 HERE = SourceSettings()
@@ -63,7 +64,7 @@ def parquet(path, columns=LAION, **options):
 
 
 def judge():
-    return partial(judge_seeds, Metadata(Settings()))
+    return partial(judge_seeds, Metadata(Settings(), Runtime()))
 
 
 def shards(part, rows_per_shard=1000):
@@ -550,7 +551,7 @@ def test_a_part_is_streamed(tmp_path):
         largest = max(largest, table.num_rows)
         return judge_seeds(stage, table)
 
-    stage = Metadata(Settings())
+    stage = Metadata(Settings(), Runtime())
     stream = iter_shards(part, HERE, watched)
     next(stream)
     assert largest == formats.BATCH_ROWS

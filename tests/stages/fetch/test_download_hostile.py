@@ -9,6 +9,7 @@ import pytest
 
 from stages.base import DROP
 from stages.download import Download
+from stages.runtime import Runtime
 from stages.settings import DownloadSettings, Settings
 
 
@@ -21,7 +22,7 @@ def world(names):
 
 @pytest.fixture
 def stage(world):
-    download = Download(settings())
+    download = Download(settings(), Runtime())
     yield download
     download.close()
 

@@ -9,6 +9,7 @@ import servers
 from stages.base import DROP
 from stages.download import Download
 from stages.fetch.manners import hosts
+from stages.runtime import Runtime
 from stages.settings import DownloadSettings, Settings
 
 says, head = servers.says, servers.head
@@ -23,7 +24,7 @@ def make():
 
     def stage(engine="native", **told):
         base = {"engine": engine, "allow_loopback": True, "timeout_s": 1.0, "retries": 0, "respect_robots": False}
-        made.append(Download(Settings(download=DownloadSettings(**base | told))))
+        made.append(Download(Settings(download=DownloadSettings(**base | told)), Runtime()))
         return made[-1]
 
     yield stage

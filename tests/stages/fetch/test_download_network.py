@@ -18,6 +18,7 @@ from stages.base import DROP
 from stages.download import Download
 from stages.fetch import opener
 from stages.fetch.http import link, resolve
+from stages.runtime import Runtime
 from stages.settings import DownloadSettings, Settings
 
 says, head = servers.says, servers.head
@@ -34,7 +35,7 @@ def make():
 
     def stage(**told):
         base = {"allow_loopback": True, "timeout_s": 2.0, "retries": 0, "respect_robots": False}
-        made.append(Download(Settings(download=DownloadSettings(**base | told))))
+        made.append(Download(Settings(download=DownloadSettings(**base | told)), Runtime()))
         return made[-1]
 
     yield stage

@@ -13,6 +13,7 @@ from schemas.drops import DropReason
 from stages.base import DROP
 from stages.download import Download
 from stages.fetch.manners import robots_txt
+from stages.runtime import Runtime
 from stages.settings import DownloadSettings, Settings
 
 says, redirects = servers.says, servers.redirects
@@ -26,9 +27,9 @@ def stage(request):
     """A function that makes stages of either engine, and closes them in the end."""
     made = []
 
-    def make(**told):
+    def make(runtime=None, **told):
         base = {"engine": request.param, "allow_loopback": True, "timeout_s": 2.0, "retries": 0}
-        made.append(Download(Settings(download=DownloadSettings(**base | told))))
+        made.append(Download(Settings(download=DownloadSettings(**base | told)), runtime or Runtime()))
         return made[-1]
 
     yield make
@@ -200,8 +201,8 @@ def test_a_redirect_to_a_refused_url_is_not_followed(stage, server):
 
 
 def test_workers_of_a_run_share_what_was_refused(stage, server, tmp_path):
-    path = str(tmp_path / "refusals")
-    first, second = stage(refusals=path), stage(refusals=path)
+    runtime = Runtime(refusals=str(tmp_path / "refusals"))
+    first, second = stage(runtime), stage(runtime)
     assert fetch(first, server.url("/noai.jpg")) == ["opted_out"]
     assert fetch(second, server.url("/noai.jpg")) == ["opted_out"]
     assert fetch(second, server.url("/403.jpg")) == ["access_denied"]

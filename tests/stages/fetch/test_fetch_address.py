@@ -26,29 +26,29 @@ def dropped(work, *args):
 
 @pytest.mark.parametrize("address", PUBLIC)
 def test_public_addresses_are_allowed(address):
-    assert Guard(DownloadSettings()).allows(ip_address(address), 80)
+    assert Guard(DownloadSettings(), None).allows(ip_address(address), 80)
 
 
 @pytest.mark.parametrize("address", REFUSED)
 def test_inner_addresses_are_refused(address):
-    assert not Guard(DownloadSettings()).allows(ip_address(address), 80)
+    assert not Guard(DownloadSettings(), None).allows(ip_address(address), 80)
 
 
 @given(st.ip_addresses())
 def test_nothing_that_is_not_global_is_ever_allowed(address):
-    assert address.is_global or not Guard(DownloadSettings()).allows(address, 80) or address.ipv4_mapped.is_global
+    assert address.is_global or not Guard(DownloadSettings(), None).allows(address, 80) or address.ipv4_mapped.is_global
 
 
 @pytest.mark.parametrize("address", [address for address in REFUSED if not ip_address(address).is_loopback])
 def test_allow_loopback_allows_loopback_alone(address):
-    guard = Guard(DownloadSettings(allow_loopback=True))
+    guard = Guard(DownloadSettings(allow_loopback=True), None)
     assert guard.allows(ip_address("127.0.0.1"), 80)
     loopback_within = address in ("::ffff:127.0.0.1", "64:ff9b::7f00:1")
     assert guard.allows(ip_address(address), 80) == loopback_within
 
 
 def test_the_sample_port_is_the_only_one_that_it_opens():
-    guard = Guard(DownloadSettings(sample_port=4321))
+    guard = Guard(DownloadSettings(), 4321)
     assert guard.allows(ip_address("127.0.0.1"), 4321)
     assert not guard.allows(ip_address("127.0.0.1"), 80)
     assert not guard.allows(ip_address("10.0.0.1"), 4321)
@@ -58,16 +58,16 @@ def test_the_sample_port_is_the_only_one_that_it_opens():
     "host", ["127.1", "0x7f000001", "0177.0.0.1", "017700000001", "2130706433", "127.0.0.1.", "１２７.0.0.1"]
 )
 def test_spellings_of_an_address_that_the_c_library_would_accept(host):
-    assert dropped(Guard(DownloadSettings()).route, parse(f"http://{host}/")) == DropReason.FORBIDDEN_ADDRESS
+    assert dropped(Guard(DownloadSettings(), None).route, parse(f"http://{host}/")) == DropReason.FORBIDDEN_ADDRESS
 
 
 def test_the_sample_host_leads_to_the_sample_port_whatever_the_url_says():
-    guard = Guard(DownloadSettings(sample_port=4321))
+    guard = Guard(DownloadSettings(), 4321)
     assert (
         str(guard.route(parse("https://sample.localhost:8443/a%2Fb.jpg?c=%2F")))
         == "http://127.0.0.1:4321/a%2Fb.jpg?c=%2F"
     )
-    assert Guard(DownloadSettings()).route(parse("http://sample.localhost/")).host == "sample.localhost"
+    assert Guard(DownloadSettings(), None).route(parse("http://sample.localhost/")).host == "sample.localhost"
 
 
 def test_what_is_no_url_is_a_bad_url():

@@ -30,22 +30,22 @@ TRUTH = {
 
 @pytest.fixture(scope="module")
 def haar() -> haar_module.Haar:
-    return haar_module.Haar(SETTINGS)
+    return haar_module.Haar(SETTINGS, "cpu")
 
 
 @pytest.fixture(scope="module")
 def lbp():  # type: ignore[no-untyped-def]
-    return backend("face_embedder", "lbp")(SETTINGS)
+    return backend("face_embedder", "lbp")(SETTINGS, "cpu")
 
 
 @pytest.fixture(scope="module")
 def patches():  # type: ignore[no-untyped-def]
-    return backend("image_embedder", "patches")(SETTINGS)
+    return backend("image_embedder", "patches")(SETTINGS, "cpu")
 
 
 @pytest.fixture(scope="module")
 def grabcut():  # type: ignore[no-untyped-def]
-    return backend("segmenter", "grabcut")(SETTINGS)
+    return backend("segmenter", "grabcut")(SETTINGS, "cpu")
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -97,7 +97,7 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_haar_is_typed_sorted_inside_the_photo_and_repeatable(haar: haar_module.Haar) -> None:
     image = np.hstack([ASTRONAUT, HOPPER[:512], ASTRONAUT[:, ::-1]])
-    first, again = haar.detect(image), haar_module.Haar(SETTINGS).detect(image)
+    first, again = haar.detect(image), haar_module.Haar(SETTINGS, "cpu").detect(image)
     assert [(part.dtype, part.shape[1:]) for part in first] == [
         (np.float32, (4,)), (np.float32, (5, 2)), (np.float32, ()),
     ]  # fmt: skip
@@ -202,7 +202,7 @@ def test_lbp_gives_raw_vectors_that_do_not_depend_on_the_batch(lbp, aligned) -> 
     both = lbp.embed(np.stack([*aligned.values()]))
     assert (both.dtype, both.shape) == (np.float32, (2, 512))
     assert (np.linalg.norm(both, axis=1) > 2).all()
-    fresh = backend("face_embedder", "lbp")(SETTINGS)
+    fresh = backend("face_embedder", "lbp")(SETTINGS, "cpu")
     assert (fresh.embed(aligned["hopper"][None])[0] == both[1]).all()
     assert lbp.embed(np.empty((0, 112, 112, 3), np.uint8)).shape == (0, 512)
 
@@ -219,7 +219,7 @@ def test_patches_have_the_shapes_and_the_range_of_clip(patches) -> None:  # type
     }
     for column in features.values():
         assert 0.2 < np.sqrt(np.mean(column.astype(np.float64) ** 2)) < 3
-    alone = backend("image_embedder", "patches")(SETTINGS).embed(images[1:])
+    alone = backend("image_embedder", "patches")(SETTINGS, "cpu").embed(images[1:])
     assert all((alone[name][0] == features[name][1]).all() for name in features)
     assert patches.embed(images[:0])["clip_hidden"].shape == (0, 257, 1280)
 

@@ -97,7 +97,7 @@ def test_finds_the_files_of_a_pack_by_their_graphs(toy: ModelSettings) -> None:
 def test_maps_boxes_and_points_back_to_the_photo(toy: ModelSettings) -> None:
     photo = np.zeros((1280, 960, 3), np.uint8)
     spot(photo, 640, 960, 64)
-    faces = Scrfd(toy).detect(photo)
+    faces = Scrfd(toy, "cpu").detect(photo)
     best = faces.bbox[0]
     assert faces.score[0] > 0.9
     assert np.all(best[:2] <= (672, 992))
@@ -106,14 +106,14 @@ def test_maps_boxes_and_points_back_to_the_photo(toy: ModelSettings) -> None:
 
 
 def test_detects_nothing_in_darkness(toy: ModelSettings) -> None:
-    faces = Scrfd(toy).detect(np.zeros((300, 200, 3), np.uint8))
+    faces = Scrfd(toy, "cpu").detect(np.zeros((300, 200, 3), np.uint8))
     assert (faces.bbox.shape, faces.kps.shape, faces.score.shape) == ((0, 4), (0, 5, 2), (0,))
     assert faces.bbox.dtype == faces.kps.dtype == faces.score.dtype == np.float32
 
 
 @pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (7, 3)])
 def test_odd_photos_do_not_break_the_detector(shape: tuple[int, int], toy: ModelSettings) -> None:
-    Scrfd(toy).detect(np.full((*shape, 3), 255, np.uint8))
+    Scrfd(toy, "cpu").detect(np.full((*shape, 3), 255, np.uint8))
 
 
 @pytest.mark.parametrize(("width", "height"), [(1000, 500), (333, 777), (1024, 1024)])
@@ -147,21 +147,21 @@ def test_what_lies_in_the_border_is_no_face() -> None:
 def test_detector_without_points_is_refused(tmp_path: Path) -> None:
     detector(tmp_path / "det.onnx", kps=False)
     with pytest.raises(WeightsError, match="without the five points"):
-        Scrfd(ModelSettings(pack=str(tmp_path)))
+        Scrfd(ModelSettings(pack=str(tmp_path)), "cpu")
 
 
 def test_detector_of_another_fixed_size_is_refused(tmp_path: Path) -> None:
     detector(tmp_path / "det.onnx", side=320)
     with pytest.raises(ConfigError, match=r"models\.det_size = 320"):
-        Scrfd(ModelSettings(pack=str(tmp_path)))
+        Scrfd(ModelSettings(pack=str(tmp_path)), "cpu")
     photo = np.zeros((400, 400, 3), np.uint8)
     spot(photo, 100, 100, 200)
-    assert len(Scrfd(ModelSettings(pack=str(tmp_path), det_size=320)).detect(photo).score)
+    assert len(Scrfd(ModelSettings(pack=str(tmp_path), det_size=320), "cpu").detect(photo).score)
 
 
 def test_recogniser_gets_rgb_in_its_own_scale(toy: ModelSettings) -> None:
     faces = RNG.integers(0, 256, (3, 112, 112, 3), np.uint8)
-    found = ArcFace(toy).embed(faces)
+    found = ArcFace(toy, "cpu").embed(faces)
     model = onnx.load(str(packs.pack_file("face_embedder", toy)))
     weights = numpy_helper.to_array(model.graph.initializer[0])
     pixels = (faces.astype(np.float32).transpose(0, 3, 1, 2) - 127.5) / 127.5
@@ -171,7 +171,7 @@ def test_recogniser_gets_rgb_in_its_own_scale(toy: ModelSettings) -> None:
 
 
 def test_vectors_do_not_depend_on_the_batch(toy: ModelSettings) -> None:
-    embedder = ArcFace(toy)
+    embedder = ArcFace(toy, "cpu")
     faces = RNG.integers(0, 256, (4, 112, 112, 3), np.uint8)
     assert embedder.embed(faces)[2].tobytes() == embedder.embed(faces[2:3])[0].tobytes()
     assert embedder.embed(faces[:0]).shape == (0, 512)
@@ -180,21 +180,21 @@ def test_vectors_do_not_depend_on_the_batch(toy: ModelSettings) -> None:
 def test_recogniser_of_another_width_is_refused(tmp_path: Path) -> None:
     recogniser(tmp_path / "rec.onnx", 128)
     with pytest.raises(WeightsError, match="gives 128 values"):
-        ArcFace(ModelSettings(pack=str(tmp_path)))
+        ArcFace(ModelSettings(pack=str(tmp_path)), "cpu")
 
 
 def test_garbage_under_a_known_name_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "det_10g.onnx").write_bytes(b"garbage" * 99)
     with pytest.raises(WeightsError, match="cannot be loaded"):
-        Scrfd(ModelSettings(pack=str(tmp_path)))
+        Scrfd(ModelSettings(pack=str(tmp_path)), "cpu")
     with pytest.raises(WeightsError, match="cannot be loaded"):
-        YuNet(ModelSettings(paths={"yunet": str(tmp_path / "det_10g.onnx")}))
+        YuNet(ModelSettings(paths={"yunet": str(tmp_path / "det_10g.onnx")}), "cpu")
 
 
 def test_recogniser_in_the_detectors_place_is_refused(tmp_path: Path) -> None:
     recogniser(tmp_path / "det_10g.onnx")
     with pytest.raises(WeightsError, match="not a detection model"):
-        Scrfd(ModelSettings(pack=str(tmp_path)))
+        Scrfd(ModelSettings(pack=str(tmp_path)), "cpu")
 
 
 def test_gpu_that_is_absent_is_an_error(toy: ModelSettings) -> None:
@@ -203,7 +203,7 @@ def test_gpu_that_is_absent_is_an_error(toy: ModelSettings) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this machine has a GPU")
     with pytest.raises(PlanError, match=r"executor\.gpus = 0"):
-        Scrfd(toy.model_copy(update={"device": "cuda"}))
+        Scrfd(toy, "cuda")
 
 
 def test_pack_with_insightfaces_manifest(tmp_path: Path) -> None:
@@ -217,8 +217,8 @@ def test_pack_with_insightfaces_manifest(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "MODEL.LICENSE").write_text("any")
     settings = ModelSettings(pack=str(tmp_path))
-    assert len(Scrfd(settings).detect(np.full((64, 64, 3), 255, np.uint8)).score)
-    assert ArcFace(settings)._model.input_std == 255.0
+    assert len(Scrfd(settings, "cpu").detect(np.full((64, 64, 3), 255, np.uint8)).score)
+    assert ArcFace(settings, "cpu")._model.input_std == 255.0
 
 
 # --- with the real pack
@@ -260,7 +260,7 @@ def one_face(faces: Faces) -> bool:
 def test_same_faces_and_vectors_as_insightfaces_loop(real: ModelSettings, app: Any, keepers: dict[str, Image]) -> None:
     from insightface.utils import face_align
 
-    ours, embedder = Scrfd(real), ArcFace(real)
+    ours, embedder = Scrfd(real, "cpu"), ArcFace(real, "cpu")
     for name, photo in keepers.items():
         (theirs,) = app.get(np.ascontiguousarray(photo[:, :, ::-1]))
         faces = ours.detect(photo)
@@ -272,7 +272,7 @@ def test_same_faces_and_vectors_as_insightfaces_loop(real: ModelSettings, app: A
 
 @pytest.mark.real_data
 def test_labelled_photos_are_judged_as_labelled(real: ModelSettings, data: Path, labels: list[dict[str, str]]) -> None:
-    detector = Scrfd(real)
+    detector = Scrfd(real, "cpu")
     for row in labels:
         if min(int(row["width"]), int(row["height"])) < 1024:
             continue
@@ -293,7 +293,7 @@ def tight(photo: Image, box: npt.NDArray[np.float32], factor: float, height: int
 
 @pytest.mark.real_data
 def test_tight_crops_are_not_lost(real: ModelSettings, keepers: dict[str, Image]) -> None:
-    detector = Scrfd(real)
+    detector = Scrfd(real, "cpu")
     lost_at_first = 0
     for name, photo in keepers.items():
         box = detector.detect(photo).bbox[0]
@@ -311,7 +311,7 @@ def test_tight_crops_are_not_lost(real: ModelSettings, keepers: dict[str, Image]
 @pytest.mark.real_data
 @pytest.mark.parametrize("factor", [0.9, 1.0, 1.2])
 def test_two_faces_are_never_one(factor: float, real: ModelSettings, keepers: dict[str, Image]) -> None:
-    detector = Scrfd(real)
+    detector = Scrfd(real, "cpu")
     boxes = {name: detector.detect(photo).bbox[0] for name, photo in keepers.items()}
     for a, b in itertools.islice(itertools.combinations(keepers, 2), 0, None, 5):
         left, right = (tight(keepers[name], boxes[name], factor) for name in (a, b))
@@ -324,7 +324,7 @@ def test_two_faces_are_never_one(factor: float, real: ModelSettings, keepers: di
 
 @pytest.mark.real_data
 def test_yunet_sees_the_same_faces_with_points_in_our_order(real: ModelSettings, keepers: dict[str, Image]) -> None:
-    yunet, reference = YuNet(real), Scrfd(real)
+    yunet, reference = YuNet(real, "cpu"), Scrfd(real, "cpu")
     for name, photo in keepers.items():
         found, expected = yunet.detect(photo), reference.detect(photo)
         eyes = np.linalg.norm(expected.kps[0, 1] - expected.kps[0, 0])

@@ -22,7 +22,7 @@ RNG = np.random.default_rng(0)
 KPS = np.zeros((5, 2), np.float32)
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 14, "image_size": 224}
 
-prepare(ModelSettings())
+prepare("cpu")
 torch = pytest.importorskip("torch")
 
 
@@ -68,7 +68,7 @@ def test_clip_gives_projected_and_penultimate_features(clip: Path) -> None:
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
     images = photos(2)
-    found = ClipVitH(ModelSettings(paths={"clip-vit-h": str(clip)})).embed(images)
+    found = ClipVitH(ModelSettings(paths={"clip-vit-h": str(clip)}), "cpu").embed(images)
     pixels = CLIPImageProcessor()(list(images), return_tensors="pt").pixel_values
     model = CLIPVisionModelWithProjection.from_pretrained(clip).eval()
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_dinov2_gives_the_normed_last_hidden_state(dino: Path) -> None:
     from transformers import Dinov2Model
 
     images = photos(2)
-    found = DinoV2(ModelSettings(paths={"dinov2": str(dino)})).embed(images)
+    found = DinoV2(ModelSettings(paths={"dinov2": str(dino)}), "cpu").embed(images)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     pixels = ((torch.from_numpy(images).float() / 255 - mean) / std).permute(0, 3, 1, 2)
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_dinov2_gives_the_normed_last_hidden_state(dino: Path) -> None:
 
 
 def test_features_do_not_depend_on_the_batch(clip: Path) -> None:
-    tower, images = ClipVitH(ModelSettings(paths={"clip-vit-h": str(clip)})), photos(3)
+    tower, images = ClipVitH(ModelSettings(paths={"clip-vit-h": str(clip)}), "cpu"), photos(3)
     sizes = []
     tower._model.register_forward_pre_hook(
         lambda _, __, named: sizes.append(len(named["pixel_values"])), with_kwargs=True
@@ -121,36 +121,36 @@ def copied(clip: Path, to: Path, **config: Any) -> ModelSettings:
 @pytest.mark.parametrize("config", [{"num_hidden_layers": 4}, {"hidden_size": 64}], ids=["missing", "mismatch"])
 def test_incomplete_tower_is_refused(config: dict[str, int], clip: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="fetch it again"):
-        ClipVitH(copied(clip, tmp_path, **config))
+        ClipVitH(copied(clip, tmp_path, **config), "cpu")
 
 
 def test_damaged_folders_are_one_sentence(clip: Path, tmp_path: Path) -> None:
     settings = copied(clip, tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"garbage" * 99)
     with pytest.raises(WeightsError, match="cannot be loaded as CLIPVisionModelWithProjection"):
-        ClipVitH(settings)
+        ClipVitH(settings, "cpu")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(WeightsError, match="cannot be loaded"):
-        ClipVitH(settings)
+        ClipVitH(settings, "cpu")
 
 
 def test_pickled_weights_are_not_taken(clip: Path, tmp_path: Path) -> None:
     settings = copied(clip, tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(WeightsError, match=r"model\.safetensors does not exist"):
-        ClipVitH(settings)
+        ClipVitH(settings, "cpu")
 
 
 def test_gpu_that_is_absent_is_an_error() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(PlanError, match=r"executor\.gpus = 0"):
-        prepare(ModelSettings(device="cuda"))
+        prepare("cuda")
 
 
 def test_one_thread() -> None:
     torch.set_num_threads(2)
-    assert prepare(ModelSettings()) == "cpu"
+    prepare("cpu")
     assert torch.get_num_threads() == 1
 
 
@@ -173,7 +173,7 @@ def test_bisenet_labels_as_facexlib_does(bisenet: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # must not stand in the way
     image = photos(1, 512)[0]
-    found = FacexlibParser(ModelSettings(paths={"bisenet": str(bisenet)})).segment(image, KPS)
+    found = FacexlibParser(ModelSettings(paths={"bisenet": str(bisenet)}), "cpu").segment(image, KPS)
     model = BiSeNet(num_class=19).eval()
     model.load_state_dict(torch.load(bisenet, weights_only=True))
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -201,7 +201,7 @@ def test_parsenet_labels_as_facexlib_does(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "mine.pth")
     image = photos(1, 512)[0]
     settings = ModelSettings(parser="parsenet", paths={"parsenet": str(tmp_path / "mine.pth")})
-    found = FacexlibParser(settings).segment(image, KPS)
+    found = FacexlibParser(settings, "cpu").segment(image, KPS)
     with torch.no_grad():
         pixels = torch.from_numpy(image).float().permute(2, 0, 1)[None] / 127.5 - 1
         expected = _TO_BISENET["parsenet"][model(pixels)[0].argmax(1)[0].numpy()]
@@ -225,7 +225,7 @@ def test_pickled_code_is_never_run(environment: str, tmp_path: Path, monkeypatch
         monkeypatch.setenv(environment, "1")
     torch.save({"weights": Bomb(tmp_path / "ran")}, tmp_path / "evil.pth")
     with pytest.raises(WeightsError, match="holds no weights of facexlib's bisenet"):
-        FacexlibParser(ModelSettings(paths={"bisenet": str(tmp_path / "evil.pth")}))
+        FacexlibParser(ModelSettings(paths={"bisenet": str(tmp_path / "evil.pth")}), "cpu")
     assert not (tmp_path / "ran").exists()
 
 
@@ -235,14 +235,14 @@ def test_pickled_code_is_never_run(environment: str, tmp_path: Path, monkeypatch
 def test_what_is_no_state_dict_is_one_sentence(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "mine.pth").write_bytes(content)
     with pytest.raises(WeightsError, match="holds no weights"):
-        FacexlibParser(ModelSettings(paths={"bisenet": str(tmp_path / "mine.pth")}))
+        FacexlibParser(ModelSettings(paths={"bisenet": str(tmp_path / "mine.pth")}), "cpu")
 
 
 def test_missing_parser_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("FACESHARDS_MODELS", raising=False)
     with pytest.raises(WeightsError, match="models fetch bisenet"):
-        FacexlibParser(ModelSettings())
+        FacexlibParser(ModelSettings(), "cpu")
 
 
 def test_pixels_are_scaled_as_models_expect() -> None:

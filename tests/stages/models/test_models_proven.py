@@ -26,7 +26,7 @@ class Session:
 def test_the_provider_that_was_asked_for_is_accepted(device: str, providers: list[str]) -> None:
     from stages.models.onnx import require_device
 
-    require_device(Session(*providers), ModelSettings(device=device))
+    require_device(Session(*providers), device)
 
 
 @pytest.mark.parametrize("providers", [[CPU], [CPU, GPU]])
@@ -34,7 +34,7 @@ def test_a_gpu_that_was_asked_for_and_is_not_used_is_an_error(providers: list[st
     from stages.models.onnx import require_device
 
     with pytest.raises(PlanError, match="asks for a GPU"):
-        require_device(Session(*providers), ModelSettings(device="cuda"))
+        require_device(Session(*providers), "cuda")
 
 
 class Mixing(Tower):
@@ -59,7 +59,7 @@ def test_a_tower_that_mixes_the_images_of_a_batch_is_refused() -> None:
 @pytest.mark.parametrize(("task", "name", "side"), [("face_embedder", "lbp", 112), ("image_embedder", "patches", 224)])
 def test_backends_without_weights_give_a_batch_what_they_give_each_image(task: str, name: str, side: int) -> None:
     images = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), np.uint8)
-    model = backend(task, name)(ModelSettings())
+    model = backend(task, name)(ModelSettings(), "cpu")
     for index in range(3):
         together, alone = model.embed(images), model.embed(images[index : index + 1])
         if task == "face_embedder":

@@ -15,6 +15,7 @@ from skimage import data as samples
 
 from stages.base import Dropped
 from stages.pixels import decoding, images, jpeg
+from stages.runtime import Runtime
 from stages.settings import Settings
 from stages.size import Size
 
@@ -219,7 +220,7 @@ if features.check("avif"):
 def outcome(content: bytes) -> str:
     """Why the road from bytes to pixels drops a file, `ok` when it does not."""
     try:
-        told = Size(Settings.model_validate(TO_ALL)).row({"image": content})
+        told = Size(Settings.model_validate(TO_ALL), Runtime()).row({"image": content})
         pixels = images.photo(str(hash(content)), content)
     except Dropped as dropped:
         return str(dropped.reason)
@@ -228,7 +229,7 @@ def outcome(content: bytes) -> str:
 
 
 def seconds() -> float:
-    child = decoding._decoder()._child
+    child = decoding.decoder()._child
     fields = Path(f"/proc/{child._process.pid}/stat").read_text().rpartition(")")[2].split() if child else [0] * 13
     return time.process_time() + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

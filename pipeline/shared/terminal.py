@@ -1,0 +1,83 @@
+"""How far a run is, for people: bars on a terminal, a plain line now and then elsewhere (a log, a pipe)."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+LINE_EVERY_S = 15.0
+"""Without a terminal, a line at most this often."""
+
+
+class Screen:
+    """One bar for the whole run, and further ones for what is going on. A context manager: bars are drawn inside."""
+
+    def __init__(self, console: Console, label: str, line: str, total: int | None, start: int = 0) -> None:
+        """A run that begins at `start` of `total`, where that is known.
+
+        `label` stands before its bar; `line`, such as "{done:,} of {total} rows", begins the plain lines.
+        """
+        self._console, self._line = console, line
+        self._total, self._start, self._done = total, start, start
+        self._begun = self._last_line = time.monotonic()
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[words]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._whole = self._bars.add_task(label, total=total, completed=start, words="")
+
+    def __enter__(self) -> "Screen":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
+
+    def skip(self, count: int) -> None:
+        """So much was done before this run, and says nothing of its pace."""
+        self._start += count
+        self.advance(count)
+
+    def advance(self, count: int, words: str | None = None) -> None:
+        """So much more of the whole is done (or less, where it is done anew).
+
+        `words` are the latest measurements; with them a line is due: every LINE_EVERY_S, and when all is done.
+        """
+        self._done += count
+        if words is None:
+            self._bars.update(self._whole, completed=self._done)
+            return
+        self._bars.update(self._whole, completed=self._done, words=words)
+        late = time.monotonic() - self._last_line > LINE_EVERY_S
+        if not self._console.is_terminal and (late or self._done == self._total):
+            total = "?" if self._total is None else f"{self._total:,}"
+            self.say(f"{self._line.format(done=self._done, total=total)}, {words}{self._left()}")
+
+    def _left(self) -> str:
+        """How long the rest will take, going by what was done since the start."""
+        if self._total is None or not self._start < self._done < self._total:
+            return ""
+        seconds = (time.monotonic() - self._begun) * (self._total - self._done) / (self._done - self._start)
+        return f", about {seconds / 60:,.0f} min left"
+
+    def add(self, label: str, total: int) -> TaskID:
+        """A further bar."""
+        return self._bars.add_task(label, total=total, words="")
+
+    def update(self, bar: TaskID, count: int, words: str) -> None:
+        """So much more of a further bar is done."""
+        self._bars.update(bar, advance=count, words=words)
+
+    def remove(self, bar: TaskID) -> None:
+        """A further bar is over."""
+        self._bars.remove_task(bar)
+
+    def say(self, text: str) -> None:
+        """One line, above the bars."""
+        self._last_line = time.monotonic()
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
