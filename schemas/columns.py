@@ -91,10 +91,10 @@ _ALL = (
     _payload("clip", "npy (1024,) float16: image_embeds of the segmented face", optional=True),
     _payload("clip_hidden", "npy (257, 1280) float16: penultimate hidden_states of the segmented face", optional=True),
     _payload("dino", "npy (257, D) float16: last hidden state of DINOv2 on the segmented face", optional=True),
-    _payload("clip_mirror", "as clip, of the mirrored face; only where asked for", optional=True),
-    _payload("clip_hidden_mirror", "as clip_hidden, of the mirrored face; only where asked for", optional=True),
-    _payload("dino_mirror", "as dino, of the mirrored face; only where asked for", optional=True),
-    # encode: all of it only where asked for
+    _payload("clip_mirror", "as clip, of the mirrored face; only with mirror", optional=True),
+    _payload("clip_hidden_mirror", "as clip_hidden, of the mirrored face; only with mirror", optional=True),
+    _payload("dino_mirror", "as dino, of the mirrored face; only with mirror", optional=True),
+    # encode: only with latents or text
     _payload(
         "latents_portrait", "npy (4, h, w) float16: VAE posterior mean x scaling_factor of portrait", optional=True
     ),
@@ -113,7 +113,7 @@ _ALL = (
     Column("sample_sha256", pa.string(), "of the sample's files, as schemas.shard.sample_sha256 takes it, hex"),
     # the runner
     Column("verdict", pa.string(), "`kept`, or the reason of the drop"),
-    Column("stage", pa.string(), "the stage that said so; `pack` for kept rows"),
+    Column("stage", pa.string(), "the stage that dropped it; `pack` for kept rows"),
 )
 
 COLUMNS: dict[str, Column] = {column.name: column for column in _ALL}

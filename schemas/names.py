@@ -23,24 +23,17 @@ def split_spec(spec: str) -> list[str]:
         SourceError: when SHARDS is empty or a range runs backwards.
     """
     words: list[str] = []
-    for word in (piece.strip() for piece in spec.split(",")):
-        if word:
-            words.extend(_expand(word))
+    for word in filter(None, map(str.strip, spec.split(","))):
+        match = _RANGE.fullmatch(word)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if last < first:
+            raise SourceError(f"The range {word!r} runs backwards: write laion-part-{last}..{first}.")
+        words += [f"laion-part-{number}" for number in range(first, last + 1)] if match else [word]
     if not words:
         raise SourceError(
             "SHARDS is empty: give `sample`, `laion-part-0..99`, or a path, glob or URL of metadata files."
         )
     return words
-
-
-def _expand(word: str) -> list[str]:
-    match = _RANGE.fullmatch(word)
-    if not match:
-        return [word]
-    first, last = int(match[1]), int(match[2] or match[1])
-    if last < first:
-        raise SourceError(f"The range {word!r} runs backwards: write laion-part-{last}..{first}.")
-    return [f"laion-part-{number}" for number in range(first, last + 1)]
 
 
 def part_number(word: str) -> int | None:

@@ -64,12 +64,12 @@ def sample_files(record: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def sample_sha256(files: Mapping[str, bytes]) -> str:
-    """sha256 over the names, lengths and contents of a sample's files, hex: a ledger tells it for each kept row."""
-    found = hashlib.sha256()
+    """sha256 over the names, lengths and contents of a sample's files, hex: a ledger holds it for each kept row."""
+    digest = hashlib.sha256()
     for suffix in sorted(files):
-        found.update(f"{suffix} {len(files[suffix])}\n".encode("utf-8", "surrogateescape"))
-        found.update(files[suffix])
-    return found.hexdigest()
+        digest.update(f"{suffix} {len(files[suffix])}\n".encode("utf-8", "surrogateescape"))
+        digest.update(files[suffix])
+    return digest.hexdigest()
 
 
 def encode_npy(array: npt.NDArray[Any]) -> bytes:

@@ -106,7 +106,7 @@ def kind_of(path: str) -> Literal["file", "directory"] | None:
         try:
             return "directory" if fs.info(inside)["type"] == "directory" else "file"
         except FileNotFoundError as error:
-            # Over HTTP, a server that does not answer is "not found" too; only the cause tells.
+            # fsspec raises it over HTTP for a server that does not answer, too; only the cause tells.
             if isinstance(error.__cause__, OSError) and error.__cause__.errno not in (None, errno.ENOENT):
                 raise error.__cause__ from error
             return None
@@ -320,7 +320,7 @@ class Draft:
         self.target = target
         if isinstance(target, RemotePath):
             self.stream = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115  # `close` closes it
-            self.path = _path_of(self.stream)
+            self.path = Path(f"/proc/self/fd/{self.stream.fileno()}")
         else:
             self.path = target.with_name(f"{TEMPORARY}{target.name}.{os.getpid()}")
             self.stream = self.path.open("wb")
@@ -343,8 +343,3 @@ class Draft:
         finally:
             if isinstance(self.target, Path):
                 self.path.unlink(missing_ok=True)
-
-
-def _path_of(stream: Any) -> Path:
-    """A path to an open file without a name."""
-    return Path(f"/proc/self/fd/{stream.fileno()}")
