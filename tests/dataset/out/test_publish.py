@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 import tarfile
 
 import numpy as np
@@ -155,27 +152,6 @@ def test_a_broken_dataset_json_is_one_sentence(tmp_path, plan):
     (tmp_path / "dataset.json").write_text("{")
     with pytest.raises(OutputError, match="cannot be read"), Output(tmp_path).prepared(plan):
         pytest.fail("went on over a broken dataset.json")
-
-
-_KILLED = """
-import os, sys
-from pathlib import Path
-from pipeline.shared import atomic
-real = os.fsync
-def fsync(handle):
-    real(handle)
-    os.kill(os.getpid(), 9)
-os.fsync = fsync
-atomic.write_atomically(Path(sys.argv[1]), b"new" * 1000)
-"""
-
-
-def test_sigkill_during_an_atomic_write_leaves_the_old_content(tmp_path):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-    done = subprocess.run([sys.executable, "-c", _KILLED, str(path)], check=False, env=os.environ)
-    assert done.returncode == -9
-    assert path.read_bytes() == b"old"
 
 
 def test_witnesses_become_thumbnails_up_to_the_limit(tmp_path, plan):

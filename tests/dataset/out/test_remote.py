@@ -2,7 +2,6 @@
 
 import errno
 import io
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from pipeline.dataset.job import make_dataset, prepared
 from pipeline.dataset.out.ledger import funnel
 from pipeline.dataset.out.lost import lost_errors
 from pipeline.dataset.out.output import Output
-from pipeline.shared.files import Draft, RemotePath, sizes, to_path, write
+from pipeline.shared.files import RemotePath, sizes, to_path
 from schemas.errors import ExitCode, LostError, OutputError
 
 
@@ -152,33 +151,6 @@ def test_replan_removes_the_shards_of_the_other_plan(store):
         ]
 
 
-def test_nothing_of_a_remote_draft_is_left_on_the_disk(store, tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    draft = Draft(store / "x")
-    draft.stream.write(b"content")
-    draft.fsync()
-    assert os.listdir(tmp_path) == []
-    draft.publish()
-    draft.close()
-    assert (store / "x").read_bytes() == b"content"
-
-
-def test_paths_and_urls(tmp_path, store):
-    assert to_path("out") == Path("out")
-    assert to_path(f"file://{tmp_path}") == tmp_path
-    url = to_path("teststore://bucket/a.b/") / "c.tar"
-    assert (str(url), url.name, url.stem, url.suffix) == ("teststore://bucket/a.b/c.tar", "c.tar", "c", ".tar")
-    assert not url.exists()
-    url.unlink(missing_ok=True)
-    write(url, b"123")
-    assert (url.exists(), url.is_file(), url.is_dir(), url.stat().st_size) == (True, True, False, 3)
-    assert url.read_bytes() == b"123"
-    assert (to_path("teststore://bucket/a.b")).is_dir()
-    for wrong, named in (("s3:/bucket/x", "neither a folder nor a URL"), ("nonsense://x", "nonsense")):
-        with pytest.raises(OutputError, match=named):
-            to_path(wrong)
-
-
 def test_a_store_that_can_only_be_read_is_one_sentence(tmp_path):
     with (
         pytest.raises(OutputError, match="cannot be written") as told,
@@ -188,18 +160,18 @@ def test_a_store_that_can_only_be_read_is_one_sentence(tmp_path):
     assert "\n" not in str(told.value)
 
 
-def make(out, *sets: str, executor: str = "local") -> ExitCode:
-    config = load_config(None, ["source.rows_per_shard=10", *sets], shards="sample", executor=executor)
+def make(out, executor: str = "local") -> ExitCode:
+    config = load_config(None, [], shards="sample", executor=executor)
     with prepared("sample", config) as job:
         return make_dataset(job, out, Console(file=io.StringIO()))
 
 
-def test_a_whole_run_into_memory_equals_a_local_one(tmp_path):
+def test_a_whole_run_into_memory_equals_a_local_one(dataset):
     memory = to_path("memory://faces")
-    assert make(memory) == make(tmp_path) == ExitCode.OK
+    assert make(memory) == ExitCode.OK
     store = {path: file.getvalue() for path, file in MemoryFileSystem.store.items() if path.startswith("/faces/")}
     found = {path.removeprefix("/faces/"): content for path, content in store.items()}
-    assert found == files(tmp_path)
+    assert found == files(dataset)
     assert verify(memory) == []
     assert make(memory) == ExitCode.OK  # a rerun
     MemoryFileSystem.store.clear()
