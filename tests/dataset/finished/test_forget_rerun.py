@@ -1,7 +1,5 @@
 """What was forgotten stays so: a later run into the same OUT asks nobody for it, and loses or doubles no other row."""
 
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -9,7 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from skimage import data
+from typer.testing import CliRunner
 
+from pipeline.__main__ import app
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.out.ledger import read_manifests
 from stages.pixels.images import encode_jpeg
@@ -44,10 +44,8 @@ def server():
 
 
 def call(*words):
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline", *map(str, words)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = CliRunner().invoke(app, list(map(str, words)))
+    assert done.exit_code == 0, done.output
     return done.stdout
 
 
