@@ -97,7 +97,7 @@ def test_lists_of_removals_reach_shards_that_are_done(server, tmp_path):
     removed.write_text(f"{base.replace('http', 'https')}/./b.jpg\n{copied}\n")
     asked.clear()
     words += ["--set", f"download.removed=['{removed}']"]
-    assert "taken out of what is done: 2 rows" in call("dataset", *words)
+    assert "2 rows, 0 of them samples, in 2 shards, are taken out" in call("dataset", *words)
     assert verify(out) == []
     assert not asked, "what is done is not fetched again"
     verdicts = {key: row["verdict"] for key, row in {row["key"]: row for row in rows(out)}.items()}
