@@ -4,16 +4,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from schemas.drops import DropReason
 from stages.base import RowStage
-from stages.models.backends import Detector, Faces, Floats, backend
+from stages.models.backends import Detector, Faces, backend
+from stages.pixels.geometry import apart, areas
 from stages.pixels.images import photo
 from stages.runtime import Runtime
 from stages.settings import Settings
-
-_SAME_FACE_IOU = 0.3
 
 
 class Detect(RowStage):
@@ -35,7 +33,6 @@ class Detect(RowStage):
         self._detector: Detector = make(settings.models, runtime.device)
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Measure one photo."""
         faces = self._detector.detect(photo(record["sha256"], record["image"]))
         return measure(faces, self.settings.models.det_thresh)
 
@@ -48,36 +45,16 @@ def measure(faces: Faces, det_thresh: float) -> dict[str, Any]:
     """
     certain = np.flatnonzero(faces.score >= det_thresh)
     if certain.size == 0:
-        return {"n_faces": 0, "second_score": _best(faces.score)}
-    main = int(certain[np.argmax(_areas(faces.bbox[certain]))])
+        return {"n_faces": 0, "second_score": float(faces.score.max(initial=0))}
+    main = int(certain[np.argmax(areas(faces.bbox[certain]))])
     box = faces.bbox[main]
+    others = apart(faces.bbox, box)
+    others[main] = False
     return {
         "n_faces": int(certain.size),
         "bbox": box.tolist(),
         "kps": faces.kps[main].tolist(),
         "det_score": float(faces.score[main]),
         "face_px": float(min(box[2] - box[0], box[3] - box[1])),
-        "second_score": _best(faces.score[_others(faces.bbox, main)]),
+        "second_score": float(faces.score[others].max(initial=0)),
     }
-
-
-def _best(scores: Floats) -> float:
-    return float(scores.max(initial=0.0))
-
-
-def _areas(boxes: Floats) -> Floats:
-    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
-    areas: Floats = sides[:, 0] * sides[:, 1]
-    return areas
-
-
-def _others(boxes: Floats, main: int) -> npt.NDArray[np.bool_]:
-    """(N,): which boxes show another face than box `main`."""
-    box = boxes[main]
-    shared = _areas(np.hstack([np.maximum(boxes[:, :2], box[:2]), np.minimum(boxes[:, 2:], box[2:])]))
-    union = _areas(boxes) + _areas(box[None]) - shared
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    inside = ((centres >= box[:2]) & (centres <= box[2:])).all(axis=1)
-    apart: npt.NDArray[np.bool_] = (shared < _SAME_FACE_IOU * union) & ~inside
-    apart[main] = False
-    return apart

@@ -51,25 +51,23 @@ class Metadata:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """The reason of each row, or null."""
-        limits = self.settings.metadata
+        limits, shortest = self.settings.metadata, self.settings.filter.min_image_px
+        urls, tags = pc.utf8_trim_whitespace(table["url"]), pc.utf8_upper(pc.utf8_trim_whitespace(table["nsfw"]))
+        fetched = _mask(pc.is_valid(table["image_ref"]))
+        tagged = _mask(pc.is_in(tags, value_set=self._tags))
+        # Either side decides alone, so swapped columns and a single known side are judged alike.
+        small = _mask(pc.less(table["meta_width"], shortest)) | _mask(pc.less(table["meta_height"], shortest))
         reasons = np.full(table.num_rows, None, dtype=object)
         for reason, mask in (
-            (DropReason.BAD_URL, _is_null(table["image_ref"]) & ~_matches(table["url"])),
-            (DropReason.UNSAFE, _above(table["punsafe"], limits.max_punsafe) | self._tagged(table["nsfw"])),
+            (DropReason.BAD_URL, ~fetched & ~_mask(pc.match_substring_regex(urls, _URL))),
+            (DropReason.UNSAFE, _above(table["punsafe"], limits.max_punsafe) | tagged),
             (DropReason.WATERMARK, _above(table["pwatermark"], limits.max_pwatermark)),
-            (DropReason.SMALL_IMAGE, self._small(table["meta_width"]) | self._small(table["meta_height"])),
+            (DropReason.SMALL_IMAGE, small),
         ):
             reasons[mask & (reasons == None)] = reason.value  # noqa: E711 (elementwise)
         alive = np.flatnonzero(reasons == None)  # noqa: E711
         reasons[alive[self._seen.repeats(table, alive)]] = DropReason.DUPLICATE_URL.value
         return pa.table({DROP: pa.array(reasons, pa.string())})
-
-    def _tagged(self, tags: pa.ChunkedArray) -> Mask:
-        return _mask(pc.is_in(pc.utf8_upper(pc.utf8_trim_whitespace(tags)), value_set=self._tags))
-
-    def _small(self, sides: pa.ChunkedArray) -> Mask:
-        # Either side decides alone, so swapped columns and a single known side are judged alike.
-        return _mask(pc.less(sides, self.settings.filter.min_image_px))
 
 
 class SeenUrls:
@@ -82,46 +80,28 @@ class SeenUrls:
         """Which of these rows have the URL of an earlier one, of this table or of a table before; adds the others."""
         repeated = np.zeros(len(rows), dtype=bool)
         chosen = table.select(["url", "image_ref"]).take(pa.array(rows))
-        known = np.flatnonzero(~_is_null(chosen["url"]) & ~_mask(pc.equal(chosen["image_ref"], "")))
-        if len(known):
-            repeated[known] = self._repeats(_hashes(chosen["url"].take(pa.array(known))))
-        return repeated
-
-    def _repeats(self, hashes: npt.NDArray[np.bytes_]) -> Mask:
-        distinct, first = np.unique(hashes, return_index=True)
-        fresh = np.ones(len(distinct), dtype=bool)
+        known = np.flatnonzero(_mask(pc.is_valid(chosen["url"])) & ~_mask(pc.equal(chosen["image_ref"], "")))
+        forms = map(identity, chosen["url"].take(pa.array(known)).to_pylist())
+        digests = [hashlib.blake2b(form.encode(), digest_size=16).digest() for form in forms]
+        # numpy's S16 ignores trailing NULs, which is exact here: all hashes have the same length.
+        hashes, first = np.unique(np.frombuffer(b"".join(digests), dtype="S16"), return_index=True)
+        fresh = np.ones(len(hashes), dtype=bool)
         for run in self._runs:
-            fresh &= run[np.minimum(np.searchsorted(run, distinct), len(run) - 1)] != distinct
-        self._add(distinct[fresh])
-        repeated = np.ones(len(hashes), dtype=bool)
-        repeated[first[fresh]] = False
-        return repeated
-
-    def _add(self, run: npt.NDArray[np.bytes_]) -> None:
+            fresh &= run[np.minimum(np.searchsorted(run, hashes), len(run) - 1)] != hashes
+        repeated[known] = True
+        repeated[known[first[fresh]]] = False
         # Merging only runs of like length keeps few runs to look in, at a logarithmic number of sorts per URL.
-        while self._runs and len(self._runs[-1]) < 2 * len(run):
-            run = np.sort(np.concatenate([self._runs.pop(), run]), kind="stable")
-        if len(run):
-            self._runs.append(run)
-
-
-def _hashes(urls: pa.ChunkedArray) -> npt.NDArray[np.bytes_]:
-    digests = [hashlib.blake2b(identity(url).encode(), digest_size=16).digest() for url in urls.to_pylist()]
-    # numpy's S16 ignores trailing NULs, which is exact here: all hashes have the same length.
-    return np.frombuffer(b"".join(digests), dtype="S16")
-
-
-def _matches(urls: pa.ChunkedArray) -> Mask:
-    return _mask(pc.match_substring_regex(pc.utf8_trim_whitespace(urls), _URL))
+        added = hashes[fresh]
+        while self._runs and len(self._runs[-1]) < 2 * len(added):
+            added = np.sort(np.concatenate([self._runs.pop(), added]), kind="stable")
+        if len(added):
+            self._runs.append(added)
+        return repeated
 
 
 def _above(column: pa.ChunkedArray, limit: float) -> Mask:
     # The limit in the column's own precision: 0.8 as float32 is more than 0.8, and must not count as above it.
     return _mask(pc.greater(column, pa.scalar(limit, COLUMNS["punsafe"].type)))
-
-
-def _is_null(column: pa.ChunkedArray) -> Mask:
-    return _mask(pc.is_null(column))
 
 
 def _mask(column: Any) -> Mask:

@@ -95,7 +95,7 @@ def make_dataset(job: Job, out: AnyPath, console: Console, *, replan: bool = Fal
     with start(job.plan), output.prepared(job.plan, replan=replan):
         gone = take_down_listed(output)
         if gone.rows:
-            console.print(f"Lists of download.removed: taken out of what is done: {gone}.", highlight=False)
+            console.print(f"download.removed: {gone}, are taken out of what is done.", highlight=False, soft_wrap=True)
         work = _Work(output, job.plan, execute, RunScreen(console, job.rows))
         with work.screen:
             work.make(work.pending(job.shards(), further=_further(out)))

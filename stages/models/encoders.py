@@ -26,10 +26,22 @@ class Vae:
 
     def __init__(self, source: EncoderSource, device: Device) -> None:
         prepare(device)
-        self._model = _load_vae(Path(source.folder) / "vae")
-        if device == "cuda" and source.kind == "sd15":
-            self._model = self._model.half()
-        self._model = self._model.to(device)
+        from diffusers import AutoencoderKL
+        from diffusers.utils import logging
+        from safetensors import SafetensorError
+
+        logging.set_verbosity_error()
+        folder = Path(source.folder) / "vae"
+        # pickled weights are never read, nothing is looked up on the hub
+        options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+        try:
+            model, info = AutoencoderKL.from_pretrained(str(folder), **options)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise WeightsError(f"{folder} cannot be loaded as AutoencoderKL ({error}): {_NO_TENSOR_FOR}.") from error
+        if info["missing_keys"]:
+            raise WeightsError(f"{folder} lacks {sorted(info['missing_keys'])[0]}: {_NO_TENSOR_FOR}.")
+        model = model.eval().requires_grad_(False)
+        self._model = (model.half() if device == "cuda" and source.kind == "sd15" else model).to(device)
 
     def encode(self, image: Image) -> Halves:
         """(H, W, 3) RGB, sides multiples of 8 -> (4, H / 8, W / 8): posterior mean x scaling_factor."""
@@ -42,23 +54,6 @@ class Vae:
         return latents
 
 
-def _load_vae(folder: Path) -> Any:
-    """The AutoencoderKL of a local folder, float32; pickled weights are never read, nothing is looked up on the hub."""
-    from diffusers import AutoencoderKL
-    from diffusers.utils import logging
-    from safetensors import SafetensorError
-
-    logging.set_verbosity_error()
-    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-    try:
-        model, info = AutoencoderKL.from_pretrained(str(folder), **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise WeightsError(f"{folder} cannot be loaded as AutoencoderKL ({error}): {_NO_TENSOR_FOR}.") from error
-    if info["missing_keys"]:
-        raise WeightsError(f"{folder} lacks {sorted(info['missing_keys'])[0]}: {_NO_TENSOR_FOR}.")
-    return model.eval().requires_grad_(False)
-
-
 class TextEncoder:
     """The text encoder of SD1.5, or both of SDXL, used as the stock pipelines do."""
 
@@ -66,16 +61,19 @@ class TextEncoder:
         prepare(device)
         import transformers
 
-        folder = Path(source.folder)
         self._is_sdxl = source.kind == "sdxl"
         names = [("", "CLIPTextModel"), *([("_2", "CLIPTextModelWithProjection")] if self._is_sdxl else [])]
-        self._encoders = [
-            (
-                _load_tokenizer(folder / f"tokenizer{suffix}"),
-                load_folder(getattr(transformers, cls), folder / f"text_encoder{suffix}", device),
-            )
-            for suffix, cls in names
-        ]
+        self._encoders = []
+        for suffix, cls in names:
+            words = Path(source.folder, f"tokenizer{suffix}")
+            try:
+                tokenizer = transformers.CLIPTokenizer.from_pretrained(str(words), local_files_only=True)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise WeightsError(
+                    f"{words} cannot be loaded as a CLIP tokenizer ({error}): fetch the base again."
+                ) from error
+            encoder = Path(source.folder, f"text_encoder{suffix}")
+            self._encoders.append((tokenizer, load_folder(getattr(transformers, cls), encoder, device)))
 
     def encode(self, caption: str) -> dict[str, Halves]:
         """Column -> features: `text_embeds` (77, C), and for SDXL `text_pooled` (P,); cut at 77 tokens.
@@ -83,29 +81,18 @@ class TextEncoder:
         SD1.5: the last hidden state. SDXL: the penultimate ones of both encoders side by side, and the projected
         text of the second.
         """
-        outputs = [self._run(tokenizer, model, caption) for tokenizer, model in self._encoders]
+        import torch
+
+        outputs = []
+        for tokenizer, model in self._encoders:
+            length = tokenizer.model_max_length
+            tokens = tokenizer(caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            with torch.inference_mode():
+                outputs.append(model(tokens.input_ids.to(model.device), output_hidden_states=True))
         if not self._is_sdxl:
             return {"text_embeds": _halves(outputs[0].last_hidden_state)}
         states = np.concatenate([_halves(output.hidden_states[-2]) for output in outputs], axis=1)
         return {"text_embeds": states, "text_pooled": _halves(outputs[1].text_embeds)}
-
-    def _run(self, tokenizer: Any, model: Any, caption: str) -> Any:
-        import torch
-
-        tokens = tokenizer(
-            caption, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        )
-        with torch.inference_mode():
-            return model(tokens.input_ids.to(model.device), output_hidden_states=True)
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    from transformers import CLIPTokenizer
-
-    try:
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{folder} cannot be loaded as a CLIP tokenizer ({error}): fetch the base again.") from error
 
 
 def _halves(batch_of_one: Any) -> Halves:

@@ -34,9 +34,15 @@ def load(path: Path, task: str, device: Device) -> Any:
         PlanError: when a GPU is asked for and ONNX Runtime does not run the model there.
     """
     cv2.setNumThreads(1)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    providers = ["CPUExecutionProvider"]
+    if device == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        providers.insert(0, "CUDAExecutionProvider")
     declared = task if has_model_package_manifest(path.parent) else None
     try:
-        model = get_model(str(path), model_task=declared, providers=_providers(device), sess_options=_options())
+        model = get_model(str(path), model_task=declared, providers=providers, sess_options=options)
     except _UNLOADABLE as error:
         raise WeightsError(f"{path} cannot be loaded by ONNX Runtime ({error}): fetch it again.") from error
     if getattr(model, "taskname", None) != task:
@@ -56,18 +62,3 @@ def require_device(session: Any, device: Device) -> None:
             "executor.gpus asks for a GPU, but ONNX Runtime has none here: install onnxruntime-gpu in place of "
             "onnxruntime (README, GPU), or set executor.gpus = 0."
         )
-
-
-def _options() -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    return options
-
-
-def _providers(device: Device) -> list[str]:
-    cpu = "CPUExecutionProvider"
-    if device == "cpu" or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        return [cpu]
-    return ["CUDAExecutionProvider", cpu]

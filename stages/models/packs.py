@@ -34,17 +34,14 @@ def pack_file(task: str, settings: ModelSettings) -> Path:
     Raises:
         WeightsError: when the pack is neither a known name nor a folder, or has no file for the task.
     """
-    if not pack_weights(settings):
-        return _find_in(Path(settings.pack).expanduser(), task)
-    weight = WEIGHTS[settings.pack]
-    for file, path in weight.paths(find(weight, settings, task), task).items():
-        if file.task == task:
-            return path
-    raise WeightsError(f"models.pack = {settings.pack!r} has no {task}: choose another models.{task} or pack.")
-
-
-def _find_in(folder: Path, task: str) -> Path:
-    """The file for a task in a folder of unknown origin: by manifest, known names, then graphs."""
+    if pack_weights(settings):
+        weight = WEIGHTS[settings.pack]
+        for file, path in weight.paths(find(weight, settings, task), task).items():
+            if file.task == task:
+                return path
+        raise WeightsError(f"models.pack = {settings.pack!r} has no {task}: choose another models.{task} or pack.")
+    # a folder of unknown origin: by its manifest, known names, then graphs
+    folder = Path(settings.pack).expanduser()
     declared = _manifest_file(folder, task)
     if declared:
         return declared
@@ -93,14 +90,12 @@ def _task_of(path: Path) -> str:
 
 
 def pack_card(task: str, settings: ModelSettings) -> ModelCard:
-    """The card of the file of `models.pack` for a task; in a folder, a file's licence is told by its sha256."""
+    """The card of the file of `models.pack` for a task; in a folder, a file's sha256 shows its licence."""
     path = pack_file(task, settings)
     sha256 = sha256_of_file(path)
-    weight = WEIGHTS.get(settings.pack) or _with_hash(sha256)
+    weight = WEIGHTS.get(settings.pack) or next(
+        (known for known in WEIGHTS.values() if any(file.sha256 == sha256 for file in known.files)), None
+    )
     pack = settings.pack if settings.pack in WEIGHTS else Path(settings.pack).expanduser().resolve().name
     licence, commercial = (weight.licence, weight.commercial) if weight else (INSIGHTFACE_LICENCE, False)
     return ModelCard(f"{pack}/{path.name}", task, sha256, licence, commercial)
-
-
-def _with_hash(sha256: str) -> Weight | None:
-    return next((w for w in WEIGHTS.values() if any(file.sha256 == sha256 for file in w.files)), None)

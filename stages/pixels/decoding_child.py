@@ -70,7 +70,8 @@ def _answer(request: dict[str, Any], file: int, memory: mmap.mmap | None) -> dic
         return {"length": len(small)}
     if request["op"] == "header":
         return {"stored": _stored(data)[1]}
-    return {"shape": decode_into(data, np.frombuffer(memory or b"", np.uint8, request["count"]), f"/dev/fd/{file}")}
+    canvas = np.frombuffer(memory or b"", np.uint8, request["count"])
+    return {"shape": decode_into(data, canvas, f"/dev/fd/{file}")}
 
 
 def decode_into(data: bytes, canvas: npt.NDArray[np.uint8], path: str) -> tuple[int, int]:
@@ -156,7 +157,7 @@ def _jpeg_pixels(path: str, canvas: Image) -> Image:
     if pixels is None:
         raise ValueError("not a decodable JPEG")
     if damage and int(damage[1] or _EXTRANEOUS) >= _EXTRANEOUS:
-        raise ValueError("libjpeg found damage among the pixels, and filled in grey")
+        raise ValueError("libjpeg met damage among the pixels, and filled in grey")
     return canvas if pixels.ctypes.data == canvas.ctypes.data else pixels
 
 

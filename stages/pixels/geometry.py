@@ -32,6 +32,7 @@ FFHQ_TEMPLATE: Floats = np.array(
 )
 """(5, 2) points of a 512x512 face framed as in FFHQ, on which face parsers are trained (facexlib)."""
 
+_SAME_FACE_IOU = 0.3
 _FFHQ_BORDER = (132, 133, 135)
 """RGB around the photo in FFHQ crops, as facexlib fills it."""
 
@@ -75,9 +76,8 @@ def ffhq_crop(image: Image, kps: npt.ArrayLike) -> Image:
 
 
 def transform_points(matrix: Matrix, points: npt.ArrayLike) -> Floats:
-    """(N, 2) points moved by a (2, 3) matrix, float32."""
-    moved = np.asarray(points, np.float64) @ matrix[:, :2].T + matrix[:, 2]
-    return moved.astype(np.float32)
+    """(N, 2) points under a (2, 3) matrix, float32."""
+    return (np.asarray(points, np.float64) @ matrix[:, :2].T + matrix[:, 2]).astype(np.float32)
 
 
 def warp_labels(labels: npt.NDArray[np.uint8], kps: npt.ArrayLike, size: int) -> npt.NDArray[np.uint8]:
@@ -118,6 +118,23 @@ def roll_degrees(kps: npt.ArrayLike) -> float:
     """In-plane turn of the line from the left to the right eye, degrees, clockwise positive."""
     left, right = np.asarray(kps, np.float64)[:2]
     return float(np.degrees(np.arctan2(right[1] - left[1], right[0] - left[0])))
+
+
+def areas(boxes: Floats) -> Floats:
+    """(N,) areas of (N, 4) boxes x1 y1 x2 y2; 0 for one that is turned inside out."""
+    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
+    products: Floats = sides[:, 0] * sides[:, 1]
+    return products
+
+
+def apart(boxes: Floats, box: Floats) -> npt.NDArray[np.bool_]:
+    """(N,): which boxes (N, 4) show another face than `box` (4,): little overlap, and their centre outside of it."""
+    shared = areas(np.hstack([np.maximum(boxes[:, :2], box[:2]), np.minimum(boxes[:, 2:], box[2:])]))
+    union = areas(boxes) + areas(box[None]) - shared
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    inside = ((centres >= box[:2]) & (centres <= box[2:])).all(axis=1)
+    another: npt.NDArray[np.bool_] = (shared < _SAME_FACE_IOU * union) & ~inside
+    return another
 
 
 class Box(NamedTuple):

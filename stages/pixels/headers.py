@@ -85,7 +85,7 @@ DECODER_ERRORS = (
     AssertionError,
     AttributeError,
 )
-"""What Pillow and OpenCV raise for bytes that they cannot read: what `PIL.Image.open` expects, and fuzzing found."""
+"""What Pillow and OpenCV raise for bytes that they cannot read: what `PIL.Image.open` expects, and more."""
 
 
 class Header(NamedTuple):
@@ -151,7 +151,10 @@ def check_whole(data: bytes, header: Header) -> None:
     """
     if _ends_early(header.format, data):
         raise Dropped(DropReason.TRUNCATED_IMAGE)
-    if _is_trap(header.format, data):
+    # a decoder would take minutes for what has few pixels
+    scans = jpeg.count_scans(data) if header.format == "JPEG" else 0
+    chunks = sum(1 for _ in islice(_png_chunks(data), _CHUNKS)) if header.format == "PNG" else 0
+    if scans > jpeg.MAX_SCANS or chunks == _CHUNKS:
         raise Dropped(DropReason.CORRUPT_IMAGE)
 
 
@@ -197,10 +200,10 @@ def _orientation(exif: bytes) -> int:
     try:
         (start,) = struct.unpack_from(order + "I", tiff, 4)
         (count,) = struct.unpack_from(order + "H", tiff, start)
-        for place in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(order + "HH", tiff, place)
+        for position in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(order + "HH", tiff, position)
             if tag == 0x0112:
-                (value,) = struct.unpack_from(order + {3: "H", 4: "I"}.get(kind, "x"), tiff, place + 8)
+                (value,) = struct.unpack_from(order + {3: "H", 4: "I"}.get(kind, "x"), tiff, position + 8)
                 return int(value) if 1 <= value <= 8 else 1
     except (struct.error, ValueError):
         return 1
@@ -228,13 +231,13 @@ def _png(data: bytes) -> Stored:
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """Name, start and size of the content of each chunk whose head is there."""
-    place = 8
+    position = 8
     for _ in range(_CHUNKS):
-        if place + 8 > len(data):
+        if position + 8 > len(data):
             return
-        size, name = struct.unpack_from(">I4s", data, place)
-        yield name, place + 8, size
-        place += 12 + size
+        size, name = struct.unpack_from(">I4s", data, position)
+        yield name, position + 8, size
+        position += 12 + size
     raise ValueError("too many chunks")
 
 
@@ -245,39 +248,38 @@ def _gif(data: bytes) -> Stored:
 
 
 def _webp(data: bytes) -> Stored:
-    # Pillow would set up the decoder for the whole canvas, and needs the whole file for it
-    return Stored(*_webp_size(data), "RGBA", _orientation(_webp_exif(data)))
+    """Canvas size of a WebP file (https://developers.google.com/speed/webp/docs/riff_container), and its turn.
+
+    Pillow would set up the decoder for the whole canvas, and needs the whole file for it.
+    """
+    kind = data[12:16]
+    if kind == b"VP8X":
+        low_width, high_width, low_height, high_height = struct.unpack_from("<HBHB", data, 24)
+        width, height = 1 + low_width + (high_width << 16), 1 + low_height + (high_height << 16)
+    elif kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    elif kind == b"VP8 ":
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
+    else:
+        raise ValueError(f"a WebP file that begins with {kind!r}")
+    return Stored(width, height, "RGBA", _orientation(_webp_exif(data)))
 
 
 _READERS: dict[str, Callable[[bytes], Stored]] = {"JPEG": _jpeg, "PNG": _png, "GIF": _gif, "WEBP": _webp}
 """Formats read without Pillow, which walks over hostile ones for minutes. Its code for BMP has no loop."""
 
 
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """Canvas size of a WebP file (https://developers.google.com/speed/webp/docs/riff_container)."""
-    kind = data[12:16]
-    if kind == b"VP8X":
-        low_width, high_width, low_height, high_height = struct.unpack_from("<HBHB", data, 24)
-        return 1 + low_width + (high_width << 16), 1 + low_height + (high_height << 16)
-    if kind == b"VP8L":
-        (bits,) = struct.unpack_from("<I", data, 21)
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    if kind == b"VP8 ":
-        width, height = struct.unpack_from("<HH", data, 26)
-        return width & 0x3FFF, height & 0x3FFF
-    raise ValueError(f"a WebP file that begins with {kind!r}")
-
-
 def _webp_exif(data: bytes) -> bytes:
     """The EXIF chunk of a WebP file, empty when its header announces none; raises while it has not arrived."""
     if data[12:16] != b"VP8X" or not data[20] & 0x08:
         return b""
-    place = 12
+    position = 12
     for _ in range(_CHUNKS):
-        kind, size = struct.unpack_from("<4sI", data, place)
+        kind, size = struct.unpack_from("<4sI", data, position)
         if kind == b"EXIF":
-            return data[place + 8 : place + 8 + size]
-        place += 8 + size + size % 2
+            return data[position + 8 : position + 8 + size]
+        position += 8 + size + size % 2
     raise ValueError("too many chunks")
 
 
@@ -289,28 +291,17 @@ def undecodable(format: str, data: bytes, error: Exception) -> Dropped:
 
 def _ends_early(format: str, data: bytes) -> bool:
     if format == "JPEG":
-        return not _has_jpeg_end(data)
+        try:
+            # embedded thumbnails have their own end marks, before the first scan of the picture itself
+            scan = jpeg.first_scan(data)
+        except jpeg.Endless:  # whatever it is, it is not for want of bytes
+            return False
+        return scan is None or data.find(b"\xff\xd9", scan) < 0
     if format == "PNG":
         return not has_png_end(data)
     if format == "WEBP":
         return len(data) < 8 + int.from_bytes(data[4:8], "little")
     return False
-
-
-def _is_trap(format: str, data: bytes) -> bool:
-    """Whether a decoder would take minutes for what has few pixels."""
-    if format == "JPEG":
-        return jpeg.count_scans(data) > jpeg.MAX_SCANS
-    return format == "PNG" and sum(1 for _ in islice(_png_chunks(data), _CHUNKS)) == _CHUNKS
-
-
-def _has_jpeg_end(data: bytes) -> bool:
-    try:
-        # embedded thumbnails have their own end marks, before the first scan of the picture itself
-        scan = jpeg.first_scan(data)
-    except jpeg.Endless:  # whatever it is, it is not for want of bytes
-        return True
-    return scan is not None and data.find(b"\xff\xd9", scan) >= 0
 
 
 def has_png_end(data: bytes) -> bool:

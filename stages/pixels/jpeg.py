@@ -24,18 +24,18 @@ class Endless(ValueError):
     """The file has far more segments than any picture."""
 
 
-class Segment(NamedTuple):
+class JpegSegment(NamedTuple):
     """A marker with what follows it."""
 
     marker: int
-    place: int
-    """Where the marker stands."""
+    position: int
+    """Of the marker."""
     start: int
     """Where its content begins."""
     end: int
 
 
-class Frame(NamedTuple):
+class JpegFrame(NamedTuple):
     """What stands before the first scan."""
 
     width: int
@@ -45,17 +45,17 @@ class Frame(NamedTuple):
     exif: bytes
 
 
-def segments(data: bytes) -> Iterator[Segment]:
+def segments(data: bytes) -> Iterator[JpegSegment]:
     """The segments up to the first scan, which is the last one.
 
     Raises:
         ValueError: when the data end before it.
         Endless: when they hold too many of them.
     """
-    place = 2
+    position = 2
     for _ in range(_SEGMENTS):
-        place = data.find(b"\xff", place)
-        end_of_fill = _NOT_FILL.search(data, place) if place >= 0 else None
+        position = data.find(b"\xff", position)
+        end_of_fill = _NOT_FILL.search(data, position) if position >= 0 else None
         if end_of_fill is None:
             raise ValueError("no scan")
         marker, start = data[end_of_fill.start()], end_of_fill.end()
@@ -63,14 +63,14 @@ def segments(data: bytes) -> Iterator[Segment]:
             raise ValueError("the end comes before the first scan")
         length = 0 if marker == 0 or marker in _BARE else int.from_bytes(data[start : start + 2])
         if length:
-            yield Segment(marker, start - 2, start + 2, start + length)
+            yield JpegSegment(marker, start - 2, start + 2, start + length)
         if marker == _SOS:
             return
-        place = start + length
+        position = start + length
     raise Endless("too many segments")
 
 
-def read_frame(data: bytes) -> Frame:
+def read_frame(data: bytes) -> JpegFrame:
     """Size, mode and EXIF block of a file, or of its beginning up to the first scan.
 
     Raises:
@@ -85,7 +85,7 @@ def read_frame(data: bytes) -> Frame:
     if len(frame) < 6:
         raise ValueError("no frame before the first scan")
     height, width = int.from_bytes(frame[1:3]), int.from_bytes(frame[3:5])
-    return Frame(width, height, _MODES.get(frame[5], "") if frame[0] == 8 else "", exif)
+    return JpegFrame(width, height, _MODES.get(frame[5], "") if frame[0] == 8 else "", exif)
 
 
 def first_scan(data: bytes) -> int | None:
@@ -95,7 +95,7 @@ def first_scan(data: bytes) -> int | None:
         Endless: when nobody can tell.
     """
     try:
-        return next((segment.place for segment in segments(data) if segment.marker == _SOS), None)
+        return next((segment.position for segment in segments(data) if segment.marker == _SOS), None)
     except Endless:
         raise
     except ValueError:

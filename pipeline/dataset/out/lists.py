@@ -5,16 +5,16 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from hashlib import blake2b
+from io import TextIOWrapper
 from itertools import chain
 from typing import Literal
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.shared.files import reading
+from pipeline.shared.files import open_binary, reading
 from schemas.digest import sha256
 from schemas.errors import SourceError
 from schemas.urls import identity
@@ -77,13 +77,13 @@ def entries(path: str) -> Iterator[tuple[Literal["url", "sha256", "other"], str]
     name = path.lower().rpartition("/")[2]
     with reading(f"The list {path}"):
         if name.endswith(".parquet"):
-            with fsspec.open(path, "rb") as file, pq.ParquetFile(file) as parquet:
+            with open_binary(path) as file, pq.ParquetFile(file) as parquet:
                 texts = [field.name for field in parquet.schema_arrow if field.type in (pa.string(), pa.large_string())]
                 for batch in parquet.iter_batches(batch_size=_ROWS, columns=texts):
                     for column in batch.columns:
                         yield from map(_entry, filter(None, column.to_pylist()))
             return
-        with fsspec.open(path, "rt", compression="infer", encoding="utf-8-sig", newline="") as file:
+        with TextIOWrapper(open_binary(path, "infer"), encoding="utf-8-sig", newline="") as file:
             cells = chain.from_iterable(csv.reader(file)) if ".csv" in name else file
             yield from (_entry(cell) for cell in cells if cell.strip() and not cell.lstrip().startswith("#"))
 

@@ -17,6 +17,7 @@ from schemas.errors import ConfigError, WeightsError
 from stages.models.backends import Faces, Floats, Image, ModelCard
 from stages.models.packs import pack_card, pack_file, pack_weights
 from stages.models.papers import Weight
+from stages.pixels.geometry import apart
 from stages.runtime import Device
 from stages.settings import ModelSettings
 
@@ -70,18 +71,15 @@ class Scrfd:
         """Faces of one RGB photo; boxes of the first look may reach over its edge, as insightface's do."""
         first = self._look(_letterbox(image, self._size))
         strong = int(np.count_nonzero(first.score >= self._threshold))
-        if strong == 0:
-            return self._tight(image, first)
-        if strong == 1:
-            return _merge(first, self._padded(image, self._screen_size), self._threshold, self._threshold)
-        return first
-
-    def _tight(self, image: Image, first: Faces) -> Faces:
-        """The look for faces that fill the photo, when the first look found none."""
-        if not np.any(self._padded(image, self._screen_size).score >= self.suspicious):
+        if strong > 1:
             return first
-        found = self._padded(image, self._size)
-        return _merge(found, first, self._threshold, self.lowest) if np.any(found.score >= self._threshold) else first
+        screen = self._padded(image, self._screen_size)
+        if strong == 1:
+            return _merge(first, screen, self._threshold, self._threshold)
+        if not np.any(screen.score >= self.suspicious):
+            return first
+        tight = self._padded(image, self._size)
+        return _merge(tight, first, self._threshold, self.lowest) if np.any(tight.score >= self._threshold) else first
 
     def _padded(self, image: Image, size: int) -> Faces:
         faces = self._look(_bordered(image, size, self.border))
@@ -93,9 +91,9 @@ class Scrfd:
         order = np.argsort(-scores.ravel(), kind="stable")
         boxes = (boxes - view.shift) / np.tile(view.scale, 2)
         points = (points - view.shift) / view.scale
-        found = np.hstack((boxes, scores)).astype(np.float32)[order]
-        kept = self._model.nms(found)
-        return Faces(found[kept, :4], points[order][kept].astype(np.float32), found[kept, 4])
+        scored = np.hstack((boxes, scores)).astype(np.float32)[order]
+        best = self._model.nms(scored)
+        return Faces(scored[best, :4], points[order][best].astype(np.float32), scored[best, 4])
 
 
 def _letterbox(image: Image, size: int) -> _View:
@@ -132,9 +130,9 @@ def _paste(image: Image, width: int, height: int, shift: int, size: int) -> Imag
 def _inside(faces: Faces, width: int, height: int) -> Faces:
     """Faces whose centre is in the photo, boxes cut at its edges: what lies in the border has no pixels."""
     centre = (faces.bbox[:, :2] + faces.bbox[:, 2:]) / 2
-    kept = np.all((centre > 0) & (centre < (width, height)), axis=1)
+    inside = np.all((centre > 0) & (centre < (width, height)), axis=1)
     limits = np.array([width, height, width, height], np.float32)
-    return Faces(np.clip(faces.bbox[kept], 0, limits), faces.kps[kept], faces.score[kept])
+    return Faces(np.clip(faces.bbox[inside], 0, limits), faces.kps[inside], faces.score[inside])
 
 
 def _merge(faces: Faces, further: Faces, threshold: float, lowest: float) -> Faces:
@@ -142,26 +140,10 @@ def _merge(faces: Faces, further: Faces, threshold: float, lowest: float) -> Fac
 
     A weak box says little of where its face is, so it hides nothing.
     """
-    certain = faces.bbox[faces.score >= threshold]
-    new = [i for i in range(len(further.score)) if further.score[i] >= lowest and _apart(further.bbox[i], certain)]
+    new = further.score >= lowest
+    for box in faces.bbox[faces.score >= threshold]:
+        new &= apart(further.bbox, box)
+        new &= np.array([apart(box[None], other)[0] for other in further.bbox], bool)
     merged = Faces(*(np.concatenate((a, b[new])) for a, b in zip(faces, further, strict=True)))
     order = np.argsort(-merged.score, kind="stable")
     return Faces(*(values[order] for values in merged))
-
-
-def _apart(box: Floats, boxes: Floats) -> bool:
-    """Whether a box shows another face than each of `boxes`: little overlap, and neither centre inside the other."""
-    return all(_overlap(box, other) < 0.3 and not _centred(box, other) and not _centred(other, box) for other in boxes)
-
-
-def _overlap(a: Floats, b: Floats) -> float:
-    """Intersection over union."""
-    sides = np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None)
-    shared = float(sides.prod())
-    return shared / max(float((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod()) - shared, 1e-9)
-
-
-def _centred(a: Floats, b: Floats) -> bool:
-    """Whether the centre of `a` lies in `b`."""
-    centre = (a[:2] + a[2:]) / 2
-    return bool(np.all((centre > b[:2]) & (centre < b[2:])))

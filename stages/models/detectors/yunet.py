@@ -43,18 +43,11 @@ class YuNet:
         # area averaging: YuNet was trained on photos, not on the aliases that other reductions leave
         small = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image
         self._model.setInputSize(size)
-        _, found = self._model.detect(cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
-        rows = np.zeros((0, 15), np.float32) if found is None else np.asarray(found, np.float32)
-        return _faces(rows, width / size[0], height / size[1])
-
-
-def _faces(rows: np.typing.NDArray[np.float32], x_scale: float, y_scale: float) -> Faces:
-    """OpenCV's rows (x y w h, five points, score) in pixels of the photo.
-
-    The points start with the person's right eye, which is the left one in the image: our order already.
-    """
-    scale = np.array([x_scale, y_scale], np.float32)
-    corner, extent = rows[:, 0:2] * scale, rows[:, 2:4] * scale
-    order = np.argsort(-rows[:, 14], kind="stable")
-    bbox = np.hstack((corner, corner + extent))
-    return Faces(bbox[order], (rows[:, 4:14].reshape(-1, 5, 2) * scale)[order], rows[order, 14])
+        _, detected = self._model.detect(cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
+        # rows of x y w h, five points, score; the points start with the person's right eye, the image's left: our order
+        rows = np.zeros((0, 15), np.float32) if detected is None else np.asarray(detected, np.float32)
+        scale = np.array([width / size[0], height / size[1]], np.float32)
+        corner, extent = rows[:, 0:2] * scale, rows[:, 2:4] * scale
+        order = np.argsort(-rows[:, 14], kind="stable")
+        bbox = np.hstack((corner, corner + extent))
+        return Faces(bbox[order], (rows[:, 4:14].reshape(-1, 5, 2) * scale)[order], rows[order, 14])

@@ -1,6 +1,6 @@
 """Local binary patterns and oriented gradients, projected to the 512 numbers of an ArcFace embedding.
 
-Classical and honest about it: alike pictures of a face come out alike, but identities are hardly told apart.
+Classical and honest about it: alike pictures of a face come out alike, but it hardly tells identities apart.
 Papers: Ahonen, Hadid and Pietikäinen, TPAMI 2006, doi:10.1109/TPAMI.2006.244 (uniform patterns on a grid);
 Dalal and Triggs, CVPR 2005, doi:10.1109/CVPR.2005.177 (HOG, by OpenCV).
 """
@@ -23,7 +23,6 @@ _LEVELS = 256
 """Features and projection are rounded to multiples of 1 / 256: sums of products of integers are exact in float64,
 so that a vector does not depend on the order in which a linear algebra library adds, nor on its threads."""
 
-_Grey = npt.NDArray[np.uint8]
 _Doubles = npt.NDArray[np.float64]
 
 
@@ -31,9 +30,11 @@ class Lbp:
     """Histograms of uniform patterns on a 7x7 grid, and HOG of the same cells, under a random projection."""
 
     def __init__(self, settings: ModelSettings, device: Device) -> None:
-        """Draw the projection from its fixed seed."""
         cv2.setNumThreads(1)
-        self._bins = _uniform_bins()
+        # code -> bin: the 58 codes with at most two changes around the circle have their own, all others share one
+        bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
+        uniform = (bits != np.roll(bits, 1, axis=1)).sum(axis=1) <= 2
+        self._bins = np.where(uniform, np.cumsum(uniform) - 1, uniform.sum())
         self._hog = cv2.HOGDescriptor((_SIZE, _SIZE), (2 * _CELL, 2 * _CELL), (_CELL, _CELL), (_CELL, _CELL), 9)
         n_features = _CELLS**2 * (int(self._bins.max()) + 1) + self._hog.getDescriptorSize()
         normal = np.random.Generator(np.random.PCG64(_SEED)).standard_normal((n_features, _DIMENSIONS), np.float32)
@@ -52,22 +53,18 @@ class Lbp:
         vectors = [self._embed_one(cv2.cvtColor(face, cv2.COLOR_RGB2GRAY)) for face in faces]
         return np.array(vectors, np.float32).reshape(-1, _DIMENSIONS)
 
-    def _embed_one(self, grey: _Grey) -> Floats:
+    def _embed_one(self, grey: npt.NDArray[np.uint8]) -> Floats:
         calm = cv2.GaussianBlur(grey, (3, 3), 0)
+        # (49, 59) square roots of the shares of each pattern in each cell, so that distances are Hellinger's
+        patterns, n_patterns = self._bins[_codes(calm)], int(self._bins.max()) + 1
+        rows, columns = np.indices(patterns.shape) // _CELL
+        cells = ((rows * _CELLS + columns) * n_patterns + patterns).ravel()
+        counts = np.bincount(cells, minlength=_CELLS**2 * n_patterns).reshape(-1, n_patterns)
         gradients = np.asarray(self._hog.compute(calm), np.float64).reshape((_CELLS - 1) ** 2, -1)
-        described = [_distinct(self._patterns(calm)), _distinct(gradients)]
+        described = [_distinct(np.sqrt(counts / _CELL**2)), _distinct(gradients)]
         features = np.rint(np.concatenate(described) * _LEVELS)
         vector: Floats = (features @ self._projection / _LEVELS**2).astype(np.float32)
         return vector
-
-    def _patterns(self, grey: _Grey) -> _Doubles:
-        """(49, 59) square roots of the shares of each pattern in each cell, so that distances are Hellinger's."""
-        bins = self._bins[_codes(grey)]
-        n_bins = int(self._bins.max()) + 1
-        rows, columns = np.indices(bins.shape) // _CELL
-        counts = np.bincount(((rows * _CELLS + columns) * n_bins + bins).ravel(), minlength=_CELLS**2 * n_bins)
-        roots: _Doubles = np.sqrt(counts.reshape(-1, n_bins) / _CELL**2)
-        return roots
 
 
 def _distinct(cells: _Doubles) -> _Doubles:
@@ -75,7 +72,7 @@ def _distinct(cells: _Doubles) -> _Doubles:
     return np.ravel(cells - cells.mean(axis=0))
 
 
-def _codes(grey: _Grey) -> npt.NDArray[np.uint8]:
+def _codes(grey: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Per pixel the 8 neighbours, in a circle, that are at least as bright: one bit each; edges are repeated."""
     padded = np.pad(grey, 1, mode="edge")
     height, width = grey.shape
@@ -85,11 +82,3 @@ def _codes(grey: _Grey) -> npt.NDArray[np.uint8]:
         neighbour = padded[row : row + height, column : column + width]
         codes |= (neighbour >= grey).astype(np.uint8) << np.uint8(bit)
     return codes
-
-
-def _uniform_bins() -> npt.NDArray[np.intp]:
-    """Code -> bin: the 58 codes with at most two changes around the circle have their own, all others share one."""
-    codes = np.arange(256, dtype=np.uint8)
-    bits = np.unpackbits(codes[:, None], axis=1)
-    uniform = (bits != np.roll(bits, 1, axis=1)).sum(axis=1) <= 2
-    return np.where(uniform, np.cumsum(uniform) - 1, uniform.sum())

@@ -36,7 +36,6 @@ class Patches:
     """`clip` (N, 1024) and `clip_hidden` (N, 257, 1280), float16, by fixed random projections."""
 
     def __init__(self, settings: ModelSettings, device: Device) -> None:
-        """Draw the projections from their fixed seed."""
         cv2.setNumThreads(1)
         random = np.random.Generator(np.random.PCG64(_SEED))
         self._to_hidden = _projection(random, _FEATURES, _HIDDEN).astype(np.float32)
@@ -52,26 +51,22 @@ class Patches:
 
     def embed(self, images: Image) -> Mapping[str, _Halves]:
         """`clip` and `clip_hidden` of (N, 224, 224, 3) RGB images; row 0 of `clip_hidden` describes the mean patch."""
-        described = [_describe(image) for image in images]
-        embeds = np.array([self._embeds(patches) for patches in described], np.float16)
-        hidden = np.array([self._hidden(patches) for patches in described], np.float16)
-        return {"clip": embeds.reshape(-1, _EMBEDS), "clip_hidden": hidden.reshape(-1, 1 + _GRID**2, _HIDDEN)}
+        embeds, hidden = [], []
+        for patches in map(_describe, images):
+            pooled = np.rint(_mean_blocks(patches, _GRID // _POOLED_GRID).astype(np.float64)).ravel()
+            embeds.append(pooled @ self._to_embeds / (_STEPS * _SPREAD * _POOLED_GRID))
+            flat = patches.reshape(-1, _FEATURES)
+            rows = np.vstack([np.rint(flat.mean(axis=0, dtype=np.float64)).astype(np.float32), flat])
+            hidden.append((rows @ self._to_hidden / np.float32(_STEPS * _SPREAD)).astype(np.float16))
+        return {
+            "clip": np.array(embeds, np.float16).reshape(-1, _EMBEDS),
+            "clip_hidden": np.array(hidden, np.float16).reshape(-1, 1 + _GRID**2, _HIDDEN),
+        }
 
     def unconditional(self) -> Mapping[str, _Halves]:
         """`clip_hidden` of plain mid-grey (128), which is where colours and gradients of a patch are zero."""
         grey = np.full((1, 224, 224, 3), 128, np.uint8)
         return {"clip_hidden": self.embed(grey)["clip_hidden"][0]}
-
-    def _hidden(self, patches: Floats) -> _Halves:
-        flat = patches.reshape(-1, _FEATURES)
-        rows = np.vstack([np.rint(flat.mean(axis=0, dtype=np.float64)).astype(np.float32), flat])
-        hidden: _Halves = (rows @ self._to_hidden / np.float32(_STEPS * _SPREAD)).astype(np.float16)
-        return hidden
-
-    def _embeds(self, patches: Floats) -> _Halves:
-        pooled = np.rint(_mean_blocks(patches, _GRID // _POOLED_GRID).astype(np.float64)).ravel()
-        embeds: _Halves = (pooled @ self._to_embeds / (_STEPS * _SPREAD * _POOLED_GRID)).astype(np.float16)
-        return embeds
 
 
 def _projection(random: np.random.Generator, n_in: int, n_out: int) -> npt.NDArray[np.float64]:
@@ -80,20 +75,19 @@ def _projection(random: np.random.Generator, n_in: int, n_out: int) -> npt.NDArr
 
 
 def _describe(image: Image) -> Floats:
-    """(16, 16, 46) whole numbers: per patch its quarters' mean colours (-128..127) and gradients, and its place."""
-    colours = _mean_blocks(image.astype(np.float32), _QUARTER) - 128
-    quarters = np.rint(np.concatenate([colours, _mean_blocks(_gradients(image), _QUARTER)], axis=2))
-    patches = quarters.reshape(_GRID, 2, _GRID, 2, -1).transpose(0, 2, 1, 3, 4).reshape(_GRID, _GRID, -1)
-    place = np.indices((_GRID, _GRID), np.float32).transpose(1, 2, 0) * 16 - 120
-    return np.concatenate([patches, place], axis=2).astype(np.float32)
+    """(16, 16, 46) whole numbers: per patch its quarters' mean colours (-128..127) and gradients, and its position.
 
-
-def _gradients(image: Image) -> Floats:
-    """(224, 224, 8) grey-level slopes towards the 8 neighbours, each 0 where it falls."""
+    Gradients are grey-level slopes towards the 8 neighbours, each 0 where it falls.
+    """
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     x, y = cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1)
     slopes = np.stack([x, y, (x + y) * np.float32(0.5**0.5), (x - y) * np.float32(0.5**0.5)], axis=2)
-    return np.concatenate([np.maximum(slopes, 0), np.maximum(-slopes, 0)], axis=2)
+    gradients = np.concatenate([np.maximum(slopes, 0), np.maximum(-slopes, 0)], axis=2)
+    colours = _mean_blocks(image.astype(np.float32), _QUARTER) - 128
+    quarters = np.rint(np.concatenate([colours, _mean_blocks(gradients, _QUARTER)], axis=2))
+    patches = quarters.reshape(_GRID, 2, _GRID, 2, -1).transpose(0, 2, 1, 3, 4).reshape(_GRID, _GRID, -1)
+    position = np.indices((_GRID, _GRID), np.float32).transpose(1, 2, 0) * 16 - 120
+    return np.concatenate([patches, position], axis=2).astype(np.float32)
 
 
 def _mean_blocks(values: Floats, side: int) -> Floats:

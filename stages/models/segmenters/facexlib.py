@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +42,18 @@ class FacexlibParser:
         prepare(device)
         self._device = device
         self._name = settings.parser
-        self._model = _load(self._name, find(WEIGHTS[self._name], settings), self._device)
+        from facexlib.parsing import init_parsing_model
+
+        path = find(WEIGHTS[self._name], settings)
+        with TemporaryDirectory() as folder, _no_pickled_code():
+            # facexlib looks for a file under the only name that it knows: otherwise it would fetch one
+            (Path(folder) / WEIGHTS[self._name].files[0].name).symlink_to(path.resolve())
+            try:
+                self._model = init_parsing_model(self._name, device=self._device, model_rootpath=folder)
+            except (UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
+                raise WeightsError(
+                    f"{path} holds no weights of facexlib's {self._name} ({error}): fetch it again."
+                ) from error
 
     @classmethod
     def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:
@@ -62,18 +72,6 @@ class FacexlibParser:
             labels = self._model(pixels)[0][0].argmax(0).cpu().numpy()
         mapped: npt.NDArray[np.uint8] = _TO_BISENET[self._name][labels]
         return mapped
-
-
-def _load(name: str, path: Path, device: str) -> Any:
-    """Let facexlib load a file, which it finds under the only name that it knows: otherwise it would fetch one."""
-    from facexlib.parsing import init_parsing_model
-
-    with TemporaryDirectory() as folder, _no_pickled_code():
-        (Path(folder) / WEIGHTS[name].files[0].name).symlink_to(path.resolve())
-        try:
-            return init_parsing_model(name, device=device, model_rootpath=folder)
-        except (UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
-            raise WeightsError(f"{path} holds no weights of facexlib's {name} ({error}): fetch it again.") from error
 
 
 @contextmanager

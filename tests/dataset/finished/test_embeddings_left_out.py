@@ -1,7 +1,5 @@
 """`pack.embeddings = false`: shards without a number that describes a face."""
 
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -11,7 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from skimage import data
+from typer.testing import CliRunner
 
+from pipeline.__main__ import app
 from pipeline.dataset.config import load_config
 from pipeline.dataset.finished.export_json import Form, export_json
 from pipeline.dataset.finished.verify import verify
@@ -70,11 +70,10 @@ def test_the_trainer_and_the_export_say_what_to_do(tmp_path):
         export_json(Path(out), tmp_path / "list", Form())
 
 
-@pytest.mark.slow
 def test_a_dataset_without_embeddings(tmp_path):
-    words = ["dataset", "--shards", "sample", "--out", str(tmp_path), "--set", "pack.embeddings=false"]
-    done = subprocess.run([sys.executable, "-m", "pipeline", *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = ["dataset", "--out", str(tmp_path), "--executor", "local", "--set", "pack.embeddings=false"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
     assert verify(tmp_path) == []
     with tarfile.open(tmp_path / "shards" / "sample-00000.tar") as tar:
         suffixes = {name.partition(".")[2] for name in tar.getnames()}

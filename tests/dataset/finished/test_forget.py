@@ -390,7 +390,7 @@ def test_a_damaged_list_stops_everything(out):
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
-from pipeline.dataset.finished.forget import Wanted, forget, take_down_listed
+from pipeline.dataset.finished.forget import Wanted, forget
 
 published, work, urls = Path(sys.argv[1]), Path(sys.argv[2]), tuple(sys.argv[3:])
 

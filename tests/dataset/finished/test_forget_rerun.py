@@ -1,7 +1,5 @@
 """What was forgotten stays so: a later run into the same OUT asks nobody for it, and loses or doubles no other row."""
 
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -9,7 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from skimage import data
+from typer.testing import CliRunner
 
+from pipeline.__main__ import app
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.out.ledger import read_manifests
 from stages.pixels.images import encode_jpeg
@@ -44,10 +44,8 @@ def server():
 
 
 def call(*words):
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline", *map(str, words)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = CliRunner().invoke(app, list(map(str, words)))
+    assert done.exit_code == 0, done.output
     return done.stdout
 
 
@@ -99,7 +97,7 @@ def test_lists_of_removals_reach_shards_that_are_done(server, tmp_path):
     removed.write_text(f"{base.replace('http', 'https')}/./b.jpg\n{copied}\n")
     asked.clear()
     words += ["--set", f"download.removed=['{removed}']"]
-    assert "taken out of what is done: 2 rows" in call("dataset", *words)
+    assert "2 rows, 0 of them samples, in 2 shards, are taken out" in call("dataset", *words)
     assert verify(out) == []
     assert not asked, "what is done is not fetched again"
     verdicts = {key: row["verdict"] for key, row in {row["key"]: row for row in rows(out)}.items()}
