@@ -178,6 +178,13 @@ def test_every_library_in_use_is_a_declared_dependency() -> None:
     assert not {name for name in libraries if not declared & {canonicalize_name(owner) for owner in owners[name]}}
 
 
+def test_fsspec_has_one_layer() -> None:
+    """Stages, which stand below it, open one file by it: an existing download's tar."""
+    allowed = ("pipeline.shared.files", "stages.fetch.tar")
+    wrong = [i for i in imports() if inside(i.target, "fsspec") and i.importer not in allowed]
+    assert not wrong, listing(wrong)
+
+
 def test_only_the_cluster_imports_ray() -> None:
     wrong = [i for i in imports() if inside(i.target, "ray") and i.importer != "pipeline.dataset.execute.cluster"]
     assert not wrong, listing(wrong)

@@ -90,7 +90,7 @@ def full_path(fs: Any, inside: str, word: str = "") -> str:
 
 
 def open_binary(path: str, compression: str | None = None) -> Any:
-    """Open a file for reading bytes, seekable."""
+    """Open a file for reading bytes, seekable; with "infer", decompressed by its name."""
     fs, inside = locate(path)
     return fsspec.core.OpenFile(fs, inside, "rb", compression).open() if compression else fs.open(inside, "rb")
 
@@ -239,12 +239,12 @@ def to_path(text: str) -> AnyPath:
     Raises:
         OutputError: when the URL's protocol is not known, or its package is not installed.
     """
-    protocol, colon, _ = text.partition(":/")
+    protocol, colon, _ = text.rpartition("::")[2].partition(":/")  # of simplecache::s3://bucket, s3
     if not colon or not protocol.isalnum() or len(protocol) == 1:
         return Path(text)
     if protocol == "file":
         return Path(text.removeprefix("file://"))
-    if not text.startswith(f"{protocol}://"):
+    if f"{protocol}://" not in text:
         raise OutputError(f"{text!r} is neither a folder nor a URL: give a folder, or a URL such as s3://bucket/faces.")
     try:
         locate(text)

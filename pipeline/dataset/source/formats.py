@@ -90,15 +90,10 @@ def read_parquet(path: str, aliases: Mapping[str, tuple[str, ...]] = ALIASES) ->
                 yield pa.table({seed: batch.column(number) for seed, number in index.items()})
 
 
-def _open_lines(path: str) -> Any:
-    """A text file for reading bytes, decompressed when its name ends in `.gz`."""
-    return open_binary(path, "gzip" if path.lower().endswith(".gz") else None)
-
-
 def _csv_header(path: str) -> tuple[list[str], str]:
     """Names of the columns, and what separates them."""
     delimiter = "\t" if re.search(r"\.tsv(\.gz)?$", path, re.IGNORECASE) else ","
-    with reading(path), _open_lines(path) as file:
+    with reading(path), open_binary(path, "infer") as file:
         line = file.readline(_CSV_BLOCK).decode("utf-8-sig", "replace")
         return next(csv.reader([line], delimiter=delimiter), []), delimiter
 
@@ -118,19 +113,19 @@ def read_csv(path: str) -> Iterator[pa.Table]:
             strings_can_be_null=False,
         ),
     )
-    with _open_lines(path) as file, pa.csv.open_csv(file, *options) as reader:
+    with open_binary(path, "infer") as file, pa.csv.open_csv(file, *options) as reader:
         for batch in reader:
             yield pa.Table.from_batches([batch])
 
 
 def probe_jsonl(path: str) -> tuple[list[str], None]:
-    with reading(path), _open_lines(path) as file:
+    with reading(path), open_binary(path, "infer") as file:
         records = islice(_records(path, file), _PROBE_LINES)
         return list(dict.fromkeys(name for record in records for name in record)), None
 
 
 def read_jsonl(path: str) -> Iterator[pa.Table]:
-    with _open_lines(path) as file:
+    with open_binary(path, "infer") as file:
         records = _records(path, file)
         while batch := list(islice(records, BATCH_ROWS)):
             yield from_records(batch)

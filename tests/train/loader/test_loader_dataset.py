@@ -67,6 +67,9 @@ def test_several_folders_may_have_shards_of_one_name(out: Path, tmp_path: Path) 
 def test_a_dataset_in_memory(memory: str) -> None:
     dataset = open_dataset([fake.write(memory, {"a-00000": fake.counted(0, 3)})], DATA)
     assert dataset.samples == 3
+    cached = open_dataset([f"simplecache::{memory}"], DATA)
+    assert (cached.samples, cached.digest) == (3, dataset.digest)
+    assert len(first_faces(cached, 2, ("arcface",), "clip-vit-h")) == 2
     assert "clip_hidden" in dataset.unconditional
     assert [face.key for face in first_faces(dataset, 2, ("arcface",), "clip-vit-h")] == ["a-00000-000", "a-00000-001"]
 
