@@ -22,7 +22,7 @@ from pipeline.dataset.out.takedowns import Takedowns
 from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import Rows, tombstones
 from pipeline.shared.atomic import TEMPORARY
-from pipeline.shared.files import AnyPath, Draft, RemotePath, fsync_names, names, sizes, write
+from pipeline.shared.files import AnyPath, Draft, RemotePath, fsync_names, names, write
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.digest import sha256_of_stream
 from schemas.errors import CorruptShardError, LostError, OutputError, ShardError, first_line
@@ -164,7 +164,9 @@ class Output:
                 f"{self.shards}/{shard}.json cannot be read ({trouble}), so nobody knows whether its shard is done: "
                 "see to it, and the same command goes on."
             ) from error
-        listed = sizes(self.shards) if listed is None else listed
+        if listed is None:
+            paths = [self.shards / name for name in manifest.files]
+            listed = {path.name: path.stat().st_size for path in paths if path.is_file()}
         return manifest.plan_digest == plan.digest and all(
             listed.get(name) == entry["bytes"] for name, entry in manifest.files.items()
         )

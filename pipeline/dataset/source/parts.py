@@ -106,9 +106,8 @@ def _files_of(word: str) -> list[str]:
     fs, inside = locate(path)
     kind = kind_of(path)
     if kind == "file":
-        files = [full_path(fs, inside, word=path)]
-        complaint = f"{files[0]} is no metadata file: the names of those end in {_KINDS}."
-        files = data_files(files)
+        whole = full_path(fs, inside, word=path)
+        files, complaint = data_files([whole]), f"{whole} is no metadata file: the names of those end in {_KINDS}."
     elif kind == "directory":
         files = files_under(path)
         complaint = "" if files else f"{word} holds no metadata ({_KINDS}); {_listing(path)}."
