@@ -27,7 +27,7 @@ from pipeline.dataset.out.retry import discard, second_chances
 from pipeline.dataset.out.unconditional import write_unconditional
 from pipeline.dataset.plan import Plan, make_plan
 from pipeline.dataset.source.parts import Part, find_parts
-from pipeline.dataset.source.sample import SampleServer, write_sample
+from pipeline.dataset.source.sample import sample_server, write_sample
 from pipeline.dataset.source.seeds import Seeds, iter_shards
 from pipeline.shared import files as storage
 from pipeline.shared.files import AnyPath, RemotePath
@@ -70,7 +70,7 @@ def prepared(spec: str, config: Config) -> Iterator[Job]:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="faceshards-sample-")))
             metadata = str(write_sample(folder))
             words = [metadata if word == SAMPLE else word for word in words]
-            runtime = replace(runtime, sample_port=stack.enter_context(SampleServer(folder)).port)
+            runtime = replace(runtime, sample_port=stack.enter_context(sample_server(folder)))
         if not config.executor.ray_address:
             # A file without a name, in which the processes of this machine share what was refused.
             file = stack.enter_context(TemporaryFile())

@@ -8,11 +8,14 @@ that the `embedded` profile must give.
 
 import sys
 import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
@@ -46,7 +49,7 @@ class SampleRow:
 
 
 def write_sample(folder: Path) -> Path:
-    """Write the files that `SampleServer` serves, and their metadata in LAION's columns; the path of the latter."""
+    """Write the files that `sample_server` serves, and their metadata in LAION's columns; the path of the latter."""
     files = {name: make() for name, make in pictures.FILES.items()}
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -74,34 +77,21 @@ def write_sample(folder: Path) -> Path:
     return path
 
 
-class SampleServer:
-    """Serves a folder that `write_sample` filled, on a free loopback port, inside a `with` block.
+@contextmanager
+def sample_server(folder: Path) -> Iterator[int]:
+    """Serve a folder that `write_sample` filled, on a free loopback port, which is yielded.
 
     A name in the folder is answered 200, unless it is registered as failing; any other is answered 404.
     """
-
-    def __init__(self, folder: Path) -> None:
-        """Take a port; nothing is served before the block begins."""
-        self._server = _Server(("127.0.0.1", 0), _handler(folder))
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-
-    @property
-    def port(self) -> int:
-        """The port that was taken."""
-        return self._server.server_port
-
-    def __enter__(self) -> "SampleServer":
-        """Begin to serve."""
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop, and give the port back."""
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+    files = {path.name: path for path in folder.iterdir() if path.name != METADATA}
+    with _Server(("127.0.0.1", 0), partial(_Handler, files)) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 class _Server(ThreadingHTTPServer):
@@ -110,35 +100,31 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Report all but broken connections."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
-def _handler(folder: Path) -> type[BaseHTTPRequestHandler]:
-    files = {path.name: path for path in folder.iterdir() if path.name != METADATA}
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
 
-    class Handler(BaseHTTPRequestHandler):
-        """Answers GET for the files of the folder."""
+    def __init__(self, files: Mapping[str, Path], *args: Any) -> None:
+        self._files = files
+        super().__init__(*args)  # answers
 
-        protocol_version = "HTTP/1.1"
+    def do_GET(self) -> None:
+        """Send a file, or the status that is registered for its name."""
+        name = unquote(urlsplit(self.path).path).removeprefix("/")
+        status = _STATUS.get(name, 200 if name in self._files else 404)
+        body = self._files[name].read_bytes() if status == 200 else b""
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        for field, value in _HEADERS.get(name, {}).items():
+            self.send_header(field, value)
+        self.end_headers()
+        self.wfile.write(body)
 
-        def do_GET(self) -> None:
-            """Send a file, or the status that is registered for its name."""
-            name = unquote(urlsplit(self.path).path).removeprefix("/")
-            status = _STATUS.get(name, 200 if name in files else 404)
-            body = files[name].read_bytes() if status == 200 else b""
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            for field, value in _HEADERS.get(name, {}).items():
-                self.send_header(field, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Say nothing: the ledger tells what became of each row."""
-
-    return Handler
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: the ledger says what became of each row."""
 
 
 _SCHEMA = pa.schema(

@@ -133,27 +133,10 @@ def vignette() -> bytes:
     return _saved(Pillow.fromarray(np.dstack([photo, alpha])), "PNG", compress_level=3)
 
 
-def warm_webp() -> bytes:
-    """Grace Hopper, mirrored, in warmer light, as WebP."""
-    photo = _lit(_mirrored(_hopper()), 1.1, 1.0, 0.85)
-    return _saved(Pillow.fromarray(_enlarged(photo, 2.2)), "WEBP", quality=90, method=0)
-
-
 def couple() -> bytes:
     """Both in one landscape."""
     one = _set_into(_scene(1700, 1200), _enlarged(_hopper(), 1.5), 100, 300)
     return _jpeg(_set_into(one, _enlarged(_astronaut(), 1.6), 850, 1200 - 819))
-
-
-def half_body() -> bytes:
-    """The astronaut, mirrored, in a landscape."""
-    return _jpeg(_set_into(_scene(1800, 1300), _enlarged(_mirrored(_astronaut()), 2.3), 320, 1300 - 1178))
-
-
-def tall() -> bytes:
-    """The astronaut in colder light under a high sky."""
-    cold = _lit(_enlarged(_astronaut(), 2.2), 0.75, 0.8, 0.95)
-    return _jpeg(_set_into(_scene(1126, 1700), cold, 0, 1700 - 1126))
 
 
 def corrupt() -> bytes:
@@ -164,28 +147,28 @@ def corrupt() -> bytes:
     return bytes(data)
 
 
-def truncated() -> bytes:
-    """The astronaut as a JPEG of which the last two fifths are missing."""
-    whole = _jpeg(_enlarged(_astronaut(), 2.5))
-    return whole[: len(whole) * 3 // 5]
-
-
 FILES: dict[str, Callable[[], bytes]] = {
     "astronaut.jpg": lambda: _jpeg(_enlarged(_astronaut(), 3)),
     "admiral.jpg": lambda: _jpeg(_enlarged(_hopper(), 2.5)),
-    "half-body.jpg": half_body,
+    "half-body.jpg": lambda: _jpeg(
+        _set_into(_scene(1800, 1300), _enlarged(_mirrored(_astronaut()), 2.3), 320, 1300 - 1178)
+    ),
     "full-scene.jpg": lambda: _jpeg(_set_into(_scene(1800, 1200), _enlarged(_hopper(), 1.1), 1000, 1200 - 660)),
-    "tall.jpg": tall,
+    "tall.jpg": lambda: _jpeg(
+        _set_into(_scene(1126, 1700), _lit(_enlarged(_astronaut(), 2.2), 0.75, 0.8, 0.95), 0, 1700 - 1126)
+    ),
     "close-up.jpg": lambda: _jpeg(_enlarged(_mirrored(_astronaut())[20:250, 180:400], 5.2)),
     "on-its-side.jpg": on_its_side,
     "vignette.png": vignette,
-    "warm.webp": warm_webp,
+    "warm.webp": lambda: _saved(
+        Pillow.fromarray(_enlarged(_lit(_mirrored(_hopper()), 1.1, 1.0, 0.85), 2.2)), "WEBP", quality=90, method=0
+    ),
     "small.jpg": lambda: _jpeg(_astronaut()),
     "boasting.jpg": lambda: _jpeg(_hopper()),
     "landscape.jpg": lambda: _jpeg(_scene(1600, 1100)),
     "couple.jpg": couple,
     "tiny-face.jpg": lambda: _jpeg(_set_into(_scene(1400, 1100), _astronaut(), 700, 1100 - 512)),
-    "truncated.jpg": truncated,
+    "truncated.jpg": lambda: (whole := _jpeg(_enlarged(_astronaut(), 2.5)))[: len(whole) * 3 // 5],
     "corrupt.png": corrupt,
     "page.jpg": lambda: _HTML,
     "drawing.svg": lambda: _SVG,

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.dataset.execute.runner import Loaded, apply_all
 from pipeline.dataset.rows import Rows
-from pipeline.dataset.source.sample import ROWS, SampleServer, write_sample
+from pipeline.dataset.source.sample import ROWS, sample_server, write_sample
 from schemas.columns import COLUMNS, KEPT, SEED_SCHEMA
 from stages import STAGES
 from stages.pixels.images import decode_jpeg
@@ -31,9 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[SampleServer]:
-    with SampleServer(folder) as serving:
-        yield serving
+def port(folder: Path) -> Iterator[int]:
+    with sample_server(folder) as number:
+        yield number
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,9 @@ def table(folder: Path) -> pa.Table:
 
 
 @pytest.fixture(scope="module")
-def outcome(server: SampleServer, table: pa.Table) -> Rows:
+def outcome(port: int, table: pa.Table) -> Rows:
     settings = Settings.model_validate({"download": {"retries": 0}, "models": EMBEDDED})
-    runtime = Runtime(sample_port=server.port)
+    runtime = Runtime(sample_port=port)
     steps = [Loaded(STAGES[name].stage()(settings, runtime), frozenset(COLUMNS)) for name in STEPS]
     return apply_all(steps, Rows.living(_seeds(table)))
 
@@ -122,23 +122,21 @@ def test_the_same_bytes_every_time(folder: Path, tmp_path: Path) -> None:
         ("/sample.parquet", 404),
     ],
 )
-def test_the_server_answers(server: SampleServer, path: str, status: int) -> None:
-    link = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+def test_the_server_answers(port: int, path: str, status: int) -> None:
+    link = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     link.request("GET", path)
     assert link.getresponse().status == status
     link.close()
 
 
-def test_the_server_says_nothing_when_a_client_hangs_up(
-    server: SampleServer, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_server_says_nothing_when_a_client_hangs_up(port: int, capfd: pytest.CaptureFixture[str]) -> None:
     for _ in range(3):
-        link = socket.create_connection(("127.0.0.1", server.port))
+        link = socket.create_connection(("127.0.0.1", port))
         link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         link.sendall(b"GET /vignette.png HTTP/1.1\r\nHost: x\r\n\r\n")
         link.recv(100)
         link.close()
-    link2 = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+    link2 = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     link2.request("GET", "/small.jpg")
     link2.getresponse().read()
     link2.close()
@@ -146,7 +144,7 @@ def test_the_server_says_nothing_when_a_client_hangs_up(
 
 
 def test_the_server_gives_its_port_back(folder: Path) -> None:
-    with SampleServer(folder) as server:
-        port = server.port
+    with sample_server(folder) as port:
+        pass
     with pytest.raises(ConnectionRefusedError):
         http.client.HTTPConnection("127.0.0.1", port, timeout=5).request("GET", "/")
