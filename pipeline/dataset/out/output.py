@@ -18,7 +18,7 @@ from pipeline.dataset.out.forgotten import finish, load
 from pipeline.dataset.out.ledger import counts
 from pipeline.dataset.out.lists import Listed
 from pipeline.dataset.out.lost import lost_errors
-from pipeline.dataset.out.takedowns import Takedowns
+from pipeline.dataset.out.takedowns import DROPS, Takedowns
 from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import Rows, tombstones
 from pipeline.shared.atomic import TEMPORARY
@@ -93,10 +93,11 @@ class Output:
             return
         handle = os.open(str(self.shards), os.O_RDONLY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(f"Another run is writing to {self.root}: wait for it, or interrupt it.") from None
             yield
-        except BlockingIOError:
-            raise OutputError(f"Another run is writing to {self.root}: wait for it, or interrupt it.") from None
         finally:
             os.close(handle)
 
@@ -248,7 +249,7 @@ class ShardWriter:
             ShardError: when rows were lost or doubled on the way.
         """
         ledger = pa.concat_tables(self._ledgers).sort_by("row").combine_chunks()
-        kept, dropped = counts(ledger.column("verdict"), self._plan.reasons)
+        kept, dropped = counts(ledger.column("verdict"), [*self._plan.reasons, *DROPS])
         drafts = self._tar_draft, self._ledger_draft
         with lost_errors(self._output.root):
             self._tar.close()
