@@ -25,7 +25,7 @@ from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import AnyPath, Draft, RemotePath, fsync_names, names, sizes, write
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.digest import sha256_of_stream
-from schemas.errors import CorruptShardError, LostError, OutputError, ShardError, first_line
+from schemas.errors import CorruptShardError, LostError, OutputError, ShardError, SourceError, first_line
 from schemas.names import finished_shards
 from schemas.shard import DATASET, SUFFIXES, Manifest, sample_files
 from stages.pixels.images import thumbnail
@@ -147,12 +147,19 @@ class Output:
         }
         write(self.root / DATASET, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
-    def is_done(self, shard: str, plan: Plan, listed: Mapping[str, int] | None = None) -> bool:
+    def is_done(
+        self, shard: str, plan: Plan, listed: Mapping[str, int] | None = None, rows_in: int | None = None
+    ) -> bool:
         """Whether the shard has a manifest of this plan and files of the lengths that it names.
 
-        `listed` is `files.sizes` of OUT/shards: over a network, one listing for many shards saves requests.
+        Args:
+            shard: its name.
+            plan: the plan of this run.
+            listed: `files.sizes` of OUT/shards: over a network, one listing for many shards saves requests.
+            rows_in: rows that the part gives the shard now.
 
         Raises:
+            SourceError: when it was made of another number of rows: borders have moved, rows would be lost or doubled.
             LostError: when there is a manifest that cannot be read.
         """
         try:
@@ -166,9 +173,14 @@ class Output:
                 "see to it, and the same command goes on."
             ) from error
         listed = sizes(self.shards) if listed is None else listed
-        return manifest.plan_digest == plan.digest and all(
-            listed.get(name) == entry["bytes"] for name, entry in manifest.files.items()
-        )
+        same = manifest.plan_digest == plan.digest
+        done = same and all(listed.get(name) == entry["bytes"] for name, entry in manifest.files.items())
+        if done and rows_in not in (None, manifest.rows_in):
+            raise SourceError(
+                f"{shard} was made of {manifest.rows_in:,} rows of its part, which gives it {rows_in:,} now: the part "
+                "was changed, or is read otherwise; give the part that OUT was made of, or another OUT."
+            )
+        return done
 
     def _manifest(self, shard: str) -> Manifest:
         return Manifest.from_json((self.shards / f"{shard}.json").read_bytes())
