@@ -163,6 +163,8 @@ def _ascii(host: str) -> str:
     """A host as browsers look it up: UTS 46, non-transitional (sharp s and final sigma are letters of their own)."""
     if host.isascii():
         return host.lower()
+    if len(host) > 253:  # the time of what follows grows with the square
+        raise BadUrl("a host that is too long")
     folded = (c if c in "ßς" else "ß" if c == "ẞ" else c.casefold() for c in normalize("NFKC", host))
     mapped = normalize("NFKC", "".join(folded))
     labels = mapped.replace("。", ".").split(".")
@@ -182,7 +184,7 @@ def _resolved(path: str) -> str:
     for segment in path[1:].split("/"):
         name = segment.lower().replace("%2e", ".")
         if name == "..":
-            names = names[:-1]
+            del names[-1:]
         elif name != ".":
             names.append(segment)
     if name in (".", ".."):

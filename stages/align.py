@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 import cv2
 import numpy as np
 
+from schemas.arcface import ARCFACE_SIZE
 from stages.base import RowStage
-from stages.models.backends import Image
-from stages.pixels.geometry import ARCFACE_SIZE, norm_crop, roll_degrees
+from stages.pixels.geometry import norm_crop, roll_degrees
 from stages.pixels.images import encode_jpeg, encode_png, photo
 
 FACE_SIZE = 224
@@ -26,18 +26,13 @@ class Align(RowStage):
     writes: ClassVar[tuple[str, ...]] = ("face", "face112", "sharpness", "brightness", "roll_deg")
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Align one face."""
         image, kps = photo(record["sha256"], record["image"]), record["kps"]
         face = norm_crop(image, kps, FACE_SIZE)
+        grey = cv2.cvtColor(face, cv2.COLOR_RGB2GRAY)
         return {
             "face": encode_jpeg(face, _FACE_QUALITY),
             "face112": encode_png(norm_crop(image, kps, ARCFACE_SIZE)),
-            **_looks(face),
+            "sharpness": float(np.var(cv2.Laplacian(grey, cv2.CV_64F))),
+            "brightness": float(grey.mean()),
             "roll_deg": roll_degrees(kps),
         }
-
-
-def _looks(face: Image) -> dict[str, float]:
-    grey = cv2.cvtColor(face, cv2.COLOR_RGB2GRAY)
-    sharpness = float(np.var(cv2.Laplacian(grey, cv2.CV_64F)))
-    return {"sharpness": sharpness, "brightness": float(grey.mean())}

@@ -8,7 +8,7 @@ import numpy as np
 from schemas.drops import DropReason
 from stages.base import RowStage
 from stages.models.backends import Detector, Faces, backend
-from stages.pixels.geometry import apart, areas
+from stages.models.boxes import apart, areas
 from stages.pixels.images import photo
 from stages.runtime import Runtime
 from stages.settings import Settings

@@ -3,7 +3,6 @@
 Of the mirrored crop too, where `encode.mirror` asks for it.
 """
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +11,7 @@ import pyarrow as pa
 from schemas.drops import DropReason
 from schemas.shard import encode_npy
 from stages.base import to_table
-from stages.models.backends import Image, ImageEmbedder, backend
+from stages.models.backends import ImageEmbedder, backend
 from stages.pixels.geometry import foreground
 from stages.pixels.images import decode_jpeg, decode_png
 from stages.runtime import Runtime
@@ -49,20 +48,19 @@ class EmbedImage:
         """Embed all rows; columns that the backend does not give stay null."""
         if self._embedder is None:
             return to_table([{}] * table.num_rows, self.writes, self.drops)
-        images = [self._segmented(row) for row in table.to_pylist()]
+        segment = self._settings.segment
+        images = [
+            foreground(decode_jpeg(row["face"]), decode_png(row["mask"]), segment.keep, segment.fill)
+            for row in table.to_pylist()
+        ]
         # On a CPU a batch gains nothing, and its sums may depend on its size; on a GPU it gains 3 to 10 times.
         step = max(1, len(images)) if self._device == "cuda" else 1
-        batches = [np.stack(images[start : start + step]) for start in range(0, len(images), step)]
-        rows = [row for batch in batches for row in self._rows(self._embedder, batch)]
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(images), step):
+            batch = np.stack(images[start : start + step])
+            features = dict(self._embedder.embed(batch))
+            if self._settings.encode.mirror:
+                mirrored = self._embedder.embed(np.ascontiguousarray(batch[:, :, ::-1]))
+                features |= {f"{name}_mirror": column for name, column in mirrored.items()}
+            rows += ({name: encode_npy(column[i]) for name, column in features.items()} for i in range(len(batch)))
         return to_table(rows, self.writes, self.drops)
-
-    def _segmented(self, record: Mapping[str, Any]) -> Image:
-        told = self._settings.segment
-        return foreground(decode_jpeg(record["face"]), decode_png(record["mask"]), told.keep, told.fill)
-
-    def _rows(self, embedder: ImageEmbedder, images: Image) -> list[dict[str, Any]]:
-        features = dict(embedder.embed(images))
-        if self._settings.encode.mirror:
-            mirrored = embedder.embed(np.ascontiguousarray(images[:, :, ::-1]))
-            features |= {f"{name}_mirror": column for name, column in mirrored.items()}
-        return [{name: encode_npy(column[i]) for name, column in features.items()} for i in range(len(images))]

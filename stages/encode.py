@@ -1,6 +1,6 @@
 """Encode: latents of the crops and embeddings of the caption, so that training needs neither VAE nor text encoder.
 
-Off unless asked for: then nothing is loaded and all its columns are null.
+Off unless `encode` wants some: else nothing is loaded and all its columns are null.
 """
 
 import json
@@ -41,7 +41,7 @@ class Encode:
     drops: ClassVar[tuple[DropReason, ...]] = ()
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
-        """Load the encoders that `settings.encode` asks for, from where the run says that they are."""
+        """Load the encoders that `settings.encode` asks for, which the run located."""
         encode, source = settings.encode, runtime.encoders
         if encode.encodes and source is None:
             raise PlanError("encode needs the encoders of a base: make_plan finds them, and adds them to the runtime.")
@@ -52,7 +52,7 @@ class Encode:
         self._text = TextEncoder(source, runtime.device) if source and encode.text else None
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Encode all rows, one after the other; all columns are null where nothing was asked for."""
+        """Encode all rows, one after the other; all columns are null where nothing is wanted."""
         source = self._source
         rows = [self._row(record, source) for record in table.to_pylist()] if source else [{}] * len(table)
         return to_table(rows, self.writes, self.drops)
@@ -64,7 +64,7 @@ class Encode:
             for crop in _CROPS:
                 if record[crop] is not None:
                     image = decode_jpeg(record[crop])
-                    cuts[crop] = place(crop, image, record, self._sizes)
+                    cuts[crop] = fit_crop(crop, image, record, self._sizes)
                     columns[f"latents_{crop}"] = encode_npy(self._vae.encode(cut(image, cuts[crop])))
         if self._text is not None:
             columns |= {name: encode_npy(array) for name, array in self._text.encode(record["text"] or "").items()}
@@ -74,7 +74,7 @@ class Encode:
         return {**columns, "targets": targets.to_json()}
 
 
-def place(crop: str, image: Image, record: Mapping[str, Any], sizes: tuple[Size, ...]) -> Fit:
+def fit_crop(crop: str, image: Image, record: Mapping[str, Any], sizes: tuple[Size, ...]) -> Fit:
     """How a crop is scaled and cut: squares to the square, `full` to its nearest size; with the face where it can be.
 
     `record` holds `bbox` (pixels of the photo) and `crops`, as the stages before wrote them.

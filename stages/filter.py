@@ -30,7 +30,6 @@ class Filter(RowStage):
     )
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Judge one row."""
         reason = judge(record, self.settings.filter)
         if reason is not None:
             raise Dropped(reason)

@@ -11,8 +11,7 @@ from stages.base import RowStage
 _DIGITS = 4
 """Decimals of measurements in the json: a ten-thousandth of a pixel."""
 
-
-_TOLD = (
+_REPEATED = (
     "key",
     "part",
     "row",
@@ -44,7 +43,7 @@ class Pack(RowStage):
     """Writes the json of a sample, and the hash of all its files; drops nothing."""
 
     name = "pack"
-    reads = (*_TOLD, *(column for column in SUFFIXES.values() if column != "json"))
+    reads = (*_REPEATED, *(column for column in SUFFIXES.values() if column != "json"))
     writes = ("json", "sample_sha256")
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,7 +51,7 @@ class Pack(RowStage):
 
         The fill colour of the embedded face is noted.
         """
-        content = {name: _rounded(record[name]) for name in _TOLD}
+        content = {name: _rounded(record[name]) for name in _REPEATED}
         content["crops"] = json.loads(record["crops"])
         if content.pop("targets"):
             content["targets"] = json.loads(record["targets"])

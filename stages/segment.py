@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from schemas.drops import DropReason
 from stages.align import FACE_SIZE
 from stages.base import Dropped, RowStage
-from stages.models.backends import Image, Segmenter, backend
+from stages.models.backends import Segmenter, backend
 from stages.pixels.geometry import ffhq_crop, ffhq_matrix, inside_photo, transform_points, warp_labels
 from stages.pixels.images import encode_png, photo
 from stages.runtime import Runtime
@@ -31,16 +30,12 @@ class Segment(RowStage):
         self._segmenter: Segmenter = make(settings.models, runtime.device)
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Label one face."""
-        mask = self._mask(photo(record["sha256"], record["image"]), record["kps"])
-        share = float(np.isin(mask, self.settings.segment.keep).mean())
-        if share < self.settings.segment.min_share:
-            raise Dropped(DropReason.EMPTY_MASK, mask_share=share)
-        return {"mask": encode_png(mask), "mask_share": share}
-
-    def _mask(self, image: Image, kps: list[list[float]]) -> npt.NDArray[np.uint8]:
+        image, kps = photo(record["sha256"], record["image"]), record["kps"]
         labels = self._segmenter.segment(ffhq_crop(image, kps), transform_points(ffhq_matrix(kps), kps))
         mask = warp_labels(labels, kps, FACE_SIZE)
         height, width = image.shape[:2]
         mask[~inside_photo(kps, width, height, FACE_SIZE)] = 0  # the border around the photo is background
-        return mask
+        share = float(np.isin(mask, self.settings.segment.keep).mean())
+        if share < self.settings.segment.min_share:
+            raise Dropped(DropReason.EMPTY_MASK, mask_share=share)
+        return {"mask": encode_png(mask), "mask_share": share}

@@ -167,7 +167,7 @@ class _Work:
                 # What must not be used is marked after shards are cut, so that their borders stay.
                 seeds = replace(seeds, table=self.output.takedowns.judged(seeds.table))
                 with lost_errors(self.output.root):
-                    done = self.output.is_done(seeds.name, self.plan, listed)
+                    done = self.output.is_done(seeds.name, self.plan, listed, seeds.table.num_rows)
                     if not done:
                         discard(self.output, further, seeds)
                 if done:

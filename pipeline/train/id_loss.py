@@ -13,22 +13,13 @@ from torch.nn import functional
 
 from pipeline.train.objective import Noised, predicted_clean
 from pipeline.train.settings import ObjectiveSettings
+from schemas.arcface import ARCFACE_SIZE, ARCFACE_TEMPLATE
 from schemas.errors import ConfigError, WeightsError, first_line
 
 if TYPE_CHECKING:
     from pipeline.train.base_model import Base
     from pipeline.train.loader import Batch
 
-SIDE = 112
-"""Side of a recogniser's input, pixels."""
-TEMPLATE = (
-    (38.2946, 51.6963),
-    (73.5318, 51.5014),
-    (56.0252, 71.7366),
-    (41.5493, 92.3655),
-    (70.7299, 92.2041),
-)
-"""ArcFace's five points (eyes, nose, corners of the mouth; the image's left first) in that input, x and y."""
 WEIGHTS_URL = "https://github.com/xinntao/facexlib/releases/download/v0.1.0/recognition_arcface_ir_se50.pth"
 _NOT_WEIGHTS = (UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError, ValueError, LookupError)
 """What torch raises for files that are no state dict, or one of another network."""
@@ -40,7 +31,7 @@ def similarity_transform(kps: Tensor) -> tuple[Tensor, Tensor]:
     Umeyama's least-squares solution, which needs no decomposition in the plane: a point times a complex number. For
     row vectors: `kps @ rotation + shift`.
     """
-    template = torch.tensor(TEMPLATE, device=kps.device)
+    template = torch.tensor(ARCFACE_TEMPLATE, device=kps.device)
     centre, goal = kps.mean(1, keepdim=True), template.mean(0)
     points, goals = kps - centre, template - goal
     (x, y), (u, v) = points.unbind(-1), goals.unbind(-1)
@@ -62,12 +53,12 @@ def align(pixels: Tensor, kps: Tensor) -> Tensor:
     """
     height, width = pixels.shape[-2:]
     rotation, shift = similarity_transform(kps.to(pixels.device, torch.float32))
-    axis = torch.arange(SIDE, dtype=torch.float32, device=pixels.device)
+    axis = torch.arange(ARCFACE_SIZE, dtype=torch.float32, device=pixels.device)
     seen = torch.cartesian_prod(axis, axis).flip(1)
     scale = rotation[:, :1].square().sum(2, keepdim=True).clamp_min(1e-12)
     places = (seen - shift) @ rotation.mT / scale
     grid = 2 * places / torch.tensor([width - 1, height - 1], device=pixels.device) - 1
-    grid = grid.view(-1, SIDE, SIDE, 2)
+    grid = grid.view(-1, ARCFACE_SIZE, ARCFACE_SIZE, 2)
     return functional.grid_sample(pixels.float() + 1, grid, padding_mode="zeros", align_corners=True) - 1
 
 

@@ -1,6 +1,6 @@
-"""Where weights are found: at a given path, in FACESHARDS_MODELS, in the cache, on the web. And how they get there.
+"""Where weights lie: at a given path, in FACESHARDS_MODELS, in the cache, on the web. And how they get there.
 
-Known weights are verified by sha256 wherever they are found; a file or folder that the user names is taken as it is,
+Known weights are verified by sha256 wherever they lie; a file or folder that the user names is taken as it is,
 and its sha256 recorded. Nothing is fetched unless `models.allow_download` is set or `models fetch` is called.
 """
 
@@ -104,20 +104,16 @@ class WeightState(NamedTuple):
 
 def states(weights: Iterable[Weight], settings: ModelSettings, *, hashes: bool = False) -> list[WeightState]:
     """Where weights are; with `hashes`, their files are read and compared too."""
-    return [_state(weight, settings, hashes) for weight in weights]
-
-
-def _state(weight: Weight, settings: ModelSettings, hashes: bool) -> WeightState:
-    given = _given(weight, settings)
-    path = given or _installed(weight)
-    if path is None:
-        return WeightState(weight, "missing", None)
-    if not hashes:
-        return WeightState(weight, "given" if given else "found", path)
-    wrong = [location.name for file, location in weight.paths(path).items() if not _matches(location, file)]
-    if wrong:
-        return WeightState(weight, f"{'given, ' if given else ''}wrong sha256: {', '.join(wrong)}", path)
-    return WeightState(weight, "verified", path)
+    rows = []
+    for weight in weights:
+        given = _given(weight, settings)
+        path = given or _installed(weight)
+        state = "given" if given else "found" if path else "missing"
+        if path and hashes:
+            wrong = [at.name for file, at in weight.paths(path).items() if not _matches(at, file)]
+            state = f"{'given, ' if given else ''}wrong sha256: {', '.join(wrong)}" if wrong else "verified"
+        rows.append(WeightState(weight, state, path))
+    return rows
 
 
 def _roots() -> list[Path]:

@@ -8,16 +8,11 @@ import numpy as np
 import numpy.typing as npt
 from skimage.transform import SimilarityTransform
 
+from schemas.arcface import ARCFACE_SIZE, ARCFACE_TEMPLATE
 from stages.models.backends import Floats, Image
 
 Matrix = npt.NDArray[np.float64]
 """(2, 3): maps x y 1 to x y."""
-
-ARCFACE_SIZE = 112
-ARCFACE_TEMPLATE: Floats = np.array(
-    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float32
-)
-"""(5, 2) points of an aligned 112x112 face: left eye, right eye, nose, mouth corners (insightface, face_align.py)."""
 
 FFHQ_SIZE = 512
 FFHQ_TEMPLATE: Floats = np.array(
@@ -32,7 +27,6 @@ FFHQ_TEMPLATE: Floats = np.array(
 )
 """(5, 2) points of a 512x512 face framed as in FFHQ, on which face parsers are trained (facexlib)."""
 
-_SAME_FACE_IOU = 0.3
 _FFHQ_BORDER = (132, 133, 135)
 """RGB around the photo in FFHQ crops, as facexlib fills it."""
 
@@ -57,7 +51,7 @@ def similarity(kps: npt.ArrayLike, template: npt.ArrayLike) -> Matrix:
 
 def norm_matrix(kps: npt.ArrayLike, size: int) -> Matrix:
     """The (2, 3) similarity from the photo to its norm_crop of `size`, a multiple of 112."""
-    return similarity(kps, ARCFACE_TEMPLATE * np.float32(size / ARCFACE_SIZE))
+    return similarity(kps, np.array(ARCFACE_TEMPLATE, np.float32) * np.float32(size / ARCFACE_SIZE))
 
 
 def norm_crop(image: Image, kps: npt.ArrayLike, size: int) -> Image:
@@ -118,23 +112,6 @@ def roll_degrees(kps: npt.ArrayLike) -> float:
     """In-plane turn of the line from the left to the right eye, degrees, clockwise positive."""
     left, right = np.asarray(kps, np.float64)[:2]
     return float(np.degrees(np.arctan2(right[1] - left[1], right[0] - left[0])))
-
-
-def areas(boxes: Floats) -> Floats:
-    """(N,) areas of (N, 4) boxes x1 y1 x2 y2; 0 for one that is turned inside out."""
-    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
-    products: Floats = sides[:, 0] * sides[:, 1]
-    return products
-
-
-def apart(boxes: Floats, box: Floats) -> npt.NDArray[np.bool_]:
-    """(N,): which boxes (N, 4) show another face than `box` (4,): little overlap, and their centre outside of it."""
-    shared = areas(np.hstack([np.maximum(boxes[:, :2], box[:2]), np.minimum(boxes[:, 2:], box[2:])]))
-    union = areas(boxes) + areas(box[None]) - shared
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    inside = ((centres >= box[:2]) & (centres <= box[2:])).all(axis=1)
-    another: npt.NDArray[np.bool_] = (shared < _SAME_FACE_IOU * union) & ~inside
-    return another
 
 
 class Box(NamedTuple):

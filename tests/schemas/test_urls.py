@@ -174,6 +174,20 @@ def test_two_urls_are_one_only_where_host_and_path_are(one, path, other, further
     assert (identity(f"http://{one}/{'/'.join(path)}") == identity(f"http://{other}/{'/'.join(further)}")) is same
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://e.org" + "/a" * 200_000 + "/.." * 200_000,
+        f"http://{'ü' * 100_000}/",
+        "http://e.org/?" + "%26+" * 200_000,
+    ],
+    ids=["dots", "host", "query"],
+)
+def test_the_time_of_a_look_grows_with_the_length_alone(text):
+    """A part may hold a URL of a megabyte; with the square of it, each of these would take minutes."""
+    assert len(identity(text)) <= len(text)
+
+
 @given(st.text() | st.from_regex(r"https?://.{0,40}"))
 def test_any_text_has_an_identity_and_is_a_url_or_not(text):
     assert isinstance(identity(text) + host_of(text), str)

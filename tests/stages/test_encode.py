@@ -23,7 +23,7 @@ from schemas.errors import ConfigError, CorruptShardError, WeightsError
 from schemas.record import check
 from schemas.shard import decode_npy, encode_npy
 from schemas.targets import Targets, text_sha256, vae_sha256
-from stages.encode import Encode, cut, place
+from stages.encode import Encode, cut, fit_crop
 from stages.models.torch_backend import prepare
 from stages.pixels.images import decode_jpeg
 
@@ -163,7 +163,7 @@ def test_the_face_stays_in_the_cut_where_it_can(width, height, where):
     sizes = buckets(512)
     image = np.zeros((height, width, 3), np.uint8)
     image[round(y0) : round(y0 + side), round(x0) : round(x0 + side)] = 255
-    fit = place("full", image, record_with(photo_box, width, height), sizes)
+    fit = fit_crop("full", image, record_with(photo_box, width, height), sizes)
     assert fit.size == nearest(width, height, sizes)
     pixels = cut(image, fit)
     assert pixels.shape == (fit.size[1], fit.size[0], 3)
@@ -174,7 +174,7 @@ def test_the_face_stays_in_the_cut_where_it_can(width, height, where):
 def test_squares_are_cut_to_the_square_whatever_lies_in_them():
     image = np.zeros((600, 600, 3), np.uint8)
     record = {"bbox": fake.BBOX, "crops": json.dumps(fake.CROPS)}
-    assert place("portrait", image, record, buckets(512)) == ((512, 512), (0, 0), (512, 512))
+    assert fit_crop("portrait", image, record, buckets(512)) == ((512, 512), (0, 0), (512, 512))
 
 
 # --- targets

@@ -15,10 +15,11 @@ from pipeline.train.base_model import Base
 from pipeline.train.id_loss import IdLoss, align, id_loss_of, similarity_transform
 from pipeline.train.objective import Noised, noised
 from pipeline.train.settings import ObjectiveSettings
+from schemas.arcface import ARCFACE_TEMPLATE
 from schemas.errors import ConfigError, WeightsError
 
 CPU = torch.device("cpu")
-TEMPLATE = np.array(identity.TEMPLATE, np.float32)
+TEMPLATE = np.array(ARCFACE_TEMPLATE, np.float32)
 
 
 def norm_crop(image, kps, size=112):

@@ -58,10 +58,10 @@ class Wanted:
         Raises:
             SourceError: when it cannot be read.
         """
-        found: dict[str, list[str]] = {"url": [], "other": [], "sha256": []}
+        texts: dict[str, list[str]] = {"url": [], "other": [], "sha256": []}
         for kind, text in entries(str(path)):
-            found[kind].append(text)
-        return Wanted(*map(tuple, found.values()))
+            texts[kind].append(text)
+        return Wanted(*map(tuple, texts.values()))
 
     def __add__(self, other: "Wanted") -> "Wanted":
         return Wanted(self.urls + other.urls, self.domains + other.domains, self.contents + other.contents)

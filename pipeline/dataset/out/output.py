@@ -18,14 +18,14 @@ from pipeline.dataset.out.forgotten import finish, load
 from pipeline.dataset.out.ledger import counts
 from pipeline.dataset.out.lists import Listed
 from pipeline.dataset.out.lost import lost_errors
-from pipeline.dataset.out.takedowns import Takedowns
+from pipeline.dataset.out.takedowns import DROPS, Takedowns
 from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import Rows, tombstones
 from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import AnyPath, Draft, RemotePath, fsync_names, names, write
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.digest import sha256_of_stream
-from schemas.errors import CorruptShardError, LostError, OutputError, ShardError, first_line
+from schemas.errors import CorruptShardError, LostError, OutputError, ShardError, SourceError, first_line
 from schemas.names import finished_shards
 from schemas.shard import DATASET, SUFFIXES, Manifest, sample_files
 from stages.pixels.images import thumbnail
@@ -93,10 +93,11 @@ class Output:
             return
         handle = os.open(str(self.shards), os.O_RDONLY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(f"Another run is writing to {self.root}: wait for it, or interrupt it.") from None
             yield
-        except BlockingIOError:
-            raise OutputError(f"Another run is writing to {self.root}: wait for it, or interrupt it.") from None
         finally:
             os.close(handle)
 
@@ -146,12 +147,19 @@ class Output:
         }
         write(self.root / DATASET, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
-    def is_done(self, shard: str, plan: Plan, listed: Mapping[str, int] | None = None) -> bool:
+    def is_done(
+        self, shard: str, plan: Plan, listed: Mapping[str, int] | None = None, rows_in: int | None = None
+    ) -> bool:
         """Whether the shard has a manifest of this plan and files of the lengths that it names.
 
-        `listed` is `files.sizes` of OUT/shards: over a network, one listing for many shards saves requests.
+        Args:
+            shard: its name.
+            plan: the plan of this run.
+            listed: `files.sizes` of OUT/shards: over a network, one listing for many shards saves requests.
+            rows_in: rows that the part gives the shard now.
 
         Raises:
+            SourceError: when it was made of another number of rows: borders have moved, rows would be lost or doubled.
             LostError: when there is a manifest that cannot be read.
         """
         try:
@@ -167,9 +175,14 @@ class Output:
         if listed is None:
             paths = [self.shards / name for name in manifest.files]
             listed = {path.name: path.stat().st_size for path in paths if path.is_file()}
-        return manifest.plan_digest == plan.digest and all(
-            listed.get(name) == entry["bytes"] for name, entry in manifest.files.items()
-        )
+        same = manifest.plan_digest == plan.digest
+        done = same and all(listed.get(name) == entry["bytes"] for name, entry in manifest.files.items())
+        if done and rows_in not in (None, manifest.rows_in):
+            raise SourceError(
+                f"{shard} was made of {manifest.rows_in:,} rows of its part, which gives it {rows_in:,} now: the part "
+                "was changed, or is read otherwise; give the part that OUT was made of, or another OUT."
+            )
+        return done
 
     def _manifest(self, shard: str) -> Manifest:
         return Manifest.from_json((self.shards / f"{shard}.json").read_bytes())
@@ -250,7 +263,7 @@ class ShardWriter:
             ShardError: when rows were lost or doubled on the way.
         """
         ledger = pa.concat_tables(self._ledgers).sort_by("row").combine_chunks()
-        kept, dropped = counts(ledger.column("verdict"), self._plan.reasons)
+        kept, dropped = counts(ledger.column("verdict"), [*self._plan.reasons, *DROPS])
         drafts = self._tar_draft, self._ledger_draft
         with lost_errors(self._output.root):
             self._tar.close()

@@ -43,7 +43,7 @@ class Takedowns:
 
     def judged(self, seeds: pa.Table) -> pa.Table:
         """Judged seed rows, of which those that must not be used are so, whatever else the metadata made of them."""
-        return blank(seeds, self.reasons(seeds))
+        return blank(seeds, self.reasons(seeds)) if self else seeds
 
     def without_contents(self, batches: Iterator[Rows]) -> Iterator[Rows]:
         """Fetched batches, in which files that must not be used came from yet another URL."""

@@ -15,9 +15,9 @@ import numpy as np
 
 from schemas.errors import ConfigError, WeightsError
 from stages.models.backends import Faces, Floats, Image, ModelCard
+from stages.models.boxes import apart
 from stages.models.packs import pack_card, pack_file, pack_weights
 from stages.models.papers import Weight
-from stages.pixels.geometry import apart
 from stages.runtime import Device
 from stages.settings import ModelSettings
 

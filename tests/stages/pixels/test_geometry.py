@@ -7,11 +7,13 @@ from hypothesis import strategies as st
 from insightface.utils import face_align
 from skimage import data as samples
 
+from schemas import arcface
 from stages.pixels import geometry
-from stages.pixels.geometry import ARCFACE_TEMPLATE, FFHQ_TEMPLATE, Box, Framing, crop_box
+from stages.pixels.geometry import FFHQ_TEMPLATE, Box, Framing, crop_box
 
+ARCFACE_TEMPLATE = np.array(arcface.ARCFACE_TEMPLATE, np.float32)
 KPS = np.array([[204.4, 100.8], [247.3, 103.1], [223.5, 128.4], [201.2, 138.5], [246.4, 140.6]], np.float32)
-"""The astronaut's face, as SCRFD finds it."""
+"""The astronaut's face, as SCRFD sees it."""
 
 
 def similar(scale: float, degrees: float, x: float, y: float) -> np.ndarray:
