@@ -166,7 +166,7 @@ def fetch(weight: Weight, root: Path | None = None) -> Path:
         WeightsError: when it cannot be fetched or is not what it should be; says what to do.
     """
     root = root or cache_root()
-    path, partial = weight.under(root), root / ".partial" / weight.name
+    path, partial = weight.under(root), root / f".{weight.name}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir(parents=True, exist_ok=True)
