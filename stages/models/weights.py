@@ -166,7 +166,7 @@ def fetch(weight: Weight, root: Path | None = None) -> Path:
         WeightsError: when it cannot be fetched or is not what it should be; says what to do.
     """
     root = root or cache_root()
-    path, partial = weight.under(root), root / ".partial" / weight.name
+    path, partial = weight.under(root), root / f".{weight.name}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir(parents=True, exist_ok=True)
@@ -182,6 +182,7 @@ def fetch(weight: Weight, root: Path | None = None) -> Path:
                     wrong = sha256_of_file(whole)
                     whole.unlink()
                     raise ValueError(f"{file.name} has sha256 {wrong}, not {file.sha256}, and was deleted")
+                whole.chmod(partial.stat().st_mode & 0o666)  # pooch's files are for their owner's eyes only
                 targets[file].parent.mkdir(exist_ok=True)
                 os.replace(whole, targets[file])
             shutil.rmtree(partial, ignore_errors=True)

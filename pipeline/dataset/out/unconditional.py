@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from pipeline.dataset.out.output import fingerprint
 from pipeline.dataset.plan import Plan
 from pipeline.shared import files as storage
 from pipeline.shared.files import AnyPath
+from schemas.digest import sha256
 from schemas.shard import UNCONDITIONAL
 from stages.models.backends import ImageEmbedder, backend
 
@@ -54,5 +54,5 @@ def _is_current(path: AnyPath, plan: Plan) -> bool:
 def _made(features: Features, plan: Plan) -> str:
     """What the features were made by, and their hashes: damage is found and made good without the models."""
     models = [model for model in plan.model_list if model["task"] == "image_embedder"]
-    hashes = {name: sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for name, array in features.items()}
+    hashes = {name: sha256(np.ascontiguousarray(array).tobytes()) for name, array in features.items()}
     return json.dumps({"models": models, "sha256": hashes}, sort_keys=True)

@@ -50,21 +50,19 @@ class Lbp:
 
     def embed(self, faces: Image) -> Floats:
         """(N, 512) float32 of (N, 112, 112, 3) RGB norm_crops; the length is not 1."""
-        vectors = [self._embed_one(cv2.cvtColor(face, cv2.COLOR_RGB2GRAY)) for face in faces]
+        vectors = []
+        n_patterns = int(self._bins.max()) + 1
+        for face in faces:
+            calm = cv2.GaussianBlur(cv2.cvtColor(face, cv2.COLOR_RGB2GRAY), (3, 3), 0)
+            patterns = self._bins[_codes(calm)]
+            rows, columns = np.indices(patterns.shape) // _CELL
+            cells = ((rows * _CELLS + columns) * n_patterns + patterns).ravel()
+            counts = np.bincount(cells, minlength=_CELLS**2 * n_patterns).reshape(-1, n_patterns)
+            gradients = np.asarray(self._hog.compute(calm), np.float64).reshape((_CELLS - 1) ** 2, -1)
+            # square roots of the shares of each pattern in each cell, so that distances are Hellinger's
+            described = np.concatenate([_distinct(np.sqrt(counts / _CELL**2)), _distinct(gradients)])
+            vectors.append((np.rint(described * _LEVELS) @ self._projection / _LEVELS**2).astype(np.float32))
         return np.array(vectors, np.float32).reshape(-1, _DIMENSIONS)
-
-    def _embed_one(self, grey: npt.NDArray[np.uint8]) -> Floats:
-        calm = cv2.GaussianBlur(grey, (3, 3), 0)
-        # (49, 59) square roots of the shares of each pattern in each cell, so that distances are Hellinger's
-        patterns, n_patterns = self._bins[_codes(calm)], int(self._bins.max()) + 1
-        rows, columns = np.indices(patterns.shape) // _CELL
-        cells = ((rows * _CELLS + columns) * n_patterns + patterns).ravel()
-        counts = np.bincount(cells, minlength=_CELLS**2 * n_patterns).reshape(-1, n_patterns)
-        gradients = np.asarray(self._hog.compute(calm), np.float64).reshape((_CELLS - 1) ** 2, -1)
-        described = [_distinct(np.sqrt(counts / _CELL**2)), _distinct(gradients)]
-        features = np.rint(np.concatenate(described) * _LEVELS)
-        vector: Floats = (features @ self._projection / _LEVELS**2).astype(np.float32)
-        return vector
 
 
 def _distinct(cells: _Doubles) -> _Doubles:

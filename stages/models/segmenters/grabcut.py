@@ -1,6 +1,6 @@
 """GrabCut: splits a face from its background by colour alone, without weights.
 
-Honest about what it is: it cannot tell the parts of a face, so everything that it keeps is labelled skin.
+Honest about what it is: it cannot tell the parts of a face, so all of the face is labelled skin.
 Paper: Rother, Kolmogorov and Blake, SIGGRAPH 2004, doi:10.1145/1186562.1015720; the code is OpenCV's.
 """
 
@@ -14,7 +14,7 @@ from stages.runtime import Device
 from stages.settings import ModelSettings
 
 SKIN = 1
-"""The CelebAMask label of all that is kept."""
+"""The CelebAMask label of all that is face."""
 
 _SIDE = 128
 """Side at which the cut is made: a quarter of the crop; a face then costs 13 to 40 ms of one CPU thread."""
@@ -49,29 +49,20 @@ class GrabCut:
         """(512, 512) labels, 0 background and 1 face, of an aligned (512, 512, 3) RGB crop; `kps` (5, 2) lie in it."""
         side = image.shape[0]
         small = cv2.resize(image, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA)
-        guess = _guess(np.asarray(kps, np.float64) * (_SIDE / side))
-        if _kept(guess).any() and not _kept(guess).all():  # else there are not two kinds of colour to learn
+        points = np.asarray(kps, np.float64) * (_SIDE / side)
+        eyes, mouth = points[:2].mean(axis=0), points[3:].mean(axis=0)
+        head, face = eyes + _HEAD_CENTRE * (mouth - eyes), eyes + _FACE_CENTRE * (mouth - eyes)
+        mask = np.full((_SIDE, _SIDE), cv2.GC_BGD, np.uint8)
+        _ellipse(mask, head, mouth - eyes, _POSSIBLE, cv2.GC_PR_BGD)
+        _ellipse(mask, face, mouth - eyes, _LIKELY, cv2.GC_PR_FGD)
+        _ellipse(mask, face, mouth - eyes, _SURE, cv2.GC_FGD)
+        foreground = np.isin(mask, (cv2.GC_FGD, cv2.GC_PR_FGD))
+        if foreground.any() and not foreground.all():  # else there are not two kinds of colour to learn
             cv2.setRNGSeed(_SEED)  # the colour clusters start from OpenCV's own random numbers
-            background, foreground = np.zeros((1, 65)), np.zeros((1, 65))
-            cv2.grabCut(small, guess, None, background, foreground, _ITERATIONS, cv2.GC_INIT_WITH_MASK)
-        kept = _kept(guess).astype(np.float32)
-        smooth = cv2.resize(kept, (side, side), interpolation=cv2.INTER_CUBIC)
+            cv2.grabCut(small, mask, None, np.zeros((1, 65)), np.zeros((1, 65)), _ITERATIONS, cv2.GC_INIT_WITH_MASK)
+            foreground = np.isin(mask, (cv2.GC_FGD, cv2.GC_PR_FGD))
+        smooth = cv2.resize(foreground.astype(np.float32), (side, side), interpolation=cv2.INTER_CUBIC)
         return np.where(smooth > 0.5, SKIN, 0).astype(np.uint8)
-
-
-def _kept(guess: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    return np.isin(guess, (cv2.GC_FGD, cv2.GC_PR_FGD))
-
-
-def _guess(kps: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
-    """GrabCut's mask to start from: (_SIDE, _SIDE), sure and likely, face and background."""
-    eyes, mouth = kps[:2].mean(axis=0), kps[3:].mean(axis=0)
-    mask = np.full((_SIDE, _SIDE), cv2.GC_BGD, np.uint8)
-    head, face = eyes + _HEAD_CENTRE * (mouth - eyes), eyes + _FACE_CENTRE * (mouth - eyes)
-    _ellipse(mask, head, mouth - eyes, _POSSIBLE, cv2.GC_PR_BGD)
-    _ellipse(mask, face, mouth - eyes, _LIKELY, cv2.GC_PR_FGD)
-    _ellipse(mask, face, mouth - eyes, _SURE, cv2.GC_FGD)
-    return mask
 
 
 def _ellipse(

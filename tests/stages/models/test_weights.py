@@ -198,7 +198,8 @@ def test_fetches_once_when_allowed(toy: Weight, server: Server) -> None:
     assert path.read_bytes() == CONTENT
     assert weights.find(toy, settings) == path
     assert len(server.requests) == 1
-    assert files_of(path.parent) == {"toy.bin"}
+    assert sorted(name.name for name in path.parent.iterdir()) == [".lock", "toy.bin"]
+    assert path.stat().st_mode == put(path.with_name("any")).stat().st_mode, "others may read it, as far as umask says"
 
 
 def files_of(root: Path) -> set[str]:
