@@ -143,8 +143,8 @@ def run(args: argparse.Namespace, port: int, server: int, data: Path, sets: list
     mark: tuple[float, float, int] | None = None
     with prepared(spec, load_config(None, sets, shards=spec, executor=args.executor)) as job:
         output = Output(folder / "out")
-        start, execute = executor_of(job.plan.config)
-        with start(job.plan), output.prepared(job.plan):
+        start = executor_of(job.plan.config)
+        with start(job.plan) as execute, output.prepared(job.plan):
             watch.start()
             for event in execute(job.plan, job.shards(), output):
                 if isinstance(event, Advanced):

@@ -1,16 +1,16 @@
-"""The run's config: what stages are told (stages.settings) plus where data comes from and who does the work."""
+"""The run's config: the settings of the stages, plus where data comes from and who does the work."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
 from pipeline.dataset.source.parts import SourceSettings
-from pipeline.shared.configfile import explain, merge, told
+from pipeline.shared.configfile import explain, merge, read_values
 from schemas.errors import ConfigError
-from schemas.names import SAMPLE
+from schemas.names import SAMPLE, split_spec
 from schemas.section import Section
 from stages.settings import Settings
 
@@ -99,38 +99,27 @@ def load_config(
     Raises:
         ConfigError: for an unreadable file, an unknown key (names the nearest), or a value that is not allowed.
     """
-    asked = told(path, sets)
+    is_sample = shards != "" and split_spec(shards) == [SAMPLE]
+    values = read_values(path, sets)
     if profile:
-        asked["profile"] = profile
-    name = asked.setdefault("profile", "embedded" if shards == SAMPLE else "insightface")
+        values["profile"] = profile
+    name = values.setdefault("profile", "embedded" if is_sample else "insightface")
+    if name not in PROFILES:
+        raise ConfigError(f"profile = {name!r} is not known; choose one of: {', '.join(PROFILES)}.")
     if executor:
-        merge(asked, {"executor": {"name": executor}})
-    if extras:
-        merge(asked, {"encode": dict.fromkeys(_words(extras), True)})
-    if name not in get_args(Profile):
-        raise ConfigError(f"profile = {name!r} is not known; choose one of: {', '.join(get_args(Profile))}.")
-    values: dict[str, Any] = {}
-    merge(values, PROFILES[name])
-    merge(values, asked)
+        merge(values, {"executor": {"name": executor}})
+    for word in filter(None, (extras or "").replace(" ", "").split(",")):
+        if word not in EXTRAS:
+            raise ConfigError(f"--with {word!r} is not known; give some of: {', '.join(EXTRAS)}.")
+        merge(values, {"encode": {word: True}})
+    all_values: dict[str, Any] = {}
+    merge(all_values, PROFILES[name])
+    merge(all_values, values)
     try:
-        config = Config.model_validate(values)
+        config = Config.model_validate(all_values)
     except ValidationError as error:
         raise ConfigError(explain(error, Config)) from error
-    return _settle(config, shards)
-
-
-def _words(extras: str) -> list[str]:
-    words = [word.strip() for word in extras.split(",") if word.strip()]
-    unknown = [word for word in words if word not in EXTRAS]
-    if unknown:
-        raise ConfigError(f"--with {unknown[0]!r} is not known; give some of: {', '.join(EXTRAS)}.")
-    return words
-
-
-def _settle(config: Config, shards: str) -> Config:
-    """Fill in the executor's name, where it follows from SHARDS."""
-    name = config.executor.name
-    if name == "auto":
-        name = "local" if shards == SAMPLE else "ray"
-    executor = config.executor.model_copy(update={"name": name})
-    return config.model_copy(update={"executor": executor})
+    if config.executor.name != "auto":
+        return config
+    chosen = config.executor.model_copy(update={"name": "local" if is_sample else "ray"})
+    return config.model_copy(update={"executor": chosen})

@@ -2,20 +2,19 @@
 
 import os
 import secrets
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import Any
 
 from rich.console import Console
 
 from pipeline.dataset.config import Config
 from pipeline.dataset.execute import local
-from pipeline.dataset.execute.make_shard import Event, Finished
+from pipeline.dataset.execute.make_shard import Execute, Finished
 from pipeline.dataset.execute.progress import RunScreen
 from pipeline.dataset.execute.runner import judge_seeds
 from pipeline.dataset.finished.forget import take_down_listed
@@ -91,8 +90,8 @@ def make_dataset(job: Job, out: AnyPath, console: Console, *, replan: bool = Fal
     """
     output = Output(out)
     _require_shared(out, job.plan.config)
-    start, execute = executor_of(job.plan.config)
-    with start(job.plan), output.prepared(job.plan, replan=replan):
+    start = executor_of(job.plan.config)
+    with start(job.plan) as execute, output.prepared(job.plan, replan=replan):
         gone = take_down_listed(output)
         if gone.rows:
             console.print(f"download.removed: {gone}, are taken out of what is done.", highlight=False, soft_wrap=True)
@@ -120,7 +119,7 @@ def _make_again(job: Job, work: "_Work", start: "Start") -> None:
         pending = work.pending(again)
         first = next(pending, None)
         if first is not None:
-            with start(job.plan):  # once more: a run that is over leaves no worker behind
+            with start(job.plan) as work.execute:  # once more: a run that is over leaves no worker behind
                 work.make(chain([first], pending))
         elif not work.failed:
             work.screen.say("Second chances: no row failed for a reason that may have passed.")
@@ -137,7 +136,7 @@ class _Work:
 
     output: Output
     plan: Plan
-    execute: "Execute"
+    execute: Execute
     screen: RunScreen
     failed: list[str] = field(default_factory=list)
     """Names of the shards that failed."""
@@ -191,18 +190,17 @@ def _finish(output: Output, plan: Plan) -> None:
         raise LostError(f"The shards were made, but then: {error}") from error
 
 
-Start = Callable[[Plan], AbstractContextManager[Any]]
-Execute = Callable[[Plan, Iterable[Seeds], Output], Generator[Event, None, None]]
+Start = Callable[[Plan], AbstractContextManager[Execute]]
 
 
-def executor_of(config: Config) -> tuple[Start, Execute]:
-    """What starts the config's executor, and what runs a plan on it."""
+def executor_of(config: Config) -> Start:
+    """What starts the config's executor."""
     if config.executor.name == "local":
-        return local.started, local.run
+        return local.started
     if not config.executor.ray_address:
         # Read when Ray is imported. A token of this run alone: other users of the machine cannot join its Ray, and no
         # token file is left in the home folder.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     from pipeline.dataset.execute import cluster  # Ray takes seconds to import
 
-    return cluster.started, cluster.run
+    return cluster.started

@@ -12,8 +12,8 @@ from rich.table import Column, Table
 from schemas.errors import ConfigError
 
 
-def told(path: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
-    """What a TOML file and `--set` pairs say, as nested dicts; pairs win, later ones over earlier ones.
+def read_values(path: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
+    """The values of a TOML file and of `--set` pairs, as nested dicts; pairs win, later ones over earlier ones.
 
     Raises:
         ConfigError: for an unreadable file, or a pair that is none.
@@ -70,10 +70,10 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def key_table(defaults: BaseModel) -> Table:
     """Every config key with its default and explanation, for a terminal."""
-    told = list(keys(type(defaults)))
-    longest = max(len(name) for name, _ in told)
+    meanings = dict(keys(type(defaults)))
+    longest = max(map(len, meanings))
     table = Table(Column("key", no_wrap=True, min_width=longest), Column("default", overflow="fold"), "meaning")
-    for name, meaning in told:
+    for name, meaning in meanings.items():
         value: object = defaults
         for piece in name.split("."):
             value = getattr(value, piece)

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from pipeline.shared.configfile import explain, merge, told
+from pipeline.shared.configfile import explain, merge, read_values
 from schemas.errors import ConfigError
 from schemas.section import Section
 
@@ -206,7 +206,7 @@ def load_train_config(path: Path | None, pairs: Sequence[str], preset: str, **as
         raise ConfigError(f"The preset {preset!r} is not known; choose one of: {', '.join(get_args(Preset))}.")
     values: dict[str, Any] = {}
     merge(values, PRESETS[preset])  # type: ignore[index]  # checked above
-    merge(values, told(path, pairs))
+    merge(values, read_values(path, pairs))
     merge(values, {name: value for name, value in asked.items() if value is not None})
     try:
         return TrainConfig.model_validate(values)

@@ -1,22 +1,18 @@
 """Run a plan on Ray: shards as tasks that fetch and write, models in actors that load once. The only file with Ray.
 
 Ray is the scheduler; what is done is known from the manifests alone. Only encoded images and Arrow tables travel
-between processes. An actor that dies is started again by Ray, and what it was computing is computed again. A shard
-whose task dies, or of which no batch gets done, is tried again by the driver: it is published whole or not at all, so
-that another attempt is harmless.
+between processes. An actor whose process dies is started again by Ray, and what it was computing is computed again; one
+whose node dies is replaced here, and until there is room for another, its shards go to those that live. A shard whose
+task dies, or of which no batch gets done, is tried again by the driver: it is published whole or not at all, so that
+another attempt is harmless.
 """
 
-import os
-import socket
-import sys
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import ray
 from ray.exceptions import (
     LocalRayletDiedError,
@@ -28,125 +24,143 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from pipeline.dataset.config import ExecutorSettings
-from pipeline.dataset.execute.make_shard import Event, Finished, Worker, load, make_shard, windowed
+from pipeline.dataset.execute.cluster_node import NODE_DIED, TICK_S, NodeGuard, joined
+from pipeline.dataset.execute.make_shard import Event, Execute, Finished, Worker, load, make_shard, windowed
 from pipeline.dataset.execute.runner import apply_all
 from pipeline.dataset.execute.watchdog import overdue
 from pipeline.dataset.out.output import Output
 from pipeline.dataset.plan import Plan, Pool
 from pipeline.dataset.rows import Rows
 from pipeline.dataset.source.seeds import Seeds
-from schemas.errors import ExitCode, LostError, PlanError, ShardError, first_line
+from schemas.errors import LostError, ShardError
 
 _RETRIES = 3
 """Further attempts at a batch whose actor died, and at a shard whose task did."""
 _OVERDUE_RETRIES = 1
 """Further attempts at a shard of which no batch got done: it may have waited for another one's, in the same actor."""
-_REACH_S = 10.0
-_TICK_S = 1.0
-_HEARD_S = 20.0
-"""How long the main thread may take to end a run whose node died."""
+_PLACED_S = 60.0
+"""How long a shard waits for an actor that is still to be placed, while others of its pool are ready."""
 _IN_FLIGHT_PER_SHARD = 2
 """Batches of one shard in the models at a time: one is computed, the next lies ready."""
 _DEATHS = (NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError)
 """What is raised for a process that died, as opposed to one that reports an error."""
-_NODE = ("raylet", "gcs_server")
 
 
 @contextmanager
-def started(plan: Plan) -> Iterator[None]:
-    """Ray for the time of a run: a local one for as many workers as the plan asks, or the cluster at ray_address.
-
-    Raises:
-        PlanError: when the cluster cannot be reached, or has fewer CPUs or GPUs than the plan's pools need.
-        LostError: when a local one cannot be started.
-    """
-    done = threading.Event()
-    threading.Thread(target=_end_without_node, args=(done,), name="node guard", daemon=True).start()
-    try:
-        _start(plan.config.executor)
-        _require_resources(plan.pools())
-        yield
-    finally:
-        ray.shutdown()
-        done.set()
+def started(plan: Plan) -> Iterator[Execute]:
+    """Ray for the time of a run; see `joined`."""
+    with joined(plan.config.executor, plan.pools()) as guard:
+        yield lambda plan, shards, output: run(plan, shards, output, guard)
 
 
-def _start(executor: ExecutorSettings) -> None:
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if executor.ray_address:
-        try:
-            _require_reachable(executor.ray_address)
-            ray.init(address=executor.ray_address, **quiet)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise PlanError(f"Ray could not be joined: {first_line(error)}.") from error
-    else:
-        cpus = executor.workers + executor.gpus
-        try:
-            ray.init("local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
-        except Exception as error:  # it raises no more special one when a process of its node does not start
-            raise LostError(f"Ray could not be started: {first_line(error)}.") from error
-
-
-def _end_without_node(done: threading.Event) -> None:
-    """End the process when its node died and the main thread does not hear of it, since it waits within Ray, or for it.
-
-    Ray would wait for a minute, and then end the process without a word to the user, and with exit code 1.
-    """
-    while not done.wait(_TICK_S):
-        if _node_is_dead() and not done.wait(_HEARD_S) and _node_is_dead():  # a run that ends lets its node die too
-            sys.stderr.write(f"error: {_NODE_DIED}\n")
-            sys.stderr.flush()
-            os._exit(ExitCode.SHARDS_FAILED)
-
-
-def _require_reachable(address: str) -> None:
-    """Fail at once where nobody listens: Ray itself would try for a minute, and say so in many lines."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdecimal():
-        socket.create_connection((host, int(port)), _REACH_S).close()
-
-
-def _require_resources(pools: Sequence[Pool]) -> None:
-    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    for resource, need in (
-        ("CPU", sum(pool.workers * pool.cpus for pool in pools)),
-        ("GPU", sum(pool.workers * pool.gpus for pool in pools)),
-    ):
-        if need > have.get(resource, 0) + 1e-6:
-            raise PlanError(
-                f"The plan needs {need:g} {resource}, but Ray has {have.get(resource, 0):g}: "
-                "lower executor.workers or executor.gpus."
-            )
-
-
-def run(plan: Plan, shards: Iterable[Seeds], output: Output) -> Generator[Event, None, None]:
+def run(plan: Plan, shards: Iterable[Seeds], output: Output, guard: NodeGuard) -> Generator[Event, None, None]:
     """Make the shards inside `started`, a bounded number at a time; news come as they happen.
 
     When this returns, or is closed, no process works on a shard any more.
+
+    Raises:
+        LostError: when the node died, or no actor of a pool can be had.
     """
-    pools = [[_actor(plan, pool) for _ in range(pool.workers)] for pool in plan.pools()]
-    limit = max(pool.workers for pool in plan.pools()) + 1
-    crew = _Crew(plan, output, pools)
-    waiting = iter(shards)
     try:
+        crew = _Crew(plan, output, guard)
+        limit = max(pool.workers for pool in plan.pools()) + 1
+        waiting = iter(shards)
         while True:
             while len(crew.running) < limit and (seeds := next(waiting, None)) is not None:
                 crew.begin(_Attempt(seeds))
             if not crew.running:
                 return
             yield from crew.news()
-    except (LocalRayletDiedError, LostError):
-        for attempt in crew.running.values():
-            yield Finished.failed(attempt.seeds.name, LostError(_NODE_DIED))
+    except LocalRayletDiedError as error:
+        raise LostError(NODE_DIED) from error
     finally:
+        guard.stop()
         ray.shutdown()
 
 
-_NODE_DIED = (
-    "The Ray node of this run died, so the run stops; finished shards are kept: see to it that the machine has memory "
-    "to spare, and the same command goes on."
-)
+@dataclass(eq=False)
+class _Actor:
+    """A model worker."""
+
+    handle: Any
+    answer: Any
+    """Reference to the id of its node, which comes once it is placed there and has loaded its models."""
+    node: str = ""
+    """That id as it last came."""
+    shards: int = 0
+    """How many use it."""
+
+    @property
+    def is_placed(self) -> bool:
+        return self.answer is None
+
+
+class _Actors:
+    """The actors of one pool. One that is lost is replaced by another, which waits until there is room for it."""
+
+    def __init__(self, plan: Plan, pool: Pool) -> None:
+        self._plan, self._pool = plan, pool
+        self._all = [self._start() for _ in range(pool.workers)]
+        self._failures = 0
+        """Starts that failed since one was placed."""
+        self._changed = time.monotonic()
+        """When the first was placed, or the last was lost."""
+
+    def _start(self) -> _Actor:
+        pool = self._pool
+        options = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_restarts=-1, max_task_retries=_RETRIES)
+        handle: Any = options(_Models).remote(self._plan, pool.name)
+        return _Actor(handle, handle.node_id.remote())
+
+    def _placed(self) -> list[_Actor]:
+        return [actor for actor in self._all if actor.is_placed]
+
+    def choose(self) -> _Actor:
+        """The one with the least to do, of those that are placed, if any is."""
+        return min(self._placed() or self._all, key=lambda actor: actor.shards)
+
+    def restart(self, actor: _Actor) -> None:
+        """Give an actor that hangs a new process; whatever waits for it goes on to wait."""
+        if actor in self._all:
+            ray.kill(actor.handle, no_restart=False)
+            actor.answer = actor.handle.node_id.remote()
+
+    def _replace(self, actor: _Actor) -> None:
+        """End an actor, if it lives, and start another; whatever waits for the old one gets an error."""
+        ray.kill(actor.handle)
+        self._all[self._all.index(actor)] = self._start()
+
+    def refresh(self, dead_nodes: frozenset[str]) -> None:
+        """See which are placed, and replace those whose node died.
+
+        Raises:
+            LostError: when the models cannot be loaded, or no actor got ready for long.
+        """
+        had_some = bool(self._placed())
+        for actor in list(self._all):
+            if not actor.is_placed and ray.wait([actor.answer], timeout=0)[0]:
+                try:
+                    actor.node, actor.answer, self._failures = ray.get(actor.answer), None, 0
+                except RayActorError as error:
+                    self._failures += 1
+                    if self._failures > _RETRIES:
+                        cause = str(error).strip().rpartition("\n")[2]
+                        raise LostError(f"The models could not be loaded, so the run stops: {cause}") from error
+                    self._replace(actor)
+            if actor.node in dead_nodes:
+                self._replace(actor)
+        if bool(self._placed()) != had_some:
+            self._changed = time.monotonic()
+        patience = 3 * max(self._plan.config.executor.shard_timeout_s, _PLACED_S)
+        if not self._placed() and time.monotonic() - self._changed > patience:
+            raise LostError(
+                f"No worker of the models got ready for {patience:g} s, so the run stops; finished shards are kept: "
+                "see to it that Ray has room for one, and the same command goes on."
+            )
+
+    def is_late(self, actor: _Actor) -> bool:
+        """Whether an actor was never placed, long after others were."""
+        return not actor.node and bool(self._placed()) and time.monotonic() - self._changed > _PLACED_S
 
 
 @dataclass
@@ -156,49 +170,63 @@ class _Attempt:
     seeds: Seeds
     deaths_left: int = _RETRIES
     overdue_left: int = _OVERDUE_RETRIES
-    chosen: tuple[int, ...] = ()
-    """Which actor of each pool it uses."""
-    heard: float = field(default_factory=time.monotonic)
+    actors: tuple[_Actor, ...] = ()
+    """One of each pool."""
+    progress: float = field(default_factory=time.monotonic)
     """When something of it last got done."""
 
 
 class _Crew:
     """The actors, and the tasks that use them."""
 
-    def __init__(self, plan: Plan, output: Output, pools: Sequence[Sequence[Any]]) -> None:
-        self._plan, self._output, self._pools = plan, output, pools
-        self._busy = [[0] * len(pool) for pool in pools]
+    def __init__(self, plan: Plan, output: Output, guard: NodeGuard) -> None:
+        self._plan, self._output, self._guard = plan, output, guard
+        self._pools = [_Actors(plan, pool) for pool in plan.pools()]
         self._patience = plan.config.executor.shard_timeout_s
         self.running: dict[Any, _Attempt] = {}
         """Stream of events -> the shard."""
 
     def begin(self, attempt: _Attempt) -> None:
         """Start a task that makes a shard, with the actors that have the least to do."""
-        attempt.chosen = tuple(min(range(len(counts)), key=counts.__getitem__) for counts in self._busy)
-        attempt.heard = time.monotonic()
-        self._count(attempt, +1)
-        stream = _make.remote(self._plan, attempt.seeds, self._output, self._actors(attempt))
-        self.running[stream] = attempt
+        attempt.actors = tuple(pool.choose() for pool in self._pools)
+        attempt.progress = time.monotonic()
+        for actor in attempt.actors:
+            actor.shards += 1
+        handles = [actor.handle for actor in attempt.actors]
+        self.running[_make.remote(self._plan, attempt.seeds, self._output, handles)] = attempt
+
+    def _end(self, stream: Any) -> _Attempt:
+        attempt = self.running.pop(stream)
+        for actor in attempt.actors:
+            actor.shards -= 1
+        return attempt
 
     def news(self) -> Iterator[Event]:
         """What happened meanwhile, if anything.
 
         Raises:
-            LostError: when the node died.
+            LostError: when the node died, or no actor of a pool can be had.
         """
-        _require_node()
-        ready, _ = ray.wait(list(self.running), num_returns=1, timeout=min(_TICK_S, self._patience))
+        ready, _ = ray.wait(list(self.running), num_returns=1, timeout=min(TICK_S, self._patience))
+        if self._guard.is_lost:
+            raise LostError(NODE_DIED)
+        for pool in self._pools:
+            pool.refresh(self._guard.dead_nodes)
         for stream in ready:
             yield from self._event(stream)
         for stream, attempt in list(self.running.items()):
-            late = time.monotonic() - attempt.heard > self._patience
+            if any(pool.is_late(actor) for pool, actor in zip(self._pools, attempt.actors, strict=True)):
+                ray.cancel(stream, force=True)
+                self.begin(self._end(stream))
+                continue
+            late = time.monotonic() - attempt.progress > self._patience
             if late and not ray.wait([stream], num_returns=1, timeout=0)[0]:
                 yield from self._give_up(stream)
 
     def _event(self, stream: Any) -> Iterator[Event]:
         """The next event of a shard's task; a stream that ends is over, and a task that died is started again."""
         attempt = self.running[stream]
-        attempt.heard = time.monotonic()
+        attempt.progress = time.monotonic()
         try:
             event: Event = ray.get(next(stream))
         except StopIteration:
@@ -220,61 +248,19 @@ class _Crew:
             yield event
 
     def _give_up(self, stream: Any) -> Iterator[Event]:
-        """End a shard's task, replace the actors that it used, and let the shard have another try, or fail."""
+        """End a shard's task, restart the actors that it used, and let the shard have another try, or fail."""
         attempt = self._end(stream)
         ray.cancel(stream, force=True)
-        for actor in self._actors(attempt):
-            ray.kill(actor, no_restart=False)
+        for pool, actor in zip(self._pools, attempt.actors, strict=True):
+            pool.restart(actor)
         for other in self.running.values():
-            if any(one == another for one, another in zip(attempt.chosen, other.chosen, strict=True)):
-                other.heard = time.monotonic()  # what it waits for begins anew
+            if set(other.actors) & set(attempt.actors):
+                other.progress = time.monotonic()  # what it waits for begins anew
         if attempt.overdue_left:
             attempt.overdue_left -= 1
             self.begin(attempt)
         else:
             yield Finished.failed(attempt.seeds.name, ShardError(overdue(self._patience)))
-
-    def _end(self, stream: Any) -> _Attempt:
-        attempt = self.running.pop(stream)
-        self._count(attempt, -1)
-        return attempt
-
-    def _actors(self, attempt: _Attempt) -> list[Any]:
-        return [pool[index] for pool, index in zip(self._pools, attempt.chosen, strict=True)]
-
-    def _count(self, attempt: _Attempt, change: int) -> None:
-        for counts, index in zip(self._busy, attempt.chosen, strict=True):
-            counts[index] += change
-
-
-def _require_node() -> None:
-    """Notice at once that this machine's Ray is gone: Ray itself takes a minute, or ends this process without a word.
-
-    Raises:
-        LostError: when one of its processes ended.
-    """
-    if _node_is_dead():
-        raise LostError(_NODE_DIED)
-
-
-def _node_is_dead() -> bool:
-    node = ray._private.worker._global_node  # nothing public tells
-    if node is None:
-        return _died_at_birth()
-    return bool(node.head) and any(kind in _NODE for kind, _ in node.dead_processes())
-
-
-def _died_at_birth() -> bool:
-    """Whether a process of a node that is still being started ended: its parent has not asked for it yet."""
-    with suppress(psutil.Error):
-        children = psutil.Process().children()
-        return any(child.name() in _NODE and child.status() == psutil.STATUS_ZOMBIE for child in children)
-    return False
-
-
-def _actor(plan: Plan, pool: Pool) -> Any:
-    remote = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_restarts=-1, max_task_retries=_RETRIES)
-    return remote(_Models).remote(plan, pool.name)
 
 
 class _Models:
@@ -283,6 +269,11 @@ class _Models:
     def __init__(self, plan: Plan, pool_name: str) -> None:
         pool = next(pool for pool in plan.pools() if pool.name == pool_name)
         self._steps = load(plan, pool.steps)
+
+    def node_id(self) -> str:
+        """Where it was placed."""
+        node_id: str = ray.get_runtime_context().get_node_id()
+        return node_id
 
     def apply(self, rows: Rows) -> Rows:
         """All steps of the pool on one batch."""

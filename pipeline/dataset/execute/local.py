@@ -3,7 +3,7 @@
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 
-from pipeline.dataset.execute.make_shard import Event, Finished, Worker, load, make_shard
+from pipeline.dataset.execute.make_shard import Event, Execute, Finished, Worker, load, make_shard
 from pipeline.dataset.execute.runner import apply_all
 from pipeline.dataset.execute.watchdog import Watchdog, is_hanging
 from pipeline.dataset.out.output import Output
@@ -14,7 +14,7 @@ from schemas.errors import PlanError
 
 
 @contextmanager
-def started(plan: Plan) -> Iterator[None]:
+def started(plan: Plan) -> Iterator[Execute]:
     """Check that this process has the GPUs that the plan asks for.
 
     Raises:
@@ -29,7 +29,7 @@ def started(plan: Plan) -> Iterator[None]:
                 f"executor.gpus is {wanted}, but this process sees {torch.cuda.device_count()}: "
                 "set it to 0, or install for the GPU (`make setup EXTRA=gpu`) on a machine that has one."
             )
-    yield
+    yield run
 
 
 def run(plan: Plan, shards: Iterable[Seeds], output: Output) -> Generator[Event, None, None]:

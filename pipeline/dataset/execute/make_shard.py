@@ -2,7 +2,7 @@
 
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
@@ -76,6 +76,8 @@ class Finished:
 
 
 Event = Started | Advanced | Finished
+Execute = Callable[[Plan, Iterable[Seeds], Output], Generator[Event, None, None]]
+"""Makes shards by a plan, whoever does the work."""
 
 
 def load(plan: Plan, steps: tuple[Step, ...]) -> list[Loaded]:

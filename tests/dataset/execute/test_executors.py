@@ -1,20 +1,19 @@
 """Whole runs: equal bytes from every executor, resuming, interruption, and what a failed shard leaves."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sample_runs import SHARDS, contents, make, manifests, stopped, without
 
 from pipeline.dataset.finished.verify import verify
 from schemas.shard import Manifest
-
-SMALL_SHARDS = ["--set", "source.rows_per_shard=6"]
 
 
 def call(*words: str, **options) -> subprocess.CompletedProcess[str]:
@@ -23,119 +22,79 @@ def call(*words: str, **options) -> subprocess.CompletedProcess[str]:
     )
 
 
-def make(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return call("dataset", "--shards", "sample", "--out", str(out), *SMALL_SHARDS, *words)
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((out / "shards").iterdir())}
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory) -> Path:
-    """The sample in four shards, made in one process."""
-    out = tmp_path_factory.mktemp("local")
-    done = make(out)
-    assert done.returncode == 0, done.stderr
-    return out
-
-
-def test_a_run_says_what_came_of_it_and_its_output_verifies(local):
-    assert len(contents(local)) == 12
-    assert verify(local) == []
-    page = (local / "report.html").read_text()
+def test_a_run_says_what_came_of_it_and_its_output_verifies(whole):
+    assert len(contents(whole)) == 3 * len(SHARDS)
+    assert verify(whole) == []
+    page = (whole / "report.html").read_text()
     assert page.count("a side of the image is shorter than filter.min_image_px") == 1  # two stages drop for it
 
 
-def test_a_rerun_skips_what_is_done_and_changes_nothing(local):
-    before = {path: path.stat().st_mtime_ns for path in (local / "shards").iterdir()}
-    done = make(local)
-    assert (done.returncode, done.stdout.count("done before")) == (0, 4)
-    assert {path: path.stat().st_mtime_ns for path in (local / "shards").iterdir()} == before
+def test_a_rerun_skips_what_is_done_and_changes_nothing(whole):
+    before = {path: path.stat().st_mtime_ns for path in (whole / "shards").iterdir()}
+    done = make(whole)
+    assert (done.returncode, done.stdout.count("done before")) == (0, len(SHARDS))
+    assert {path: path.stat().st_mtime_ns for path in (whole / "shards").iterdir()} == before
+
+
+def test_how_rows_are_batched_does_not_change_a_byte(whole, tmp_path):
+    assert make(tmp_path, "--set", "executor.batch_rows=1", "--set", "executor.fetch_ahead=1").returncode == 0
+    assert contents(tmp_path) == contents(whole)
 
 
 @pytest.mark.slow
-def test_ray_makes_the_same_bytes_with_two_workers(local, tmp_path):
-    """With one: where an interrupted run goes on."""
-    done = make(tmp_path, "--executor", "ray", "--set", "executor.workers=2")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert contents(tmp_path) == contents(local)
-
-
-@pytest.mark.parametrize("kind", [["--set", "executor.batch_rows=1"], ["--set", "executor.fetch_ahead=1"]])
-def test_how_rows_are_batched_does_not_change_a_byte(local, tmp_path, kind):
-    assert make(tmp_path, *kind).returncode == 0
-    assert contents(tmp_path) == contents(local)
-
-
-@pytest.mark.slow
-def test_the_img2dataset_engine_does_the_same_job(local, tmp_path):
+def test_the_img2dataset_engine_does_the_same_job(whole, tmp_path):
     done = make(tmp_path, "--set", "download.engine=img2dataset")
     assert done.returncode == 0, done.stderr
-    assert contents(tmp_path) == contents(local)
+    assert contents(tmp_path) == contents(whole)
 
 
-def test_another_plan_is_refused_and_replan_goes_on(local, tmp_path):
-    out = tmp_path / "out"
-    assert make(out).returncode == 0
+def test_another_plan_is_refused_and_replan_goes_on(whole, tmp_path):
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
     refused = make(out, "--set", "filter.min_face_px=100")
     assert refused.returncode == 2
     assert "filter.min_face_px was 128.0, is now 100.0" in refused.stderr
-    assert contents(out) == contents(local)
+    assert contents(out) == contents(whole)
     assert make(out, "--set", "filter.min_face_px=100", "--replan").returncode == 0
     assert verify(out) == []
-    assert contents(out) != contents(local)
-
-
-def run_until_first_shard(out: Path, sign: signal.Signals, *words: str) -> int:
-    """Start a run, send a signal when its first shard is done, and return its exit code."""
-    command = [sys.executable, "-m", "pipeline", "dataset", "--shards", "sample", "--out", str(out), *SMALL_SHARDS]
-    process = subprocess.Popen([*command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not list((out / "shards").glob("*.json")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(sign)
-    process.communicate(timeout=60)
-    return process.returncode
-
-
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_exits_with_130_and_goes_on_later(local, tmp_path, sign):
-    assert run_until_first_shard(tmp_path, sign) == 130
-    assert not list(tmp_path.rglob(".tmp-*"))
-    assert 0 < len(list((tmp_path / "shards").glob("*.json"))) < 4
-    assert make(tmp_path).returncode == 0
-    assert contents(tmp_path) == contents(local)
-
-
-def test_a_killed_run_goes_on_later_with_no_stray_file(local, tmp_path):
-    assert run_until_first_shard(tmp_path, signal.SIGKILL) == -9
-    assert make(tmp_path).returncode == 0
-    assert contents(tmp_path) == contents(local)
-    assert not list(tmp_path.rglob(".tmp-*"))
+    assert contents(out) != contents(whole)
 
 
 @pytest.mark.slow
-def test_an_interrupted_ray_run_goes_on_later_without_ray(local, tmp_path):
-    assert run_until_first_shard(tmp_path, signal.SIGINT, "--executor", "ray", "--set", "executor.workers=1") == 130
-    assert make(tmp_path).returncode == 0
-    assert contents(tmp_path) == contents(local)
-
-
-def test_a_failed_shard_gives_3_and_a_rerun_finishes_it(local, tmp_path):
-    # A folder under the tar's name: the rename of this shard alone fails.
+def test_a_run_that_is_interrupted_or_killed_again_and_again_ends_whole(whole, tmp_path):
     out = tmp_path / "out"
-    blocker = out / "shards" / "sample-00001.tar" / "x"
+    assert stopped(out, signal.SIGINT, "--executor", "ray", "--set", "executor.workers=1")[0] == 130
+    for sign, code in ((signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        done = len(manifests(out))
+        assert stopped(out, sign)[0] == code
+        assert done < len(manifests(out)) < len(SHARDS)
+        assert sign == signal.SIGKILL or not list(out.rglob(".tmp-*"))
+    assert make(out).returncode == 0
+    assert contents(out) == contents(whole)
+    assert not list(out.rglob(".tmp-*"))
+
+
+def test_a_failed_shard_gives_3_and_a_rerun_finishes_it(whole, tmp_path):
+    # A folder under the tar's name: the rename of this shard alone fails.
+    out = without(whole, tmp_path / "out", SHARDS[1], SHARDS[6])
+    blocker = out / "shards" / f"{SHARDS[1]}.tar" / "x"
     blocker.mkdir(parents=True)
     done = make(out)
     assert done.returncode == 3, done.stderr
-    assert "sample-00001: FAILED" in done.stdout
-    assert len(list((out / "shards").glob("*.json"))) == 3
+    assert f"{SHARDS[1]}: FAILED" in done.stdout
+    assert manifests(out) == [SHARDS[0], *SHARDS[2:]]
     assert not list(out.rglob(".tmp-*"))
     blocker.rmdir()
     blocker.parent.rmdir()
     assert make(out).returncode == 0
-    assert contents(out) == contents(local)
+    assert contents(out) == contents(whole)
+
+
+def test_a_manifest_that_cannot_be_read_ends_the_run_with_a_sentence(whole, tmp_path):
+    out = without(whole, tmp_path / "out", SHARDS[1])
+    (out / "shards" / f"{SHARDS[1]}.json").mkdir()
+    done = make(out)
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1), done.stderr
+    assert f"{SHARDS[1]}.json cannot be read (Is a directory)" in done.stderr
 
 
 @pytest.mark.slow

@@ -1,0 +1,148 @@
+"""Ray itself, for the time of a run: a node of its own or a cluster that is joined, and a guard that sees it die."""
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import ray
+from ray.exceptions import RayError
+
+from pipeline.dataset.config import ExecutorSettings
+from pipeline.dataset.plan import Pool
+from schemas.errors import ExitCode, LostError, PlanError, first_line
+
+_REACH_S = 10.0
+TICK_S = 1.0
+_CLUSTER_PATIENCE_S = 40.0
+"""How long a cluster's head, or this machine's part of it, may be out of reach; Ray ends the process after a minute."""
+_GRACE_S = 20.0
+"""How long the main thread, which may wait within Ray, may take to end a run whose node died."""
+NODE_DIED = (
+    "The Ray node of this run died, so the run stops; finished shards are kept: see to it that the machine has memory "
+    "to spare, and the same command goes on."
+)
+
+
+@contextmanager
+def joined(executor: ExecutorSettings, pools: Sequence[Pool]) -> Iterator["NodeGuard"]:
+    """Ray for the time of a run: a local one for as many workers as the plan asks, or the cluster at ray_address.
+
+    Raises:
+        PlanError: when the cluster cannot be reached, or has fewer CPUs or GPUs than the plan's pools need.
+        LostError: when a local one cannot be started.
+    """
+    try:
+        _start(executor)
+        context = ray.get_runtime_context()
+        node = next(node for node in _nodes() if node["NodeID"] == context.get_node_id())
+        head, _, port = context.gcs_address.rpartition(":")
+        listening = (head.strip("[]"), int(port)), (node["NodeManagerAddress"], int(node["NodeManagerPort"]))
+        guard = NodeGuard(listening, _nodes, _CLUSTER_PATIENCE_S if executor.ray_address else 0)
+        try:
+            _require_resources(pools)
+            yield guard
+        finally:
+            guard.stop()
+    finally:
+        ray.shutdown()
+
+
+def _nodes() -> list[dict[str, Any]]:
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return nodes
+
+
+def _start(executor: ExecutorSettings) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if not executor.ray_address:
+        cpus = executor.workers + executor.gpus
+        try:
+            ray.init("local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+        except Exception as error:  # it raises no more special one when a process of its node does not start
+            raise LostError(f"Ray could not be started: {first_line(error)}.") from error
+        return
+    if executor.ray_address.startswith("ray://"):
+        raise PlanError(
+            "Ray's client (ray://) cannot run this: on a machine of the cluster, give the head's HOST:PORT."
+        )
+    try:
+        require_reachable(executor.ray_address)
+        ray.init(address=executor.ray_address, **quiet)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise PlanError(f"Ray could not be joined: {first_line(error)}.") from error
+
+
+def require_reachable(address: str) -> None:
+    """Fail at once where nobody listens: Ray itself would try for a minute, and say so in many lines.
+
+    Raises:
+        OSError: when nobody does. An address without a port, such as `auto`, is left to Ray.
+        ValueError: for a port that is none.
+    """
+    url = urlsplit(f"//{address}")  # which knows the brackets of IPv6
+    if url.hostname and url.port:
+        socket.create_connection((url.hostname, url.port), _REACH_S).close()
+
+
+def _require_resources(pools: Sequence[Pool]) -> None:
+    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    for resource, need in (
+        ("CPU", sum(pool.workers * pool.cpus for pool in pools)),
+        ("GPU", sum(pool.workers * pool.gpus for pool in pools)),
+    ):
+        if need > have.get(resource, 0) + 1e-6:
+            raise PlanError(
+                f"The plan needs {need:g} {resource}, but Ray has {have.get(resource, 0):g}: "
+                "lower executor.workers or executor.gpus."
+            )
+
+
+class NodeGuard:
+    """Looks every second, in a thread, whether Ray's processes of this node and of the cluster's head are there.
+
+    Ray says nothing of it before a minute is over, and then ends the process with exit code 1. The main thread sees
+    `is_lost`; where it waits within Ray, the guard ends the process.
+    """
+
+    def __init__(
+        self, listening: Iterable[tuple[str, int]], nodes: Callable[[], list[dict[str, Any]]], patience_s: float
+    ) -> None:
+        """Begin to look at those who are `listening`; one of whom nothing was seen for `patience_s` is lost.
+
+        `nodes` is `ray.nodes`, which must not be called while Ray's head is gone: it would wait for it.
+        """
+        self._listening, self._nodes, self._patience = tuple(listening), nodes, patience_s
+        self._over = threading.Event()
+        self.is_lost = False
+        self.dead_nodes: frozenset[str] = frozenset()
+        """Ids of the cluster's nodes that died."""
+        self._thread = threading.Thread(target=self._watch, name="node guard", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End, before Ray does."""
+        self._over.set()
+        self._thread.join(_REACH_S)
+
+    def _watch(self) -> None:
+        seen = time.monotonic()
+        while not self._over.wait(TICK_S):
+            try:
+                for address in self._listening:
+                    socket.create_connection(address, _REACH_S).close()
+                seen = time.monotonic()
+                self.dead_nodes = frozenset(node["NodeID"] for node in self._nodes() if not node["Alive"])
+            except RayError:
+                continue  # Ray is going, as the run is
+            except OSError:
+                self.is_lost = time.monotonic() - seen >= self._patience
+            if self.is_lost and not self._over.wait(_GRACE_S):
+                sys.stderr.write(f"error: {NODE_DIED}\n")
+                sys.stderr.flush()
+                os._exit(ExitCode.SHARDS_FAILED)
