@@ -2,7 +2,7 @@
 
     python benchmarks/train_loop.py [--variant plus-face] [--kind sd15] [--resolution 512] [--batch 1] [--smoke]
 
-The trainer is the real `pipeline.train.train` on shards that hold latents, text embeddings and features of the face.
+The trainer is the real `pipeline.train.loop.train` on shards that hold latents, text embeddings, features of the face.
 Every few of its steps it is stopped for as many steps of the tutorial's loop (train_tutorial.py) in the same process,
 on the same model and optimiser. The first turn of both is not counted. Bases have the published sizes and random
 weights (train_made.py): about 4 GB in a temporary folder for sd15, 12 GB for sdxl. On two CPU cores a step takes
@@ -28,7 +28,7 @@ import torch
 from train_made import Made, make
 from train_tutorial import Tutorial
 
-from pipeline.train import __main__ as trainer
+from pipeline.train import loop as trainer
 from pipeline.train.adapters.variants import VARIANTS
 from pipeline.train.job import Call, prepared
 from pipeline.train.session import Session
@@ -85,7 +85,7 @@ class Turns:
             self._begun = clock()
         if within < self._plan.steps:
             return
-        self._took(self.trainer)
+        self._measure(self.trainer)
         self._tutorial_turn()
         self._turn += 1
         if self._turn > self._plan.turns:
@@ -104,9 +104,9 @@ class Turns:
             if number == self._plan.skip:
                 self._begun = clock()
             self.other.step()
-        self._took(self.tutorial)
+        self._measure(self.tutorial)
 
-    def _took(self, loop: Loop) -> None:
+    def _measure(self, loop: Loop) -> None:
         wall, cpu = (now - then for now, then in zip(clock(), self._begun, strict=True))
         if not self._turn:
             loop.peak = peak()
@@ -134,26 +134,26 @@ def reset_peak() -> None:
 
 
 @contextmanager
-def taking(turns: Turns) -> Iterator[None]:
+def hooked_to(turns: Turns) -> Iterator[None]:
     """The trainer as it is, but for a hook after each step."""
 
-    class Seen(Session):
+    class ObservedSession(Session):
         def __init__(self, job: Any, accelerator: Any, base: Any) -> None:
             super().__init__(job, accelerator, base)
             turns.session, turns.base = self, base
 
-    class Stopped(Watch):
+    class ObservedWatch(Watch):
         def batch(self, loss: torch.Tensor, samples: int) -> None:
             assert samples == turns.session.loader._config.data.batch_size
             super().batch(loss, samples)
 
-        def step(self, step: int, **told: Any) -> None:
-            super().step(step, **told)
+        def step(self, step: int, **values: Any) -> None:
+            super().step(step, **values)
             turns.after(step)
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(trainer, "Session", Seen))
-        stack.enter_context(patch.object(trainer, "Watch", Stopped))
+        stack.enter_context(patch.object(trainer, "Session", ObservedSession))
+        stack.enter_context(patch.object(trainer, "Watch", ObservedWatch))
         yield
 
 
@@ -189,7 +189,7 @@ def measure(args: argparse.Namespace, plan: Plan, made: Made, run: Path) -> dict
     preset = "sd15" if args.kind == "sd15" else "sdxl-1024" if args.resolution > 768 else "sdxl-512"
     job = prepared(Call((str(made.shards),), args.variant, str(made.base), run, preset, None, config(args, plan)))
     turns = Turns(plan, made)
-    with taking(turns), suppress(Done):
+    with hooked_to(turns), suppress(Done):
         trainer.train(job)
     ours, theirs = statistics.median(turns.trainer.wall), statistics.median(turns.tutorial.wall)
     assert turns.other is not None
@@ -226,7 +226,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def settled(args: argparse.Namespace) -> Plan:
+def plan_of(args: argparse.Namespace) -> Plan:
     """Defaults by device."""
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch has not looked yet
@@ -245,37 +245,37 @@ def settled(args: argparse.Namespace) -> Plan:
     return Plan(args.turns, skip + (skip * -(-counted // skip) if skip else counted), skip)
 
 
-def tell(args: argparse.Namespace, found: dict[str, Any]) -> None:
+def report(args: argparse.Namespace, numbers: dict[str, Any]) -> None:
     print(
         f"{args.variant}, {args.kind}{' (tiny)' * args.smoke}, {args.resolution} px, batch {args.batch}, "
-        f"{found['precision']} on {found['device']}, {torch.get_num_threads()} threads"
+        f"{numbers['precision']} on {numbers['device']}, {torch.get_num_threads()} threads"
     )
-    for name, speed in (("trainer", found["samples_per_s"]), ("tutorial", found["tutorial_samples_per_s"])):
-        loop = found[name]
+    for name, speed in (("trainer", numbers["samples_per_s"]), ("tutorial", numbers["tutorial_samples_per_s"])):
+        loop = numbers[name]
         wall, cpu = (f"{statistics.median(loop[of]):.4g} s" for of in ("wall", "cpu"))
         low, high = min(loop["wall"]), max(loop["wall"])
         print(
             f"{name:9s} {speed:9.4g} samples/s; a step takes {wall} ({low:.4g} to {high:.4g}), {cpu} of CPU; "
             f"peak {loop['peak']:.1f} GB"
         )
-    print(f"trainer / tutorial: {found['ratio']:.2f} (CPU time {found['cpu_ratio']:.2f}); wanted: 1.6")
-    print(f"data wait of the trainer: {100 * found['data_wait']:.2f} %; wanted: 2 % at most")
-    if found["device"] == "CPU":
-        parts = "; ".join(f"{name} {seconds:.4g} s" for name, seconds in found["parts"].items())
+    print(f"trainer / tutorial: {numbers['ratio']:.2f} (CPU time {numbers['cpu_ratio']:.2f}); wanted: 1.6")
+    print(f"data wait of the trainer: {100 * numbers['data_wait']:.2f} %; wanted: 2 % at most")
+    if numbers["device"] == "CPU":
+        parts = "; ".join(f"{name} {seconds:.4g} s" for name, seconds in numbers["parts"].items())
         print(f"the tutorial's last turn, CPU per step: {parts}")
 
 
 def main() -> None:
     args = arguments()
-    plan = settled(args)
+    plan = plan_of(args)
     with tempfile.TemporaryDirectory() as folder:
         kept = args.folder or Path(folder)
         kept.mkdir(parents=True, exist_ok=True)
         made = make(kept, args.kind, args.resolution, args.samples, is_tiny=args.smoke)
-        found = measure(args, plan, made, Path(folder) / "run")
-    tell(args, found)
+        numbers = measure(args, plan, made, Path(folder) / "run")
+    report(args, numbers)
     if args.json:
-        args.json.write_text(json.dumps(found))
+        args.json.write_text(json.dumps(numbers))
 
 
 if __name__ == "__main__":

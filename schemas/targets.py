@@ -49,7 +49,7 @@ class Targets:
         """
         try:
             fields: dict[str, Any] = {name: value[name] for name in Targets.__dataclass_fields__}
-            fields["latents"] = {crop: _fit(told) for crop, told in fields["latents"].items()}
+            fields["latents"] = {crop: _fit(entry) for crop, entry in fields["latents"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CorruptShardError(f"targets cannot be read: {type(error).__name__}: {error}") from error
         words = (fields["base"], fields["kind"], fields["vae_sha256"], fields["text_sha256"])
@@ -58,8 +58,8 @@ class Targets:
         return Targets(**fields)
 
 
-def _fit(told: Any) -> Fit:
-    pairs = [tuple(told[name]) for name in Fit._fields]
+def _fit(entry: Any) -> Fit:
+    pairs = [tuple(entry[name]) for name in Fit._fields]
     if not all(len(pair) == 2 and all(type(side) is int and side >= 0 for side in pair) for pair in pairs):
         raise ValueError("a cut is not made of whole numbers")
     fit = Fit(*pairs)

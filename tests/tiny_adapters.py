@@ -11,6 +11,8 @@ from pipeline.train.settings import AdapterSettings
 
 KINDS = ("sd15", "sdxl")
 WITH_LORA = ("faceid", "faceid-plus", "faceid-plusv2")
+TOKENS = {"ip-adapter": 4, "plus": 16, "plus-face": 16, "full-face": 257}
+TOKENS |= {"faceid": 4, "faceid-portrait": 16, "faceid-plus": 4, "faceid-plusv2": 4}
 TEXT = 128
 """Text width of the tiny bases."""
 

@@ -9,11 +9,13 @@ import re
 import tempfile
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from platformdirs import user_cache_dir
 
+from schemas.digest import sha256_of_file, sha256_of_json
 from schemas.errors import SourceError, WeightsError
 from schemas.targets import BaseKind
 
@@ -41,6 +43,7 @@ _NAMES = ("tiny", "tiny-sdxl", *_KNOWN)
 _SD15 = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _MODELS = {"sd15": _SD15, "sdxl": {**_SD15, "text_encoder_2": "model"}}
 """Parts with weights, and how the names of their files begin."""
+_HASHED = (".json", ".safetensors", ".txt")
 _TOKENIZERS = {"sd15": ("tokenizer",), "sdxl": ("tokenizer", "tokenizer_2")}
 _KINDS: dict[str | None, BaseKind] = {None: "sd15", "text_time": "sdxl"}
 """Layout by what the UNet's `addition_embed_type` says."""
@@ -56,6 +59,13 @@ class BaseSource:
     licence: str
     text_width: int
     """Width of the text tokens, the UNet's `cross_attention_dim`."""
+
+    @cached_property
+    def sha256(self) -> str:
+        """Over the configs and weights of all its parts, hex: a name says little, and any folder may have it."""
+        parts = ("scheduler", *_MODELS[self.kind], *_TOKENIZERS[self.kind])
+        files = [path for part in parts for path in sorted((self.folder / part).iterdir()) if path.suffix in _HASHED]
+        return sha256_of_json({str(path.relative_to(self.folder)): sha256_of_file(path) for path in files})
 
 
 def find_base(name: str, *, sdxl: bool = False) -> BaseSource:
@@ -91,22 +101,18 @@ def _described(name: str, folder: Path, licence: str) -> BaseSource:
             f"{folder}/unet is not the UNet of Stable Diffusion 1.5 or SDXL: its config has another in_channels, "
             "cross_attention_dim or addition_embed_type."
         )
-    _require_whole(folder, kind)
-    return BaseSource(name, folder, kind, licence, width)
-
-
-def _require_whole(folder: Path, kind: BaseKind) -> None:
-    """Raise for a missing part now, not when the part is needed first."""
-    for part, name in _MODELS[kind].items():
+    # A missing part is an error now, not when it is needed first.
+    for part, stem in _MODELS[kind].items():
         _json(folder, f"{part}/config.json")
-        if not any((folder / part).glob(f"{name}*.safetensors")):
+        if not any((folder / part).glob(f"{stem}*.safetensors")):
             raise WeightsError(
-                f"{folder}/{part} has no {name}.safetensors; fetch it (pickled weights are not loaded, .fp16 ones are)."
+                f"{folder}/{part} has no {stem}.safetensors; fetch it (pickled weights are not loaded, .fp16 ones are)."
             )
     _json(folder, "scheduler/scheduler_config.json")
     for part in _TOKENIZERS[kind]:
         if not any((folder / part / file).is_file() for file in ("tokenizer.json", "vocab.json")):
             raise SourceError(_lacks(folder, f"{part}/vocab.json"))
+    return BaseSource(name, folder, kind, licence, width)
 
 
 def _lacks(folder: Path, file: str) -> str:
@@ -130,25 +136,26 @@ def _licence(folder: Path) -> str | None:
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     head = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
-    said = dict(re.findall(r"^(license|license_name):[ \t]*[\"']?([\w.+-]+)", head[1], re.MULTILINE)) if head else {}
-    return said.get("license_name") or said.get("license")
+    entries = dict(re.findall(r"^(license|license_name):[ \t]*[\"']?([\w.+-]+)", head[1], re.MULTILINE)) if head else {}
+    return entries.get("license_name") or entries.get("license")
 
 
 def _known_folder(name: str, hub: _Hub) -> Path:
     """FACESHARDS_MODELS/<name>, or the Hugging Face cache."""
     root = os.environ.get("FACESHARDS_MODELS")
-    if root and (Path(root) / name).is_dir():
-        return Path(root) / name
+    folder = Path(root).expanduser() / name if root else None
+    if folder and folder.is_dir():
+        return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(hub.repository, local_files_only=True))
     except (LocalEntryNotFoundError, OSError, ValueError) as error:
-        place = f"{root or '$FACESHARDS_MODELS'}/{name}"
+        target = folder or f"$FACESHARDS_MODELS/{name}"
         raise WeightsError(
             f"The base {name} is not on this machine: fetch {hub.repository} in diffusers' layout with safetensors "
-            f"({hub.licence}), as by `hf download {hub.repository} --local-dir {place}`, or give its folder's path."
+            f"({hub.licence}), as by `hf download {hub.repository} --local-dir {target}`, or give its folder's path."
         ) from error
 
 

@@ -1,7 +1,6 @@
 """The command line of the trainer: `python -m pipeline.train --from-shards [DIR …] --variant NAME`, `export`, `config`.
 
-The loop is in `pipeline.train.loop`. It is imported once a call was proved: diffusers takes seconds to load, and a
-mistake should be told at once.
+The loop is in `pipeline.train.loop`.
 """
 
 import sys
@@ -12,19 +11,11 @@ import typer
 
 from pipeline.shared.configfile import key_table
 from pipeline.train.adapters.variants import VARIANTS
-from pipeline.train.job import Call, Job, prepared
+from pipeline.train.job import Call, prepared
 from pipeline.train.loader import worker_died
-from pipeline.train.screen import console, say
 from pipeline.train.settings import TrainConfig
+from pipeline.train.watch import console, say
 from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, UserError
-
-
-def train(job: Job) -> ExitCode:
-    """Train as the job says; see `pipeline.train.loop.train`."""
-    from pipeline.train.loop import train as loop
-
-    return loop(job)
-
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 _COMMANDS = ("run", "export", "config")
@@ -59,15 +50,17 @@ def run(
 ) -> None:
     """Train an adapter from shards. Other commands: `export RUN` and `config`; each has its own --help."""
     adapter = {"image_encoder": image_encoder, "init_from": None if init_from is None else str(init_from)}
-    told: dict[str, Any] = {
+    options: dict[str, Any] = {
         "steps": steps,
         "seed": seed,
         "adapter": {key: value for key, value in adapter.items() if value is not None} or None,
     }
-    call = Call(tuple(shards or ["out"]), name, base, out, preset, config, tuple(sets or ()), resume, told)
-    job = prepared(call)
+    job = prepared(Call(tuple(shards or ["out"]), name, base, out, preset, config, tuple(sets or ()), resume, options))
     for warning in job.warnings:
         say(f"warning: {warning}")
+    # Imported once a call was proved: diffusers takes seconds to load, and a mistake is to be shown at once.
+    from pipeline.train.loop import train
+
     raise typer.Exit(train(job))
 
 
@@ -90,18 +83,19 @@ def show_config() -> None:
     console.print(key_table(TrainConfig()))
 
 
-def _arguments(given: list[str]) -> list[str]:
-    """`--from-shards DIR …` as click understands it: a flag and arguments; training is what is done by default."""
-    words = [word for item in given for word in (item.split("=", 1) if item.startswith("--from-shards=") else [item])]
-    return words if words[:1] and words[0] in _COMMANDS else ["run", *words]
-
-
 def main() -> None:
     """Run the command line, with the exit codes of schemas.errors."""
+    # `--from-shards DIR …` as click understands it: a flag and arguments; training is what is done by default.
+    words: list[str] = []
+    for item in sys.argv[1:]:
+        words += item.split("=", 1) if item.startswith("--from-shards=") else [item]
     try:
-        app(_arguments(sys.argv[1:]))
-    except (UserError, CorruptShardError) as error:
+        app(words if words and words[0] in _COMMANDS else ["run", *words])
+    except UserError as error:
         say(f"error: {error}")
+        sys.exit(ExitCode.USER_ERROR)
+    except CorruptShardError as error:
+        say(f"error: {error}", from_any_process=True)  # each process reads samples of its own
         sys.exit(ExitCode.USER_ERROR)
     except FaceShardsError as error:
         say(f"error: {error}")

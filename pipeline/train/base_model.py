@@ -1,8 +1,8 @@
 """A frozen base model: its UNet and noise schedule, and its encoders, which are loaded when they are first needed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
@@ -23,6 +23,10 @@ transformers.utils.logging.disable_progress_bar()
 
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError)
 """What from_pretrained raises for folders that do not hold what they should."""
+
+
+_ENCODERS = {"vae", "_texts", "_encoder"}
+"""Parts of a Base that are loaded when they are first needed."""
 
 
 class TextEmbeds(NamedTuple):
@@ -72,7 +76,10 @@ class Base:
 
     def _model(self, cls: Any, part: str, dtype: torch.dtype) -> Any:
         key = "dtype" if cls.__module__.startswith("transformers") else "torch_dtype"
-        options = {"use_safetensors": True, "variant": _variant(self.source.folder / part), key: dtype}
+        files = list((self.source.folder / part).glob("*.safetensors"))
+        # Half-precision files, `*.fp16.safetensors` or `*.fp16-00001-of-…`, only where there are no others.
+        halves = any(".fp16" in file.name for file in files) and all("." in file.stem for file in files)
+        options = {"use_safetensors": True, "variant": "fp16" if halves else None, key: dtype}
         model, report = self._load(cls, part, output_loading_info=True, **options)
         missing = sorted(report["missing_keys"])
         if missing:  # left without values, or with random ones
@@ -112,12 +119,10 @@ class Base:
         SD1.5: the last hidden state. SDXL: the penultimate ones of both encoders side by side, and the projected text
         of the second.
         """
-        encoded = self._encoder.encode_prompt(list(captions), device=self.device, **self._options)
+        encoded = self._encoder.encode_prompt(
+            list(captions), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
         return TextEmbeds(encoded[0], encoded[2] if self.kind == "sdxl" else None)
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
 
     @cached_property
     def _encoder(self) -> Any:
@@ -140,8 +145,18 @@ class Base:
 
     def release_encoders(self) -> None:
         """Free the VAE and the text encoders; they are loaded again when they are needed again."""
-        for name in ("vae", "_texts", "_encoder"):
+        for name in _ENCODERS:
             self.__dict__.pop(name, None)
+
+    @contextmanager
+    def encoders_as_before(self) -> Iterator[None]:
+        """Free at the end what was loaded inside."""
+        loaded = self.__dict__.keys() & _ENCODERS
+        try:
+            yield
+        finally:
+            for name in _ENCODERS - loaded:
+                self.__dict__.pop(name, None)
 
     def decode_pixels(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w) -> pixels (B, 3, 8 h, 8 w), about [-1, 1], RGB; differentiable."""
@@ -154,10 +169,3 @@ class Base:
         pixels = (self.decode_pixels(latents).clamp(-1, 1) + 1) * 127.5
         images: npt.NDArray[np.uint8] = pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return images
-
-
-def _variant(folder: Path) -> str | None:
-    """`fp16` for a folder that holds half-precision files alone: `*.fp16.safetensors`, or `*.fp16-00001-of-…`."""
-    files = list(folder.glob("*.safetensors"))
-    whole = any("." not in file.stem for file in files)
-    return "fp16" if not whole and any(".fp16" in file.name for file in files) else None

@@ -54,10 +54,10 @@ def align(pixels: Tensor, kps: Tensor) -> Tensor:
     height, width = pixels.shape[-2:]
     rotation, shift = similarity_transform(kps.to(pixels.device, torch.float32))
     axis = torch.arange(ARCFACE_SIZE, dtype=torch.float32, device=pixels.device)
-    seen = torch.cartesian_prod(axis, axis).flip(1)
+    crop = torch.cartesian_prod(axis, axis).flip(1)
     scale = rotation[:, :1].square().sum(2, keepdim=True).clamp_min(1e-12)
-    places = (seen - shift) @ rotation.mT / scale
-    grid = 2 * places / torch.tensor([width - 1, height - 1], device=pixels.device) - 1
+    points = (crop - shift) @ rotation.mT / scale
+    grid = 2 * points / torch.tensor([width - 1, height - 1], device=pixels.device) - 1
     grid = grid.view(-1, ARCFACE_SIZE, ARCFACE_SIZE, 2)
     return functional.grid_sample(pixels.float() + 1, grid, padding_mode="zeros", align_corners=True) - 1
 
@@ -100,7 +100,6 @@ class PredictedIdLoss:
     """The ID loss as a term of the objective: of clean images as the UNet predicts them at low noise."""
 
     def __init__(self, settings: ObjectiveSettings, base: "Base") -> None:
-        """Load the recogniser; see IdLoss."""
         self._loss = IdLoss(Path(settings.id_loss_weights).expanduser(), base.device)
         self._settings = settings
         self._base = base
@@ -130,7 +129,7 @@ def id_loss_of(settings: ObjectiveSettings, base: "Base") -> PredictedIdLoss | N
     """The ID loss that the settings ask for, or None.
 
     Raises:
-        ConfigError: when it is asked for without weights.
+        ConfigError: when it is on without weights.
         WeightsError: when the weights cannot be used.
     """
     if not settings.id_loss:

@@ -1,17 +1,16 @@
 """What a call of `python -m pipeline.train` comes to, proved before the first step."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline.shared.bases import BaseSource, find_base
 from pipeline.train.adapters.variants import Variant, Widths, variant
-from pipeline.train.loader import Dataset, open_dataset, require, widths
-from pipeline.train.run_folder import RunFolder, identity_of
-from pipeline.train.settings import Precision, TrainConfig, load_train_config
+from pipeline.train.loader import Dataset, check_hashes, open_dataset, require, widths
+from pipeline.train.run_folder import RunFolder
+from pipeline.train.settings import TrainConfig, leaves, load_train_config, without_free_keys
 from schemas.errors import ConfigError, SourceError, WeightsError
 
 EMBEDDED = "embedded"
@@ -31,12 +30,12 @@ class Call:
     config_file: Path | None = None
     pairs: Sequence[str] = ()
     resume: bool = False
-    told: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     """Sections of the config that have options of their own, such as {"steps": 100}; None is not given."""
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainJob:
     """A proved call."""
 
     config: TrainConfig
@@ -58,9 +57,10 @@ class Job:
         return {
             "variant": self.variant.name,
             "base": self.base.name,
+            "base_sha256": self.base.sha256,
             "kind": self.base.kind,
             "dataset": self.dataset.digest,
-            **identity_of(self.config.model_dump(mode="json")),
+            **without_free_keys(leaves(self.config.model_dump(mode="json"))),
         }
 
     @property
@@ -74,30 +74,19 @@ class Job:
         ]
 
 
-def prepared(call: Call) -> Job:
+def prepared(call: Call) -> TrainJob:
     """Find the dataset and the base, merge the config, and prove that they fit the variant.
 
     Raises:
         UserError: for whatever does not; nothing was written.
+        CorruptShardError: for a tar that is not the one of its manifest; only the process that hashed it raises.
     """
     chosen = variant(call.variant)
-    told = load_train_config(call.config_file, call.pairs, call.preset or "tiny", **call.told)
-    dataset = open_dataset(call.shards, told.data, verified=_verified(call))
-    require(dataset, chosen.reads, told.adapter.image_encoder)
-    base, preset = _base(call, dataset, told)
-    config = load_train_config(call.config_file, call.pairs, preset, **call.told)
-    run = RunFolder(call.out or Path("runs") / f"{call.variant}-{base.name}")
-    return Job(config, preset, chosen, base, dataset, run, call.resume)
+    config = load_train_config(call.config_file, call.pairs, call.preset or "tiny", **call.options)
+    dataset = open_dataset(call.shards, config.data)
+    require(dataset, chosen.reads, config.adapter.image_encoder)
 
-
-def _verified(call: Call) -> list[str]:
-    """The dataset that the run to be resumed has hashed before."""
-    known = RunFolder(call.out).known() if call.resume and call.out else None
-    return [known["identity"]["dataset"]] if known else []
-
-
-def _base(call: Call, dataset: Dataset, config: TrainConfig) -> tuple[BaseSource, str]:
-    """The base and the preset, where they are not given: a real base for real features, else a tiny one."""
+    # What is not given: a real base for real features, else a tiny one, and the preset of the base.
     is_sdxl = (call.preset or "").startswith("sdxl")
     name = call.base or ("tiny" if EMBEDDED in dataset.profiles else "sdxl" if is_sdxl else "sd15")
     try:
@@ -106,11 +95,18 @@ def _base(call: Call, dataset: Dataset, config: TrainConfig) -> tuple[BaseSource
         _require_meaning(name, dataset, config)  # nobody need fetch what would be refused then
         raise
     _require_meaning(name, dataset, config)
-    if call.preset:
-        if is_sdxl != (base.kind == "sdxl") and call.preset != "tiny":
-            raise ConfigError(f"The preset {call.preset} is not for {base.name}, which has the layout of {base.kind}.")
-        return base, call.preset
-    return base, "tiny" if name in _TINY else _DEFAULT_PRESETS[base.kind]
+    if call.preset and is_sdxl != (base.kind == "sdxl") and call.preset != "tiny":
+        raise ConfigError(f"The preset {call.preset} is not for {base.name}, which has the layout of {base.kind}.")
+    preset = call.preset or ("tiny" if name in _TINY else _DEFAULT_PRESETS[base.kind])
+    config = load_train_config(call.config_file, call.pairs, preset, **call.options)
+
+    run = RunFolder(call.out or Path("runs") / f"{call.variant}-{base.name}")
+    before = run.description() if call.resume else None
+    if config.data.verify == "sha256":
+        # The processes of a machine read the same disk, and a dataset may take hours: each hashes its share of it.
+        rank, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        check_hashes(dataset, rank, ranks, hashed_before=before["identity"].get("dataset") if before else None)
+    return TrainJob(config, preset, chosen, base, dataset, run, call.resume)
 
 
 def _require_meaning(base: str, dataset: Dataset, config: TrainConfig) -> None:
@@ -120,18 +116,3 @@ def _require_meaning(base: str, dataset: Dataset, config: TrainConfig) -> None:
             f"These shards are of the `embedded` profile, which is for trying things out, and {base} is a real "
             "base: use --base tiny, make the dataset with real models, or give --set data.allow_embedded=true."
         )
-
-
-def precision(asked: Precision, device: torch.device) -> str:
-    """The precision as accelerate calls it.
-
-    Raises:
-        ConfigError: when the device cannot do it.
-    """
-    if asked == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
-    if asked == "fp16" and device.type == "cpu":
-        raise ConfigError(
-            "optim.precision = fp16 needs a GPU, and torch has none here; use no (or bf16, slow on CPUs)."
-        )
-    return asked

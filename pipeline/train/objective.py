@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Noised(NamedTuple):
-    """Latents at a random step of the noise schedule, and what the UNet has to say about them."""
+    """Latents at a random step of the noise schedule, and what the UNet is to predict of them."""
 
     noisy_latents: Tensor
     """(B, 4, h, w) float32."""
@@ -47,9 +47,14 @@ def noised(
     noise = torch.randn(latents.shape, generator=generator)
     if settings.noise_offset:
         noise += settings.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
-    timesteps, noise = _moved(timesteps, latents.device), _moved(noise, latents.device)
+    timesteps, noise = _on_device(timesteps, latents.device), _on_device(noise, latents.device)
     noisy: Tensor = scheduler.add_noise(latents, noise, timesteps)
-    return Noised(noisy, noise, timesteps, _target(scheduler, latents, noise, timesteps))
+    kind = _prediction_type(scheduler)
+    if kind == "v_prediction":
+        target: Tensor = scheduler.get_velocity(latents, noise, timesteps)
+    else:
+        target = noise if kind == "epsilon" else latents
+    return Noised(noisy, noise, timesteps, target)
 
 
 def weights(scheduler: "DDPMScheduler", timesteps: Tensor, gamma: float) -> Tensor:
@@ -87,17 +92,9 @@ def predicted_clean(scheduler: "DDPMScheduler", noise_pred: Tensor, noised: Nois
     return noise_pred
 
 
-def _moved(drawn: Tensor, device: torch.device) -> Tensor:
-    """On `device`, without waiting there for the steps that are still being computed."""
+def _on_device(drawn: Tensor, device: torch.device) -> Tensor:
+    """Without waiting there for the steps that are still being computed."""
     return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
-
-
-def _target(scheduler: "DDPMScheduler", latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    kind = _prediction_type(scheduler)
-    if kind == "v_prediction":
-        velocity: Tensor = scheduler.get_velocity(latents, noise, timesteps)
-        return velocity
-    return noise if kind == "epsilon" else latents
 
 
 def _prediction_type(scheduler: "DDPMScheduler") -> str:

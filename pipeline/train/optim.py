@@ -17,7 +17,7 @@ def optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> to
     """AdamW, or bitsandbytes' 8-bit AdamW.
 
     Raises:
-        ConfigError: when bitsandbytes is asked for and not there.
+        ConfigError: when bitsandbytes is configured and not installed.
     """
     options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, "betas": settings.betas}
     if not settings.eight_bit:
@@ -31,11 +31,11 @@ def optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> to
     return adam
 
 
-def schedule(moved: torch.optim.Optimizer, settings: OptimSettings, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+def schedule(adam: torch.optim.Optimizer, settings: OptimSettings, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning rate over `steps` optimiser steps: warm-up, then constant or a cosine to zero."""
     name = {"constant": "constant_with_warmup", "cosine": "cosine"}[settings.schedule]
     made: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
-        name, moved, num_warmup_steps=settings.warmup_steps, num_training_steps=steps
+        name, adam, num_warmup_steps=settings.warmup_steps, num_training_steps=steps
     )
     return made
 

@@ -15,28 +15,26 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.shared.atomic import TEMPORARY, fsync_file, fsync_folder, write_atomically
+from pipeline.train.adapters.released import save_tensors
+from pipeline.train.settings import without_free_keys
 from schemas.errors import OutputError, first_line
 
 _STEP = "step-"
 _ADAPTER, _AVERAGE, _STATE, _RUN = "adapter.safetensors", "average.safetensors", "state.pt", "run.json"
 
-FREE_TO_CHANGE = ("steps", "watch", "data.verify", "data.allow_embedded", "optim.compile", "optim.channels_last")
-"""Config keys that may differ when a run is resumed."""
-
 
 class RunFolder:
-    """One run's directory."""
+    """One run's directory, which need not exist yet."""
 
     def __init__(self, root: Path) -> None:
-        """Name the directory; nothing is created yet."""
         self.root = root
         self.checkpoints = root / "checkpoints"
 
-    def known(self) -> dict[str, Any] | None:
+    def description(self) -> dict[str, Any] | None:
         """What run.json says, or None where there is no run.
 
         Raises:
@@ -52,29 +50,34 @@ class RunFolder:
             raise OutputError(f"{self.root / _RUN} cannot be read ({error}); choose another --out.") from error
         return content
 
-    def start(self, told: Mapping[str, Any], *, resume: bool) -> None:
+    def start(self, description: Mapping[str, Any], *, resume: bool) -> None:
         """Create the directory for a run, or go on in it.
 
         Raises:
             OutputError: when another run is there, or it cannot be written.
         """
-        before = self.known()
+        before = self.description()
         if before is not None and not resume:
             raise OutputError(f"{self.root} holds a run: give --resume to go on with it, or another --out.")
         if before is not None:
-            differing = list(_differences(before["identity"], told["identity"]))
+            was, now = (without_free_keys(each["identity"]) for each in (before, description))
+            differing = [
+                f"{key} was {was.get(key)!r}, now {now.get(key)!r}"
+                for key in sorted({*was, *now})
+                if was.get(key) != now.get(key)
+            ]
             if differing:
                 raise OutputError(f"{self.root} was trained otherwise ({'; '.join(differing)}): choose another --out.")
         with writing(self.root):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.root / _RUN, (json.dumps(told, indent=2, sort_keys=True) + "\n").encode())
+            write_atomically(self.root / _RUN, (json.dumps(description, indent=2, sort_keys=True) + "\n").encode())
         for stray in self.checkpoints.glob(f"{TEMPORARY}*"):
             shutil.rmtree(stray, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, in order."""
-        found = [path.name.removeprefix(_STEP) for path in self.checkpoints.glob(f"{_STEP}*")]
-        return sorted(int(step) for step in found if step.isdigit())
+        numbers = [path.name.removeprefix(_STEP) for path in self.checkpoints.glob(f"{_STEP}*")]
+        return sorted(int(number) for number in numbers if number.isdigit())
 
     def folder(self, step: int) -> Path:
         """The folder of the checkpoint at `step`."""
@@ -98,11 +101,14 @@ class RunFolder:
         with writing(final):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            save_file(_on_cpu(weights), temporary / _ADAPTER)
-            if average is not None:
-                save_file(_on_cpu(average), temporary / _AVERAGE)
+            for name, tensors in ((_ADAPTER, weights), (_AVERAGE, average)):
+                if tensors is not None:
+                    save_tensors({key: tensor.float() for key, tensor in tensors.items()}, temporary / name)
             torch.save(dict(state), temporary / _STATE)
-            _sync_files(temporary)
+            for path in temporary.iterdir():
+                with path.open("rb") as stream:
+                    fsync_file(stream)
+            fsync_folder(temporary)
             if final.exists():
                 _remove(final)
             temporary.rename(final)
@@ -124,16 +130,11 @@ class RunFolder:
             state: dict[str, Any] = torch.load(folder / _STATE, weights_only=True, map_location="cpu")
             if average is None and state.get("average") is not None:
                 raise ValueError(f"{_AVERAGE} is missing")
-        except Exception as error:  # whatever the readers of damaged files raise; told and raised on
+        except Exception as error:  # whatever the readers of damaged files raise; it is raised on
             raise OutputError(
                 f"The checkpoint {folder} cannot be read ({first_line(error)}): remove it, then resume."
             ) from error
         return weights, average, state
-
-    def exported(self, step: int) -> dict[str, Tensor]:
-        """The weights that a checkpoint exports: the average where there is one."""
-        weights, average, _ = self.load(step)
-        return weights if average is None else average
 
 
 @contextmanager
@@ -155,37 +156,3 @@ def _remove(checkpoint: Path) -> None:
     removed = checkpoint.with_name(f"{TEMPORARY}{checkpoint.name}.old")
     checkpoint.rename(removed)
     shutil.rmtree(removed)
-
-
-def _sync_files(folder: Path) -> None:
-    for path in folder.iterdir():
-        with path.open("rb") as stream:
-            fsync_file(stream)
-    fsync_folder(folder)
-
-
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()}
-
-
-def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the keys that may change when a run is resumed."""
-
-    def is_free(key: str) -> bool:
-        return any(key == name or key.startswith(f"{name}.") for name in FREE_TO_CHANGE)
-
-    return {key: value for key, value in _leaves(config) if not is_free(key)}
-
-
-def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in section.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    for name in sorted({*before, *now}):
-        if before.get(name) != now.get(name):
-            yield f"{name} was {before.get(name)!r}, now {now.get(name)!r}"

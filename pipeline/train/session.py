@@ -1,9 +1,8 @@
-"""All that changes while a run goes, and its way into a checkpoint and back."""
+"""All that changes while a run goes, into a checkpoint and back."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,20 +13,23 @@ from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.adapters.released import read_released, require_fit
 from pipeline.train.base_model import Base
 from pipeline.train.inputs import Preparer
-from pipeline.train.job import Job
+from pipeline.train.job import TrainJob
 from pipeline.train.loader import ShardLoader
 from schemas.errors import FaceShardsError, OutputError
+
+_MOST_SKIPPED = 100
+"""Optimiser steps in a row that the fp16 scaler may skip: it begins at 2^16 and halves its scale at each."""
 
 
 class Session:
     """Model, optimiser, averages, data order and random states of one process."""
 
-    def __init__(self, job: Job, accelerator: Accelerator, base: Base) -> None:
+    def __init__(self, job: TrainJob, accelerator: Accelerator, base: Base) -> None:
         """Everything at step 0; `base` is loaded on the accelerator's device."""
-        config = job.config
-        self._accelerator = accelerator
-        self._job = job
+        config, rank = job.config, accelerator.process_index
+        self._accelerator, self._job = accelerator, job
         self.step = 0
+        self._skipped = 0
         # The same adapter on every process, another noise on each.
         torch.manual_seed(config.seed)
         self.model = _model(job, base)
@@ -36,35 +38,49 @@ class Session:
         self.average = optim.moving_average(parameters, config.optim)
         optimizer = optim.optimizer(parameters, config.optim)
         self.schedule = optim.schedule(optimizer, config.optim, config.steps)
-        torch.manual_seed(config.seed + 1 + accelerator.process_index)
-        self.generator = torch.Generator().manual_seed(config.seed + 1 + accelerator.process_index)
+        torch.manual_seed(config.seed + 1 + rank)
+        self.generator = torch.Generator().manual_seed(config.seed + 1 + rank)
         self.forward, self.optimizer = accelerator.prepare(self.model, optimizer)
-        self.loader = self._make_loader(None)
-        self.prepare = Preparer(base, self.generator)
-
-    def _make_loader(self, state: dict[str, Any] | None) -> ShardLoader:
-        job, accelerator = self._job, self._accelerator
-        return ShardLoader(
+        self.loader = ShardLoader(
             job.dataset,
             job.variant.reads,
-            job.config,
-            rank=accelerator.process_index,
+            config,
+            rank=rank,
             world=accelerator.num_processes,
-            state=state,
             base=job.base.folder,
             pin_memory=accelerator.device.type == "cuda",
         )
+        self.prepare = Preparer(base, self.generator)
 
-    def clip(self) -> torch.Tensor | None:
-        """Clip the gradient before an optimiser step; its norm, where it is clipped."""
-        limit = self._job.config.optim.max_grad_norm
-        if not limit or not self._accelerator.sync_gradients:
-            return None
-        norm: torch.Tensor = self._accelerator.clip_grad_norm_(self.trained.values(), limit)
+    def optimizer_step(self) -> torch.Tensor | None:
+        """Clip the gradient, go down it, clear it; nothing while batches are accumulated.
+
+        Returns:
+            The gradient's norm before, where it is clipped.
+        """
+        norm, limit = None, self._job.config.optim.max_grad_norm
+        if limit and self._accelerator.sync_gradients:
+            norm = self._accelerator.clip_grad_norm_(self.trained.values(), limit)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def moved(self) -> float:
-        """An optimiser step was made; returns the learning rate that it was made with."""
+    def step_was_skipped(self) -> bool:
+        """Whether the fp16 scaler left the optimiser step out, as a gradient was too large for its scale.
+
+        Raises:
+            FaceShardsError: when no scale is small enough.
+        """
+        self._skipped = self._skipped + 1 if self._accelerator.optimizer_step_was_skipped else 0
+        if self._skipped >= _MOST_SKIPPED:
+            raise FaceShardsError(
+                f"the gradients after step {self.step} are not finite, the training diverged: go back to an earlier "
+                "checkpoint with a lower optim.lr"
+            )
+        return self._skipped > 0
+
+    def count_step(self) -> float:
+        """After an optimiser step: move schedule and average on; returns the learning rate of the step."""
         lr = float(self.schedule.get_last_lr()[0])
         self.step += 1
         self.schedule.step()
@@ -73,8 +89,8 @@ class Session:
         return lr
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The averaged weights in the model's place, where there are any."""
+    def averaged_weights(self) -> Iterator[None]:
+        """The model with its averaged weights, where there are any."""
         if self.average is None:
             yield
             return
@@ -97,27 +113,31 @@ class Session:
                 f"the weights at step {self.step} are not finite, the training diverged: go back to an earlier "
                 "checkpoint with a lower optim.lr"
             )
-        ranks = gather_object([self._rank_state()])
+        device = self._accelerator.device
+        mine = {
+            "torch": torch.get_rng_state(),
+            "generator": self.generator.get_state(),
+            "loader": self.loader.state_dict(),
+        }
+        if device.type == "cuda":
+            mine["cuda"] = torch.cuda.get_rng_state(device)
+        ranks = gather_object([mine])
         if self._accelerator.is_main_process:
-            average = None
+            average, counters = None, None
             if self.average is not None:
                 average = dict(zip(self.trained, self.average.shadow_params, strict=True))
+                # The averaged weights lie in a file of their own.
+                counters = {key: value for key, value in self.average.state_dict().items() if key != "shadow_params"}
             state = {
                 "step": self.step,
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
-                "average": None if self.average is None else _plain(self.average.state_dict()),
+                "average": counters,
                 "scaler": None if self._accelerator.scaler is None else self._accelerator.scaler.state_dict(),
                 "ranks": ranks,
             }
             self._job.run.save(self.step, self.trained, average, state, self._job.config.watch.keep)
         self._accelerator.wait_for_everyone()
-
-    def _rank_state(self) -> dict[str, Any]:
-        state = {"torch": torch.get_rng_state(), "generator": self.generator.get_state()}
-        if self._accelerator.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self._accelerator.device)
-        return {**state, "loader": self.loader.state_dict()}
 
     def restore(self, step: int) -> None:
         """Go back to a checkpoint, random states and data order included.
@@ -126,50 +146,43 @@ class Session:
             OutputError: when it is damaged, or was written by another number of processes.
         """
         weights, average, state = self._job.run.load(step)
-        ranks = state["ranks"]
-        if len(ranks) != self._accelerator.num_processes:
+        accelerator, ranks = self._accelerator, state["ranks"]
+        if len(ranks) != accelerator.num_processes:
             raise OutputError(
                 f"{self._job.run.root} was trained by {len(ranks)} processes and cannot go on with "
-                f"{self._accelerator.num_processes}: start as many."
+                f"{accelerator.num_processes}: start as many."
             )
         self.model.load_trained(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if self.average is not None and average is not None:
             self.average.load_state_dict({**state["average"], "shadow_params": [average[key] for key in self.trained]})
-            self.average.to(self._accelerator.device)
-        if self._accelerator.scaler is not None and state["scaler"] is not None:
-            self._accelerator.scaler.load_state_dict(state["scaler"])
-        self._restore_rank(ranks[self._accelerator.process_index])
-        self.step = step
-
-    def _restore_rank(self, mine: dict[str, Any]) -> None:
-        self.loader = self._make_loader(mine["loader"])
+            self.average.to(accelerator.device)
+        if accelerator.scaler is not None and state["scaler"] is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        mine = ranks[accelerator.process_index]
+        self.loader.load_state_dict(mine["loader"])
         torch.set_rng_state(mine["torch"])
         self.generator.set_state(mine["generator"])
-        if "cuda" in mine and self._accelerator.device.type == "cuda":
-            torch.cuda.set_rng_state(mine["cuda"], self._accelerator.device)
+        if "cuda" in mine and accelerator.device.type == "cuda":
+            torch.cuda.set_rng_state(mine["cuda"], accelerator.device)
+        self.step = step
 
 
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """An EMA's counters without its weights, which lie beside it."""
-    return {key: value for key, value in state.items() if key != "shadow_params"}
-
-
-def _model(job: Job, base: Base) -> AdapterModel:
+def _model(job: TrainJob, base: Base) -> AdapterModel:
     """The adapter in its base, from scratch or from a released file, ready to train."""
-    settings = job.config.adapter
-    model = AdapterModel(base.unet, job.variant, job.widths, settings)
-    if settings.init_from:
-        tensors = read_released(Path(settings.init_from))
-        require_fit(Path(settings.init_from), tensors, model.trained(), job.variant.name)
+    adapter, settings = job.config.adapter, job.config.optim
+    model = AdapterModel(base.unet, job.variant, job.widths, adapter)
+    if adapter.init_from:
+        tensors = read_released(Path(adapter.init_from))
+        require_fit(Path(adapter.init_from), tensors, model.trained(), job.variant.name)
         model.load_trained(tensors)
     model.to(base.device)
     model.train()
-    if job.config.optim.gradient_checkpointing:
+    if settings.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
-    if job.config.optim.channels_last:
+    if settings.channels_last:
         base.unet.to(memory_format=torch.channels_last)
-    if job.config.optim.compile:
+    if settings.compile:
         base.unet.compile()
     return model

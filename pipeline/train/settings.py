@@ -1,6 +1,6 @@
-"""Everything that can be told to the trainer, and the published recipes as presets."""
+"""Every setting of the trainer, and the published recipes as presets."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -179,6 +179,13 @@ class TrainConfig(Section):
     watch: WatchSettings = WatchSettings()
 
 
+FREE_TO_CHANGE = (
+    *("steps", "watch"),
+    *("data.verify", "data.allow_embedded", "data.workers", "data.shuffle"),
+    *("optim.compile", "optim.channels_last", "optim.gradient_checkpointing"),
+)
+"""Config keys, and sections, that may differ when a run is resumed."""
+
 PRESETS: dict[Preset, dict[str, Any]] = {
     "tiny": {
         "steps": 20,
@@ -196,8 +203,8 @@ PRESETS: dict[Preset, dict[str, Any]] = {
 """The published recipe per base; TOML and --set may override each of it. Batch sizes are per GPU, of 8."""
 
 
-def load_train_config(path: Path | None, pairs: Sequence[str], preset: str, **asked: Any) -> TrainConfig:
-    """Merge a preset, a TOML file, `--set` pairs and command-line options (`asked`, None = not given), in this order.
+def load_train_config(path: Path | None, pairs: Sequence[str], preset: str, **options: Any) -> TrainConfig:
+    """Merge a preset, a TOML file, `--set` pairs and command-line options (None = not given), in this order.
 
     Raises:
         ConfigError: for an unknown preset or key (names the nearest), or a value that is not allowed.
@@ -207,8 +214,22 @@ def load_train_config(path: Path | None, pairs: Sequence[str], preset: str, **as
     values: dict[str, Any] = {}
     merge(values, PRESETS[preset])  # type: ignore[index]  # checked above
     merge(values, read_values(path, pairs))
-    merge(values, {name: value for name, value in asked.items() if value is not None})
+    merge(values, {name: value for name, value in options.items() if value is not None})
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(explain(error, TrainConfig)) from error
+
+
+def leaves(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config as one level: {"optim.lr": 1e-4, …}."""
+    flat: dict[str, Any] = {}
+    for name, value in section.items():
+        flat |= leaves(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def without_free_keys(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same when a run is resumed, of flat keys such as `optim.lr`."""
+    free = tuple(f"{key}." for key in FREE_TO_CHANGE)
+    return {key: value for key, value in identity.items() if not f"{key}.".startswith(free)}

@@ -230,6 +230,20 @@ def test_the_models_folder_comes_before_the_cache(nowhere, monkeypatch, tmp_path
     monkeypatch.setenv("FACESHARDS_MODELS", str(tmp_path / "models"))
     folder = copy(tmp_path / "models" / "sd15")
     assert find_base("sd15").folder == folder
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FACESHARDS_MODELS", "~/models")
+    assert find_base("sd15").folder == folder
+
+
+def test_the_sha256_of_a_base_tells_other_weights_and_configs_apart(tmp_path):
+    folder = copy(tmp_path / "mine")
+    before = find_base(str(folder)).sha256
+    assert before == find_base("tiny").sha256, "not where it lies, nor how it is called"
+    for file in ("unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json", "vae/config.json"):
+        (folder / file).write_bytes((folder / file).read_bytes() + b" ")
+        after = find_base(str(folder)).sha256
+        assert after != before, file
+        before = after
 
 
 def test_a_half_fetched_base_names_what_is_missing(nowhere, monkeypatch, tmp_path):

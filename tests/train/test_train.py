@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+from tiny_adapters import TOKENS, WITH_LORA
 
 import pipeline.train.loop as trainer
 from pipeline.shared.bases import find_base
@@ -25,28 +26,6 @@ from schemas.errors import ExitCode
 
 CPU = torch.device("cpu")
 KINDS = {"tiny": "sd15", "tiny-sdxl": "sdxl"}
-RELEASED = {
-    "ip-adapter": ("ip-adapter_sd15", "ip-adapter_sdxl_vit-h"),
-    "plus": ("ip-adapter-plus_sd15", "ip-adapter-plus_sdxl_vit-h"),
-    "plus-face": ("ip-adapter-plus-face_sd15", "ip-adapter-plus-face_sdxl_vit-h"),
-    "full-face": ("ip-adapter-full-face_sd15", "ip-adapter-full-face_sdxl_vit-h"),
-    "faceid": ("ip-adapter-faceid_sd15", "ip-adapter-faceid_sdxl"),
-    "faceid-portrait": ("ip-adapter-faceid-portrait_sd15", "ip-adapter-faceid-portrait_sdxl"),
-    "faceid-plus": ("ip-adapter-faceid-plus_sd15", "ip-adapter-faceid-plus_sdxl"),
-    "faceid-plusv2": ("ip-adapter-faceid-plusv2_sd15", "ip-adapter-faceid-plusv2_sdxl"),
-}
-TOKENS = dict(zip(RELEASED, (4, 16, 16, 257, 4, 16, 4, 4), strict=True))
-READS = {
-    "ip-adapter": ["pooled"],
-    "plus": ["hidden"],
-    "plus-face": ["hidden"],
-    "full-face": ["hidden"],
-    "faceid": ["arcface"],
-    "faceid-portrait": ["arcface"],
-    "faceid-plus": ["arcface", "hidden"],
-    "faceid-plusv2": ["arcface", "hidden"],
-}
-WITH_LORA = ("faceid", "faceid-plus", "faceid-plusv2")
 SMALL = ("adapter.lora_rank=4",)
 RANK = 4
 
@@ -55,7 +34,7 @@ def train(dataset, out, *pairs, name="faceid", base="tiny", steps=2, code=ExitCo
     """A run in this process, as the command line makes it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    job = prepared(Call((str(dataset),), name, base, out, pairs=(*SMALL, *pairs), told={"steps": steps, **told}))
+    job = prepared(Call((str(dataset),), name, base, out, pairs=(*SMALL, *pairs), options={"steps": steps, **told}))
     assert trainer.train(job) == code
     return job
 
@@ -114,7 +93,7 @@ def run(request, kept, dataset, tmp_path_factory):
 
 
 def released(run):
-    return RELEASED[run.name][run.kind == "sdxl"]
+    return run.job.variant.released_name(run.kind, "clip-vit-h")
 
 
 def test_a_run_leaves_the_released_files_and_nothing_else(run):
@@ -174,7 +153,7 @@ def test_the_sidecar_tells_all_about_the_adapter(run):
     assert (told["num_tokens"], told["steps"], told["image_encoder"]) == (TOKENS[run.name], 3, "clip-vit-h")
     assert told["lora_rank"] == (RANK if run.name in WITH_LORA else 0)
     assert told["shortcut"] == (run.name == "faceid-plusv2")
-    assert list(told["condition"]) == READS[run.name]
+    assert tuple(told["condition"]) == run.job.variant.reads
     assert told["preset"] == "tiny"
     assert told["recipe"]["optim"]["lr"] == 1e-4
     assert told["recipe"]["guidance"]["p_uncond_both"] == 0.05
@@ -416,12 +395,13 @@ def encoded(tmp_path_factory):
     return out
 
 
-def test_precomputed_targets_train_without_the_encoders(encoded, tmp_path, kept, monkeypatch):
+@pytest.mark.parametrize("pairs", [(), ("watch.validate_every=2", "watch.validate_steps=1")], ids=["plain", "grids"])
+def test_precomputed_targets_train_without_the_encoders(pairs, encoded, tmp_path, kept, monkeypatch):
     told = []
     monkeypatch.setattr(Base, "encode_images", lambda *_: pytest.fail("an image was encoded"))
     real = Base.encode_text
     monkeypatch.setattr(Base, "encode_text", lambda base, captions: told.append(captions) or real(base, captions))
-    job = train(encoded, tmp_path / "out", steps=3)
+    job = train(encoded, tmp_path / "out", *pairs, steps=3)
     assert told == [[""]], "only the empty caption is not in the shards"
     assert not {"vae", "_texts", "_encoder"} & vars(kept.base).keys(), "encoders are kept in memory"
     assert [line["step"] for line in metrics(job)] == [1, 2, 3]

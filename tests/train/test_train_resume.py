@@ -12,17 +12,21 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import pipeline.train.loop as trainer
 from pipeline.shared.bases import find_base
+from pipeline.train.inputs import Preparer
 from pipeline.train.job import Call, prepared
+from pipeline.train.loader import folders, reading
 from pipeline.train.run_folder import RunFolder
 from pipeline.train.watch import METRICS
 from schemas.errors import ExitCode, FaceShardsError, UserError
@@ -44,10 +48,10 @@ torch.set_num_threads(1)
 import pipeline.train.__main__ as trainer
 from pipeline.shared.bases import find_base
 from pipeline.train.base_model import Base
-from pipeline.train.loader.pictures import preload
+from pipeline.train.loader.batches import albumentations
 from torch.utils.tensorboard import SummaryWriter
 import pipeline.train.loop
-preload()
+albumentations()
 for name in ("tiny", "tiny-sdxl"):
     base = Base(find_base(name), torch.device("cpu"), torch.float32)
     base.encode_text(["warm"]), base.vae
@@ -224,13 +228,13 @@ def test_killed_at_a_random_moment_and_resumed(whole, server, dataset, tmp_path)
 
 _KILL_WHILE_SAVING = """
 import pipeline.train.run_folder as room, signal
-real, calls = room.save_file, []
-def save_file(tensors, path):
+real, calls = room.save_tensors, []
+def save_tensors(tensors, path):
     real(tensors, path)
     calls.append(path)
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-room.save_file = save_file
+room.save_tensors = save_tensors
 """
 
 
@@ -276,11 +280,10 @@ def test_stopped_by_a_signal_it_saves_and_goes_on(whole, server, dataset, tmp_pa
 _SLOW = """
 import time
 from pipeline.train.session import Session
-real = Session.clip
-def clip(session):
+def optimizer_step(session):
     open(call["log"] + ".step", "w").close()
-    time.sleep(30)
-Session.clip = clip
+    time.sleep(600)
+Session.optimizer_step = optimizer_step
 """
 
 
@@ -291,9 +294,7 @@ def test_a_second_ctrl_c_stops_at_once(server, dataset, tmp_path):
     os.kill(child.pid, signal.SIGINT)
     child.until(lambda: "stops at once" in child.said)
     os.kill(child.pid, signal.SIGINT)
-    begun = time.monotonic()
-    assert child.end() == ExitCode.INTERRUPTED
-    assert time.monotonic() - begun < 20
+    assert child.end() == ExitCode.INTERRUPTED, "it waits for the end of its step"
     assert "Traceback" not in child.said
     assert run.steps() == []
 
@@ -306,7 +307,7 @@ def train(dataset, out, *pairs, name="faceid", base="tiny", steps=2, resume=Fals
     GradientState._reset_state()
     pairs = ("adapter.lora_rank=4", "watch.save_every=1", *pairs)
     return trainer.train(
-        prepared(Call((str(dataset),), name, base, out, pairs=pairs, resume=resume, told={"steps": steps, **told}))
+        prepared(Call((str(dataset),), name, base, out, pairs=pairs, resume=resume, options={"steps": steps, **told}))
     )
 
 
@@ -337,7 +338,7 @@ def refused(error):
         ({"name": "faceid-portrait"}, "variant was 'faceid', now 'faceid-portrait'"),
         ({"base": "tiny-sdxl"}, "base was 'tiny', now 'tiny-sdxl'"),
         ({"pairs": ["optim.lr=1e-3"]}, "optim.lr was 0.0001, now 0.001"),
-        ({"pairs": ["data.batch_size=1", "data.workers=1"]}, "data.batch_size was 2, now 1; data.workers was 0, now 1"),
+        ({"pairs": ["data.batch_size=1", "optim.lr=1e-3"]}, "data.batch_size was 2, now 1; optim.lr was 0.0001, now"),
         ({"seed": 1}, "seed was 0, now 1"),
         ({"pairs": ["optim.ema_decay=0.5"]}, "optim.ema_decay"),
     ],
@@ -350,6 +351,74 @@ def test_another_run_is_not_continued(short, dataset, changes, said):
         train(dataset, short.root, *pairs, resume=True, **changes)
     assert said in refused(error)
     assert {path: path.read_bytes() for path in short.root.rglob("*") if path.is_file()} == before
+
+
+def test_what_a_short_of_memory_machine_needs_may_change(short, dataset, capsys):
+    """The very advice of the loader when one of its processes died."""
+    pairs = ("data.workers=1", "optim.gradient_checkpointing=true")
+    assert train(dataset, short.root, *pairs, steps=3, resume=True) == 0
+    assert "note:" not in capsys.readouterr().err, "one worker deals out samples as none does"
+    assert train(dataset, short.root, "data.workers=2", "data.shuffle=1", steps=4, resume=True) == 0
+    assert "data.workers or data.shuffle differ" in capsys.readouterr().err
+    assert [line["step"] for line in lines(short)] == [1, 2, 3, 4]
+    assert lines(short)[3]["epoch"] == lines(short)[2]["epoch"] + 1
+
+
+def test_other_weights_under_the_same_name_are_not_continued(dataset, tmp_path):
+    bases = [Path(shutil.copytree(find_base("tiny").folder, tmp_path / parent / "mine")) for parent in ("a", "b")]
+    unet = bases[1] / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(unet)
+    save_file({**tensors, "conv_in.bias": tensors["conv_in.bias"] + 1}, unet, {"format": "pt"})
+    options = {"pairs": ("data.resolution=64", "data.workers=0", "data.allow_embedded=true")}
+    assert train(dataset, tmp_path / "run", *options["pairs"], base=str(bases[0]), steps=1) == 0
+    with pytest.raises(UserError, match="base_sha256 was") as error:
+        train(dataset, tmp_path / "run", *options["pairs"], base=str(bases[1]), steps=2, resume=True)
+    refused(error)
+
+
+def test_a_step_that_the_scaler_skips_is_not_counted(dataset, tmp_path, monkeypatch):
+    """fp16's scaler finds an infinite gradient now and then, and leaves the optimiser step out."""
+    skips, batches = iter([True, True, False, True, False]), []
+    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", property(lambda _: next(skips)))
+    prepare = Preparer.__call__
+    monkeypatch.setattr(Preparer, "__call__", lambda made, batch: batches.append(batch) or prepare(made, batch))
+    assert train(dataset, tmp_path / "run", "optim.warmup_steps=2", steps=2) == 0
+    run = RunFolder(tmp_path / "run")
+    assert len(batches) == 5
+    assert [(line["step"], line["lr"]) for line in lines(run)] == [(1, 0), (2, 5e-5)]
+    assert run.load(2)[2]["schedule"]["last_epoch"] == 2
+
+
+def test_a_scaler_that_skips_all_ends_the_run(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", True)
+    with pytest.raises(FaceShardsError, match="not finite, the training diverged"):
+        train(dataset, tmp_path / "run")
+
+
+def test_processes_of_a_machine_hash_the_dataset_once_and_a_resumed_run_not_again(dataset, tmp_path, monkeypatch):
+    hashed, real = [], folders.wrong_hash
+    monkeypatch.setattr("pipeline.train.loader.dataset.wrong_hash", lambda *of: hashed.append(of[0].name) or real(*of))
+    monkeypatch.chdir(tmp_path)
+    call = Call((str(dataset),), "faceid", "tiny")
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        prepared(call)
+    assert hashed == ["sample-00000"]
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert train(dataset, None) == 0
+    hashed.clear()
+    prepared(replace(call, resume=True))
+    assert hashed == [], "without --out too"
+
+
+def test_a_resumed_run_plans_what_it_reads_once(short, dataset, monkeypatch):
+    """It hashes the encoders of the base for it."""
+    plans, real = [], reading.plan_reading
+    monkeypatch.setattr("pipeline.train.loader.loader.plan_reading", lambda *of: plans.append(of) or real(*of))
+    assert train(dataset, short.root, resume=True, steps=3) == 0
+    assert len(plans) == 1
 
 
 def test_another_dataset_is_not_continued_on(short, dataset, tmp_path):
@@ -431,19 +500,19 @@ _OBSERVED = """
 import hashlib
 from pipeline.train.inputs import Preparer
 from pipeline.train.session import Session
-call_real, moved_real = Preparer.__call__, Session.moved
+call_real, count_real = Preparer.__call__, Session.count_step
 def note(**what):
     with open(os.path.join(os.environ["OBSERVED"], os.environ["RANK"]), "a") as stream:
         stream.write(json.dumps(what) + "\\n")
 def prepare(preparer, batch):
     note(epoch=batch.position.epoch, keys=batch.keys)
     return call_real(preparer, batch)
-def moved(session):
-    lr = moved_real(session)
+def count_step(session):
+    lr = count_real(session)
     weights = b"".join(weight.detach().numpy().tobytes() for weight in session.trained.values())
     note(step=session.step, weights=hashlib.sha256(weights).hexdigest())
     return lr
-Preparer.__call__, Session.moved = prepare, moved
+Preparer.__call__, Session.count_step = prepare, count_step
 """
 DDP_STEPS = 6
 

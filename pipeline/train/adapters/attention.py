@@ -31,7 +31,7 @@ class Lora(nn.Module):
 
 
 class AdapterAttention(nn.Module):
-    """One attention layer with, as asked, a LoRA on q, k, v and out, and keys and values for image tokens.
+    """One attention layer with (each where wanted) a LoRA on q, k, v, out, and keys and values for image tokens.
 
     The text attends as before; image tokens attend beside it with the same queries, and `scale` times their result is
     added before the output projection. The LoRA of k and v acts on text tokens alone. With `scale` and `lora_scale`
@@ -69,14 +69,19 @@ class AdapterAttention(nn.Module):
         Raises:
             ValueError: for layouts that Stable Diffusion's UNets do not have (masks, norms inside attention).
         """
-        _require_plain(attn, attention_mask)
+        extras = (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k, attn.norm_cross, attention_mask)
+        if any(extra is not None and extra is not False for extra in extras) or attn.residual_connection:
+            raise ValueError("this UNet's attention has masks or norms that Stable Diffusion's does not have")
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query = _heads(attn, self._project(attn.to_q, "to_q_lora", hidden_states))
         key = _heads(attn, self._project(attn.to_k, "to_k_lora", context))
         value = _heads(attn, self._project(attn.to_v, "to_v_lora", context))
         attended = _merged(scaled_dot_product_attention(query, key, value))
         if self._cross and ip_hidden_states is not None and self.scale != 0:
-            attended = attended + self.scale * self._image_attention(attn, query, ip_hidden_states)
+            # Under autocast the query may come out of a frozen layer of another precision.
+            ip_key = _heads(attn, self.to_k_ip(ip_hidden_states)).to(query.dtype)
+            ip_value = _heads(attn, self.to_v_ip(ip_hidden_states)).to(query.dtype)
+            attended = attended + self.scale * _merged(scaled_dot_product_attention(query, ip_key, ip_value))
         attended = attended.to(query.dtype)
         out: Tensor = attn.to_out[1](self._project(attn.to_out[0], "to_out_lora", attended))
         return out
@@ -86,11 +91,6 @@ class AdapterAttention(nn.Module):
         if self._lora and self.lora_scale != 0:
             projected = projected + self.lora_scale * getattr(self, lora)(x)
         return projected
-
-    def _image_attention(self, attn: Attention, query: Tensor, tokens: Tensor) -> Tensor:
-        key, value = _heads(attn, self.to_k_ip(tokens)), _heads(attn, self.to_v_ip(tokens))
-        # Under autocast the query may come out of a frozen layer of another precision.
-        return _merged(scaled_dot_product_attention(query, key.to(query.dtype), value.to(query.dtype)))
 
 
 def _copy(linear: nn.Linear) -> nn.Linear:
@@ -108,12 +108,6 @@ def _heads(attn: Attention, x: Tensor) -> Tensor:
 
 def _merged(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
-
-
-def _require_plain(attn: Attention, mask: Tensor | None) -> None:
-    extras = (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k, attn.norm_cross, mask)
-    if any(extra is not None and extra is not False for extra in extras) or attn.residual_connection:
-        raise ValueError("this UNet's attention has masks or norms that Stable Diffusion's does not have")
 
 
 def named_attention(unet: Any) -> Iterator[tuple[str, Attention]]:

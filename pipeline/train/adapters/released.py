@@ -43,38 +43,42 @@ def write_released(
         tensors: flat keys `image_proj.…`, `ip_adapter.…` (see AdapterModel.trained), any float type.
         attention_paths: the UNet's attention layers in their order (see attention.named_attention).
         kind: SDXL's LoRA files carry an alpha, SD1.5's do not.
-        sidecar: what the JSON file says.
+        sidecar: content of the JSON file.
 
     Raises:
         FaceShardsError: when a weight is not finite in float16.
     """
-    half = {key: _half(key, tensor) for key, tensor in tensors.items()}
-    nested = {
-        part: {k.removeprefix(f"{part}."): v for k, v in half.items() if k.startswith(f"{part}.")} for part in _PARTS
-    }
+    half = {key: tensor.detach().to("cpu", torch.float16).contiguous() for key, tensor in tensors.items()}
+    for key, tensor in half.items():
+        if not torch.isfinite(tensor).all():
+            raise FaceShardsError(f"{key} holds numbers that are not finite in float16: the training diverged")
     files = [folder / f"{name}.safetensors", folder / f"{name}.bin"]
-    replace_atomically(files[0], lambda path: save_file(half, path))
-    replace_atomically(files[1], lambda path: _save_bin(nested, path))
+    replace_atomically(files[0], lambda path: save_tensors(half, path))
+    nested: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
+    for key, tensor in half.items():
+        part, _, rest = key.partition(".")
+        nested[part][rest] = tensor
+
+    def save_bin(path: Path) -> None:
+        with path.open("wb") as stream:  # given a path, torch writes its name, here a temporary one, into the file
+            torch.save(nested, stream)
+
+    replace_atomically(files[1], save_bin)
     lora = lora_tensors(half, list(attention_paths), kind)
     if lora:
         files.append(folder / f"{name}_lora.safetensors")
-        replace_atomically(files[-1], lambda path: save_file(lora, path))
+        replace_atomically(files[-1], lambda path: save_tensors(lora, path))
     files.append(folder / f"{name}.json")
     write_atomically(files[-1], (json.dumps(sidecar, indent=2, sort_keys=True) + "\n").encode())
     return files
 
 
-def _save_bin(nested: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
-    """Through a stream: given a path, torch writes its name, here a temporary one, into the file."""
-    with path.open("wb") as stream:
-        torch.save(nested, stream)
-
-
-def _half(key: str, tensor: Tensor) -> Tensor:
-    half = tensor.detach().to("cpu", torch.float16).contiguous()
-    if not torch.isfinite(half).all():
-        raise FaceShardsError(f"{key} holds numbers that are not finite in float16: the training diverged")
-    return half
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a .safetensors file; with the mode that the umask gives, as `save_file` makes it its owner's alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
+    path.chmod(mode)
 
 
 def lora_tensors(tensors: Mapping[str, Tensor], paths: list[str], kind: BaseKind) -> dict[str, Tensor]:
@@ -86,7 +90,7 @@ def lora_tensors(tensors: Mapping[str, Tensor], paths: list[str], kind: BaseKind
             continue
         module = f"lora_unet_{paths[int(number)].replace('.', '_')}_{_LORA_LAYERS[rest[0]]}"
         lora[f"{module}.lora_{rest[1]}.weight"] = tensor
-        if kind == "sdxl" and rest[1] == "down":  # strength alpha / rank = 1, as the published SDXL files say it
+        if kind == "sdxl" and rest[1] == "down":  # strength alpha / rank = 1, as in the published SDXL files
             lora[f"{module}.alpha"] = torch.tensor(len(tensor))
     return lora
 
@@ -100,7 +104,14 @@ def read_released(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return _flat(torch.load(path, map_location="cpu", weights_only=True))
+        nested = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(nested, dict) or set(nested) != set(_PARTS):
+            raise ValueError("it does not hold image_proj and ip_adapter")
+        flat = {f"{part}.{key}": tensor for part in _PARTS for key, tensor in nested[part].items()}
+        for tensor in flat.values():
+            if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
+                raise ValueError("it holds other things than plain tensors")
+        return flat
     except FileNotFoundError:
         raise SourceError(f"{path} does not exist; give the .safetensors or .bin file of a released adapter.") from None
     except pickle.UnpicklingError as error:  # torch's own words would advise to load it all the same
@@ -108,19 +119,6 @@ def read_released(path: Path) -> dict[str, Tensor]:
         raise SourceError(f"{path} cannot be read as an adapter: {reason}.") from error
     except _DAMAGED as error:
         raise SourceError(f"{path} cannot be read as an adapter: {first_line(error)}.") from error
-
-
-def _flat(nested: Any) -> dict[str, Tensor]:
-    if not isinstance(nested, dict) or set(nested) != set(_PARTS):
-        raise ValueError("it does not hold image_proj and ip_adapter")
-    flat = {f"{part}.{key}": tensor for part in _PARTS for key, tensor in nested[part].items()}
-    if not all(isinstance(tensor, Tensor) and _is_plain(tensor) for tensor in flat.values()):
-        raise ValueError("it holds other things than plain tensors")
-    return flat
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_meta
 
 
 def require_fit(path: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], variant: str) -> None:
@@ -133,12 +131,12 @@ def require_fit(path: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Ten
     shapes = [key for key in own if key in tensors and own[key].shape != tensors[key].shape]
     whole = [key for key, tensor in tensors.items() if not tensor.is_floating_point()]
     broken = [key for key in tensors if key not in whole and not torch.isfinite(tensors[key].float()).all()]
-    told = [
+    problems = [
         *(f"it lacks {key}" for key in missing[:1]),
         *(f"it has the unknown {key}" for key in extra[:1]),
         *(f"{key} is {list(tensors[key].shape)}, not {list(own[key].shape)}" for key in shapes[:1]),
         *(f"{key} holds {tensors[key].dtype}, no floating-point numbers" for key in whole[:1]),
         *(f"{key} holds numbers that are not finite" for key in broken[:1]),
     ]
-    if told:
-        raise SourceError(f"{path} is no {variant} adapter for this base: {'; '.join(told)}.")
+    if problems:
+        raise SourceError(f"{path} is no {variant} adapter for this base: {'; '.join(problems)}.")

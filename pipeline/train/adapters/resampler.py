@@ -66,7 +66,6 @@ class Perceiver(nn.Module):
         return out
 
     def forward(self, latents: Tensor, features: Tensor) -> Tensor:
-        """See `gather`."""
         return self.gather(latents, features)
 
 

@@ -135,7 +135,7 @@ class Variant:
     lora: bool = False
     """Whether a LoRA on every attention is trained along."""
     sidecar: Mapping[str, Any] = field(default_factory=lambda: {"shortcut": False})
-    """What programs must be told beside the file: `shortcut`, whether the ID tokens are added to the image branch."""
+    """What no file can say of itself: `shortcut`, whether the ID tokens are added to the image branch."""
 
     def released_name(self, kind: BaseKind, image_encoder: str) -> str:
         """File name without suffix, as the published adapters are called.

@@ -1,9 +1,8 @@
 """Finished shards to typed batches; nothing is known here of how the shards were made."""
 
 from pipeline.train.loader.batches import Batch, Position
-from pipeline.train.loader.condition import require, unconditional, widths
-from pipeline.train.loader.dataset import Dataset, open_dataset
-from pipeline.train.loader.faces import Face, first_faces
+from pipeline.train.loader.condition import Face, first_faces, require, unconditional, widths
+from pipeline.train.loader.dataset import Dataset, check_hashes, open_dataset
 from pipeline.train.loader.loader import ShardLoader, worker_died
 from pipeline.train.loader.reading import Reading, plan_reading
 
@@ -14,6 +13,7 @@ __all__ = [
     "Position",
     "Reading",
     "ShardLoader",
+    "check_hashes",
     "first_faces",
     "open_dataset",
     "plan_reading",

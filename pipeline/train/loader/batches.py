@@ -4,14 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pipeline.train.loader.condition import row
-from pipeline.train.loader.decode import array
-from pipeline.train.loader.pictures import image, normalised
+from pipeline.train.loader.decode import array, picture
 from pipeline.train.loader.plan_sample import Planned
 from pipeline.train.loader.reading import Reading
 
@@ -84,52 +84,47 @@ def collate(group: Sequence[Planned], reading: Reading, position: Position) -> B
     Raises:
         CorruptShardError: names shard and key of the first that cannot be decoded.
     """
-    texts = {suffix: _text(group, suffix, reading.shapes[suffix]) for suffix in reading.text}
+    width, height = group[0].fit.size
+    pixels = latents = None
+    if reading.latents:
+        shape = (4, height // _PIXELS_PER_LATENT, width // _PIXELS_PER_LATENT)
+        latents = _stacked([array(one.raw, reading.target(one.crop), shape) for one in group], np.float16)
+    else:
+        pixels = torch.empty((len(group), 3, height, width))
+        for one, out in zip(group, pixels.numpy(), strict=True):
+            image = target_pixels(one, reading.target(one.crop))
+            np.multiply(image.transpose(2, 0, 1), np.float32(1 / 127.5), out=out)
+            out -= 1
+    texts = {
+        suffix: _stacked([array(one.raw, suffix, reading.shapes[suffix]) for one in group], np.float16)
+        for suffix in reading.text
+    }
+    condition = {}
+    for role, plain in reading.files.items():
+        nothing, mirrored = reading.unconditional[role], reading.mirrored.get(role, plain)
+        rows = [
+            nothing
+            if one.uncond_image
+            else row(role, array(one.raw, mirrored if one.mirror else plain, reading.shapes[plain]))
+            for one in group
+        ]
+        condition[role] = _stacked(rows, np.float16 if role == "hidden" else np.float32)
+    sizes = [(*one.size[::-1], *one.fit.offset[::-1], height, width) for one in group]
     return Batch(
         keys=tuple(one.raw.key for one in group),
         crops=tuple(one.crop for one in group),
-        pixels=None if reading.latents else _pixels(group, reading),
-        latents=_latents(group, reading) if reading.latents else None,
+        pixels=pixels,
+        latents=latents,
         captions=tuple(one.caption for one in group),
         text_embeds=texts.get("text.npy"),
         text_pooled=texts.get("text_pooled.npy"),
-        condition={role: _features(group, reading, role) for role in reading.files},
+        condition=condition,
         uncond_image=torch.tensor([one.uncond_image for one in group]),
         uncond_text=torch.tensor([one.uncond_text for one in group]),
-        size_ids=torch.tensor([_size_ids(one) for one in group], dtype=torch.float32),
+        size_ids=torch.tensor(sizes, dtype=torch.float32),
         kps=torch.from_numpy(np.stack([one.kps for one in group])),
         position=position,
     )
-
-
-def _pixels(group: Sequence[Planned], reading: Reading) -> Tensor:
-    width, height = group[0].fit.size
-    pixels = torch.empty((len(group), 3, height, width))
-    for one, out in zip(group, pixels.numpy(), strict=True):
-        normalised(image(one, reading.target(one.crop)), out)
-    return pixels
-
-
-def _latents(group: Sequence[Planned], reading: Reading) -> Tensor:
-    width, height = group[0].fit.size
-    shape = (4, height // _PIXELS_PER_LATENT, width // _PIXELS_PER_LATENT)
-    return _stacked([array(one.raw, reading.target(one.crop), shape) for one in group], np.float16)
-
-
-def _text(group: Sequence[Planned], suffix: str, shape: tuple[int, ...]) -> Tensor:
-    return _stacked([array(one.raw, suffix, shape) for one in group], np.float16)
-
-
-def _features(group: Sequence[Planned], reading: Reading, role: str) -> Tensor:
-    nothing = reading.unconditional[role]
-    rows = [nothing if one.uncond_image else row(role, _condition(one, reading, role)) for one in group]
-    return _stacked(rows, np.float16 if role == "hidden" else np.float32)
-
-
-def _condition(one: Planned, reading: Reading, role: str) -> npt.NDArray[Any]:
-    plain = reading.files[role]
-    suffix = reading.mirrored.get(role, plain) if one.mirror else plain
-    return array(one.raw, suffix, reading.shapes[plain])
 
 
 def _stacked(rows: Sequence[npt.NDArray[Any]], dtype: type[np.floating[Any]]) -> Tensor:
@@ -140,6 +135,30 @@ def _stacked(rows: Sequence[npt.NDArray[Any]], dtype: type[np.floating[Any]]) ->
     return torch.from_numpy(out)
 
 
-def _size_ids(one: Planned) -> list[int]:
-    (left, top), (width, height) = one.fit.offset, one.fit.size
-    return [one.size[1], one.size[0], top, left, height, width]
+def target_pixels(planned: Planned, suffix: str) -> npt.NDArray[np.uint8]:
+    """The target (H, W, 3), RGB: decoded, scaled, cut, mirrored, recoloured.
+
+    Raises:
+        CorruptShardError: when the JPEG cannot be decoded whole.
+    """
+    resized, (left, top), (width, height) = planned.fit
+    image: npt.NDArray[Any] = picture(planned.raw, suffix, planned.size, resized)
+    if image.shape[1::-1] != resized:
+        shrinks = image.shape[1] > resized[0] or image.shape[0] > resized[1]
+        image = cv2.resize(image, resized, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    image = image[top : top + height, left : left + width]
+    if planned.mirror:
+        image = albumentations().augmentations.geometric.functional.hflip(image)
+    if planned.colour:
+        functional, (brightness, contrast, saturation) = albumentations().augmentations.functional, planned.colour
+        image = functional.adjust_brightness_torchvision(np.ascontiguousarray(image), brightness)
+        image = functional.adjust_contrast_torchvision(image, contrast)
+        image = functional.adjust_saturation_torchvision(image, saturation)
+    return image
+
+
+def albumentations() -> Any:
+    """The library, which is slow to load, and which most variants never need."""
+    import albumentations
+
+    return albumentations

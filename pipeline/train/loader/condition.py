@@ -1,13 +1,15 @@
 """Roles of a condition, the files that hold them, and what stands for "no face"."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from pipeline.train.loader.dataset import Dataset, first_samples
-from pipeline.train.loader.decode import array
+from pipeline.train.loader.decode import array, picture
 from pipeline.train.settings import ImageEncoder
 from schemas.errors import SourceError
 from schemas.shard import EMBEDDINGS
@@ -17,6 +19,7 @@ _COLUMNS: dict[ImageEncoder, dict[str, str]] = {
     "dinov2": {"arcface": "arcface", "pooled": "dino", "hidden": "dino"},
 }
 """Image encoder -> role -> column."""
+_FACE, _SIDE = "face.jpg", (224, 224)
 
 
 def require(dataset: Dataset, reads: Sequence[str], encoder: ImageEncoder) -> dict[str, str]:
@@ -67,13 +70,12 @@ def unconditional(dataset: Dataset, reads: Sequence[str], encoder: ImageEncoder)
     """
     files = require(dataset, reads, encoder)
     shapes = first_shapes(dataset, list(files.values()))
-    found: dict[str, npt.NDArray[Any]] = {}
-    for role, suffix in files.items():
-        if _needs_features(role, encoder):
-            found[role] = row(role, dataset.unconditional[suffix.removesuffix(".npy")])
-        else:
-            found[role] = np.zeros(shapes[suffix], np.float32)
-    return found
+    return {
+        role: row(role, dataset.unconditional[suffix.removesuffix(".npy")])
+        if _needs_features(role, encoder)
+        else np.zeros(shapes[suffix], np.float32)
+        for role, suffix in files.items()
+    }
 
 
 def first_shapes(dataset: Dataset, suffixes: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -96,3 +98,30 @@ def widths(dataset: Dataset, encoder: ImageEncoder) -> dict[str, int]:
     there = {name: f"{column}.npy" for name, column in columns.items() if f"{column}.npy" in dataset.suffixes}
     shapes = first_shapes(dataset, list(there.values()))
     return {name: shapes[suffix][-1] for name, suffix in there.items()}
+
+
+class Face(NamedTuple):
+    """One sample's face."""
+
+    key: str
+    image: npt.NDArray[np.uint8]
+    """(224, 224, 3) RGB: the aligned face."""
+    condition: dict[str, Tensor]
+    """Role -> features of one sample, float32: arcface (512,), pooled (P,), hidden (257, D)."""
+
+
+def first_faces(dataset: Dataset, count: int, reads: Sequence[str], encoder: ImageEncoder) -> list[Face]:
+    """The first `count` samples in the order of the shards, for validation; fewer where the dataset has fewer.
+
+    Raises:
+        SourceError: as `require`.
+        CorruptShardError: names shard and key of a damaged sample.
+    """
+    files = require(dataset, reads, encoder)
+    shapes = first_shapes(dataset, list(files.values()))
+    faces = []
+    for raw in first_samples(dataset, count, {"json", _FACE, *files.values()}):
+        features = {role: row(role, array(raw, suffix, shapes[suffix])) for role, suffix in files.items()}
+        condition = {role: torch.from_numpy(values.astype(np.float32)) for role, values in features.items()}
+        faces.append(Face(raw.key, picture(raw, _FACE, _SIDE, _SIDE), condition))
+    return faces

@@ -5,16 +5,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from pipeline.train.settings import CropWeights
 from schemas.buckets import Fit, Size, fit_around, nearest
 
 CROPS = ("portrait", "half", "full")
+_OTHER_SIDE = [1, 0, 2, 4, 3]
+"""Left and right eye and mouth corner change sides in a mirror."""
 
 Box = Sequence[float]
 """x0, y0, x1, y1 in pixels."""
 
 
-class Crop(NamedTuple):
+class TargetCrop(NamedTuple):
     """One crop of a photo, and how it becomes a target."""
 
     box: Box
@@ -29,16 +34,33 @@ class Crop(NamedTuple):
         """Whether the target has more pixels than the picture can fill."""
         return self.fit.resized[0] > self.size[0]
 
+    def on_target(self, points: npt.NDArray[np.float64], mirror: bool) -> npt.NDArray[np.float32]:
+        """Points (5, 2) of the photo in pixels of the target.
+
+        Edges scale, and middles of pixels lie half a pixel behind them.
+
+        Raises:
+            ValueError: when they are not finite.
+        """
+        start = np.array(self.box[:2])
+        scale = np.array(self.fit.resized) / (np.array(self.box[2:]) - start)
+        placed = (points + 0.5 - start) * scale - 0.5 - np.array(self.fit.offset)
+        if not np.isfinite(placed).all():
+            raise ValueError("kps are not finite")
+        if mirror:
+            placed = placed[_OTHER_SIDE]
+            placed[:, 0] = self.fit.size[0] - 1 - placed[:, 0]
+        return np.asarray(placed, np.float32)
+
 
 class Balance:
     """Picks crops so that their shares approach the weights, though some are often absent: these are made up for."""
 
     def __init__(self, weights: CropWeights) -> None:
-        """Nothing was picked yet."""
         self._weights = {crop: float(getattr(weights, crop)) for crop in CROPS}
         self._counts: Counter[str] = Counter()
 
-    def pick(self, there: Mapping[str, Crop], draw: float) -> str:
+    def pick(self, there: Mapping[str, TargetCrop], draw: float) -> str:
         """One of the crops that are there.
 
         Those that would be enlarged are taken only when no other is there, the largest first; so are those of no
@@ -48,33 +70,25 @@ class Balance:
             there: name -> crop, at least one.
             draw: uniform in [0, 1).
         """
-        picked = self._drawn(self._candidates(there), draw)
+        weighted = [crop for crop in CROPS if crop in there and self._weights[crop]]
+        candidates = [crop for crop in weighted if not there[crop].enlarged]
+        if not candidates:
+            candidates = [max(weighted or there, key=lambda crop: (min(there[crop].size), crop))]
+        picked = candidates[0]
+        if len(candidates) > 1:
+            # A chance in proportion to what each lacks of its share among the candidates.
+            weights = sum(self._weights[crop] for crop in candidates)
+            picks = sum(self._counts[crop] for crop in candidates) + 1
+            lacks = [max(0.0, self._weights[crop] / weights * picks - self._counts[crop]) for crop in candidates]
+            picked = candidates[lacks.index(max(lacks))]
+            left = draw * sum(lacks)
+            for crop, lack in zip(candidates, lacks, strict=True):
+                left -= lack
+                if left < 0:
+                    picked = crop
+                    break
         self._counts[picked] += 1
         return picked
-
-    def _candidates(self, there: Mapping[str, Crop]) -> list[str]:
-        weighted = [crop for crop in CROPS if crop in there and self._weights[crop]]
-        if not weighted:
-            return [_largest(there, there)]
-        return [crop for crop in weighted if not there[crop].enlarged] or [_largest(weighted, there)]
-
-    def _drawn(self, candidates: Sequence[str], draw: float) -> str:
-        """A candidate, with a chance in proportion to what it lacks of its share among the candidates."""
-        if len(candidates) == 1:
-            return candidates[0]
-        weights = sum(self._weights[crop] for crop in candidates)
-        picks = sum(self._counts[crop] for crop in candidates) + 1
-        lacks = [max(0.0, self._weights[crop] / weights * picks - self._counts[crop]) for crop in candidates]
-        left = draw * sum(lacks)
-        for crop, lack in zip(candidates, lacks, strict=True):
-            left -= lack
-            if left < 0:
-                return crop
-        return candidates[lacks.index(max(lacks))]
-
-
-def _largest(names: Sequence[str] | Mapping[str, Crop], there: Mapping[str, Crop]) -> str:
-    return max(names, key=lambda crop: (min(there[crop].size), crop))
 
 
 def bucketed(crop: str, size: Size, face: Box, sizes: Sequence[Size]) -> Fit:
@@ -83,13 +97,13 @@ def bucketed(crop: str, size: Size, face: Box, sizes: Sequence[Size]) -> Fit:
 
 
 def random_square(size: Size, face: Box, side: int, at: tuple[float, float]) -> Fit:
-    """A square at a random place that holds the face; one that is too large is held by its centre.
+    """A random square that holds the face; one that is too large is held by its centre.
 
     Args:
         size: of the picture.
         face: box in it.
         side: of the square, pixels.
-        at: two uniform draws in [0, 1), for the horizontal and the vertical place.
+        at: two uniform draws in [0, 1), for the horizontal and the vertical position.
     """
     middle = fit_around(*size, (side, side), face)
     starts = []

@@ -1,6 +1,8 @@
 """The dataset that is trained on: shards of one or more folders, and what they all hold."""
 
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
@@ -12,23 +14,24 @@ from safetensors.numpy import load
 
 from pipeline.train.loader.decode import targets
 from pipeline.train.loader.folders import (
-    Part,
+    DatasetFolder,
     check_embedders,
-    check_hashes,
     check_lengths,
     check_manifests,
     dataset_files,
-    read_part,
+    read_folder,
+    wrong_hash,
 )
 from pipeline.train.loader.shards import Raw, Shard, samples
 from pipeline.train.settings import DataSettings
 from schemas.digest import sha256, sha256_of_json
-from schemas.errors import SourceError
+from schemas.errors import CorruptShardError, SourceError
 from schemas.shard import UNCONDITIONAL, Manifest
 from schemas.targets import Targets
 
 T = TypeVar("T")
 
+_HASHING_THREADS = 8
 _PEEKED = 4
 """Samples per plan whose files tell what its shards hold: a crop may be absent from one."""
 
@@ -39,6 +42,8 @@ class Dataset:
 
     shards: tuple[Shard, ...]
     """Folder by folder as given, sorted by name in each."""
+    manifests: tuple[Manifest, ...]
+    """Of the same shards."""
     profiles: tuple[str, ...]
     """Profiles that the shards were made with, sorted."""
     models: tuple[dict[str, str], ...]
@@ -61,7 +66,6 @@ class Dataset:
 
     @property
     def samples(self) -> int:
-        """Samples of all shards."""
         return sum(shard.kept for shard in self.shards)
 
     @property
@@ -70,99 +74,103 @@ class Dataset:
         return {model["name"]: model["licence"] for model in self.models}
 
 
-def open_dataset(
-    dirs: Sequence[str],
-    data: DataSettings,
-    *,
-    verified: Collection[str] = (),
-    on_shard: Callable[[str], None] | None = None,
-) -> Dataset:
-    """Find and check the finished shards of `make dataset` outputs.
+def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
+    """Find the finished shards of `make dataset` outputs; tars are measured, not hashed.
 
     Args:
         dirs: OUT folders, or their `shards` folders; paths or fsspec URLs.
-        data: `verify` says whether tars are hashed or only measured.
-        verified: dataset digests (`Dataset.digest`, or one of `.digests`) whose tars were hashed before.
-        on_shard: hears the name of every tar that was hashed.
+        data: `verify` says whether manifests must be those of dataset.json.
 
     Raises:
-        SourceError: when a folder holds no samples, a tar is not what its manifest says, or embedders differ.
+        SourceError: when a folder holds no samples, a tar is not as long as its manifest says, or embedders differ.
     """
     if not dirs:
         raise SourceError("No dataset is given: --from-shards takes the OUT folders of `make dataset`.")
-    parts = [read_part(given) for given in dirs]
-    check_embedders(parts)
-    digests = tuple(part.digest for part in parts)
-    total = digests[0] if len(digests) == 1 else sha256_of_json({str(index): one for index, one in enumerate(digests)})
-    for part in parts:
-        check_lengths(part)
+    folders = [read_folder(given) for given in dirs]
+    check_embedders(folders)
+    for folder in folders:
+        check_lengths(folder)
         if data.verify == "sha256":
-            check_manifests(part)
-        if data.verify == "sha256" and not {part.digest, total} & set(verified):
-            check_hashes(part, on_shard)
-    return _described(parts, digests, total)
-
-
-def _described(parts: Sequence[Part], digests: tuple[str, ...], total: str) -> Dataset:
-    listed = [entry for part in parts for entry in part.listed()]
+            check_manifests(folder)
+    digests = tuple(folder.digest for folder in folders)
+    listed = [entry for folder in folders for entry in folder.listed()]
     manifests = [manifest for _, manifest in listed]
-    peeked = [_peek(shard) for shard in _one_per_plan(listed)]
+    # The first samples of one shard per plan; of all but their json it is only noted that they are there.
+    one_per_plan = {manifest.plan_digest: shard for shard, manifest in reversed(listed)}.values()
+    peeked = [
+        list(samples(shard, 0, min(_PEEKED, shard.kept), lambda suffix: suffix == "json")) for shard in one_per_plan
+    ]
     suffixes = [frozenset(suffix for raw in raws for suffix in raw.files) for raws in peeked]
+    made_by = [one for raws in peeked for raw in raws if (one := targets(raw))]
     return Dataset(
         shards=tuple(shard for shard, _ in listed),
+        manifests=tuple(manifests),
         profiles=tuple(sorted({manifest.profile for manifest in manifests})),
         models=_distinct(model for manifest in manifests for model in manifest.models),
         digests=digests,
-        digest=total,
-        unconditional=_unconditional(parts),
+        digest=digests[0] if len(digests) == 1 else sha256_of_json({str(i): one for i, one in enumerate(digests)}),
+        unconditional=_unconditional(folders),
         suffixes=frozenset.intersection(*suffixes),
-        targets=_distinct(replace(told, latents={}) for raws in peeked for raw in raws if (told := targets(raw))),
+        targets=_distinct(replace(one, latents={}) for one in made_by),
     )
 
 
-def _one_per_plan(listed: Iterable[tuple[Shard, Manifest]]) -> list[Shard]:
-    first: dict[str, Shard] = {}
-    for shard, manifest in listed:
-        first.setdefault(manifest.plan_digest, shard)
-    return list(first.values())
+def check_hashes(
+    dataset: Dataset,
+    rank: int = 0,
+    ranks: int = 1,
+    *,
+    hashed_before: str | None = None,
+    on_shard: Callable[[str], None] | None = None,
+) -> None:
+    """Compare the sha256 of tars with their manifests.
+
+    Args:
+        dataset: the shards.
+        rank: this process, of `ranks` that do this together: each hashes a share.
+        ranks: see `rank`.
+        hashed_before: digest of a dataset that needs no second look.
+        on_shard: is called with the name of every tar that was hashed.
+
+    Raises:
+        CorruptShardError: for the first tar that differs.
+    """
+    if dataset.digest == hashed_before:
+        return
+    shards, manifests = dataset.shards[rank::ranks], dataset.manifests[rank::ranks]
+    with ThreadPoolExecutor(min(_HASHING_THREADS, os.cpu_count() or 1)) as pool:
+        for shard, wrong in zip(shards, pool.map(wrong_hash, shards, manifests), strict=True):
+            if wrong:
+                raise CorruptShardError(wrong)
+            if on_shard:
+                on_shard(shard.name)
 
 
-def _peek(shard: Shard) -> list[Raw]:
-    """The first samples, of which only the json was read."""
-    count = min(_PEEKED, shard.kept)
-    return list(samples(shard, 0, count, lambda suffix: suffix == "json"))
-
-
-def _distinct(found: Iterable[T]) -> tuple[T, ...]:
+def _distinct(values: Iterable[T]) -> tuple[T, ...]:
     distinct: list[T] = []
-    for one in found:
+    for one in values:
         if one not in distinct:
             distinct.append(one)
     return tuple(distinct)
 
 
-def _unconditional(parts: Sequence[Part]) -> dict[str, npt.NDArray[Any]]:
+def _unconditional(folders: Sequence[DatasetFolder]) -> dict[str, npt.NDArray[Any]]:
     """The features of the first folder that has them; all folders were made by the same models."""
-    found: dict[str, npt.NDArray[Any]] = {}
-    for part in parts:
-        told = dataset_files(part).get(UNCONDITIONAL)
-        if told:
-            found = _checked_features(part, told) | found
-    return found
-
-
-def _checked_features(part: Part, told: str) -> dict[str, npt.NDArray[Any]]:
-    path = part.root / UNCONDITIONAL
-    wrong = f"{path} is not what dataset.json describes: run `python -m pipeline dataset` on {part.given} again."
-    try:
-        data = path.read_bytes()
-        if sha256(data) != told:
+    features: dict[str, npt.NDArray[Any]] = {}
+    for folder in folders:
+        digest = dataset_files(folder).get(UNCONDITIONAL)
+        if not digest:
+            continue
+        path = folder.root / UNCONDITIONAL
+        wrong = f"{path} is not what dataset.json describes: run `python -m pipeline dataset` on {folder.given} again."
+        try:
+            data = path.read_bytes()
+            mine: dict[str, npt.NDArray[Any]] = load(data) if sha256(data) == digest else {}
+        except (OSError, SafetensorError) as error:
+            raise SourceError(wrong) from error
+        if not mine or not all(np.isfinite(values).all() for values in mine.values()):
             raise SourceError(wrong)
-        features: dict[str, npt.NDArray[Any]] = load(data)
-    except (OSError, SafetensorError) as error:
-        raise SourceError(wrong) from error
-    if not all(np.isfinite(values).all() for values in features.values()):
-        raise SourceError(wrong)
+        features = mine | features
     return features
 
 

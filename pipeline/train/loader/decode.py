@@ -23,12 +23,12 @@ def meta(raw: Raw) -> dict[str, Any]:
         CorruptShardError: when it is none.
     """
     try:
-        found = json.loads(raw.content("json"))
-        if not isinstance(found, dict):
+        content = json.loads(raw.content("json"))
+        if not isinstance(content, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
         raise raw.corrupt("json", f"is no JSON object: {error}") from error
-    return found
+    return content
 
 
 def targets(raw: Raw) -> Targets | None:
@@ -37,9 +37,9 @@ def targets(raw: Raw) -> Targets | None:
     Raises:
         CorruptShardError: when the json cannot be read.
     """
-    told = meta(raw).get("targets")
+    entry = meta(raw).get("targets")
     try:
-        return None if told is None else Targets.from_object(told)
+        return None if entry is None else Targets.from_object(entry)
     except CorruptShardError as error:
         raise raw.corrupt("json", f"is damaged: {error}") from error
 
@@ -51,24 +51,21 @@ def array(raw: Raw, suffix: str, shape: tuple[int, ...] | None = None) -> npt.ND
         CorruptShardError: when it is something else.
     """
     try:
-        found = decode_npy(raw.content(suffix))
+        values = decode_npy(raw.content(suffix))
     except CorruptShardError as error:
         raise error if suffix not in raw.files else raw.corrupt(suffix, f"is damaged: {error}") from error
-    if found.dtype not in (np.float16, np.float32):
-        raise raw.corrupt(suffix, f"holds {found.dtype}, not float16 or float32")
-    if shape is not None and found.shape != shape:
-        raise raw.corrupt(suffix, f"has the shape {found.shape}, not {shape}")
-    if not _finite(found):
+    if values.dtype not in (np.float16, np.float32):
+        raise raw.corrupt(suffix, f"holds {values.dtype}, not float16 or float32")
+    if shape is not None and values.shape != shape:
+        raise raw.corrupt(suffix, f"has the shape {values.shape}, not {shape}")
+    if values.dtype == np.float16:
+        # numpy has no vector code for isfinite on float16; as integers, all ones in the exponent are inf and nan.
+        is_finite = (values.view(np.uint16) & 0x7FFF).max(initial=0) < 0x7C00
+    else:
+        is_finite = np.isfinite(values).all()
+    if not is_finite:
         raise raw.corrupt(suffix, "is not finite")
-    return found
-
-
-def _finite(values: npt.NDArray[Any]) -> bool:
-    if values.dtype != np.float16:
-        return bool(np.isfinite(values).all())
-    # numpy has no vector code for isfinite on float16; as integers, all ones in the exponent are inf and nan.
-    bits: npt.NDArray[np.uint16] = values.view(np.uint16)
-    return bool((bits & 0x7FFF).max(initial=0) < 0x7C00)
+    return values
 
 
 def picture(raw: Raw, suffix: str, size: tuple[int, int], wanted: tuple[int, int]) -> npt.NDArray[np.uint8]:
@@ -87,9 +84,9 @@ def picture(raw: Raw, suffix: str, size: tuple[int, int], wanted: tuple[int, int
     data = raw.content(suffix)
     scale = next((by for by in (4, 2) if size[0] >= by * wanted[0] and size[1] >= by * wanted[1]), 1)
     whole = data.rstrip(b"\0").endswith(_END_OF_JPEG)
-    found = cv2.imdecode(np.frombuffer(data, np.uint8), _REDUCED[scale]) if whole else None
-    if found is None:
+    bgr = cv2.imdecode(np.frombuffer(data, np.uint8), _REDUCED[scale]) if whole else None
+    if bgr is None:
         raise raw.corrupt(suffix, "is no whole JPEG")
-    if found.shape[:2] != (-(-size[1] // scale), -(-size[0] // scale)):
+    if bgr.shape[:2] != (-(-size[1] // scale), -(-size[0] // scale)):
         raise raw.corrupt(suffix, f"is not of {size[0]} x {size[1]} pixels, as the json says")
-    return np.asarray(cv2.cvtColor(found, cv2.COLOR_BGR2RGB), np.uint8)
+    return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), np.uint8)

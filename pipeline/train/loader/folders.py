@@ -1,9 +1,7 @@
 """The folders of `make dataset`: their manifests, and whether their tars are what these say."""
 
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,10 +14,9 @@ from schemas.shard import DATASET, Manifest, dataset_digest
 
 _EMBEDDERS = ("face_embedder", "image_embedder")
 """Tasks whose models must be the same everywhere: their vectors are one adapter's input."""
-_HASHING_THREADS = 8
 
 
-class Part(NamedTuple):
+class DatasetFolder(NamedTuple):
     """One of the given folders."""
 
     given: str
@@ -44,7 +41,7 @@ class Part(NamedTuple):
                 yield Shard(self.given, manifest.shard, self.shards / f"{manifest.shard}.tar", manifest.kept), manifest
 
 
-def read_part(given: str) -> Part:
+def read_folder(given: str) -> DatasetFolder:
     """Find the finished shards of a folder: the OUT of a `dataset` run, or its `shards`.
 
     Raises:
@@ -58,15 +55,15 @@ def read_part(given: str) -> Part:
         if not shards.is_dir():
             root, shards = root.parent, root
         manifests = [_manifest(shards / f"{name}.json") for name in finished_shards(names(shards))]
-        part = Part(given, root, shards, sizes(shards), manifests)
+        folder = DatasetFolder(given, root, shards, sizes(shards), manifests)
     except OutputError as error:
         raise SourceError(f"{given} cannot be opened: {error}") from error
     except OSError as error:
         raise SourceError(f"{given} cannot be read: {error}") from error
-    if not any(manifest.kept for manifest in part.manifests):
-        lack = "no sample was kept" if part.manifests else "there is no finished shard"
+    if not any(manifest.kept for manifest in folder.manifests):
+        lack = "no sample was kept" if folder.manifests else "there is no finished shard"
         raise SourceError(f"{given} holds nothing to train on ({lack}): run `make dataset` with OUT={given} first.")
-    return part
+    return folder
 
 
 def _manifest(path: AnyPath) -> Manifest:
@@ -80,57 +77,57 @@ def _manifest(path: AnyPath) -> Manifest:
         raise SourceError(f"{path} is damaged ({error}): remove it and run `make dataset` again.") from error
 
 
-def dataset_files(part: Part) -> dict[str, str]:
+def dataset_files(folder: DatasetFolder) -> dict[str, str]:
     """Name -> sha256 of the further files of a dataset, as dataset.json tells; empty where it is not there (yet).
 
     Raises:
         SourceError: when dataset.json is damaged.
     """
-    with _reading(part):
-        files = _dataset(part).get("files", {})
-        return {name: str(told["sha256"]) for name, told in files.items()}
+    with _reading(folder):
+        files = _dataset(folder).get("files", {})
+        return {name: str(entry["sha256"]) for name, entry in files.items()}
 
 
-def check_manifests(part: Part) -> None:
-    """Compare the manifests with what the dataset's last run told of them, where one came to its end.
+def check_manifests(folder: DatasetFolder) -> None:
+    """Compare the manifests with the digest that the dataset's last run wrote, where one came to its end.
 
     Raises:
         SourceError: when some are missing or were changed.
     """
-    with _reading(part):
-        told = _dataset(part).get("dataset_digest", part.digest)
-    if told != part.digest:
+    with _reading(folder):
+        digest = _dataset(folder).get("dataset_digest", folder.digest)
+    if digest != folder.digest:
         raise SourceError(
-            f"The manifests of {part.given} are not those that {part.root / DATASET} was written for: copy the "
-            f"dataset again (`python -m pipeline verify {part.given}` tells what differs), or train on what is there "
+            f"The manifests of {folder.given} are not those that {folder.root / DATASET} was written for: copy the "
+            f"dataset again (`python -m pipeline verify {folder.given}` tells what differs), or train on what is there "
             "with --set data.verify=size."
         )
 
 
-def _dataset(part: Part) -> dict[str, Any]:
+def _dataset(folder: DatasetFolder) -> dict[str, Any]:
     try:
-        told: dict[str, Any] = json.loads((part.root / DATASET).read_bytes())
+        dataset: dict[str, Any] = json.loads((folder.root / DATASET).read_bytes())
     except FileNotFoundError:
         return {}
-    return told
+    return dataset
 
 
 @contextmanager
-def _reading(part: Part) -> Iterator[None]:
+def _reading(folder: DatasetFolder) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise SourceError(f"{part.root / DATASET} is damaged: run `make dataset` again.") from error
+        raise SourceError(f"{folder.root / DATASET} is damaged: run `make dataset` again.") from error
 
 
-def check_embedders(parts: Sequence[Part]) -> None:
+def check_embedders(folders: Sequence[DatasetFolder]) -> None:
     """Refuse shards whose vectors come from different models.
 
     Raises:
         SourceError: names two folders and the models.
     """
     for task in _EMBEDDERS:
-        every = [(part.given, _used(task, manifest)) for part in parts for manifest in part.manifests]
+        every = [(folder.given, _used(task, manifest)) for folder in folders for manifest in folder.manifests]
         used = [entry for entry in every if entry[1]]
         for given, models in used:
             if models != used[0][1]:
@@ -146,44 +143,33 @@ def _used(task: str, manifest: Manifest) -> list[str]:
     return sorted(f"{model['name']} {model['sha256'][:12]}".strip() for model in models)
 
 
-def check_lengths(part: Part) -> None:
+def check_lengths(folder: DatasetFolder) -> None:
     """Compare the length of each tar with its manifest.
 
     Raises:
         SourceError: for the first tar that is missing or of another length.
     """
-    for shard, manifest in part.listed():
-        told, found = _told(manifest)["bytes"], part.sizes.get(f"{shard.name}.tar")
-        if found is None:
+    for shard, manifest in folder.listed():
+        expected, length = _tar_entry(manifest)["bytes"], folder.sizes.get(f"{shard.name}.tar")
+        if length is None:
             raise SourceError(f"{shard.tar} is missing, though its manifest is there: copy the dataset again.")
-        if found != told:
-            raise SourceError(f"{shard.tar} has {found} bytes, its manifest says {told}: copy the dataset again.")
+        if length != expected:
+            raise SourceError(f"{shard.tar} has {length} bytes, its manifest says {expected}: copy the dataset again.")
 
 
-def check_hashes(part: Part, on_shard: Callable[[str], None] | None = None) -> None:
-    """Compare the sha256 of each tar with its manifest; `on_shard` hears the names.
-
-    Raises:
-        SourceError: for the first tar that differs.
-    """
-    listed = list(part.listed())
-    with ThreadPoolExecutor(min(_HASHING_THREADS, os.cpu_count() or 1)) as pool:
-        for (shard, manifest), found in zip(listed, pool.map(_sha256, (shard.tar for shard, _ in listed)), strict=True):
-            if found != _told(manifest)["sha256"]:
-                raise SourceError(
-                    f"{shard.tar} is not the file of its manifest (sha256 {found[:12]}…): copy the dataset again, "
-                    f"or make it anew; `python -m pipeline verify {part.given}` tells what is damaged."
-                )
-            if on_shard:
-                on_shard(shard.name)
+def wrong_hash(shard: Shard, manifest: Manifest) -> str | None:
+    """What is wrong when the tar's sha256 is not that of its manifest."""
+    with shard.tar.open("rb") as stream:
+        sha256 = sha256_of_stream(stream)
+    if sha256 == _tar_entry(manifest)["sha256"]:
+        return None
+    return (
+        f"{shard.tar} is not the file of its manifest (sha256 {sha256[:12]}…): copy the dataset again, or make it "
+        f"anew; `python -m pipeline verify {shard.folder}` tells what is damaged."
+    )
 
 
-def _sha256(path: AnyPath) -> str:
-    with path.open("rb") as stream:
-        return sha256_of_stream(stream)
-
-
-def _told(manifest: Manifest) -> dict[str, Any]:
+def _tar_entry(manifest: Manifest) -> dict[str, Any]:
     name = f"{manifest.shard}.tar"
     if name not in manifest.files:
         raise SourceError(f"The manifest of {manifest.shard} names no {name}: run `make dataset` again.")

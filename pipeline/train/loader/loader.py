@@ -11,19 +11,18 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline.shared.files import forget_network_loops
-from pipeline.train.loader.batches import Batch
+from pipeline.train.loader.batches import Batch, albumentations
 from pipeline.train.loader.dataset import Dataset
-from pipeline.train.loader.pictures import preload
 from pipeline.train.loader.reading import plan_reading
 from pipeline.train.loader.stream import Consumer
-from pipeline.train.settings import TrainConfig
+from pipeline.train.settings import TrainConfig, leaves, without_free_keys
 from schemas.digest import sha256_of_json
 from schemas.errors import ConfigError, FaceShardsError, SourceError, UserError
 
 _WORKER_DIED = "DataLoader worker"
 """How torch's message of a dead worker begins."""
 _GRACE_S = 60
-"""A worker that was told to stop ends by itself when its parent has; if it hangs, it is ended after so long."""
+"""A worker that gets SIGTERM ends by itself when its parent has; if it hangs, it is ended after so long."""
 
 
 class ShardLoader:
@@ -37,7 +36,6 @@ class ShardLoader:
         *,
         rank: int = 0,
         world: int = 1,
-        state: Mapping[str, Any] | None = None,
         base: Path | None = None,
         pin_memory: bool = False,
     ) -> None:
@@ -49,49 +47,66 @@ class ShardLoader:
             config: of the run.
             rank: this process, from 0.
             world: training processes.
-            state: `state_dict()` of a loader of the same run and rank, to go on with the batch after its last one.
             base: diffusers folder of the base, whose encoders precomputed targets must be of; None is trust.
             pin_memory: put batches into page-locked memory, for a GPU.
 
         Raises:
             SourceError: when the shards lack what is read, or hold fewer samples than there are processes.
-            ConfigError: when `state` is of another order.
         """
         if dataset.samples < world:
             raise SourceError(f"{dataset.folders} holds {dataset.samples} samples, too few for {world} processes.")
-        self.reading = plan_reading(dataset, variant_reads, config, base)
+        self.reading = reading = plan_reading(dataset, variant_reads, config, base)
+        self.notices = reading.notices
         # A worker without samples would have nothing to wait for.
         self.workers = min(config.data.workers, dataset.samples // world)
         self._streams = max(1, self.workers)
         self._dataset, self._config, self._rank, self._world = dataset, config, rank, world
         self._pin_memory = pin_memory
-        self._order = self._digest()
+        # What a sample becomes, and whose turn it is: all of it must stay when a run is resumed.
+        settings = config.model_dump(mode="json")
+        same = leaves({name: settings[name] for name in ("seed", "augment", "guidance", "data")})
+        done = [reading.latents, list(reading.text), reading.flip, reading.colour, sorted(reading.files.values())]
+        self._identity = sha256_of_json(
+            {**without_free_keys(same), "done": done, "who": [rank, world], "dataset": dataset.digest}
+        )
+        # How samples are dealt out; the number of a batch means one in this order.
+        self._deal = [self._streams, config.data.shuffle]
         self._positions = [(0, 0)] * self._streams
         self._next = 0
-        if state is not None:
-            self._restore(state)
 
-    def _digest(self) -> str:
-        """What decides which batch comes when, and what is in it."""
-        reading, config = self.reading, self._config.model_dump(mode="json")
-        done = [reading.latents, list(reading.text), reading.flip, reading.colour, sorted(reading.files.values())]
-        data = {name: value for name, value in config["data"].items() if name not in ("verify", "allow_embedded")}
-        told = {name: config[name] for name in ("seed", "augment", "guidance")}
-        who = [self._rank, self._world, self._streams]
-        return sha256_of_json({**told, "data": data, "done": done, "who": who, "dataset": self._dataset.digest})
+    def state_dict(self) -> dict[str, Any]:
+        """What was delivered so far, whatever workers have read ahead; JSON-able."""
+        return {
+            "identity": self._identity,
+            "deal": self._deal,
+            "positions": [list(position) for position in self._positions],
+            "next": self._next,
+        }
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        if state["order"] != self._order:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the batch after the last one of a loader of the same run and rank.
+
+        With another number of workers or another shuffle buffer there is no such batch: the rest of the epoch is left
+        out, and the next one begins.
+
+        Raises:
+            ConfigError: when `state` is of another run.
+        """
+        if state["identity"] != self._identity:
             raise ConfigError(
                 "The place in the data cannot be returned to: dataset, seed, data settings, variant and number of "
                 "processes must be those that the run was started with."
             )
-        self._positions = [(int(epoch), int(index)) for epoch, index in state["positions"]]
-        self._next = int(state["next"])
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was delivered so far, whatever workers have read ahead; JSON-able."""
-        return {"order": self._order, "positions": [list(place) for place in self._positions], "next": self._next}
+        if state["deal"] == self._deal:
+            self._positions = [(int(epoch), int(index)) for epoch, index in state["positions"]]
+            self._next = int(state["next"])
+            return
+        epoch = 1 + max(int(epoch) for epoch, _ in state["positions"])
+        self._positions, self._next = [(epoch, 0)] * self._streams, 0
+        self.notices += (
+            f"data.workers or data.shuffle differ from before, and with them the order of samples: it goes on with the "
+            f"beginning of epoch {epoch}.",
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the first that was not delivered yet, without end.
@@ -101,32 +116,8 @@ class ShardLoader:
             UserError: when a worker process was killed.
         """
         if not self.reading.latents and (self.reading.flip or self.reading.colour):
-            preload()
-        batches = iter(self._started())
-        try:
-            while True:
-                found = _next(batches)
-                if isinstance(found, FaceShardsError):
-                    raise found
-                yield self._delivered(found)
-        finally:
-            del batches  # ends the workers
-
-    def _started(self) -> "DataLoader[Batch | FaceShardsError]":
-        stream = _Stream(self._consumers(), self._positions, self._next)
-        return DataLoader(
-            stream,
-            batch_size=None,
-            num_workers=self.workers,
-            collate_fn=_same,
-            worker_init_fn=_start_worker,
-            pin_memory=self._pin_memory,
-            # Else it would draw from torch's own generator, whose state is part of a checkpoint.
-            generator=torch.Generator().manual_seed(0),
-        )
-
-    def _consumers(self) -> list[Consumer]:
-        return [
+            albumentations()  # before processes are forked that would each load it
+        consumers = [
             Consumer(
                 self._dataset,
                 self.reading,
@@ -137,12 +128,29 @@ class ShardLoader:
             )
             for worker in range(self._streams)
         ]
-
-    def _delivered(self, batch: Batch) -> Batch:
-        worker, epoch, number = batch.position
-        self._positions[worker] = (epoch, number + 1)
-        self._next = (worker + 1) % self._streams
-        return batch
+        batches = iter(
+            DataLoader(
+                _Stream(consumers, self._positions, self._next),
+                batch_size=None,
+                num_workers=self.workers,
+                collate_fn=_same,
+                worker_init_fn=_start_worker,
+                pin_memory=self._pin_memory,
+                # Else it would draw from torch's own generator, whose state is part of a checkpoint.
+                generator=torch.Generator().manual_seed(0),
+            )
+        )
+        try:
+            while True:
+                batch = _next(batches)
+                if isinstance(batch, FaceShardsError):
+                    raise batch
+                worker, epoch, number = batch.position
+                self._positions[worker] = (epoch, number + 1)
+                self._next = (worker + 1) % self._streams
+                yield batch
+        finally:
+            del batches  # ends the workers
 
 
 def _next(batches: Iterator[Batch | FaceShardsError]) -> Batch | FaceShardsError:
@@ -156,7 +164,7 @@ def _next(batches: Iterator[Batch | FaceShardsError]) -> Batch | FaceShardsError
 
 
 def worker_died(error: RuntimeError) -> UserError | None:
-    """What to tell the user when torch says that a loader process died; None for other errors.
+    """The error for the user when torch reports that a loader process died; None for other errors.
 
     torch raises it wherever the training process happens to be, so callers of the loader may meet it too.
     """

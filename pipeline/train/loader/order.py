@@ -12,7 +12,7 @@ import numpy as np
 _SHARDS, _DRAWS = 0, 1
 
 
-class Segment(NamedTuple):
+class SampleRange(NamedTuple):
     """Consecutive samples of one shard."""
 
     shard: int
@@ -32,7 +32,7 @@ def draws_generator(seed: int, epoch: int, consumer: int) -> np.random.Generator
     return np.random.default_rng([_DRAWS, seed, epoch, consumer])
 
 
-def segments(kept: Sequence[int], seed: int, epoch: int, consumer: int, consumers: int) -> list[Segment]:
+def sample_ranges(kept: Sequence[int], seed: int, epoch: int, consumer: int, consumers: int) -> list[SampleRange]:
     """The consumer's part of an epoch, in reading order; together the consumers' parts are all samples, once each.
 
     Args:
@@ -44,10 +44,10 @@ def segments(kept: Sequence[int], seed: int, epoch: int, consumer: int, consumer
     """
     total = sum(kept)
     first, last = consumer * total // consumers, (consumer + 1) * total // consumers
-    found, position = [], 0
+    ranges, position = [], 0
     for shard in shard_order(seed, epoch, len(kept)):
         start, stop = max(first - position, 0), min(last - position, kept[shard])
         if start < stop:
-            found.append(Segment(shard, start, stop))
+            ranges.append(SampleRange(shard, start, stop))
         position += kept[shard]
-    return found
+    return ranges

@@ -1,4 +1,4 @@
-"""What is read of each sample, and what is done to it; decided, and said, before step 0."""
+"""What is read of each sample, and what is done to it; decided before step 0."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,15 +67,35 @@ def plan_reading(dataset: Dataset, reads: Sequence[str], config: TrainConfig, ba
         CorruptShardError: when the first sample is damaged.
     """
     notices: list[str] = []
+    suffixes, augment = dataset.suffixes, config.augment
     files = require(dataset, reads, config.adapter.image_encoder)
     latents = _precomputed("latents", dataset, config.data, base, notices)
     text = _precomputed("text", dataset, config.data, base, notices)
-    texts = tuple(suffix for suffix in (_TEXT, _TEXT_POOLED) if text and suffix in dataset.suffixes)
+    texts = tuple(suffix for suffix in (_TEXT, _TEXT_POOLED) if text and suffix in suffixes)
     if latents and not config.data.buckets:
         notices.append("data.buckets = false has no effect: precomputed latents are cut to buckets already.")
+
+    # The condition has to follow what is done to the target; what it cannot follow is left out.
     features = {role: suffix for role, suffix in files.items() if role != _MIRRORS_FREELY}
     mirrored = {role: suffix.replace(".npy", "_mirror.npy") for role, suffix in features.items()}
-    flip = _switch("flip", config.augment.flip, _against_flip(dataset, latents, mirrored), notices)
+    missing = [suffix for suffix in mirrored.values() if suffix not in suffixes]
+    against_flip = against_colour = ""
+    if latents:
+        against_flip = "precomputed latents cannot be mirrored (data.latents = images could be)"
+        against_colour = "precomputed latents have no colours to change (data.latents = images has)"
+    elif missing:
+        against_flip = (
+            f"the shards have no {missing[0]}, which a mirrored target needs (make the dataset --with mirror)"
+        )
+    if features and not latents:
+        against_colour = "the variant reads image features, which hold the colours of the face"
+    for name, wanted, against in (
+        ("flip", augment.flip, against_flip),
+        ("colour", augment.colour, against_colour),
+    ):
+        if wanted and against:
+            notices.append(f"augment.{name} is off: {against}.")
+    flip = 0.0 if against_flip else augment.flip
     return Reading(
         files=files,
         mirrored=mirrored if flip else {},
@@ -84,63 +104,41 @@ def plan_reading(dataset: Dataset, reads: Sequence[str], config: TrainConfig, ba
         latents=latents,
         text=texts,
         flip=flip,
-        colour=_switch("colour", config.augment.colour, _against_colour(latents, reads), notices),
+        colour=0.0 if against_colour else augment.colour,
         notices=tuple(notices),
     )
-
-
-def _switch(name: str, asked: float, against: str | None, notices: list[str]) -> float:
-    if asked and against:
-        notices.append(f"augment.{name} is off: {against}.")
-        return 0.0
-    return asked
-
-
-def _against_flip(dataset: Dataset, latents: bool, mirrored: Mapping[str, str]) -> str | None:
-    if latents:
-        return "precomputed latents cannot be mirrored (data.latents = images could be)"
-    missing = [suffix for suffix in mirrored.values() if suffix not in dataset.suffixes]
-    if missing:
-        return f"the shards have no {missing[0]}, which a mirrored target needs (make the dataset --with mirror)"
-    return None
-
-
-def _against_colour(latents: bool, reads: Sequence[str]) -> str | None:
-    if latents:
-        return "precomputed latents have no colours to change (data.latents = images has)"
-    if any(role != _MIRRORS_FREELY for role in reads):
-        return "the variant reads image features, which hold the colours of the face"
-    return None
 
 
 def _precomputed(
     what: Literal["latents", "text"], dataset: Dataset, data: DataSettings, base: Path | None, notices: list[str]
 ) -> bool:
-    """Whether latents or texts come from the shards."""
-    asked = data.latents if what == "latents" else data.text
+    """Whether latents or texts come from the shards: where these have them, of this very base.
+
+    Raises:
+        SourceError: when they should, and cannot.
+    """
+    wish = data.latents if what == "latents" else data.text
     there = any(suffix.startswith("latents.") if what == "latents" else suffix == _TEXT for suffix in dataset.suffixes)
-    if asked not in ("auto", "shards") or (asked == "auto" and not there):
+    if wish not in ("auto", "shards") or (wish == "auto" and not there):
         return False
     if not there:
         raise SourceError(
             f"The shards of {dataset.folders} hold no {what}: make the dataset again --with {what}, or give "
             f"--set data.{what}=auto."
         )
-    against = _against_targets(what, dataset, data, base)
-    if against and asked == "shards":
+    against = None
+    targets = dataset.targets[0] if len(dataset.targets) == 1 else None
+    if targets is None:
+        against = "not all shards were encoded for the same base and resolution"
+    elif what == "latents" and targets.resolution != data.resolution:
+        against = f"they are of resolution {targets.resolution}, data.resolution is {data.resolution}"
+    elif base is not None:
+        is_same = (
+            targets.vae_sha256 == vae_sha256(base) if what == "latents" else targets.text_sha256 == text_sha256(base)
+        )
+        against = None if is_same else f"they were encoded by {targets.base}, whose weights are not those of {base}"
+    if against and wish == "shards":
         raise SourceError(f"data.{what} = shards is not possible: {against}.")
     if against:
         notices.append(f"The precomputed {what} of the shards are not used: {against}.")
     return against is None
-
-
-def _against_targets(what: str, dataset: Dataset, data: DataSettings, base: Path | None) -> str | None:
-    if len(dataset.targets) != 1:
-        return "not all shards were encoded for the same base and resolution"
-    targets = dataset.targets[0]
-    if what == "latents" and targets.resolution != data.resolution:
-        return f"they are of resolution {targets.resolution}, data.resolution is {data.resolution}"
-    if base is None:
-        return None
-    told, own = (targets.vae_sha256, vae_sha256) if what == "latents" else (targets.text_sha256, text_sha256)
-    return None if told == own(base) else f"they were encoded by {targets.base}, whose weights are not those of {base}"

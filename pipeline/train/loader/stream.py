@@ -1,4 +1,4 @@
-"""One consumer's endless stream of batches; any place of it can be returned to."""
+"""One consumer's endless stream of batches; one can go on at any of its batches."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
@@ -8,10 +8,10 @@ from webdataset.filters import shuffle
 
 from pipeline.train.loader.batches import Batch, Position, collate
 from pipeline.train.loader.dataset import Dataset
-from pipeline.train.loader.order import draws_generator, segments
+from pipeline.train.loader.order import draws_generator, sample_ranges
 from pipeline.train.loader.plan_sample import Planned, Planner
 from pipeline.train.loader.reading import Reading
-from pipeline.train.loader.shards import Raw, samples
+from pipeline.train.loader.shards import samples
 from pipeline.train.settings import TrainConfig
 from schemas.buckets import Size
 from schemas.errors import SourceError
@@ -49,33 +49,32 @@ class Consumer:
         for number in count(epoch):
             before, empty = index if number == epoch else 0, empty + 1
             self._replays = before > 0
-            for place, group in enumerate(grouped(self._shuffled(number), self._config.data.batch_size)):
-                self._replays = place + 1 < before
+            for position, group in enumerate(grouped(self._planned(number), self._config.data.batch_size)):
+                self._replays = position + 1 < before
                 empty = 0
-                if place >= before:
-                    yield collate(group, self._reading, Position(self._worker, number, place))
+                if position >= before:
+                    yield collate(group, self._reading, Position(self._worker, number, position))
             if empty == _EMPTY_EPOCHS:
                 raise SourceError(f"None of the samples that were read from {self._dataset.folders} has any crop.")
 
-    def _shuffled(self, epoch: int) -> Iterator[Planned]:
-        config = self._config
+    def _planned(self, epoch: int) -> Iterator[Planned]:
+        """The consumer's samples of an epoch, planned and shuffled."""
+        config, shards = self._config, self._dataset.shards
         draws = draws_generator(config.seed, epoch, self._consumer)
         shuffling = Random(int(draws.integers(2**63)))  # noqa: S311  # an order, not a secret
         plan = Planner(self._reading, config, draws)
-        planned = (one for raw in self._raws(epoch) if (one := plan(raw)) is not None)
-        found: Iterator[Planned] = shuffle(config.data.shuffle, rng=shuffling)(planned)
-        return found
 
-    def _raws(self, epoch: int) -> Iterator[Raw]:
-        shards = self._dataset.shards
+        def wish(suffix: str) -> bool | None:
+            if suffix not in self._wanted:
+                return None
+            return not self._replays or suffix == "json"
+
         kept = [shard.kept for shard in shards]
-        for shard, start, stop in segments(kept, self._config.seed, epoch, self._consumer, self._consumers):
-            yield from samples(shards[shard], start, stop, self._wish)
-
-    def _wish(self, suffix: str) -> bool | None:
-        if suffix not in self._wanted:
-            return None
-        return not self._replays or suffix == "json"
+        ranges = sample_ranges(kept, config.seed, epoch, self._consumer, self._consumers)
+        raws = (raw for shard, start, stop in ranges for raw in samples(shards[shard], start, stop, wish))
+        planned = (one for raw in raws if (one := plan(raw)) is not None)
+        shuffled: Iterator[Planned] = shuffle(config.data.shuffle, rng=shuffling)(planned)
+        return shuffled
 
 
 def grouped(planned: Iterable[Planned], size: int) -> Iterator[Sequence[Planned]]:

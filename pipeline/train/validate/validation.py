@@ -7,7 +7,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,20 +16,17 @@ from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.base_model import Base
 from pipeline.train.loader import Face, first_faces, unconditional
 from pipeline.train.settings import TrainConfig
-from pipeline.train.validate.grid import Row, draw
-from pipeline.train.validate.judge import Judge
+from pipeline.train.validate.grid import GridRow, Pixels, draw
+from pipeline.train.validate.judge import IdJudge
 
 if TYPE_CHECKING:
-    from pipeline.train.job import Job
-
-Pixels = npt.NDArray[np.uint8]
-"""(H, W, 3) RGB."""
+    from pipeline.train.job import TrainJob
 
 
 class Validator:
     """Samples a grid of images with the adapter as it is, and writes RUN/validation/step-XXXXXXXX.png."""
 
-    def __init__(self, job: "Job", base: Base) -> None:
+    def __init__(self, job: "TrainJob", base: Base) -> None:
         """Take the faces from the shards and load the judge; nothing where validation is off.
 
         Raises:
@@ -41,13 +37,17 @@ class Validator:
         self._config, self._base = config, base
         self._folder = job.run.root / "validation"
         self._faces: Sequence[Face] = ()
-        self._judge: Judge | None = None
+        self._judge: IdJudge | None = None
         if config.watch.validate_every:
             encoder = config.adapter.image_encoder
             self._faces = first_faces(job.dataset, config.watch.validate_faces, job.variant.reads, encoder)
             nothing = unconditional(job.dataset, job.variant.reads, encoder)
             self._nothing = {role: torch.from_numpy(features) for role, features in nothing.items()}
-            self._judge = Judge(config.watch.judge) if config.watch.judge else None
+            self._judge = IdJudge(config.watch.judge) if config.watch.judge else None
+
+    def is_due(self, step: int, is_last: bool) -> bool:
+        every = self._config.watch.validate_every
+        return bool(every) and (is_last or step % every == 0)
 
     def run(self, model: AdapterModel, step: int) -> dict[str, float]:
         """Write the grid of a step.
@@ -57,27 +57,22 @@ class Validator:
             over these, where there are any. Else nothing.
         """
         prompts = self._config.watch.validate_prompts
-        with _undisturbed(model, self._base.device):
+        with _undisturbed(model, self._base):
             sampler = Sampler(self._base, model, self._nothing, self._config)
             images = [[sampler(face, column) for column in range(len(prompts))] for face in self._faces]
-        found = [self._judged(face, row) for face, row in zip(self._faces, images, strict=True)]
-        rows = [
-            Row(face.key, face.image, row, [_caption(one, self._judge) for one in judged])
-            for face, row, judged in zip(self._faces, images, found, strict=True)
-        ]
-        self._write(draw(prompts, rows), step)
-        return _metrics([one for judged in found for one in judged]) if self._judge else {}
-
-    def _judged(self, face: Face, images: Sequence[Pixels]) -> list[float | None]:
-        if self._judge is None:
-            return [None] * len(images)
-        return self._judge.similarity(np.stack(images), np.stack([face.image] * len(images)))
-
-    def _write(self, sheet: Pixels, step: int) -> None:
-        self._folder.mkdir(exist_ok=True)
+        rows, similarities = [], []
+        for face, made in zip(self._faces, images, strict=True):
+            captions = [""] * len(made)
+            if self._judge is not None:
+                judged = self._judge.similarity(np.stack(made), np.stack([face.image] * len(made)))
+                captions = ["no face" if one is None else f"ID {one:.2f}" for one in judged]
+                similarities += judged
+            rows.append(GridRow(face.key, face.image, made, captions))
         png = BytesIO()
-        Image.fromarray(sheet).save(png, "PNG")
+        Image.fromarray(draw(prompts, rows)).save(png, "PNG")
+        self._folder.mkdir(exist_ok=True)
         write_atomically(self._folder / f"step-{step:08d}.png", png.getvalue())
+        return mean_similarity(similarities) if self._judge else {}
 
 
 class Sampler:
@@ -97,8 +92,13 @@ class Sampler:
         All faces of a column start from the same noise, at each step of the training too: what differs is the face's.
         """
         watch, side = self._config.watch, self._config.data.resolution
-        dtype = self._base.dtype
-        with torch.autocast(self._base.device.type, dtype, enabled=dtype != torch.float32):
+        device, dtype = self._base.device, self._base.dtype
+        # Below those of no face, where the pipeline computes both.
+        pair = [self._unconditional, face.condition] if watch.guidance_scale > 1 else [face.condition]
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            tokens = self._model.tokens(
+                {role: torch.stack([one[role].to(device, torch.float32) for one in pair]) for role in face.condition}
+            )
             latents = self._pipeline(
                 watch.validate_prompts[column],
                 negative_prompt="",  # what "no caption" was in training; SDXL's pipeline would take zeros
@@ -107,27 +107,20 @@ class Sampler:
                 num_inference_steps=watch.validate_steps,
                 guidance_scale=watch.guidance_scale,
                 generator=torch.Generator().manual_seed(self._config.seed + column),
-                cross_attention_kwargs={"ip_hidden_states": self._tokens(face.condition, watch.guidance_scale > 1)},
+                cross_attention_kwargs={"ip_hidden_states": tokens},
                 output_type="latent",
             ).images
         # Decoded by the base, which knows the precision that its VAE needs.
         image: Pixels = self._base.decode(latents)[0]
         return image
 
-    def _tokens(self, condition: Mapping[str, Tensor], guided: bool) -> Tensor:
-        """Image tokens of the face, below those of no face where the pipeline computes both."""
-        pair = [self._unconditional, condition] if guided else [condition]
-        device = self._base.device
-        return self._model.tokens(
-            {role: torch.stack([one[role].to(device, torch.float32) for one in pair]) for role in condition}
-        )
-
 
 @contextmanager
-def _undisturbed(model: AdapterModel, device: torch.device) -> Iterator[None]:
-    """Evaluate without gradients, and leave random states and the mode of every module as they were."""
+def _undisturbed(model: AdapterModel, base: Base) -> Iterator[None]:
+    """Evaluate without gradients; random states, modules' modes, and which encoders are loaded stay as they were."""
     modes = [(module, module.training) for module in model.modules()]
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    devices = [base.device] if base.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices), base.encoders_as_before():
         model.eval()
         try:
             yield
@@ -136,13 +129,8 @@ def _undisturbed(model: AdapterModel, device: torch.device) -> Iterator[None]:
                 module.training = training
 
 
-def _caption(similarity: float | None, judge: Judge | None) -> str:
-    if judge is None:
-        return ""
-    return "no face" if similarity is None else f"ID {similarity:.2f}"
-
-
-def _metrics(found: Sequence[float | None]) -> dict[str, float]:
-    known = [one for one in found if one is not None]
-    share = {"faces_found": len(known) / len(found)}
+def mean_similarity(similarities: Sequence[float | None]) -> dict[str, float]:
+    """`faces_found` and, where there are any, `id_similarity`; None is an image without a face."""
+    known = [one for one in similarities if one is not None]
+    share = {"faces_found": len(known) / len(similarities)}
     return {**share, "id_similarity": fmean(known)} if known else share

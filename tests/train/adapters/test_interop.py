@@ -12,7 +12,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from tiny_adapters import KINDS, TEXT, WITH_LORA, adapter, numbers, set_scale, tiny_base
+from tiny_adapters import KINDS, TEXT, TOKENS, WITH_LORA, adapter, numbers, set_scale, tiny_base
 from torch.nn.functional import normalize
 
 from pipeline.train.adapters.attention import named_attention
@@ -31,7 +31,6 @@ CLASSES = {
     "faceid-plus": "IPAdapterFaceIDPlusImageProjection",
     "faceid-plusv2": "IPAdapterFaceIDPlusImageProjection",
 }
-TOKENS = dict(zip(CLASSES, (4, 16, 16, 257, 4, 16, 4, 4), strict=True))
 OPTIONS = {
     "StableDiffusionPipeline": {"requires_safety_checker": False},
     "StableDiffusionXLPipeline": {"add_watermarker": False},

@@ -53,6 +53,11 @@ def take(loader: ShardLoader, count: int) -> list[Batch]:
         batches.close()  # type: ignore[attr-defined]
 
 
+def resumed(loader: ShardLoader, state: Mapping[str, Any]) -> ShardLoader:
+    loader.load_state_dict(state)
+    return loader
+
+
 def epoch(loader: ShardLoader, number: int = 0) -> list[Batch]:
     """All batches of an epoch of a loader without workers."""
     found: list[Batch] = []
@@ -144,7 +149,7 @@ def test_a_resumed_loader_goes_on_with_the_very_next_batch(
         before = ShardLoader(dataset, reads, told)
         take(before, stop)
         state = json.loads(json.dumps(before.state_dict()))
-        rest = take(ShardLoader(dataset, reads, told, state=state), min(24 - stop, 6))
+        rest = take(resumed(ShardLoader(dataset, reads, told), state), min(24 - stop, 6))
         assert all(map(same, whole[stop:], rest)), stop
 
 
@@ -163,20 +168,28 @@ def test_a_replay_reads_nothing_but_the_json(tmp_path: Path) -> None:
     for key in set(passed) - {"a-00000-000"}:  # the first sample tells the shapes
         samples[int(key[-3:])] |= {"clip_hidden.npy": b"damaged", "full.jpg": b"", "half.jpg": b"", "portrait.jpg": b""}
     fake.write(tmp_path / "good", {"a-00000": samples})
-    rest = take(ShardLoader(good, ALL, config(batch_size=1, shuffle=1), state=loader.state_dict()), 3)
+    rest = take(resumed(ShardLoader(good, ALL, config(batch_size=1, shuffle=1)), loader.state_dict()), 3)
     assert sorted(passed + keys(rest)) == every_key(good)
 
 
-@pytest.mark.parametrize(
-    "other", [config(seed=1), config(batch_size=3), config(buckets=False), config(uncond=0.1), config(shuffle=5)]
-)
+@pytest.mark.parametrize("other", [config(seed=1), config(batch_size=3), config(buckets=False), config(uncond=0.1)])
 def test_a_place_in_another_order_is_refused(dataset: Dataset, other: TrainConfig) -> None:
     state = ShardLoader(dataset, ID, config()).state_dict()
     with pytest.raises(ConfigError, match="cannot be returned to"):
-        ShardLoader(dataset, ID, other, state=state)
+        ShardLoader(dataset, ID, other).load_state_dict(state)
     with pytest.raises(ConfigError, match="cannot be returned to"):
-        ShardLoader(dataset, ID, config(), state=state, world=2)
-    assert ShardLoader(dataset, ID, config(verify="sha256"), state=state).state_dict() == state
+        ShardLoader(dataset, ID, config(), world=2).load_state_dict(state)
+    assert resumed(ShardLoader(dataset, ID, config(verify="sha256")), state).state_dict() == state
+
+
+@pytest.mark.parametrize("other", [config(shuffle=5), config(workers=2), config(workers=2, shuffle=1)])
+def test_what_deals_out_samples_may_change_and_the_next_epoch_begins(dataset: Dataset, other: TrainConfig) -> None:
+    loader = ShardLoader(dataset, ID, config())
+    assert take(loader, 9)[-1].position.epoch == 1
+    again = resumed(ShardLoader(dataset, ID, other), loader.state_dict())
+    assert any("beginning of epoch 2" in notice for notice in again.notices)
+    batches = take(again, 12)
+    assert sorted(keys([batch for batch in batches if batch.position.epoch == 2])) == every_key(dataset)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -318,7 +331,7 @@ def test_a_dataset_in_memory(memory: str, tmp_path: Path, workers: int) -> None:
     assert all(map(same, batches, take(ShardLoader(local, ALL, told), 6)))
     state = ShardLoader(remote, ALL, told)
     take(state, 2)
-    assert all(map(same, batches[2:], take(ShardLoader(remote, ALL, told, state=state.state_dict()), 4)))
+    assert all(map(same, batches[2:], take(resumed(ShardLoader(remote, ALL, told), state.state_dict()), 4)))
 
 
 DAMAGE = {

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.train.loader.order import segments, shard_order
+from pipeline.train.loader.order import sample_ranges, shard_order
 
 KEPT = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
@@ -16,7 +16,7 @@ KEPT = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 def test_consumers_share_an_epoch_without_gap_or_overlap(
     kept: list[int], seed: int, epoch: int, consumers: int
 ) -> None:
-    parts = [segments(kept, seed, epoch, consumer, consumers) for consumer in range(consumers)]
+    parts = [sample_ranges(kept, seed, epoch, consumer, consumers) for consumer in range(consumers)]
     seen = Counter((one.shard, number) for part in parts for one in part for number in range(one.start, one.stop))
     assert seen == Counter((shard, number) for shard, count in enumerate(kept) for number in range(count))
     sizes = [sum(one.stop - one.start for one in part) for part in parts]
@@ -27,7 +27,7 @@ def test_consumers_share_an_epoch_without_gap_or_overlap(
 @given(KEPT, st.integers(0, 99))
 def test_a_consumer_opens_only_the_shards_of_its_range_and_each_once(kept: list[int], seed: int) -> None:
     for consumer in range(3):
-        opened = [one.shard for one in segments(kept, seed, 0, consumer, 3)]
+        opened = [one.shard for one in sample_ranges(kept, seed, 0, consumer, 3)]
         assert len(set(opened)) == len(opened)
 
 
@@ -40,5 +40,5 @@ def test_the_order_follows_from_seed_and_epoch_alone() -> None:
 
 @pytest.mark.parametrize("consumers", [1, 2, 3, 7])
 def test_one_shard_serves_many(consumers: int) -> None:
-    parts = [segments([7], 0, 0, consumer, consumers) for consumer in range(consumers)]
+    parts = [sample_ranges([7], 0, 0, consumer, consumers) for consumer in range(consumers)]
     assert [number for (part,) in parts for number in range(part.start, part.stop)] == list(range(7))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.train.loader.crops import CROPS, Balance, Crop, bucketed, random_square
+from pipeline.train.loader.crops import CROPS, Balance, TargetCrop, bucketed, random_square
 from pipeline.train.loader.plan_sample import Planned, Planner
 from pipeline.train.loader.reading import Reading
 from pipeline.train.loader.shards import Raw, Shard
@@ -21,8 +21,8 @@ from schemas.errors import CorruptShardError
 SHARD = Shard("out", "a-00000", Path("out/shards/a-00000.tar"), 1)
 
 
-def crop(side: int, target: int = 64) -> Crop:
-    return Crop((0, 0, side, side), (side, side), fit(side, side, (target, target)))
+def crop(side: int, target: int = 64) -> TargetCrop:
+    return TargetCrop((0, 0, side, side), (side, side), fit(side, side, (target, target)))
 
 
 def picks(weights: dict[str, float], chance_of_half: float, count: int = 3000) -> Counter[str]:

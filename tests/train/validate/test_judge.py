@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from pipeline.train.validate.judge import Judge
+from pipeline.train.validate.judge import IdJudge
 from schemas.errors import WeightsError
 
 
@@ -33,7 +33,7 @@ def no_network(monkeypatch, tmp_path):
 def test_a_pack_that_is_not_there_is_refused_and_never_fetched(pack, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(WeightsError, match=r"watch\.judge: .*is no folder with an insightface pack"):
-        Judge(pack)
+        IdJudge(pack)
     assert not list(tmp_path.iterdir())
 
 
@@ -41,7 +41,7 @@ def test_a_pack_that_is_not_there_is_refused_and_never_fetched(pack, tmp_path, m
 def test_a_pack_of_damaged_files_is_refused(content, tmp_path):
     (tmp_path / "det_10g.onnx").write_bytes(content)
     with pytest.raises(WeightsError, match="fetch the pack again"):
-        Judge(str(tmp_path))
+        IdJudge(str(tmp_path))
 
 
 @pytest.mark.real_data
@@ -49,12 +49,12 @@ def test_a_pack_of_damaged_files_is_refused(content, tmp_path):
 def test_half_a_pack_is_refused(file, missing, tmp_path, data):
     (tmp_path / file).symlink_to(data / "models" / "real" / file)
     with pytest.raises(WeightsError, match=f"holds no {missing} model"):
-        Judge(str(tmp_path))
+        IdJudge(str(tmp_path))
 
 
 @pytest.fixture(scope="module")
 def judge(data):
-    return Judge(str(data / "models" / "real"))
+    return IdJudge(str(data / "models" / "real"))
 
 
 @pytest.fixture(scope="module")

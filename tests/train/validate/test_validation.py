@@ -9,7 +9,7 @@ from tiny_adapters import set_scale
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.base_model import Base
 from pipeline.train.job import Call, prepared
-from pipeline.train.validate.validation import Sampler, Validator, _metrics
+from pipeline.train.validate.validation import Sampler, Validator, mean_similarity
 from schemas.errors import WeightsError
 
 CPU = torch.device("cpu")
@@ -153,14 +153,14 @@ def test_encoders_that_were_released_come_back(validator, model, base):
 
 
 def test_the_mean_is_over_faces_that_were_found():
-    assert _metrics([0.5, None, 0.3, None]) == {"faces_found": 0.5, "id_similarity": pytest.approx(0.4)}
-    assert _metrics([None, None]) == {"faces_found": 0.0}
+    assert mean_similarity([0.5, None, 0.3, None]) == {"faces_found": 0.5, "id_similarity": pytest.approx(0.4)}
+    assert mean_similarity([None, None]) == {"faces_found": 0.0}
 
 
 def test_where_validation_is_off_nothing_is_loaded(job, base):
     off = job.config.watch.model_copy(update={"validate_every": 0, "judge": "/nowhere"})
     config = job.config.model_copy(update={"watch": off})
-    assert not Validator(type("Job", (), {**vars(job), "config": config})(), base)._faces
+    assert not Validator(type("TrainJob", (), {**vars(job), "config": config})(), base)._faces
 
 
 def test_a_missing_judge_is_refused_before_anything_is_sampled(dataset, tmp_path, base):
