@@ -53,8 +53,14 @@ def test_every_key_explains_itself():
     assert "download.timeout_s" in dict(keys(Config))
 
 
+def test_the_sample_is_the_sample_with_spaces_around_it_too():
+    assert load_config(None, [], shards=" sample").profile == "embedded"
+    assert load_config(None, [], shards="sample,").profile == "embedded"
+
+
 def test_the_executor_is_local_for_the_sample_and_ray_otherwise():
     assert load_config(None, [], shards="sample").executor.name == "local"
+    assert load_config(None, [], shards=" sample ").executor.name == "local"
     assert load_config(None, [], shards="a.parquet").executor.name == "ray"
     assert load_config(None, [], shards="a.parquet", executor="local").executor.name == "local"
 

@@ -89,14 +89,6 @@ def test_a_failed_shard_gives_3_and_a_rerun_finishes_it(whole, tmp_path):
     assert contents(out) == contents(whole)
 
 
-def test_a_manifest_that_cannot_be_read_ends_the_run_with_a_sentence(whole, tmp_path):
-    out = without(whole, tmp_path / "out", SHARDS[1])
-    (out / "shards" / f"{SHARDS[1]}.json").mkdir()
-    done = make(out)
-    assert (done.returncode, done.stderr.count("\n")) == (3, 1), done.stderr
-    assert f"{SHARDS[1]}.json cannot be read (Is a directory)" in done.stderr
-
-
 @pytest.mark.slow
 @pytest.mark.real_data
 @pytest.mark.parametrize("executor", ["local", "ray"])
