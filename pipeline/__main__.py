@@ -1,12 +1,14 @@
 """The command line: `python -m pipeline dataset | plan | report | verify | forget | export-json | models | config`."""
 
+import inspect
 import os
 import signal
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,14 +26,14 @@ from pipeline.dataset.finished.verify import verify as verify_output
 from pipeline.dataset.job import Job, make_dataset, prepared
 from pipeline.dataset.out.ledger import funnel, funnel_table
 from pipeline.dataset.out.output import Output
-from pipeline.models import app as models_app
 from pipeline.shared.configfile import key_table
 from pipeline.shared.files import sizes, to_path
 from schemas.errors import CorruptShardError, ExitCode, LostError, UserError
 from schemas.names import SAMPLE
+from stages.models.backends import backends
+from stages.models.weights import WeightState, fetch, known, known_weights, states
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-app.add_typer(models_app, name="models")
 console = Console()
 errors = Console(stderr=True)
 
@@ -50,18 +52,36 @@ Out = Annotated[
 Folder = Annotated[str, typer.Argument(metavar="DIR", help="The OUT of a run.")]
 
 
-def _config(
-    shards: str,
-    file: Path | None,
-    sets: list[str] | None,
-    profile: str | None,
-    executor: str | None,
-    ray: str | None,
-    extras: str | None,
-) -> Config:
-    pairs = [*(sets or []), *([f"executor.ray_address={ray}"] if ray else [])]
-    executor = executor or ("ray" if ray else None)
-    return load_config(file, pairs, shards=shards, profile=profile, executor=executor, extras=extras)
+def say(text: str, to: Console = console) -> None:
+    """A line as it is, however long."""
+    to.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def for_job(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that make a `Job`; it is called with this and with its own options."""
+
+    def run(
+        shards: Shards = SAMPLE,
+        config: ConfigFile = None,
+        sets: Sets = None,
+        executor: Executor = None,
+        profile: ProfileName = None,
+        ray_address: RayAddress = None,
+        extras: With = None,
+        **own: Any,
+    ) -> None:
+        pairs = [*(sets or []), *([f"executor.ray_address={ray_address}"] if ray_address else [])]
+        executor = executor or ("ray" if ray_address else None)
+        values = load_config(config, pairs, shards=shards, profile=profile, executor=executor, extras=extras)
+        with prepared(shards, values) as job:
+            command(job, **own)
+
+    # Typer reads the options from the signature.
+    shared, own = (list(inspect.signature(function).parameters.values()) for function in (run, command))
+    run.__signature__ = inspect.Signature([*shared[:-1], *own[1:]])  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*shared[:-1], *own[1:]]}
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
 
 
 class Retry(StrEnum):
@@ -71,15 +91,10 @@ class Retry(StrEnum):
 
 
 @app.command()
+@for_job
 def dataset(
-    shards: Shards = SAMPLE,
+    job: Job,
     out: Out = "out",
-    config: ConfigFile = None,
-    sets: Sets = None,
-    executor: Executor = None,
-    profile: ProfileName = None,
-    ray_address: RayAddress = None,
-    extras: With = None,
     replan: Annotated[bool, typer.Option(help="Go on in an OUT of another plan; its shards are removed.")] = False,
     retry: Annotated[
         Retry | None,
@@ -90,56 +105,37 @@ def dataset(
 ) -> None:
     """Make training shards from metadata parts; a rerun skips what is done."""
     folder = to_path(out)
-    with prepared(shards, _config(shards, config, sets, profile, executor, ray_address, extras)) as job:
-        code = make_dataset(job, folder, console, replan=replan, retry=retry is not None)
+    code = make_dataset(job, folder, console, replan=replan, retry=retry is not None)
     console.print(funnel_table(funnel(folder)))
-    console.print(f"Shards: {folder / 'shards'}\nReport: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    say(f"Shards: {folder / 'shards'}\nReport: {folder / 'report.html'}")
     if code is ExitCode.SHARDS_FAILED:
         errors.print("Some shards failed; the others are done. The same command tries the failed ones again.")
     raise typer.Exit(code)
 
 
 @app.command()
-def plan(
-    shards: Shards = SAMPLE,
-    out: Out = "out",
-    config: ConfigFile = None,
-    sets: Sets = None,
-    executor: Executor = None,
-    profile: ProfileName = None,
-    ray_address: RayAddress = None,
-    extras: With = None,
-) -> None:
+@for_job
+def plan(job: Job, out: Out = "out") -> None:
     """Prove the plan and show what would be done; nothing is written."""
-    with prepared(shards, _config(shards, config, sets, profile, executor, ray_address, extras)) as job:
-        output = Output(to_path(out))
-        output.refuse_other_plan(job.plan)
-        _print_steps(job)
-        _print_models(job)
-        _print_work(job, output)
+    output = Output(to_path(out))
+    output.refuse_other_plan(job.plan)
 
-
-def _print_steps(job: Job) -> None:
-    table = Table("step", "runs", "reads", "writes", "drops for", title="Steps", title_justify="left")
+    steps = Table("step", "runs", "reads", "writes", "drops for", title="Steps", title_justify="left")
     for step in job.plan.steps:
         stage = step.stage()
-        table.add_row(stage.name, step.at, *map(", ".join, (stage.reads, stage.writes, stage.drops)))
-    console.print(table)
-    executor = job.plan.config.executor
-    if executor.name == "local":
+        steps.add_row(stage.name, step.at, *map(", ".join, (stage.reads, stage.writes, stage.drops)))
+    console.print(steps)
+    if job.plan.config.executor.name == "local":
         console.print("Executor: local, in this process")
-    for pool in job.plan.pools() if executor.name == "ray" else ():
-        console.print(f"Executor: ray, pool {pool.name}: {pool.workers} x {pool.cpus:g} CPU, {pool.gpus:g} GPU")
+    else:
+        for pool in job.plan.pools():
+            console.print(f"Executor: ray, pool {pool.name}: {pool.workers} x {pool.cpus:g} CPU, {pool.gpus:g} GPU")
 
-
-def _print_models(job: Job) -> None:
-    table = Table("task", "model", "licence", "sha256", title="Models", title_justify="left")
+    models = Table("task", "model", "licence", "sha256", title="Models", title_justify="left")
     for card in job.plan.cards:
-        table.add_row(card.task, card.name, card.licence, card.sha256[:16] or "no weights")
-    console.print(table)
+        models.add_row(card.task, card.name, card.licence, card.sha256[:16] or "no weights")
+    console.print(models)
 
-
-def _print_work(job: Job, output: Output) -> None:
     rows = candidates = done = total = 0
     listed = sizes(output.shards)
     for seeds in job.shards():
@@ -147,18 +143,17 @@ def _print_work(job: Job, output: Output) -> None:
         rows += seeds.table.num_rows
         candidates += seeds.candidates
         done += output.is_done(seeds.name, job.plan, listed)
-    console.print(
+    say(
         f"Parts: {len(job.parts):,}; rows: {rows:,}, of which {candidates:,} pass the metadata filter\n"
         f"Shards: {total:,} of up to {job.plan.config.source.rows_per_shard:,} candidate rows; "
-        f"{done:,} done, {total - done:,} left\nPlan: {job.plan.digest[:16]}",
-        highlight=False,
+        f"{done:,} done, {total - done:,} left\nPlan: {job.plan.digest[:16]}"
     )
 
 
 @app.command()
 def report(folder: Folder = "out") -> None:
     """Write DIR/report.html: the funnel, kept samples, and some of what was dropped."""
-    console.print(f"Report: {write_report(to_path(folder))}", highlight=False, soft_wrap=True)
+    say(f"Report: {write_report(to_path(folder))}")
     console.print(funnel_table(funnel(to_path(folder))))
 
 
@@ -167,14 +162,14 @@ def verify(folder: Folder = "out") -> None:
     """Check manifests, hashes, counts, and that every sample can be decoded."""
     problems = verify_output(to_path(folder))
     if foreign := foreign_files(to_path(folder)):
-        console.print(f"Not ours, and left alone: {', '.join(foreign)}", highlight=False, markup=False, soft_wrap=True)
+        say(f"Not ours, and left alone: {', '.join(foreign)}")
     for problem in problems:
         where = f"{problem.file}{f' [{problem.key}]' if problem.key else ''}"
-        errors.print(f"{where}: {problem.message}", highlight=False, markup=False, soft_wrap=True)
+        say(f"{where}: {problem.message}", errors)
     if problems:
         errors.print(f"{len(problems)} problems found.")
         raise typer.Exit(ExitCode.SHARDS_FAILED)
-    console.print(f"{folder}: all shards verify.", highlight=False, soft_wrap=True)
+    say(f"{folder}: all shards verify.")
 
 
 @app.command()
@@ -198,15 +193,15 @@ def forget(
     gone = forget_in(to_path(folder), wanted, dry_run=dry_run)
     for shard, keys in gone.rows.items() if dry_run else ():
         for key in keys:
-            console.print(f"{shard}: {key}", highlight=False, markup=False, soft_wrap=True)
+            say(f"{shard}: {key}")
     if gone.rows:
         sentence = f"{'Would forget' if dry_run else 'Forgotten'}: {gone}."
     else:
         later = "would not" if dry_run else "will not"
         sentence = f"Nothing in the dataset matches; later runs into it {later} fetch it either."
-    console.print(sentence, highlight=False, soft_wrap=True)
+    say(sentence)
     for trouble in gone.damaged:
-        errors.print(f"error: {trouble}.", highlight=False, markup=False, soft_wrap=True)
+        say(f"error: {trouble}.", errors)
     if gone.damaged:
         raise typer.Exit(ExitCode.SHARDS_FAILED)
 
@@ -232,9 +227,63 @@ def export_json(
     with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment, since torch refuses pickled arrays otherwise.
     """
     done = write_list(to_path(folder), target, Form(crop, id_format, absolute))
-    console.print(f"{target / LIST}: {done.samples:,} samples", highlight=False, soft_wrap=True)
+    say(f"{target / LIST}: {done.samples:,} samples")
     if done.left_out:
-        console.print(f"{done.left_out:,} samples have no crop and were left out.", highlight=False)
+        say(f"{done.left_out:,} samples have no crop and were left out.")
+
+
+models_app = typer.Typer(
+    invoke_without_command=True, help="Weights: where they are, under which licence, how to get them."
+)
+app.add_typer(models_app, name="models")
+Names = Annotated[list[str] | None, typer.Argument(help="Names of `models list`; default: what the profile needs.")]
+
+
+@models_app.callback()
+def models(context: typer.Context) -> None:
+    """List when no other word is given."""
+    if context.invoked_subcommand is None:
+        list_weights()
+
+
+@models_app.command("list")
+def list_weights(config: ConfigFile = None, sets: Sets = None) -> None:
+    """Show all known weights, their licences, and where they were found."""
+    settings = load_config(config, sets or []).models
+    _show(states(known_weights(settings).values(), settings))
+
+
+@models_app.command("check")
+def check_weights(names: Names = None, config: ConfigFile = None, sets: Sets = None) -> None:
+    """Read the weights that are there and compare their sha256."""
+    settings = load_config(config, sets or []).models
+    weights = [known(name, settings) for name in names or ()] or known_weights(settings).values()
+    rows = states(weights, settings, hashes=True)
+    _show(rows)
+    if any("wrong" in row.state for row in rows) or (names and any(row.path is None for row in rows)):
+        raise typer.Exit(ExitCode.USER_ERROR)
+
+
+@models_app.command("fetch")
+def fetch_weights(
+    names: Names = None, config: ConfigFile = None, sets: Sets = None, profile: ProfileName = None
+) -> None:
+    """Download weights into the cache; those of the hub go on where they were interrupted."""
+    settings = load_config(config, sets or [], profile=profile)
+    needed = [weight for cls in backends(settings) for weight in cls.weights(settings.models)]
+    wanted = {weight.name: weight for weight in needed if weight.name not in settings.models.paths}
+    for weight in [known(name, settings.models) for name in names or ()] or wanted.values():
+        say(f"{weight.name}: {fetch(weight)}")
+
+
+def _show(rows: list[WeightState]) -> None:
+    table = Table("name", "does", "licence", "commercial use", "state", "where")
+    for row in rows:
+        weight = row.weight
+        allowed = "yes" if weight.commercial else "no"
+        where = str(row.path or weight.source)
+        table.add_row(weight.name, ", ".join(weight.tasks), weight.licence, allowed, row.state, where)
+    console.print(table)
 
 
 @app.command("config")
@@ -277,13 +326,10 @@ def _run() -> None:
     try:
         app()
     except UserError as error:
-        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        say(f"error: {error}", errors)
         sys.exit(ExitCode.USER_ERROR)
-    except CorruptShardError as error:
-        errors.print(f"error: {error}; `verify` tells more.", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(ExitCode.SHARDS_FAILED)
-    except LostError as error:
-        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+    except (CorruptShardError, LostError) as error:
+        say(f"error: {error}{'; `verify` tells more.' if isinstance(error, CorruptShardError) else ''}", errors)
         sys.exit(ExitCode.SHARDS_FAILED)
     except KeyboardInterrupt:
         errors.print("Interrupted. Finished shards are kept; the same command goes on.")
