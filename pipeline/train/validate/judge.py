@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.train.validate.grid import Pixels
+from schemas.arcface import ARCFACE_SIZE
 from schemas.errors import ConfigError, WeightsError
 
-SIDE = 112
-"""Side of a recogniser's input, pixels."""
 _DET_SIZE = (640, 640)
 _PACKS = "~/.insightface/models"
 
@@ -63,7 +62,7 @@ class IdJudge:
 
     def embed(self, face: Pixels) -> npt.NDArray[np.float32]:
         """Normed ID vector (512,) of an aligned crop, which is too tight for a detector."""
-        small = cv2.resize(face, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+        small = cv2.resize(face, (ARCFACE_SIZE, ARCFACE_SIZE), interpolation=cv2.INTER_AREA)
         bgr = np.ascontiguousarray(small[..., ::-1])
         vector: npt.NDArray[np.float32] = self._app.models["recognition"].get_feat(bgr).flatten()
         return vector / np.linalg.norm(vector)
