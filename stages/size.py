@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from schemas.drops import DropReason
 from stages.base import Dropped, RowStage
-from stages.pixels.images import check_whole, read_header
+from stages.pixels.headers import check_whole, read_header
 
 
 class Size(RowStage):

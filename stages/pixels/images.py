@@ -1,7 +1,7 @@
 """Image files and their pixels, both ways. RGB, HWC, uint8, EXIF turned.
 
 `photo` and `thumbnail` are for files of strangers: they have them decoded in another process (stages.pixels.decoding).
-`decode_jpeg` and `decode_png` are for what was encoded here. The headers' functions are offered here too.
+`decode_jpeg` and `decode_png` are for what was encoded here.
 """
 
 import os
@@ -19,32 +19,7 @@ from schemas.drops import DropReason
 from stages.base import Dropped
 from stages.models.backends import Image
 from stages.pixels import decoding
-from stages.pixels.headers import (
-    OPENERS,
-    Header,
-    check_whole,
-    format_of,
-    has_png_end,
-    is_web_page,
-    read_header,
-    sniff,
-)
-
-__all__ = [
-    "Header",
-    "PhotoCache",
-    "check_whole",
-    "decode_jpeg",
-    "decode_png",
-    "encode_jpeg",
-    "encode_png",
-    "is_web_page",
-    "photo",
-    "read_header",
-    "shrink",
-    "sniff",
-    "thumbnail",
-]
+from stages.pixels.headers import OPENERS, format_of, has_png_end, read_header
 
 cv2.setNumThreads(1)  # the processes of a run are its parallelism
 

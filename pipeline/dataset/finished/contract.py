@@ -24,8 +24,8 @@ from schemas.shard import EMBEDDINGS, SUFFIXES, Manifest, decode_npy, encode_npy
 from schemas.targets import Targets
 from stages import STAGES
 from stages.align import FACE_SIZE
-from stages.pixels.headers import DECODER_ERRORS
-from stages.pixels.images import decode_jpeg, decode_png, sniff
+from stages.pixels.headers import DECODER_ERRORS, sniff
+from stages.pixels.images import decode_jpeg, decode_png
 
 _MEASURED = ("sha256", "n_bytes", "format", "width", "height", "bbox", "kps", "det_score", "face_px", "sample_sha256")
 """Ledger columns that no kept row may lack."""

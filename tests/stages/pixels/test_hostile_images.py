@@ -14,7 +14,7 @@ from PIL import Image, features
 from skimage import data as samples
 
 from stages.base import Dropped
-from stages.pixels import decoding, images, jpeg
+from stages.pixels import decoding, headers, images, jpeg
 from stages.runtime import Runtime
 from stages.settings import Settings
 from stages.size import Size
@@ -244,8 +244,8 @@ def test_every_oddity_has_its_outcome(name: str, capfd: pytest.CaptureFixture[st
     expected, make = FILES[name]
     content = make()
     started = seconds()
-    images.sniff(content[:65536])
-    images.is_web_page(content)
+    headers.sniff(content[:65536])
+    headers.is_web_page(content)
     assert outcome(content) == expected
     assert seconds() - started < SECONDS
     images.thumbnail(content, 32)

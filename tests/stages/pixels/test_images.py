@@ -17,7 +17,8 @@ from skimage import data as samples
 from schemas.drops import DropReason
 from stages.base import Dropped
 from stages.pixels import images
-from stages.pixels.images import Header, PhotoCache, is_web_page, read_header, sniff, thumbnail
+from stages.pixels.headers import Header, check_whole, is_web_page, read_header, sniff
+from stages.pixels.images import PhotoCache, thumbnail
 
 SIZE = 96, 80
 
@@ -112,7 +113,7 @@ def test_every_kind_of_file_gives_the_same_picture(name: str) -> None:
     assert (pixels.shape, pixels.dtype) == ((SIZE[1], SIZE[0], 3), np.uint8)
     assert np.abs(pixels.astype(int) - expected()).mean() <= tolerance
     assert read_header(data) == Header(name.split()[0].upper(), *SIZE)
-    images.check_whole(data, read_header(data))
+    check_whole(data, read_header(data))
 
 
 @pytest.mark.parametrize(("format", "mode"), [("PNG", "RGBA"), ("PNG", "LA"), ("WEBP", "RGBA"), ("PNG", "P")])
@@ -406,7 +407,7 @@ def test_photos_are_read_only() -> None:
 def reason_of(data: bytes) -> DropReason | None:
     """Why the road from bytes to pixels drops a file, None when it does not."""
     try:
-        images.check_whole(data, read_header(data))
+        check_whole(data, read_header(data))
         decode(data)
     except Dropped as dropped:
         return dropped.reason
