@@ -1,16 +1,18 @@
-"""Rows per CPU second of the download stage against img2dataset's own `download()`, on loopback.
+"""Images per second, and per CPU second, of the download stage against img2dataset's own `download()`.
 
-    NO_ALBUMENTATIONS_UPDATE=1 python benchmarks/bench_download.py       # all mixes, native against img2dataset
-    NO_ALBUMENTATIONS_UPDATE=1 python benchmarks/bench_download.py --rounds 5 --mix dead
+    python benchmarks/bench_download.py                                           # from a server on loopback
+    python benchmarks/bench_download.py --base 'http://h{host}.images.example' --mix a --mix b --connections 128
 
-The server has a process of its own and answers on 64 loopback addresses ("hosts"). Mixes: `dead` is 300 kB JPEGs with
-33 % dead URLs (404, 410, refused connections, resets); `small` is 300 kB JPEGs of which 80 % are under
-filter.min_image_px. Ours is the download stage as a shard's worker calls it (batches of FETCH_ROWS, fetch_ahead of them
-begun before their turn, one process), hashes included. Theirs is `img2dataset.download` with one process, 128 threads,
-no retries, nothing decoded or encoded again (`disable_all_reencoding`), sha256, no EXIF; it writes a webdataset
-(`webdataset`) or nothing at all (`dummy`, the writer that flatters it most). CPU time is user + system of the process
-and all its children, from `wait4`; start-up is excluded as the difference between a long and a short run. Bytes
-received are what the clients' kernels acknowledged.
+With --base the images come from a server elsewhere: `{host}` becomes 0 … --hosts - 1, and each of them must answer
+`/l300-<anything>.jpg` with a JPEG of 300 kB and at least 1,024 pixels on both sides; so l150, l800 and l3000, and s60,
+s90 and s120 with fewer pixels; anything else with 404. Over loopback only CPU time means something: it is a distance
+that windows and connections are about.
+
+Mixes: `a` is images of 300 kB alone. `b` is LAION-like: 33 % dead (404, refused, no such name), 50 % too small (60 to
+120 kB), 17 % large (150 kB to 3 MB). Ours is the download stage as a shard's worker calls it (one process, hashes
+and robots.txt included). Theirs is one process with as many threads, no retries, nothing encoded again, that writes a
+webdataset (`theirs:webdataset`) or nothing at all (`theirs:dummy`). Each client is a process of its own; its start is
+excluded as the difference between a long and a short run. Bytes are those that this machine's network received.
 """
 
 import argparse
@@ -20,234 +22,198 @@ import json
 import os
 import socket
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.request import urlopen
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-HOSTS = [f"127.0.9.{n}" for n in range(1, 65)]
-CONCURRENCY = 128
-MIXES = {
-    "dead": ["large"] * 6 + ["404", "410", "refused"] + ["large"] * 6 + ["404", "404", "reset"],
-    "small": ["small"] * 4 + ["large"],
-}
-_BYTES_ACKED = 120  # offset of tcpi_bytes_acked in struct tcp_info
+KINDS = {"l150": (1200, 1100), "l300": (1280, 1100), "l800": (2048, 1536), "l3000": (3000, 2400)}
+SMALL_KINDS = {"s60": (640, 480), "s90": (800, 600), "s120": (900, 700)}
+LARGE = ["l150"] * 4 + ["l300"] * 4 + ["l800"] * 2 + ["l3000"]
+DEAD = ["gone", "refused", "gone", "unknown", "gone", "refused"]
+TIMEOUT_S = 60
 
 
-# The server
+def kind_of(mix: str, n: int) -> str:
+    turn, block = n % 18, n // 18
+    if mix == "a":
+        return "l300"
+    if turn < 9:
+        return list(SMALL_KINDS)[turn % 3]
+    return DEAD[turn - 9] if turn < 15 else LARGE[(3 * block + turn) % len(LARGE)]
 
 
-def jpeg(side: int, size: int) -> bytes:
-    """A square JPEG of noise, filled to `size` bytes behind its header by a comment of the pixels' own length."""
-    rng = np.random.default_rng(side)
-    for quality in range(95, 5, -1):
+def urls(args: argparse.Namespace, mix: str, rows: int) -> Iterator[str]:
+    for n in np.random.default_rng(rows).permutation(rows):
+        kind, base = kind_of(mix, int(n)), args.base.format(host=n % args.hosts)
+        if kind == "refused":
+            base = f"{base.rpartition(':')[0] if base.count(':') > 1 else base}:{args.dead_port}"
+        yield f"http://no-such-name-{n}.invalid/x.jpg" if kind == "unknown" else f"{base}/{kind}-{n}.jpg"
+
+
+# The server, where none is given
+
+
+def jpeg(width: int, height: int, size: int) -> bytes:
+    """A JPEG of noise, filled up behind its end mark, which every decoder ignores."""
+    noise = np.random.default_rng(width).integers(0, 256, (height // 4, width // 4, 3), np.uint8)
+    for quality in range(95, 1, -4):
         buffer = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(buffer, "JPEG", quality=quality)
+        Image.fromarray(noise).resize((width, height)).save(buffer, "JPEG", quality=quality)
         if buffer.tell() <= size:
             break
-    data = buffer.getvalue()
-    return data + bytes(size - len(data))  # what lies behind the end mark is ignored by every decoder
-
-
-def answer(status: str, body: bytes) -> bytes:
-    return f"HTTP/1.1 {status}\r\nContent-Type: image/jpeg\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
-
-
-class Serve(asyncio.Protocol):
-    """Answers by the first word of the path, and counts what clients acknowledged."""
-
-    answers: dict[str, bytes]
-    acked = 0
-    requests = 0
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport, self.pending = transport, b""
-        self.link = transport.get_extra_info("socket")
-
-    def data_received(self, data: bytes) -> None:
-        self.pending += data
-        while b"\r\n\r\n" in self.pending:
-            request, self.pending = self.pending.split(b"\r\n\r\n", 1)
-            self._answer(request.split(b" ", 2)[1].decode().strip("/").split("-")[0])
-
-    def _answer(self, word: str) -> None:
-        Serve.requests += 1
-        if word == "stats":
-            told = json.dumps({"acked": Serve.acked, "requests": Serve.requests}).encode()
-            self.transport.write(answer("200 OK", told))
-        elif word == "drip":
-            self.transport.write(answer("200 OK", bytes(300_000))[:1000])
-        elif word == "reset":
-            self.link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.transport.abort()
-        else:
-            self.transport.write(self.answers.get(word, self.answers["404"]))
-
-    def connection_lost(self, error: Exception | None) -> None:
-        # The client hung up, when it had what it wanted: no connection is ended here, but for the resets.
-        told = self.link.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
-        Serve.acked += struct.unpack_from("Q", told, _BYTES_ACKED)[0]
+    return buffer.getvalue().ljust(size, b"\0")
 
 
 async def serve() -> None:
-    Serve.answers = {
-        "large": answer("200 OK", jpeg(1100, 300_000)),
-        "small": answer("200 OK", jpeg(900, 300_000)),
-        "404": answer("404 Not Found", b"<html>gone</html>"),
-        "410": answer("410 Gone", b""),
-    }
-    loop = asyncio.get_running_loop()
-    first = await loop.create_server(Serve, HOSTS[0], 0, backlog=1024)
-    port = first.sockets[0].getsockname()[1]
-    for host in HOSTS[1:]:
-        await loop.create_server(Serve, host, port, backlog=1024)
-    print(port, flush=True)
+    """Prints its port; images by the first word of the path."""
+    images = {name: jpeg(*sides, 1000 * int(name[1:])) for name, sides in {**KINDS, **SMALL_KINDS}.items()}
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with_body = b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n"
+        try:
+            while request := await reader.readuntil(b"\r\n\r\n"):
+                body = images.get(request.split(b" ", 2)[1].decode().strip("/").split("-")[0])
+                head = with_body % len(body) if body else b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+                writer.write(head + (body or b""))
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    server = await asyncio.start_server(answer, "0.0.0.0", 0, backlog=1024)
+    print(server.sockets[0].getsockname()[1], flush=True)
     await asyncio.Event().wait()
 
 
 # The two clients, each a process of its own
 
 
-def urls(mix: str, rows: int, port: int, dead: int) -> Iterator[str]:
-    kinds = MIXES[mix]
-    for n in range(rows):
-        host, kind = HOSTS[n * 7 % len(HOSTS)], kinds[n % len(kinds)]
-        yield f"http://{host}:{dead if kind == 'refused' else port}/{kind}-{n}.jpg"
-
-
-def ours(engine: str, listed: list[str]) -> dict[str, int]:
-    from pipeline.dataset.config import ExecutorSettings
-    from pipeline.dataset.execute.make_shard import FETCH_ROWS, ordered_ahead
+def ours(args: argparse.Namespace, engine: str, listed: list[str]) -> Counter[str]:
+    from pipeline.dataset.execute.make_shard import FETCH_ROWS
     from stages.base import DROP
     from stages.download import Download
     from stages.runtime import Runtime
     from stages.settings import DownloadSettings, Settings
 
-    told = DownloadSettings(engine=engine, allow_loopback=True, retries=0, concurrency=CONCURRENCY, timeout_s=60)
-    stage = Download(Settings(download=told), Runtime())
-    size = FETCH_ROWS
-    batches = (
-        pa.table({"url": pa.array(listed[n : n + size]), "image_ref": pa.nulls(len(listed[n : n + size]), pa.string())})
-        for n in range(0, len(listed), size)
+    settings = DownloadSettings(
+        engine=engine, allow_loopback=True, retries=0, concurrency=args.connections, timeout_s=TIMEOUT_S
     )
-    counts: dict[str, int] = {}
-    for table in ordered_ahead(stage, batches, ExecutorSettings().fetch_ahead):
-        for reason in table[DROP].to_pylist():
-            counts[str(reason)] = counts.get(str(reason), 0) + 1
+    stage = Download(Settings(download=settings), Runtime())
+    parts = [listed[n : n + FETCH_ROWS] for n in range(0, len(listed), FETCH_ROWS)]
+    tables = (pa.table({"url": part, "image_ref": pa.nulls(len(part), pa.string())}) for part in parts)
+    counts = Counter(str(reason) for table in stage.stream(tables) for reason in table[DROP].to_pylist())
     stage.close()
     return counts
 
 
-def theirs(writer: str, listed: list[str]) -> dict[str, int]:
+def theirs(args: argparse.Namespace, writer: str, listed: list[str]) -> Counter[str]:
+    os.environ |= {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled"}
     from img2dataset import download
 
     with tempfile.TemporaryDirectory() as folder:
-        source = f"{folder}/urls.parquet"
-        pq.write_table(pa.table({"url": listed}), source)
+        pq.write_table(pa.table({"url": listed}), f"{folder}/urls.parquet")
         download(
-            url_list=source,
+            url_list=f"{folder}/urls.parquet",
             input_format="parquet",
             output_folder=f"{folder}/out",
             output_format=writer,
             processes_count=1,
-            thread_count=CONCURRENCY,
-            number_sample_per_shard=10_000,
+            thread_count=args.connections,
+            number_sample_per_shard=100_000,
             disable_all_reencoding=True,
             resize_mode="no",
             extract_exif=False,
             compute_hash="sha256",
-            timeout=60,
+            timeout=TIMEOUT_S,
             retries=0,
         )
         stats = json.loads(next(Path(folder, "out").glob("*_stats.json")).read_text())
-        return {"None": stats["successes"], "failed": stats["failed_to_download"]}
+        return Counter({"None": stats["successes"], "failed": stats["failed_to_download"]})
 
 
-# Measuring
+def received(interfaces: list[str]) -> int:
+    lines = Path("/proc/net/dev").read_text().splitlines()[2:]
+    counts = {name.strip(): int(values.split()[0]) for name, values in (line.split(":") for line in lines)}
+    return sum(count for name, count in counts.items() if name in interfaces or (not interfaces and name != "lo"))
 
 
-def measured(who: str, mix: str, rows: int, port: int, dead: int) -> tuple[float, float, int, dict[str, int]]:
-    """CPU seconds, seconds, bytes received and outcomes of one run."""
-    before = stats(port)["acked"]
-    command = [sys.executable, __file__, "--client", who, "--mix", mix, "--rows", str(rows)]
-    begun = time.monotonic()
-    client = subprocess.Popen([*command, "--ports", str(port), str(dead)], stdout=subprocess.PIPE)
-    said = client.stdout.read().decode().strip().splitlines()
+def measured(args: argparse.Namespace, who: str, mix: str, rows: int) -> tuple[np.ndarray, str]:
+    """Seconds, CPU seconds and bytes of one run, and its outcomes."""
+    interfaces = ["lo"] if args.is_local else []
+    command = [sys.executable, __file__, "--client", who, "--mix", mix, "--rows", str(rows), "--base", args.base]
+    command += ["--hosts", str(args.hosts), "--connections", str(args.connections), "--dead-port", str(args.dead_port)]
+    begun, before = time.monotonic(), received(interfaces)
+    client = subprocess.Popen(command, stdout=subprocess.PIPE)
+    output = client.stdout.read().decode().strip().splitlines()
     _, status, usage = os.wait4(client.pid, 0)
     client.returncode = status
     if status:
         sys.exit(f"{who} failed")
-    wall = time.monotonic() - begun
-    time.sleep(0.3)  # the last connections end
-    return usage.ru_utime + usage.ru_stime, wall, stats(port)["acked"] - before, json.loads(said[-1])
+    spent = [time.monotonic() - begun, usage.ru_utime + usage.ru_stime, received(interfaces) - before]
+    return np.array(spent), output[-1]
 
 
-def stats(port: int) -> dict[str, int]:
-    with urlopen(f"http://{HOSTS[0]}:{port}/stats") as response:
-        told: dict[str, int] = json.loads(response.read())
-        return told
-
-
-def compare(args: argparse.Namespace, mix: str, port: int, dead: int) -> None:
+def compare(args: argparse.Namespace, mix: str) -> None:
     """Alternate all clients, so that each meets the same noise; print medians."""
-    costs: dict[str, list[float]] = {who: [] for who in args.who}
-    received: dict[str, float] = {}
+    costs: dict[str, list[np.ndarray]] = {who: [] for who in args.who}
     for _ in range(args.rounds):
         for who in args.who:
-            short = measured(who, mix, args.short, port, dead)
-            long = measured(who, mix, args.short + args.rows, port, dead)
-            costs[who].append(1000 * (long[0] - short[0]) / args.rows)
-            received[who] = (long[2] - short[2]) / args.rows
-            speed = args.rows / (long[1] - short[1])
-            print(f"  {mix} {who:20} {costs[who][-1]:.3f} ms CPU/row, {speed:.0f} rows/s, {long[3]}", flush=True)
-    own = args.who[0]
+            short, _ = measured(args, who, mix, args.short)
+            long, outcomes = measured(args, who, mix, args.short + args.rows)
+            costs[who].append((long - short) / args.rows)
+            print(f"  {mix} {who:18} {1 / costs[who][-1][0]:.0f} rows/s {outcomes}", flush=True)
     for who in args.who:
-        ratios = [theirs / ours for theirs, ours in zip(costs[who], costs[own], strict=True)]
+        seconds, cpu, size = (statistics.median(cost[n] for cost in costs[who]) for n in range(3))
+        mine = [statistics.median(cost[n] for cost in costs[args.who[0]]) for n in range(3)]
         print(
-            f"{mix:6} {who:20} {statistics.median(costs[who]):.3f} ms CPU per row = "
-            f"{1000 / statistics.median(costs[who]):.0f} rows per CPU second, {received[who] / 1000:.0f} kB received "
-            f"per row; {own} is {statistics.median(ratios):.2f} times as fast "
-            f"({min(ratios):.2f} to {max(ratios):.2f}) on {100 * received[own] / received[who]:.0f} % of the bytes",
+            f"{mix} {who:18} {1 / seconds:.0f} rows/s, {1 / cpu:.0f} rows per CPU second, {size / 1000:.0f} kB per row;"
+            f" {args.who[0]}: {seconds / mine[0]:.2f} x rows/s, {cpu / mine[1]:.2f} x rows per CPU second,"
+            f" {mine[2] / size:.2f} x bytes",
             flush=True,
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mix", choices=list(MIXES), action="append")
+    parser.add_argument("--base", help="URL of a server, with {host} where its host names differ")
+    parser.add_argument("--hosts", type=int, default=64)
+    parser.add_argument("--connections", type=int, default=128)
+    parser.add_argument("--mix", choices=["a", "b"], action="append")
     parser.add_argument("--who", nargs="+", default=["native", "theirs:webdataset", "theirs:dummy"])
     parser.add_argument("--rows", type=int, default=3000)
-    parser.add_argument("--short", type=int, default=600)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--short", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--dead-port", type=int, default=81, help="a port at which nobody listens")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--client", help=argparse.SUPPRESS)
-    parser.add_argument("--ports", type=int, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         asyncio.run(serve())
-    elif args.client:
+        return
+    if args.client:
         kind, _, writer = args.client.partition(":")
-        listed = list(urls(args.mix[0], args.rows, *args.ports))
-        print(json.dumps(theirs(writer, listed) if kind == "theirs" else ours(kind, listed)))
-    else:
-        server = subprocess.Popen([sys.executable, __file__, "--serve"], stdout=subprocess.PIPE, text=True)
-        port = int(server.stdout.readline())
-        with socket.create_server((HOSTS[0], 0)) as closed:
-            dead = closed.getsockname()[1]
-        try:
-            for mix in args.mix or MIXES:
-                compare(args, mix, port, dead)
-        finally:
-            server.kill()
+        listed = list(urls(args, args.mix[0], args.rows))
+        print(json.dumps(theirs(args, writer, listed) if kind == "theirs" else ours(args, kind, listed)))
+        return
+    args.is_local = args.base is None
+    server = subprocess.Popen([sys.executable, __file__, "--serve"], stdout=subprocess.PIPE, text=True)
+    try:
+        port = server.stdout.readline().strip()
+        args.base = args.base or f"http://127.0.9.{{host}}:{port}"
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            args.dead_port = closed.getsockname()[1] if args.is_local else args.dead_port
+        for mix in args.mix or ["a", "b"]:
+            compare(args, mix)
+    finally:
+        server.kill()
 
 
 if __name__ == "__main__":

@@ -10,38 +10,27 @@ lost, when a URL was asked for after a refusal, or when memory grew beyond --mos
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.dataset.execute.make_shard import ordered_ahead
-from pipeline.dataset.execute.runner import Loaded, apply
+from pipeline.dataset.execute.runner import Loaded, apply_ahead
 from pipeline.dataset.rows import Rows
 from schemas.columns import LEDGER, SEED, schema
 from stages.download import Download
+from stages.fetch.engine import MOST_ROWS
 from stages.runtime import Runtime
 from stages.settings import DownloadSettings, Settings
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import hostile
 
-BATCH, AHEAD = 64, 32
-
-
-def serve() -> None:
-    """The server's process: ports first, and what was asked for once the other side has had enough."""
-    world = hostile.World()
-    print(json.dumps(world.ports), flush=True)
-    sys.stdin.read()
-    asked = [[host, path, times] for (host, path), times in world.requests.items()]
-    print(json.dumps(asked), flush=True)
+BATCH = 64
 
 
 def batches(rows: Iterator[tuple[str, str]]) -> Iterator[Rows]:
@@ -77,9 +66,15 @@ def run(args: argparse.Namespace, ports: dict[str, int]) -> tuple[dict[str, Coun
     verdicts: dict[str, Counter] = defaultdict(Counter)
     rows_in = kept = dropped = 0
     begun = time.monotonic()
-    source = batches(hostile.rows(per_behaviour, ports))
-    for rows in ordered_ahead(lambda batch: (batch.alive["key"].to_pylist(), apply(step, batch)), source, AHEAD):
-        keys, done = rows
+    keys_of: deque[list[str]] = deque()
+
+    def source() -> Iterator[Rows]:
+        for rows in batches(hostile.rows(per_behaviour, ports)):
+            keys_of.append(rows.alive["key"].to_pylist())
+            yield rows
+
+    for done in apply_ahead(step, source(), MOST_ROWS):
+        keys = keys_of.popleft()
         reasons = dict(zip(done.dead["key"].to_pylist(), done.dead["verdict"].to_pylist(), strict=True))
         for key in keys:
             verdicts[next(names)][reasons.get(key)] += 1
@@ -96,21 +91,14 @@ def main() -> None:
     parser.add_argument("--engine", default="native")
     parser.add_argument("--timeout", type=float, default=5.0)
     parser.add_argument("--most-mib", type=float, default=800.0)
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.serve:
-        serve()
-        return
-    command = [sys.executable, __file__, "--serve"]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     stub = hostile.Names()
     stub.install()
     try:
-        verdicts, rows_in, kept, dropped = run(args, json.loads(server.stdout.readline()))
-        asked = Counter({(host, path): times for host, path, times in json.loads(server.communicate("")[0])})
+        with hostile.elsewhere() as (ports, asked):
+            verdicts, rows_in, kept, dropped = run(args, ports)
     finally:
         stub.remove()
-        server.kill()
     judge(args, verdicts, (rows_in, kept, dropped), hostile.refused(asked), stub.tried)
 
 

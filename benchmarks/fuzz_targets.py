@@ -22,7 +22,7 @@ from schemas.shard import Manifest, decode_npy
 from schemas.targets import Targets
 from stages.base import Dropped
 from stages.fetch import address, robots_tag
-from stages.fetch.manners import robots_txt
+from stages.fetch.manners.robots import Rules
 from stages.pixels import headers, images
 
 MOST_PIXELS = 4_000_000
@@ -134,8 +134,8 @@ def read_toml(data: bytes, folder: Path) -> str:
 
 
 def read_robots(data: bytes, folder: Path) -> str:
-    rules = robots_txt.parse(data, "faceshards")
-    return "allowed" if rules.allow("/private/a.jpg?x=1") else "disallowed"
+    rules = Rules(data, "faceshards")
+    return "allowed" if rules.allow(address.parse("http://a.test/private/a.jpg?x=1")) else "disallowed"
 
 
 def read_tags(data: bytes, folder: Path) -> str:

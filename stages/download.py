@@ -1,22 +1,24 @@
 """The download stage: the bytes of an image, from the web or from an existing download."""
 
 import pkgutil
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
+from typing import ClassVar
 
-import numpy as np
 import pyarrow as pa
 
 from schemas.digest import sha256
 from schemas.drops import DropReason
 from stages.base import DROP, Dropped, to_table
 from stages.fetch import ENGINES, tar
-from stages.fetch.base import Engine, Outcome
+from stages.fetch.engine import MOST_ROWS, Engine, Outcome
 from stages.runtime import Runtime
 from stages.settings import Settings
 
-_MOST_CHUNK = np.iinfo(np.int32).max
-"""Bytes in one chunk of a column: Arrow counts them in 32 bits."""
+_TARS_AHEAD = 4
+"""Tables whose images are read from existing tars before their turn."""
 
 
 class Download:
@@ -53,52 +55,65 @@ class Download:
     )
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
-        """Start the engine that `settings.download.engine` names."""
         self._settings = settings
         self._engine: Engine = pkgutil.resolve_name(ENGINES[settings.download.engine])(settings, runtime)
+        self._tars = ThreadPoolExecutor(1, thread_name_prefix="faceshards-tars")
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Fetch all rows, as many at a time as the settings allow."""
-        urls, refs = table["url"].to_pylist(), table["image_ref"].to_pylist()
-        stored = iter(tar.read([ref for ref in refs if ref is not None], self._settings))
-        fetched = iter(self._engine.fetch([url for url, ref in zip(urls, refs, strict=True) if ref is None]))
-        outcomes = [next(fetched if ref is None else stored) for ref in refs]
-        return _with_images([self._row(outcome) for outcome in outcomes], self.writes, self.drops)
+        """Fetch the rows of one table, as many at a time as the settings allow."""
+        return next(self.stream(iter([table])))
+
+    def stream(self, tables: Iterator[pa.Table], most_rows: int = MOST_ROWS) -> Iterator[pa.Table]:
+        """What becomes of each table, in their order; up to `most_rows` rows are fetched before their turn.
+
+        `tables` is read ahead, in this thread. What becomes of a row does not depend on the tables' sizes.
+        """
+        waiting: deque[_Batch] = deque()
+
+        def urls() -> Iterator[str | None]:
+            for table in tables:
+                waiting.append(_Batch(table))
+                yield from waiting[-1].urls
+
+        fetched: list[Outcome] = []
+        for outcome in chain(self._engine.stream(urls(), most_rows), [None]):
+            if outcome is not None:
+                fetched.append(outcome)
+            while waiting and len(waiting[0].urls) == len(fetched):
+                for batch in islice(waiting, _TARS_AHEAD):
+                    batch.read_tars(self._tars, self._settings)
+                outcomes, fetched = waiting.popleft().outcomes(fetched), []
+                rows = [
+                    {**outcome.measured, DROP: outcome.reason}
+                    if isinstance(outcome, Dropped)
+                    else {"image": outcome, "sha256": sha256(outcome), "n_bytes": len(outcome)}
+                    for outcome in outcomes
+                ]
+                yield to_table(rows, self.writes, self.drops)
 
     def close(self) -> None:
         """Let go of the engine's threads and connections."""
         self._engine.close()
-
-    def _row(self, outcome: Outcome) -> dict[str, Any]:
-        if isinstance(outcome, Dropped):
-            return {**outcome.measured, DROP: outcome.reason}
-        return {"sha256": sha256(outcome), "n_bytes": len(outcome), "image": outcome}
+        self._tars.shutdown(cancel_futures=True)
 
 
-def _with_images(rows: list[dict[str, Any]], writes: tuple[str, ...], drops: tuple[DropReason, ...]) -> pa.Table:
-    images = _binary([row.pop("image", None) for row in rows])
-    table = to_table(rows, writes, drops)
-    return table.set_column(table.column_names.index("image"), "image", images)
+class _Batch:
+    """The rows of one table: each is fetched, or lies in a tar."""
 
+    def __init__(self, table: pa.Table) -> None:
+        self._refs = table["image_ref"].to_pylist()
+        self._stored: Future[list[Outcome]] | None = None
+        # The engine drops what is no URL at once: so its outcomes keep step with the rows.
+        rows = zip(table["url"].to_pylist(), self._refs, strict=True)
+        self.urls = [url if ref is None else None for url, ref in rows]
 
-def _binary(values: Sequence[bytes | bytearray | None]) -> pa.ChunkedArray:
-    """Values as a column: copied once, where pyarrow's own builder grows, and copies what it has again and again."""
-    chunks: list[list[bytes | bytearray | None]] = [[]]
-    size = 0
-    for value in values:
-        size += len(value or b"")
-        if size > _MOST_CHUNK:
-            chunks.append([])
-            size = len(value or b"")
-        chunks[-1].append(value)
-    return pa.chunked_array(map(_chunk, chunks), pa.binary())
+    def read_tars(self, pool: ThreadPoolExecutor, settings: Settings) -> None:
+        """Begin to read the images that lie in tars, unless that was begun before."""
+        refs = [ref for ref in self._refs if ref is not None]
+        if refs and self._stored is None:
+            self._stored = pool.submit(tar.read, refs, settings)
 
-
-def _chunk(values: Sequence[bytes | bytearray | None]) -> pa.Array:
-    ends = np.cumsum([0, *(len(value or b"") for value in values)], dtype=np.int32)
-    data = pa.allocate_buffer(int(ends[-1]))
-    view = memoryview(data).cast("B")
-    for value, start, end in zip(values, ends[:-1], ends[1:], strict=True):
-        view[start:end] = value or b""
-    present = np.packbits(np.array([value is not None for value in values], bool), bitorder="little")
-    return pa.Array.from_buffers(pa.binary(), len(values), [pa.py_buffer(present), pa.py_buffer(ends), data])
+    def outcomes(self, fetched: list[Outcome]) -> list[Outcome]:
+        """One outcome per row, given what the engine made of `urls`."""
+        stored = iter(self._stored.result() if self._stored else ())
+        return [outcome if ref is None else next(stored) for ref, outcome in zip(self._refs, fetched, strict=True)]

@@ -26,7 +26,7 @@ class DownloadSettings(Section):
     allow_loopback: bool = False
     """Fetch from loopback addresses too (tests and the bundled sample)."""
     timeout_s: float = Field(20.0, gt=0)
-    """Total deadline per URL, from its turn on, redirects and retries included, seconds."""
+    """Total deadline per URL, redirects and retries included, without the waits for its turn, seconds."""
     max_bytes: int = Field(50_000_000, gt=0)
     """Bodies larger than this are dropped, bytes."""
     max_redirects: int = Field(5, ge=0)
@@ -35,8 +35,8 @@ class DownloadSettings(Section):
     """Further attempts after a transient failure (connection error, short body, 429, 5xx), within the deadline."""
     host_failures: int = Field(10, ge=0)
     """Failures in a row (deadlines, broken connections, 429, 5xx) after which a host is left alone; 0: never."""
-    concurrency: int = Field(128, ge=1)
-    """Downloads at a time, per process."""
+    concurrency: int = Field(256, ge=1)
+    """Downloads at a time, per process; look-ups of names and robots.txt do not count."""
     per_host: int = Field(16, ge=1)
     """Connections to one host at a time, per process."""
     user_agent: str = Field("faceshards/0.1 (+image dataset builder; set download.contact)", pattern=r"^[ -~]+$")

@@ -6,17 +6,21 @@ and all its URLs behave that way.
 
 import errno
 import gzip
+import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import servers
 from servers import breaks_off, drips, head, pours, redirects, says
 
-TIMEOUT_S = 1.5
+TIMEOUT_S = 3.0
 MAX_BYTES = 2_000_000
 ROWS_PER_HOST = 4
 """Few enough that no host fails ten times in a row: verdicts depend on the behaviour alone."""
@@ -69,6 +73,10 @@ BEHAVIOURS: dict[str, Behaviour] = {
         None, lambda link, _: link.sendall(_CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(_LARGE), _LARGE))
     ),
     "zipped": Behaviour(None, says(body=gzip.compress(_LARGE), Content_Encoding="gzip")),
+    "zipped-in-members": Behaviour(
+        None, says(body=gzip.compress(_LARGE[:999]) + gzip.compress(_LARGE[999:]), Content_Encoding="gzip")
+    ),
+    "unknown-coding": Behaviour(None, says(body=_LARGE, Content_Encoding="image/jpeg")),
     "unannounced-length": Behaviour(None, breaks_off(head(Connection="close") + _LARGE)),
     "closes-silently": Behaviour(None, breaks_off(head(length=len(_LARGE)) + _LARGE)),
     "interim": Behaviour(
@@ -108,7 +116,9 @@ BEHAVIOURS: dict[str, Behaviour] = {
     "zip-bomb": Behaviour("too_many_bytes", says(body=_BOMB, Content_Encoding="gzip")),
     "zip-bomb-in-chunks": Behaviour(
         "too_many_bytes",
-        says(body=b"%x\r\n%s\r\n0\r\n\r\n" % (len(_BOMB), _BOMB), Content_Encoding="gzip", Transfer_Encoding="chunked"),
+        lambda link, _: link.sendall(
+            head(Content_Encoding="gzip", Transfer_Encoding="chunked") + b"%x\r\n%s\r\n0\r\n\r\n" % (len(_BOMB), _BOMB)
+        ),
     ),
     "zipped-twice": Behaviour("http_error", says(body=_NESTED, Content_Encoding="gzip, gzip")),
     "header-flood": Behaviour("http_error", floods(b"X-Flood: 1\r\n", 5_000_000)),
@@ -123,9 +133,13 @@ BEHAVIOURS: dict[str, Behaviour] = {
     "greets-first": Behaviour("http_error", None, "http://{host}:{greeting}/{name}/{n}.jpg"),
     "two-lengths": Behaviour("http_error", breaks_off(head(Content_Length="5", content_length="6") + b"\1" * 6)),
     "bad-length": Behaviour("http_error", breaks_off(head(Content_Length="-1") + _LARGE)),
+    "both-lengths": Behaviour("http_error", says(body=_LARGE, Transfer_Encoding="chunked")),
     "bad-chunk": Behaviour("http_error", breaks_off(_CHUNKED + b"zz\r\nabc\r\n")),
+    "bad-chunk-later": Behaviour(
+        "http_error",
+        lambda link, _: (link.sendall(_CHUNKED + b"1\r\n\1\r\n"), time.sleep(0.1), link.sendall(b"zz\r\n")),
+    ),
     "bad-zip": Behaviour("http_error", says(body=b"this is no gzip", Content_Encoding="gzip")),
-    "unknown-coding": Behaviour("http_error", says(body=_LARGE, Content_Encoding="br")),
     "switches-protocols": Behaviour("http_error", breaks_off(head("101 Switching Protocols") + _LARGE)),
     "teapot": Behaviour("http_error", says("418 I'm a teapot")),
     "loop": Behaviour("redirect_loop", lambda link, server: redirects(server.path_of(link))(link, server)),
@@ -218,6 +232,20 @@ class World(servers.HostileServer):
             listener.close()
 
 
+@contextmanager
+def elsewhere() -> Iterator[tuple[Ports, Counter[tuple[str, str]]]]:
+    """A World in a process of its own: its ports, and what was asked for, which is filled in at the end."""
+    command = [sys.executable, __file__]
+    requests: Counter[tuple[str, str]] = Counter()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            yield json.loads(server.stdout.readline()), requests
+            answer, _ = server.communicate("")
+            requests.update({(host, path): times for host, path, times in json.loads(answer)})
+        finally:
+            server.kill()
+
+
 def full_listener() -> tuple[int, list[socket.socket]]:
     """A port whose queue is full: whoever connects now is never answered."""
     listener = socket.socket()
@@ -296,3 +324,10 @@ class Names:
 
     def remove(self) -> None:
         socket.getaddrinfo, socket.socket.connect = self._lookup, self._connect
+
+
+if __name__ == "__main__":
+    world = World()
+    print(json.dumps(world.ports), flush=True)
+    sys.stdin.read()
+    print(json.dumps([[host, path, times] for (host, path), times in world.requests.items()]), flush=True)

@@ -1,7 +1,8 @@
 """An asyncio loop in a thread of its own, for callers in any thread."""
 
 import asyncio
-from collections.abc import Coroutine
+import contextlib
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
 from typing import Any, TypeVar
@@ -10,10 +11,10 @@ T = TypeVar("T")
 
 
 class LoopThread:
-    """Runs coroutines on one loop in a daemon thread."""
+    """One loop in a daemon thread."""
 
     def __init__(self, blocking_threads: int) -> None:
-        """Start the thread; `blocking_threads` name lookups (and other blocking calls) can run at a time."""
+        """`blocking_threads` look-ups of names (and other blocking calls) can run at a time."""
         self._loop = asyncio.new_event_loop()
         self._pool = ThreadPoolExecutor(blocking_threads, thread_name_prefix="faceshards-resolve")
         self._loop.set_default_executor(self._pool)
@@ -28,10 +29,15 @@ class LoopThread:
         finally:
             future.cancel()
 
+    def call(self, function: Callable[..., object], *args: Any) -> None:
+        """Call a function on the loop, soon; never, once the loop has stopped."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *args)
+
     def stop(self) -> None:
         """Stop the loop and its thread."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        # A lookup that hangs must not hold up the end of the process.
+        # A look-up that hangs must not hold up the end of the process.
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._loop.close()

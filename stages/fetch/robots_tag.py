@@ -15,17 +15,15 @@ def opted_out(tags: Iterable[str], user_agent: str) -> bool:
 
     `name: directive, ...` is meant for the bot of that name alone, up to the next name.
     """
-    return any(_one(tag.lower(), user_agent.lower()) for tag in tags)
-
-
-def _one(tag: str, user_agent: str) -> bool:
-    meant = True
-    for piece in tag.split(","):
-        name, colon, rest = (part.strip() for part in piece.partition(":"))
-        if colon and name in _WITH_VALUE:
-            continue
-        if colon:
-            meant = name == "*" or name in _WORD.findall(user_agent)
-        if meant and (rest if colon else name) in DIRECTIVES:
-            return True
+    our_words = _WORD.findall(user_agent.lower())
+    for tag in tags:
+        is_meant = True
+        for piece in tag.lower().split(","):
+            name, colon, rest = (part.strip() for part in piece.partition(":"))
+            if colon and name in _WITH_VALUE:
+                continue
+            if colon:
+                is_meant = name == "*" or name in our_words
+            if is_meant and (rest if colon else name) in DIRECTIVES:
+                return True
     return False

@@ -8,8 +8,8 @@ import fsspec
 from schemas.drops import DropReason
 from schemas.errors import SourceError
 from stages.base import Dropped
-from stages.fetch.base import Outcome
 from stages.fetch.body import Body
+from stages.fetch.engine import Outcome
 from stages.settings import Settings
 
 
@@ -20,28 +20,23 @@ def read(refs: Sequence[str], settings: Settings) -> list[Outcome]:
         SourceError: when a tar cannot be opened or read.
     """
     outcomes: list[Outcome] = [Dropped(DropReason.NOT_IN_TAR)] * len(refs)
-    places: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+    members_of: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
     for index, ref in enumerate(refs):
         if ref:
-            path, offset, size = _split(ref)
-            places[path].append((offset, size, index))
-    for path, members in places.items():
+            path, _, span = ref.rpartition("#")
+            offset, _, size = span.partition(":")
+            members_of[path].append((int(offset), int(size), index))
+    for path, members in members_of.items():
         try:
             with fsspec.open(path, "rb") as tar:
                 # In the order of the tar: one pass, also over a remote file.
-                for offset, size, index in sorted(members):
-                    outcomes[index] = _member(tar, offset, size, settings)
+                for start, length, index in sorted(members):
+                    outcomes[index] = _member(tar, start, length, settings)
         except OSError as error:
             raise SourceError(
                 f"{path} cannot be read ({error}): restore the existing download, or fetch anew."
             ) from error
     return outcomes
-
-
-def _split(ref: str) -> tuple[str, int, int]:
-    path, _, span = ref.rpartition("#")
-    offset, _, size = span.partition(":")
-    return path, int(offset), int(size)
 
 
 def _member(tar: fsspec.core.OpenFile, offset: int, size: int, settings: Settings) -> Outcome:

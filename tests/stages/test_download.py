@@ -476,7 +476,7 @@ def test_trouble_of_this_machine_stops_the_shard(stage, hostile_server, name, mo
 
 
 def test_a_drop_holds_no_body(stage, hostile_server):
-    (outcome,) = stage()._engine.fetch([hostile_server.url("/endless.jpg")])
+    (outcome,) = stage()._engine.stream([hostile_server.url("/endless.jpg")])
     assert (outcome.__traceback__, outcome.__cause__, outcome.__context__) == (None, None, None)
 
 

@@ -3,14 +3,13 @@
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Lock
+from functools import partial
 from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
-from pipeline.dataset.execute.runner import Loaded, apply_all
+from pipeline.dataset.execute.runner import Loaded, apply, apply_ahead, apply_all
 from pipeline.dataset.out.output import Output, ShardWriter
 from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import Rows, split_seeds
@@ -20,11 +19,7 @@ from schemas.shard import Manifest
 from stages import Step
 
 FETCH_ROWS = 32
-"""Rows that are fetched together. Most are dropped there; the living go on in batches of executor.batch_rows."""
-_MOST_AHEAD = 256 << 20
-"""Bytes of fetched images that wait for their turn, per process and shard."""
-_FIRST_WEIGHT = _MOST_AHEAD >> 5
-"""What the first batch is expected to weigh, while nothing is known."""
+"""Rows that leave the fetching together. Most are dropped there; the living go on in batches of executor.batch_rows."""
 _MOST_HELD = 64
 """Fetched batches that wait for living rows."""
 
@@ -111,7 +106,7 @@ class Worker:
     def __init__(self, plan: Plan) -> None:
         """Load the fetching and packing stages."""
         self._fetch = load(plan, plan.at("fetch"))
-        self._ahead = plan.config.executor.fetch_ahead
+        self._most_rows = plan.config.executor.fetch_ahead * FETCH_ROWS
         self.write = load(plan, plan.at("write"))
 
     def close(self) -> None:
@@ -122,13 +117,13 @@ class Worker:
                 close()
 
     def fetched(self, batches: Iterator[Rows]) -> Iterator[Rows]:
-        """Batches with their images, several being fetched at a time, in order."""
-        return ordered_ahead(lambda rows: apply_all(self._fetch, rows), batches, self._ahead, _nbytes)
-
-
-def _nbytes(rows: Rows) -> int:
-    weight: int = rows.alive.nbytes
-    return weight
+        """Batches with their images, in order; those of many rows behind are being fetched meanwhile."""
+        for step in self._fetch:
+            if hasattr(step.stage, "stream"):
+                batches = apply_ahead(step, batches, self._most_rows)
+            else:
+                batches = map(partial(apply, step), batches)
+        return batches
 
 
 def regrouped(batches: Iterator[Rows], size: int) -> Iterator[Rows]:
@@ -151,64 +146,6 @@ def regrouped(batches: Iterator[Rows], size: int) -> Iterator[Rows]:
             held, living = [], 0
     if held:
         yield Rows.joined(held)
-
-
-def ordered_ahead(
-    function: Callable[[In], Out], items: Iterator[In], ahead: int, weight: Callable[[Out], int] = lambda _: 0
-) -> Iterator[Out]:
-    """`map` in threads, results in order: up to `ahead` calls run before their turn.
-
-    Nothing new is begun while those that are done and wait, and those under way, weigh more than _MOST_AHEAD bytes: a
-    host that drips must not hold up the rows behind it, nor may these fill the memory meanwhile.
-    """
-    pool = ThreadPoolExecutor(ahead, thread_name_prefix="fetch")
-    load = _Load()
-
-    def work(item: In) -> Out:
-        result = function(item)
-        load.done(weight(result))
-        return result
-
-    waiting: deque[Future[Out]] = deque()
-    try:
-        for item in items:
-            load.begun()
-            waiting.append(pool.submit(work, item))
-            while waiting and (len(waiting) > ahead or load.expected() > _MOST_AHEAD):
-                result = waiting.popleft().result()
-                load.taken(weight(result))
-                yield result
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-class _Load:
-    """Bytes of results that wait, and what those under way will add, going by all before them."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._held = self._under_way = 0
-        self._count, self._total = 1, _FIRST_WEIGHT
-
-    def begun(self) -> None:
-        with self._lock:
-            self._under_way += 1
-
-    def done(self, weight: int) -> None:
-        with self._lock:
-            self._under_way -= 1
-            self._held += weight
-            self._count, self._total = self._count + 1, self._total + weight
-
-    def taken(self, weight: int) -> None:
-        with self._lock:
-            self._held -= weight
-
-    def expected(self) -> float:
-        with self._lock:
-            return self._held + self._under_way * self._total / self._count
 
 
 def windowed(started: Iterator[In], finish: Callable[[In], Out], ahead: int) -> Iterator[Out]:

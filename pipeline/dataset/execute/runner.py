@@ -1,6 +1,7 @@
 """Where a stage meets data: projection in, contract checks out, tombstones for dropped rows. The only such place."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -25,11 +26,30 @@ class Loaded:
 
 def apply(step: Loaded, rows: Rows) -> Rows:
     """Run one stage on the living rows; its drops become tombstones, and columns nobody needs any more are let go."""
+    result = step.stage(rows.alive.select(list(step.stage.reads))) if rows.alive.num_rows else None
+    return _applied(step, rows, result)
+
+
+def apply_ahead(step: Loaded, batches: Iterator[Rows], most_rows: int) -> Iterator[Rows]:
+    """Run a stage that has a `stream` on batch after batch: it begins up to `most_rows` rows before their turn."""
+    waiting: deque[Rows] = deque()
+
+    def tables() -> Iterator[pa.Table]:
+        for rows in batches:
+            waiting.append(rows)
+            yield rows.alive.select(list(step.stage.reads))
+
+    for result in step.stage.stream(tables(), most_rows):  # type: ignore[attr-defined]
+        yield _applied(step, waiting.popleft(), result)
+
+
+def _applied(step: Loaded, rows: Rows, result: pa.Table | None) -> Rows:
+    """Rows with what a stage made of the living ones."""
     stage, alive = step.stage, rows.alive
-    if alive.num_rows == 0:
+    if alive.num_rows == 0 or result is None:
         names = tuple(n for n in COLUMNS if n in step.keep and n in {*alive.column_names, *stage.writes})
         return Rows(schema(names).empty_table(), rows.dead, rows.witnesses)
-    written, drop = outcome(stage, alive)
+    written, drop = checked(stage, alive, result)
     for name in stage.writes:
         alive = put(alive, name, written.column(name))
     dropped = pc.is_valid(drop)
@@ -51,7 +71,12 @@ def apply_all(steps: Sequence[Loaded], rows: Rows) -> Rows:
 
 
 def outcome(stage: Stage, table: pa.Table) -> tuple[pa.Table, pa.Array]:
-    """Call a stage with exactly the columns that it reads, and check what comes back.
+    """Call a stage with exactly the columns that it reads, and check what comes back, as `checked` does."""
+    return checked(stage, table, stage(table.select(list(stage.reads))))
+
+
+def checked(stage: Stage, table: pa.Table, result: pa.Table) -> tuple[pa.Table, pa.Array]:
+    """Check what a stage made of a table.
 
     Returns:
         The written columns, and per row the reason of its drop or null.
@@ -59,7 +84,6 @@ def outcome(stage: Stage, table: pa.Table) -> tuple[pa.Table, pa.Array]:
     Raises:
         ContractError: when the stage breaks its declaration.
     """
-    result = stage(table.select(list(stage.reads)))
     if result.num_rows != table.num_rows:
         raise ContractError(f"{stage.name}: {table.num_rows} rows in, {result.num_rows} rows out")
     drop = pa.nulls(result.num_rows, pa.string())

@@ -21,7 +21,7 @@ from pipeline.dataset.source.seeds import Seeds, iter_again
 from pipeline.shared.files import AnyPath
 from schemas.errors import SourceError
 from schemas.names import shard_origin
-from stages.fetch.base import SECOND_CHANCE
+from stages.fetch.status import SECOND_CHANCE
 
 RowNumbers = npt.NDArray[np.int64]
 

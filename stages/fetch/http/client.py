@@ -1,99 +1,180 @@
-"""The native engine's HTTP client: GET requests over connections to addresses that were checked."""
+"""The one HTTP client: GET requests by aiohttp, over connections to addresses that were checked."""
 
-from functools import partial
+import asyncio
+import errno
+import socket
+import ssl
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from urllib.parse import quote
+
+import aiohttp
+from yarl import URL
 
 from schemas.drops import DropReason
 from stages.base import Dropped
 from stages.fetch.address import Guard, Url
-from stages.fetch.base import LOCAL_TROUBLE, user_agent
-from stages.fetch.http import http1, link, resolve
-from stages.fetch.http.link import Link
-from stages.fetch.http.pool import Pool
-from stages.fetch.http.response import Response
+from stages.fetch.http.connections import Connector, is_reused
+from stages.fetch.http.inflate import LARGE_PIECE, inflated
+from stages.fetch.http.resolve import Resolver
+from stages.fetch.status import LOCAL_TROUBLE, user_agent
 from stages.settings import DownloadSettings
 
-_SWITCHING_PROTOCOLS = 101
+_IDLE_S = 1.0
+"""Most hosts get no two requests in a row, and each idle connection costs a file descriptor."""
+_READ_AHEAD = 32 << 10
+"""Bytes that are read from the network before they are wanted; twice of it stops the reading."""
+_LONGEST_LINE, _MOST_FIELDS = 16 << 10, 256
+_TINY, _MOST_TINY, _GATHER_S = 512, 32, 0.01
+"""A server that sends single bytes as fast as it can costs us a wake-up each: from then on they are let to gather."""
+_ASCII = "".join(map(chr, range(0x21, 0x7F)))
 
 
 class Client:
-    """Sends requests; made and used on the loop. Deadlines are the caller's."""
+    """Sends requests; made and used on the loop. Deadlines, and how many at a time, are the caller's."""
 
-    def __init__(self, told: DownloadSettings, guard: Guard) -> None:
-        self._told = told
+    def __init__(self, settings: DownloadSettings, guard: Guard) -> None:
         self._guard = guard
-        self._agent = user_agent(told)
-        self._resolver = resolve.Resolver()
-        self._pool = Pool(told.concurrency)
+        self._resolver = Resolver(self._guard)
+        self._max_bytes = settings.max_bytes
+        connector = Connector(
+            settings.concurrency,
+            limit=0,
+            resolver=self._resolver,
+            use_dns_cache=False,
+            ssl=ssl.create_default_context(),
+            keepalive_timeout=_IDLE_S,
+            socket_factory=self._socket,
+        )
+        # Neither trust_env nor cookies: what was not configured here must not slip in from the environment.
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            headers={"User-Agent": user_agent(settings), "Accept": "*/*", "Accept-Encoding": "identity"},
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
+            auto_decompress=False,
+            read_bufsize=_READ_AHEAD,
+            max_line_size=_LONGEST_LINE,
+            max_field_size=_LONGEST_LINE,
+            max_headers=_MOST_FIELDS,
+        )
+        self._session._retry_connection = False  # it would repeat requests over new connections too
 
     async def close(self) -> None:
-        """Close the connections that wait, and give up the look-ups that nobody waits for any more."""
-        self._pool.close()
-        await self._resolver.close()
+        """Close all connections."""
+        await self._session.close()
 
-    async def get(self, url: Url) -> Response:
-        """The answer to a GET request, as soon as its head is there; to be closed.
+    async def look_up(self, url: Url) -> None:
+        """Learn the addresses of a URL's host, so that a request for it need not wait for them.
 
         Raises:
-            Dropped: FORBIDDEN_ADDRESS, DNS_ERROR, CONNECTION_ERROR or HTTP_ERROR.
+            Dropped: DNS_ERROR, or FORBIDDEN_ADDRESS.
             OSError: for this machine's own trouble.
         """
         url = self._guard.route(url)
+        await self._resolver.resolve(url.host, url.port)
+
+    @asynccontextmanager
+    async def get(self, url: Url) -> AsyncIterator["Answer"]:
+        """The answer to a GET request, as soon as its head is there. Redirects are not followed.
+
+        Raises:
+            Dropped: FORBIDDEN_ADDRESS, DNS_ERROR, CONNECTION_ERROR, HTTP_ERROR, BAD_URL.
+            OSError: for this machine's own trouble.
+        """
+        url = self._guard.route(url)
+        with _reasons(DropReason.CONNECTION_ERROR):
+            response = await self._response(URL(str(url), encoded=True))
         try:
-            waiting = self._pool.take(url.origin)
-            if waiting is not None:
-                try:
-                    return await self._exchange(waiting, url)
-                except _StaleError:
-                    pass  # the host closed it before it saw the request: that says nothing of the host
-            return await self._exchange(await self._connected(url), url)
-        except OSError as error:
-            if error.errno in LOCAL_TROUBLE:
-                raise
-            raise Dropped(DropReason.CONNECTION_ERROR) from error
+            yield Answer(response, self._max_bytes)
+        finally:
+            response.release()
 
-    async def _connected(self, url: Url) -> Link:
-        places = resolve.permitted(await self._resolver.places(url.host), url.port, self._guard)
-        tls_host = url.host if url.scheme == "https" else None
-        return await link.connect(places, url.port, tls_host, resolve.SHARE_OF_DEADLINE * self._told.timeout_s)
+    async def _response(self, url: URL) -> aiohttp.ClientResponse:
+        while True:
+            is_reused.set(False)
+            try:
+                return await self._session.get(url, allow_redirects=False)
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+                if not is_reused.get():
+                    raise
+                # A host closed a connection that had waited before it saw the request: that says nothing of the host.
 
-    async def _exchange(self, over: Link, url: Url) -> Response:
-        try:
-            first = await self._asked(over, url)
-            head, rest = await self._head(over, first)
-        except BaseException:
-            over.close()
-            raise
-        return Response(head, rest, over, self._told.max_bytes, partial(self._pool.put, url.origin))
+    def _socket(self, address: tuple[int, int, int, str, tuple[str, int]]) -> socket.socket:
+        """The last lock: no socket is made for an address that may not be connected to."""
+        family, kind, protocol, _, (host, port, *_) = address
+        if not self._guard.permits(host, port):
+            raise PermissionError(errno.EACCES, "an address that must not be connected to")
+        return socket.socket(family, kind, protocol)
 
-    async def _asked(self, over: Link, url: Url) -> bytes:
-        """Send the request; the first bytes of the answer."""
-        try:
-            await over.send(http1.request(url, self._agent))
-            return _some(over.space, await over.answer(over.space))
-        except OSError as error:
-            if over.used:
-                raise _StaleError from error
-            raise
 
-    async def _head(self, over: Link, data: bytes) -> tuple[http1.Head, bytes]:
-        seen = 0
-        for _ in range(1 + http1.MOST_INTERIM):
-            while (end := http1.find_end(data, seen)) is None:
-                seen = len(data)
-                data += _some(over.space, await over.receive(over.space))
-            head, data, seen = http1.parse_head(data[:end]), data[end:], 0
-            if head.status >= 200:
-                return head, data
-            if head.status == _SWITCHING_PROTOCOLS:
+class Answer:
+    """The head of an answer, and the body to come."""
+
+    def __init__(self, response: aiohttp.ClientResponse, max_bytes: int) -> None:
+        self._response = response
+        self._max_bytes = max_bytes
+        self.status = response.status
+        self.robots_tags = response.headers.getall("X-Robots-Tag", [])
+        self.retry_after = response.headers.get("Retry-After")
+
+    @property
+    def length(self) -> int | None:
+        """Content-Length."""
+        return self._response.content_length
+
+    @property
+    def location(self) -> str | None:
+        """Where it redirects to; bytes beyond ASCII are percent-encoded as they came, whatever encoding they are in."""
+        for name, value in self._response.raw_headers:
+            if name.lower() == b"location":
+                return quote(value.strip(), safe=_ASCII)
+        return None
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body, its codings undone.
+
+        Raises:
+            Dropped: INCOMPLETE_BODY, HTTP_ERROR, or TOO_MANY_BYTES where more came than may be kept.
+            OSError: for this machine's own trouble.
+        """
+        unpacker = inflated(self._response.headers.get("Content-Encoding", ""))
+        content, size, tiny = self._response.content, 0, 0
+        while True:
+            with _reasons(DropReason.INCOMPLETE_BODY):
+                piece = await content.readany()
+            if not piece:
                 break
-        raise Dropped(DropReason.HTTP_ERROR)
+            size += len(piece)
+            if size > self._max_bytes:
+                raise Dropped(DropReason.TOO_MANY_BYTES)
+            if unpacker is None:
+                yield piece
+            else:
+                for part in unpacker.feed(piece):
+                    yield part
+                    if len(part) >= LARGE_PIECE:
+                        await asyncio.sleep(0)  # a bomb unfolds in the turns of others
+            tiny = max(0, tiny + (1 if len(piece) < _TINY else -1))
+            transport = self._response.connection and self._response.connection.transport
+            if tiny > _MOST_TINY and isinstance(transport, asyncio.ReadTransport):
+                transport.pause_reading()
+                await asyncio.sleep(_GATHER_S)
+                transport.resume_reading()
+        if unpacker is not None and not unpacker.is_done:
+            raise Dropped(DropReason.INCOMPLETE_BODY)
 
 
-def _some(space: memoryview, count: int) -> bytes:
-    if not count:
-        raise ConnectionResetError("the connection ended before the answer's head")
-    return bytes(space[:count])
-
-
-class _StaleError(ConnectionError):
-    """A connection that had waited was closed by its host."""
+@contextmanager
+def _reasons(broken: DropReason) -> Iterator[None]:
+    """Turn aiohttp's errors into `Dropped`; `broken` is the reason where the connection breaks."""
+    try:
+        yield
+    except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in LOCAL_TROUBLE:
+            raise
+        raise Dropped(broken) from error
+    except aiohttp.InvalidURL as error:
+        raise Dropped(DropReason.BAD_URL) from error
+    except aiohttp.ClientError as error:
+        raise Dropped(DropReason.HTTP_ERROR) from error

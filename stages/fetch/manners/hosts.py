@@ -1,18 +1,21 @@
-"""Which hosts are left alone for a while: those that asked for it (Retry-After), and those that fail again and again.
+"""How many connections a host gets, and which are left alone for a while: who wants it, and who fails again and again.
 
 What a row of such a host gets depends on when its turn comes. All reasons that are given here are among
 `SECOND_CHANCE`: a later pass fetches those rows.
 """
 
+import asyncio
 import time
+import weakref
 from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from threading import Lock
 
 from schemas.drops import DropReason
 from stages.base import Dropped
-from stages.fetch.address import Origin
-from stages.fetch.base import Refused
+from stages.fetch.address import Origin, Url
+from stages.fetch.status import Refused
 from stages.settings import DownloadSettings
 
 _TROUBLE = frozenset(
@@ -27,9 +30,9 @@ _TROUBLE = frozenset(
 """What counts against a host. All else shows that it is up."""
 _FIRST_REST_S = 10.0
 _LONGEST_REST_S = 600.0
-"""Also the longest that a Retry-After is heeded without asking again."""
+"""Also the longest that a Retry-After is heeded without another request."""
 _PAUSE_S = 0.25
-"""After each deadline that passed: others that pass at the same time are heard of before yet another row begins."""
+"""After each deadline that passed: others that pass at the same time are counted before yet another row begins."""
 _LOOK_AGAIN_S = 0.05
 """How often a row looks whether the probe before it has come back."""
 _MOST_HOSTS = 20_000
@@ -51,73 +54,84 @@ class _Host:
 
 
 class Hosts:
-    """The health of all hosts that this process asks; may be used from several threads.
+    """The health of all hosts that this process fetches from, and their connections; used on the loop alone.
 
     After `download.host_failures` failures in a row a host rests, each time twice as long. Then one row tries it, while
-    the others wait for what it finds.
+    the others wait for what comes of it.
     """
 
     def __init__(self, settings: DownloadSettings) -> None:
-        """Know nothing."""
-        self._told = settings
+        self._settings = settings
         self._known: OrderedDict[Origin, _Host] = OrderedDict()
-        self._lock = Lock()
+        self._connections: weakref.WeakValueDictionary[str, asyncio.Semaphore] = weakref.WeakValueDictionary()
 
-    def wait_s(self, origin: Origin) -> float:
-        """How long to wait before asking this host, and then to ask here again; 0 for: go.
+    def connections(self, host: str) -> asyncio.Semaphore:
+        """The `download.per_host` connections to a host; who holds one must not wait for another."""
+        known = self._connections.get(host)
+        if known is None:
+            known = self._connections[host] = asyncio.Semaphore(self._settings.per_host)
+        return known
+
+    @asynccontextmanager
+    async def connection(self, url: Url) -> AsyncIterator[None]:
+        """Wait until a URL's host may be sent a request, and hold one of its connections.
 
         Raises:
             Dropped: when it rests for longer than a row may wait.
         """
-        with self._lock:
-            host = self._known.get(origin)
-            return self._judged(host, time.monotonic()) if host is not None else 0.0
+        while True:
+            async with self.connections(url.host):
+                # Only now: while this row waited for its turn, those before it may have brought the host down.
+                pause = self.wait_s(url.origin)
+                if not pause:
+                    yield
+                    return
+            await asyncio.sleep(pause)
 
-    def _judged(self, host: _Host, now: float) -> float:
+    def wait_s(self, origin: Origin) -> float:
+        """How long to wait before a request to this host, and then to call this again; 0 for: go.
+
+        Raises:
+            Dropped: when it rests for longer than a row may wait.
+        """
+        host, now = self._known.get(origin), time.monotonic()
+        if host is None:
+            return 0.0
         if now < host.until:
-            if host.reason is DropReason.HOST_DOWN or host.until - now > self._told.timeout_s:
+            if host.reason is DropReason.HOST_DOWN or host.until - now > self._settings.timeout_s:
                 raise Dropped(host.reason)
             return host.until - now
         if not self._is_down(host):
-            return max(0.0, host.pause_until - now) if self._told.host_failures else 0.0
+            return max(0.0, host.pause_until - now) if self._settings.host_failures else 0.0
         if now < host.probe_until:
             return _LOOK_AGAIN_S
-        host.probe_until = now + self._told.timeout_s
+        host.probe_until = now + self._settings.timeout_s
         return 0.0
 
-    def _is_down(self, host: _Host) -> bool:
-        return 0 < self._told.host_failures <= host.failures
-
-    def saw(self, origin: Origin, failure: Dropped | None) -> None:
-        """Take note of how an attempt at a host ended; None for well."""
-        troubled = failure is not None and failure.reason in _TROUBLE
-        if not troubled and origin not in self._known:
+    def record(self, origin: Origin, failure: Dropped | None) -> None:
+        """Take note of how a request to a host ended; None for well."""
+        now = time.monotonic()
+        if failure is None or failure.reason not in _TROUBLE:
+            host = self._known.pop(origin, None)
+            if host is not None and now < host.until and host.reason is not DropReason.HOST_DOWN:
+                # It answers, but it wants rest: requests that were under way do not end that.
+                self._known[origin] = _Host(until=host.until, reason=host.reason)
             return
-        with self._lock:
-            if failure is None or not troubled:
-                self._recovered(origin, time.monotonic())
-                return
-            host = self._known.setdefault(origin, _Host())
-            self._known.move_to_end(origin)
-            if len(self._known) > _MOST_HOSTS:
-                self._known.popitem(last=False)
-            self._failed(host, failure, time.monotonic())
-
-    def _recovered(self, origin: Origin, now: float) -> None:
-        host = self._known.pop(origin, None)
-        if host is not None and now < host.until and host.reason is not DropReason.HOST_DOWN:
-            # It answers, but it has asked for rest: requests that were under way do not end that.
-            self._known[origin] = _Host(until=host.until, reason=host.reason)
-
-    def _failed(self, host: _Host, failure: Dropped, now: float) -> None:
+        host = self._known.setdefault(origin, _Host())
+        self._known.move_to_end(origin)
+        if len(self._known) > _MOST_HOSTS:
+            self._known.popitem(last=False)
         host.failures += 1
+        host.probe_until = 0.0
         if failure.reason is DropReason.TIMEOUT:
             host.pause_until = now + _PAUSE_S
-        host.probe_until = 0.0
-        asked_s = failure.retry_after_s if isinstance(failure, Refused) else None
-        if asked_s:
-            host.until = max(host.until, now + min(asked_s, _LONGEST_REST_S))
+        retry_after_s = failure.retry_after_s if isinstance(failure, Refused) else None
+        if retry_after_s:
+            host.until = max(host.until, now + min(retry_after_s, _LONGEST_REST_S))
             host.reason = failure.reason
         elif self._is_down(host) and now >= host.until:
             host.rest_s = min(max(2 * host.rest_s, _FIRST_REST_S), _LONGEST_REST_S)
             host.until, host.reason = now + host.rest_s, DropReason.HOST_DOWN
+
+    def _is_down(self, host: _Host) -> bool:
+        return 0 < self._settings.host_failures <= host.failures

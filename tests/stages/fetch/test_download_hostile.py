@@ -14,37 +14,23 @@ from stages.settings import DownloadSettings, Settings
 
 
 @pytest.fixture
-def world(names):
-    server = hostile.World()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def stage(world):
-    download = Download(settings(), Runtime())
+def stage():
+    base = {"allow_loopback": True, "timeout_s": hostile.TIMEOUT_S, "max_bytes": hostile.MAX_BYTES, "max_redirects": 3}
+    download = Download(Settings(download=DownloadSettings(**base, concurrency=512)), Runtime())
     yield download
     download.close()
 
 
-def settings(**told):
-    base = {"allow_loopback": True, "timeout_s": hostile.TIMEOUT_S, "max_bytes": hostile.MAX_BYTES, "max_redirects": 3}
-    return Settings(download=DownloadSettings(**base | {"concurrency": 256} | told))
-
-
 def fetch(stage, urls):
-    urls = list(urls)
-    return stage(pa.table({"url": pa.array(urls, pa.string()), "image_ref": pa.nulls(len(urls), pa.string())}))
+    table = pa.table({"url": pa.array(urls, pa.string()), "image_ref": pa.nulls(len(urls), pa.string())})
+    return stage(table)[DROP].to_pylist()
 
 
-def test_every_row_meets_its_verdict(world, stage, names):
-    rows = list(hostile.rows(8, world.ports))
-    half = len(rows) // 2
-    reasons = [
-        reason
-        for part in (rows[:half], rows[half:])
-        for reason in fetch(stage, [url for _, url in part])[DROP].to_pylist()
-    ]
+def test_every_row_meets_its_verdict(stage, names):
+    with hostile.elsewhere() as (ports, requests):
+        rows = list(hostile.rows(8, ports))
+        half = len(rows) // 2
+        reasons = [reason for part in (rows[:half], rows[half:]) for reason in fetch(stage, [url for _, url in part])]
     wrong = Counter(
         (name, reason)
         for (name, _), reason in zip(rows, reasons, strict=True)
@@ -53,6 +39,6 @@ def test_every_row_meets_its_verdict(world, stage, names):
     assert not wrong
     assert len(reasons) == len(rows) >= 600
     assert set(names.tried) == {"127.0.0.1"}
-    asked = hostile.refused(world.requests)
+    asked = hostile.refused(requests)
     assert set(asked.values()) == {1}, "asked again after a refusal"
     assert not [path for _, path in asked if path.startswith("/robots-no/")]

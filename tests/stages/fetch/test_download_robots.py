@@ -12,7 +12,7 @@ import servers
 from schemas.drops import DropReason
 from stages.base import DROP
 from stages.download import Download
-from stages.fetch.manners import robots_txt
+from stages.fetch.manners import robots as manners
 from stages.runtime import Runtime
 from stages.settings import DownloadSettings, Settings
 
@@ -120,11 +120,9 @@ def test_a_host_that_has_none_allows_all(stage, server, answer, names):
     ],
 )
 def test_while_a_host_cannot_say_what_it_allows_nothing_is_asked_for(stage, server, answer, reason, monkeypatch):
-    monkeypatch.setattr(robots_txt, "LIMIT_S", 0.5)
+    monkeypatch.setattr(manners, "LIMIT_S", 0.5 if reason == "timeout" else 60.0)
     server.answers["/robots.txt"] = answer
-    begun = time.monotonic()
-    assert fetch(stage(), *[server.url("/ok.jpg")] * 3) == [reason] * 3
-    assert time.monotonic() - begun < 1.5
+    assert fetch(stage(timeout_s=60.0), *[server.url("/ok.jpg")] * 3) == [reason] * 3
     assert server.hits == {"/robots.txt": 1}
 
 

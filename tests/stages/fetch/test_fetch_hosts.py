@@ -2,8 +2,8 @@ import pytest
 
 from schemas.drops import DropReason
 from stages.base import Dropped
-from stages.fetch.base import SECOND_CHANCE, Refused
 from stages.fetch.manners import hosts
+from stages.fetch.status import SECOND_CHANCE, Refused
 from stages.settings import DownloadSettings
 
 A, B = ("http", "a.test", 80), ("http", "b.test", 80)
@@ -30,7 +30,7 @@ def known(failures=3, timeout_s=20.0):
 
 def fail(health, times, failure=BROKEN, origin=A):
     for _ in range(times):
-        health.saw(origin, failure)
+        health.record(origin, failure)
 
 
 def refused(health, origin=A):
@@ -57,7 +57,7 @@ def test_a_host_that_answers_is_up(clock, reason):
     health = known()
     for _ in range(9):
         fail(health, 2)
-        health.saw(A, reason and Dropped(DropReason(reason)))
+        health.record(A, reason and Dropped(DropReason(reason)))
     assert health.wait_s(A) == 0
 
 
@@ -79,7 +79,7 @@ def test_rests_double_up_to_a_limit_and_one_probe_ends_them(clock):
     assert rests == [10, 20, 40, 80, 160, 320, 600, 600, 600]
     clock.now += 601
     assert health.wait_s(A) == 0
-    health.saw(A, None)
+    health.record(A, None)
     assert [health.wait_s(A) for _ in range(3)] == [0, 0, 0]
     fail(health, 2)
     assert health.wait_s(A) == 0
@@ -112,7 +112,7 @@ def test_zero_failures_mean_that_no_host_is_given_up(clock):
 
 def test_retry_after_is_a_rest_of_the_whole_host(clock):
     health = known()
-    health.saw(A, Refused(DropReason.RATE_LIMITED, 7.0))
+    health.record(A, Refused(DropReason.RATE_LIMITED, 7.0))
     assert health.wait_s(A) == 7
     clock.now += 5
     assert health.wait_s(A) == 2
@@ -124,9 +124,9 @@ def test_retry_after_is_a_rest_of_the_whole_host(clock):
 @pytest.mark.parametrize("reason", ["rate_limited", "server_error"])
 def test_nobody_waits_for_longer_than_the_deadline_of_a_url(clock, reason):
     health = known()
-    health.saw(A, Refused(DropReason(reason), 86400.0))
+    health.record(A, Refused(DropReason(reason), 86400.0))
     assert refused(health) == reason
-    health.saw(A, None)  # a request that was under way went well
+    health.record(A, None)  # a request that was under way went well
     assert refused(health) == reason
     clock.now += hosts._LONGEST_REST_S - 15
     assert health.wait_s(A) == 15

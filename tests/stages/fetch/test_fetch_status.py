@@ -5,12 +5,12 @@ import pytest
 
 from schemas.drops import DropReason
 from stages.base import Dropped
-from stages.fetch.base import Refused, check_head, user_agent, wait_s
 from stages.fetch.robots_tag import opted_out
+from stages.fetch.status import Refused, check_head, user_agent, wait_s
 from stages.settings import DownloadSettings
 
 OURS = "faceshards/0.1 (+image dataset builder)"
-TOLD = DownloadSettings(retries=2)
+SETTINGS = DownloadSettings(retries=2)
 
 
 @pytest.mark.parametrize(
@@ -56,12 +56,12 @@ def test_one_of_several_values_is_enough():
 )
 def test_refusals(status, reason):
     with pytest.raises(Dropped) as caught:
-        check_head(status, [], None, TOLD)
+        check_head(status, [], None, SETTINGS)
     assert caught.value.reason == reason
 
 
 def test_heads_that_are_no_refusal():
-    assert [check_head(status, [], None, TOLD) for status in (200, 203, 206, 301, 308)] == [
+    assert [check_head(status, [], None, SETTINGS) for status in (200, 203, 206, 301, 308)] == [
         False,
         False,
         False,
@@ -72,7 +72,7 @@ def test_heads_that_are_no_refusal():
 
 def refusal(retry_after):
     with pytest.raises(Refused) as caught:
-        check_head(503, [], retry_after, TOLD)
+        check_head(503, [], retry_after, SETTINGS)
     return caught.value
 
 
@@ -83,24 +83,24 @@ def refusal(retry_after):
 def test_retry_after_in_seconds(retry_after, wait):
     if wait is None:
         with pytest.raises(Refused):
-            wait_s(refusal(retry_after), 0, TOLD, left_s=9.0)
+            wait_s(refusal(retry_after), 0, SETTINGS, left_s=9.0)
     else:
-        assert wait_s(refusal(retry_after), 0, TOLD, left_s=9.0) == wait
+        assert wait_s(refusal(retry_after), 0, SETTINGS, left_s=9.0) == wait
 
 
 @pytest.mark.parametrize("zone", [UTC, None])
 def test_retry_after_as_a_date(zone):
     date = format_datetime((datetime.now(UTC) + timedelta(seconds=5)).replace(tzinfo=zone))
-    assert 2 < wait_s(refusal(date), 0, TOLD, left_s=9.0) <= 5
-    assert wait_s(refusal("Mon, 01 Jan 2001 00:00:00 GMT"), 0, TOLD, left_s=9.0) == 0
+    assert 2 < wait_s(refusal(date), 0, SETTINGS, left_s=9.0) <= 5
+    assert wait_s(refusal("Mon, 01 Jan 2001 00:00:00 GMT"), 0, SETTINGS, left_s=9.0) == 0
 
 
 def test_the_back_off_doubles_and_ends():
     failure = Dropped(DropReason.CONNECTION_ERROR)
-    assert [wait_s(failure, attempt, TOLD, left_s=9.0) for attempt in (0, 1)] == [0.25, 0.5]
+    assert [wait_s(failure, attempt, SETTINGS, left_s=9.0) for attempt in (0, 1)] == [0.25, 0.5]
     for attempt, left_s in ((2, 9.0), (0, 0.2)):
         with pytest.raises(Dropped):
-            wait_s(failure, attempt, TOLD, left_s)
+            wait_s(failure, attempt, SETTINGS, left_s)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_the_back_off_doubles_and_ends():
 )
 def test_final_failures_are_never_repeated(reason):
     with pytest.raises(Dropped):
-        wait_s(Dropped(DropReason(reason)), 0, TOLD, left_s=9.0)
+        wait_s(Dropped(DropReason(reason)), 0, SETTINGS, left_s=9.0)
 
 
 def test_the_user_agent_names_a_contact_when_there_is_one():

@@ -1,19 +1,14 @@
-"""What a fetching engine is, and what all engines share: headers, status codes, retries."""
+"""What the head of an answer means for a row, and which failures are tried again."""
 
 import errno
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Protocol
 
 from schemas.drops import DropReason
 from stages.base import Dropped
 from stages.fetch import robots_tag
-from stages.runtime import Runtime
-from stages.settings import DownloadSettings, Settings
-
-Outcome = bytes | bytearray | Dropped
-"""The image file, or why there is none."""
+from stages.settings import DownloadSettings
 
 TRANSIENT = frozenset(
     {
@@ -44,26 +39,13 @@ _REASONS = {
 }
 
 
-class Engine(Protocol):
-    """Fetches image files; may be called from several threads at once."""
-
-    def __init__(self, settings: Settings, runtime: Runtime) -> None:
-        """Make what is shared by all calls (a session, a thread pool)."""
-
-    def fetch(self, urls: Sequence[str | None]) -> list[Outcome]:
-        """The outcome of each URL, in their order."""
-
-    def close(self) -> None:
-        """Let go of threads and connections; a closed engine fetches nothing more."""
-
-
 class Refused(Dropped):
     """The server's status says no."""
 
     def __init__(self, reason: DropReason, retry_after_s: float | None = None) -> None:
-        """Remember how long the server wants to be left alone, seconds."""
         super().__init__(reason)
         self.retry_after_s = retry_after_s
+        """How long the server wants to be left alone, seconds."""
 
 
 def check_head(status: int, robots_tags: Iterable[str], retry_after: str | None, settings: DownloadSettings) -> bool:
@@ -114,8 +96,8 @@ def wait_s(failure: Dropped, attempt: int, settings: DownloadSettings, left_s: f
     """
     if failure.reason not in TRANSIENT or attempt >= settings.retries:
         raise failure
-    asked = failure.retry_after_s if isinstance(failure, Refused) else None
-    wait: float = _BACK_OFF_S * 2**attempt if asked is None else asked
+    retry_after_s = failure.retry_after_s if isinstance(failure, Refused) else None
+    wait: float = _BACK_OFF_S * 2**attempt if retry_after_s is None else retry_after_s
     if wait >= left_s:
         raise failure
     return wait

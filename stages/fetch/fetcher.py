@@ -1,0 +1,113 @@
+"""From a URL to its outcome, by the manners of the house: robots.txt, refusals, hosts, redirects, retries, deadline."""
+
+import asyncio
+from itertools import count
+
+from stages.base import Dropped
+from stages.fetch.address import Guard, Url, parse, redirected
+from stages.fetch.ahead import Pending
+from stages.fetch.body import Body
+from stages.fetch.engine import Outcome
+from stages.fetch.http.client import Client
+from stages.fetch.http.deadline import Deadline
+from stages.fetch.manners.hosts import Hosts
+from stages.fetch.manners.refusals import Refusals
+from stages.fetch.manners.robots import Robots
+from stages.fetch.status import bare, check_head, wait_s
+from stages.runtime import Runtime
+from stages.settings import Settings
+
+
+class Fetcher:
+    """What all URLs of a process share. Made and used on the loop."""
+
+    def __init__(self, settings: Settings, runtime: Runtime) -> None:
+        self._settings = settings
+        self._download = settings.download
+        self.refusals = Refusals(runtime.refusals)
+        self._slots = asyncio.Semaphore(settings.download.concurrency)
+        self._hosts = Hosts(settings.download)
+        self._client = Client(settings.download, Guard(settings.download, runtime.sample_port))
+        self._robots = Robots(self._client, self._hosts, settings.download)
+
+    async def close(self) -> None:
+        """Give up all that is under way, and close all connections."""
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.close()
+        self.refusals.close()
+
+    async def outcome(self, pending: Pending) -> Outcome:
+        """The image file of a URL, or why there is none.
+
+        Raises:
+            OSError: for this machine's own trouble.
+        """
+        trail: list[Url] = []
+        """The URL, and where its redirects led."""
+        try:
+            trail.append(parse(pending.url))
+            return await self._persist(pending, trail)
+        except Dropped as dropped:
+            self.refusals.add(trail, dropped.reason)
+            return bare(dropped)
+
+    async def _persist(self, pending: Pending, trail: list[Url]) -> bytearray:
+        deadline = Deadline(self._download.timeout_s)
+        for attempt in count():
+            del trail[1:]
+            try:
+                return await self._attempt(pending, trail, deadline)
+            except Dropped as failure:
+                pause = wait_s(failure, attempt, self._download, deadline.left_s)
+            async with deadline.running():
+                await asyncio.sleep(pause)
+        raise AssertionError("count() does not end")
+
+    async def _attempt(self, pending: Pending, trail: list[Url], deadline: Deadline) -> bytearray:
+        """Follow a URL's redirects to its image. What holds for the first URL holds for each that follows."""
+        for hops in count():
+            url = trail[-1]
+            self.refusals.check(url)
+            await self._robots.check(url)
+            # Nobody waits for a second host while holding a connection of the first: hosts that redirect to each other
+            # would stop each other.
+            result = None
+            while result is None:
+                await pending.ahead.room(pending.index)
+                async with self._hosts.connection(url):
+                    result = await self._exchange(pending, url, hops, deadline)
+            if isinstance(result, bytearray):
+                return result
+            trail.append(result)
+        raise AssertionError("count() does not end")
+
+    async def _exchange(self, pending: Pending, url: Url, hops: int, deadline: Deadline) -> bytearray | Url | None:
+        """An image, or where a redirect leads, or None where the stream has no room for it any more.
+
+        The deadline counts while a server is waited for, not while this row waits for its turn.
+        """
+        try:
+            async with deadline.running():
+                await self._client.look_up(url)
+            async with self._slots:
+                if not pending.ahead.may_begin(pending.index):
+                    return None
+                async with deadline.running(), self._client.get(url) as answer:
+                    if check_head(answer.status, answer.robots_tags, answer.retry_after, self._download):
+                        result: bytearray | Url = redirected(url, answer.location, hops, self._download)
+                    else:
+                        body = Body(self._settings)
+                        body.announce(answer.length)
+                        async for piece in answer.pieces():
+                            body.feed(piece)
+                            pending.weigh(len(body))
+                        result = body.finish()
+        except Dropped as failure:
+            self._hosts.record(url.origin, failure)
+            pending.weigh(0)
+            raise
+        self._hosts.record(url.origin, None)
+        return result

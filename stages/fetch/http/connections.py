@@ -1,0 +1,90 @@
+"""aiohttp's connections, within bounds that it does not have itself.
+
+What is overridden here is not part of aiohttp's public interface: the tests of the hostile web hold it.
+"""
+
+import asyncio
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import aiohttp
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.client_reqrep import ConnectionKey
+from aiohttp.connector import Connection
+from aiohttp.http_exceptions import BadHttpMessage
+
+_MOST_INTERIM = 8
+"""1xx heads before the answer itself."""
+_MOST_OVERHEAD = 512 << 10
+"""Bytes of heads, chunk lines and trailers, and those that wait to be parsed, beyond as many as the body has."""
+_HEAD_PIECE = 4 << 10
+"""Bytes that are read at a time until the head is there: of a flood of heads no more is parsed in one go."""
+
+is_reused: ContextVar[bool] = ContextVar("is_reused")
+"""Whether this task's last request went out over a connection that had waited."""
+
+
+class Connector(aiohttp.TCPConnector):
+    """Few connections wait for a further request, and none over which something came unasked is used again."""
+
+    def __init__(self, most_waiting: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._most_waiting = most_waiting
+        self._factory = partial(_Handler, asyncio.get_running_loop())  # type: ignore[assignment]
+
+    def _release(self, key: ConnectionKey, protocol: ResponseHandler, *, should_close: bool = False) -> None:
+        is_full = sum(map(len, self._conns.values())) >= self._most_waiting
+        super()._release(key, protocol, should_close=should_close or is_full)
+
+    async def _get(self, key: ConnectionKey, traces: list[aiohttp.tracing.Trace]) -> Connection | None:
+        for protocol, _ in self._conns.get(key, ()):
+            if protocol.should_close:
+                protocol.close()
+        connection = await super()._get(key, traces)
+        is_reused.set(connection is not None)
+        return connection
+
+
+class _Handler(ResponseHandler):
+    """Reads answers; floods that hold no body are errors, and every error reaches who waits for the body."""
+
+    _received = 0
+    """Bytes of this answer."""
+    _interim: int | None = None
+    """1xx heads that came; None once the head of the answer itself is there."""
+
+    def set_response_params(self, **params: Any) -> None:
+        self._interim = self._received = 0
+        super().set_response_params(**params)
+
+    def feed_data(self, data: Any, size: int = 0) -> None:
+        """Take a head (and the stream of its body)."""
+        code = data[0].code
+        if not 100 <= code < 200 or code == 101:
+            self._interim = None
+        elif self._interim is not None:
+            self._interim += 1
+        super().feed_data(data, size)
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes from the network."""
+        while self._interim is not None and len(data) > _HEAD_PIECE:
+            self._take(data[:_HEAD_PIECE])
+            data = data[_HEAD_PIECE:]
+            if self._exception is not None:
+                return
+        self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        self._received += len(data)
+        super().data_received(data)
+        body = self._payload
+        if (self._interim or 0) > _MOST_INTERIM or (
+            body is not None and self._received > _MOST_OVERHEAD + 2 * body.total_bytes
+        ):
+            self.set_exception(BadHttpMessage("a flood"))
+            if self.transport is not None:
+                self.transport.abort()
+        if self._exception is not None and body is not None and not body.is_eof():
+            body.set_exception(aiohttp.ClientError("no HTTP within the body"))

@@ -1,0 +1,213 @@
+"""robots.txt (RFC 9309): fetched once per scheme, host and port, before the first of its URLs, and read by Protego."""
+
+import asyncio
+import re
+import time
+from collections import OrderedDict
+from itertools import count
+
+from protego import Protego
+
+from schemas.drops import DropReason
+from stages.base import Dropped
+from stages.fetch.address import Origin, Url, redirected
+from stages.fetch.http.client import Client
+from stages.fetch.http.deadline import Deadline
+from stages.fetch.manners.hosts import Hosts
+from stages.fetch.status import check_status, wait_s
+from stages.settings import DownloadSettings
+
+PATH = "/robots.txt"
+MOST_BYTES = 500 << 10
+"""So much of a robots.txt is read (RFC 9309, 2.5)."""
+_MOST_WORK = 50_000
+"""Rules, counted once for each robot of their group, and wildcards: more than that would take seconds to read."""
+_LONGEST_LINE = 2_000
+_LARGE = 16 << 10
+"""A file of more bytes takes milliseconds to read, too long for a loop that others wait for."""
+_MOST_REDIRECTS = 5
+LIMIT_S = 10.0
+"""Deadline of a robots.txt, if download.timeout_s is not shorter."""
+_AT_A_TIME = 128
+"""Requests for robots.txt; they hold no slot of download.concurrency."""
+
+_KEPT_S = 24 * 3600.0
+"""RFC 9309, 2.4."""
+_FAILED_S = 60.0
+"""How long a host whose robots.txt could not be had is left alone."""
+_MOST_HOSTS = 20_000
+_MOST_KEPT = 8 << 20
+"""Bytes of robots.txt files whose rules are remembered, of all hosts together; rules take some ten times as much."""
+
+_AGENT = re.compile(r"[ \t]*user[- ]?agent\b", re.IGNORECASE)
+_VERSION = re.compile(r"^([ \t]*user[- ]?agent[ \t]*:[ \t]*[a-z_-]+)/[^\s#]*", re.IGNORECASE | re.MULTILINE)
+_UNROOTED = re.compile(r"^([ \t]*(?:dis)?allow[ \t]*:[ \t]*)(?=[^/*$#\s])", re.IGNORECASE | re.MULTILINE)
+_FAILED = frozenset(
+    {
+        DropReason.SERVER_ERROR,
+        DropReason.RATE_LIMITED,
+        DropReason.TIMEOUT,
+        DropReason.CONNECTION_ERROR,
+        DropReason.INCOMPLETE_BODY,
+    }
+)
+_UNREACHABLE = frozenset({DropReason.FORBIDDEN_ADDRESS, DropReason.DNS_ERROR})
+
+
+class Rules:
+    """What one robots.txt says to us."""
+
+    def __init__(self, text: bytes = b"", name: str = "*") -> None:
+        self.size = len(text)
+        # Sites mean these too, though Protego does not read them: `User-agent: name/1.0`, `Disallow: folder`.
+        plain = _UNROOTED.sub(r"\1/", _VERSION.sub(r"\1", text.decode("utf-8-sig", "replace")))
+        # More rules than we are ready to go through are a no to everything.
+        plain = "User-agent: *\nDisallow: /" if _is_too_much(plain) else plain
+        self._rules = Protego.parse(plain) if plain else None
+        self._name = name
+
+    def allow(self, url: Url) -> bool:
+        """Whether this URL may be fetched."""
+        return self._rules is None or self._rules.can_fetch(str(url), self._name)
+
+
+def _is_too_much(text: str) -> bool:
+    agents, work, is_within_agents = 0, 0, False
+    for line in text.splitlines():
+        if _AGENT.match(line):
+            agents, is_within_agents = (agents + 1 if is_within_agents else 1), True
+            work += agents
+        elif line.strip() and not line.lstrip().startswith("#"):
+            is_within_agents = False
+            work += agents + line.count("*") ** 2
+            if agents and len(line.partition("#")[0]) > _LONGEST_LINE:
+                return True
+        if work > _MOST_WORK:
+            return True
+    return False
+
+
+ALL = Rules()
+"""Nothing is disallowed."""
+
+
+def name_of(user_agent: str) -> str:
+    """Our name in robots.txt: the first word of the User-Agent, up to a slash."""
+    name = re.match(r"[A-Za-z_-]+", user_agent)
+    return name[0].lower() if name else "*"
+
+
+def judge(failure: DropReason, hops: int) -> Rules | DropReason:
+    """What it means that a robots.txt could not be had, after so many redirects (RFC 9309, 2.3.1).
+
+    A host that says no to robots.txt (4xx), or sends us in circles or astray, has none: all is allowed. Where a
+    server fails, the RFC wants everything disallowed: its rows are dropped for that failure, which a later pass may
+    find mended. A host that cannot be reached has failed for its images too.
+    """
+    return failure if failure in _FAILED or (failure in _UNREACHABLE and hops == 0) else ALL
+
+
+class Robots:
+    """Fetches each host's robots.txt while its URLs wait; used on the loop alone."""
+
+    def __init__(self, client: Client, hosts: Hosts, settings: DownloadSettings) -> None:
+        self._client = client
+        self._hosts = hosts
+        self._settings = settings.model_copy(update={"max_redirects": _MOST_REDIRECTS})
+        self._name = name_of(settings.user_agent)
+        self._turns = asyncio.Semaphore(_AT_A_TIME)
+        self._tasks: dict[Origin, asyncio.Task[Rules | DropReason]] = {}
+        self._known = Memory()
+
+    async def check(self, url: Url) -> None:
+        """Wait until it is known whether this URL may be fetched.
+
+        Raises:
+            Dropped: ROBOTS_TXT when it may not, or why the host's robots.txt could not be had.
+        """
+        if not self._settings.respect_robots:
+            return
+        known = self._known.get(url.origin)
+        if known is None:
+            task = self._tasks.get(url.origin)
+            if task is None:
+                task = self._tasks[url.origin] = asyncio.get_running_loop().create_task(self._learn(url))
+            # Whoever waits may be given up; the answer is still good for those after.
+            known = await asyncio.shield(task)
+        if isinstance(known, DropReason):
+            raise Dropped(known)
+        if not known.allow(url):
+            raise Dropped(DropReason.ROBOTS_TXT)
+
+    async def _learn(self, url: Url) -> Rules | DropReason:
+        trail = [url._replace(target=PATH)]
+        deadline = Deadline(min(LIMIT_S, self._settings.timeout_s))
+        try:
+            async with self._turns:
+                text = await self._persist(trail, deadline)
+            if len(text) < _LARGE:
+                learnt: Rules | DropReason = Rules(text, self._name)
+            else:
+                learnt = await asyncio.get_running_loop().run_in_executor(None, Rules, text, self._name)
+        except Dropped as failure:
+            learnt = judge(failure.reason, len(trail) - 1)
+        finally:
+            del self._tasks[url.origin]
+        self._known.put(url.origin, learnt)
+        return learnt
+
+    async def _persist(self, trail: list[Url], deadline: Deadline) -> bytes:
+        for attempt in count():
+            del trail[1:]
+            try:
+                return await self._attempt(trail, deadline)
+            except Dropped as failure:
+                pause = wait_s(failure, attempt, self._settings, deadline.left_s)
+            async with deadline.running():
+                await asyncio.sleep(pause)
+        raise AssertionError("count() does not end")
+
+    async def _attempt(self, trail: list[Url], deadline: Deadline) -> bytes:
+        """The first bytes of a robots.txt, behind its redirects."""
+        text = bytearray()
+        for hops in count():
+            url = trail[-1]
+            async with self._hosts.connections(url.host), deadline.running(), self._client.get(url) as answer:
+                if not check_status(answer.status, answer.retry_after):
+                    async for piece in answer.pieces():
+                        text += piece
+                        if len(text) >= MOST_BYTES:
+                            break
+                    return bytes(text[:MOST_BYTES])
+                trail.append(redirected(url, answer.location, hops, self._settings))
+        raise AssertionError("count() does not end")
+
+
+class Memory:
+    """What hosts allow, or why that could not be had; bounded."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Origin, tuple[float, Rules | DropReason]] = OrderedDict()
+        self._size = 0
+
+    def get(self, origin: Origin) -> Rules | DropReason | None:
+        """What is known of a host; None when its robots.txt is to be fetched."""
+        until, known = self._known.get(origin, (0.0, None))
+        return known if until > time.monotonic() else None
+
+    def put(self, origin: Origin, learnt: Rules | DropReason) -> None:
+        """Remember it, and forget the oldest if that is too much."""
+        kept_s = _KEPT_S if isinstance(learnt, Rules) else _FAILED_S
+        self._drop(origin)
+        self._known[origin] = time.monotonic() + kept_s, learnt
+        self._size += _size(learnt)
+        while len(self._known) > _MOST_HOSTS or (self._size > _MOST_KEPT and len(self._known) > 1):
+            self._drop(next(iter(self._known)))
+
+    def _drop(self, origin: Origin) -> None:
+        _, known = self._known.pop(origin, (0.0, ALL))
+        self._size -= _size(known)
+
+
+def _size(known: Rules | DropReason) -> int:
+    return known.size if isinstance(known, Rules) else 0
