@@ -13,7 +13,7 @@ import fuzz_inputs as inputs
 from pipeline.dataset.config import load_config
 from pipeline.dataset.finished import contract
 from pipeline.dataset.out import forgotten, ledger
-from pipeline.dataset.source import formats
+from pipeline.dataset.source import formats, img2dataset_tars
 from pipeline.dataset.source.values import to_seeds
 from pipeline.shared import tars
 from pipeline.train.loader import shards
@@ -95,6 +95,10 @@ def read_tar(data: bytes, folder: Path) -> str:
     with contextlib.suppress(CorruptShardError):
         for _ in shards.samples(shards.Shard("x", "a-00000", path, 3), 0, 3, lambda suffix: True):
             pass
+    with contextlib.suppress(SourceError):
+        img2dataset_tars.rows_in(str(path))
+        for table in img2dataset_tars.tables(str(path)):
+            to_seeds(table, "part", 0, str(path))
     for _ in tars.unpack(path):
         pass
     return "ok"

@@ -11,8 +11,7 @@ from safetensors.numpy import load, save
 
 from pipeline.dataset.out.output import fingerprint
 from pipeline.dataset.plan import Plan
-from pipeline.shared import files as storage
-from pipeline.shared.files import AnyPath
+from pipeline.shared.files import AnyPath, write
 from schemas.digest import sha256
 from schemas.shard import UNCONDITIONAL
 from stages.models.backends import ImageEmbedder, backend
@@ -35,7 +34,7 @@ def write_unconditional(root: AnyPath, plan: Plan) -> dict[str, dict[str, Any]]:
         settings = plan.config.models
         embedder: ImageEmbedder = backend("image_embedder", settings.image_embedder)(settings, "cpu")
         features = dict(embedder.unconditional())
-        storage.write(path, save(features, metadata={_MADE: _made(features, plan)}))
+        write(path, save(features, metadata={_MADE: _made(features, plan)}))
     return {UNCONDITIONAL: fingerprint(path)}
 
 
