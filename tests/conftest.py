@@ -14,6 +14,7 @@ import hostile
 import hypothesis
 import pytest
 import servers
+from filelock import FileLock
 
 # The suite tries the same examples each time: what turns red was changed. New ones are looked for with
 # --hypothesis-profile=default, which is asked for or not, but never waits in ambush.
@@ -45,10 +46,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _cache(shared_folder: Path) -> Iterator[None]:
     """Whatever is cached, such as the tiny bases, is made and kept in a folder of this test run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(shared_folder / "cache"))
         yield
 
 
@@ -69,12 +70,23 @@ def labels(data: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The OUT of `make dataset` on the bundled sample; tests must not write to it."""
-    out = tmp_path_factory.mktemp("dataset") / "out"
-    command = [sys.executable, "-m", "pipeline", "dataset", "--shards", "sample", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the processes of this test run share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(shared_folder: Path) -> Path:
+    """The OUT of `make dataset` on the bundled sample, made once for all; tests must not write to it."""
+    out = shared_folder / "dataset"
+    with FileLock(f"{out}.lock"):
+        if not (out / "report.html").exists():  # what a run writes last
+            command = [sys.executable, "-m", "pipeline", "dataset", "--shards", "sample", "--out", str(out)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+            assert done.returncode == 0, done.stdout + done.stderr
     return out
 
 
