@@ -32,7 +32,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.shared.atomic import TEMPORARY, fsync_file, fsync_folder, write_atomically
 from schemas.errors import OutputError, SourceError, first_line
 
-UNREADABLE = (OSError, EOFError, ValueError, zlib.error, tarfile.TarError, csv.Error, pa.ArrowException)
+_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, tarfile.TarError, csv.Error, pa.ArrowException)
 """What unreadable, truncated or corrupt files raise, in all formats that are read here; ValueError: text and URLs."""
 _FOREIGN = (
     ("aiohttp", "ClientError"),
@@ -51,7 +51,7 @@ _BLOCK_BYTES = 2**24
 def unreadable() -> tuple[type[BaseException], ...]:
     """All errors that mean: this file or folder cannot be read."""
     foreign = [getattr(sys.modules[module], name) for module, name in _FOREIGN if module in sys.modules]
-    return (*UNREADABLE, *foreign)
+    return (*_UNREADABLE, *foreign)
 
 
 @contextmanager
@@ -141,10 +141,6 @@ class RemotePath:
     @property
     def name(self) -> str:
         return self.url.rpartition("/")[2]
-
-    @property
-    def suffix(self) -> str:
-        return PurePosixPath(self.name).suffix
 
     @property
     def stem(self) -> str:
