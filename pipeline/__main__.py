@@ -248,7 +248,7 @@ def models(context: typer.Context) -> None:
 
 @models_app.command("list")
 def list_weights(config: ConfigFile = None, sets: Sets = None) -> None:
-    """Show all known weights, their licences, and where they were found."""
+    """Show all known weights, their licences, and where they are."""
     settings = load_config(config, sets or []).models
     _show(states(known_weights(settings).values(), settings))
 

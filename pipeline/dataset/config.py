@@ -57,7 +57,7 @@ class ExecutorSettings(Section):
     workers: int = Field(default_factory=_cores, ge=1)
     """Model processes on Ray; the local executor always works in its one process."""
     gpus: int = Field(0, ge=0)
-    """GPUs to use; asked for and absent is an error."""
+    """GPUs to use; more than there are is an error."""
     ray_address: str = ""
     """Join this Ray cluster instead of starting one."""
     batch_rows: int = Field(8, ge=1)

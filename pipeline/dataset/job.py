@@ -28,8 +28,7 @@ from pipeline.dataset.plan import Plan, make_plan
 from pipeline.dataset.source.parts import Part, find_parts
 from pipeline.dataset.source.sample import sample_server, write_sample
 from pipeline.dataset.source.seeds import Seeds, iter_shards
-from pipeline.shared import files as storage
-from pipeline.shared.files import AnyPath, RemotePath
+from pipeline.shared.files import AnyPath, RemotePath, sizes
 from schemas.errors import ExitCode, LostError, OutputError, UserError
 from schemas.names import SAMPLE, shard_origin, split_spec
 from stages.runtime import Runtime
@@ -85,69 +84,64 @@ def make_dataset(job: Job, out: AnyPath, console: Console, *, replan: bool = Fal
 
     Raises:
         UserError: before anything is written.
-        LostError: when OUT or the workers' node is lost on the way; finished shards are kept.
+        LostError: when OUT or the workers' node is lost meanwhile; finished shards are kept.
         CorruptShardError: when a finished shard is damaged.
     """
-    output = Output(out)
-    _require_shared(out, job.plan.config)
-    start = executor_of(job.plan.config)
-    with start(job.plan) as execute, output.prepared(job.plan, replan=replan):
+    plan, output = job.plan, Output(out)
+    if isinstance(out, RemotePath) and out.is_private and plan.config.executor.name == "ray":
+        raise OutputError(f"OUT {out} exists in one process alone: give --executor local, or another OUT.")
+    start = executor_of(plan.config)
+    with start(plan) as execute, output.prepared(plan, replan=replan), RunScreen(console, job.rows) as screen:
         gone = take_down_listed(output)
         if gone.rows:
-            console.print(f"download.removed: {gone}, are taken out of what is done.", highlight=False, soft_wrap=True)
-        work = _Work(output, job.plan, execute, RunScreen(console, job.rows))
-        with work.screen:
-            work.make(work.pending(job.shards(), further=_further(out)))
+            screen.say(f"download.removed: {gone}, are taken out of what is done.")
+        work = _Work(output, plan, screen)
+        # A shard that is made anew takes those along that gave its rows a second chance.
+        further = [name for name in shard_names(out) if shard_origin(name)[1]]
+        work.make(execute, work.pending(job.shards(), further))
         if retry and work.failed:
-            console.print("Some shards failed: second chances wait until all are done.")
+            screen.say("Some shards failed: second chances wait until all are done.")
         elif retry:
-            _make_again(job, work, start)
-        _finish(output, job.plan)
+            again = second_chances(job.parts, plan.config.source, out, partial(output.is_done, plan=plan))
+            pending = work.pending(again)
+            first = next(pending, None)
+            if first is not None:
+                with start(plan) as execute:  # once more: a run that is over leaves no worker behind
+                    work.make(execute, chain([first], pending))
+            elif not work.failed:
+                screen.say("Second chances: no row failed for a reason that may have passed.")
+        _finish(output, plan)
     return ExitCode.SHARDS_FAILED if work.failed else ExitCode.OK
 
 
-def _further(out: AnyPath) -> list[str]:
-    """The shards of second chances."""
-    return [name for name in shard_names(out) if shard_origin(name)[1]]
-
-
-def _make_again(job: Job, work: "_Work", start: "Start") -> None:
-    """Make the shards of second chances, if there are any."""
-    is_done = partial(work.output.is_done, plan=job.plan)
-    again = second_chances(job.parts, job.plan.config.source, work.output.root, is_done)
-    with work.screen:
-        pending = work.pending(again)
-        first = next(pending, None)
-        if first is not None:
-            with start(job.plan) as work.execute:  # once more: a run that is over leaves no worker behind
-                work.make(chain([first], pending))
-        elif not work.failed:
-            work.screen.say("Second chances: no row failed for a reason that may have passed.")
-
-
-def _require_shared(out: AnyPath, config: Config) -> None:
-    if isinstance(out, RemotePath) and out.is_private and config.executor.name == "ray":
-        raise OutputError(f"OUT {out} exists in one process alone: give --executor local, or another OUT.")
+def _finish(output: Output, plan: Plan) -> None:
+    """Write the files beside the shards."""
+    try:
+        with lost_errors(output.root):
+            counts = summary(read_manifests(output.root), replaced(output.root))
+            files = write_unconditional(output.root, plan) if counts["kept"] else {}
+            output.describe(plan, {**counts, "files": files})
+            write_report(output.root)
+    except OutputError as error:
+        raise LostError(f"The shards were made, but then: {error}") from error
 
 
 @dataclass
 class _Work:
-    """Shards that are made, and what became of them."""
+    """Shards that are made, and which of them failed."""
 
     output: Output
     plan: Plan
-    execute: Execute
     screen: RunScreen
     failed: list[str] = field(default_factory=list)
-    """Names of the shards that failed."""
 
-    def make(self, pending: Iterable[Seeds]) -> None:
+    def make(self, execute: Execute, pending: Iterable[Seeds]) -> None:
         """Make shards.
 
         Raises:
             LostError: when none that comes after would fare better than the one that failed.
         """
-        with closing(self.execute(self.plan, pending, self.output)) as events:
+        with closing(execute(self.plan, pending, self.output)) as events:
             for event in events:
                 self.screen.show(event)
                 if isinstance(event, Finished) and event.manifest is None:
@@ -160,7 +154,7 @@ class _Work:
 
         Of `further`, the shards of second chances, those go that hold rows of a shard which is to be made.
         """
-        listed = storage.sizes(self.output.shards)
+        listed = sizes(self.output.shards)
         try:
             for seeds in shards:
                 # What must not be used is marked after shards are cut, so that their borders stay.
@@ -176,18 +170,6 @@ class _Work:
         except UserError as error:
             self.screen.show(Finished.failed("metadata", error))
             self.failed.append("metadata")
-
-
-def _finish(output: Output, plan: Plan) -> None:
-    """The files beside the shards."""
-    try:
-        with lost_errors(output.root):
-            told = summary(read_manifests(output.root), replaced(output.root))
-            files = write_unconditional(output.root, plan) if told["kept"] else {}
-            output.describe(plan, {**told, "files": files})
-            write_report(output.root)
-    except OutputError as error:
-        raise LostError(f"The shards were made, but then: {error}") from error
 
 
 Start = Callable[[Plan], AbstractContextManager[Execute]]

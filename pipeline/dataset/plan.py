@@ -132,22 +132,15 @@ def make_plan(config: Config, runtime: Runtime | None = None) -> Plan:
     cards = [card for cls in backends(config) for card in cls.cards(config.models)]
     runtime = replace(runtime or Runtime(), device="cuda" if config.executor.gpus else "cpu")
     if config.encode.encodes:
-        encoders, licence = _find_encoders(config.encode.base)
-        runtime = replace(runtime, encoders=encoders)
-        hashes = [("vae", encoders.vae_sha256)] if config.encode.latents else []
+        base = find_base(config.encode.base)
+        folder, vae, text = base.folder, vae_sha256(base.folder), text_sha256(base.folder)
+        runtime = replace(runtime, encoders=EncoderSource(base.name, str(folder.resolve()), base.kind, vae, text))
+        hashes = [("vae", vae)] if config.encode.latents else []
         if config.encode.text:
-            hashes += zip(("text_encoder", "text_encoder_2"), encoders.text_sha256.split("+"), strict=False)
-        cards += [ModelCard(f"{encoders.name}/{part}", "encoder", sha256, licence, True) for part, sha256 in hashes]
+            hashes += zip(("text_encoder", "text_encoder_2"), text.split("+"), strict=False)
+        cards += [ModelCard(f"{base.name}/{part}", "encoder", sha256, base.licence, True) for part, sha256 in hashes]
     require_licences(cards, config.models)
     return Plan(config, runtime, steps, tuple(cards))
-
-
-def _find_encoders(base: str) -> tuple[EncoderSource, str]:
-    """The encoders of a base, by its name or folder, and their licence."""
-    found = find_base(base)
-    folder = found.folder
-    source = EncoderSource(found.name, str(folder.resolve()), found.kind, vae_sha256(folder), text_sha256(folder))
-    return source, found.licence
 
 
 def prove(stages: Iterable[type[Stage]]) -> None:

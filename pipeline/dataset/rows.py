@@ -1,4 +1,4 @@
-"""The rows of a batch on their way: the living with their payload, the dropped as tombstones."""
+"""The rows of a batch between stages: the living with their payload, the dropped as tombstones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ def split_seeds(seeds: pa.Table) -> Rows:
 
 
 def tombstones(rows: pa.Table, verdicts: pa.Array, stage: str) -> pa.Table:
-    """Rows as ledger rows: the measurements so far, the verdict, and the stage that said so; no payload."""
+    """Rows as ledger rows: the measurements so far, the verdict, and the stage that gave it; no payload."""
     rows = put(rows, "verdict", verdicts)
     return _as_ledger(put(rows, "stage", pa.array([stage] * rows.num_rows, pa.string())))
 

@@ -1,6 +1,7 @@
 """How far a run is, for people: bars on a terminal, a plain line now and then elsewhere (a log, a pipe)."""
 
 import time
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -31,7 +32,7 @@ class Screen:
         )
         self._whole = self._bars.add_task(label, total=total, completed=start, words="")
 
-    def __enter__(self) -> "Screen":
+    def __enter__(self) -> Self:
         self._bars.start()
         return self
 

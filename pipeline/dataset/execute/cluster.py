@@ -8,7 +8,7 @@ another attempt is harmless.
 """
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -280,28 +280,23 @@ class _Models:
         return apply_all(self._steps, rows)
 
 
+_workers: dict[str, Worker] = {}
+"""The worker of this process, by the plan's digest: Ray runs many shards in one process."""
+
+
 @ray.remote(num_cpus=0, max_retries=0, num_returns="streaming", scheduling_strategy="SPREAD")
 def _make(plan: Plan, seeds: Seeds, output: Output, actors: Sequence[Any]) -> Iterator[Event]:
-    yield from make_shard(plan, seeds, output, _worker(plan), _through(actors))
-
-
-_workers: dict[str, Worker] = {}
-
-
-def _worker(plan: Plan) -> Worker:
-    """The worker of this process, made once: Ray runs many shards in one process."""
+    """Make a shard; its batches go through one actor of each pool, a few in flight, and come back in order."""
     if plan.digest not in _workers:
         _workers[plan.digest] = Worker(plan)
-    return _workers[plan.digest]
 
-
-def _through(actors: Sequence[Any]) -> Callable[[Iterator[Rows]], Iterator[Rows]]:
-    """Send batches through one actor of each pool, a few in flight, and return them in order."""
-
-    def start(rows: Rows) -> Any:
+    def begin(rows: Rows) -> Any:
         reference: Any = rows
         for actor in actors:
             reference = actor.apply.remote(reference)
         return reference
 
-    return lambda batches: windowed(map(start, batches), ray.get, _IN_FLIGHT_PER_SHARD)
+    def compute(batches: Iterator[Rows]) -> Iterator[Rows]:
+        return windowed(map(begin, batches), ray.get, _IN_FLIGHT_PER_SHARD)
+
+    yield from make_shard(plan, seeds, output, _workers[plan.digest], compute)

@@ -1,4 +1,4 @@
-"""Where a stage meets data: projection in, contract checks out, tombstones for dropped rows. The only such place."""
+"""Where a stage meets data: projection in, contract checks out, tombstones for dropped rows. Nowhere else."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -100,8 +100,8 @@ def checked(stage: Stage, table: pa.Table, result: pa.Table) -> tuple[pa.Table, 
 def judge_seeds(stage: Stage, seeds: pa.Table) -> pa.Table:
     """Apply the metadata stage to seed rows: the same rows with `verdict` and `stage`, null where they live on."""
     _, drop = outcome(stage, seeds)
-    said = pc.if_else(pc.is_valid(drop), stage.name, pa.scalar(None, pa.string()))
-    return seeds.append_column("verdict", drop).append_column("stage", said)
+    names = pc.if_else(pc.is_valid(drop), stage.name, pa.scalar(None, pa.string()))
+    return seeds.append_column("verdict", drop).append_column("stage", names)
 
 
 def _witnesses(known: pa.Table, fallen: pa.Table, verdicts: pa.Array) -> pa.Table:

@@ -16,7 +16,7 @@ from types import FrameType
 from schemas.errors import ExitCode, ShardError
 
 _GRACE_S = 30.0
-"""How long the error may take to be heard."""
+"""How long the main thread may take to raise the error."""
 
 _hanging = threading.Event()
 
@@ -72,5 +72,5 @@ class Watchdog:
 
 
 def overdue(seconds: float) -> str:
-    """What is said of a shard that is given up."""
+    """Why a shard is given up."""
     return f"no batch got done for {seconds:g} s (executor.shard_timeout_s): given up, and its workers replaced"
