@@ -28,6 +28,7 @@ from schemas.shard import (
     SUFFIXES,
     UNCONDITIONAL,
     Manifest,
+    dataset_text,
     decode_npy,
     encode_npy,
     sample_sha256,
@@ -74,12 +75,9 @@ _ROUNDED = 1e-4
 
 
 def dataset_problems(dataset: dict[str, Any], text: bytes, sums: Mapping[str, Any] | None) -> Iterator[str]:
-    """What is wrong with dataset.json.
+    """What is wrong with dataset.json, whose text this is, and which has `plan` and IDENTITY.
 
-    Args:
-        dataset: its content, in which `plan` is an object and nothing of IDENTITY is missing.
-        text: its bytes.
-        sums: what the manifests add up to (`ledger.summary`); None when nobody knows.
+    `sums` is what the manifests add up to (`ledger.summary`), None when nobody knows.
     """
     plan = dataset["plan"]
     if sha256_of_json(plan) != dataset["plan_digest"]:
@@ -87,7 +85,7 @@ def dataset_problems(dataset: dict[str, Any], text: bytes, sums: Mapping[str, An
     for name in ("schema_version", "profile"):
         if plan.get(name) != dataset[name]:
             yield f"{name} is not that of its plan"
-    if (json.dumps(dataset, indent=2, sort_keys=True) + "\n").encode() != text:
+    if dataset_text(dataset) != text:
         yield f"the text is not that of a {DATASET} as it was written"
     summed = set(summary([]))
     more = set(dataset) - {*IDENTITY, "plan"}  # there when the run came to its end
@@ -151,13 +149,7 @@ def ledger_problems(manifest: Manifest, ledger: pa.Table) -> Iterator[str]:
 
 
 def tar_problems(tar: AnyPath, ledger: pa.Table, *, embeddings: bool | None = True) -> Iterator[tuple[str | None, str]]:
-    """What is wrong with a tar and its samples: the key of one, None for the tar itself, and the problem.
-
-    Args:
-        tar: its path.
-        ledger: that of its shard (LEDGER_SCHEMA).
-        embeddings: as in `sample_problems`.
-    """
+    """Key of a sample, None for the tar as a whole, and what is wrong with it, given the ledger of its shard."""
     kept = ledger.filter(pc.equal(ledger["verdict"], KEPT))
     index = {key: position for position, key in enumerate(kept["key"].to_pylist())}
     keys = []
@@ -178,12 +170,9 @@ def tar_problems(tar: AnyPath, ledger: pa.Table, *, embeddings: bool | None = Tr
 def sample_problems(
     sample: Sample, record: Mapping[str, Any] | None, *, embeddings: bool | None = True
 ) -> Iterator[str]:
-    """What is wrong with a sample.
+    """What is wrong with a sample, given its ledger row (None where the ledger does not keep it).
 
-    Args:
-        sample: its files.
-        record: its ledger row; None where the ledger does not keep it.
-        embeddings: whether the plan writes them; None when nobody knows.
+    `embeddings` says whether the plan writes them; None when nobody knows.
     """
     if record is None:
         yield "the ledger does not keep it"
@@ -232,7 +221,7 @@ def _image_problems(suffix: str, data: bytes, size: tuple[int, int]) -> Iterator
         yield f"{suffix} is not a map of {_LABELS} labels, one byte per pixel"
 
 
-def _array_problems(suffix: str, data: bytes, dtype: str, shape: tuple[int, ...]) -> Iterator[str]:
+def _array_problems(name: str, data: bytes, dtype: str, shape: tuple[int, ...]) -> Iterator[str]:
     array = np.empty([max(side, 1) for side in shape], dtype)
     if -1 in shape:
         header_bytes = len(encode_npy(array)) - array.nbytes
@@ -240,13 +229,11 @@ def _array_problems(suffix: str, data: bytes, dtype: str, shape: tuple[int, ...]
     # The header is compared, not parsed: parsing a broken one can raise anything, or ask for any amount of memory.
     expected = encode_npy(array)
     if len(data) != len(expected) or data[: -array.nbytes] != expected[: -array.nbytes]:
-        yield f"{suffix} is not an npy of {np.dtype(dtype).name} {shape}"
-        return
-    values = decode_npy(data)
-    if not np.isfinite(values).all():
-        yield f"{suffix} holds numbers that are not finite"
-    elif suffix == _ID and abs(length := float(np.linalg.norm(values.astype(np.float64))) - 1) >= _NORM_TOLERANCE:
-        yield f"{suffix} has the length {length + 1:.4f}, not 1"
+        yield f"{name} is not an npy of {np.dtype(dtype).name} {shape}"
+    elif not np.isfinite(values := decode_npy(data)).all():
+        yield f"{name} holds numbers that are not finite"
+    elif name == _ID and abs(length := float(np.linalg.norm(values.astype(np.float64))) - 1) >= _NORM_TOLERANCE:
+        yield f"{name} has the length {length + 1:.4f}, not 1"
 
 
 def json_problems(sample: Sample, record: Mapping[str, Any]) -> Iterator[str]:
@@ -328,13 +315,6 @@ def unconditional_problems(path: AnyPath) -> Iterator[str]:
     if len(features) != 1 or not set(features) <= {"clip_hidden", "dino"}:
         yield f"it holds {sorted(features)}, not clip_hidden or dino"
         return
-    name, array = next(iter(features.items()))
-    dtype, shape = _ARRAYS[f"{name}.npy"]
-    if (
-        array.dtype != dtype
-        or array.ndim != 2
-        or any(want not in (-1, n) for want, n in zip(shape, array.shape, strict=True))
-    ):
-        yield f"{name} is {array.dtype} {array.shape}, not {np.dtype(dtype).name} {shape}"
-    elif not np.isfinite(array).all():
-        yield f"{name} holds numbers that are not finite"
+    for name, array in features.items():
+        expected = _ARRAYS[f"{name}.npy"]
+        yield from _array_problems(f"{name}, {array.dtype} {array.shape},", encode_npy(array), *expected)

@@ -21,7 +21,7 @@ from pipeline.dataset.out.takedowns import Takedowns
 from pipeline.shared.files import AnyPath, write
 from schemas.columns import KEPT
 from schemas.errors import CorruptShardError, LostError, OutputError
-from schemas.shard import DATASET
+from schemas.shard import DATASET, dataset_text
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _take_down(out: AnyPath, takedowns: Takedowns) -> Gone:
         dataset = json.loads((out / DATASET).read_bytes())
         if "shards" in dataset:  # the run came to its end: what the manifests add up to stands there
             dataset |= summary(read_manifests(out), replaced(out))
-            write(out / DATASET, (json.dumps(dataset, indent=2, sort_keys=True) + "\n").encode())
+            write(out / DATASET, dataset_text(dataset))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CorruptShardError(f"{DATASET}: cannot be read: {error}") from error
     if (out / REPORT).exists():

@@ -63,8 +63,9 @@ class Card:
         crops = {name: decode_jpeg(sample.files[f"{name}.jpg"]) for name in _CROPS if f"{name}.jpg" in sample.files}
         face, mask = decode_jpeg(sample.files["face.jpg"]), decode_png(sample.files["mask.png"])
         described = content["crops"]
-        pictures = [Picture("photo", absent=described["full"].get("absent", ""))]
-        if crops:
+        if not crops:
+            pictures = [Picture("photo", absent=described["full"]["absent"])]
+        else:
             widest = list(crops)[-1]
             photo = marked(crops[widest], _PHOTO_PX, described[widest]["box"], content["bbox"], content["kps"])
             title = "photo" if widest == "full" else f"{widest} (no full: {described['full']['absent']})"
@@ -73,8 +74,8 @@ class Card:
         pictures.append(Picture("mask", data_uri(masked(face, mask, _CROP_PX))))
         for name in ("portrait", "half"):
             if name in crops:
-                square = data_uri(reduced(crops[name], _CROP_PX))
-                pictures.append(Picture(f"{name} {crops[name].shape[1]} px", square))
+                title = f"{name} {crops[name].shape[1]} px"
+                pictures.append(Picture(title, data_uri(reduced(crops[name], _CROP_PX))))
             else:
                 pictures.append(Picture(name, absent=_shortened(described[name]["absent"])))
         text, url = _shortened(content["text"]), _shortened(content["url"])

@@ -33,8 +33,6 @@ _SUFFIXES = ("tar", "parquet", "json")
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a dataset."""
-
     shard: str
     """Empty when it concerns the dataset as a whole."""
     file: str
