@@ -145,12 +145,11 @@ def _take_down(out: AnyPath, takedowns: Takedowns) -> Gone:
         except CorruptShardError as error:
             gone.fail(shard, error)
     try:
-        dataset = json.loads((out / DATASET).read_bytes())
-        if "shards" in dataset:  # the run came to its end: what the manifests add up to stands there
-            dataset |= summary(read_manifests(out), replaced(out))
-            write(out / DATASET, dataset_text(dataset))
+        dataset = dict(json.loads((out / DATASET).read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CorruptShardError(f"{DATASET}: cannot be read: {error}") from error
+    if "shards" in dataset:  # the run came to its end: what the manifests add up to stands there
+        write(out / DATASET, dataset_text({**dataset, **summary(read_manifests(out), replaced(out))}))
     if (out / REPORT).exists():
         try:
             write_report(out)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -83,17 +83,16 @@ class Card:
 
     @staticmethod
     def of_drop(record: Mapping[str, Any], thumbnail: bytes | None) -> "Card":
-        """A dropped row from its ledger columns; its picture, when there is one, with box and points if they are known.
-
-        Raises one of DECODER_ERRORS when the picture is damaged.
-        """
-        pictures = []
-        if thumbnail is not None:
-            image = decode_jpeg(thumbnail)
-            height, width = image.shape[:2]
-            frame = (0, 0, record["width"] or width, record["height"] or height)
-            pictures.append(Picture("", data_uri(marked(image, _DROP_PX, frame, record["bbox"], record["kps"]))))
-        return Card(record["key"], "", _shortened(record["url"]), _facts(record), pictures)
+        """A dropped row from its ledger columns; its picture, if there is one, with box and points if known."""
+        card = Card(record["key"], "", _shortened(record["url"]), _facts(record))
+        try:
+            image = decode_jpeg(thumbnail or b"")
+        except ValueError:  # thumbnails are disposable: a damaged one is as good as none
+            return card
+        height, width = image.shape[:2]
+        frame = (0, 0, record["width"] or width, record["height"] or height)
+        photo = marked(image, _DROP_PX, frame, record["bbox"], record["kps"])
+        return replace(card, pictures=[Picture("", data_uri(photo))])
 
 
 def _facts(record: Mapping[str, Any]) -> list[str]:

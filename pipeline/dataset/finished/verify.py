@@ -1,7 +1,7 @@
 """`verify`: whether every file of a dataset is what its manifest says, and every sample what the contract says."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -42,8 +42,8 @@ class Problem:
     message: str
 
 
-def verify(out: AnyPath, on_shard: Callable[[str], None] | None = None) -> list[Problem]:
-    """Check all finished shards of OUT; `on_shard` gets each one's name when it was checked.
+def verify(out: AnyPath) -> list[Problem]:
+    """Check all finished shards of OUT.
 
     Whatever is wrong with files below OUT is a problem in the list, never an exception. Bytes that are not those of the
     manifest are a problem of their file: what is inside them proves nothing more.
@@ -75,8 +75,6 @@ def verify(out: AnyPath, on_shard: Callable[[str], None] | None = None) -> list[
         else:
             manifests.append(manifest)
             problems += _shard_problems(out, shard, manifest, forgotten, embeddings)
-        if on_shard:
-            on_shard(shard)
     strays = [name for name in names(shards_folder(out)) if _shard_of(name) not in known]
     message = "belongs to no finished shard: a rerun makes it anew, or remove it"
     problems += [Problem("", name, None, message) for name in strays]

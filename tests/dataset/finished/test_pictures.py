@@ -97,3 +97,4 @@ def test_a_card_of_a_drop_shows_what_was_measured(measured):
     assert card.length == len(card.pictures[0].uri) > 0
     assert card.facts == (["400 × 300", "faces 1"] if measured else [])
     assert Card.of_drop(record, None).pictures == []
+    assert Card.of_drop(record, b"junk").pictures == [], "thumbnails are disposable"
