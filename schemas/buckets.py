@@ -64,7 +64,7 @@ def fit(width: int, height: int, size: Size, at: tuple[float, float] = (0.5, 0.5
 
 
 def fit_around(width: int, height: int, size: Size, box: Sequence[float]) -> Fit:
-    """As `fit` in the middle, moved no farther than it takes to hold a box (x0, y0, x1, y1, pixels of the picture).
+    """As `fit` in the middle, shifted no farther than it takes to hold a box (x0, y0, x1, y1, pixels of the picture).
 
     A box that is larger than the cut is held by its centre.
     """

@@ -48,8 +48,8 @@ class DropReason(StrEnum):
     DECODER_CRASH = "decoder_crash", "the image file crashes its decoder, or takes it too much time or memory"
     TOO_MANY_PIXELS = "too_many_pixels", "the image has more pixels than filter.max_pixels"
     # faces
-    NO_FACE = "no_face", "the detector found no face"
-    SEVERAL_FACES = "several_faces", "the detector found more than one face"
+    NO_FACE = "no_face", "no face was detected"
+    SEVERAL_FACES = "several_faces", "more than one face was detected"
     SMALL_FACE = "small_face", "the short side of the face box is under filter.min_face_px"
     BAD_LANDMARKS = "bad_landmarks", "the five points do not span a face (coincident or not finite)"
     EMPTY_MASK = "empty_mask", "the segmenter kept less of the face crop than segment.min_share"

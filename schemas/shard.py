@@ -160,6 +160,11 @@ class Manifest:
         return manifest
 
 
+def dataset_text(content: Mapping[str, Any]) -> bytes:
+    """The one text of a dataset.json: `verify` holds any other for damage."""
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
 def dataset_digest(manifests: Iterable[Manifest]) -> str:
     """sha256 that tells datasets apart by the bytes of their shards, whatever the order of the manifests, hex."""
     return sha256_of_json({manifest.shard: manifest.files for manifest in manifests})

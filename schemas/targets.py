@@ -1,7 +1,7 @@
 """What a sample's precomputed latents and text embeddings were made by: `targets` in its json.
 
 Shared by whoever encodes and whoever trains: latents of another VAE are as good as noise, so both name the weights by
-their hashes, the same way.
+their hashes.
 """
 
 import json

@@ -1,8 +1,9 @@
-"""The contract of a manifest, a ledger, a sample, and the features of "no face": what each holds."""
+"""The contract of dataset.json, a manifest, a ledger, a tar, a sample, and the features of "no face"."""
 
 import json
 import math
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,22 +12,35 @@ import pyarrow.compute as pc
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from pipeline.dataset.out.ledger import counts
+from pipeline.dataset.out.ledger import counts, summary
 from pipeline.dataset.out.takedowns import DROPS, KEEPS, STAGE
 from pipeline.shared.files import AnyPath
-from pipeline.shared.tars import Sample
+from pipeline.shared.tars import Sample, unpack
 from schemas.columns import COLUMNS, KEPT
+from schemas.digest import sha256_of_json
 from schemas.drops import DropReason
 from schemas.errors import ContractError, CorruptShardError
 from schemas.names import sample_key, shard_origin
 from schemas.record import SCHEMA_VERSION
-from schemas.shard import EMBEDDINGS, SUFFIXES, Manifest, decode_npy, encode_npy, sample_sha256
+from schemas.shard import (
+    DATASET,
+    EMBEDDINGS,
+    SUFFIXES,
+    UNCONDITIONAL,
+    Manifest,
+    dataset_text,
+    decode_npy,
+    encode_npy,
+    sample_sha256,
+)
 from schemas.targets import Targets
 from stages import STAGES
 from stages.align import FACE_SIZE
 from stages.pixels.headers import DECODER_ERRORS, sniff
 from stages.pixels.images import decode_jpeg, decode_png
 
+IDENTITY = ("schema_version", "profile", "plan_digest")
+"""What dataset.json and every manifest repeat of the plan."""
 _MEASURED = ("sha256", "n_bytes", "format", "width", "height", "bbox", "kps", "det_score", "face_px", "sample_sha256")
 """Ledger columns that no kept row may lack."""
 _REQUIRED = ("json", "face.jpg", "mask.png")
@@ -58,6 +72,35 @@ _LATENT_PX = 8
 _JSON_FIELDS = ("key", "part", "row", "url", "text", "sha256", "width", "height", "bbox", "kps", "det_score", "face_px")
 _ROUNDED = 1e-4
 """The json holds measurements with four decimals."""
+
+
+def dataset_problems(dataset: dict[str, Any], text: bytes, sums: Mapping[str, Any] | None) -> Iterator[str]:
+    """What is wrong with dataset.json, whose text this is, and which has `plan` and IDENTITY.
+
+    `sums` is what the manifests add up to (`ledger.summary`), None when nobody knows.
+    """
+    plan = dataset["plan"]
+    if sha256_of_json(plan) != dataset["plan_digest"]:
+        yield "its plan is not the one of its plan_digest"
+    for name in ("schema_version", "profile"):
+        if plan.get(name) != dataset[name]:
+            yield f"{name} is not that of its plan"
+    if dataset_text(dataset) != text:
+        yield f"the text is not that of a {DATASET} as it was written"
+    summed = set(summary([]))
+    more = set(dataset) - {*IDENTITY, "plan"}  # there when the run came to its end
+    if missing := sorted(summed - more) if more else []:
+        yield f"it lacks {', '.join(missing)}"
+    if unknown := sorted(more - {*summed, "files"}):
+        yield f"it has the unknown entries {', '.join(unknown)}"
+    differing = [name for name, value in (sums or {}).items() if dataset.get(name) != value]
+    if "shards" in dataset and differing:
+        yield f"the manifests add up to other {', '.join(differing)}"
+    files = dataset.get("files", {})
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        yield "files is not an object of objects"
+    else:
+        yield from (f"it names the file {name!r}, which no dataset has" for name in files if name != UNCONDITIONAL)
 
 
 def manifest_problems(shard: str, manifest: Manifest, text: bytes) -> Iterator[str]:
@@ -95,28 +138,41 @@ def ledger_problems(manifest: Manifest, ledger: pa.Table) -> Iterator[str]:
     gone = ledger.filter(taken)
     if known := [name for name in ledger.column_names if name not in KEEPS and gone[name].null_count < len(gone)]:
         yield f"rows that must not be used still tell {', '.join(known)}"
-    (part, _), last = shard_origin(manifest.shard), -1
-    for batch in ledger.select(["key", "part", "row"]).to_batches(max_chunksize=4096):
-        for record in batch.to_pylist():
-            row = record["row"]
-            if record["part"] != part or row is None or record["key"] != sample_key(part, row):
-                yield f"the key {record['key']!r} is not that of a row of {part}"
-                return
-            if row <= last:
-                yield f"the key {record['key']!r} is out of order or occurs twice"
-                return
-            last = row
+    part, _ = shard_origin(manifest.shard)
+    rows = list(zip(*(ledger[name].to_pylist() for name in ("key", "part", "row")), strict=True))
+    if strange := [
+        key for key, origin, row in rows if origin != part or row is None or row < 0 or key != sample_key(part, row)
+    ]:
+        yield f"the key {strange[0]!r} is not that of a row of {part}"
+    elif unsorted := [after[0] for before, after in pairwise(rows) if before[2] >= after[2]]:
+        yield f"the key {unsorted[0]!r} is out of order or occurs twice"
+
+
+def tar_problems(tar: AnyPath, ledger: pa.Table, *, embeddings: bool | None = True) -> Iterator[tuple[str | None, str]]:
+    """Key of a sample, None for the tar as a whole, and what is wrong with it, given the ledger of its shard."""
+    kept = ledger.filter(pc.equal(ledger["verdict"], KEPT))
+    index = {key: position for position, key in enumerate(kept["key"].to_pylist())}
+    keys = []
+    try:
+        for sample in unpack(tar):
+            keys.append(sample.key)
+            record = kept.slice(index[sample.key], 1).to_pylist()[0] if sample.key in index else None
+            for message in sample_problems(sample, record, embeddings=embeddings):
+                yield sample.key, message
+    except CorruptShardError as error:
+        yield None, str(error).removeprefix(f"{tar}: ")
+    for key in sorted(set(index) - set(keys)):
+        yield key, "the ledger keeps it, but the tar has no such sample"
+    if any(first >= second for first, second in pairwise(keys)):
+        yield None, "its keys are not sorted, or a key occurs twice"
 
 
 def sample_problems(
     sample: Sample, record: Mapping[str, Any] | None, *, embeddings: bool | None = True
 ) -> Iterator[str]:
-    """What is wrong with a sample.
+    """What is wrong with a sample, given its ledger row (None where the ledger does not keep it).
 
-    Args:
-        sample: its files.
-        record: its ledger row; None where the ledger does not keep it.
-        embeddings: whether the plan writes them; None when nobody knows.
+    `embeddings` says whether the plan writes them; None when nobody knows.
     """
     if record is None:
         yield "the ledger does not keep it"
@@ -141,7 +197,7 @@ def sample_problems(
         if mirrored is not None and (own is None or len(own) != len(mirrored)):
             yield f"{name}_mirror.npy has not the shape of {name}.npy"
     if "json" in suffixes:
-        yield from _json_problems(sample, record or {})
+        yield from json_problems(sample, record or {})
 
 
 def _image_problems(suffix: str, data: bytes, size: tuple[int, int]) -> Iterator[str]:
@@ -165,7 +221,7 @@ def _image_problems(suffix: str, data: bytes, size: tuple[int, int]) -> Iterator
         yield f"{suffix} is not a map of {_LABELS} labels, one byte per pixel"
 
 
-def _array_problems(suffix: str, data: bytes, dtype: str, shape: tuple[int, ...]) -> Iterator[str]:
+def _array_problems(name: str, data: bytes, dtype: str, shape: tuple[int, ...]) -> Iterator[str]:
     array = np.empty([max(side, 1) for side in shape], dtype)
     if -1 in shape:
         header_bytes = len(encode_npy(array)) - array.nbytes
@@ -173,16 +229,14 @@ def _array_problems(suffix: str, data: bytes, dtype: str, shape: tuple[int, ...]
     # The header is compared, not parsed: parsing a broken one can raise anything, or ask for any amount of memory.
     expected = encode_npy(array)
     if len(data) != len(expected) or data[: -array.nbytes] != expected[: -array.nbytes]:
-        yield f"{suffix} is not an npy of {np.dtype(dtype).name} {shape}"
-        return
-    values = decode_npy(data)
-    if not np.isfinite(values).all():
-        yield f"{suffix} holds numbers that are not finite"
-    elif suffix == _ID and abs(length := float(np.linalg.norm(values.astype(np.float64))) - 1) >= _NORM_TOLERANCE:
-        yield f"{suffix} has the length {length + 1:.4f}, not 1"
+        yield f"{name} is not an npy of {np.dtype(dtype).name} {shape}"
+    elif not np.isfinite(values := decode_npy(data)).all():
+        yield f"{name} holds numbers that are not finite"
+    elif name == _ID and abs(length := float(np.linalg.norm(values.astype(np.float64))) - 1) >= _NORM_TOLERANCE:
+        yield f"{name} has the length {length + 1:.4f}, not 1"
 
 
-def _json_problems(sample: Sample, record: Mapping[str, Any]) -> Iterator[str]:
+def json_problems(sample: Sample, record: Mapping[str, Any]) -> Iterator[str]:
     """Where the json, and the crops that it describes, are not those of the sample and its ledger row."""
     try:
         content = json.loads(sample.files["json"])
@@ -216,7 +270,7 @@ def _json_problems(sample: Sample, record: Mapping[str, Any]) -> Iterator[str]:
             if name in _SQUARE and size[0] != size[1]:
                 yield f"{suffix} is not square"
             yield from _image_problems(suffix, sample.files[suffix], (size[0], size[1]))
-    yield from _encoded_problems(sample, content.get("targets"))
+    yield from encoded_problems(sample, content.get("targets"))
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -228,7 +282,7 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _encoded_problems(sample: Sample, described: Any) -> Iterator[str]:
+def encoded_problems(sample: Sample, described: Any) -> Iterator[str]:
     """Where latents and text embeddings are not those that the json's `targets` describe."""
     encoded = sorted(suffix for suffix in sample.files if suffix.startswith(("latents.", "text")))
     if described is None:
@@ -261,13 +315,6 @@ def unconditional_problems(path: AnyPath) -> Iterator[str]:
     if len(features) != 1 or not set(features) <= {"clip_hidden", "dino"}:
         yield f"it holds {sorted(features)}, not clip_hidden or dino"
         return
-    name, array = next(iter(features.items()))
-    dtype, shape = _ARRAYS[f"{name}.npy"]
-    if (
-        array.dtype != dtype
-        or array.ndim != 2
-        or any(want not in (-1, n) for want, n in zip(shape, array.shape, strict=True))
-    ):
-        yield f"{name} is {array.dtype} {array.shape}, not {np.dtype(dtype).name} {shape}"
-    elif not np.isfinite(array).all():
-        yield f"{name} holds numbers that are not finite"
+    for name, array in features.items():
+        expected = _ARRAYS[f"{name}.npy"]
+        yield from _array_problems(f"{name}, {array.dtype} {array.shape},", encode_npy(array), *expected)

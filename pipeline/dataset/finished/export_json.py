@@ -2,18 +2,17 @@
 
 import io
 import json
-from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from pipeline.dataset.out.ledger import read_manifests
-from pipeline.shared.atomic import replace_atomically
-from pipeline.shared.files import AnyPath
+from pipeline.shared.files import AnyPath, Draft, fsync_names
 from pipeline.shared.tars import Sample, unpack
 from schemas.errors import CorruptShardError, OutputError
-from schemas.shard import Manifest, decode_npy
+from schemas.shard import decode_npy
 
 LIST = "data.json"
 
@@ -65,11 +64,11 @@ def export_json(out: AnyPath, folder: Path, form: Form) -> Exported:
     manifests = read_manifests(out)
     if not manifests:
         raise OutputError(f"{out} holds no finished shard yet: let `dataset` finish one.")
-    for manifest in manifests:
-        tar = f"{manifest.shard}.tar"
-        path, claimed = out / "shards" / tar, manifest.files.get(tar, {}).get("bytes")
-        if not path.is_file() or path.stat().st_size != claimed:
-            raise CorruptShardError(f"{tar}: it has not the {claimed} bytes that {manifest.shard}.json says")
+    tars = [out / "shards" / f"{manifest.shard}.tar" for manifest in manifests]
+    for tar, manifest in zip(tars, manifests, strict=True):
+        claimed = manifest.files.get(tar.name, {}).get("bytes")
+        if not tar.is_file() or tar.stat().st_size != claimed:
+            raise CorruptShardError(f"{tar.name}: it has not the {claimed} bytes that {manifest.shard}.json says")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
@@ -79,35 +78,29 @@ def export_json(out: AnyPath, folder: Path, form: Form) -> Exported:
     except OSError as error:
         raise OutputError(f"{folder} cannot be written: {error.strerror or error}.") from error
     exported = Exported()
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write("[")  # one JSON array, an entry a line, which is never held as a whole
-            for entry in _entries(out, manifests, folder, form):
+    with closing(Draft(folder / LIST)) as draft:
+        draft.stream.write(b"[")  # one JSON array, an entry a line, which is never held as a whole
+        for tar in tars:
+            for sample in unpack(tar):
+                try:
+                    entry = _export(sample, folder, form)
+                except (KeyError, ValueError, TypeError, CorruptShardError) as error:
+                    raise CorruptShardError(f"{tar.name}: {sample.key} is no whole sample ({error})") from error
                 if entry is None:
                     exported.left_out += 1
-                else:
-                    stream.write(",\n" if exported.samples else "\n")
-                    json.dump(entry, stream, ensure_ascii=False)
-                    exported.samples += 1
-            stream.write("\n]\n")
-
-    replace_atomically(folder / LIST, write)
+                    continue
+                draft.stream.write(b",\n" if exported.samples else b"\n")
+                draft.stream.write(json.dumps(entry, ensure_ascii=False).encode())
+                exported.samples += 1
+        draft.stream.write(b"\n]\n")
+        draft.fsync()
+        draft.publish()
+    fsync_names(folder)
     return exported
 
 
-def _entries(out: AnyPath, manifests: list[Manifest], folder: Path, form: Form) -> Iterator[dict[str, Any] | None]:
-    """Write the files of each sample; its entry, or None where it has no crop."""
-    for manifest in manifests:
-        tar = f"{manifest.shard}.tar"
-        for sample in unpack(out / "shards" / tar):
-            try:
-                yield _export(sample, folder, form)
-            except (KeyError, ValueError, TypeError, CorruptShardError) as error:
-                raise CorruptShardError(f"{tar}: {sample.key} is no whole sample ({error})") from error
-
-
 def _export(sample: Sample, folder: Path, form: Form) -> dict[str, Any] | None:
+    """Write the files of a sample; its entry in the list, or None where it has no crop."""
     content = json.loads(sample.files["json"])
     crops = [crop for crop in Crop if f"{crop}.jpg" in sample.files]
     if not crops:

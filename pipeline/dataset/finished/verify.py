@@ -1,18 +1,19 @@
 """`verify`: whether every file of a dataset is what its manifest says, and every sample what the contract says."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.dataset.finished.contract import (
+    IDENTITY,
+    dataset_problems,
     ledger_problems,
     manifest_problems,
-    sample_problems,
+    tar_problems,
     unconditional_problems,
 )
 from pipeline.dataset.finished.report import REPORT
@@ -21,23 +22,17 @@ from pipeline.dataset.out.ledger import UNREADABLE, read_manifest, replaced, sha
 from pipeline.dataset.out.output import fingerprint
 from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import AnyPath, names, parquet
-from pipeline.shared.tars import unpack
-from schemas.columns import KEPT, LEDGER_SCHEMA
-from schemas.digest import sha256_of_json
+from schemas.columns import LEDGER_SCHEMA
 from schemas.errors import CorruptShardError
 from schemas.names import finished_shards
 from schemas.shard import DATASET, UNCONDITIONAL, Manifest
 
-_IDENTITY = ("schema_version", "profile", "plan_digest")
-"""What dataset.json and every manifest repeat of the plan."""
 _OURS = (DATASET, FORGOTTEN, UNCONDITIONAL, REPORT, "shards", "drops")
 _SUFFIXES = ("tar", "parquet", "json")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a dataset."""
-
     shard: str
     """Empty when it concerns the dataset as a whole."""
     file: str
@@ -47,8 +42,8 @@ class Problem:
     message: str
 
 
-def verify(out: AnyPath, on_shard: Callable[[str], None] | None = None) -> list[Problem]:
-    """Check all finished shards of OUT; `on_shard` gets each one's name when it was checked.
+def verify(out: AnyPath) -> list[Problem]:
+    """Check all finished shards of OUT.
 
     Whatever is wrong with files below OUT is a problem in the list, never an exception. Bytes that are not those of the
     manifest are a problem of their file: what is inside them proves nothing more.
@@ -59,6 +54,7 @@ def verify(out: AnyPath, on_shard: Callable[[str], None] | None = None) -> list[
     problems: list[Problem] = []
     manifests: list[Manifest] = []
     shards = shard_names(out)
+    known = {None, *shards}
     if is_interrupted(out):
         problems.append(Problem("", "shards", None, "`forget` was killed: give it DIR alone, and it goes on"))
     try:
@@ -79,14 +75,9 @@ def verify(out: AnyPath, on_shard: Callable[[str], None] | None = None) -> list[
         else:
             manifests.append(manifest)
             problems += _shard_problems(out, shard, manifest, forgotten, embeddings)
-        if on_shard:
-            on_shard(shard)
-    for name in names(shards_folder(out)):
-        stem, _, suffix = name.rpartition(".")
-        if suffix in _SUFFIXES and finished_shards([f"{stem}.json"]) and stem not in shards:
-            problems.append(
-                Problem("", name, None, "belongs to no finished shard: a rerun makes it anew, or remove it")
-            )
+    strays = [name for name in names(shards_folder(out)) if _shard_of(name) not in known]
+    message = "belongs to no finished shard: a rerun makes it anew, or remove it"
+    problems += [Problem("", name, None, message) for name in strays]
     return [*problems, *_dataset_problems(out, manifests)]
 
 
@@ -94,56 +85,37 @@ def foreign_files(out: AnyPath) -> list[str]:
     """What lies in OUT and OUT/shards, and is nothing of ours: it is left alone."""
     temporary = (TEMPORARY, NEW)
     foreign = [name for name in names(out) if name not in _OURS and not name.startswith(temporary)]
-    for name in names(out / "shards"):
-        stem, _, suffix = name.rpartition(".")
-        ours = suffix in _SUFFIXES and finished_shards([f"{stem}.json"])
-        if not ours and not name.startswith(temporary):
-            foreign.append(f"shards/{name}")
-    return foreign
+    in_shards = [name for name in names(out / "shards") if _shard_of(name) is None and not name.startswith(temporary)]
+    return foreign + [f"shards/{name}" for name in in_shards]
+
+
+def _shard_of(name: str) -> str | None:
+    """The shard that a file in OUT/shards is part of; None for other files."""
+    stem, _, suffix = name.rpartition(".")
+    return stem if suffix in _SUFFIXES and finished_shards([f"{stem}.json"]) else None
 
 
 def _dataset_problems(out: AnyPath, manifests: list[Manifest]) -> Iterator[Problem]:
-    """Where dataset.json is not what was written, or contradicts the manifests."""
+    """Where dataset.json, or a file that it names, is not what was written, or it contradicts the manifests."""
     try:
         text = (out / DATASET).read_bytes()
         dataset = json.loads(text)
-        plan, identity = dataset["plan"], {name: dataset[name] for name in _IDENTITY}
-        same = {**identity, "models": plan["models"]}
-        written = json.dumps(dataset, indent=2, sort_keys=True) + "\n"
+        same = {**{name: dataset[name] for name in IDENTITY}, "models": dataset["plan"]["models"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         yield Problem("", DATASET, None, f"cannot be read: {type(error).__name__}: {error}")
         return
-    messages = []
-    if sha256_of_json(plan) != dataset["plan_digest"]:
-        messages.append("its plan is not the one of its plan_digest")
-    messages += [f"{name} is not that of its plan" for name in _IDENTITY[:2] if plan.get(name) != dataset[name]]
-    if written.encode() != text:
-        messages.append("the text is not that of a dataset.json as it was written")
-    try:
-        sums = summary(manifests, replaced(out))
-    except CorruptShardError:  # a problem of its shard; what its rows would have replaced, nobody knows
-        pass
-    else:
-        more = set(dataset) - {*_IDENTITY, "plan"}  # there when the run came to its end
-        if missing := sorted(set(sums) - more) if more else []:
-            messages.append(f"it lacks {', '.join(missing)}")
-        if unknown := sorted(more - {*sums, "files"}):
-            messages.append(f"it has the unknown entries {', '.join(unknown)}")
-        differing = [name for name, value in sums.items() if dataset.get(name) != value]
-        if "shards" in dataset and len(manifests) == len(shard_names(out)) and differing:
-            messages.append(f"the manifests add up to other {', '.join(differing)}")
-    files = dataset.get("files", {})
-    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        messages.append("files is not an object of objects")
-        files = {}
-    messages += [f"it names the file {name!r}, which no dataset has" for name in files if name != UNCONDITIONAL]
-    for message in messages:
+    sums = None
+    if len(manifests) == len(shard_names(out)):
+        with suppress(CorruptShardError):  # of a ledger: a problem of its shard
+            sums = summary(manifests, replaced(out))
+    for message in dataset_problems(dataset, text, sums):
         yield Problem("", DATASET, None, message)
     for manifest in manifests:
         for name in (name for name, value in same.items() if getattr(manifest, name) != value):
             yield Problem(manifest.shard, f"{manifest.shard}.json", None, f"{name} is not that of {DATASET}")
-    if UNCONDITIONAL in files:
-        damage = list(_file_problems(out / UNCONDITIONAL, files[UNCONDITIONAL], DATASET))
+    files = dataset.get("files")
+    if isinstance(files, dict) and isinstance(claimed := files.get(UNCONDITIONAL), dict):
+        damage = list(_file_problems(out / UNCONDITIONAL, claimed, DATASET))
         for message in damage or unconditional_problems(out / UNCONDITIONAL):
             yield Problem("", UNCONDITIONAL, None, message)
 
@@ -194,21 +166,7 @@ def _shard_problems(
         for key in left["key"].to_pylist():
             yield Problem(shard, name, key, "it was to be forgotten: give `forget` DIR alone, and it goes on")
 
-    if "tar" in damaged:
-        return
-    name = f"{shard}.tar"
-    kept = ledger.filter(pc.equal(ledger["verdict"], KEPT))
-    index = {key: position for position, key in enumerate(kept["key"].to_pylist())}
-    keys = []
-    try:
-        for sample in unpack(folder / name):
-            keys.append(sample.key)
-            record = kept.slice(index[sample.key], 1).to_pylist()[0] if sample.key in index else None
-            for message in sample_problems(sample, record, embeddings=embeddings):
-                yield Problem(shard, name, sample.key, message)
-    except CorruptShardError as error:
-        yield Problem(shard, name, None, str(error).removeprefix(f"{folder / name}: "))
-    for key in sorted(set(index) - set(keys)):
-        yield Problem(shard, name, key, "the ledger keeps it, but the tar has no such sample")
-    if any(first >= second for first, second in pairwise(keys)):
-        yield Problem(shard, name, None, "its keys are not sorted, or a key occurs twice")
+    if "tar" not in damaged:
+        name = f"{shard}.tar"
+        for key, message in tar_problems(folder / name, ledger, embeddings=embeddings):
+            yield Problem(shard, name, key, message)

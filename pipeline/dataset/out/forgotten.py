@@ -139,7 +139,6 @@ def load(out: AnyPath) -> Forgotten:
 
 
 def save(out: AnyPath, forgotten: Forgotten) -> None:
-    """Write the list of OUT."""
     write(out / FORGOTTEN, _text(forgotten))
 
 
@@ -154,7 +153,7 @@ def _text(forgotten: Forgotten) -> bytes:
 
 
 def finish(out: AnyPath) -> None:
-    """Put the files of rewritten shards in place, the manifest last; remove those of shards that were not committed.
+    """Give the files of rewritten shards their names, the manifest last; remove those of uncommitted ones.
 
     Every run into OUT, and every `forget`, begins with this.
     """

@@ -27,7 +27,7 @@ from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.digest import sha256_of_stream
 from schemas.errors import CorruptShardError, LostError, OutputError, ShardError, SourceError, first_line
 from schemas.names import finished_shards
-from schemas.shard import DATASET, SUFFIXES, Manifest, sample_files
+from schemas.shard import DATASET, SUFFIXES, Manifest, dataset_text, sample_files
 from stages.pixels.images import thumbnail
 
 _THUMBNAIL_PX = 256
@@ -145,7 +145,7 @@ class Output:
             "plan": plan.identity,
             **summary,
         }
-        write(self.root / DATASET, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+        write(self.root / DATASET, dataset_text(content))
 
     def is_done(
         self, shard: str, plan: Plan, listed: Mapping[str, int] | None = None, rows_in: int | None = None

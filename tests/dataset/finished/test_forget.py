@@ -1,5 +1,6 @@
 """Take-downs: what goes, what stays, that nothing tells of it, and that a kill at any moment leaves no half of it."""
 
+import errno
 import fcntl
 import json
 import os
@@ -25,7 +26,7 @@ from pipeline.dataset.out.forgotten import FORGOTTEN, Forgotten, finish, load
 from pipeline.dataset.out.ledger import funnel, read_manifests
 from pipeline.dataset.out.output import Output
 from pipeline.shared.files import to_path, write
-from schemas.errors import CorruptShardError, OutputError, SourceError
+from schemas.errors import CorruptShardError, LostError, OutputError, SourceError
 from stages.pixels.images import encode_jpeg
 
 FIRST, SECOND = "a-00000", "a-00001"
@@ -339,6 +340,18 @@ def test_a_folder_that_is_no_dataset_or_a_list_that_is_not_there(out, tmp_path):
         forget(tmp_path / "none", Wanted(urls=(KEPT_URL,)))
     with pytest.raises(SourceError, match="cannot be read"):
         Wanted.listed(tmp_path / "none.txt")
+
+
+def test_a_disk_that_fills_up_before_dataset_json_is_not_damage(out, monkeypatch):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.dataset.finished.forget.write", full)
+        with pytest.raises(LostError, match="No space left on device"):
+            forget(out, Wanted(urls=(KEPT_URL,)))
+    forget(out, Wanted())
+    assert verify(out) == []
 
 
 def test_a_run_in_the_same_folder_is_not_disturbed(out):

@@ -1,11 +1,16 @@
 import base64
+import json
 
+import fake_dataset as fake
 import numpy as np
 import pytest
 
+from pipeline.dataset.finished.report_cards import Card
 from pipeline.dataset.finished.report_pictures import LABEL_COLOURS, data_uri, marked, masked
+from pipeline.shared.tars import Sample
+from schemas.shard import sample_files
 from stages.models.segmenters.facexlib import BISENET_LABELS
-from stages.pixels.images import decode_jpeg
+from stages.pixels.images import decode_jpeg, encode_jpeg
 
 GREY = np.full((600, 800, 3), 128, np.uint8)
 KPS = [[300, 200], [400, 200], [350, 260], [310, 320], [390, 320]]
@@ -65,3 +70,31 @@ def test_every_label_has_its_colour_and_unknown_ones_do_not_fail():
 
 def test_a_data_uri_gives_the_bytes_back():
     assert base64.b64decode(data_uri(b"\xff\xd8x").removeprefix("data:image/jpeg;base64,")) == b"\xff\xd8x"
+
+
+def test_a_card_of_a_sample_shows_what_there_is_and_why_the_rest_is_absent():
+    card = Card.of_sample(Sample("a-000000000", sample_files(fake.record("a", 0, text="x" * 301))))
+    assert [picture.title for picture in card.pictures] == ["photo", "face", "mask", "portrait 600 px", "half"]
+    assert [bool(picture.uri) for picture in card.pictures] == [True, True, True, True, False]
+    assert card.pictures[-1].absent == "the photo is too small"
+    assert card.text == "x" * 300 + "…"
+    assert card.labels == frozenset(range(19))
+    small = {"full": {"absent": "too small"}}
+    changes = {"full": None, "crops": json.dumps({**fake.CROPS, **small})}
+    photo = Card.of_sample(Sample("a-000000000", sample_files(fake.record("a", 0, **changes)))).pictures[0]
+    assert photo.title == "portrait (no full: too small)"
+    changes |= {"portrait": None, "crops": json.dumps({**fake.CROPS, **small, "portrait": {"absent": "blurred"}})}
+    card = Card.of_sample(Sample("a-000000000", sample_files(fake.record("a", 0, **changes))))
+    assert [picture.absent for picture in card.pictures] == ["too small", "", "", "blurred", "the photo is too small"]
+
+
+@pytest.mark.parametrize("measured", [{}, {"width": 400, "height": 300, "bbox": [0, 0, 9, 9], "n_faces": 1}])
+def test_a_card_of_a_drop_shows_what_was_measured(measured):
+    unknown = dict.fromkeys(("url", "width", "height", "bbox", "kps"))
+    record = {"key": "a-000000001", **unknown, **measured}
+    card = Card.of_drop(record, encode_jpeg(GREY, 80))
+    assert len(card.pictures) == 1
+    assert card.length == len(card.pictures[0].uri) > 0
+    assert card.facts == (["400 × 300", "faces 1"] if measured else [])
+    assert Card.of_drop(record, None).pictures == []
+    assert Card.of_drop(record, b"junk").pictures == [], "thumbnails are disposable"
