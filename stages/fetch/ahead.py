@@ -3,8 +3,9 @@
 import asyncio
 import heapq
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from itertools import islice
 from threading import Event
 from typing import Any
@@ -148,3 +149,43 @@ def _give_up(left: Sequence[Pending]) -> None:
     for pending in left:
         if pending.work is not None:
             pending.work.cancel()
+
+
+class Slots:
+    """So many downloads at a time, those first whose turn comes first; used on the loop alone.
+
+    Whoever was here first would not do: the rows of a host come here together once its robots.txt is known, and would
+    open all its connections at the same time, only to leave them unused afterwards.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._free = count
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        """A heap."""
+
+    @asynccontextmanager
+    async def held(self, index: int) -> AsyncIterator[None]:
+        """Hold a slot for the URL at this position of its stream."""
+        if self._free > 0:
+            self._free -= 1
+        else:
+            granted = asyncio.get_running_loop().create_future()
+            heapq.heappush(self._waiting, (index, id(granted), granted))
+            try:
+                await granted
+            except asyncio.CancelledError:
+                if granted.done() and not granted.cancelled():
+                    self._release()
+                raise
+        try:
+            yield
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        while self._waiting:
+            _, _, granted = heapq.heappop(self._waiting)
+            if not granted.done():
+                granted.set_result(None)
+                return
+        self._free += 1

@@ -16,11 +16,12 @@ class Body:
     def __init__(self, settings: Settings) -> None:
         self._max_bytes = settings.download.max_bytes
         self._min_px = settings.filter.min_image_px
-        self._data = bytearray()
+        self._chunks: list[bytes] = []
+        self._size = 0
         self._next_look: float = _FIRST_LOOK
 
     def __len__(self) -> int:
-        return len(self._data)
+        return self._size
 
     def announce(self, length: int | None) -> None:
         """Take note of the Content-Length.
@@ -37,31 +38,33 @@ class Body:
         Raises:
             Dropped: TOO_MANY_BYTES, SMALL_IMAGE (with width and height), NOT_AN_IMAGE (a web page).
         """
-        self._data += chunk
-        if len(self._data) > self._max_bytes:
+        self._chunks.append(chunk)
+        self._size += len(chunk)
+        if self._size > self._max_bytes:
             raise Dropped(DropReason.TOO_MANY_BYTES)
-        if len(self._data) >= self._next_look:
+        if self._size >= self._next_look:
             self._look()
 
-    def finish(self) -> bytearray:
+    def finish(self) -> bytes:
         """All bytes of a complete body.
 
         Raises:
             Dropped: EMPTY_BODY, or what a last look shows.
         """
-        if not self._data:
+        if not self._size:
             raise Dropped(DropReason.EMPTY_BODY)
-        if len(self._data) < _FIRST_LOOK:
+        if self._size < _FIRST_LOOK:
             self._look()
-        return self._data
+        return b"".join(self._chunks)
 
     def _look(self) -> None:
-        prefix = bytes(self._data)
+        prefix = b"".join(self._chunks)
+        self._chunks = [prefix]
         header = headers.sniff(prefix)
         if header is None and headers.is_web_page(prefix):
             raise Dropped(DropReason.NOT_AN_IMAGE)
         if header is not None and min(header.width, header.height) < self._min_px:
             raise Dropped(DropReason.SMALL_IMAGE, width=header.width, height=header.height)
         # Each look costs as much as what it sees: at growing sizes, and never again once the size is known.
-        is_settled = header is not None or len(self._data) >= _LAST_LOOK
-        self._next_look = float("inf") if is_settled else max(self._next_look * _GROWTH, len(self._data) + 1)
+        is_settled = header is not None or self._size >= _LAST_LOOK
+        self._next_look = float("inf") if is_settled else max(self._next_look * _GROWTH, self._size + 1)

@@ -7,7 +7,7 @@ from stages.base import Dropped
 from stages.runtime import Runtime
 from stages.settings import Settings
 
-Outcome = bytes | bytearray | Dropped
+Outcome = bytes | Dropped
 """The image file, or why there is none."""
 
 MOST_ROWS = 8192

@@ -5,7 +5,7 @@ from itertools import count
 
 from stages.base import Dropped
 from stages.fetch.address import Guard, Url, parse, redirected
-from stages.fetch.ahead import Pending
+from stages.fetch.ahead import Pending, Slots
 from stages.fetch.body import Body
 from stages.fetch.engine import Outcome
 from stages.fetch.http.client import Client
@@ -25,7 +25,7 @@ class Fetcher:
         self._settings = settings
         self._download = settings.download
         self.refusals = Refusals(runtime.refusals)
-        self._slots = asyncio.Semaphore(settings.download.concurrency)
+        self._slots = Slots(settings.download.concurrency)
         self._hosts = Hosts(settings.download)
         self._client = Client(settings.download, Guard(settings.download, runtime.sample_port))
         self._robots = Robots(self._client, self._hosts, settings.download)
@@ -54,7 +54,7 @@ class Fetcher:
             self.refusals.add(trail, dropped.reason)
             return bare(dropped)
 
-    async def _persist(self, pending: Pending, trail: list[Url]) -> bytearray:
+    async def _persist(self, pending: Pending, trail: list[Url]) -> bytes:
         deadline = Deadline(self._download.timeout_s)
         for attempt in count():
             del trail[1:]
@@ -66,7 +66,7 @@ class Fetcher:
                 await asyncio.sleep(pause)
         raise AssertionError("count() does not end")
 
-    async def _attempt(self, pending: Pending, trail: list[Url], deadline: Deadline) -> bytearray:
+    async def _attempt(self, pending: Pending, trail: list[Url], deadline: Deadline) -> bytes:
         """Follow a URL's redirects to its image. What holds for the first URL holds for each that follows."""
         for hops in count():
             url = trail[-1]
@@ -79,12 +79,12 @@ class Fetcher:
                 await pending.ahead.room(pending.index)
                 async with self._hosts.connection(url):
                     result = await self._exchange(pending, url, hops, deadline)
-            if isinstance(result, bytearray):
+            if isinstance(result, bytes):
                 return result
             trail.append(result)
         raise AssertionError("count() does not end")
 
-    async def _exchange(self, pending: Pending, url: Url, hops: int, deadline: Deadline) -> bytearray | Url | None:
+    async def _exchange(self, pending: Pending, url: Url, hops: int, deadline: Deadline) -> bytes | Url | None:
         """An image, or where a redirect leads, or None where the stream has no room for it any more.
 
         The deadline counts while a server is waited for, not while this row waits for its turn.
@@ -92,12 +92,12 @@ class Fetcher:
         try:
             async with deadline.running():
                 await self._client.look_up(url)
-            async with self._slots:
+            async with self._slots.held(pending.index):
                 if not pending.ahead.may_begin(pending.index):
                     return None
                 async with deadline.running(), self._client.get(url) as answer:
                     if check_head(answer.status, answer.robots_tags, answer.retry_after, self._download):
-                        result: bytearray | Url = redirected(url, answer.location, hops, self._download)
+                        result: bytes | Url = redirected(url, answer.location, hops, self._download)
                     else:
                         body = Body(self._settings)
                         body.announce(answer.length)

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import resource
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
@@ -20,8 +21,8 @@ from stages.fetch.http.resolve import Resolver
 from stages.fetch.status import LOCAL_TROUBLE, user_agent
 from stages.settings import DownloadSettings
 
-_IDLE_S = 1.0
-"""Most hosts get no two requests in a row, and each idle connection costs a file descriptor."""
+_IDLE_S = 5.0
+"""Over a distance a new connection costs several round trips until it is fast, and an idle one a file descriptor."""
 _READ_AHEAD = 32 << 10
 """Bytes that are read from the network before they are wanted; twice of it stops the reading."""
 _LONGEST_LINE, _MOST_FIELDS = 16 << 10, 256
@@ -38,7 +39,7 @@ class Client:
         self._resolver = Resolver(self._guard)
         self._max_bytes = settings.max_bytes
         connector = Connector(
-            settings.concurrency,
+            _most_waiting(settings.concurrency),
             limit=0,
             resolver=self._resolver,
             use_dns_cache=False,
@@ -106,6 +107,19 @@ class Client:
         if not self._guard.permits(host, port):
             raise PermissionError(errno.EACCES, "an address that must not be connected to")
         return socket.socket(family, kind, protocol)
+
+
+def _most_waiting(at_a_time: int) -> int:
+    """How many connections may wait for a further request, given how many are in use: what this process may open.
+
+    Images of one host seldom come one right after the other, so that many waiting connections pay.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 6 * at_a_time + 1024
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return 4 * at_a_time if soft == resource.RLIM_INFINITY else max(0, min(4 * at_a_time, soft - 2 * at_a_time - 512))
 
 
 class Answer:

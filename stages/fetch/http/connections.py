@@ -18,6 +18,8 @@ _MOST_INTERIM = 8
 """1xx heads before the answer itself."""
 _MOST_OVERHEAD = 512 << 10
 """Bytes of heads, chunk lines and trailers, and those that wait to be parsed, beyond as many as the body has."""
+_READ = 64 << 10
+"""Bytes that are read at a time."""
 _HEAD_PIECE = 4 << 10
 """Bytes that are read at a time until the head is there: of a flood of heads no more is parsed in one go."""
 
@@ -34,8 +36,13 @@ class Connector(aiohttp.TCPConnector):
         self._factory = partial(_Handler, asyncio.get_running_loop())  # type: ignore[assignment]
 
     def _release(self, key: ConnectionKey, protocol: ResponseHandler, *, should_close: bool = False) -> None:
-        is_full = sum(map(len, self._conns.values())) >= self._most_waiting
-        super()._release(key, protocol, should_close=should_close or is_full)
+        super()._release(key, protocol, should_close=should_close)
+        if sum(map(len, self._conns.values())) > self._most_waiting:
+            oldest = next(iter(self._conns))
+            waiting, _ = self._conns[oldest].popleft()
+            waiting.close()
+            if not self._conns[oldest]:
+                del self._conns[oldest]
 
     async def _get(self, key: ConnectionKey, traces: list[aiohttp.tracing.Trace]) -> Connection | None:
         for protocol, _ in self._conns.get(key, ()):
@@ -51,6 +58,13 @@ class _Handler(ResponseHandler):
 
     _received = 0
     """Bytes of this answer."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Read less at a time than asyncio does: larger buffers are mapped and given back to the system each time."""
+        super().connection_made(transport)
+        if hasattr(transport, "max_size"):
+            transport.max_size = _READ
+
     _interim: int | None = None
     """1xx heads that came; None once the head of the answer itself is there."""
 
