@@ -75,12 +75,6 @@ class Gone:
         rows, samples, shards = sum(map(len, self.rows.values())), sum(self.kept.values()), len(self.rows)
         return f"{rows:,} rows, {samples:,} of them samples, in {shards:,} shard{'' if shards == 1 else 's'}"
 
-    def fail(self, shard: str, error: CorruptShardError) -> None:
-        """Leave a damaged shard out."""
-        self.rows.pop(shard, None)
-        self.kept.pop(shard, None)
-        self.damaged.append(str(error))
-
 
 def forget(out: AnyPath, wanted: Wanted, *, dry_run: bool = False) -> Gone:
     """Forget in OUT what is wanted, now and in earlier calls; later runs into OUT will not fetch it again.
@@ -143,7 +137,8 @@ def _take_down(out: AnyPath, takedowns: Takedowns) -> Gone:
         try:
             rewrite(out, shard, complete)
         except CorruptShardError as error:
-            gone.fail(shard, error)
+            del gone.rows[shard], gone.kept[shard]
+            gone.damaged.append(str(error))
     try:
         dataset = dict(json.loads((out / DATASET).read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -167,7 +162,7 @@ def _matches(out: AnyPath, takedowns: Takedowns) -> tuple[Takedowns, Gone]:
             try:
                 ledger = read_ledger(out, shard, ("key", "url", "sha256", "verdict"))
             except CorruptShardError as error:
-                gone.fail(shard, error)
+                gone.damaged.append(str(error))
                 continue
             rows = ledger.filter(pc.is_valid(takedowns.reasons(ledger)))
             if rows.num_rows:

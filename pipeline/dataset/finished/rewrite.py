@@ -8,6 +8,7 @@ which it counts: whoever is killed before leaves the old shard as it was, whoeve
 import tarfile
 from collections.abc import Collection
 from contextlib import closing, suppress
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -22,7 +23,6 @@ from pipeline.shared.files import AnyPath, Draft, parquet, write
 from pipeline.shared.tars import BROKEN, members, read
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.errors import CorruptShardError
-from schemas.shard import Manifest
 
 
 def rewrite(out: AnyPath, shard: str, takedowns: Takedowns) -> None:
@@ -67,8 +67,8 @@ def rewrite(out: AnyPath, shard: str, takedowns: Takedowns) -> None:
 
     kept, dropped = counts(ledger["verdict"], [*manifest.dropped, *DROPS])
     files = {name: fingerprint(path) for name, path in new.items()}
-    fields: dict[str, Any] = {**vars(manifest), "kept": kept, "dropped": dropped, "files": files}
-    write(shards / f"{NEW}{shard}.json", Manifest(**fields).to_json().encode())  # from here on the new shard counts
+    manifest = replace(manifest, kept=kept, dropped=dropped, files=files)
+    write(shards / f"{NEW}{shard}.json", manifest.to_json().encode())  # from here on the new shard counts
     finish(out)
 
 
