@@ -163,8 +163,9 @@ def test_a_damaged_sample_is_named(tmp_path, changes):
         write_report(out)
 
 
-def test_a_broken_dataset_json_is_named(out):
-    (out / "dataset.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[1]", "3"])
+def test_a_broken_dataset_json_is_named(out, text):
+    (out / "dataset.json").write_text(text)
     with pytest.raises(CorruptShardError, match=r"dataset\.json"):
         write_report(out)
 
