@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import servers
 from servers import breaks_off, drips, head, pours, redirects, says
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = 8.0
 MAX_BYTES = 2_000_000
 ROWS_PER_HOST = 4
 """Few enough that no host fails ten times in a row: verdicts depend on the behaviour alone."""

@@ -45,9 +45,12 @@ class Connector(aiohttp.TCPConnector):
                 del self._conns[oldest]
 
     async def _get(self, key: ConnectionKey, traces: list[aiohttp.tracing.Trace]) -> Connection | None:
-        for protocol, _ in self._conns.get(key, ()):
-            if protocol.should_close:
-                protocol.close()
+        waiting = self._conns.get(key)
+        if waiting:
+            waiting.rotate()  # the one that was used last is taken next: its window is the widest
+            for protocol, _ in waiting:
+                if protocol.should_close:
+                    protocol.close()
         connection = await super()._get(key, traces)
         is_reused.set(connection is not None)
         return connection
