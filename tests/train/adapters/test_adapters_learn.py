@@ -75,11 +75,11 @@ class Problem:
 
 @pytest.mark.parametrize("base_name", ["tiny", "tiny-sdxl"])
 @pytest.mark.parametrize("name", DISTINCT)
-def test_the_loss_of_one_sample_falls_by_half(name, base_name):
+def test_the_loss_of_one_sample_falls_by_a_third(name, base_name):
     problem = Problem(name, base_name, 1)
     first = problem.step(torch.arange(1))
     losses = (problem.step(torch.arange(1)) for _ in range(MOST_STEPS))
-    assert any(loss < first / 2 for loss in losses)
+    assert any(loss < first * 2 / 3 for loss in losses)
 
 
 @pytest.mark.parametrize("name", DISTINCT)
