@@ -23,7 +23,7 @@ from stages.settings import DownloadSettings
 
 _IDLE_S = 5.0
 """Over a distance a new connection costs several round trips until it is fast, and an idle one a file descriptor."""
-_READ_AHEAD = 32 << 10
+_READ_AHEAD = 64 << 10
 """Bytes that are read from the network before they are wanted; twice of it stops the reading."""
 _LONGEST_LINE, _MOST_FIELDS = 16 << 10, 256
 _TINY, _MOST_TINY, _GATHER_S = 512, 32, 0.01
