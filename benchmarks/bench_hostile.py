@@ -23,7 +23,6 @@ from pipeline.dataset.execute.runner import Loaded, apply_ahead
 from pipeline.dataset.rows import Rows
 from schemas.columns import LEDGER, SEED, schema
 from stages.download import Download
-from stages.fetch.engine import MOST_ROWS
 from stages.runtime import Runtime
 from stages.settings import DownloadSettings, Settings
 
@@ -31,6 +30,8 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import hostile
 
 BATCH = 64
+MOST_ROWS = 2048
+"""Fetched before their turn: fewer than half of all, so that what was refused is known when it comes again."""
 
 
 def batches(rows: Iterator[tuple[str, str]]) -> Iterator[Rows]:
