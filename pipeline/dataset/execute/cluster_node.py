@@ -19,6 +19,8 @@ from schemas.errors import ExitCode, LostError, PlanError, first_line
 
 _REACH_S = 10.0
 TICK_S = 1.0
+_NODES_EVERY_S = 5.0
+"""How often the cluster's nodes are listed; Ray itself takes longer to see that one is dead."""
 _CLUSTER_PATIENCE_S = 40.0
 """How long a cluster's head, or this machine's part of it, may be out of reach; Ray ends the process after a minute."""
 _GRACE_S = 20.0
@@ -131,13 +133,15 @@ class NodeGuard:
         self._thread.join(_REACH_S)
 
     def _watch(self) -> None:
-        seen = time.monotonic()
+        seen = nodes_seen = time.monotonic()
         while not self._over.wait(TICK_S):
             try:
                 for address in self._listening:
                     socket.create_connection(address, _REACH_S).close()
                 seen = time.monotonic()
-                self.dead_nodes = frozenset(node["NodeID"] for node in self._nodes() if not node["Alive"])
+                if seen - nodes_seen > _NODES_EVERY_S:
+                    self.dead_nodes = frozenset(node["NodeID"] for node in self._nodes() if not node["Alive"])
+                    nodes_seen = seen
             except RayError:
                 continue  # Ray is going, as the run is
             except OSError:
