@@ -145,12 +145,15 @@ HANG = """
 import sys, time
 from pipeline import __main__ as main
 from stages.{module} import {name} as stage
-real = stage.{method}
-def hang(self, table):
+def look(table):
     if any(key in ("sample-000000000", "sample-000000001") for key in table["key"].to_pylist()):
         {how}
-    return real(self, table)
-stage.{method} = hang
+    return table
+real = stage.{method}
+if "{method}" == "stream":
+    stage.stream = lambda self, tables, most_rows: real(self, map(look, tables), most_rows)
+else:
+    stage.__call__ = lambda self, table: real(self, look(table))
 stage.reads = tuple(dict.fromkeys(("key", *stage.reads)))
 sys.argv[1:] = {words!r}
 main.main()
@@ -160,7 +163,8 @@ main.main()
 def hanging(out: Path, module: str, name: str, how: str = "time.sleep(10_000)", timeout_s: float = 10) -> list[str]:
     """A run in which the first rows make a stage hang."""
     words = command(out, "--set", f"executor.shard_timeout_s={timeout_s}", "--set", "executor.batch_rows=2")[3:]
-    return [sys.executable, "-c", HANG.format(module=module, name=name, how=how, method="__call__", words=words)]
+    method = "stream" if module == "download" else "__call__"
+    return [sys.executable, "-c", HANG.format(module=module, name=name, how=how, method=method, words=words)]
 
 
 @pytest.mark.parametrize(
