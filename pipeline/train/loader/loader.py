@@ -131,9 +131,8 @@ class ShardLoader:
         batches = iter(
             DataLoader(
                 _Stream(consumers, self._positions, self._next),
-                batch_size=None,
+                batch_size=None,  # a Batch passes as it is
                 num_workers=self.workers,
-                collate_fn=lambda batch: batch,
                 worker_init_fn=_start_worker,
                 pin_memory=self._pin_memory,
                 # Else it would draw from torch's own generator, whose state is part of a checkpoint.
