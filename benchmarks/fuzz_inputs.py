@@ -152,7 +152,7 @@ def manifests() -> list[bytes]:
 
 
 def lists() -> list[bytes]:
-    known = forgotten.Forgotten("salt").and_urls(["http://x.example/a"]).and_domains(["gone.example"])
+    known = forgotten.Forgotten("salt").adding(urls=["http://x.example/a"], domains=["gone.example"])
     return [forgotten._text(known)]
 
 

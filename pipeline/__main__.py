@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -303,10 +302,6 @@ _NO_TELEMETRY = {
 """Switches of dependencies, which are all imported later than this is set; worker processes inherit them."""
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Run the command line, with the exit codes of schemas.errors."""
     try:
@@ -322,7 +317,7 @@ def main() -> None:
 def _run() -> None:
     os.environ.update(_NO_TELEMETRY)
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
-        signal.signal(number, _interrupt)
+        signal.signal(number, signal.default_int_handler)
     try:
         app()
     except UserError as error:

@@ -61,13 +61,13 @@ class RowStage:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Apply `row` to each record."""
-        return to_table([self._outcome(record) for record in table.to_pylist()], self.writes, self.drops)
-
-    def _outcome(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        try:
-            return self.row(record)
-        except Dropped as dropped:
-            return {**dropped.measured, DROP: dropped.reason}
+        rows = []
+        for record in table.to_pylist():
+            try:
+                rows.append(self.row(record))
+            except Dropped as dropped:
+                rows.append({**dropped.measured, DROP: dropped.reason})
+        return to_table(rows, self.writes, self.drops)
 
 
 def to_table(rows: list[dict[str, Any]], writes: tuple[str, ...], drops: tuple[DropReason, ...]) -> pa.Table:

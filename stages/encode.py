@@ -43,7 +43,7 @@ class Encode:
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
         """Load the encoders that `settings.encode` asks for, which the run located."""
         encode, source = settings.encode, runtime.encoders
-        if encode.encodes and source is None:
+        if (encode.latents or encode.text) and source is None:
             raise PlanError("encode needs the encoders of a base: make_plan finds them, and adds them to the runtime.")
         self._source = source
         self._resolution = encode.resolution

@@ -1,6 +1,7 @@
 """What the metadata alone decides: addresses, safety tags, watermarks, sizes and duplicates, before any download."""
 
 import hashlib
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -70,11 +71,11 @@ class Metadata:
         return pa.table({DROP: pa.array(reasons, pa.string())})
 
 
+@dataclass
 class SeenUrls:
     """The URLs of a part's candidates so far, as 128-bit hashes in sorted arrays: 16 bytes per URL, at most twice."""
 
-    def __init__(self) -> None:
-        self._runs: list[npt.NDArray[np.bytes_]] = []
+    _runs: list[npt.NDArray[np.bytes_]] = field(default_factory=list)
 
     def repeats(self, table: pa.Table, rows: npt.NDArray[np.intp]) -> Mask:
         """Which of these rows have the URL of an earlier one, of this table or of a table before; adds the others."""

@@ -159,11 +159,6 @@ class EncodeSettings(Section):
     resolution: int = Field(512, ge=64, multiple_of=8)
     """Side of a square picture before the VAE, pixels; other sizes have about its area. At most crop.size."""
 
-    @property
-    def encodes(self) -> bool:
-        """Whether encoders of a base are needed."""
-        return self.latents or self.text
-
 
 class Settings(Section):
     """The settings of all stages."""

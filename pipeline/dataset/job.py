@@ -88,7 +88,7 @@ def make_dataset(job: Job, out: AnyPath, console: Console, *, replan: bool = Fal
         CorruptShardError: when a finished shard is damaged.
     """
     plan, output = job.plan, Output(out)
-    if isinstance(out, RemotePath) and out.is_private and plan.config.executor.name == "ray":
+    if isinstance(out, RemotePath) and out.url.startswith("memory:") and plan.config.executor.name == "ray":
         raise OutputError(f"OUT {out} exists in one process alone: give --executor local, or another OUT.")
     start = executor_of(plan.config)
     with start(plan) as execute, output.prepared(plan, replan=replan), RunScreen(console, job.rows) as screen:

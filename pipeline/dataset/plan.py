@@ -131,7 +131,7 @@ def make_plan(config: Config, runtime: Runtime | None = None) -> Plan:
         known(name, config.models)
     cards = [card for cls in backends(config) for card in cls.cards(config.models)]
     runtime = replace(runtime or Runtime(), device="cuda" if config.executor.gpus else "cpu")
-    if config.encode.encodes:
+    if config.encode.latents or config.encode.text:
         base = find_base(config.encode.base)
         folder, vae, text = base.folder, vae_sha256(base.folder), text_sha256(base.folder)
         runtime = replace(runtime, encoders=EncoderSource(base.name, str(folder.resolve()), base.kind, vae, text))

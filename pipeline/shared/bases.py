@@ -110,20 +110,18 @@ def _described(name: str, folder: Path, licence: str) -> BaseSource:
             )
     _json(folder, "scheduler/scheduler_config.json")
     for part in _TOKENIZERS[kind]:
-        if not any((folder / part / file).is_file() for file in ("tokenizer.json", "vocab.json")):
-            raise SourceError(_lacks(folder, f"{part}/vocab.json"))
+        if not (folder / part / "tokenizer.json").is_file():
+            _json(folder, f"{part}/vocab.json")
     return BaseSource(name, folder, kind, licence, width)
-
-
-def _lacks(folder: Path, file: str) -> str:
-    return f"{folder} is no whole diffusers folder of Stable Diffusion 1.5 or SDXL: it has no {file}."
 
 
 def _json(folder: Path, file: str) -> dict[str, Any]:
     try:
         content = json.loads((folder / file).read_bytes())
     except FileNotFoundError as error:
-        raise SourceError(_lacks(folder, file)) from error
+        raise SourceError(
+            f"{folder} is no whole diffusers folder of Stable Diffusion 1.5 or SDXL: it has no {file}."
+        ) from error
     except (OSError, ValueError) as error:
         raise SourceError(f"{folder / file} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):

@@ -18,19 +18,17 @@ def read_values(path: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: for an unreadable file, or a pair that is none.
     """
-    values: dict[str, Any] = _read_toml(path) if path else {}
-    for pair in pairs:
-        merge(values, _parse_pair(pair))
-    return values
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = {}
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        if path:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The config file {path} cannot be read: {error}.") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"The config file {path} is not valid TOML: {error}.") from error
+    for pair in pairs:
+        merge(values, _parse_pair(pair))
+    return values
 
 
 def _parse_pair(pair: str) -> dict[str, Any]:
@@ -81,20 +79,15 @@ def key_table(defaults: BaseModel) -> Table:
     return table
 
 
-def _leaf(key: str, value: Any) -> str:
-    """The full name of what was set: pydantic stops at the first unknown section."""
-    while isinstance(value, Mapping) and value:
-        name, value = next(iter(value.items()))
-        key = f"{key}.{name}"
-    return key
-
-
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first problem of a validation of `model` as one sentence."""
     first = error.errors()[0]
     key = ".".join(str(piece) for piece in first["loc"])
     if first["type"] == "extra_forbidden":
-        key = _leaf(key, first["input"])
+        value = first["input"]
+        while isinstance(value, Mapping) and value:  # pydantic stops at the first unknown section
+            name, value = next(iter(value.items()))
+            key = f"{key}.{name}"
         known = [name for name, _ in keys(model)]
         near = get_close_matches(key, known, n=1, cutoff=0.5) or get_close_matches(
             key.rsplit(".", 1)[-1], [name.rsplit(".", 1)[-1] for name in known], n=1

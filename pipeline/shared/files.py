@@ -146,11 +146,6 @@ class RemotePath:
     def stem(self) -> str:
         return PurePosixPath(self.name).stem
 
-    @property
-    def is_private(self) -> bool:
-        """Whether other processes see other files under this URL."""
-        return self.url.startswith("memory:")
-
     def is_file(self) -> bool:
         return bool(self._call("isfile"))
 
@@ -190,12 +185,6 @@ class RemotePath:
     def write_bytes(self, data: bytes) -> None:
         """Put the whole content: whoever reads finds the old one or the new."""
         self._call("pipe_file", data)
-
-    def upload(self, path: Path) -> None:
-        """Put the content of a local file."""
-        with _os_errors(self.url):
-            fs, inside = locate(self.url)
-            fs.put_file(str(path), inside)
 
     def unlink(self, missing_ok: bool = False) -> None:
         try:
@@ -328,7 +317,9 @@ class Draft:
     def publish(self) -> None:
         """Give it its name."""
         if isinstance(self.target, RemotePath):
-            self.target.upload(self.path)
+            with _os_errors(self.target.url):
+                fs, inside = locate(self.target.url)
+                fs.put_file(str(self.path), inside)
         else:
             self.path.replace(self.target)
 

@@ -4,14 +4,14 @@ import time
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LINE_EVERY_S = 15.0
 """Without a terminal, a line at most this often."""
 
 
 class Screen:
-    """One bar for the whole run, and further ones for what is going on. A context manager: bars are drawn inside."""
+    """One bar for the whole run; further ones may be added to `bars`. A context manager: bars are drawn inside."""
 
     def __init__(self, console: Console, label: str, line: str, total: int | None, start: int = 0) -> None:
         """A run that begins at `start` of `total`, where that is known.
@@ -21,7 +21,7 @@ class Screen:
         self._console, self._line = console, line
         self._total, self._start, self._done = total, start, start
         self._begun = self._last_line = time.monotonic()
-        self._bars = Progress(
+        self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -30,14 +30,14 @@ class Screen:
             console=console,
             disable=not console.is_terminal,
         )
-        self._whole = self._bars.add_task(label, total=total, completed=start, words="")
+        self._whole = self.bars.add_task(label, total=total, completed=start, words="")
 
     def __enter__(self) -> Self:
-        self._bars.start()
+        self.bars.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bars.stop()
+        self.bars.stop()
 
     def skip(self, count: int) -> None:
         """So much was done before this run, and says nothing of its pace."""
@@ -51,32 +51,18 @@ class Screen:
         """
         self._done += count
         if words is None:
-            self._bars.update(self._whole, completed=self._done)
+            self.bars.update(self._whole, completed=self._done)
             return
-        self._bars.update(self._whole, completed=self._done, words=words)
+        self.bars.update(self._whole, completed=self._done, words=words)
         late = time.monotonic() - self._last_line > LINE_EVERY_S
         if not self._console.is_terminal and (late or self._done == self._total):
             total = "?" if self._total is None else f"{self._total:,}"
-            self.say(f"{self._line.format(done=self._done, total=total)}, {words}{self._left()}")
-
-    def _left(self) -> str:
-        """How long the rest will take, going by what was done since the start."""
-        if self._total is None or not self._start < self._done < self._total:
-            return ""
-        seconds = (time.monotonic() - self._begun) * (self._total - self._done) / (self._done - self._start)
-        return f", about {seconds / 60:,.0f} min left"
-
-    def add(self, label: str, total: int) -> TaskID:
-        """A further bar."""
-        return self._bars.add_task(label, total=total, words="")
-
-    def update(self, bar: TaskID, count: int, words: str) -> None:
-        """So much more of a further bar is done."""
-        self._bars.update(bar, advance=count, words=words)
-
-    def remove(self, bar: TaskID) -> None:
-        """A further bar is over."""
-        self._bars.remove_task(bar)
+            left = ""
+            if self._total is not None and self._start < self._done < self._total:
+                # Going by what was done since the start.
+                seconds = (time.monotonic() - self._begun) * (self._total - self._done) / (self._done - self._start)
+                left = f", about {seconds / 60:,.0f} min left"
+            self.say(f"{self._line.format(done=self._done, total=total)}, {words}{left}")
 
     def say(self, text: str) -> None:
         """One line, above the bars."""

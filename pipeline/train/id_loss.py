@@ -69,12 +69,27 @@ class IdLoss:
     """
 
     def __init__(self, weights: Path, device: torch.device) -> None:
-        """Load the recogniser.
+        """Load facexlib's IR-SE50, frozen, from a state dict that fits exactly; nothing is ever fetched.
 
         Raises:
             WeightsError: when the file is missing or holds something else.
         """
-        self._recogniser = _recogniser(weights).to(device)
+        if not weights.is_file():
+            raise WeightsError(
+                f"{weights} does not exist: fetch {WEIGHTS_URL} and set objective.id_loss_weights to the file."
+            )
+        from facexlib.recognition.arcface_arch import Backbone
+
+        with torch.device("meta"):  # no time on initial values
+            model: nn.Module = Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se")
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            model.load_state_dict(state, strict=True, assign=True)
+        except _NOT_WEIGHTS as error:
+            raise WeightsError(
+                f"{weights} is not recognition_arcface_ir_se50.pth ({first_line(error)}): fetch {WEIGHTS_URL}."
+            ) from error
+        self._recogniser = model.float().eval().requires_grad_(False).to(device)
 
     def __call__(self, pixels: Tensor, kps: Tensor, target_pixels: Tensor) -> Tensor:
         """Loss (B,) float32 per sample, with gradients to `pixels` alone.
@@ -140,21 +155,3 @@ def id_loss_of(settings: ObjectiveSettings, base: "Base") -> PredictedIdLoss | N
             f" {WEIGHTS_URL} and set objective.id_loss_weights to the file."
         )
     return PredictedIdLoss(settings, base)
-
-
-def _recogniser(path: Path) -> nn.Module:
-    """The IR-SE50 of facexlib, frozen, from a state dict that fits exactly; nothing is ever fetched."""
-    if not path.is_file():
-        raise WeightsError(f"{path} does not exist: fetch {WEIGHTS_URL} and set objective.id_loss_weights to the file.")
-    from facexlib.recognition.arcface_arch import Backbone
-
-    with torch.device("meta"):  # no time on initial values
-        model: nn.Module = Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state, strict=True, assign=True)
-    except _NOT_WEIGHTS as error:
-        raise WeightsError(
-            f"{path} is not recognition_arcface_ir_se50.pth ({first_line(error)}): fetch {WEIGHTS_URL}."
-        ) from error
-    return model.float().eval().requires_grad_(False)

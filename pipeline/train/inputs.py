@@ -1,5 +1,6 @@
 """From a batch of the loader to what the model is called with, on its device."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -22,18 +23,18 @@ class Inputs(NamedTuple):
     """SDXL's `text_embeds` (B, P) and `time_ids` (B, 6)."""
 
 
+@dataclass
 class Preparer:
     """Encodes what the shards do not hold, and puts "no caption" where the text was drawn to be unconditional."""
 
-    def __init__(self, base: Base, generator: torch.Generator) -> None:
-        """`generator` (CPU) samples latents of images."""
-        self._base = base
-        self._generator = generator
-        self._empty: TextEmbeds | None = None
+    base: Base
+    generator: torch.Generator
+    """On the CPU; samples latents of images."""
+    _empty: TextEmbeds | None = None
 
     def __call__(self, batch: Batch) -> Inputs:
         """A batch on the base's device."""
-        base, dropped = self._base, batch.uncond_text.tolist()
+        base, dropped = self.base, batch.uncond_text.tolist()
         # As it is stored, half as many bytes and from pinned memory, so without waiting; converted where it arrives.
         batch = batch.to(base.device)
         if batch.text_embeds is None:
@@ -50,15 +51,15 @@ class Preparer:
             latents = batch.latents.float()
         else:
             assert batch.pixels is not None
-            latents = base.encode_images(batch.pixels, self._generator)
+            latents = base.encode_images(batch.pixels, self.generator)
         return Inputs(latents, text.embeds, {role: value.float() for role, value in batch.condition.items()}, added)
 
     def _precomputed(self, batch: Batch) -> TextEmbeds:
         """The texts of the shards; nothing but the embedding of no caption, made once, needs the text encoders then."""
         if self._empty is None:
-            self._empty = self._base.encode_text([""])
-            self._base.release_encoders()
-        dtype, drop = self._base.dtype, batch.uncond_text
+            self._empty = self.base.encode_text([""])
+            self.base.release_encoders()
+        dtype, drop = self.base.dtype, batch.uncond_text
         assert batch.text_embeds is not None
         embeds = torch.where(drop.view(-1, 1, 1), self._empty.embeds.to(dtype), batch.text_embeds.to(dtype))
         if batch.text_pooled is None or self._empty.pooled is None:

@@ -43,7 +43,7 @@ def train(job: TrainJob) -> ExitCode:
         say(f"note: {notice}")
 
     with Watch(run.root, config, session.step, console, quiet=not is_main) as watch, StopSignal() as stop:
-        batches = watch.timed(session.loader)
+        batches = watch.clock.timed(session.loader)
         stopping = False
         while session.step < config.steps and not stopping:
             batch = next(batches)

@@ -47,7 +47,11 @@ def noised(
     noise = torch.randn(latents.shape, generator=generator)
     if settings.noise_offset:
         noise += settings.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
-    timesteps, noise = _on_device(timesteps, latents.device), _on_device(noise, latents.device)
+    # From pinned memory, so without waiting for the steps that are still being computed there.
+    timesteps, noise = (
+        (drawn.pin_memory() if latents.is_cuda else drawn).to(latents.device, non_blocking=True)
+        for drawn in (timesteps, noise)
+    )
     noisy: Tensor = scheduler.add_noise(latents, noise, timesteps)
     kind = _prediction_type(scheduler)
     if kind == "v_prediction":
@@ -90,11 +94,6 @@ def predicted_clean(scheduler: "DDPMScheduler", noise_pred: Tensor, noised: Nois
     if kind == "v_prediction":
         return signal * noised.noisy_latents - noise * noise_pred
     return noise_pred
-
-
-def _on_device(drawn: Tensor, device: torch.device) -> Tensor:
-    """Without waiting there for the steps that are still being computed."""
-    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
 
 
 def _prediction_type(scheduler: "DDPMScheduler") -> str:

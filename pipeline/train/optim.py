@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import nn
 
 from pipeline.train.settings import OptimSettings
@@ -38,8 +37,3 @@ def schedule(adam: torch.optim.Optimizer, settings: OptimSettings, steps: int) -
         name, adam, num_warmup_steps=settings.warmup_steps, num_training_steps=steps
     )
     return made
-
-
-def moving_average(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> Any | None:
-    """An EMAModel of the trained weights, or None where it is off."""
-    return EMAModel(parameters, decay=settings.ema_decay) if settings.ema_decay else None

@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from diffusers.training_utils import EMAModel
 
 from pipeline.train import optim
 from pipeline.train.adapters.model import AdapterModel
@@ -35,7 +37,8 @@ class Session:
         self.model = _model(job, base)
         self.trained = self.model.trained()
         parameters = list(self.trained.values())
-        self.average = optim.moving_average(parameters, config.optim)
+        decay = config.optim.ema_decay
+        self.average: Any | None = EMAModel(parameters, decay=decay) if decay else None
         optimizer = optim.optimizer(parameters, config.optim)
         self.schedule = optim.schedule(optimizer, config.optim, config.steps)
         torch.manual_seed(config.seed + 1 + rank)

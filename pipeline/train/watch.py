@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +39,7 @@ class Pace(NamedTuple):
     """Share of the time that was spent waiting for the loader, 0 to 1."""
 
 
+@dataclass
 class StepClock:
     """Measures steps, and what they waited for data; checkpoints and validation between steps do not count.
 
@@ -45,10 +47,10 @@ class StepClock:
     measurement, which reading its loss takes care of.
     """
 
-    def __init__(self) -> None:
-        self._since: float | None = None
-        self._busy = self._waited = 0.0
-        self._samples = 0
+    _since: float | None = None
+    _busy: float = 0.0
+    _waited: float = 0.0
+    _samples: int = 0
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """The batches; how long each is waited for is measured."""
@@ -117,7 +119,7 @@ class Watch:
     def __init__(self, root: Path, config: TrainConfig, start: int, console: Console, *, quiet: bool = False) -> None:
         """Watch a run from step `start` on, in its folder `root`, which exists."""
         self._config = config
-        self._clock = StepClock()
+        self.clock = StepClock()
         self._loss: Tensor | None = None
         self._batches = 0
         self._begun = time.monotonic()
@@ -147,15 +149,11 @@ class Watch:
             if log is not None:
                 log.close()
 
-    def timed(self, batches: Iterable[T]) -> Iterator[T]:
-        """The batches, while the clock measures how long each takes to come."""
-        return self._clock.timed(batches)
-
     def batch(self, loss: Tensor, samples: int) -> None:
         """A batch went forward and back; its loss is read only when it is logged, so that a GPU need not wait."""
         self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
         self._batches += 1
-        self._clock.count(samples)
+        self.clock.count(samples)
 
     def step(self, step: int, *, lr: Tensor | float, grad_norm: Tensor | float | None, epoch: int) -> None:
         """An optimiser step is done; every `log_every` steps, and at the last, its metrics are written."""
@@ -165,13 +163,13 @@ class Watch:
             values = {"epoch": epoch, "loss": float(self._loss) / self._batches, "lr": float(lr)}
             if grad_norm is not None:
                 values["grad_norm"] = float(grad_norm)
-            self._clock.stop()
-            pace = self._clock.take()
+            self.clock.stop()
+            pace = self.clock.take()
             self.note(step, {**values, **pace._asdict(), "seconds": round(time.monotonic() - self._begun, 3)})
             wait = f"data wait {100 * pace.data_wait:.1f} %"
             words = f"loss {values['loss']:.4f}, {pace.samples_per_s:,.1f} samples/s, {wait}"
             self._loss, self._batches = None, 0
-        self._clock.stop()
+        self.clock.stop()
         if self._screen is not None:
             self._screen.advance(1, words)
 

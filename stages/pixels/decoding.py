@@ -85,7 +85,10 @@ class Decoder:
         """The answer of a child, of another one where the first died of it."""
         for _ in range(_ATTEMPTS):
             child, self._child = self._child or _Child(self._file, self._canvas), None
-            _write(self._file, data)
+            written = 0
+            while written < len(data):
+                written += os.pwrite(self._file, memoryview(data)[written:], written)
+            os.ftruncate(self._file, len(data))
             answer = child.ask(request)
             if answer is not None:
                 self._child = child  # one that was not waited for is never used again: its answer is to another file
@@ -142,13 +145,6 @@ def _end(link: socket.socket, process: "subprocess.Popen[bytes]") -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _write(file: int, data: bytes) -> None:
-    written = 0
-    while written < len(data):
-        written += os.pwrite(file, memoryview(data)[written:], written)
-    os.ftruncate(file, len(data))
 
 
 def decoder() -> Decoder:

@@ -9,6 +9,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from threading import Lock
 
 import cv2
@@ -29,13 +30,13 @@ _PNG_LEVEL = 1
 _REMARKS = 4096
 
 
+@dataclass
 class PhotoCache:
     """Decoded photos of this process, least recently used out first, bounded in bytes."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._photos: OrderedDict[str, Image] = OrderedDict()
-        self.n_bytes = 0
+    max_bytes: int
+    n_bytes: int = 0
+    _photos: OrderedDict[str, Image] = field(default_factory=OrderedDict)
 
     def get(self, sha256: str, data: bytes) -> Image:
         """The pixels of an image file, (H, W, 3) RGB, read-only; decoded anew only when `sha256` is not held.
@@ -53,10 +54,10 @@ class PhotoCache:
         header = read_header(data)
         image = decoding.decoder().pixels(data, header.width * header.height * 3)
         image.setflags(write=False)
-        if image.nbytes <= self._max_bytes:
+        if image.nbytes <= self.max_bytes:
             self._photos[sha256] = image
             self.n_bytes += image.nbytes
-        while self.n_bytes > self._max_bytes:
+        while self.n_bytes > self.max_bytes:
             self.n_bytes -= self._photos.popitem(last=False)[1].nbytes
         return image
 

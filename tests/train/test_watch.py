@@ -25,7 +25,7 @@ def go(root, first, last, start=0, console=None, quiet=False, accumulate=1, **se
     console = console or Console(file=io.StringIO())
     with Watch(root, config(**settings), start, console, quiet=quiet) as watch:
         step = first
-        for index, _ in enumerate(watch.timed(range((last - first + 1) * accumulate)), start=1):
+        for index, _ in enumerate(watch.clock.timed(range((last - first + 1) * accumulate)), start=1):
             watch.batch(torch.tensor(float(step), requires_grad=True), samples=2)
             if index % accumulate == 0:
                 watch.step(step, lr=0.1, grad_norm=torch.tensor(0.5), epoch=3)

@@ -45,16 +45,16 @@ class RunScreen(Screen):
         """Draw, and say where a shard ends."""
         if isinstance(event, Advanced):
             tally, bar = self._shards[event.shard]
-            self.update(bar, event.rows, tally.add(event.rows, event.kept))
+            self.bars.update(bar, advance=event.rows, words=tally.add(event.rows, event.kept))
             self.advance(event.rows, self._all.add(event.rows, event.kept))
             return
         known = self._shards.pop(event.shard, None)
         if known is not None:
-            self.remove(known[1])
+            self.bars.remove_task(known[1])
         if isinstance(event, Started):
             if known is not None:  # its worker died, and it is made anew
                 self.advance(-known[0].rows, self._all.add(-known[0].rows, -known[0].kept))
-            self._shards[event.shard] = (Tally(), self.add(event.shard, event.rows))
+            self._shards[event.shard] = (Tally(), self.bars.add_task(event.shard, total=event.rows, words=""))
         elif event.manifest is None:
             why = "" if event.lost else f": {event.error}"  # what the whole run lost stands at its end
             self.say(f"{event.shard}: FAILED, a rerun tries it again{why}")

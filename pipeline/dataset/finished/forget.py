@@ -54,7 +54,7 @@ class Wanted:
         Raises:
             OutputError: for what is no site or no sha256, or when there is nothing at all.
         """
-        forgotten = known.and_urls(self.urls).and_domains(self.domains).and_contents(self.contents)
+        forgotten = known.adding(urls=self.urls, domains=self.domains, contents=self.contents)
         if not forgotten:
             raise OutputError("There is nothing to forget: give --url, --domain, --sha256 or --list.")
         return forgotten
@@ -171,4 +171,4 @@ def _matches(out: AnyPath, takedowns: Takedowns) -> tuple[Takedowns, Gone]:
             urls.update(ledger["url"].filter(pa.array(takedowns.forgotten.contents_in(ledger))).drop_null().to_pylist())
         if all(map(takedowns.forgotten.concerns_url, urls)):
             return takedowns, gone
-        takedowns = replace(takedowns, forgotten=takedowns.forgotten.and_urls(urls))
+        takedowns = replace(takedowns, forgotten=takedowns.forgotten.adding(urls=urls))

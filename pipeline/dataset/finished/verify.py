@@ -17,7 +17,7 @@ from pipeline.dataset.finished.contract import (
     unconditional_problems,
 )
 from pipeline.dataset.finished.report import REPORT
-from pipeline.dataset.out.forgotten import FORGOTTEN, NEW, Forgotten, is_interrupted, load
+from pipeline.dataset.out.forgotten import FORGOTTEN, NEW, Forgotten, load
 from pipeline.dataset.out.ledger import UNREADABLE, read_manifest, replaced, shard_names, shards_folder, summary
 from pipeline.dataset.out.output import fingerprint
 from pipeline.shared.atomic import TEMPORARY
@@ -55,7 +55,7 @@ def verify(out: AnyPath) -> list[Problem]:
     manifests: list[Manifest] = []
     shards = shard_names(out)
     known = {None, *shards}
-    if is_interrupted(out):
+    if any((out / "shards").glob(f"{NEW}*.json")):
         problems.append(Problem("", "shards", None, "`forget` was killed: give it DIR alone, and it goes on"))
     try:
         forgotten = load(out)

@@ -47,17 +47,16 @@ class Forgotten:
     def __bool__(self) -> bool:
         return bool(self.urls or self.domains or self.contents)
 
-    def and_urls(self, urls: Iterable[str]) -> "Forgotten":
-        """With these URLs too."""
-        return replace(self, urls=self.urls | {self._hash("url", identity(url)) for url in urls})
-
-    def and_domains(self, domains: Iterable[str]) -> "Forgotten":
-        """With these sites and all below them too."""
-        return replace(self, domains=self.domains | {self._hash("domain", normal_domain(name)) for name in domains})
-
-    def and_contents(self, hashes: Iterable[str]) -> "Forgotten":
-        """With the files of these sha256 too."""
-        return replace(self, contents=self.contents | {self._hash("content", normal_sha256(one)) for one in hashes})
+    def adding(
+        self, *, urls: Iterable[str] = (), domains: Iterable[str] = (), contents: Iterable[str] = ()
+    ) -> "Forgotten":
+        """With these URLs, these sites and all below them, and the files of these sha256 too."""
+        return replace(
+            self,
+            urls=self.urls | {self._hash("url", identity(url)) for url in urls},
+            domains=self.domains | {self._hash("domain", normal_domain(name)) for name in domains},
+            contents=self.contents | {self._hash("content", normal_sha256(one)) for one in contents},
+        )
 
     def concerns_url(self, url: str | None) -> bool:
         """Whether a URL, or a site that it belongs to, is to be forgotten."""
@@ -170,8 +169,3 @@ def finish(out: AnyPath) -> None:
     strays: list[AnyPath] = [*shards.glob(f"{NEW}*")]
     for stray in strays:
         stray.unlink(missing_ok=True)
-
-
-def is_interrupted(out: AnyPath) -> bool:
-    """Whether a `forget` was killed between its commit and its end."""
-    return any((out / "shards").glob(f"{NEW}*.json"))

@@ -248,16 +248,13 @@ def funnel_table(funnel: Funnel) -> Table:
     title = f"Funnel of {funnel.shards:,} shard{'' if funnel.shards == 1 else 's'}"
     table = Table("stage", "rows", "%", title=title, title_justify="left", box=box.ASCII)
     table.columns[1].justify = table.columns[2].justify = "right"
+    lines: list[tuple[str, int, str | None]] = []
     for row in funnel.rows:
-        table.add_row(row.stage, *_numbers(funnel, row.rows_in))
-        for reason, count in row.dropped.items():
-            table.add_row(f"  - {reason}", *_numbers(funnel, count), style="dim")
-    table.add_row("kept", *_numbers(funnel, funnel.kept), style="bold")
+        lines.append((row.stage, row.rows_in, None))
+        lines += [(f"  - {reason}", count, "dim") for reason, count in row.dropped.items()]
+    for label, count, style in [*lines, ("kept", funnel.kept, "bold")]:
+        table.add_row(label, f"{count:,}", f"{100 * funnel.share(count):.1f}", style=style)
     return table
-
-
-def _numbers(funnel: Funnel, count: int) -> tuple[str, str]:
-    return f"{count:,}", f"{100 * funnel.share(count):.1f}"
 
 
 def replay(ledger: pa.Table, judge: Callable[[Mapping[str, Any]], str | None]) -> list[str | None]:

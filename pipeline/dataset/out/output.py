@@ -69,7 +69,8 @@ class Output:
                 if replan:
                     for shard in finished_shards(names(self.shards)):
                         with contextlib.suppress(CorruptShardError):  # it counts as not done
-                            if self._manifest(shard).plan_digest != plan.digest:
+                            before = Manifest.from_json((self.shards / f"{shard}.json").read_bytes())
+                            if before.plan_digest != plan.digest:
                                 self.remove(shard)
                 self.describe(plan, {})
             except OSError as error:
@@ -163,7 +164,7 @@ class Output:
             LostError: when there is a manifest that cannot be read.
         """
         try:
-            manifest = self._manifest(shard)
+            manifest = Manifest.from_json((self.shards / f"{shard}.json").read_bytes())
         except (FileNotFoundError, CorruptShardError):
             return False
         except OSError as error:
@@ -183,9 +184,6 @@ class Output:
                 "was changed, or is read otherwise; give the part that OUT was made of, or another OUT."
             )
         return done
-
-    def _manifest(self, shard: str) -> Manifest:
-        return Manifest.from_json((self.shards / f"{shard}.json").read_bytes())
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -6,7 +6,7 @@ with before another begins, and the rows of each of its shards follow from the l
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +24,7 @@ from schemas.names import shard_origin
 from stages.fetch.status import SECOND_CHANCE
 
 RowNumbers = npt.NDArray[np.int64]
+_NO_ROWS: RowNumbers = np.zeros(0, np.int64)
 
 
 def second_chances(
@@ -41,9 +42,13 @@ def second_chances(
         own = [name for name in shards if shard_origin(name)[0] == part.name]
         last = rounds.last(part.name)
         for round in range(max(last, 1), last + 2):
-            done = {name: _rows_of(out, name) for name in own if shard_origin(name)[1] == round and is_done(name)}
+            done = {
+                name: read_ledger(out, name, ("row",))["row"].to_numpy()
+                for name in own
+                if shard_origin(name)[1] == round and is_done(name)
+            }
             rows, urls = _failed(out, own, rounds, round)
-            if not np.isin(rows, _joined(done.values())).all():
+            if not np.isin(rows, np.concatenate([_NO_ROWS, *done.values()])).all():
                 yield from _again(part, settings, round, rows, urls, done)
                 break
 
@@ -79,7 +84,7 @@ def _again(
         if not np.array_equal(urls[np.searchsorted(rows, own)], _hashes(seeds.table["url"])):
             raise SourceError(f"{part.path} holds other URLs than OUT was made of: give the file that OUT was made of.")
         # A take-down in between moves the borders: some rows may stand in another finished shard of the round.
-        others = _joined(numbers for name, numbers in done.items() if name != seeds.name)
+        others = np.concatenate([_NO_ROWS, *(numbers for name, numbers in done.items() if name != seeds.name)])
         left = seeds.table.filter(pa.array(~np.isin(own, others)))
         if seeds.name not in done and left.num_rows:
             yield replace(seeds, table=left)
@@ -93,18 +98,11 @@ def _hashes(urls: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
     return np.frombuffer(b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts), np.uint64)
 
 
-def _rows_of(out: AnyPath, shard: str) -> RowNumbers:
-    numbers: RowNumbers = read_ledger(out, shard, ("row",))["row"].to_numpy()
-    return numbers
-
-
-def _joined(arrays: Iterable[RowNumbers]) -> RowNumbers:
-    return np.concatenate([np.zeros(0, np.int64), *arrays])
-
-
 def discard(output: Output, further: Sequence[str], seeds: Seeds) -> None:
     """Remove those of the `further` shards that hold rows of a shard which is about to be made (anew)."""
     rows = seeds.table["row"].to_numpy()
     for name in further:
-        if shard_origin(name)[0] == seeds.part and np.isin(_rows_of(output.root, name), rows).any():
-            output.remove(name)
+        if shard_origin(name)[0] == seeds.part:
+            held = read_ledger(output.root, name, ("row",))["row"].to_numpy()
+            if np.isin(held, rows).any():
+                output.remove(name)

@@ -44,7 +44,9 @@ def rows_in(path: str) -> int | None:
     Raises:
         SourceError: for an empty or unreadable file, or one without a URL column.
     """
-    columns, rows = _format(path).probe(path)
+    format = format_of(path)
+    assert format is not None, "parts are metadata files by their names"
+    columns, rows = format.probe(path)
     if not columns:
         raise SourceError(f"{path} is empty: it has no columns.")
     require_url(path, columns)
@@ -57,15 +59,10 @@ def tables(path: str) -> Iterator[pa.Table]:
     Raises:
         SourceError: for what cannot be read.
     """
-    with reading(path):
-        yield from _format(path).tables(path)
-
-
-def _format(path: str) -> Format:
     format = format_of(path)
-    if format is None:
-        raise SourceError(f"{path} is not a metadata file: the names of those end in {EXTENSIONS}.")
-    return format
+    assert format is not None, "parts are metadata files by their names"
+    with reading(path):
+        yield from format.tables(path)
 
 
 def probe_parquet(path: str) -> tuple[list[str], int]:

@@ -55,10 +55,6 @@ def _enlarged(photo: Picture, factor: float) -> Picture:
     return larger
 
 
-def _mirrored(photo: Picture) -> Picture:
-    return np.ascontiguousarray(photo[:, ::-1])
-
-
 def _lit(photo: Picture, red: float, green: float, blue: float) -> Picture:
     """Multiply the channels: another light."""
     lit: Picture = (photo * np.array([red, green, blue])).clip(0, 255).astype(np.uint8)
@@ -151,17 +147,17 @@ FILES: dict[str, Callable[[], bytes]] = {
     "astronaut.jpg": lambda: _jpeg(_enlarged(_astronaut(), 3)),
     "admiral.jpg": lambda: _jpeg(_enlarged(_hopper(), 2.5)),
     "half-body.jpg": lambda: _jpeg(
-        _set_into(_scene(1800, 1300), _enlarged(_mirrored(_astronaut()), 2.3), 320, 1300 - 1178)
+        _set_into(_scene(1800, 1300), _enlarged(_astronaut()[:, ::-1], 2.3), 320, 1300 - 1178)
     ),
     "full-scene.jpg": lambda: _jpeg(_set_into(_scene(1800, 1200), _enlarged(_hopper(), 1.1), 1000, 1200 - 660)),
     "tall.jpg": lambda: _jpeg(
         _set_into(_scene(1126, 1700), _lit(_enlarged(_astronaut(), 2.2), 0.75, 0.8, 0.95), 0, 1700 - 1126)
     ),
-    "close-up.jpg": lambda: _jpeg(_enlarged(_mirrored(_astronaut())[20:250, 180:400], 5.2)),
+    "close-up.jpg": lambda: _jpeg(_enlarged(_astronaut()[:, ::-1][20:250, 180:400], 5.2)),
     "on-its-side.jpg": on_its_side,
     "vignette.png": vignette,
     "warm.webp": lambda: _saved(
-        Pillow.fromarray(_enlarged(_lit(_mirrored(_hopper()), 1.1, 1.0, 0.85), 2.2)), "WEBP", quality=90, method=0
+        Pillow.fromarray(_enlarged(_lit(_hopper()[:, ::-1], 1.1, 1.0, 0.85), 2.2)), "WEBP", quality=90, method=0
     ),
     "small.jpg": lambda: _jpeg(_astronaut()),
     "boasting.jpg": lambda: _jpeg(_hopper()),

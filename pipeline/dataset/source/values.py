@@ -55,11 +55,6 @@ def text(values: pa.Array) -> pa.Array:
     return strings
 
 
-def url(values: pa.Array) -> pa.Array:
-    """Addresses without white space around them."""
-    return pc.utf8_trim_whitespace(text(values))
-
-
 def size(values: pa.Array) -> pa.Array:
     """Pixels as int32, rounded down: null for what is no number, not finite, under 1 or beyond int32."""
     pixels = pc.floor(_numbers(values))
@@ -82,7 +77,7 @@ def _numbers(values: pa.Array) -> pa.Array:
 
 
 _CONVERT: Mapping[str, Callable[[pa.Array], pa.Array]] = {
-    "url": url,
+    "url": lambda values: pc.utf8_trim_whitespace(text(values)),
     "text": text,
     "meta_width": size,
     "meta_height": size,

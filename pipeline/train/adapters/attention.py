@@ -76,13 +76,13 @@ class AdapterAttention(nn.Module):
         query = _heads(attn, self._project(attn.to_q, "to_q_lora", hidden_states))
         key = _heads(attn, self._project(attn.to_k, "to_k_lora", context))
         value = _heads(attn, self._project(attn.to_v, "to_v_lora", context))
-        attended = _merged(scaled_dot_product_attention(query, key, value))
+        attended = scaled_dot_product_attention(query, key, value)
         if self._cross and ip_hidden_states is not None and self.scale != 0:
             # Under autocast the query may come out of a frozen layer of another precision.
             ip_key = _heads(attn, self.to_k_ip(ip_hidden_states)).to(query.dtype)
             ip_value = _heads(attn, self.to_v_ip(ip_hidden_states)).to(query.dtype)
-            attended = attended + self.scale * _merged(scaled_dot_product_attention(query, ip_key, ip_value))
-        attended = attended.to(query.dtype)
+            attended = attended + self.scale * scaled_dot_product_attention(query, ip_key, ip_value)
+        attended = attended.transpose(1, 2).flatten(2).to(query.dtype)
         out: Tensor = attn.to_out[1](self._project(attn.to_out[0], "to_out_lora", attended))
         return out
 
@@ -104,10 +104,6 @@ def _copy(linear: nn.Linear) -> nn.Linear:
 
 def _heads(attn: Attention, x: Tensor) -> Tensor:
     return x.view(*x.shape[:2], attn.heads, -1).transpose(1, 2)
-
-
-def _merged(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)
 
 
 def named_attention(unet: Any) -> Iterator[tuple[str, Attention]]:

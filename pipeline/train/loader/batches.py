@@ -62,12 +62,10 @@ class Batch:
         return len(self.keys)
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        def mapped(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: change(tensor) for name, tensor in value.items()}
-            return change(value) if isinstance(value, Tensor) else value
-
-        return replace(self, **{field.name: mapped(getattr(self, field.name)) for field in fields(self)})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        condition = {role: change(features) for role, features in self.condition.items()}
+        return replace(self, **tensors, condition=condition)  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same with its tensors on a device; asynchronous from pinned memory."""

@@ -29,11 +29,6 @@ class TargetCrop(NamedTuple):
     fit: Fit
     """How the picture is scaled and cut."""
 
-    @property
-    def enlarged(self) -> bool:
-        """Whether the target has more pixels than the picture can fill."""
-        return self.fit.resized[0] > self.size[0]
-
     def on_target(self, points: npt.NDArray[np.float64], mirror: bool) -> npt.NDArray[np.float32]:
         """Points (5, 2) of the photo in pixels of the target.
 
@@ -71,7 +66,8 @@ class Balance:
             draw: uniform in [0, 1).
         """
         weighted = [crop for crop in CROPS if crop in there and self._weights[crop]]
-        candidates = [crop for crop in weighted if not there[crop].enlarged]
+        # Those whose picture fills all pixels of the target.
+        candidates = [crop for crop in weighted if there[crop].fit.resized[0] <= there[crop].size[0]]
         if not candidates:
             candidates = [max(weighted or there, key=lambda crop: (min(there[crop].size), crop))]
         picked = candidates[0]

@@ -68,11 +68,6 @@ class Dataset:
     def samples(self) -> int:
         return sum(shard.kept for shard in self.shards)
 
-    @property
-    def licences(self) -> dict[str, str]:
-        """Model name -> licence."""
-        return {model["name"]: model["licence"] for model in self.models}
-
 
 def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
     """Find the finished shards of `make dataset` outputs; tars are measured, not hashed.

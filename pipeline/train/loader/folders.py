@@ -83,9 +83,8 @@ def dataset_files(folder: DatasetFolder) -> dict[str, str]:
     Raises:
         SourceError: when dataset.json is damaged.
     """
-    with _reading(folder):
-        files = _dataset(folder).get("files", {})
-        return {name: str(entry["sha256"]) for name, entry in files.items()}
+    with _dataset(folder) as dataset:
+        return {name: str(entry["sha256"]) for name, entry in dataset.get("files", {}).items()}
 
 
 def check_manifests(folder: DatasetFolder) -> None:
@@ -94,8 +93,8 @@ def check_manifests(folder: DatasetFolder) -> None:
     Raises:
         SourceError: when some are missing or were changed.
     """
-    with _reading(folder):
-        digest = _dataset(folder).get("dataset_digest", folder.digest)
+    with _dataset(folder) as dataset:
+        digest = dataset.get("dataset_digest", folder.digest)
     if digest != folder.digest:
         raise SourceError(
             f"The manifests of {folder.given} are not those that {folder.root / DATASET} was written for: copy the "
@@ -104,20 +103,14 @@ def check_manifests(folder: DatasetFolder) -> None:
         )
 
 
-def _dataset(folder: DatasetFolder) -> dict[str, Any]:
-    try:
-        dataset: dict[str, Any] = json.loads((folder.root / DATASET).read_bytes())
-    except FileNotFoundError:
-        return {}
-    return dataset
-
-
 @contextmanager
-def _reading(folder: DatasetFolder) -> Iterator[None]:
+def _dataset(folder: DatasetFolder) -> Iterator[dict[str, Any]]:
+    """The content of dataset.json, nothing where there is none (yet); inside, what it lacks is damage."""
+    path = folder.root / DATASET
     try:
-        yield
+        yield json.loads(path.read_bytes()) if path.exists() else {}
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise SourceError(f"{folder.root / DATASET} is damaged: run `make dataset` again.") from error
+        raise SourceError(f"{path} is damaged: run `make dataset` again.") from error
 
 
 def check_embedders(folders: Sequence[DatasetFolder]) -> None:

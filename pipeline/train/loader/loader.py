@@ -131,9 +131,8 @@ class ShardLoader:
         batches = iter(
             DataLoader(
                 _Stream(consumers, self._positions, self._next),
-                batch_size=None,
+                batch_size=None,  # a Batch passes as it is
                 num_workers=self.workers,
-                collate_fn=_same,
                 worker_init_fn=_start_worker,
                 pin_memory=self._pin_memory,
                 # Else it would draw from torch's own generator, whose state is part of a checkpoint.
@@ -210,7 +209,3 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
-
-
-def _same(batch: Any) -> Any:
-    return batch

@@ -38,8 +38,9 @@ class Patches:
     def __init__(self, settings: ModelSettings, device: Device) -> None:
         cv2.setNumThreads(1)
         random = np.random.Generator(np.random.PCG64(_SEED))
-        self._to_hidden = _projection(random, _FEATURES, _HIDDEN).astype(np.float32)
-        self._to_embeds = _projection(random, _FEATURES * _POOLED_GRID**2, _EMBEDS)
+        shapes = (_FEATURES, _HIDDEN), (_FEATURES * _POOLED_GRID**2, _EMBEDS)
+        to_hidden, self._to_embeds = (np.rint(random.standard_normal(shape) * _STEPS) for shape in shapes)
+        self._to_hidden = to_hidden.astype(np.float32)
 
     @classmethod
     def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:
@@ -67,11 +68,6 @@ class Patches:
         """`clip_hidden` of plain mid-grey (128), which is where colours and gradients of a patch are zero."""
         grey = np.full((1, 224, 224, 3), 128, np.uint8)
         return {"clip_hidden": self.embed(grey)["clip_hidden"][0]}
-
-
-def _projection(random: np.random.Generator, n_in: int, n_out: int) -> npt.NDArray[np.float64]:
-    whole: npt.NDArray[np.float64] = np.rint(random.standard_normal((n_in, n_out)) * _STEPS)
-    return whole
 
 
 def _describe(image: Image) -> Floats:

@@ -160,7 +160,7 @@ def test_the_list_holds_no_address_and_no_hash_of_a_file(out):
     text = (out / FORGOTTEN).read_text()
     assert "example" not in text
     assert "cd" * 32 not in text
-    others = Forgotten("another salt").and_urls([KEPT_URL])
+    others = Forgotten("another salt").adding(urls=[KEPT_URL])
     assert not others.urls & load(out).urls
 
 

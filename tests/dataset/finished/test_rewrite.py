@@ -37,5 +37,5 @@ def test_a_shard_that_is_not_what_its_manifest_says_is_left_alone(tmp_path, suff
     (out / "shards" / f"{SHARD}.{suffix}").unlink()
     before = sorted(path.name for path in out.rglob("*"))
     with pytest.raises(CorruptShardError, match=rf"{SHARD}\.{suffix}: it is not what its manifest says"):
-        rewrite(out, SHARD, Takedowns(Forgotten().and_domains(["photos.example"])))
+        rewrite(out, SHARD, Takedowns(Forgotten().adding(domains=["photos.example"])))
     assert sorted(path.name for path in out.rglob("*")) == before

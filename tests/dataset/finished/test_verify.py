@@ -101,7 +101,7 @@ def test_a_shard_that_kept_nothing_verifies(tmp_path):
 def whole(tmp_path_factory):
     """A dataset with every file that a run writes."""
     out = fake.write(tmp_path_factory.mktemp("whole"), {SHARD: fake.mixed("a"), "a-00001": fake.mixed("a", 6)})
-    save_forgotten(out, Forgotten("salt").and_urls(["http://nowhere.example/a.jpg"]).and_domains(["gone.example"]))
+    save_forgotten(out, Forgotten("salt").adding(urls=["http://nowhere.example/a.jpg"], domains=["gone.example"]))
     features = save_features({"dino": np.ones((257, 2), np.float16)})
     (out / UNCONDITIONAL).write_bytes(features)
     dataset = json.loads((out / "dataset.json").read_text())
@@ -201,7 +201,7 @@ def recounted(out, **changes):
 
 
 def test_a_row_that_was_to_be_forgotten_and_is_still_there(out):
-    save_forgotten(out, Forgotten("salt").and_urls(["https://PHOTOS.example/a/2.jpg"]))
+    save_forgotten(out, Forgotten("salt").adding(urls=["https://PHOTOS.example/a/2.jpg"]))
     ((file, key, message),) = told(out)
     assert (file, key) == (f"{SHARD}.parquet", "a-000000002")
     assert "was to be forgotten" in message

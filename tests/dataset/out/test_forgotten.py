@@ -20,13 +20,13 @@ def test_forms_of_sites(text, host):
 
 
 def test_an_address_is_no_site_below_another():
-    known = Forgotten("salt").and_domains(["0.0.1"])
+    known = Forgotten("salt").adding(domains=["0.0.1"])
     assert not known.concerns_url("http://127.0.0.1/")
-    assert Forgotten("salt").and_domains(["127.0.0.1"]).concerns_url("https://127.0.0.1:99/x")
+    assert Forgotten("salt").adding(domains=["127.0.0.1"]).concerns_url("https://127.0.0.1:99/x")
 
 
 def test_what_is_saved_is_loaded(tmp_path):
-    known = Forgotten("salt").and_urls([KEPT_URL]).and_domains(["example.org"]).and_contents(["ab" * 32])
+    known = Forgotten("salt").adding(urls=[KEPT_URL], domains=["example.org"], contents=["ab" * 32])
     save(tmp_path, known)
     assert load(tmp_path) == known
     assert not load(tmp_path / "none")
@@ -38,7 +38,7 @@ def test_what_is_saved_is_loaded(tmp_path):
 
 def test_looking_rows_up_is_quick():
     """A ledger has a row per input row: a million of them must not take minutes."""
-    known = Forgotten("salt").and_urls([KEPT_URL]).and_domains(["example.org"])
+    known = Forgotten("salt").adding(urls=[KEPT_URL], domains=["example.org"])
     table = pa.table({"url": [f"https://host{n % 300}.example/{n}/photo-{n}.jpg?size={n}" for n in range(20_000)]})
     started = time.process_time()
     assert not known.urls_in(table).any()

@@ -44,7 +44,7 @@ def blanked(takedowns, urls):
 
 
 def test_drops_forgotten():
-    takedowns = Takedowns(Forgotten().and_urls(["http://x.example/a"]).and_domains(["gone.example"]))
+    takedowns = Takedowns(Forgotten().adding(urls=["http://x.example/a"], domains=["gone.example"]))
     urls = ["http://x.example/a", "https://X.example/a", "http://b.gone.example/", "http://y.example/"]
     assert blanked(takedowns, urls) == ([KEYS[3]], dict.fromkeys(KEYS[:3], "forgotten"))
 
@@ -56,7 +56,7 @@ def test_drops_removed(listed):
 
 def test_to_forget_is_more_than_to_remove(listed):
     url = "http://x.example/a"
-    both = Takedowns(Forgotten().and_urls([url]), listed(url).listed)
+    both = Takedowns(Forgotten().adding(urls=[url]), listed(url).listed)
     assert blanked(both, [url]) == ([], {KEYS[0]: "forgotten"})
 
 
@@ -70,7 +70,7 @@ def test_without_take_downs_nothing_is_touched():
 @pytest.mark.parametrize("reason", DROPS)
 def test_a_file_that_comes_from_yet_another_url_is_withheld(listed, reason):
     file, other = "ab" * 32, "cd" * 32
-    takedowns = listed(file) if reason == "removed" else Takedowns(Forgotten().and_contents([file]))
+    takedowns = listed(file) if reason == "removed" else Takedowns(Forgotten().adding(contents=[file]))
     fetched = [("u", file), ("v", other), ("w", file)]
     alive = pa.Table.from_pylist(
         [

@@ -42,7 +42,10 @@ def test_what_a_dataset_tells(out: Path) -> None:
     assert [(shard.name, shard.kept) for shard in dataset.shards] == [("a-00000", 3), ("b-00001", 2)]
     assert dataset.samples == 5
     assert dataset.profiles == ("embedded",)
-    assert dataset.licences == {"lbp": "Apache-2.0", "patches": "Apache-2.0"}
+    assert {model["name"]: model["licence"] for model in dataset.models} == {
+        "lbp": "Apache-2.0",
+        "patches": "Apache-2.0",
+    }
     manifests = [Manifest.from_json(path.read_bytes()) for path in sorted(out.glob("shards/*.json"))]
     assert dataset.digest == dataset_digest(manifests)
     assert {"arcface.npy", "clip_hidden.npy", "half.jpg", "json"} <= dataset.suffixes
@@ -185,7 +188,8 @@ def test_embedders_that_differ(out: Path, tmp_path: Path, task: str) -> None:
 def test_other_models_may_differ(out: Path, tmp_path: Path) -> None:
     models = [*fake.MODELS, {"name": "x", "task": "detector", "sha256": "0", "licence": "MIT"}]
     other = fake.write(tmp_path / "other", {"a-00000": fake.counted(0, 1)}, models=models)
-    assert open_dataset([str(out), other], DATA).licences["x"] == "MIT"
+    models = open_dataset([str(out), other], DATA).models
+    assert [model["licence"] for model in models if model["name"] == "x"] == ["MIT"]
 
 
 def test_changed_features_of_an_empty_picture(out: Path) -> None:
