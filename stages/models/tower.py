@@ -57,16 +57,18 @@ class Tower:
         step = 1 if self._device == "cpu" else _GPU_BATCH
         # towers cannot run on nothing: a black image tells the shapes of an empty answer
         given = images if len(images) else np.zeros((1, 224, 224, 3), np.uint8)
-        pixels = normalise(given, self.mean_std)
-        parts = [self._run(pixels[start : start + step]) for start in range(0, len(pixels), step)]
+        parts = [self._run(given[start : start + step]) for start in range(0, len(given), step)]
         return {name: np.concatenate([part[name] for part in parts])[: len(images)] for name in parts[0]}
 
     def unconditional(self) -> Features:
         """Features of one all-zero tensor of pixels; see the protocol."""
-        features = self._run(np.zeros((1, 3, 224, 224), np.float32))
+        features = self._run_pixels(np.zeros((1, 3, 224, 224), np.float32))
         return {name: feature[0] for name, feature in features.items() if name != "clip"}
 
-    def _run(self, pixels: Floats) -> Features:
+    def _run(self, images: Image) -> Features:
+        return self._run_pixels(normalise(images, self.mean_std))
+
+    def _run_pixels(self, pixels: Floats) -> Features:
         """Features of normalised (N, 3, 224, 224) pixels."""
         import torch
 
@@ -80,10 +82,9 @@ class Tower:
 
     def _require_batches_equal_singles(self) -> None:
         images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8)
-        pixels = normalise(images, self.mean_std)
-        together = self._run(pixels)
+        together = self._run(images)
         for i in range(2):
-            for column, alone in self._run(pixels[i : i + 1]).items():
+            for column, alone in self._run(images[i : i + 1]).items():
                 difference = np.linalg.norm(together[column][i].astype(np.float32) - alone[0].astype(np.float32))
                 if difference > _TOLERANCE * np.linalg.norm(alone[0].astype(np.float32)):
                     name = self.papers.name
