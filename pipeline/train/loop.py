@@ -72,6 +72,10 @@ def train(job: TrainJob) -> ExitCode:
                 with session.averaged_weights():
                     watch.note(session.step, validator.run(session.model, session.step))
 
+    # What averages the gradients must not outlive the process group: it would end gloo's threads while holding Python's
+    # lock, for which one of them may wait (seen: a process that hung after its last step).
+    del session.forward
+    accelerator.free_memory()
     accelerator.end_training()
     if session.step < config.steps:
         say(f"Stopped at step {session.step}; the same command with --resume goes on.")
