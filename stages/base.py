@@ -75,4 +75,4 @@ def to_table(rows: list[dict[str, Any]], writes: tuple[str, ...], drops: tuple[D
     columns = {name: pa.array([row.get(name) for row in rows], COLUMNS[name].type) for name in writes}
     if drops:
         columns[DROP] = pa.array([row.get(DROP) for row in rows], pa.string())
-    return pa.table(columns) if columns else pa.table({DROP: pa.nulls(len(rows), pa.string())})
+    return pa.table(columns)

@@ -12,11 +12,9 @@ from urllib.parse import urljoin
 
 from schemas import urls
 from schemas.drops import DropReason
-from schemas.urls import Origin, Url
+from schemas.urls import Url
 from stages.base import Dropped
 from stages.settings import DownloadSettings
-
-__all__ = ["SAMPLE_HOST", "Guard", "Origin", "Url", "literal", "parse", "redirected"]
 
 SAMPLE_HOST = "sample.localhost"
 """Host of the bundled sample part: no real host can have this name (RFC 6761)."""

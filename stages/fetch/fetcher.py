@@ -3,8 +3,9 @@
 import asyncio
 from itertools import count
 
+from schemas.urls import Url
 from stages.base import Dropped
-from stages.fetch.address import Guard, Url, parse, redirected
+from stages.fetch.address import Guard, parse, redirected
 from stages.fetch.ahead import Pending, Slots
 from stages.fetch.body import Body
 from stages.fetch.engine import Outcome

@@ -1,10 +1,10 @@
-"""Run a plan on Ray: shards as tasks that fetch and write, models in actors that load once. The only file with Ray.
+"""Run a plan on Ray: shards as tasks that fetch and write, models in actors that load once.
 
-Ray is the scheduler; what is done is known from the manifests alone. Only encoded images and Arrow tables travel
-between processes. An actor whose process dies is started again by Ray, and what it was computing is computed again; one
-whose node dies is replaced here, and until there is room for another, its shards go to those that live. A shard whose
-task dies, or of which no batch gets done, is tried again by the driver: it is published whole or not at all, so that
-another attempt is harmless.
+Only this file and `cluster_node` know Ray. It is the scheduler; what is done is known from the manifests alone. Only
+encoded images and Arrow tables travel between processes. An actor whose process dies is started again by Ray, and what
+it was computing is computed again; one whose node dies is replaced here, and until there is room for another, its
+shards go to those that live. A shard whose task dies, or of which no batch gets done, is tried again by the driver: it
+is published whole or not at all, so that another attempt is harmless.
 """
 
 import time

@@ -13,8 +13,9 @@ import aiohttp
 from yarl import URL
 
 from schemas.drops import DropReason
+from schemas.urls import Url
 from stages.base import Dropped
-from stages.fetch.address import Guard, Url
+from stages.fetch.address import Guard
 from stages.fetch.http.connections import Connector, is_reused
 from stages.fetch.http.inflate import LARGE_PIECE, inflated
 from stages.fetch.http.resolve import Resolver

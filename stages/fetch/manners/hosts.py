@@ -13,8 +13,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from schemas.drops import DropReason
+from schemas.urls import Origin, Url
 from stages.base import Dropped
-from stages.fetch.address import Origin, Url
 from stages.fetch.status import Refused
 from stages.settings import DownloadSettings
 

@@ -6,8 +6,8 @@ from hashlib import blake2b
 from threading import Lock
 
 from schemas.drops import DropReason
+from schemas.urls import Url
 from stages.base import Dropped
-from stages.fetch.address import Url
 
 REMEMBERED = (DropReason.OPTED_OUT, DropReason.ACCESS_DENIED, DropReason.FORBIDDEN_ADDRESS)
 """Answers that are meant. (What robots.txt disallows is never asked for at all.)"""

@@ -9,8 +9,9 @@ from itertools import count
 from protego import Protego
 
 from schemas.drops import DropReason
+from schemas.urls import Origin, Url
 from stages.base import Dropped
-from stages.fetch.address import Origin, Url, redirected
+from stages.fetch.address import redirected
 from stages.fetch.http.client import Client
 from stages.fetch.http.deadline import Deadline
 from stages.fetch.manners.hosts import Hosts
