@@ -179,7 +179,6 @@ def config(args: argparse.Namespace, plan: Plan) -> tuple[str, ...]:
         f"data.workers={args.workers}",
         f"optim.precision={args.precision}",
         f"optim.compile={str(args.compile).lower()}",
-        f"optim.channels_last={str(args.channels_last).lower()}",
         f"watch.log_every={plan.skip or 1}",
     )
 
@@ -219,7 +218,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["auto", "no", "bf16", "fp16"], default="auto")
     parser.add_argument("--workers", type=int, help="of both loaders [default: 0 on a CPU, up to 8 on a GPU]")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--folder", type=Path, help="keep what is made here, and use it again")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     parser.add_argument("--smoke", action="store_true", help="the tiny base and a tiny image encoder")

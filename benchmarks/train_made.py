@@ -137,10 +137,10 @@ def _write_model(folder: Path, built: Callable[[], Any]) -> None:
 
 def _random(key: str, like: torch.Tensor) -> torch.Tensor:
     """Weights that keep activations near one: numbers that under- or overflow would change the speed."""
-    made = torch.zeros(like.shape, dtype=torch.bfloat16)
+    made = torch.zeros(like.shape, dtype=torch.bfloat16, device="cuda" if torch.cuda.is_available() else "cpu")
     if like.ndim < 2:
-        return made.fill_(float(key.endswith("weight")))
-    return made.normal_(std=1 / math.sqrt(like[0].numel()))
+        return made.fill_(float(key.endswith("weight"))).cpu()
+    return made.normal_(std=1 / math.sqrt(like[0].numel())).cpu()
 
 
 def _write_shards(out: Path, base: BaseSource, resolution: int, samples: int, vision: Mapping[str, Any]) -> None:

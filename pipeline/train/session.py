@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from pipeline.train.job import TrainJob
 from pipeline.train.loader import ShardLoader
 from schemas.errors import FaceShardsError, OutputError
 
+_WORTH_COMPILING = 2000
+"""Steps from which compiling, which takes as long as some 300 steps, is won back many times over."""
 _MOST_SKIPPED = 100
 """Optimiser steps in a row that the fp16 scaler may skip: it begins at 2^16 and halves its scale at each."""
 
@@ -184,8 +187,12 @@ def _model(job: TrainJob, base: Base) -> AdapterModel:
     model.train()
     if settings.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
-    if settings.channels_last:
+    is_compiled = settings.compile
+    if is_compiled == "auto":
+        is_long = job.config.steps >= _WORTH_COMPILING
+        is_compiled = base.device.type == "cuda" and is_long and find_spec("triton") is not None
+    if is_compiled if settings.channels_last == "auto" else settings.channels_last:
         base.unet.to(memory_format=torch.channels_last)
-    if settings.compile:
-        base.unet.compile()
+    if is_compiled:
+        model.compile_predict()
     return model

@@ -129,13 +129,13 @@ class OptimSettings(Section):
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """Exponential moving average of the weights, which is exported then; 0 is off."""
     precision: Precision = "auto"
-    """Of the frozen base and of computation (autocast); trained weights stay float32. auto: bf16 on a GPU, else no."""
+    """Of the frozen base and of computation; trained weights stay float32. auto: bf16 on a GPU, else no."""
     gradient_checkpointing: bool = False
     """Less memory, one more forward pass."""
-    compile: bool = False
-    """torch.compile the UNet."""
-    channels_last: bool = False
-    """Memory format of the UNet; faster convolutions on a GPU."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile the model, which takes some two minutes. auto: on a GPU, for runs of 2,000 steps and more."""
+    channels_last: bool | Literal["auto"] = "auto"
+    """Memory format of the UNet. auto: where the model is compiled; without that it is slower."""
 
 
 class WatchSettings(Section):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 
 class Lora(nn.Module):
@@ -26,8 +26,7 @@ class Lora(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, width_in) -> (…, width_out)."""
-        added: Tensor = self.up(self.down(x))
-        return added
+        return _trained(self.up, _trained(self.down, x))
 
 
 class AdapterAttention(nn.Module):
@@ -79,27 +78,32 @@ class AdapterAttention(nn.Module):
         attended = scaled_dot_product_attention(query, key, value)
         if self._cross and ip_hidden_states is not None and self.scale != 0:
             # Under autocast the query may come out of a frozen layer of another precision.
-            ip_key = _heads(attn, self.to_k_ip(ip_hidden_states)).to(query.dtype)
-            ip_value = _heads(attn, self.to_v_ip(ip_hidden_states)).to(query.dtype)
+            ip_key = _heads(attn, _trained(self.to_k_ip, ip_hidden_states)).to(query.dtype)
+            ip_value = _heads(attn, _trained(self.to_v_ip, ip_hidden_states)).to(query.dtype)
             attended = attended + self.scale * scaled_dot_product_attention(query, ip_key, ip_value)
         attended = attended.transpose(1, 2).flatten(2).to(query.dtype)
         out: Tensor = attn.to_out[1](self._project(attn.to_out[0], "to_out_lora", attended))
         return out
 
-    def _project(self, linear: nn.Module, lora: str, x: Tensor) -> Tensor:
-        projected: Tensor = linear(x)
+    def _project(self, frozen: nn.Module, lora: str, x: Tensor) -> Tensor:
+        projected: Tensor = frozen(x)
         if self._lora and self.lora_scale != 0:
             projected = projected + self.lora_scale * getattr(self, lora)(x)
         return projected
 
 
-def _copy(linear: nn.Linear) -> nn.Linear:
+def _copy(frozen: nn.Linear) -> nn.Linear:
     """A trainable copy without bias, in float32: the published initial value of `to_k_ip` and `to_v_ip`."""
-    copy = nn.Linear(linear.in_features, linear.out_features, bias=False, device=linear.weight.device)
-    if not linear.weight.is_meta:
+    copy = nn.Linear(frozen.in_features, frozen.out_features, bias=False, device=frozen.weight.device)
+    if not frozen.weight.is_meta:
         with torch.no_grad():
-            copy.weight.copy_(linear.weight)
+            copy.weight.copy_(frozen.weight)
     return copy
+
+
+def _trained(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A layer without bias whose weights stay float32, computed in the precision of `x`, that of the frozen UNet."""
+    return linear(x, layer.weight.to(x.dtype))
 
 
 def _heads(attn: Attention, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """A frozen UNet with the trainable parts of one adapter."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ class AdapterModel(nn.Module):
         self.image_proj = variant.image_proj(widths, settings)
         self.ip_adapter = install(unet, lora_rank=settings.lora_rank if variant.lora else 0)
         self.unet = unet
+        self.predict: Callable[..., Tensor] = self._predict
+        """What `forward` calls: projection, UNet and LoRA in one."""
 
     def tokens(self, condition: Mapping[str, Tensor]) -> Tensor:
         """Image tokens (B, T, text) of a condition: role -> features, batch first."""
@@ -37,7 +40,7 @@ class AdapterModel(nn.Module):
         condition: Mapping[str, Tensor],
         added: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """The UNet's prediction (B, 4, h, w).
+        """The UNet's prediction (B, 4, h, w), in the UNet's precision.
 
         Args:
             noisy_latents: (B, 4, h, w).
@@ -46,15 +49,39 @@ class AdapterModel(nn.Module):
             condition: role -> features of the faces.
             added: SDXL's `text_embeds` (B, P) and `time_ids` (B, 6).
         """
-        predicted: Tensor = self.unet(
-            noisy_latents,
-            timesteps,
-            encoder_hidden_states=text,
-            added_cond_kwargs=dict(added) if added else None,
-            cross_attention_kwargs={"ip_hidden_states": self.tokens(condition)},
-            return_dict=False,
-        )[0]
+        return self.predict(noisy_latents, timesteps, text, condition, added)
+
+    def _predict(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        condition: Mapping[str, Tensor],
+        added: Mapping[str, Tensor] | None,
+    ) -> Tensor:
+        tokens = self.tokens(condition)
+        weight = self.unet.conv_in.weight
+        # The frozen UNet computes in its own precision as it is. Autocast would take its norms and all that follows
+        # them to float32 and back: twice the memory for what backward needs, and as many bytes more to move.
+        with torch.autocast(weight.device.type, enabled=False):
+            predicted: Tensor = self.unet(
+                noisy_latents.to(weight.dtype),
+                timesteps,
+                encoder_hidden_states=text.to(weight.dtype),
+                added_cond_kwargs=dict(added) if added else None,
+                cross_attention_kwargs={"ip_hidden_states": tokens.to(weight.dtype)},
+                return_dict=False,
+            )[0]
         return predicted
+
+    def compile_predict(self) -> None:
+        """Let `forward` run as one compiled graph; the first call compiles, and a call with another shape once more."""
+        # diffusers asks for torch's version inside, behind a cache that dynamo traces through.
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`-wrapped function")
+        # Else the backward graph, which holds no forward convolution, keeps the layouts of an uncompiled run: every
+        # convolution's gradient is copied.
+        options: dict[str, Any] = {"force_layout_optimization": True}
+        self.predict = torch.compile(self._predict, fullgraph=True, options=options)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters under their published flat keys, `image_proj.…` and `ip_adapter.…`."""
