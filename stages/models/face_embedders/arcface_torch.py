@@ -31,7 +31,7 @@ class ArcFaceTorch:
         starts = [name.lstrip("_").lower()[:5] for name in module.first_nodes]
         own = any(name[:3] in ("sub", "minus"[:3]) for name in starts) and any(name[:3] == "mul" for name in starts)
         mean, std = declared_pixels(path, "face_embedder") or ((0.0, 1.0) if own else _MEAN_STD)
-        module = on_device(module, device, dtype)
+        self.module = module = on_device(module, device, dtype)
         normalise = normaliser([mean], [std], device, dtype, 1.0)
         self.batches = Batches(
             lambda faces: (module(normalise(faces))[0].float(),), size or (_GPU_BATCH if device == "cuda" else 1), device, graphs=graphs
