@@ -55,14 +55,14 @@ class Remote:
     """Networks of another process; each call waits for its answer."""
 
     def __init__(self, link: Any, rows: Any) -> None:
-        self._link, self._rows = link, rows
+        self.link, self._rows = link, rows
 
     def ask(self, *kinds: str, count: int) -> list[Any]:
         for kind in kinds:
-            self._link.send((kind, count))
-        answers = dict(self._link.recv() for _ in kinds)
+            self.link.send((kind, count))
+        answers = dict(self.link.recv() for _ in kinds)
         if None in answers.values():
-            raise EOFError
+            raise StopIteration
         return [answers[kind] for kind in kinds]
 
     def __call__(self, canvases: Sequence[Any], lowest: float) -> list[Any]:
@@ -99,69 +99,93 @@ def serve(options: dict[str, Any]) -> None:
     from stages.models.detectors.scrfd import Scrfd
     from stages.pixels import geometry
 
-    keep = tuple(range(1, 19))
     dtype = rows_of(options["look"], options["parse"], tuple(options["hidden"]), options["clip"])
     rows = np.memmap(options["memory"], dtype, "r+", shape=(options["chunk"],))
     link = Client(options["address"], family="AF_UNIX")
     remote = Remote(link, [rows[i] for i in range(options["chunk"])])
     detector = Scrfd.__new__(Scrfd)
     detector._model, detector._size, detector._screen_size, detector._threshold = remote, options["look"], BORDER, 0.5
-    photos = [(path.read_bytes(), path.name.startswith("face")) for path in map(Path, options["photos"])]
-    seconds = dict.fromkeys(("decode_eighth", "decode_full", "detect", "crops", "masks"), 0.0)
-    counts = dict.fromkeys(("photos", "screened_out", "no_single_face", "kept"), 0)
-    mark = time.process_time()
-
-    def spent(stage: str) -> None:
-        """CPU seconds since the mark are this stage's."""
-        nonlocal mark
-        now = time.process_time()
-        seconds[stage] += now - mark
-        mark = now
-
     link.send(("ready", options["index"]))
-    link.recv()
-    position, mark = options["first"], time.process_time()
     try:
-        while True:
-            chunk = [photos[(position + i) % len(photos)] for i in range(options["chunk"])]
-            position += options["chunk"]
-            for row, (data, _) in zip(rows, chunk, strict=True):
-                small = decode(data, cv2.IMREAD_REDUCED_COLOR_8)[:SCREEN, :SCREEN]
-                row["screen"][:] = 0
-                row["screen"][: small.shape[0], : small.shape[1]] = small
-            spent("decode_eighth")
-            (scores,) = remote.ask("screen", count=len(chunk))
-            seen = [is_face if options["forced"] else score >= SUSPICIOUS for (_, is_face), score in zip(chunk, scores, strict=True)]
-            images = [cv2.cvtColor(decode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB) for (data, _), see in zip(chunk, seen, strict=True) if see]
-            spent("decode_full")
-            found = detector.detect_all(images)
-            single = [(image, faces.kps[0]) for image, faces in zip(images, found, strict=True) if np.count_nonzero(faces.score >= 0.5) == 1]
-            if options["forced"]:
-                single = [(image, geometry.FFHQ_TEMPLATE * 0.6 + 300) for image in images]
-            spent("detect")
-            crops = []
-            for row, (image, kps) in zip(rows, single, strict=False):
-                side = row["parse"].shape[0]
-                row["parse"][:] = geometry.ffhq_crop(image, kps)[:side, :side]
-                row["identity"][:] = geometry.norm_crop(image, kps, 112)
-                crops.append(geometry.norm_crop(image, kps, 224))
-            spent("crops")
-            if crops:
-                remote.ask("parse", "identity", count=len(crops))
-                for row, (_, kps), crop in zip(rows, single, crops, strict=False):
-                    labels = np.zeros((512, 512), np.uint8)
-                    labels[: row["labels"].shape[0], : row["labels"].shape[1]] = row["labels"]
-                    row["tower"][:] = geometry.foreground(crop, geometry.warp_labels(labels, kps, 224), keep, (0, 0, 0))
-                spent("masks")
-                remote.ask("tower", count=len(crops))
-            counts["photos"] += len(chunk)
-            counts["screened_out"] += seen.count(False)
-            counts["no_single_face"] += len(images) - len(single)
-            counts["kept"] += len(single)
-            link.send(("done", len(chunk)))
+        while job := link.recv():
+            link.send(("stats", Job(detector, rows, job, geometry).run()))
     except (EOFError, ConnectionError):
         pass
-    print(json.dumps({"seconds": seconds, "counts": counts}))
+
+
+class Job:
+    """Photos again and again, until the networks say that it is enough."""
+
+    def __init__(self, detector: Any, rows: Any, job: dict[str, Any], geometry: Any) -> None:
+        self.detector, self.rows, self.geometry = detector, rows, geometry
+        self.remote: Remote = detector._model
+        self.forced: bool = job["forced"]
+        self.position: int = job["first"]
+        self.photos = [(Path(path).read_bytes(), Path(path).name.startswith("face")) for path in job["photos"]]
+        self.seconds = dict.fromkeys(("decode_eighth", "decode_full", "detect", "crops", "masks"), 0.0)
+        self.counts = dict.fromkeys(("photos", "screened_out", "no_single_face", "kept"), 0)
+        self.mark = time.process_time()
+
+    def run(self) -> dict[str, Any]:
+        try:
+            while True:
+                self.chunk()
+        except StopIteration:
+            return {"seconds": self.seconds, "counts": self.counts}
+
+    def spent(self, stage: str) -> None:
+        """CPU seconds since the mark are this stage's."""
+        now = time.process_time()
+        self.seconds[stage] += now - self.mark
+        self.mark = now
+
+    def chunk(self) -> None:
+        chunk = [self.photos[(self.position + i) % len(self.photos)] for i in range(len(self.rows))]
+        self.position += len(chunk)
+        for row, (data, _) in zip(self.rows, chunk, strict=True):
+            small = decode(data, cv2.IMREAD_REDUCED_COLOR_8)[:SCREEN, :SCREEN]
+            row["screen"][:] = 0
+            row["screen"][: small.shape[0], : small.shape[1]] = small
+        self.spent("decode_eighth")
+        (scores,) = self.remote.ask("screen", count=len(chunk))
+        seen = [has_face if self.forced else score >= SUSPICIOUS for (_, has_face), score in zip(chunk, scores, strict=True)]
+        suspects = [data for (data, _), see in zip(chunk, seen, strict=True) if see]
+        images = [cv2.cvtColor(decode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB) for data in suspects]
+        self.spent("decode_full")
+        found = self.detector.detect_all(images)
+        single = [
+            (image, faces.kps[0])
+            for image, faces in zip(images, found, strict=True)
+            if np.count_nonzero(faces.score >= 0.5) == 1
+        ]
+        if self.forced:
+            single = [(image, self.geometry.FFHQ_TEMPLATE * 0.6 + 300) for image in images]
+        self.spent("detect")
+        if single:
+            self.embed(single)
+        self.counts["photos"] += len(chunk)
+        self.counts["screened_out"] += seen.count(False)
+        self.counts["no_single_face"] += len(images) - len(single)
+        self.counts["kept"] += len(single)
+        self.remote.link.send(("done", len(chunk)))
+
+    def embed(self, single: Sequence[tuple[Any, Any]]) -> None:
+        """Photos with their five points: crops, labels and identity, and the tower's features of what is face."""
+        geometry, crops = self.geometry, []
+        for row, (image, kps) in zip(self.rows, single, strict=False):
+            side = row["parse"].shape[0]
+            row["parse"][:] = geometry.ffhq_crop(image, kps)[:side, :side]
+            row["identity"][:] = geometry.norm_crop(image, kps, 112)
+            crops.append(geometry.norm_crop(image, kps, 224))
+        self.spent("crops")
+        self.remote.ask("parse", "identity", count=len(single))
+        for row, (_, kps), crop in zip(self.rows, single, crops, strict=False):
+            labels = np.zeros((512, 512), np.uint8)
+            labels[: row["labels"].shape[0], : row["labels"].shape[1]] = row["labels"]
+            mask = geometry.warp_labels(labels, kps, 224)
+            row["tower"][:] = geometry.foreground(crop, mask, tuple(range(1, 19)), (0, 0, 0))
+        self.spent("masks")
+        self.remote.ask("tower", count=len(single))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def normalise(images: Image, mean_std: tuple[tuple[float, ...], tuple[float, ...
 
 
 class Batches:
-    """A function of images that is computed in batches of one size, the last one filled up with black images.
+    """A function of images that is computed in batches of one size, the last one filled up with whatever is there.
 
     So kernels do not change with how many images there are, and an image's numbers do not depend on the others. On a
     GPU the function is captured once per shape of images, as a CUDA graph: one launch in place of hundreds.
@@ -72,7 +72,6 @@ class Batches:
                 pixels = host.numpy()
                 for i, image in enumerate(batch):
                     pixels[i] = image
-                pixels[len(batch) :] = 0
                 given.copy_(host, non_blocking=True)
                 outputs = run()
             yield tuple(output[: len(batch)] for output in outputs)

@@ -64,7 +64,7 @@ class ScrfdTorch:
                 for side in (height, width)
             )
             cells = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).reshape(-1, 2)
-            centres = cells.repeat_interleave(scores.shape[1] // len(cells), dim=0)
+            centres = cells[:, None].expand(-1, scores.shape[1] // len(cells), -1).reshape(-1, 2)
             near, far = boxes[..., :2] * stride, boxes[..., 2:] * stride
             places = centres.repeat(1, 5) + points * stride
             parts.append(torch.cat((scores, centres - near, centres + far, places), dim=-1))
