@@ -133,6 +133,9 @@ class ModelSettings(Section):
     """Name or folder of an insightface pack (detection and recognition are used)."""
     parser: Literal["bisenet", "parsenet"] = "bisenet"
     """The face parser of facexlib."""
+    runtime: dict[Literal["detector", "face_embedder"], Literal["onnxruntime", "torch"]] = Field(default_factory=dict)
+    """What computes the ONNX files of the pack, per task; a task that is not named gets onnxruntime on a CPU, which is
+    faster there, and torch on a GPU, where it takes batches."""
     det_size: int = Field(640, ge=32, multiple_of=32)
     """Side of the square that the detector sees, pixels."""
     det_thresh: float = Field(0.5, gt=0, lt=1)

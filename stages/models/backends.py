@@ -120,6 +120,11 @@ REGISTRIES: dict[str, dict[str, str]] = {
 """Task -> registry name -> backend class."""
 
 
+def runtime_of(task: str, settings: ModelSettings, device: Device) -> str:
+    """What computes the ONNX file of a task, onnxruntime or torch: what is set, or what the device is best served by."""
+    return settings.runtime.get(task, "torch" if device == "cuda" else "onnxruntime")
+
+
 def backend(task: str, name: str) -> Any:
     """The backend class that is registered under a name.
 

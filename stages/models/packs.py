@@ -71,6 +71,17 @@ def _manifest_file(folder: Path, task: str) -> Path | None:
     return path
 
 
+def declared_pixels(path: Path, task: str) -> tuple[float, float] | None:
+    """Mean and standard deviation of pixels as the manifest beside a file declares them; None where there is none."""
+    manifest = path.parent / "manifest.json"
+    if not manifest.is_file():
+        return None
+    pixels = json.loads(manifest.read_bytes()).get("tasks", {}).get(_MANIFEST_TASKS[task], {}).get("preprocessing")
+    if pixels == "embedded":
+        return 0.0, 1.0
+    return (float(pixels["mean"]), float(pixels["std"])) if pixels else None
+
+
 def _task_of(path: Path) -> str:
     """The task of an ONNX graph, by the rules of insightface's router; empty when it is neither of ours."""
     import onnx

@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 from schemas.errors import PlanError, WeightsError
-from stages.models.backends import Floats, Image, ModelCard
+from stages.models.backends import Image, ModelCard
 from stages.models.papers import Weight
-from stages.models.torch_backend import normalise, prepare
+from stages.models.torch_backend import Batches, normaliser, prepare, to_host
 from stages.models.weights import card, find
 from stages.runtime import Device
 from stages.settings import ModelSettings
@@ -41,6 +41,7 @@ class Tower:
 
         folder = find(self.papers, settings)
         self._model = load_folder(getattr(transformers, self.model_class), folder, self._device)
+        self._batches = self.batches(device)
         if self._device == "cuda":
             self._require_batches_equal_singles()
 
@@ -54,27 +55,33 @@ class Tower:
 
     def embed(self, images: Image) -> Features:
         """Features of (N, 224, 224, 3) RGB images."""
-        step = 1 if self._device == "cpu" else _GPU_BATCH
         # towers cannot run on nothing: a black image tells the shapes of an empty answer
         given = images if len(images) else np.zeros((1, 224, 224, 3), np.uint8)
-        parts = [self._run(given[start : start + step]) for start in range(0, len(given), step)]
-        return {name: np.concatenate([part[name] for part in parts])[: len(images)] for name in parts[0]}
+        return {name: column[: len(images)] for name, column in self._run(given).items()}
+
+    def batches(self, device: Device, size: int = 0, *, graphs: bool = True) -> Batches:
+        """The tower as a function of (N, 224, 224, 3) RGB uint8 images; sets `_columns`, what its outputs are."""
+        normalise = normaliser(*self.mean_std, device, self._model.dtype)
+        self._columns: tuple[str, ...] = ()
+
+        def features(images: Any) -> tuple[Any, ...]:
+            picked = self._features(normalise(images))
+            self._columns = tuple(picked)
+            return tuple(picked.values())
+
+        return Batches(features, size or (1 if device == "cpu" else _GPU_BATCH), device, graphs=graphs)
 
     def unconditional(self) -> Features:
         """Features of one all-zero tensor of pixels; see the protocol."""
-        features = self._run_pixels(np.zeros((1, 3, 224, 224), np.float32))
-        return {name: feature[0] for name, feature in features.items() if name != "clip"}
-
-    def _run(self, images: Image) -> Features:
-        return self._run_pixels(normalise(images, self.mean_std))
-
-    def _run_pixels(self, pixels: Floats) -> Features:
-        """Features of normalised (N, 3, 224, 224) pixels."""
         import torch
 
         with torch.inference_mode():
-            picked = self._features(torch.from_numpy(pixels).to(self._device, self._model.dtype))
-        return {name: tensor.cpu().numpy().astype(np.float16) for name, tensor in picked.items()}
+            features = self._features(torch.zeros((1, 3, 224, 224), dtype=self._model.dtype, device=self._device))
+        return {name: to_host(feature[0]).astype(np.float16) for name, feature in features.items() if name != "clip"}
+
+    def _run(self, images: Image) -> Features:
+        parts = [[to_host(tensor).astype(np.float16) for tensor in outputs] for outputs in self._batches(images)]
+        return dict(zip(self._columns, map(np.concatenate, zip(*parts, strict=True)), strict=True))
 
     def _features(self, pixels: Any) -> dict[str, Any]:
         """Column -> tensor, for normalised (N, 3, 224, 224) pixels."""

@@ -14,7 +14,6 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from filelock import FileLock
-from platformdirs import user_cache_dir
 
 from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
@@ -25,6 +24,8 @@ from stages.settings import ModelSettings
 
 def cache_root() -> Path:
     """The folder that weights are fetched into."""
+    from platformdirs import user_cache_dir
+
     return Path(user_cache_dir("faceshards")) / "models"
 
 

@@ -8,18 +8,31 @@ SCRFD misses a face that fills its input: it has learned faces with surroundings
 3. one face found: the bordered photo at 0.3 n, for a second face that is too large for the first look.
 """
 
-from typing import ClassVar, NamedTuple
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import cv2
 import numpy as np
 
 from schemas.errors import ConfigError, WeightsError
-from stages.models.backends import Faces, Floats, Image, ModelCard
-from stages.models.boxes import apart
+from stages.models.backends import Faces, Floats, Image, ModelCard, runtime_of
+from stages.models.boxes import apart, without_overlaps
 from stages.models.packs import pack_card, pack_file, pack_weights
 from stages.models.papers import Weight
 from stages.runtime import Device
 from stages.settings import ModelSettings
+
+
+class Candidates(NamedTuple):
+    """Boxes of one canvas before overlaps are resolved, in its pixels, in the order of the network's anchors."""
+
+    scores: Floats
+    """(N,)."""
+    boxes: Floats
+    """(N, 4): x1 y1 x2 y2."""
+    points: Floats
+    """(N, 5, 2)."""
 
 
 class _View(NamedTuple):
@@ -33,7 +46,7 @@ class _View(NamedTuple):
 
 
 class Scrfd:
-    """Detector of an insightface pack."""
+    """Detector of an insightface pack, on ONNX Runtime or on torch (`models.runtime`), there in batches."""
 
     lowest: ClassVar[float] = 0.2
     """Boxes are reported down to this score: a weak second face must be seen, even where it does not count as one."""
@@ -43,12 +56,16 @@ class Scrfd:
     """Width of the border / longer side of the photo."""
 
     def __init__(self, settings: ModelSettings, device: Device) -> None:
-        from stages.models.onnx import load
-
         path = pack_file("detector", settings)
-        self._model = load(path, "detection", device)
         self._size = settings.det_size
         self._threshold = settings.det_thresh
+        self._model: Any
+        if runtime_of("detector", settings, device) == "torch":
+            from stages.models.detectors.scrfd_torch import ScrfdTorch
+
+            self._model = ScrfdTorch(path, device)
+        else:
+            self._model = _OneByOne(path, device)
         if not self._model.use_kps:
             raise WeightsError(
                 f"{path} gives boxes without the five points: choose a pack whose detector has them (kps)."
@@ -69,31 +86,56 @@ class Scrfd:
 
     def detect(self, image: Image) -> Faces:
         """Faces of one RGB photo; boxes of the first look may reach over its edge, as insightface's do."""
-        first = self._look(_letterbox(image, self._size))
-        strong = int(np.count_nonzero(first.score >= self._threshold))
-        if strong > 1:
-            return first
-        screen = self._padded(image, self._screen_size)
-        if strong == 1:
-            return _merge(first, screen, self._threshold, self._threshold)
-        if not np.any(screen.score >= self.suspicious):
-            return first
-        tight = self._padded(image, self._size)
-        return _merge(tight, first, self._threshold, self.lowest) if np.any(tight.score >= self._threshold) else first
+        return self.detect_all([image])[0]
 
-    def _padded(self, image: Image, size: int) -> Faces:
-        faces = self._look(_bordered(image, size, self.border))
-        return _inside(faces, image.shape[1], image.shape[0])
+    def detect_all(self, images: Sequence[Image]) -> list[Faces]:
+        """`detect` of each photo, in their order; looks of one size are made in batches where the runtime has them."""
+        found = self._look([_letterbox(image, self._size) for image in images])
+        strong = [int(np.count_nonzero(faces.score >= self._threshold)) for faces in found]
+        doubtful = [i for i, count in enumerate(strong) if count <= 1]
+        screens = dict(zip(doubtful, self._padded([images[i] for i in doubtful], self._screen_size), strict=True))
+        hidden = [i for i in doubtful if not strong[i] and np.any(screens[i].score >= self.suspicious)]
+        for i, tight in zip(hidden, self._padded([images[i] for i in hidden], self._size), strict=True):
+            if np.any(tight.score >= self._threshold):
+                found[i] = _merge(tight, found[i], self._threshold, self.lowest)
+        for i in doubtful:
+            if strong[i]:
+                found[i] = _merge(found[i], screens[i], self._threshold, self._threshold)
+        return found
 
-    def _look(self, view: _View) -> Faces:
-        """What the network sees, in pixels of the photo; as in insightface, overlaps are resolved there too."""
-        scores, boxes, points = (np.concatenate(parts) for parts in self._model.forward(view.canvas, self.lowest))
-        order = np.argsort(-scores.ravel(), kind="stable")
-        boxes = (boxes - view.shift) / np.tile(view.scale, 2)
-        points = (points - view.shift) / view.scale
-        scored = np.hstack((boxes, scores)).astype(np.float32)[order]
-        best = self._model.nms(scored)
-        return Faces(scored[best, :4], points[order][best].astype(np.float32), scored[best, 4])
+    def _padded(self, images: Sequence[Image], size: int) -> list[Faces]:
+        found = self._look([_bordered(image, size, self.border) for image in images])
+        return [_inside(faces, image.shape[1], image.shape[0]) for faces, image in zip(found, images, strict=True)]
+
+    def _look(self, views: Sequence[_View]) -> list[Faces]:
+        """What the network sees, in pixels of the photos; as in insightface, overlaps are resolved there too."""
+        looks = []
+        found = self._model([view.canvas for view in views], self.lowest)
+        for view, (scores, boxes, points) in zip(views, found, strict=True):
+            order = np.argsort(-scores, kind="stable")
+            boxes = ((boxes - view.shift) / np.tile(view.scale, 2)).astype(np.float32)[order]
+            points = ((points - view.shift) / view.scale).astype(np.float32)[order]
+            best = without_overlaps(boxes)
+            looks.append(Faces(boxes[best], points[best], scores[order][best]))
+        return looks
+
+
+class _OneByOne:
+    """insightface's own model on ONNX Runtime; see `ScrfdTorch`, which gives the same."""
+
+    def __init__(self, path: Path, device: Device) -> None:
+        from stages.models.onnx import load
+
+        self._model = load(path, "detection", device)
+        self.use_kps: bool = self._model.use_kps
+        self.static_input_size = self._model.static_input_size
+
+    def __call__(self, canvases: Sequence[Image], lowest: float) -> list[Candidates]:
+        found = []
+        for canvas in canvases:
+            scores, boxes, points = (np.concatenate(parts) for parts in self._model.forward(canvas, lowest))
+            found.append(Candidates(scores.ravel(), boxes, points))
+        return found
 
 
 def _letterbox(image: Image, size: int) -> _View:

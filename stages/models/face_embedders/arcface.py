@@ -1,10 +1,12 @@
 """ArcFace recognisers of insightface packs, by insightface's own model code."""
 
+from typing import Any
+
 import cv2
 import numpy as np
 
 from schemas.errors import WeightsError
-from stages.models.backends import Floats, Image, ModelCard
+from stages.models.backends import Floats, Image, ModelCard, runtime_of
 from stages.models.packs import pack_card, pack_file, pack_weights
 from stages.models.papers import Weight
 from stages.runtime import Device
@@ -12,13 +14,22 @@ from stages.settings import ModelSettings
 
 
 class ArcFace:
-    """The recogniser of `models.pack`: identity vectors as `app.get` gives them, one face at a time on the CPU."""
+    """The recogniser of `models.pack`: identity vectors as `app.get` gives them.
+
+    One face at a time on ONNX Runtime, in batches on torch (`models.runtime`).
+    """
 
     def __init__(self, settings: ModelSettings, device: Device) -> None:
-        from stages.models.onnx import load
-
         path = pack_file("face_embedder", settings)
-        self._model = load(path, "recognition", device)
+        self._model: Any
+        if runtime_of("face_embedder", settings, device) == "torch":
+            from stages.models.face_embedders.arcface_torch import ArcFaceTorch
+
+            self._model = ArcFaceTorch(path, device)
+        else:
+            from stages.models.onnx import load
+
+            self._model = load(path, "recognition", device)
         dimension = self._model.output_shape[-1]
         if self._model.input_size != (112, 112) or dimension != 512:
             raise WeightsError(
@@ -36,5 +47,9 @@ class ArcFace:
 
     def embed(self, faces: Image) -> Floats:
         """(N, 512) raw embeddings of (N, 112, 112, 3) RGB norm_crops."""
+        if len(faces) == 0:
+            return np.zeros((0, 512), np.float32)
+        if hasattr(self._model, "embed"):
+            return self._model.embed(faces)
         vectors = [self._model.get_feat(cv2.cvtColor(face, cv2.COLOR_RGB2BGR)) for face in faces]
-        return np.concatenate(vectors).astype(np.float32) if vectors else np.zeros((0, 512), np.float32)
+        return np.concatenate(vectors).astype(np.float32)

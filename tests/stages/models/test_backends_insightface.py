@@ -299,7 +299,7 @@ def test_tight_crops_are_not_lost(real: ModelSettings, keepers: dict[str, Image]
         box = detector.detect(photo).bbox[0]
         for factor in (1.0, 1.2, 1.4):
             crop = tight(photo, box, factor)
-            first = detector._look(scrfd._letterbox(crop, 640))
+            (first,) = detector._look([scrfd._letterbox(crop, 640)])
             lost_at_first += not np.any(first.score >= 0.5)
             faces = detector.detect(crop)
             assert one_face(faces), (name, factor)

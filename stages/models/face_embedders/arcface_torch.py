@@ -1,0 +1,46 @@
+"""ArcFace's network on torch: many faces in one go."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from schemas.errors import WeightsError
+from stages.models.backends import Floats, Image
+from stages.models.onnx_torch import OnnxModule
+from stages.models.packs import declared_pixels
+from stages.models.torch_backend import Batches, normaliser, on_device, prepare
+from stages.runtime import Device
+
+_GPU_BATCH = 64
+_MEAN_STD = (127.5, 127.5)
+
+
+class ArcFaceTorch:
+    """An insightface recogniser's ONNX file on a device, in float16 there unless `dtype` says another."""
+
+    def __init__(self, path: Path, device: Device, *, size: int = 0, dtype: Any = None, graphs: bool = True) -> None:
+        """`size` is that of a batch; 0 leaves it to the device."""
+        prepare(device)
+        module = OnnxModule(path)
+        self.input_size = tuple(module.input_shape[:1:-1])
+        dtype = dtype or (torch.float16 if device == "cuda" else torch.float32)
+        # exports of mxnet hold their own normalisation: insightface tells them by the names of their first nodes
+        starts = [name.lstrip("_").lower()[:5] for name in module.first_nodes]
+        own = any(name[:3] in ("sub", "minus"[:3]) for name in starts) and any(name[:3] == "mul" for name in starts)
+        mean, std = declared_pixels(path, "face_embedder") or ((0.0, 1.0) if own else _MEAN_STD)
+        self.module = module = on_device(module, device, dtype)
+        normalise = normaliser([mean], [std], device, dtype, 1.0)
+        self.batches = Batches(
+            lambda faces: (module(normalise(faces))[0].float(),), size or (_GPU_BATCH if device == "cuda" else 1), device, graphs=graphs
+        )
+        try:
+            self.output_shape = self.embed(np.zeros((1, 112, 112, 3), np.uint8)).shape
+        except RuntimeError as error:
+            raise WeightsError(f"{path} is not a recognition model of insightface ({error}).") from error
+
+    def embed(self, faces: Sequence[Image] | Image) -> Floats:
+        """(N, 512) raw embeddings of (N, 112, 112, 3) RGB norm_crops."""
+        return np.concatenate([vectors.cpu().numpy() for (vectors,) in self.batches(faces)])

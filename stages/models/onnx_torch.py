@@ -1,0 +1,297 @@
+"""ONNX files of insightface packs as torch modules that take batches, whatever batch they were exported for.
+
+A reader of the operators that packs use, and no converter: onnx2torch 1.5 keeps shapes in tensors on the device, which
+CUDA graphs cannot capture, and like onnx2pytorch it knows no dynamic quantisation. Here shapes stay on the host, and
+images come first in all that the module gives: an export that ends in Transpose(2, 3, 0, 1) and Reshape(-1, k) would
+give the rows of a batch in the order height, width, image, anchor.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import torch
+import torch.nn.functional as F  # noqa: N812  # its usual name
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import numpy_helper
+
+from schemas.errors import WeightsError
+
+_DEVICE_INPUTS = {"Resize": 1, "Upsample": 1, "Clip": 1, "Reshape": 1, "Slice": 1, "Unsqueeze": 1, "Squeeze": 1}
+"""How many inputs of an operator are data; those after them are sizes, axes and limits, and stay on the host."""
+_QUANTUM = 128.0
+"""Scale of quantised values: sums of their products then stay in the range of float16."""
+
+
+class _Step(NamedTuple):
+    compute: Callable[..., Any]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: dict[str, Any]
+
+
+class OnnxModule(torch.nn.Module):
+    """An ONNX graph with one input; `forward` gives its outputs in the graph's order, images first."""
+
+    def __init__(self, path: Path) -> None:
+        """Read a file.
+
+        Raises:
+            WeightsError: when it is no ONNX model, or uses what is not known here.
+        """
+        super().__init__()
+        try:
+            graph = onnx.load(str(path), load_external_data=False).graph
+        except DecodeError as error:
+            raise WeightsError(f"{path} cannot be loaded as an ONNX model ({error}): fetch it again.") from error
+        unknown = sorted({node.op_type for node in graph.node} - _OPERATORS.keys())
+        if unknown:
+            raise WeightsError(
+                f"{path} uses {', '.join(unknown)}, which models.runtime = torch does not know: use onnxruntime for it."
+            )
+        arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        fed = [value for value in graph.input if value.name not in arrays]
+        self.input_shape = [dim.dim_value or None for dim in fed[0].type.tensor_type.shape.dim]
+        """(N, C, H, W); None where the file leaves it open."""
+        self.first_nodes = [node.name for node in graph.node[:8]]
+        self._input, self._outputs = fed[0].name, [value.name for value in graph.output]
+        self.output_names = self._outputs
+        self._host: dict[str, Any] = {"": None}
+        self._steps: list[_Step] = []
+        of_images, moved = {self._input}, set()
+        for node in graph.node:
+            attributes = {given.name: onnx.helper.get_attribute_value(given) for given in node.attribute}
+            if node.op_type == "Constant":
+                arrays[node.output[0]] = numpy_helper.to_array(attributes["value"])
+                continue
+            compute = _OPERATORS[node.op_type]
+            if moved.intersection(node.input):
+                if node.op_type != "Reshape":
+                    raise WeightsError(f"{path} moves its images behind other axes: use onnxruntime for it.")
+                compute = _reshape_each
+            elif node.op_type == "Transpose" and attributes["perm"][0] != 0 and node.input[0] in of_images:
+                attributes["perm"] = [0, *(axis for axis in attributes["perm"] if axis != 0)]
+                moved.update(node.output)
+            elif node.op_type == "Reshape" and node.input[0] in of_images:
+                compute = _reshape_batch
+            if node.op_type != "Shape" and of_images.intersection(node.input):
+                of_images.update(node.output)
+            self._steps.append(_Step(compute, tuple(node.input), tuple(node.output), attributes))
+            if node.op_type in ("ConvInteger", "MatMulInteger"):
+                self._dequantise(node.input, arrays)
+        for step, node in zip(self._steps, [node for node in graph.node if node.op_type != "Constant"], strict=True):
+            for name in step.inputs[_DEVICE_INPUTS.get(node.op_type, 99) :]:
+                self._host[name] = arrays.get(name)
+        for name, array in arrays.items():
+            if name in self._host or array.dtype.kind in "iub":
+                self._host[name] = array
+            else:
+                self.register_buffer(self._key(name), torch.from_numpy(array.copy()))
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        values = {**self._host, self._input: pixels}
+        buffers = self._buffers
+        for compute, inputs, outputs, attributes in self._steps:
+            given = [values[name] if name in values else buffers[self._key(name)] for name in inputs]
+            results = compute(*given, **attributes)
+            values.update(zip(outputs, results if isinstance(results, tuple) else (results,), strict=False))
+        return tuple(values[name] for name in self._outputs)
+
+    @staticmethod
+    def _key(name: str) -> str:
+        """A name as a buffer may have it."""
+        return "of " + name.replace(".", " ")
+
+    @staticmethod
+    def _dequantise(inputs: Sequence[str], arrays: dict[str, Any]) -> None:
+        """Quantised weights as multiples of 1 / 128 of their scale, in place of the integers."""
+        weights = arrays[inputs[1]]
+        if weights.dtype.kind in "iu":
+            zero = arrays[inputs[3]].astype(np.float32) if len(inputs) > 3 else np.float32(0)
+            arrays[inputs[1]] = (weights.astype(np.float32) - zero) / np.float32(_QUANTUM)
+
+
+def _conv(
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    *,
+    strides: Sequence[int] = (1, 1),
+    pads: Sequence[int] = (0, 0, 0, 0),
+    dilations: Sequence[int] = (1, 1),
+    group: int = 1,
+    auto_pad: bytes = b"NOTSET",
+    **_: Any,
+) -> Any:
+    x, padding = _padded(x, pads, auto_pad, 0.0)
+    return F.conv2d(x, weight, bias, tuple(strides), padding, tuple(dilations), group)
+
+
+def _padded(x: Any, pads: Sequence[int], auto_pad: bytes, value: float) -> tuple[Any, tuple[int, int]]:
+    """`x` with what cannot be left to torch's own symmetrical padding, and that padding."""
+    if auto_pad not in (b"NOTSET", b"VALID"):
+        raise NotImplementedError(f"auto_pad {auto_pad!r}")
+    top, left, bottom, right = pads
+    if (top, left) == (bottom, right):
+        return x, (top, left)
+    return F.pad(x, (left, right, top, bottom), value=value), (0, 0)
+
+
+def _max_pool(
+    x: Any,
+    *,
+    kernel_shape: Sequence[int],
+    strides: Sequence[int] = (1, 1),
+    pads: Sequence[int] = (0, 0, 0, 0),
+    ceil_mode: int = 0,
+    auto_pad: bytes = b"NOTSET",
+    **_: Any,
+) -> Any:
+    x, padding = _padded(x, pads, auto_pad, float("-inf"))
+    return F.max_pool2d(x, tuple(kernel_shape), tuple(strides), padding, ceil_mode=bool(ceil_mode))
+
+
+def _average_pool(
+    x: Any,
+    *,
+    kernel_shape: Sequence[int],
+    strides: Sequence[int] = (1, 1),
+    pads: Sequence[int] = (0, 0, 0, 0),
+    ceil_mode: int = 0,
+    count_include_pad: int = 0,
+    auto_pad: bytes = b"NOTSET",
+    **_: Any,
+) -> Any:
+    if tuple(pads[:2]) != tuple(pads[2:]) or auto_pad not in (b"NOTSET", b"VALID"):
+        raise NotImplementedError("an average over uneven borders")
+    counted = bool(count_include_pad)
+    return F.avg_pool2d(x, tuple(kernel_shape), tuple(strides), tuple(pads[:2]), bool(ceil_mode), counted)
+
+
+def _batch_norm(x: Any, scale: Any, bias: Any, mean: Any, variance: Any, *, epsilon: float = 1e-5, **_: Any) -> Any:
+    return F.batch_norm(x, mean, variance, scale, bias, eps=epsilon)
+
+
+def _gemm(
+    a: Any, b: Any, c: Any = None, *, alpha: float = 1.0, beta: float = 1.0, transA: int = 0, transB: int = 0
+) -> Any:  # ONNX's own names
+    product = alpha * ((a.T if transA else a) @ (b.T if transB else b))
+    return product if c is None else product + beta * c
+
+
+def _resize(x: Any, *sizes: Any, mode: bytes = b"nearest", coordinate_transformation_mode: bytes = b"", **_: Any) -> Any:
+    """Resize(x, roi, scales, sizes) and Upsample(x, scales)."""
+    if len(sizes) == 3 and np.size(sizes[2]):
+        height, width = (int(side) for side in sizes[2][2:])
+    else:
+        scales = sizes[-1] if len(sizes) < 3 else sizes[1]
+        height, width = (int(side * scale) for side, scale in zip(x.shape[2:], scales[2:], strict=True))
+    if mode == b"nearest":
+        return F.interpolate(x, (height, width), mode="nearest")
+    aligned = coordinate_transformation_mode == b"align_corners"
+    return F.interpolate(x, (height, width), mode="bilinear", align_corners=aligned)
+
+
+def _slice(values: Any, starts: Any, ends: Any, axes: Any = None, steps: Any = None) -> Any:
+    """Of shapes, and of tensors by positive steps."""
+    picked = [slice(None)] * values.ndim
+    for i, start in enumerate(starts):
+        axis = int(axes[i]) if axes is not None else i
+        picked[axis] = slice(int(start), int(ends[i]), int(steps[i]) if steps is not None else 1)
+    return values[tuple(picked)]
+
+
+def _concat(*values: Any, axis: int) -> Any:
+    if isinstance(values[0], torch.Tensor):
+        return torch.cat(values, axis)
+    return np.concatenate(values, axis)
+
+
+def _unsqueeze(x: Any, given: Any = None, *, axes: Sequence[int] = ()) -> Any:
+    for axis in sorted(int(axis) for axis in (axes if given is None else given)):
+        x = x.unsqueeze(axis) if isinstance(x, torch.Tensor) else np.expand_dims(x, axis)
+    return x
+
+
+def _squeeze(x: Any, given: Any = None, *, axes: Sequence[int] = ()) -> Any:
+    for axis in sorted((int(axis) for axis in (axes if given is None else given)), reverse=True):
+        x = x.squeeze(axis)
+    return x
+
+
+def _reshape(x: Any, shape: Any, **_: Any) -> Any:
+    return x.reshape([x.shape[axis] if side == 0 else int(side) for axis, side in enumerate(shape)])
+
+
+def _reshape_batch(x: Any, shape: Any, **_: Any) -> Any:
+    """Of a batch: a first side of one image is that of all of them."""
+    sides = [x.shape[axis] if side == 0 else int(side) for axis, side in enumerate(shape)]
+    return x.reshape([x.shape[0] if sides[0] == 1 else sides[0], *sides[1:]])
+
+
+def _reshape_each(x: Any, shape: Any, **_: Any) -> Any:
+    """Of a batch whose images were to lie behind other axes: each image gets the shape that one alone would have."""
+    return x.reshape([x.shape[0], *map(int, shape)])
+
+
+def _clip(x: Any, low: Any = None, high: Any = None, **limits: float) -> Any:
+    low = limits.get("min") if low is None else float(low)
+    high = limits.get("max") if high is None else float(high)
+    return x.clamp(low, high)
+
+
+def _quantise(x: torch.Tensor) -> tuple[torch.Tensor, float, None]:
+    """x rounded to the 256 levels of its range, as DynamicQuantizeLinear does it for one image; scale; no zero point.
+
+    Each image of a batch has a range of its own, so that it gets the numbers that it has alone.
+    """
+    axes = tuple(range(1, x.ndim))
+    low, high = x.amin(axes, keepdim=True).clamp(max=0), x.amax(axes, keepdim=True).clamp(min=0)
+    scale = ((high - low).float() / 255).clamp(min=1e-12)
+    zero = torch.round(-low.float() / scale).clamp(0, 255)
+    levels = torch.round(x.float() / scale).add_(zero).clamp_(0, 255)
+    return ((levels - zero) * scale).to(x.dtype), _QUANTUM, None
+
+
+def _conv_integer(x: Any, weight: Any, _x_zero: Any = None, _zero: Any = None, **attributes: Any) -> Any:
+    return _conv(x, weight, **attributes)
+
+
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    "Add": lambda a, b: a + b,
+    "AveragePool": _average_pool,
+    "BatchNormalization": _batch_norm,
+    "Cast": lambda x, **_: x,
+    "Clip": _clip,
+    "Concat": _concat,
+    "Constant": lambda **_: None,
+    "Conv": _conv,
+    "ConvInteger": _conv_integer,
+    "Div": lambda a, b: a / b,
+    "Dropout": lambda x, *_, **__: x,
+    "DynamicQuantizeLinear": _quantise,
+    "Flatten": lambda x, axis=1: x.flatten(axis),
+    "Gather": lambda x, indices, axis=0: np.take(x, indices, axis),
+    "Gemm": _gemm,
+    "GlobalAveragePool": lambda x: x.mean((2, 3), keepdim=True),
+    "Identity": lambda x: x,
+    "LeakyRelu": lambda x, alpha=0.01: F.leaky_relu(x, alpha),
+    "MatMul": lambda a, b: a @ b,
+    "MatMulInteger": lambda x, weight, *_: x @ weight,
+    "MaxPool": _max_pool,
+    "Mul": lambda a, b: a * b,
+    "PRelu": lambda x, slope: F.prelu(x, slope.flatten()),
+    "Relu": F.relu,
+    "Reshape": _reshape,
+    "Resize": _resize,
+    "Shape": lambda x: np.array(x.shape, np.int64),
+    "Sigmoid": torch.sigmoid,
+    "Slice": _slice,
+    "Squeeze": _squeeze,
+    "Sub": lambda a, b: a - b,
+    "Transpose": lambda x, perm: x.permute(perm),
+    "Unsqueeze": _unsqueeze,
+    "Upsample": _resize,
+}
