@@ -27,9 +27,11 @@ def rows_of(look: int, parse: int, hidden: tuple[int, int], clip: int) -> Any:
     """What a photo has in shared memory."""
     u8 = np.uint8
     return np.dtype(
-        [("screen", u8, (SCREEN, SCREEN, 3)), (f"look{look}", u8, (look, look, 3)), (f"look{BORDER}", u8, (BORDER, BORDER, 3)),
+        [("screen", u8, (SCREEN, SCREEN, 3)),
+         (f"look{look}", u8, (look, look, 3)), (f"look{BORDER}", u8, (BORDER, BORDER, 3)),
          ("parse", u8, (parse, parse, 3)), ("identity", u8, (112, 112, 3)), ("tower", u8, (224, 224, 3)),
-         ("labels", u8, (parse, parse)), ("vector", np.float32, (512,)), ("clip", np.float16, (clip,)), ("hidden", np.float16, hidden)]
+         ("labels", u8, (parse, parse)), ("vector", np.float32, (512,)),
+         ("clip", np.float16, (clip,)), ("hidden", np.float16, hidden)]
     )  # fmt: skip
 
 
@@ -148,7 +150,9 @@ class Job:
             row["screen"][: small.shape[0], : small.shape[1]] = small
         self.spent("decode_eighth")
         (scores,) = self.remote.ask("screen", count=len(chunk))
-        seen = [has_face if self.forced else score >= SUSPICIOUS for (_, has_face), score in zip(chunk, scores, strict=True)]
+        seen = [
+            has_face if self.forced else score >= SUSPICIOUS for (_, has_face), score in zip(chunk, scores, strict=True)
+        ]
         suspects = [data for (data, _), see in zip(chunk, seen, strict=True) if see]
         images = [cv2.cvtColor(decode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB) for data in suspects]
         self.spent("decode_full")

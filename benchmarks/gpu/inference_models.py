@@ -57,7 +57,9 @@ class Graph:
 
 def scrfd(path: Path, *, tiny: bool = False) -> Path:
     """SCRFD-10G: ResNet of basic blocks, PAFPN, three head convolutions per level; exported as insightface does."""
-    planes, blocks, neck, head = ((8, 8, 8, 16), (1, 1, 1, 1), 8, 8) if tiny else ((56, 88, 88, 224), (3, 4, 2, 3), 56, 80)
+    planes, blocks, neck, head = (
+        ((8, 8, 8, 16), (1, 1, 1, 1), 8, 8) if tiny else ((56, 88, 88, 224), (3, 4, 2, 3), 56, 80)
+    )
     graph, levels = Graph(), []
     x = graph.conv_relu("input.1", 3, planes[0] // 2, 3, 2)
     x = graph.conv_relu(x, planes[0] // 2, planes[0] // 2)

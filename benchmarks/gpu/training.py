@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 LOOP = Path(__file__).parents[1] / "train_loop.py"
-MEMORY = Path("/dev/shm")  # noqa: S108  # nothing is written to a disk
+MEMORY = Path("/dev/shm")  # nothing is written to a disk
 
 
 class Case(NamedTuple):

@@ -121,8 +121,9 @@ REGISTRIES: dict[str, dict[str, str]] = {
 
 
 def runtime_of(task: str, settings: ModelSettings, device: Device) -> str:
-    """What computes the ONNX file of a task, onnxruntime or torch: what is set, or what the device is best served by."""
-    return settings.runtime.get(task, "torch" if device == "cuda" else "onnxruntime")
+    """What computes the ONNX file of a task, onnxruntime or torch: what is set, or what serves the device best."""
+    chosen = {str(name): str(runtime) for name, runtime in settings.runtime.items()}
+    return chosen.get(task, "torch" if device == "cuda" else "onnxruntime")
 
 
 def backend(task: str, name: str) -> Any:

@@ -60,7 +60,8 @@ class OnnxModule(torch.nn.Module):
         self.output_names = self._outputs
         self._host: dict[str, Any] = {"": None}
         self._steps: list[_Step] = []
-        of_images, moved = {self._input}, set()
+        of_images: set[str] = {self._input}
+        moved: set[str] = set()
         for node in graph.node:
             attributes = {given.name: onnx.helper.get_attribute_value(given) for given in node.attribute}
             if node.op_type == "Constant":
@@ -175,13 +176,22 @@ def _batch_norm(x: Any, scale: Any, bias: Any, mean: Any, variance: Any, *, epsi
 
 
 def _gemm(
-    a: Any, b: Any, c: Any = None, *, alpha: float = 1.0, beta: float = 1.0, transA: int = 0, transB: int = 0
-) -> Any:  # ONNX's own names
+    a: Any,
+    b: Any,
+    c: Any = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    transA: int = 0,  # noqa: N803  # ONNX's own names
+    transB: int = 0,  # noqa: N803
+) -> Any:
     product = alpha * ((a.T if transA else a) @ (b.T if transB else b))
     return product if c is None else product + beta * c
 
 
-def _resize(x: Any, *sizes: Any, mode: bytes = b"nearest", coordinate_transformation_mode: bytes = b"", **_: Any) -> Any:
+def _resize(
+    x: Any, *sizes: Any, mode: bytes = b"nearest", coordinate_transformation_mode: bytes = b"", **_: Any
+) -> Any:
     """Resize(x, roi, scales, sizes) and Upsample(x, scales)."""
     if len(sizes) == 3 and np.size(sizes[2]):
         height, width = (int(side) for side in sizes[2][2:])
@@ -243,7 +253,7 @@ def _clip(x: Any, low: Any = None, high: Any = None, **limits: float) -> Any:
 
 
 def _quantise(x: torch.Tensor) -> tuple[torch.Tensor, float, None]:
-    """x rounded to the 256 levels of its range, as DynamicQuantizeLinear does it for one image; scale; no zero point.
+    """`x` rounded to the 256 levels of its range, as DynamicQuantizeLinear does it for one image; scale; no zero point.
 
     Each image of a batch has a range of its own, so that it gets the numbers that it has alone.
     """

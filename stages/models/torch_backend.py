@@ -1,7 +1,7 @@
 """What the backends on torch share: imports without network, the device, batches, and pixels as models expect them."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -59,7 +59,7 @@ class Batches:
         self._graphs = graphs and device == "cuda"
         self._of_shape: dict[tuple[int, ...], tuple[Any, Any, Callable[[], tuple[Any, ...]]]] = {}
 
-    def __call__(self, images: Sequence[Image]) -> Iterator[tuple[Any, ...]]:
+    def __call__(self, images: Iterable[Image]) -> Iterator[tuple[Any, ...]]:
         """Per batch the outputs, cut to its images; they are overwritten by the next one. All images of one shape."""
         import torch
 
@@ -93,7 +93,7 @@ class Batches:
     def _captured(self, given: Any) -> Callable[[], tuple[Any, ...]]:
         import torch
 
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries choose their kernels and get their memory before the capture
             for _ in range(3):

@@ -50,6 +50,7 @@ class ArcFace:
         if len(faces) == 0:
             return np.zeros((0, 512), np.float32)
         if hasattr(self._model, "embed"):
-            return self._model.embed(faces)
+            embedded: Floats = self._model.embed(faces)
+            return embedded
         vectors = [self._model.get_feat(cv2.cvtColor(face, cv2.COLOR_RGB2BGR)) for face in faces]
         return np.concatenate(vectors).astype(np.float32)

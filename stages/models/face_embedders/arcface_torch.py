@@ -1,6 +1,6 @@
 """ArcFace's network on torch: many faces in one go."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,16 @@ class ArcFaceTorch:
         self.module = module = on_device(module, device, dtype)
         normalise = normaliser([mean], [std], device, dtype, 1.0)
         self.batches = Batches(
-            lambda faces: (module(normalise(faces))[0].float(),), size or (_GPU_BATCH if device == "cuda" else 1), device, graphs=graphs
+            lambda faces: (module(normalise(faces))[0].float(),),
+            size or (_GPU_BATCH if device == "cuda" else 1),
+            device,
+            graphs=graphs,
         )
         try:
             self.output_shape = self.embed(np.zeros((1, 112, 112, 3), np.uint8)).shape
         except RuntimeError as error:
             raise WeightsError(f"{path} is not a recognition model of insightface ({error}).") from error
 
-    def embed(self, faces: Sequence[Image] | Image) -> Floats:
+    def embed(self, faces: Iterable[Image]) -> Floats:
         """(N, 512) raw embeddings of (N, 112, 112, 3) RGB norm_crops."""
         return np.concatenate([vectors.cpu().numpy() for (vectors,) in self.batches(faces)])

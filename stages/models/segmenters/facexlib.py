@@ -74,7 +74,9 @@ class FacexlibParser:
         return [_TO_BISENET[self._name][each] for (labels,) in self._batches(images) for each in labels.cpu().numpy()]
 
 
-def label_batches(model: Any, mean_std: tuple[Sequence[float], Sequence[float]], device: Device, **options: Any) -> Batches:
+def label_batches(
+    model: Any, mean_std: tuple[Sequence[float], Sequence[float]], device: Device, **options: Any
+) -> Batches:
     """A parser of facexlib in batches: (N, 512, 512, 3) RGB uint8 -> its own labels, (N, 512, 512) uint8."""
     import torch
 
