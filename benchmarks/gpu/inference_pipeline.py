@@ -232,6 +232,8 @@ def _ended(links: dict[Any, Any]) -> list[Any]:
             elif kind != "done":
                 with links[link]:
                     link.send((kind, None))
+    if open_links:
+        raise TimeoutError(f"{len(open_links)} of {len(links)} processes did not end in time")
     return stats
 
 

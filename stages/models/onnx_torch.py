@@ -55,6 +55,7 @@ class OnnxModule(torch.nn.Module):
         fed = [value for value in graph.input if value.name not in arrays]
         self.input_shape = [dim.dim_value or None for dim in fed[0].type.tensor_type.shape.dim]
         """(N, C, H, W); None where the file leaves it open."""
+        self.is_quantised = any(node.op_type == "DynamicQuantizeLinear" for node in graph.node)
         self.first_nodes = [node.name for node in graph.node[:8]]
         self._input, self._outputs = fed[0].name, [value.name for value in graph.output]
         self.output_names = self._outputs
@@ -112,6 +113,23 @@ class OnnxModule(torch.nn.Module):
         if weights.dtype.kind in "iu":
             zero = arrays[inputs[3]].astype(np.float32) if len(inputs) > 3 else np.float32(0)
             arrays[inputs[1]] = (weights.astype(np.float32) - zero) / np.float32(_QUANTUM)
+
+
+def one_by_one(path: Path) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
+    """The same file on ONNX Runtime's CPU, for what `OnnxModule` gives to be compared with: takes one image."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def outputs(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        arrays = session.run(None, {name: pixels.float().numpy()})
+        return tuple(torch.from_numpy(array.reshape(1, *array.shape[-2:])) for array in arrays)
+
+    return outputs
 
 
 def _conv(

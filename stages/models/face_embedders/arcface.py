@@ -36,6 +36,9 @@ class ArcFace:
                 f"{path} takes {self._model.input_size} and gives {dimension} values; a pack's recogniser must take "
                 "112x112 and give 512."
             )
+        if device == "cuda" and hasattr(self._model, "require_same"):
+            small = np.random.default_rng(0).integers(0, 256, (2, 14, 14, 3), np.uint8)
+            self._model.require_same([cv2.resize(each, (112, 112), interpolation=cv2.INTER_CUBIC) for each in small])
 
     @classmethod
     def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:

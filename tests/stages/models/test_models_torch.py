@@ -1,0 +1,242 @@
+"""Models of packs on torch: the numbers of ONNX Runtime, whatever the batch, and images that do not mix."""
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from schemas.errors import PlanError, WeightsError
+from stages.models.backends import Faces, Image
+from stages.models.boxes import without_overlaps
+from stages.models.detectors.scrfd import Scrfd, _letterbox, _proof_photos
+from stages.models.face_embedders.arcface import ArcFace
+from stages.models.torch_backend import prepare
+from stages.settings import ModelSettings
+
+prepare("cpu")
+torch = pytest.importorskip("torch")
+
+from stages.models import onnx_torch  # noqa: E402
+from stages.models.detectors.scrfd_torch import ScrfdTorch  # noqa: E402
+from stages.models.face_embedders.arcface_torch import ArcFaceTorch  # noqa: E402
+from stages.models.torch_backend import Batches  # noqa: E402
+
+RNG = np.random.default_rng(0)
+ON_TORCH: dict[str, Any] = {"detector": "torch", "face_embedder": "torch"}
+
+
+def tensor(name: str, *shape: int | str) -> Any:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+
+def save(path: Path, nodes: list[Any], inputs: list[Any], outputs: list[Any], arrays: dict[str, Any]) -> None:
+    constants = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    graph = helper.make_graph(nodes, "toy", inputs, outputs, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 9
+    onnx.save(model, str(path))
+
+
+def detector(path: Path) -> None:
+    """A random network with a pack's outputs, a batch of 1, and operators whose shapes are computed in the graph."""
+    nodes: list[Any] = []
+    arrays: dict[str, Any] = {"two": np.array([2], np.int64), "none": np.zeros(0, np.float32), "from": np.array([2])}
+    arrays |= {"to": np.array([4]), "axis": np.array([0])}
+    for stride in (8, 16, 32):
+        arrays[f"f{stride}"] = RNG.normal(0, 0.2, (8, 3, 3, 3)).astype(np.float32)
+        shape = {"kernel_shape": [stride] * 2, "strides": [stride] * 2}
+        nodes.append(helper.make_node("AveragePool", ["x"], [f"p{stride}"], **shape))
+        nodes.append(helper.make_node("Conv", [f"p{stride}", f"f{stride}"], [f"c{stride}"], pads=[1] * 4))
+    nodes += [  # a feature pyramid: the coarser level at the size of the finer one, as exports write it
+        helper.make_node("Shape", ["c16"], ["shape16"]),
+        helper.make_node("Slice", ["shape16", "from", "to", "axis"], ["sides"]),
+        helper.make_node("Shape", ["c32"], ["shape32"]),
+        helper.make_node("Slice", ["shape32", "axis", "two", "axis"], ["front"]),
+        helper.make_node("Concat", ["front", "sides"], ["sizes"], axis=0),
+        helper.make_node("Resize", ["c32", "none", "none", "sizes"], ["up"], mode="nearest",
+                         coordinate_transformation_mode="asymmetric", nearest_mode="floor"),
+        helper.make_node("Add", ["c16", "up"], ["sum16"]),
+    ]  # fmt: skip
+    outputs = []
+    for kind, width in (("score", 1), ("bbox", 4), ("kps", 10)):
+        for stride in (8, 16, 32):
+            name, given = f"{kind}{stride}", "sum16" if stride == 16 else f"c{stride}"
+            arrays[f"w{name}"] = RNG.normal(0, 0.5, (2 * width, 8, 1, 1)).astype(np.float32)
+            arrays[f"b{name}"] = np.full(2 * width, 2.0 if kind == "bbox" else 0.0, np.float32)
+            arrays[f"s{name}"] = np.array([-1, width], np.int64)
+            nodes.append(helper.make_node("Conv", [given, f"w{name}", f"b{name}"], [f"h{name}"]))
+            nodes.append(helper.make_node("Transpose", [f"h{name}"], [f"t{name}"], perm=[2, 3, 0, 1]))
+            nodes.append(helper.make_node("Reshape", [f"t{name}", f"s{name}"], [f"r{name}"]))
+            nodes.append(helper.make_node("Sigmoid" if kind == "score" else "Identity", [f"r{name}"], [name]))
+            outputs.append(tensor(name, f"n{stride}", width))
+    save(path, nodes, [tensor("x", 1, 3, "height", "width")], outputs, arrays)
+
+
+def recogniser(path: Path) -> None:
+    """A random network whose shapes were written down for one face."""
+    arrays: dict[str, Any] = {
+        "w": RNG.normal(0, 0.2, (8, 3, 3, 3)).astype(np.float32),
+        "slope": np.full((8, 1, 1), 0.25, np.float32),
+        "flat": np.array([1, -1], np.int64),
+        "fc": RNG.normal(0, 0.1, (512, 8 * 14 * 14)).astype(np.float32),
+        "bias": RNG.normal(0, 0.1, 512).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], strides=[8, 8], pads=[1, 1, 0, 0]),
+        helper.make_node("PRelu", ["c", "slope"], ["r"]),
+        helper.make_node("Reshape", ["r", "flat"], ["f"]),
+        helper.make_node("Gemm", ["f", "fc", "bias"], ["y"], transB=1),
+    ]
+    save(path, nodes, [tensor("x", 1, 3, 112, 112)], [tensor("y", 1, 512)], arrays)
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    detector(tmp_path / "det_toy.onnx")
+    recogniser(tmp_path / "rec_toy.onnx")
+    return tmp_path
+
+
+def pictures(count: int, side: int) -> list[Image]:
+    return [cv2.resize(RNG.integers(0, 256, (7, 9, 3), np.uint8), (side, side)) for _ in range(count)]
+
+
+def in_batches(settings: ModelSettings, size: int) -> Scrfd:
+    """The detector on torch, with a batch as it has it on a GPU."""
+    found = Scrfd(settings, "cpu")
+    found._model = ScrfdTorch(found._model._path, "cpu", size=size)
+    return found
+
+
+def require_same(found: list[Faces], expected: list[Faces], tolerance: float) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [part.shape for part in ours] == [part.shape for part in theirs]
+        for part, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(part, other, atol=tolerance)
+
+
+def test_a_packs_detector_gives_on_torch_what_it_gives_on_onnx_runtime(toy: Path) -> None:
+    photos = [cv2.resize(picture, size) for picture, size in zip(pictures(3, 64), [(90, 200), (300, 120), (256, 256)])]  # noqa: B905
+    settings = {"pack": str(toy), "det_size": 128}
+    expected = Scrfd(ModelSettings(**settings), "cpu").detect_all(photos)
+    assert min(len(faces.score) for faces in expected) > 3
+    for size in (1, 2):
+        require_same(in_batches(ModelSettings(**settings, runtime=ON_TORCH), size).detect_all(photos), expected, 0.01)
+
+
+def test_images_of_a_batch_do_not_mix(toy: Path) -> None:
+    canvases = pictures(5, 96)
+    network = ScrfdTorch(toy / "det_toy.onnx", "cpu", size=4)
+    together = network(canvases, 0.3)
+    assert len({len(found.scores) for found in together}) > 1
+    for canvas, found in zip(canvases, together, strict=True):
+        (alone,) = network([canvas], 0.3)
+        assert all((part == other).all() for part, other in zip(found, alone, strict=True))
+
+
+def test_a_recogniser_that_was_exported_for_one_face_takes_many(toy: Path) -> None:
+    faces = np.stack(pictures(5, 112))
+    expected = ArcFace(ModelSettings(pack=str(toy)), "cpu").embed(faces)
+    for size in (1, 4):
+        found = ArcFaceTorch(toy / "rec_toy.onnx", "cpu", size=size).embed(faces)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    found = ArcFace(ModelSettings(pack=str(toy), runtime=ON_TORCH), "cpu").embed(faces)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_mixes_the_images_of_a_batch_is_refused(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    canvases, faces = pictures(2, 96), pictures(2, 112)
+    ScrfdTorch(toy / "det_toy.onnx", "cpu", size=2).require_same(canvases, 0.2)
+    ArcFaceTorch(toy / "rec_toy.onnx", "cpu", size=2).require_same(faces)
+    # images behind the other axes, as the file itself puts them
+    monkeypatch.setattr(onnx_torch, "_reshape_each", lambda x, shape: x.permute(1, 2, 0, 3).reshape(x.shape[0], *shape))
+    with pytest.raises(PlanError, match="gives other faces on torch"):
+        ScrfdTorch(toy / "det_toy.onnx", "cpu", size=2).require_same(canvases, 0.2)
+    recogniser = ArcFaceTorch(toy / "rec_toy.onnx", "cpu", size=2)
+    recogniser.batches._compute = lambda batch, compute=recogniser.batches._compute: (compute(batch)[0].flip(0),)
+    recogniser.batches._of_shape.clear()
+    with pytest.raises(PlanError, match="gives other vectors on torch"):
+        recogniser.require_same(faces)
+
+
+def test_operators_that_are_not_known_are_one_sentence(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Erf", ["x"], ["y"]), helper.make_node("Celu", ["y"], ["z"])]
+    save(tmp_path / "odd.onnx", nodes, [tensor("x", 1, 3, 8, 8)], [tensor("z", 1, 3, 8, 8)], {})
+    with pytest.raises(WeightsError, match=r"odd\.onnx uses Celu, Erf, which models\.runtime = torch does not know"):
+        onnx_torch.OnnxModule(tmp_path / "odd.onnx")
+    (tmp_path / "garbage.onnx").write_bytes(b"garbage" * 99)
+    with pytest.raises(WeightsError, match="cannot be loaded"):
+        onnx_torch.OnnxModule(tmp_path / "garbage.onnx")
+
+
+def test_batches_have_one_size_and_the_last_is_cut() -> None:
+    sizes = []
+
+    def compute(images: Any) -> tuple[Any, ...]:
+        sizes.append(len(images))
+        return (images.float().mean((1, 2, 3)),)
+
+    images = [np.full((4, 4, 3), value, np.uint8) for value in range(7)]
+    means = [float(mean) for (values,) in Batches(compute, 3, "cpu")(images) for mean in values]
+    assert (means, sizes) == ([0, 1, 2, 3, 4, 5, 6], [3, 3, 3])
+    assert list(Batches(compute, 3, "cpu")([])) == []
+
+
+def test_overlaps_are_resolved_as_insightface_does() -> None:
+    from insightface.model_zoo.scrfd import SCRFD
+
+    theirs = SCRFD.__new__(SCRFD)
+    theirs.nms_thresh = 0.4
+    for count in (0, 1, 40, 300):
+        corners = RNG.uniform(0, 200, (count, 2)).astype(np.float32)
+        boxes = np.hstack((corners, corners + RNG.uniform(1, 90, (count, 2)).astype(np.float32)))
+        scores = np.sort(RNG.uniform(0, 1, count).astype(np.float32))[::-1]
+        assert without_overlaps(boxes) == theirs.nms(np.hstack((boxes, scores[:, None])))
+
+
+# --- with the real pack
+
+
+@pytest.fixture(scope="module")
+def photos(data: Path, labels: list[dict[str, str]]) -> list[Image]:
+    """The labelled photos, RGB."""
+    files = [str(data / "photos" / row["file"]) for row in labels]
+    return [np.asarray(cv2.cvtColor(cv2.imread(file), cv2.COLOR_BGR2RGB), np.uint8) for file in files]
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_real_detector_gives_the_same_boxes_in_batches_on_torch(size: int, data: Path, photos: list[Image]) -> None:
+    pack = str(data / "models" / "real")
+    expected = Scrfd(ModelSettings(pack=pack), "cpu").detect_all(photos)
+    found = in_batches(ModelSettings(pack=pack, runtime=ON_TORCH), size).detect_all(photos)
+    require_same(found, expected, 0.01)
+    assert sum(int((faces.score >= 0.5).sum()) for faces in found) > 20
+    for photo, faces in list(zip(photos, expected, strict=True))[:3]:
+        require_same([Scrfd(ModelSettings(pack=pack), "cpu").detect(photo)], [faces], 0)
+
+
+@pytest.mark.real_data
+def test_the_real_models_prove_themselves(data: Path) -> None:
+    canvases = [_letterbox(photo, 640).canvas for photo in _proof_photos()]
+    for file in ("real/det_2.5g.onnx", "extra/det_500m.onnx"):
+        network = ScrfdTorch(data / "models" / file, "cpu", size=2)
+        network.require_same(canvases, 0.2)
+        assert all(found.scores.max() > 0.6 for found in network(canvases, 0.2)), "the proof needs a face"
+
+
+@pytest.mark.real_data
+def test_the_int8_recogniser_takes_batches_because_each_face_has_its_own_scale(data: Path, photos: list[Image]) -> None:
+    pack = str(data / "models" / "real")
+    faces = np.stack([cv2.resize(photo, (112, 112), interpolation=cv2.INTER_AREA) for photo in photos[:6]])
+    expected = ArcFace(ModelSettings(pack=pack), "cpu").embed(faces)
+    recogniser = ArcFaceTorch(data / "models" / "real" / "w600k_mbf_int8.onnx", "cpu", size=4)
+    found, alone = recogniser.embed(faces), recogniser.embed(faces[5:])
+    cosines = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
+    assert cosines.min() > 0.98  # a last bit decides how a value is rounded, layer after layer
+    np.testing.assert_allclose(found[5], alone[0], rtol=1e-3, atol=1e-3)
+    recogniser.require_same(list(faces[:2]))
