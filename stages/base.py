@@ -1,6 +1,6 @@
 """The Stage protocol, and what row-wise stages share."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
@@ -67,6 +67,44 @@ class RowStage:
                 rows.append(self.row(record))
             except Dropped as dropped:
                 rows.append({**dropped.measured, DROP: dropped.reason})
+        return to_table(rows, self.writes, self.drops)
+
+
+class BatchStage(RowStage):
+    """A row stage whose model takes what it needs of several rows at once: `batch` of them, where that is worth it."""
+
+    batch: int = 1
+
+    def given(self, record: Mapping[str, Any]) -> Any:
+        """What the model takes of one record; may raise `Dropped`."""
+        raise TypeError(f"{type(self).__name__} does not define given()")
+
+    def computed(self, given: Sequence[Any]) -> Sequence[Any]:
+        """What the model makes of each."""
+        raise TypeError(f"{type(self).__name__} does not define computed()")
+
+    def written(self, record: Mapping[str, Any], output: Any) -> dict[str, Any]:
+        """The written columns of one record, from what was computed for it; may raise `Dropped`."""
+        raise TypeError(f"{type(self).__name__} does not define written()")
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Compute batch by batch; a row that is dropped changes nothing for the others."""
+        rows: list[dict[str, Any]] = []
+        for start in range(0, table.num_rows, self.batch):
+            records = table.slice(start, self.batch).to_pylist()
+            given: dict[int, Any] = {}
+            made: list[dict[str, Any]] = [{} for _ in records]
+            for i, record in enumerate(records):
+                try:
+                    given[i] = self.given(record)
+                except Dropped as dropped:
+                    made[i] = {**dropped.measured, DROP: dropped.reason}
+            for i, output in zip(given, self.computed(list(given.values())), strict=True):
+                try:
+                    made[i] = self.written(records[i], output)
+                except Dropped as dropped:
+                    made[i] = {**dropped.measured, DROP: dropped.reason}
+            rows += made
         return to_table(rows, self.writes, self.drops)
 
 

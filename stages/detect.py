@@ -1,20 +1,23 @@
 """Detect: measures the faces of a photo. It judges nothing; see stages.filter."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from schemas.drops import DropReason
-from stages.base import RowStage
-from stages.models.backends import Detector, Faces, backend
+from stages.base import BatchStage
+from stages.models.backends import Faces, Image, backend
 from stages.models.boxes import apart, areas
 from stages.pixels.images import photo
 from stages.runtime import Runtime
 from stages.settings import Settings
 
+_GPU_BATCH = 32
+"""Photos that are decoded before their looks are computed together."""
 
-class Detect(RowStage):
+
+class Detect(BatchStage):
     """Counts the faces of a photo by the configured detector, and measures the largest."""
 
     name: ClassVar[str] = "detect"
@@ -30,11 +33,22 @@ class Detect(RowStage):
         """Load the detector."""
         super().__init__(settings, runtime)
         make = backend("detector", settings.models.detector)
-        self._detector: Detector = make(settings.models, runtime.device)
+        self._detector: Any = make(settings.models, runtime.device)
 
-    def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        faces = self._detector.detect(photo(record["sha256"], record["image"]))
-        return measure(faces, self.settings.models.det_thresh)
+        if runtime.device == "cuda" and hasattr(self._detector, "detect_all"):
+            self.batch = _GPU_BATCH
+
+    def given(self, record: Mapping[str, Any]) -> Image:
+        return photo(record["sha256"], record["image"])
+
+    def computed(self, given: Sequence[Image]) -> Sequence[Faces]:
+        if self.batch == 1:
+            return [self._detector.detect(image) for image in given]
+        found: Sequence[Faces] = self._detector.detect_all(given)
+        return found
+
+    def written(self, record: Mapping[str, Any], output: Faces) -> dict[str, Any]:
+        return measure(output, self.settings.models.det_thresh)
 
 
 def measure(faces: Faces, det_thresh: float) -> dict[str, Any]:

@@ -1,21 +1,24 @@
 """Segment: which part of the face crop is skin, hair, background. Parsed on a wider crop, warped onto the face crop."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from schemas.drops import DropReason
 from stages.align import FACE_SIZE
-from stages.base import Dropped, RowStage
-from stages.models.backends import Segmenter, backend
+from stages.base import BatchStage, Dropped
+from stages.models.backends import Floats, Image, backend
 from stages.pixels.geometry import ffhq_crop, ffhq_matrix, inside_photo, transform_points, warp_labels
 from stages.pixels.images import encode_png, photo
 from stages.runtime import Runtime
 from stages.settings import Settings
 
+_GPU_BATCH = 16
 
-class Segment(RowStage):
+
+class Segment(BatchStage):
     """Labels the face crop by the configured segmenter, and drops faces of which next to nothing is kept."""
 
     name: ClassVar[str] = "segment"
@@ -27,13 +30,26 @@ class Segment(RowStage):
         """Load the segmenter."""
         super().__init__(settings, runtime)
         make = backend("segmenter", settings.models.segmenter)
-        self._segmenter: Segmenter = make(settings.models, runtime.device)
+        self._segmenter: Any = make(settings.models, runtime.device)
 
-    def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        image, kps = photo(record["sha256"], record["image"]), record["kps"]
-        labels = self._segmenter.segment(ffhq_crop(image, kps), transform_points(ffhq_matrix(kps), kps))
-        mask = warp_labels(labels, kps, FACE_SIZE)
-        height, width = image.shape[:2]
+        if runtime.device == "cuda" and hasattr(self._segmenter, "segment_all"):
+            self.batch = _GPU_BATCH
+
+    def given(self, record: Mapping[str, Any]) -> tuple[Image, Floats]:
+        """The FFHQ-style crop, and the five points in it."""
+        kps = record["kps"]
+        return ffhq_crop(photo(record["sha256"], record["image"]), kps), transform_points(ffhq_matrix(kps), kps)
+
+    def computed(self, given: Sequence[tuple[Image, Floats]]) -> Sequence[npt.NDArray[np.uint8]]:
+        if self.batch == 1:
+            return [self._segmenter.segment(crop, kps) for crop, kps in given]
+        labels: Sequence[npt.NDArray[np.uint8]] = self._segmenter.segment_all([crop for crop, _ in given])
+        return labels
+
+    def written(self, record: Mapping[str, Any], output: npt.NDArray[np.uint8]) -> dict[str, Any]:
+        kps = record["kps"]
+        mask = warp_labels(output, kps, FACE_SIZE)
+        height, width = photo(record["sha256"], record["image"]).shape[:2]
         mask[~inside_photo(kps, width, height, FACE_SIZE)] = 0  # the border around the photo is background
         share = float(np.isin(mask, self.settings.segment.keep).mean())
         if share < self.settings.segment.min_share:

@@ -16,7 +16,7 @@ from schemas.targets import text_sha256, vae_sha256
 from stages import STAGES, Step, Where
 from stages.base import Stage
 from stages.encode import Encode
-from stages.models.backends import ModelCard, backends
+from stages.models.backends import PACK_TASKS, ModelCard, backends, runtime_of
 from stages.models.weights import known, require_licences
 from stages.runtime import EncoderSource, Runtime
 
@@ -79,8 +79,10 @@ class Plan:
         config, encoders = self.config, self.runtime.encoders
         # Which files the models are is said by their hashes, and whether they may be used changes no byte.
         models = config.models.model_dump(
-            mode="json", exclude={"paths", "accept_noncommercial", "allow_download", "pack"}
+            mode="json", exclude={"paths", "accept_noncommercial", "allow_download", "pack", "runtime"}
         )
+        # torch rounds otherwise than onnxruntime; what the latter computes is called as before there was a choice
+        on_torch = [task for task in PACK_TASKS if self._runs_on_torch(task)]
         encode: dict[str, Any] = {name: True for name in EXTRAS if getattr(config.encode, name)}
         if config.encode.latents:
             encode["resolution"] = config.encode.resolution
@@ -94,12 +96,17 @@ class Plan:
             "stages": [name for name in stages if encoders is not None or name != Encode.name],
             "settings": {
                 **config.model_dump(mode="json", include={"metadata", "filter", "segment", "crop"}),
-                "models": {**models, "device": self.runtime.device},
+                "models": {**models, "device": self.runtime.device, **({"on_torch": on_torch} if on_torch else {})},
                 **({"encode": encode} if encode else {}),
                 **({} if config.pack.embeddings else {"pack": {"embeddings": False}}),
             },
             "models": self.model_list,
         }
+
+    def _runs_on_torch(self, task: str) -> bool:
+        """Whether the pack's file for a task is used, and by torch."""
+        models = self.config.models
+        return getattr(models, task) == PACK_TASKS[task] and runtime_of(task, models, self.runtime.device) == "torch"
 
     @property
     def model_list(self) -> list[dict[str, str]]:

@@ -120,6 +120,10 @@ REGISTRIES: dict[str, dict[str, str]] = {
 """Task -> registry name -> backend class."""
 
 
+PACK_TASKS = {"detector": "scrfd", "face_embedder": "arcface"}
+"""Task -> the backend that computes a file of `models.pack` for it."""
+
+
 def runtime_of(task: str, settings: ModelSettings, device: Device) -> str:
     """What computes the ONNX file of a task, onnxruntime or torch: what is set, or what serves the device best."""
     chosen = {str(name): str(runtime) for name, runtime in settings.runtime.items()}

@@ -102,3 +102,20 @@ def test_every_reason_has_a_place_in_the_funnel():
     reasons = plan_of().reasons
     assert len(set(reasons)) == len(reasons)
     assert {"not_found", "no_face", "several_faces", "small_image"} <= set(reasons)
+
+
+@pytest.mark.real_data
+def test_what_runs_on_torch_belongs_to_the_plan_and_what_runs_as_before_changes_nothing(data):
+    def of_models(*sets):
+        pack = f"models.pack={data / 'models' / 'real'}"
+        names = ("models.detector=scrfd", "models.face_embedder=arcface", "models.accept_noncommercial=true")
+        return plan_of(pack, *names, *sets).identity["settings"]["models"]
+
+    plain = of_models()
+    assert not {"runtime", "on_torch"} & set(plain)
+    assert of_models("models.runtime.detector=onnxruntime") == plain
+    assert of_models("models.runtime.detector=torch") == {**plain, "on_torch": ["detector"]}
+    assert of_models("executor.gpus=1")["on_torch"] == ["detector", "face_embedder"]
+    assert "on_torch" not in plan_of("executor.gpus=1").identity["settings"]["models"], "no pack is used"
+    with pytest.raises(ConfigError, match="models.runtime"):
+        plan_of("models.runtime.detector=tensorrt")

@@ -2,6 +2,7 @@
 
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +42,28 @@ def run(*images: bytes) -> pa.Table:
 def measured() -> pa.Table:
     flat = np.full((400, 300, 3), 90, np.uint8)
     return run(encode_jpeg(ASTRONAUT, 95), encode_png(flat), encode_jpeg(ASTRONAUT, 95)[:40_000], b"no image")
+
+
+def test_photos_that_are_computed_together_keep_their_rows(measured: pa.Table) -> None:
+    batches = []
+
+    class Together:
+        def __init__(self, detector: Any) -> None:
+            self.detect = detector.detect
+
+        def detect_all(self, images: Any) -> list[Faces]:
+            batches.append(len(images))
+            return [self.detect(image) for image in images]
+
+    detect = Detect(SETTINGS, Runtime())
+    detect._detector, detect.batch = Together(detect._detector), 3
+    flat = np.full((400, 300, 3), 90, np.uint8)
+    photos = [b"no image", encode_png(flat), encode_jpeg(ASTRONAUT, 95), encode_jpeg(ASTRONAUT, 95)[:40_000]]
+    table = pa.table({"image": photos, "sha256": [sha256(image).hexdigest() for image in photos]})
+    found = detect(table.cast(schema(("image", "sha256")))).to_pylist()
+    first, flat_row, cut, broken = measured.to_pylist()
+    assert found == [broken, flat_row, first, cut]
+    assert batches == [2, 0]
 
 
 def test_columns_are_as_declared(measured: pa.Table) -> None:
