@@ -32,10 +32,10 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("sd15", 512, "plus-face", 1.67, 64, 170),
-    Case("sd15", 512, "faceid-plusv2", 1.82, 48, 170),
-    Case("sdxl", 512, "plus-face", 3.22, 24, 240),
-    Case("sdxl", 1024, "plus-face", 14.1, 6, 260),
+    Case("sd15", 512, "plus-face", 1.67, 32, 120),
+    Case("sd15", 512, "faceid-plusv2", 1.82, 32, 150),
+    Case("sdxl", 512, "plus-face", 3.22, 16, 240),
+    Case("sdxl", 1024, "plus-face", 14.1, 4, 260),
 )
 PEAKS = {"H100": 989, "H200": 989, "A100": 312}
 """Dense bfloat16 TFLOP/s by a part of the device's name, as its maker says."""

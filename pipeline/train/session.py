@@ -191,8 +191,8 @@ def _model(job: TrainJob, base: Base) -> AdapterModel:
     if is_compiled == "auto":
         is_long = job.config.steps >= _WORTH_COMPILING
         is_compiled = base.device.type == "cuda" and is_long and find_spec("triton") is not None
-    if is_compiled if settings.channels_last == "auto" else settings.channels_last:
-        base.unet.to(memory_format=torch.channels_last)
     if is_compiled:
         model.compile_predict()
+    elif settings.channels_last:
+        base.unet.to(memory_format=torch.channels_last)
     return model

@@ -1,6 +1,7 @@
 """The adapters against the published tables at full size (on the meta device), and against plain arithmetic."""
 
 import copy
+import functools
 import json
 import math
 
@@ -308,6 +309,41 @@ def test_adapter_trains_in_float32_over_a_bfloat16_base_under_autocast(tiny):
     exact = predicted(adapted(tiny["sd15"], "faceid-plusv2", moved=True))
     assert (noise - exact).abs().max() < 0.1 * exact.abs().max()
     assert all(weight.grad.dtype == torch.float32 and weight.grad.any() for weight in model.trained().values())
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
+@pytest.mark.filterwarnings("ignore:Dynamo detected:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_it_is_one_graph_that_computes_the_same(tiny, kind, monkeypatch):
+    # Traced, not generated, which takes minutes on a CPU; a second graph would be an error.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, fullgraph=True, backend="eager"))
+    plain, compiled = (adapted(copy.deepcopy(tiny[kind]), "faceid-plusv2", kind, moved=True).train() for _ in range(2))
+    compiled.compile_predict()
+    outputs = []
+    for model in (plain, compiled):
+        model.image_proj.p_drop = 0.0
+        outputs.append(predicted(model))
+        outputs[-1].square().mean().backward()
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    gradients = {key: weight.grad for key, weight in plain.trained().items()}
+    for key, weight in compiled.trained().items():
+        torch.testing.assert_close(weight.grad, gradients[key], rtol=1e-3, atol=1e-6)
+    norm = compiled.unet.down_blocks[0].resnets[0].norm1
+    x = torch.rand(1, norm.num_channels, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    (gradient,) = torch.autograd.grad(norm(x).square().sum(), x)
+    assert norm(x).is_contiguous(memory_format=torch.channels_last)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_under_autocast_the_frozen_unet_computes_in_its_own_precision(tiny):
+    model = adapted(copy.deepcopy(tiny["sd15"]).to(torch.bfloat16), "faceid-plusv2", moved=True)
+    seen = set()
+    for module in model.unet.modules():
+        if isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
+            module.register_forward_hook(lambda _, inputs, output: seen.update((inputs[0].dtype, output.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        predicted(model)
+    assert seen == {torch.bfloat16}
 
 
 def test_every_variant_is_registered_under_its_own_name():
