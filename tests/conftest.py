@@ -31,6 +31,9 @@ for _name, _value in {
     "OMP_NUM_THREADS": "1",  # the processes of the suite fill the cores; their threads would only fight for them
 }.items():
     os.environ[_name] = _value
+# A run in a process of its own would compile hundreds of modules first, each time, and each worker of Ray too.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 _NO_DATA = "FACESHARDS_DATA is not set to a folder with labelled photos and weights"
 
