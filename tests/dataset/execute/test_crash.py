@@ -105,6 +105,7 @@ def test_an_out_that_turns_read_only_ends_the_run_with_a_sentence_and_goes_on_la
         while process.poll() is None:  # busy while a file is open for writing
             if subprocess.run(["mount", "-o", "remount,ro", str(folder / "disk")], capture_output=True).returncode == 0:
                 break
+            time.sleep(0.01)
         out, err = process.communicate()
         (folder / "read-only").write_text(json.dumps([process.returncode, out, err]))
         (folder / "again").write_text(json.dumps(make()))
