@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: telemetry off, loopback servers, the real photos where they are given."""
 
 import csv
+import gc
 import os
 import subprocess
 import sys
@@ -31,6 +32,9 @@ for _name, _value in {
     "OMP_NUM_THREADS": "1",  # the processes of the suite fill the cores; their threads would only fight for them
 }.items():
     os.environ[_name] = _value
+# A run in a process of its own would compile hundreds of modules first, each time, and each worker of Ray too.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 _NO_DATA = "FACESHARDS_DATA is not set to a folder with labelled photos and weights"
 
@@ -43,6 +47,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("real_data"):
                 item.add_marker(pytest.mark.skip(reason=_NO_DATA))
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: a third of the time tests wait, for deadlines, and for Ray to see who died."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
+def pytest_collection_finish() -> None:
+    """All modules are imported: the collector, which each training calls, need not look at them half a second long."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -102,7 +116,7 @@ def photo_server(data: Path) -> Iterator[str]:
     """A loopback server of the labelled photos; the value is its base URL."""
     handler = partial(QuietHandler, directory=str(data / "photos"))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 

@@ -1,28 +1,42 @@
-"""Runs of the bundled sample in eight small shards, in processes of their own."""
+"""Runs of the bundled sample in eight small shards, in this process or in processes of their own."""
 
+import io
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.dataset.config import load_config
+from pipeline.dataset.job import make_dataset, prepared
+from schemas.errors import ExitCode
 
 SHARDS = [f"sample-0000{n}" for n in range(8)]
-_SETS = ("--set", "source.rows_per_shard=3")
+_SMALL = "source.rows_per_shard=3"
+
+
+def make(out: Any, *pairs: str, shards: str = "sample", replan: bool = False, **words: str) -> tuple[ExitCode, str]:
+    """A run in this process, and what it printed."""
+    screen = io.StringIO()
+    config = load_config(None, [_SMALL, *pairs], shards=shards, **{"executor": "local", **words})
+    with prepared(shards, config) as job:
+        return make_dataset(job, out, Console(file=screen, width=200), replan=replan), screen.getvalue()
 
 
 def command(out: object, *words: str) -> list[str]:
-    return [sys.executable, "-m", "pipeline", "dataset", "--shards", "sample", "--out", str(out), *_SETS, *words]
+    """The words of a run in a process of its own."""
+    run = [sys.executable, "-m", "pipeline", "dataset", "--shards", "sample", "--out", str(out)]
+    return [*run, "--set", _SMALL, *words]
 
 
-def make(out: object, *words: str, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(out, *words), capture_output=True, text=True, check=False, **options)
-
-
-def manifests(out: Path) -> list[str]:
+def manifests(out: Any) -> list[str]:
     return sorted(path.stem for path in (out / "shards").glob("*.json"))
 
 
-def contents(out: Path) -> dict[str, bytes]:
+def contents(out: Any) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((out / "shards").iterdir())}
 
 
@@ -36,7 +50,7 @@ def without(whole: Path, out: Path, *shards: str) -> Path:
     return out
 
 
-def begun(out: Path, *words: str, shards: int = 1, **options) -> subprocess.Popen:
+def begun(out: Any, *words: str, shards: int = 1, **options) -> subprocess.Popen:
     """A run that goes on, with so many shards more than before done; it may be over by then."""
     before = len(manifests(out))
     process = subprocess.Popen(

@@ -133,33 +133,6 @@ def test_tiny_has_the_layout_of_the_real_one(kind, cross, factor):
         assert sum(key.endswith("attn2.to_k.weight") for key in weights.keys()) == cross  # noqa: SIM118
 
 
-_RACER = """
-import sys
-import diffusers, transformers
-from pipeline.shared.bases import find_base
-[diffusers.StableDiffusionPipeline, transformers.CLIPTextModel]
-print("ready", flush=True)
-sys.stdin.readline()
-print(find_base("tiny").folder)
-"""
-
-
-@pytest.mark.slow
-def test_processes_that_make_it_at_the_same_time_agree(tmp_path, monkeypatch):
-    whole = content(find_base("tiny").folder)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with subprocess.Popen([sys.executable, "-c", _RACER], stdin=-1, stdout=-1, text=True) as racer:
-        assert racer.stdout.readline() == "ready\n"
-        racer.stdin.write("go\n")
-        racer.stdin.flush()
-        mine = find_base("tiny").folder
-        theirs = Path(racer.stdout.readline().strip())
-    assert racer.returncode == 0
-    assert theirs == mine
-    assert content(mine) == whole
-    assert list((tmp_path / "faceshards" / "bases").iterdir()) == [mine]  # and nothing temporary
-
-
 def test_who_comes_second_takes_what_the_first_one_made(tmp_path, monkeypatch):
     name = find_base("tiny").folder.name
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -3,6 +3,7 @@ import tarfile
 import tracemalloc
 
 import pytest
+from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline.dataset.source.img2dataset_tars import scan
@@ -34,6 +35,17 @@ def test_samples_are_those_that_webdataset_sees(tmp_path):
         seen = list(group_by_keys(tar_file_expander([{"url": path.name, "stream": stream}])))
     assert [sample["__key__"] for sample in seen] == ["a-0", "a-1"]
     assert seen[0]["clip.npy"] == b"1"
+
+
+def test_samples_are_written_as_webdataset_writes_them(tmp_path):
+    files = {"json": b"{}", "clip.npy": b"1" * 5000, "a.jpg": b""}
+    written, theirs = io.BytesIO(), io.BytesIO()
+    options = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False}
+    with tars.created(written) as tar, TarWriter(theirs, **options) as other:
+        for key in ("a-0", "a-1"):
+            tars.append(tar, key, files)
+            other.write({"__key__": key, **files})
+    assert written.getvalue() == theirs.getvalue()
 
 
 def test_an_empty_tar_has_no_samples(tmp_path):

@@ -412,16 +412,6 @@ def test_waiting_for_a_turn_does_not_count_against_the_deadline(stage, hostile_s
     assert time.monotonic() - begun > 7 * 0.25  # two at a time: longer in all than the deadline of one
 
 
-def test_a_dripping_host_does_not_hold_up_the_others(stage, hostile_server):
-    drips = [f"http://a.test:{hostile_server.port}/drips-body.jpg"] * 2
-    good = [f"http://b.test:{hostile_server.port}/ok.jpg"] * 20
-    begun = time.monotonic()
-    download = stage(concurrency=4, per_host=2, timeout_s=5.0)
-    assert fetch(download, *drips, *good) == [DropReason.TIMEOUT] * 2 + [None] * 20
-    last = max(moment for path, moment in hostile_server.times if path == "/ok.jpg")
-    assert last - begun < 5.0
-
-
 OUTCOMES = {
     "/ok.jpg": None,
     "/small.jpg": "small_image",

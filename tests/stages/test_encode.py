@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from sample_runs import contents, make
 
 from pipeline.dataset.config import load_config
 from pipeline.dataset.finished.verify import verify
@@ -19,9 +20,9 @@ from pipeline.shared.bases import find_base
 from pipeline.shared.tars import unpack
 from schemas.buckets import Fit, buckets, nearest
 from schemas.columns import schema
-from schemas.errors import ConfigError, CorruptShardError, WeightsError
+from schemas.errors import ConfigError, CorruptShardError, ExitCode, WeightsError
 from schemas.record import check
-from schemas.shard import decode_npy, encode_npy
+from schemas.shard import decode_npy
 from schemas.targets import Targets, text_sha256, vae_sha256
 from stages.encode import Encode, cut, fit_crop
 from stages.models.torch_backend import prepare
@@ -33,21 +34,13 @@ ROWS[1] |= {"text": None, "full": None}
 ROWS[2] |= {"text": "word " * 200}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """The tiny bases are built into a folder of these tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 def config_of(base: str, *pairs: str, extras: str = "latents,text"):
     pairs = (f"encode.base={base}", "encode.resolution=64", *pairs)
     return load_config(None, list(pairs), shards="sample", extras=extras)
 
 
 @pytest.fixture(scope="module", params=BASES)
-def encoded(request, cache) -> tuple[str, pa.Table]:
+def encoded(request) -> tuple[str, pa.Table]:
     return request.param, run(request.param, ROWS)
 
 
@@ -277,22 +270,15 @@ def test_words_switch_on_and_leave_the_rest():
 # --- whole runs
 
 
-def dataset(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    asked = ["--with", "latents,text,mirror", "--set", "encode.base=tiny-sdxl", "--set", "encode.resolution=64"]
-    command = [sys.executable, "-m", "pipeline", "dataset", "--shards", "sample", "--out", str(out), *asked, *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((out / "shards").iterdir())}
+def made_in(out: Path, *pairs: str, executor: str = "local") -> Path:
+    sets = ("encode.base=tiny-sdxl", "encode.resolution=64", *pairs)
+    assert make(out, *sets, executor=executor, extras="latents,text,mirror")[0] is ExitCode.OK
+    return out
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("made")
-    done = dataset(out)
-    assert done.returncode == 0, done.stderr
-    return out
+    return made_in(tmp_path_factory.mktemp("made"))
 
 
 @pytest.mark.slow
@@ -310,55 +296,5 @@ def test_a_run_writes_all_that_was_asked_for_and_it_verifies(made):
 
 @pytest.mark.long
 def test_ray_makes_the_same_bytes(made, tmp_path):
-    done = dataset(tmp_path, "--executor", "ray", "--set", "executor.workers=1", "--set", "executor.batch_rows=3")
-    assert done.returncode == 0, done.stdout + done.stderr
+    made_in(tmp_path, "executor.workers=1", "executor.batch_rows=3", executor="ray")
     assert contents(tmp_path) == contents(made)
-
-
-# --- the contract
-
-
-def stored(latents: np.ndarray, suffix: str = "latents_full", **changes: object) -> dict[str, object]:
-    return fake.record("a", 0, **{suffix: encode_npy(latents), "targets": TARGETS.to_json()} | changes)
-
-
-LATENTS, TEXT, POOLED = (np.zeros(shape, np.float16) for shape in ((4, 7, 9), (77, 128), (64,)))
-CLIP, DINO = encode_npy(np.zeros(1024, np.float16)), encode_npy(np.ones((257, 2), np.float16))
-
-
-def problems(tmp_path: Path, record: dict[str, object]) -> list[str]:
-    return [problem.message for problem in verify(fake.write(tmp_path / "out", {"a-00000": [record]}))]
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"text_embeds": encode_npy(TEXT)}, {"dino_mirror": DINO}], ids=["latents", "text", "mirror"]
-)
-def test_what_was_encoded_verifies(tmp_path, changes):
-    assert problems(tmp_path, stored(LATENTS, **changes)) == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        (
-            {"latents_full": encode_npy(LATENTS.transpose(0, 2, 1))},
-            "latents.full.npy is not an npy of float16 (4, 7, 9)",
-        ),
-        ({"latents_full": encode_npy(LATENTS.astype(np.float32))}, "float16 (4, 7, 9)"),
-        ({"latents_full": encode_npy(LATENTS + np.float16(np.inf))}, "not finite"),
-        ({"latents_full": b""}, "latents.full.npy is not an npy"),
-        ({"latents_full": None}, "latents.full.npy, full.jpg and json do not go together"),
-        ({"latents_portrait": encode_npy(LATENTS)}, "latents.portrait.npy, portrait.jpg and json"),
-        ({"targets": None}, "json does not say what encoded latents.full.npy"),
-        ({"targets": "{}"}, "targets cannot be read"),
-        ({"text_embeds": encode_npy(TEXT[1:])}, "text.npy is not an npy of float16 (77, -1)"),
-        ({"text_embeds": encode_npy(TEXT), "text_pooled": encode_npy(POOLED)}, "not those of sd15"),
-        ({"clip_mirror": CLIP}, "clip_mirror.npy has not the shape of clip.npy"),
-        ({"dino_mirror": encode_npy(np.ones((257, 3), np.float16))}, "dino_mirror.npy has not the shape of dino.npy"),
-        ({"dino_mirror": encode_npy(np.ones((256, 2), np.float16))}, "dino_mirror.npy is not an npy"),
-    ],
-)
-def test_verify_finds_what_does_not_go_together(tmp_path, changes, expected):
-    found = problems(tmp_path, stored(LATENTS, **changes))
-    assert found
-    assert any(expected in message for message in found)

@@ -21,6 +21,7 @@ from pipeline.dataset.out.lost import lost_errors
 from pipeline.dataset.out.takedowns import DROPS, Takedowns
 from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import Rows, tombstones
+from pipeline.shared import tars
 from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import AnyPath, Draft, RemotePath, fsync_names, names, write
 from schemas.columns import KEPT, LEDGER_SCHEMA
@@ -200,8 +201,6 @@ class ShardWriter:
     """Writes one shard, batch by batch, and publishes it whole; leaves nothing behind when it fails."""
 
     def __init__(self, output: Output, shard: str, plan: Plan) -> None:
-        from webdataset import TarWriter  # it imports torch: only processes that write shards pay for it
-
         self._output, self._shard, self._plan = output, shard, plan
         self._ledgers: list[pa.Table] = []
         self._thumbnails: list[dict[str, Any]] = []
@@ -212,7 +211,7 @@ class ShardWriter:
                 stack.enter_context(contextlib.closing(Draft(self._path(suffix)))) for suffix in ("tar", "parquet")
             )
             self._drafts = stack.pop_all()
-        self._tar = TarWriter(self._tar_draft.stream, user="", group="", mode=0o644, mtime=0, encoder=False)
+        self._tar = tars.created(self._tar_draft.stream)
 
     def _path(self, suffix: str) -> AnyPath:
         return self._output.shards / f"{self._shard}.{suffix}"
@@ -242,7 +241,7 @@ class ShardWriter:
         """Append the samples of the living rows, and all rows to the ledger."""
         for record in rows.alive.select(["key", *SUFFIXES.values()]).to_pylist():
             with lost_errors(self._output.root):
-                self._tar.write({"__key__": record["key"], **sample_files(record)})
+                tars.append(self._tar, record["key"], sample_files(record))
         verdicts = pa.array([KEPT] * rows.alive.num_rows, pa.string())
         self._ledgers += [rows.dead, tombstones(rows.alive, verdicts, self._plan.steps[-1].stage().name)]
         for record in rows.witnesses.to_pylist():

@@ -20,6 +20,9 @@ FIRST = "a-000000000"
 FACE = fake.drawn(224, 224)
 UNIT = np.full(512, 512**-0.5, np.float32)
 
+LATENTS = encode_npy(np.zeros((4, 8, 8), np.float16))
+TEXT, POOLED = encode_npy(np.zeros((77, 32), np.float16)), encode_npy(np.zeros(32, np.float16))
+
 
 @pytest.fixture(scope="module")
 def row():
@@ -46,7 +49,8 @@ def cropped(**sizes):
 
 
 def test_what_the_stages_write_fits_the_contract(row):
-    assert problems(row, sample_files(row)) == []
+    files = sample_files(row)
+    assert problems(row, files) == problems(row, {**files, "dino_mirror.npy": files["dino.npy"]}) == []
 
 
 @pytest.mark.parametrize(
@@ -77,6 +81,12 @@ def test_what_the_stages_write_fits_the_contract(row):
         ("dino.npy", lambda old: npy(np.full((257, 4), np.inf, np.float16)), "dino.npy holds numbers"),
         ("dino.npy", lambda old: npy(np.zeros((256, 4), np.float16)), "dino.npy is not an npy"),
         ("dino.npy", lambda old: b"", "dino.npy is not an npy"),
+        ("dino_mirror.npy", lambda old: npy(np.ones((257, 3), np.float16)), "dino_mirror.npy has not the shape of din"),
+        ("dino_mirror.npy", lambda old: npy(np.ones((256, 2), np.float16)), "dino_mirror.npy is not an npy"),
+        ("clip_mirror.npy", lambda old: npy(np.zeros(1024, np.float16)), "clip_mirror.npy has not the shape of clip"),
+        ("latents.full.npy", lambda old: LATENTS, "json does not say what encoded latents.full.npy"),
+        ("text.npy", lambda old: TEXT[1:], "text.npy is not an npy of float16 (77, -1)"),
+        ("json", lambda old: grown(old, targets={}), "targets cannot be read"),
         ("json", lambda old: b"{", "json cannot be parsed"),
         ("json", lambda old: b"[" * 100_000, "json cannot be parsed"),
         ("json", lambda old: b"[]", "json is not an object"),
@@ -112,8 +122,6 @@ def test_a_sample_that_is_not_the_ledgers(row):
     assert "sample_sha256" in message
 
 
-LATENTS = encode_npy(np.zeros((4, 8, 8), np.float16))
-TEXT, POOLED = encode_npy(np.zeros((77, 32), np.float16)), encode_npy(np.zeros(32, np.float16))
 FULL = {"full": Fit((80, 64), (0, 0), (64, 64))}
 
 
@@ -128,6 +136,8 @@ FULL = {"full": Fit((80, 64), (0, 0), (64, 64))}
         ("sd15", {}, {"latents.full.npy": LATENTS}, "do not go together"),
         ("sd15", {"half": FULL["full"]}, {"latents.half.npy": LATENTS}, "latents.half.npy, half.jpg"),
         ("sd15", FULL, {"latents.full.npy": LATENTS[:-2]}, "latents.full.npy is not an npy of float16 (4, 8, 8)"),
+        ("sd15", FULL, {"latents.full.npy": npy(np.zeros((4, 8, 8), np.float32))}, "float16 (4, 8, 8)"),
+        ("sd15", FULL, {"latents.full.npy": npy(np.full((4, 8, 8), np.inf, np.float16))}, "not finite"),
         (None, {}, {"latents.full.npy": LATENTS}, "json does not say what encoded latents.full.npy"),
         (None, {}, {}, None),
     ],

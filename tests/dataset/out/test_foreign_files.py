@@ -1,14 +1,11 @@
 """Files in OUT/shards that are not ours, and manifests of ours that cannot be read."""
 
-import io
 import shutil
 
 import fake_dataset as fake
 import pytest
-from rich.console import Console
+from sample_runs import make
 
-from pipeline.dataset.config import load_config
-from pipeline.dataset.job import make_dataset, prepared
 from pipeline.dataset.out.ledger import funnel, read_manifests, shard_names
 from pipeline.dataset.out.output import Output
 from pipeline.shared.files import to_path
@@ -25,25 +22,21 @@ FOREIGN = {
 }
 
 
-def made(out, *sets: str, replan: bool = False) -> ExitCode:
-    config = load_config(None, list(sets), shards="sample", executor="local")
-    with prepared("sample", config) as job:
-        return make_dataset(job, out, Console(file=io.StringIO()), replan=replan)
-
-
-def test_files_of_others_stop_neither_a_rerun_nor_training_and_stay(dataset, tmp_path):
-    finished = shutil.copytree(dataset, tmp_path / "out")
+def test_files_of_others_stop_neither_a_rerun_nor_training_and_stay(whole, tmp_path):
+    finished = shutil.copytree(whole, tmp_path / "out")
     shards = finished / "shards"
     before = {path.name: path.read_bytes() for path in shards.iterdir()}
     for name, data in FOREIGN.items():
         (shards / name).write_bytes(data)
     (shards / ".nv-meta").mkdir()
     (shards / ".nv-meta" / "split.yaml").write_bytes(b"split_parts: {}")
-    assert made(finished) is ExitCode.OK
-    opened = open_dataset([str(finished)], DataSettings())
-    assert [shard.name for shard in opened.shards] == ["sample-00000"]
-    assert made(finished, "filter.min_face_px=100", replan=True) is ExitCode.OK
-    assert {path.name for path in shards.iterdir()} == {*before, *FOREIGN, ".nv-meta"}
+    assert make(finished)[0] is ExitCode.OK
+    opened, other = (open_dataset([str(out)], DataSettings()) for out in (finished, whole))
+    assert [shard.name for shard in opened.shards] == [shard.name for shard in other.shards]
+    too_large = "filter.min_image_px=5000"  # so nothing is fetched
+    assert make(finished, too_large, replan=True)[0] is ExitCode.OK
+    assert {path.name for path in shards.iterdir()} >= {*FOREIGN, ".nv-meta"}
+    assert {path.name for path in shards.iterdir()} <= {*before, *FOREIGN, ".nv-meta"}
     assert {name: (shards / name).read_bytes() for name in FOREIGN} == FOREIGN
 
 
@@ -71,7 +64,7 @@ def test_what_stands_under_the_name_of_a_manifest_is_never_overlooked(tmp_path, 
 def test_a_manifest_that_cannot_be_read_ends_the_run_with_a_sentence(tmp_path):
     (tmp_path / "shards" / "sample-00000.json").mkdir(parents=True)
     with pytest.raises(LostError, match=r"sample-00000\.json cannot be read \(Is a directory\).*same command") as ended:
-        made(tmp_path)
+        make(tmp_path)
     assert "\n" not in str(ended.value)
     with pytest.raises(LostError, match=r"sample-00000\.json cannot be read"):
         Output(tmp_path).is_done("sample-00000", fake.plan())

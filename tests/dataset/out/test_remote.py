@@ -1,7 +1,6 @@
 """OUT behind an fsspec URL: equal bytes, the manifest last without any rename, and what a store that fails leaves."""
 
 import errno
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,12 +8,10 @@ import fake_dataset as fake
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from rich.console import Console
+from sample_runs import make
 
-from pipeline.dataset.config import load_config
 from pipeline.dataset.finished.report import write_report
 from pipeline.dataset.finished.verify import verify
-from pipeline.dataset.job import make_dataset, prepared
 from pipeline.dataset.out.ledger import funnel
 from pipeline.dataset.out.lost import lost_errors
 from pipeline.dataset.out.output import Output
@@ -160,20 +157,14 @@ def test_a_store_that_can_only_be_read_is_one_sentence(tmp_path):
     assert "\n" not in str(told.value)
 
 
-def make(out, executor: str = "local") -> ExitCode:
-    config = load_config(None, [], shards="sample", executor=executor)
-    with prepared("sample", config) as job:
-        return make_dataset(job, out, Console(file=io.StringIO()))
-
-
-def test_a_whole_run_into_memory_equals_a_local_one(dataset):
+def test_a_whole_run_into_memory_equals_a_local_one(whole):
     memory = to_path("memory://faces")
-    assert make(memory) == ExitCode.OK
+    assert make(memory)[0] is ExitCode.OK
     store = {path: file.getvalue() for path, file in MemoryFileSystem.store.items() if path.startswith("/faces/")}
     found = {path.removeprefix("/faces/"): content for path, content in store.items()}
-    assert found == files(dataset)
+    assert found == files(whole)
     assert verify(memory) == []
-    assert make(memory) == ExitCode.OK  # a rerun
+    assert make(memory)[0] is ExitCode.OK  # a rerun
     MemoryFileSystem.store.clear()
 
 

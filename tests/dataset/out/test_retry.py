@@ -56,7 +56,7 @@ class Server:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.handle_error = lambda request, client_address: None  # small pictures are not read to their end
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     def write_part(self, path: Path, prefix: str = "") -> None:
         urls = [f"http://127.0.0.1:{self.http.server_port}/{n}.jpg{prefix}" for n in range(ROWS)]

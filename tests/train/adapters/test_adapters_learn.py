@@ -15,10 +15,10 @@ pytestmark = pytest.mark.slow
 
 DISTINCT = [name for name in VARIANTS if name != "plus-face"]
 """Variants whose networks differ."""
-RATES = {"plus": 4e-4, "full-face": 1e-2}
+RATES = {"plus": 2e-3, "full-face": 1e-2}
 """Learning rates other than the common one."""
 LEARNING_RATE = 3e-3
-MOST_STEPS = 900
+MOST_STEPS = 300
 FACES = 3
 TOKENS = 33
 """Fewer than the 257 of CLIP, which no network depends on, and quicker."""
@@ -73,10 +73,9 @@ class Problem:
         return loss.item()
 
 
-@pytest.mark.parametrize("base_name", ["tiny", "tiny-sdxl"])
 @pytest.mark.parametrize("name", DISTINCT)
-def test_the_loss_of_one_sample_falls_by_a_third(name, base_name):
-    problem = Problem(name, base_name, 1)
+def test_the_loss_of_one_sample_falls_by_a_third(name):
+    problem = Problem(name, "tiny-sdxl", 1)
     first = problem.step(torch.arange(1))
     losses = (problem.step(torch.arange(1)) for _ in range(MOST_STEPS))
     assert any(loss < first * 2 / 3 for loss in losses)
