@@ -4,6 +4,9 @@ What is overridden here is not part of aiohttp's public interface: the tests of 
 """
 
 import asyncio
+import contextlib
+import socket
+from asyncio.trsock import TransportSocket
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -22,6 +25,13 @@ _READ = 64 << 10
 """Bytes that are read at a time."""
 _HEAD_PIECE = 4 << 10
 """Bytes that are read at a time until the head is there: of a flood of heads no more is parsed in one go."""
+_GATHERED = 16 << 10
+"""Bytes of a body that the kernel gathers until it wakes us, since a wake-up costs more than the packet that it is for.
+Far less than a connection's window at its beginning, which they take up meanwhile."""
+_EACH_PACKET = 16 << 10
+"""So far into a body each packet wakes us: the first bytes of an image show whether more of it are wanted."""
+_TLS_RECORD = 16 << 10
+"""Bytes that may have left the kernel and wait for the rest of their record."""
 
 is_reused: ContextVar[bool] = ContextVar("is_reused")
 """Whether this task's last request went out over a connection that had waited."""
@@ -61,12 +71,21 @@ class _Handler(ResponseHandler):
 
     _received = 0
     """Bytes of this answer."""
+    _length = 0
+    """Its Content-Length; 0 where there is none."""
+    _socket: TransportSocket | None = None
+    _undecrypted = 0
+    """Bytes of a body that may have come, but not to us."""
+    _wakes_at = 1
+    """Bytes that have to be there until the kernel wakes us."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Read less at a time than asyncio does: larger buffers are mapped and given back to the system each time."""
         super().connection_made(transport)
         if hasattr(transport, "max_size"):
             transport.max_size = _READ
+        self._socket = transport.get_extra_info("socket")
+        self._undecrypted = _TLS_RECORD if transport.get_extra_info("ssl_object") else 0
 
     _interim: int | None = None
     """1xx heads that came; None once the head of the answer itself is there."""
@@ -80,18 +99,28 @@ class _Handler(ResponseHandler):
         code = data[0].code
         if not 100 <= code < 200 or code == 101:
             self._interim = None
+            self._length = int(data[0].headers.get("Content-Length", 0))
         elif self._interim is not None:
             self._interim += 1
         super().feed_data(data, size)
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes from the network."""
+        """Take bytes from the network, and say how many more are to be there until the next call."""
         while self._interim is not None and len(data) > _HEAD_PIECE:
             self._take(data[:_HEAD_PIECE])
             data = data[_HEAD_PIECE:]
             if self._exception is not None:
                 return
         self._take(data)
+        # Never more than what is still to come, and a single byte again once all is there: what comes unasked has to
+        # be noticed, and so has the next answer.
+        body, wanted = self._payload, 1
+        if body is not None and body.total_bytes >= _EACH_PACKET:
+            wanted = max(1, min(_GATHERED, self._length - body.total_bytes - self._undecrypted))
+        if wanted != self._wakes_at and self._socket is not None:
+            self._wakes_at = wanted
+            with contextlib.suppress(OSError):  # the connection has ended
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
 
     def _take(self, data: bytes) -> None:
         self._received += len(data)

@@ -173,6 +173,10 @@ def test_drops_forbidden_address_however_loopback_is_spelled(make, names, engine
 # Connections that are used again
 
 
+def padded(side, size):
+    return servers.jpeg(side).ljust(size, b"\0")
+
+
 def accepted(server):
     """Counts the connections that a server accepts."""
     counts, serve = [], server._serve
@@ -183,7 +187,8 @@ def accepted(server):
 def test_a_connection_is_used_again_once_a_body_was_read_to_its_end(make, server):
     counts = accepted(server)
     download = make()
-    for path in ("/ok.jpg", "/404.jpg", "/chunked.jpg", "/empty.jpg", "/gzip.jpg", "/hop1.jpg", "/ok.jpg"):
+    server.answers["/long.jpg"] = says(body=padded(1100, 300_000))
+    for path in ("/ok.jpg", "/404.jpg", "/long.jpg", "/chunked.jpg", "/empty.jpg", "/gzip.jpg", "/hop1.jpg", "/ok.jpg"):
         fetch(download, server.url(path))
     assert len(counts) == 1
 
@@ -199,10 +204,6 @@ def test_and_not_otherwise(make, server, path):
     assert len(counts) == 2
 
 
-def padded(side, size):
-    return servers.jpeg(side).ljust(size, b"\0")
-
-
 def test_a_hopeless_image_is_not_read_on_over_a_used_connection_either(make, server):
     server.answers |= {"/small.jpg": servers.pours(padded(400, 100_000), None), "/large.jpg": says(body=servers.LARGE)}
     download = make(max_bytes=10**9)
@@ -213,13 +214,12 @@ def test_a_hopeless_image_is_not_read_on_over_a_used_connection_either(make, ser
     assert server.poured < 3 * servers.HUGE / 4
 
 
-def test_what_a_host_sends_unasked_is_no_answer_to_the_next_request(make, server):
+@pytest.mark.parametrize("body", [servers.LARGE, padded(1100, 300_000)], ids=["short", "long"])
+def test_what_a_host_sends_unasked_is_no_answer_to_the_next_request(make, server, body):
     forged = head(length=len(servers.SMALL)) + servers.SMALL
-    server.answers["/forged.jpg"] = lambda link_, _: link_.sendall(
-        head(length=len(servers.LARGE)) + servers.LARGE + forged
-    )
+    server.answers["/forged.jpg"] = lambda link_, _: link_.sendall(head(length=len(body)) + body + forged)
     server.answers["/late.jpg"] = lambda link_, _: (
-        link_.sendall(head(length=len(servers.LARGE)) + servers.LARGE),
+        link_.sendall(head(length=len(body)) + body),
         time.sleep(0.05),
         link_.sendall(forged),
     )
@@ -246,6 +246,65 @@ def test_resting_connections_are_few_and_close_soon(make, server):
     while len(os.listdir("/proc/self/fd")) > before + 10 and time.monotonic() < until:
         time.sleep(0.1)
     assert len(os.listdir("/proc/self/fd")) <= before + 10
+
+
+# Bytes that are gathered
+
+
+LONG = padded(1100, 500_000)
+
+
+def send_packets(link_, data, pause_s=0.0):
+    link_.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for start in range(0, len(data), 1400):
+        link_.sendall(data[start : start + 1400])
+        time.sleep(pause_s)
+
+
+def test_of_a_long_image_not_every_packet_wakes_us(make, server, monkeypatch):
+    pieces = []
+    feed = Body.feed
+    monkeypatch.setattr(Body, "feed", lambda self, piece: pieces.append(len(piece)) or feed(self, piece))
+    server.answers["/long.jpg"] = lambda link_, _: send_packets(link_, head(length=len(LONG)) + LONG, 0.0005)
+    assert fetch(make(timeout_s=60.0), server.url("/long.jpg")) == [None]
+    assert sum(pieces) == len(LONG)
+    assert len(pieces) < 80  # of 358 packets
+
+
+@pytest.mark.parametrize("left", [1, 700, 15_000, 40_000])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_the_end_of_a_long_image_is_noticed_however_it_comes(make, server, tls, scheme, left):
+    tls.answers["/long.jpg"] = server.answers["/long.jpg"] = lambda link_, _: (
+        link_.sendall(head(length=len(LONG)) + LONG[:-left]),
+        time.sleep(0.2),
+        send_packets(link_, LONG[-left:]),
+    )
+    url = f"https://tls.test:{tls.port}/long.jpg" if scheme == "https" else server.url("/long.jpg")
+    assert fetch(make(timeout_s=60.0), url, url) == [None, None]
+
+
+def test_nor_is_it_missed_where_a_record_of_tls_comes_in_parts(make, tls):
+    def pass_back(onward, link_):
+        for data in iter(lambda: onward.recv(1000), b""):
+            send_packets(link_, data, 0.0005)
+
+    def pass_on():
+        with relay.accept()[0] as link_, socket.create_connection(("127.0.0.1", tls.port)) as onward:
+            threading.Thread(target=pass_back, args=(onward, link_), daemon=True).start()
+            for data in iter(lambda: link_.recv(9999), b""):
+                onward.sendall(data)
+
+    with socket.create_server(("127.0.0.1", 0)) as relay:
+        threading.Thread(target=pass_on, daemon=True).start()
+        tls.answers["/long.jpg"] = says(body=LONG)
+        url = f"https://tls.test:{relay.getsockname()[1]}/long.jpg"
+        assert fetch(make(timeout_s=60.0), url) == [None]
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_drops_incomplete_body_of_a_long_image_that_breaks_off(make, server, reset):
+    server.answers["/broken.jpg"] = servers.breaks_off(head(length=len(LONG)) + LONG[:100_000], reset)
+    assert fetch(make(timeout_s=60.0), server.url("/broken.jpg")) == [DropReason.INCOMPLETE_BODY]
 
 
 # Floods
