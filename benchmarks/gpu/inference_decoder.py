@@ -69,7 +69,7 @@ class Remote:
 
     def __call__(self, canvases: Sequence[Any], lowest: float) -> list[Any]:
         """As the network of `Scrfd`."""
-        from stages.models.detectors.scrfd import Candidates
+        from stages.models.boxes import Candidates
 
         if not canvases:
             return []

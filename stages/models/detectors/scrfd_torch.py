@@ -8,7 +8,7 @@ import torch
 
 from schemas.errors import PlanError, WeightsError
 from stages.models.backends import Image
-from stages.models.detectors.scrfd import Candidates
+from stages.models.boxes import Candidates
 from stages.models.onnx_torch import OnnxModule, one_by_one
 from stages.models.packs import declared_pixels
 from stages.models.torch_backend import Batches, normaliser, on_device, prepare
