@@ -52,7 +52,7 @@ class Scrfd:
         if runtime_of("detector", settings, device) == "torch":
             from stages.models.detectors.scrfd_torch import ScrfdTorch
 
-            self._model = ScrfdTorch(path, device)
+            self._model = ScrfdTorch(path, device, compiled=settings.compile)
         else:
             self._model = _OneByOne(path, device)
         if not self._model.use_kps:
