@@ -69,7 +69,7 @@ class Remote:
 
     def __call__(self, canvases: Sequence[Any], lowest: float) -> list[Any]:
         """As the network of `Scrfd`."""
-        from stages.models.detectors.scrfd import Candidates
+        from stages.models.boxes import Candidates
 
         if not canvases:
             return []
@@ -119,7 +119,7 @@ class Job:
     """Photos again and again, until the networks say that it is enough."""
 
     def __init__(self, detector: Any, rows: Any, job: dict[str, Any], geometry: Any) -> None:
-        self.detector, self.rows, self.geometry = detector, rows, geometry
+        self.detector, self.rows, self.geometry = detector, rows[: job["chunk"]], geometry
         self.remote: Remote = detector._model
         self.forced: bool = job["forced"]
         self.position: int = job["first"]

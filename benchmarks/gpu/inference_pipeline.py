@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from multiprocessing.connection import Listener, wait
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 from typing import Any, ClassVar
 
@@ -20,6 +20,11 @@ import cv2
 import inference_decoder as decoder
 import numpy as np
 from inference_bench import Bench, mixed_photos, per_second, prepared, vit_features
+
+_MOST_PHOTOS = 48
+"""That a process has in hand at once: with 88 % faceless ones some 6 of them go on, and fill batches."""
+_PATIENCE_S = 0.01
+"""How long a request waits for others to fill its batch: a GPU computes it in full either way."""
 
 
 class Network:
@@ -57,9 +62,13 @@ class Network:
             with torch.cuda.stream(torch.cuda.Stream()) if self._bench.on_gpu else nullcontext():
                 while request := self.requests.get():
                     requests = [request]
-                    while sum(len(rows) for _, _, rows in requests) < self.batches.size and not self.requests.empty():
-                        if more := self.requests.get():
-                            requests.append(more)
+                    end = time.perf_counter() + _PATIENCE_S
+                    while sum(len(rows) for _, _, rows in requests) < self.batches.size:
+                        try:
+                            if more := self.requests.get(timeout=max(end - time.perf_counter(), 0)):
+                                requests.append(more)
+                        except Empty:
+                            break
                     begin = time.perf_counter()
                     answers = iter(self._answers([row for _, _, rows in requests for row in rows]))
                     for link, lock, rows in requests:
@@ -87,15 +96,17 @@ class Network:
         return answers
 
 
-def _networks(bench: Bench, look: int, parse: int) -> dict[str, Network]:
+def _networks(bench: Bench, look: int, parse: int, compiled: bool) -> dict[str, Network]:
     from stages.models.detectors.scrfd_torch import ScrfdTorch
     from stages.models.face_embedders.arcface_torch import ArcFaceTorch
     from stages.models.segmenters.facexlib import label_batches
     from stages.models.torch_backend import IMAGENET, Batches
 
     size = 2 if bench.smoke else 32
-    detector = ScrfdTorch(bench.detector, bench.device, size=size)
+    detector = ScrfdTorch(bench.detector, bench.device, size=size, compiled=compiled)
     tower = vit_features(bench.vit_half, bench.device, bench.half())
+
+    parser = label_batches(copy.deepcopy(bench.bisenet), IMAGENET, bench.device, size=size // 2, compiled=compiled)
 
     def screen(images: Any) -> tuple[Any]:
         return (detector._decoded(images)[0][..., 0].amax(1),)
@@ -103,20 +114,28 @@ def _networks(bench: Bench, look: int, parse: int) -> dict[str, Network]:
     return {
         kind: Network(bench, kind, side, batches, detector if kind.startswith("look") else None)
         for kind, side, batches in (
-            ("screen", decoder.SCREEN, Batches(screen, 2 * size, bench.device)),
+            ("screen", decoder.SCREEN, Batches(screen, 2 * size, bench.device, compiled=compiled)),
             (f"look{look}", look, detector.batches),
             (f"look{decoder.BORDER}", decoder.BORDER, detector.batches),
-            ("parse", parse, label_batches(copy.deepcopy(bench.bisenet), IMAGENET, bench.device, size=size // 2)),
-            ("identity", 112, ArcFaceTorch(bench.recogniser, bench.device, size=size).batches),
+            ("parse", parse, parser),
+            ("identity", 112, ArcFaceTorch(bench.recogniser, bench.device, size=size, compiled=compiled).batches),
             ("tower", 224, Batches(tower, size, bench.device)),
         )
     }
 
 
-def pipeline(bench: Bench) -> None:
+def pipeline_compiled(bench: Bench) -> None:
+    """The same with all but the tower compiled by torch, which takes most of this step's time."""
+    if not bench.on_gpu:
+        bench.record({"skipped": "without CUDA"})
+        return
+    pipeline(bench, compiled=True)
+
+
+def pipeline(bench: Bench, *, compiled: bool = False) -> None:
     """One process with the GPU makes batches of the requests of many that decode: 88 % and 0 % without a face."""
     look, parse = (128, 64) if bench.smoke else (640, 512)
-    n, chunk = (2, 2) if bench.smoke else (2 * (os.cpu_count() or 1), 12)
+    n, chunk = (2, 2) if bench.smoke else (2 * (os.cpu_count() or 1), _MOST_PHOTOS)
     hidden, clip = (257, bench.vit.config.hidden_size), bench.vit.config.projection_dim
     dtype = decoder.rows_of(look, parse, hidden, clip)
     needed = 2 * n * chunk * dtype.itemsize
@@ -141,7 +160,7 @@ def pipeline(bench: Bench) -> None:
                 job = json.dumps({**options, "memory": str(memory / f"rows{i}"), "index": i})
                 command = [sys.executable, decoder.__file__, "serve", job]
                 processes.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}))
-            networks = _networks(bench, look, parse)
+            networks = _networks(bench, look, parse, compiled)
             times = {kind: round(1e3 * each.launch_seconds, 3) for kind, each in networks.items()}
             sizes = {kind: each.batches.size for kind, each in networks.items()}
             bench.record({"batch_ms": times, "batch": sizes, "shared_memory": fits})
@@ -152,8 +171,17 @@ def pipeline(bench: Bench) -> None:
                 rows[link] = np.memmap(memory / f"rows{link.recv()[1]}", dtype, "r+", shape=(chunk,))
         for faceless, files in mixes.items():
             forced = not (bench.pack and bench.pictures)
-            row = {"faceless": faceless, "forced": forced, "processes": n, "photos_per_process": chunk}
-            jobs = [{"forced": forced, "first": i * len(files) // n, "photos": files} for i in range(n)]
+            at_once = chunk if faceless else max(chunk // 3, 1)  # few of those with a face are many for the networks
+            row = {
+                "faceless": faceless,
+                "forced": forced,
+                "compiled": compiled,
+                "processes": n,
+                "photos_per_process": at_once,
+            }
+            jobs = [
+                {"chunk": at_once, "forced": forced, "first": i * len(files) // n, "photos": files} for i in range(n)
+            ]
             settle, seconds = (0.5, 2.0) if bench.smoke else (1.5, 5.0)
             bench.record({**row, **_served(networks, rows, jobs, settle, seconds)})
         for network in networks.values():

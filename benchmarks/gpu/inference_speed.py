@@ -24,25 +24,29 @@ class Work:
     compute: Callable[[Any], tuple[Any, ...]]
     module: Any
     side: int
+    dtype: Any
 
 
 def _works(bench: Bench) -> Iterator[Work]:
+    import torch
+
     from stages.models.detectors.scrfd_torch import ScrfdTorch
     from stages.models.face_embedders.arcface_torch import ArcFaceTorch
     from stages.models.segmenters.facexlib import label_batches
     from stages.models.torch_backend import IMAGENET
 
-    yield Work("ViT-H/14", vit_features(bench.vit_half, bench.device, bench.half()), bench.vit_half, 224)
+    yield Work("ViT-H/14", vit_features(bench.vit_half, bench.device, bench.half()), bench.vit_half, 224, bench.half())
     sizes = (64,) if bench.smoke else (640, 224)
     for path, name in ((bench.detector, bench.detector.stem), (bench.scrfd_10g, "SCRFD-10G")):
-        network = ScrfdTorch(path, bench.device, size=2)
-        for side in sizes:
-            yield Work(f"{name}@{side}", network._decoded, network._module, side)
+        for dtype, label in ((bench.half(), ""), (torch.float32, " tf32")):
+            network = ScrfdTorch(path, bench.device, size=2, dtype=dtype)
+            for side in sizes:
+                yield Work(f"{name}@{side}{label}", network._decoded, network._module, side, dtype)
     arcface = ArcFaceTorch(bench.recogniser, bench.device, size=2, graphs=False)
-    yield Work("ArcFace R50", arcface.batches._compute, arcface.module, 112)
+    yield Work("ArcFace R50", arcface.batches._compute, arcface.module, 112, bench.half())
     parser = copy.deepcopy(bench.bisenet)
     batches = label_batches(parser, IMAGENET, bench.device, size=2)
-    yield Work("BiSeNet@512", batches._compute, parser, 64 if bench.smoke else 512)
+    yield Work("BiSeNet@512", batches._compute, parser, 64 if bench.smoke else 512, bench.half())
 
 
 def _flops(work: Work, device: str) -> float:
@@ -95,7 +99,7 @@ def _variant(bench: Bench, work: Work, size: int, variant: str) -> Callable[[], 
 
     if variant == "eager":
         work.module.to(memory_format=torch.contiguous_format)
-        pixels = torch.randn((size, 3, work.side, work.side), device=bench.device, dtype=bench.half())
+        pixels = torch.randn((size, 3, work.side, work.side), device=bench.device, dtype=work.dtype)
         return lambda: work.module(pixels)
     if bench.on_gpu:
         work.module.to(memory_format=torch.channels_last)
@@ -149,7 +153,7 @@ def compiled(bench: Bench) -> None:
         work = works[name]
         begin = time.monotonic()
         try:
-            batches = Batches(torch.compile(work.compute, dynamic=False), size, "cuda")
+            batches = Batches(work.compute, size, "cuda", compiled=True)
             with torch.inference_mode():
                 _, _, call = batches._prepared((work.side, work.side, 3))
             seconds = time.monotonic() - begin

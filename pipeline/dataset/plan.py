@@ -79,9 +79,10 @@ class Plan:
         config, encoders = self.config, self.runtime.encoders
         # Which files the models are is said by their hashes, and whether they may be used changes no byte.
         models = config.models.model_dump(
-            mode="json", exclude={"paths", "accept_noncommercial", "allow_download", "pack", "runtime"}
+            mode="json", exclude={"paths", "accept_noncommercial", "allow_download", "pack", "runtime", "compile"}
         )
         # torch rounds otherwise than onnxruntime; what the latter computes is called as before there was a choice
+        compiled = {"compile": True} if config.models.compile and self.runtime.device == "cuda" else {}
         on_torch = [task for task in PACK_TASKS if self._runs_on_torch(task)]
         encode: dict[str, Any] = {name: True for name in EXTRAS if getattr(config.encode, name)}
         if config.encode.latents:
@@ -96,7 +97,12 @@ class Plan:
             "stages": [name for name in stages if encoders is not None or name != Encode.name],
             "settings": {
                 **config.model_dump(mode="json", include={"metadata", "filter", "segment", "crop"}),
-                "models": {**models, "device": self.runtime.device, **({"on_torch": on_torch} if on_torch else {})},
+                "models": {
+                    **models,
+                    "device": self.runtime.device,
+                    **({"on_torch": on_torch} if on_torch else {}),
+                    **compiled,
+                },
                 **({"encode": encode} if encode else {}),
                 **({} if config.pack.embeddings else {"pack": {"embeddings": False}}),
             },

@@ -1,5 +1,7 @@
 """Boxes of faces, x1 y1 x2 y2: how large they are, and which of them show the same face."""
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
@@ -8,6 +10,17 @@ from stages.models.backends import Floats
 _SAME_FACE_IOU = 0.3
 _OVERLAP = 0.4
 """Share of the union of two boxes from which the lower score is the same detection: insightface's threshold."""
+
+
+class Candidates(NamedTuple):
+    """Boxes of one canvas before overlaps are resolved, in its pixels, in the order of the network's anchors."""
+
+    scores: Floats
+    """(N,)."""
+    boxes: Floats
+    """(N, 4): x1 y1 x2 y2."""
+    points: Floats
+    """(N, 5, 2)."""
 
 
 def areas(boxes: Floats) -> Floats:

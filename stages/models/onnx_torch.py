@@ -1,7 +1,7 @@
 """ONNX files of insightface packs as torch modules that take batches, whatever batch they were exported for.
 
 A reader of the operators that packs use, and no converter: onnx2torch 1.5 keeps shapes in tensors on the device, which
-CUDA graphs cannot capture, and like onnx2pytorch it knows no dynamic quantisation. Here shapes stay on the host, and
+CUDA graphs cannot capture, and like onnx2pytorch it knows no dynamic quantisation. Here shapes are lists, and
 images come first in all that the module gives: an export that ends in Transpose(2, 3, 0, 1) and Reshape(-1, k) would
 give the rows of a batch in the order height, width, image, anchor.
 """
@@ -86,25 +86,21 @@ class OnnxModule(torch.nn.Module):
         for step, node in zip(self._steps, [node for node in graph.node if node.op_type != "Constant"], strict=True):
             for name in step.inputs[_DEVICE_INPUTS.get(node.op_type, 99) :]:
                 self._host[name] = arrays.get(name)
+        self._keys: dict[str, str] = {}
         for name, array in arrays.items():
             if name in self._host or array.dtype.kind in "iub":
-                self._host[name] = array
+                self._host[name] = array.ravel().tolist() if array.ndim else array.item()
             else:
-                self.register_buffer(self._key(name), torch.from_numpy(array.copy()))
+                self._keys[name] = f"constant{len(self._keys)}"
+                self.register_buffer(self._keys[name], torch.from_numpy(array.copy()))
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         values = {**self._host, self._input: pixels}
-        buffers = self._buffers
+        values.update((name, getattr(self, key)) for name, key in self._keys.items())
         for compute, inputs, outputs, attributes in self._steps:
-            given = [values[name] if name in values else buffers[self._key(name)] for name in inputs]
-            results = compute(*given, **attributes)
+            results = compute(*(values[name] for name in inputs), **attributes)
             values.update(zip(outputs, results if isinstance(results, tuple) else (results,), strict=False))
         return tuple(values[name] for name in self._outputs)
-
-    @staticmethod
-    def _key(name: str) -> str:
-        """A name as a buffer may have it."""
-        return "of " + name.replace(".", " ")
 
     @staticmethod
     def _dequantise(inputs: Sequence[str], arrays: dict[str, Any]) -> None:
@@ -211,7 +207,7 @@ def _resize(
     x: Any, *sizes: Any, mode: bytes = b"nearest", coordinate_transformation_mode: bytes = b"", **_: Any
 ) -> Any:
     """Resize(x, roi, scales, sizes) and Upsample(x, scales)."""
-    if len(sizes) == 3 and np.size(sizes[2]):
+    if len(sizes) == 3 and sizes[2]:
         height, width = (int(side) for side in sizes[2][2:])
     else:
         scales = sizes[-1] if len(sizes) < 3 else sizes[1]
@@ -224,27 +220,40 @@ def _resize(
 
 def _slice(values: Any, starts: Any, ends: Any, axes: Any = None, steps: Any = None) -> Any:
     """Of shapes, and of tensors by positive steps."""
+    parts = [
+        slice(start, end, step) for start, end, step in zip(starts, ends, steps or (1,) * len(starts), strict=True)
+    ]
+    if isinstance(values, list):
+        return values[parts[0]]
     picked = [slice(None)] * values.ndim
-    for i, start in enumerate(starts):
-        axis = int(axes[i]) if axes is not None else i
-        picked[axis] = slice(int(start), int(ends[i]), int(steps[i]) if steps is not None else 1)
+    for axis, part in zip(axes or range(len(parts)), parts, strict=True):
+        picked[axis] = part
     return values[tuple(picked)]
 
 
 def _concat(*values: Any, axis: int) -> Any:
-    if isinstance(values[0], torch.Tensor):
-        return torch.cat(values, axis)
-    return np.concatenate(values, axis)
+    if isinstance(values[0], list):
+        return [side for sides in values for side in sides]
+    return torch.cat(values, axis)
+
+
+def _gather(shape: list[int], indices: Any, axis: int = 0) -> Any:
+    """Sides of a shape: one, or some."""
+    return [shape[index] for index in indices] if isinstance(indices, list) else shape[indices]
 
 
 def _unsqueeze(x: Any, given: Any = None, *, axes: Sequence[int] = ()) -> Any:
-    for axis in sorted(int(axis) for axis in (axes if given is None else given)):
-        x = x.unsqueeze(axis) if isinstance(x, torch.Tensor) else np.expand_dims(x, axis)
+    if not isinstance(x, torch.Tensor):
+        return [x]
+    for axis in sorted(axes if given is None else given):
+        x = x.unsqueeze(axis)
     return x
 
 
 def _squeeze(x: Any, given: Any = None, *, axes: Sequence[int] = ()) -> Any:
-    for axis in sorted((int(axis) for axis in (axes if given is None else given)), reverse=True):
+    if isinstance(x, list):
+        return x[0]
+    for axis in sorted(axes if given is None else given, reverse=True):
         x = x.squeeze(axis)
     return x
 
@@ -301,7 +310,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "Dropout": lambda x, *_, **__: x,
     "DynamicQuantizeLinear": _quantise,
     "Flatten": lambda x, axis=1: x.flatten(axis),
-    "Gather": lambda x, indices, axis=0: np.take(x, indices, axis),
+    "Gather": _gather,
     "Gemm": _gemm,
     "GlobalAveragePool": lambda x: x.mean((2, 3), keepdim=True),
     "Identity": lambda x: x,
@@ -314,7 +323,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "Relu": F.relu,
     "Reshape": _reshape,
     "Resize": _resize,
-    "Shape": lambda x: np.array(x.shape, np.int64),
+    "Shape": lambda x: list(x.shape),
     "Sigmoid": torch.sigmoid,
     "Slice": _slice,
     "Squeeze": _squeeze,

@@ -52,9 +52,24 @@ class Batches:
     GPU the function is captured once per shape of images, as a CUDA graph: one launch in place of hundreds.
     """
 
-    def __init__(self, compute: Callable[[Any], tuple[Any, ...]], size: int, device: Device, *, graphs: bool = True):
-        """`compute` takes a (size, H, W, 3) uint8 tensor on the device, and gives tensors there, images first."""
+    def __init__(
+        self,
+        compute: Callable[[Any], tuple[Any, ...]],
+        size: int,
+        device: Device,
+        *,
+        compiled: bool = False,
+        graphs: bool = True,
+    ) -> None:
+        """`compute` takes a (size, H, W, 3) uint8 tensor on the device, and gives tensors there, images first.
+
+        With `compiled` a GPU gets kernels that torch.compile makes of it, once per shape.
+        """
+        import torch
+
         self.size, self.device = size, device
+        if compiled and device == "cuda":
+            compute = torch.compile(compute, dynamic=False)
         self._compute = compute
         self._graphs = graphs and device == "cuda"
         self._of_shape: dict[tuple[int, ...], tuple[Any, Any, Callable[[], tuple[Any, ...]]]] = {}

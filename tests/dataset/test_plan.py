@@ -116,6 +116,8 @@ def test_what_runs_on_torch_belongs_to_the_plan_and_what_runs_as_before_changes_
     assert of_models("models.runtime.detector=onnxruntime") == plain
     assert of_models("models.runtime.detector=torch") == {**plain, "on_torch": ["detector"]}
     assert of_models("executor.gpus=1")["on_torch"] == ["detector", "face_embedder"]
+    assert of_models("models.compile=true") == plain, "only GPUs compile"
+    assert of_models("executor.gpus=1", "models.compile=true")["compile"] is True
     assert "on_torch" not in plan_of("executor.gpus=1").identity["settings"]["models"], "no pack is used"
-    with pytest.raises(ConfigError, match="models.runtime"):
+    with pytest.raises(ConfigError, match=r"models\.runtime"):
         plan_of("models.runtime.detector=tensorrt")

@@ -17,22 +17,11 @@ import numpy as np
 
 from schemas.errors import ConfigError, WeightsError
 from stages.models.backends import Faces, Floats, Image, ModelCard, runtime_of
-from stages.models.boxes import apart, without_overlaps
+from stages.models.boxes import Candidates, apart, without_overlaps
 from stages.models.packs import pack_card, pack_file, pack_weights
 from stages.models.papers import Weight
 from stages.runtime import Device
 from stages.settings import ModelSettings
-
-
-class Candidates(NamedTuple):
-    """Boxes of one canvas before overlaps are resolved, in its pixels, in the order of the network's anchors."""
-
-    scores: Floats
-    """(N,)."""
-    boxes: Floats
-    """(N, 4): x1 y1 x2 y2."""
-    points: Floats
-    """(N, 5, 2)."""
 
 
 class _View(NamedTuple):
@@ -63,7 +52,7 @@ class Scrfd:
         if runtime_of("detector", settings, device) == "torch":
             from stages.models.detectors.scrfd_torch import ScrfdTorch
 
-            self._model = ScrfdTorch(path, device)
+            self._model = ScrfdTorch(path, device, compiled=settings.compile)
         else:
             self._model = _OneByOne(path, device)
         if not self._model.use_kps:

@@ -8,7 +8,7 @@ import torch
 
 from schemas.errors import PlanError, WeightsError
 from stages.models.backends import Image
-from stages.models.detectors.scrfd import Candidates
+from stages.models.boxes import Candidates
 from stages.models.onnx_torch import OnnxModule, one_by_one
 from stages.models.packs import declared_pixels
 from stages.models.torch_backend import Batches, normaliser, on_device, prepare
@@ -24,8 +24,8 @@ _SCORE_TOLERANCE, _PIXEL_TOLERANCE = 0.02, 1.0
 class ScrfdTorch:
     """An insightface detector's ONNX file on a device, in float16 there unless `dtype` says another."""
 
-    def __init__(self, path: Path, device: Device, *, size: int = 0, dtype: Any = None, graphs: bool = True) -> None:
-        """`size` is that of a batch; 0 leaves it to the device."""
+    def __init__(self, path: Path, device: Device, *, size: int = 0, dtype: Any = None, **options: Any) -> None:
+        """`size` is that of a batch; 0 leaves it to the device. `options` are those of `Batches`."""
         prepare(device)
         module = OnnxModule(path)
         outputs = len(module.output_names)
@@ -40,7 +40,7 @@ class ScrfdTorch:
         self._normalise = normaliser([mean], [std], device, self._dtype, 1.0)
         self._mean_std = mean, std
         self._path = path
-        self.batches = Batches(self._decoded, size or (_GPU_BATCH if device == "cuda" else 1), device, graphs=graphs)
+        self.batches = Batches(self._decoded, size or (_GPU_BATCH if device == "cuda" else 1), device, **options)
 
     def __call__(self, canvases: Sequence[Image], lowest: float) -> list[Candidates]:
         """Candidates with a score of at least `lowest` of (n, n, 3) BGR canvases of one size."""

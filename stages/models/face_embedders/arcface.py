@@ -25,7 +25,7 @@ class ArcFace:
         if runtime_of("face_embedder", settings, device) == "torch":
             from stages.models.face_embedders.arcface_torch import ArcFaceTorch
 
-            self._model = ArcFaceTorch(path, device)
+            self._model = ArcFaceTorch(path, device, compiled=settings.compile)
         else:
             from stages.models.onnx import load
 

@@ -22,8 +22,8 @@ _COSINE, _QUANTISED_COSINE = 0.999, 0.98
 class ArcFaceTorch:
     """An insightface recogniser's ONNX file on a device, in float16 there unless `dtype` says another."""
 
-    def __init__(self, path: Path, device: Device, *, size: int = 0, dtype: Any = None, graphs: bool = True) -> None:
-        """`size` is that of a batch; 0 leaves it to the device."""
+    def __init__(self, path: Path, device: Device, *, size: int = 0, dtype: Any = None, **options: Any) -> None:
+        """`size` is that of a batch; 0 leaves it to the device. `options` are those of `Batches`."""
         prepare(device)
         graph = OnnxModule(path)
         self.input_size = tuple(graph.input_shape[:1:-1])
@@ -38,7 +38,7 @@ class ArcFaceTorch:
             lambda faces: (module(normalise(faces))[0].float(),),
             size or (_GPU_BATCH if device == "cuda" else 1),
             device,
-            graphs=graphs,
+            **options,
         )
         self._path, self._mean_std, self._is_quantised = path, (mean, std), graph.is_quantised
         try:

@@ -55,7 +55,7 @@ class FacexlibParser:
                 raise WeightsError(
                     f"{path} holds no weights of facexlib's {self._name} ({error}): fetch it again."
                 ) from error
-        self._batches = label_batches(model, _MEAN_STD[self._name], device)
+        self._batches = label_batches(model, _MEAN_STD[self._name], device, compiled=settings.compile)
 
     @classmethod
     def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:

@@ -163,6 +163,15 @@ def test_what_mixes_the_images_of_a_batch_is_refused(toy: Path, monkeypatch: pyt
         recogniser.require_same(faces)
 
 
+def test_torch_can_compile_a_pack_as_one_graph(toy: Path) -> None:
+    network, images = ScrfdTorch(toy / "det_toy.onnx", "cpu"), torch.from_numpy(np.stack(pictures(2, 96)))
+    recogniser, faces = ArcFaceTorch(toy / "rec_toy.onnx", "cpu"), torch.from_numpy(np.stack(pictures(2, 112)))
+    with torch.inference_mode():
+        for compute, given in ((network._decoded, images), (recogniser.batches._compute, faces)):
+            traced = torch.compile(compute, dynamic=False, fullgraph=True, backend="eager")
+            torch.testing.assert_close(traced(given), compute(given))
+
+
 def test_operators_that_are_not_known_are_one_sentence(tmp_path: Path) -> None:
     nodes = [helper.make_node("Erf", ["x"], ["y"]), helper.make_node("Celu", ["y"], ["z"])]
     save(tmp_path / "odd.onnx", nodes, [tensor("x", 1, 3, 8, 8)], [tensor("z", 1, 3, 8, 8)], {})
