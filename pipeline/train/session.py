@@ -189,8 +189,9 @@ def _model(job: TrainJob, base: Base) -> AdapterModel:
         base.unet.enable_gradient_checkpointing()
     is_compiled = settings.compile
     if is_compiled == "auto":
-        is_long = job.config.steps >= _WORTH_COMPILING
-        is_compiled = base.device.type == "cuda" and is_long and find_spec("triton") is not None
+        has_one_shape = not (job.config.data.buckets and job.config.data.crops.full)
+        is_worth_it = job.config.steps >= _WORTH_COMPILING and has_one_shape
+        is_compiled = base.device.type == "cuda" and is_worth_it and find_spec("triton") is not None
     if is_compiled:
         model.compile_predict()
     elif settings.channels_last:
