@@ -22,15 +22,15 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
-from inference_bench import Bench, Record  # noqa: E402
-from inference_pipeline import naive_loop, pipeline, pipeline_compiled  # noqa: E402
-from inference_sameness import (  # noqa: E402
+from inference_bench import Bench, Record
+from inference_pipeline import naive_loop, pipeline, pipeline_compiled
+from inference_sameness import (
     sameness_detector,
     sameness_parser,
     sameness_recogniser,
     sameness_tower,
 )
-from inference_speed import (  # noqa: E402
+from inference_speed import (
     compiled,
     decoding_on_cpu,
     decoding_on_gpu,
