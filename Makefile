@@ -23,7 +23,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup dataset train plan report verify models test lint image clean
+.PHONY: help setup dataset train plan report verify models test lint bench-gpu bench-gpu-wheels image clean
 
 PY    := .venv/bin/python
 STAMP  = .venv/.setup-$(EXTRA)
@@ -35,7 +35,7 @@ ONNXRUNTIME      = $(ONNXRUNTIME_$(EXTRA))
 
 help: ## list the targets and variables
 	@printf 'targets, each of which sets up what it needs in .venv first:\n'
-	@sed -nE 's/^([a-z]+):.* ## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -nE 's/^([a-z-]+):.* ## (.*)/  make \1\t\2/p' Makefile | expand -t 24
 	@printf '\nvariables, given as in: make dataset SHARDS=laion-part-0..99 OUT=faces\n'
 	@sed -n 's/^## /  /p' Makefile
 
@@ -87,6 +87,17 @@ lint: $(STAMP) ## check style and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+bench-gpu: $(STAMP) ## the ten-minute proof on this machine's GPU; ARGS=--smoke does it with tiny models [ARGS=]
+	$(PY) benchmarks/gpu $(ARGS)
+
+bench-gpu-wheels: $(STAMP) ## gather in build/wheels what a bare machine with a GPU, Python 3.12 and torch lacks for it
+	rm -rf build/wheels
+	$(PY) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 \
+		--constraint constraints.txt --requirement benchmarks/gpu/wheels.txt --dest build/wheels
+	$(PY) -m pip wheel --quiet --no-deps --wheel-dir build/wheels .
+	@du -sh build/wheels
+	@echo 'there: python -m pip install --no-index --no-deps --target site build/wheels/*.whl; PYTHONPATH=site python benchmarks/gpu'
 
 image: ## build the Docker image faceshards:cpu or faceshards:gpu [EXTRA= TORCH_INDEX=]
 	@command -v docker >/dev/null || { echo "docker is not installed; make image needs it, no other target does." >&2; exit 1; }
