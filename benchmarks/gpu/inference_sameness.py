@@ -22,7 +22,7 @@ def sameness_detector(bench: Bench) -> None:
     """Candidates on the device, in batches, against the CPU in float32 one by one, and against ONNX Runtime."""
     import torch
 
-    from stages.models.detectors.scrfd import Scrfd, _letterbox
+    from stages.models.detectors.scrfd import Scrfd, _letterbox, _proof_photos
     from stages.models.detectors.scrfd_torch import ScrfdTorch
 
     torch.set_num_threads(os.cpu_count() or 1)
@@ -58,6 +58,10 @@ def sameness_detector(bench: Bench) -> None:
     for label, dtype, tf32 in kinds if bench.on_gpu else kinds[1:2]:
         torch.backends.cudnn.allow_tf32 = tf32
         network = ScrfdTorch(bench.detector, bench.device, size=size, dtype=dtype)
+        if bench.detector != bench.scrfd_10g:
+            proof = [_letterbox(photo, side).canvas for photo in _proof_photos()]
+            network.require_same(proof, Scrfd.lowest)
+            bench.record({"model": name, "a": f"{bench.device} {label} batch {size}", "proof_at_start_up": "passed"})
         together = network(canvases, lowest)
         alone = [network([canvas], lowest)[0] for canvas in canvases[:6]]
         one = ScrfdTorch(bench.detector, bench.device, size=1, dtype=dtype, graphs=False)
@@ -121,6 +125,7 @@ def sameness_recogniser(bench: Bench) -> None:
     for path, name in files:
         expected = ArcFaceTorch(path, "cpu").embed(faces)
         found = ArcFaceTorch(path, bench.device, size=4 if bench.smoke else 64)
+        found.require_same(list(faces[:2]))
         together = found.embed(faces)
         alone = np.concatenate([found.embed(face[None]) for face in faces[:4]])
         row = {"model": name, "a": f"{bench.device} batch", "cosine_min_to_cpu_float32": _least(together, expected)}

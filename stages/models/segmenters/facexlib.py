@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from schemas.errors import WeightsError
+from schemas.errors import PlanError, WeightsError
 from stages.models.backends import Floats, Image, ModelCard
 from stages.models.papers import WEIGHTS, Weight
 from stages.models.torch_backend import HALF, IMAGENET, Batches, normaliser, on_device, prepare
@@ -34,6 +34,8 @@ _TO_BISENET = {
     "parsenet": np.array([BISENET_LABELS.index(label) for label in PARSENET_LABELS], np.uint8),
 }
 _GPU_BATCH = 16
+_SAME_LABELS = 0.999
+"""Share of a crop: where two labels are next to equal, a last bit may decide."""
 _MEAN_STD = {"bisenet": IMAGENET, "parsenet": HALF}
 
 
@@ -56,6 +58,8 @@ class FacexlibParser:
                     f"{path} holds no weights of facexlib's {self._name} ({error}): fetch it again."
                 ) from error
         self._batches = label_batches(model, _MEAN_STD[self._name], device, compiled=settings.compile)
+        if device == "cuda":
+            self._require_batches_equal_singles()
 
     @classmethod
     def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:
@@ -68,6 +72,13 @@ class FacexlibParser:
     def segment(self, image: Image, kps: Floats) -> npt.NDArray[np.uint8]:
         """(512, 512) labels in BiSeNet's order of an FFHQ-style (512, 512, 3) RGB crop; `kps` are not needed."""
         return self.segment_all([image])[0]
+
+    def _require_batches_equal_singles(self) -> None:
+        """Prove that a crop's labels do not depend on the other crops of a batch."""
+        images = list(np.random.default_rng(0).integers(0, 256, (2, 512, 512, 3), np.uint8))
+        for together, image in zip(self.segment_all(images), images, strict=True):
+            if np.mean(together == self.segment_all([image])[0]) < _SAME_LABELS:
+                raise PlanError(f"{self._name} mixes the images of a batch: set executor.gpus = 0.")
 
     def segment_all(self, images: Sequence[Image]) -> list[npt.NDArray[np.uint8]]:
         """`segment` of each image, in batches on a GPU."""

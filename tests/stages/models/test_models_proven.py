@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
 from schemas.errors import PlanError
 from stages.models.backends import backend
 from stages.models.papers import WEIGHTS
+from stages.models.segmenters.facexlib import FacexlibParser
 from stages.models.tower import Tower
 from stages.settings import ModelSettings
 
@@ -54,6 +56,20 @@ def test_a_tower_that_mixes_the_images_of_a_batch_is_refused() -> None:
     Mixing(0)._require_batches_equal_singles()
     with pytest.raises(PlanError, match=r"mixes the images of a batch \(clip\)"):
         Mixing(0.2)._require_batches_equal_singles()
+
+
+def test_a_parser_that_mixes_the_images_of_a_batch_is_refused() -> None:
+    parser = FacexlibParser.__new__(FacexlibParser)
+    parser._name = "bisenet"
+
+    def labels_of(own):
+        return lambda images: [(torch.from_numpy(own(np.stack(images))),)]
+
+    parser._batches = labels_of(lambda images: images[..., 0] % 19)
+    parser._require_batches_equal_singles()
+    parser._batches = labels_of(lambda images: (images + images.max(0))[..., 0] % 19)
+    with pytest.raises(PlanError, match="bisenet mixes the images of a batch"):
+        parser._require_batches_equal_singles()
 
 
 @pytest.mark.parametrize(("task", "name", "side"), [("face_embedder", "lbp", 112), ("image_embedder", "patches", 224)])
