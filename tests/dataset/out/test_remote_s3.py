@@ -54,6 +54,7 @@ def out(endpoint: str, request: pytest.FixtureRequest) -> RemotePath:
 ON_RAY = ("--executor", "ray", "--set", "executor.workers=1")
 
 
+@pytest.mark.slow
 def test_a_driver_on_ray_killed_in_the_middle_leaves_only_whole_shards_and_a_rerun_finishes(out, whole):
     process = begun(out, *ON_RAY)
     process.kill()

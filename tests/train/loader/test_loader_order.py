@@ -1,13 +1,11 @@
 """Who reads what: every sample once per epoch, whatever the number of consumers."""
 
 from collections import Counter
-from itertools import product
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.train.loader.order import sample_ranges, shard_order
+from pipeline.train.loader.order import sample_ranges
 
 KEPT = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
@@ -29,16 +27,3 @@ def test_a_consumer_opens_only_the_shards_of_its_range_and_each_once(kept: list[
     for consumer in range(3):
         opened = [one.shard for one in sample_ranges(kept, seed, 0, consumer, 3)]
         assert len(set(opened)) == len(opened)
-
-
-def test_the_order_follows_from_seed_and_epoch_alone() -> None:
-    orders = {(seed, epoch): tuple(shard_order(seed, epoch, 20)) for seed, epoch in product(range(3), range(3))}
-    assert len(set(orders.values())) == 9
-    assert all(sorted(order) == list(range(20)) for order in orders.values())
-    assert orders[1, 2] == tuple(shard_order(1, 2, 20))
-
-
-@pytest.mark.parametrize("consumers", [1, 2, 3, 7])
-def test_one_shard_serves_many(consumers: int) -> None:
-    parts = [sample_ranges([7], 0, 0, consumer, consumers) for consumer in range(consumers)]
-    assert [number for (part,) in parts for number in range(part.start, part.stop)] == list(range(7))
