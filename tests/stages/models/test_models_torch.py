@@ -172,6 +172,19 @@ def test_torch_can_compile_a_pack_as_one_graph(toy: Path) -> None:
             torch.testing.assert_close(traced(given), compute(given))
 
 
+def test_in_float16_boxes_are_not_rounded_at_the_end(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    canvases = pictures(3, 320)
+    expected = ScrfdTorch(toy / "det_toy.onnx", "cpu")(canvases, 0.0)
+
+    def difference() -> float:
+        found = ScrfdTorch(toy / "det_toy.onnx", "cpu", dtype=torch.float16)(canvases, 0.0)
+        return max(float(np.abs(ours.boxes - theirs.boxes).max()) for ours, theirs in zip(found, expected, strict=True))
+
+    exact = difference()
+    monkeypatch.setattr(onnx_torch, "_conv_in_float32", onnx_torch._conv)
+    assert 0 < exact < 0.8 * difference()
+
+
 def test_operators_that_are_not_known_are_one_sentence(tmp_path: Path) -> None:
     nodes = [helper.make_node("Erf", ["x"], ["y"]), helper.make_node("Celu", ["y"], ["z"])]
     save(tmp_path / "odd.onnx", nodes, [tensor("x", 1, 3, 8, 8)], [tensor("z", 1, 3, 8, 8)], {})
