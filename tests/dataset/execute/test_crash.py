@@ -257,11 +257,15 @@ ON_RAY = ["--executor", "ray", "--set", "executor.workers=1", "--set", "executor
 @pytest.mark.slow
 def test_workers_on_ray_that_are_killed_or_freeze_cost_time_only(whole, tmp_path):
     out = tmp_path / "out"
-    process = begun(out, *ON_RAY, "--set", "executor.shard_timeout_s=20")
-    first_worker(process, "ray::_Models").kill()
-    first_worker(process, "ray::_make").kill()
+    process = begun(out, *ON_RAY, "--set", "executor.shard_timeout_s=30")
+    for title in ("ray::_Models", "ray::_make"):
+        killed = first_worker(process, title)
+        killed.kill()
+        killed.wait(60)  # or it would be found again
     frozen = first_worker(process, "ray::_make")
     frozen.suspend()
+    while frozen.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
     said, err = process.communicate(timeout=400)
     assert process.returncode == 0, said + err
     assert contents(out) == contents(whole)
