@@ -29,6 +29,7 @@ for _name, _value in {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
+    "RAY_worker_niceness": "0",  # on a busy machine, the workers of Ray would starve, and their deadlines pass
     "OMP_NUM_THREADS": "1",  # the processes of the suite fill the cores; their threads would only fight for them
 }.items():
     os.environ[_name] = _value
