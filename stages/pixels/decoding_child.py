@@ -37,7 +37,12 @@ _DAMAGE = re.compile(
     rb"Corrupt JPEG data: (?:premature end|bad Huffman|found marker|(\d+) extraneous)|Premature end of JPEG"
 )
 """What libjpeg prints when pixels are lost."""
-_REDUCED = {1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
+_REDUCED = {
+    1: 0,
+    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
 """The flag that reduces; IMREAD_REDUCED_COLOR_8 and its like say BGR as well."""
 _EXTRANEOUS = 32
 """Bytes before a marker that tell of damage: after some, the decoder is done too early. A few are harmless padding."""
