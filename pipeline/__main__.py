@@ -125,6 +125,8 @@ def screen(
 ) -> None:
     """Fit models.screen_thresh on photos, and show what it would miss."""
     values = load_config(config, sets or [], shards=SAMPLE, profile=profile or "insightface", executor="local")
+    if values.models.screen == "off":
+        values = values.model_copy(update={"models": values.models.model_copy(update={"screen": "detector"})})
     make_plan(values)  # weights and licences
     seen = list(screened(photos, values, Runtime()))
     kept = [one.score for one in seen if one.kept]

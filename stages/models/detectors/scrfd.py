@@ -42,8 +42,6 @@ class Scrfd:
     """Boxes are reported down to this score: a weak second face must be seen, even where it does not count as one."""
     suspicious: ClassVar[float] = 0.3
     """A screen's score from which the bordered photo is worth a look at full size."""
-    faintest: ClassVar[float] = 0.01
-    """The lowest score that the screen tells from nothing."""
     border: ClassVar[float] = 0.5
     """Width of the border / longer side of the photo."""
 
@@ -86,13 +84,8 @@ class Scrfd:
             raise ConfigError("The detector takes images of one size only, and cannot screen: set models.screen = off.")
 
         def best_scores(images: Sequence[Image]) -> list[float]:
-            # Batches are of one size: on torch there are few.
             canvases = [_padded(image, 64 if on_torch else 32, is_square=on_torch) for image in images]
-            scores = [0.0] * len(canvases)
-            for shape in {canvas.shape for canvas in canvases}:
-                alike = [i for i, canvas in enumerate(canvases) if canvas.shape == shape]
-                for i, seen in zip(alike, network([canvases[i] for i in alike], cls.faintest), strict=True):
-                    scores[i] = float(seen.scores.max(initial=0))
+            scores: list[float] = network.best_scores(canvases)
             return scores
 
         return best_scores
@@ -165,6 +158,19 @@ class _OneByOne:
             scores, boxes, points = (np.concatenate(parts) for parts in self._model.forward(canvas, lowest))
             found.append(Candidates(scores.ravel(), boxes, points))
         return found
+
+    def best_scores(self, canvases: Sequence[Image]) -> list[float]:
+        """The best score of any box in each canvas, of whatever size.
+
+        Not by insightface's `forward`, which makes and keeps a session for each size that it meets.
+        """
+        model, best = self._model, []
+        for canvas in canvases:
+            mean = (model.input_mean,) * 3
+            pixels = cv2.dnn.blobFromImage(canvas, 1 / model.input_std, canvas.shape[1::-1], mean, swapRB=True)
+            scores = model.session.run(model.output_names[: model.fmc], {model.input_name: pixels})
+            best.append(max(float(level.max(initial=0)) for level in scores))
+        return best
 
 
 def _proof_photos() -> tuple[Image, Image]:
