@@ -22,15 +22,18 @@ from pipeline.dataset.finished.forget import forget as forget_in
 from pipeline.dataset.finished.report import write_report
 from pipeline.dataset.finished.verify import foreign_files
 from pipeline.dataset.finished.verify import verify as verify_output
+from pipeline.dataset.fit_screen import effect, fit, screened
 from pipeline.dataset.job import Job, make_dataset, prepared
 from pipeline.dataset.out.ledger import funnel, funnel_table
 from pipeline.dataset.out.output import Output
+from pipeline.dataset.plan import make_plan
 from pipeline.shared.configfile import key_table
 from pipeline.shared.files import sizes, to_path
 from schemas.errors import CorruptShardError, ExitCode, LostError, UserError
 from schemas.names import SAMPLE
 from stages.models.backends import backends
 from stages.models.weights import WeightState, fetch, known, known_weights, states
+from stages.runtime import Runtime
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -110,6 +113,32 @@ def dataset(
     if code is ExitCode.SHARDS_FAILED:
         errors.print("Some shards failed; the others are done. The same command tries the failed ones again.")
     raise typer.Exit(code)
+
+
+@app.command()
+def screen(
+    photos: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of photos, with and without faces.")],
+    config: ConfigFile = None,
+    sets: Sets = None,
+    profile: ProfileName = None,
+    margin: Annotated[float, typer.Option(help="Threshold / lowest score of a kept photo.", min=0.01, max=1)] = 0.6,
+) -> None:
+    """Fit models.screen_thresh on photos, and show what it would miss."""
+    values = load_config(config, sets or [], shards=SAMPLE, profile=profile or "insightface", executor="local")
+    if values.models.screen == "off":
+        values = values.model_copy(update={"models": values.models.model_copy(update={"screen": "detector"})})
+    make_plan(values)  # weights and licences
+    seen = list(screened(photos, values, Runtime()))
+    kept = [one.score for one in seen if one.kept]
+    fitted = fit(seen, margin)
+    say(f"{len(seen)} photos; the full look keeps {len(kept)}, whose scores begin at {min(kept):.3f}.")
+    table = Table("threshold", "missed of kept", "others that get the full look")
+    for one in (effect(seen, threshold) for threshold in (values.models.screen_thresh, fitted)):
+        table.add_row(f"{one.threshold:.3f}", str(len(one.missed)), f"{100 * one.passed:.1f} %")
+    console.print(table)
+    for name in effect(seen, values.models.screen_thresh).missed:
+        say(f"missed at {values.models.screen_thresh}: {name}")
+    say(f"With a margin of {margin}: --set models.screen_thresh={fitted}")
 
 
 @app.command()

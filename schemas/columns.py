@@ -53,6 +53,13 @@ _ALL = (
     # size; download knows them only of the rows that it drops for their header
     Column("width", pa.int32(), "width after the EXIF turn, pixels; the frame of all boxes and points", optional=True),
     Column("height", pa.int32(), "height after the EXIF turn, pixels", optional=True),
+    # screen
+    Column(
+        "screen_score",
+        pa.float32(),
+        "best score of any box in a look at the reduced photo, 0..1; null where there was no such look",
+        optional=True,
+    ),
     # detect
     Column("n_faces", pa.int32(), "faces with a score of at least models.det_thresh"),
     Column("bbox", _BBOX, "box of the largest face, x1 y1 x2 y2, pixels of the turned photo", optional=True),
@@ -135,3 +142,15 @@ def schema(names: tuple[str, ...]) -> pa.Schema:
 
 LEDGER_SCHEMA = schema(LEDGER)
 SEED_SCHEMA = schema(SEED)
+
+_LATER = ("screen_score",)
+"""Columns that ledgers of earlier releases lack."""
+
+
+def complete(ledger: pa.Table) -> pa.Table:
+    """A ledger with the columns that it lacks since an earlier release wrote it, null."""
+    for name in _LATER:
+        if name not in ledger.column_names:
+            nulls = pa.nulls(ledger.num_rows, COLUMNS[name].type)
+            ledger = ledger.add_column(LEDGER.index(name), name, nulls)
+    return ledger

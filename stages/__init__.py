@@ -32,6 +32,8 @@ STAGES: dict[str, Step] = {
     "download": Step("stages.download:Download", at="fetch"),
     # header only: format, whole file, both sides at least filter.min_image_px
     "size": Step("stages.size:Size", at="fetch"),
+    # a cheap look at the reduced photo: nothing there, nothing is decoded in full
+    "screen": Step("stages.screen:Screen", at="models"),
     # measures faces: count, box, five points, scores
     "detect": Step("stages.detect:Detect", at="models"),
     # judges the measurements: exactly one face, large enough

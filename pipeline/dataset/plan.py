@@ -19,6 +19,8 @@ from stages.encode import Encode
 from stages.models.backends import PACK_TASKS, ModelCard, backends, runtime_of
 from stages.models.weights import known, require_licences
 from stages.runtime import EncoderSource, Runtime
+from stages.screen import Screen
+from stages.screen import factor as screen_factor
 
 _RUNNER_COLUMNS = {"verdict", "stage"}
 
@@ -79,22 +81,35 @@ class Plan:
         config, encoders = self.config, self.runtime.encoders
         # Which files the models are is said by their hashes, and whether they may be used changes no byte.
         models = config.models.model_dump(
-            mode="json", exclude={"paths", "accept_noncommercial", "allow_download", "pack", "runtime", "compile"}
+            mode="json",
+            exclude={
+                "paths",
+                "accept_noncommercial",
+                "allow_download",
+                "pack",
+                "runtime",
+                "compile",
+                "screen",
+                "screen_thresh",
+            },
         )
         # torch rounds otherwise than onnxruntime; what the latter computes is called as before there was a choice
         compiled = {"compile": True} if config.models.compile and self.runtime.device == "cuda" else {}
+        reduced = screen_factor(config.models, config.filter)
+        screen = {"screen": {"factor": reduced, "thresh": config.models.screen_thresh}} if reduced else {}
         on_torch = [task for task in PACK_TASKS if self._runs_on_torch(task)]
         encode: dict[str, Any] = {name: True for name in EXTRAS if getattr(config.encode, name)}
         if config.encode.latents:
             encode["resolution"] = config.encode.resolution
         if encoders is not None:
             encode["source"] = {name: value for name, value in asdict(encoders).items() if name != "folder"}
-        stages = [step.stage().name for step in self.steps]
+        idle = {name for name, works in ((Encode.name, encoders), (Screen.name, reduced)) if not works}
+        stages = [name for name in (step.stage().name for step in self.steps) if name not in idle]
         return {
             "schema_version": SCHEMA_VERSION,
             "profile": config.profile,
             "rows_per_shard": config.source.rows_per_shard,
-            "stages": [name for name in stages if encoders is not None or name != Encode.name],
+            "stages": stages,
             "settings": {
                 **config.model_dump(mode="json", include={"metadata", "filter", "segment", "crop"}),
                 "models": {
@@ -102,6 +117,7 @@ class Plan:
                     "device": self.runtime.device,
                     **({"on_torch": on_torch} if on_torch else {}),
                     **compiled,
+                    **screen,
                 },
                 **({"encode": encode} if encode else {}),
                 **({} if config.pack.embeddings else {"pack": {"embeddings": False}}),

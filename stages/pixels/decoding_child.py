@@ -37,6 +37,13 @@ _DAMAGE = re.compile(
     rb"Corrupt JPEG data: (?:premature end|bad Huffman|found marker|(\d+) extraneous)|Premature end of JPEG"
 )
 """What libjpeg prints when pixels are lost."""
+_REDUCED = {
+    1: 0,
+    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
+"""The flag that reduces; IMREAD_REDUCED_COLOR_8 and its like say BGR as well."""
 _EXTRANEOUS = 32
 """Bytes before a marker that tell of damage: after some, the decoder is done too early. A few are harmless padding."""
 
@@ -71,24 +78,28 @@ def _answer(request: dict[str, Any], file: int, memory: mmap.mmap | None) -> dic
     if request["op"] == "header":
         return {"stored": _stored(data)[1]}
     canvas = np.frombuffer(memory or b"", np.uint8, request["count"])
-    return {"shape": decode_into(data, canvas, f"/dev/fd/{file}")}
+    return {"shape": decode_into(data, canvas, f"/dev/fd/{file}", request["factor"])}
 
 
-def decode_into(data: bytes, canvas: npt.NDArray[np.uint8], path: str) -> tuple[int, int]:
+def decode_into(data: bytes, canvas: npt.NDArray[np.uint8], path: str, factor: int = 1) -> tuple[int, int]:
     """Write the pixels of an image file into memory of the right length, and return height and width.
 
-    (H, W, 3) uint8 RGB, EXIF turned, transparency over white, first frame. `path` is a file with the same bytes.
+    (H, W, 3) uint8 RGB, EXIF turned, transparency over white, first frame; the sides divided by `factor` and rounded
+    up. `path` is a file with the same bytes.
 
     Raises:
         Dropped: truncated_image or corrupt_image.
     """
     format, stored = _stored(data)
-    upright = canvas.reshape(stored.height, stored.width, 3)
+    upright = canvas.reshape(-(-stored.height // factor), -(-stored.width // factor), 3)
     try:
         if format == "JPEG" and stored.mode in ("L", "RGB"):
-            pixels = _jpeg_pixels(path, upright if stored.orientation == 1 else np.empty_like(upright))
+            target = upright if stored.orientation == 1 else np.empty_like(upright)
+            pixels = _jpeg_pixels(path, target, AS_STORED | _REDUCED[factor])
         else:
             pixels = _pillow_pixels(_opened(format, data, stored))
+            if factor > 1 and pixels.shape[:2] == (stored.height, stored.width):
+                pixels = cv2.resize(pixels, upright.shape[1::-1], interpolation=cv2.INTER_AREA)
         if pixels.shape != upright.shape:
             raise ValueError(f"the header says {stored}, the pixels are {pixels.shape}")
     except headers.DECODER_ERRORS as error:
@@ -149,10 +160,10 @@ def _pillow_pixels(image: ImageFile) -> Image:
         return np.array(paper)
 
 
-def _jpeg_pixels(path: str, canvas: Image) -> Image:
+def _jpeg_pixels(path: str, canvas: Image, flags: int) -> Image:
     """`canvas` with the pixels of a JPEG file, or an array of another shape where the file is not as it says."""
     with stderr_taken() as remarks:
-        pixels: Image | None = cv2.imread(path, canvas, AS_STORED)
+        pixels: Image | None = cv2.imread(path, canvas, flags)
         damage = _DAMAGE.search(remarks())
     if pixels is None:
         raise ValueError("not a decodable JPEG")

@@ -70,6 +70,22 @@ def photo(sha256: str, data: bytes) -> Image:
     return _CACHE.get(sha256, data)
 
 
+def reduced(sha256: str, data: bytes, factor: int) -> Image:
+    """`photo` with its sides divided by 2, 4 or 8 and rounded up; only a JPEG is cheaper so.
+
+    Raises:
+        Dropped: as `PhotoCache.get` does.
+    """
+    if format_of(data) != "JPEG":
+        image = photo(sha256, data)
+        size = -(-image.shape[1] // factor), -(-image.shape[0] // factor)
+        small: Image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        return small
+    header = read_header(data)
+    count = -(-header.width // factor) * -(-header.height // factor) * 3
+    return decoding.decoder().pixels(data, count, factor)
+
+
 def thumbnail(data: bytes, side: int) -> bytes | None:
     """A JPEG of at most `side` x `side` pixels of any image file, cheaply decoded; None when it cannot be."""
     return decoding.decoder().thumbnail(data, side) if format_of(data) in OPENERS else None

@@ -21,7 +21,7 @@ from pipeline.dataset.out.output import fingerprint
 from pipeline.dataset.out.takedowns import DROPS, Takedowns, blank
 from pipeline.shared.files import AnyPath, Draft, parquet, write
 from pipeline.shared.tars import BROKEN, members, read
-from schemas.columns import KEPT, LEDGER_SCHEMA
+from schemas.columns import KEPT, LEDGER_SCHEMA, complete
 from schemas.errors import CorruptShardError
 
 
@@ -41,7 +41,7 @@ def rewrite(out: AnyPath, shard: str, takedowns: Takedowns) -> None:
             f"{name}: it is not what its manifest says, so nothing was taken out of its shard: remove the shard's "
             "files, and a rerun makes it anew without what must not be used"
         )
-    ledger = parquet(shards / f"{shard}.parquet").read()
+    ledger = complete(parquet(shards / f"{shard}.parquet").read())
     reasons = takedowns.reasons(ledger)
     rows = ledger.filter(pc.is_valid(reasons))
     thumbnails = out / "drops" / f"{shard}.parquet"

@@ -22,7 +22,7 @@ from pipeline.dataset.out.ledger import UNREADABLE, read_manifest, replaced, sha
 from pipeline.dataset.out.output import fingerprint
 from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import AnyPath, names, parquet
-from schemas.columns import LEDGER_SCHEMA
+from schemas.columns import LEDGER_SCHEMA, complete
 from schemas.errors import CorruptShardError
 from schemas.names import finished_shards
 from schemas.shard import DATASET, UNCONDITIONAL, Manifest
@@ -151,7 +151,7 @@ def _shard_problems(
 
     name = f"{shard}.parquet"
     try:
-        ledger = parquet(folder / name).read()
+        ledger = complete(parquet(folder / name).read())
         ledger.validate(full=True)
     except UNREADABLE as error:
         yield Problem(shard, name, None, f"not a ledger: {error}")

@@ -8,7 +8,8 @@ SCRFD misses a face that fills its input: it has learned faces with surroundings
 3. one face found: the bordered photo at 0.3 n, for a second face that is too large for the first look.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -48,13 +49,7 @@ class Scrfd:
         path = pack_file("detector", settings)
         self._size = settings.det_size
         self._threshold = settings.det_thresh
-        self._model: Any
-        if runtime_of("detector", settings, device) == "torch":
-            from stages.models.detectors.scrfd_torch import ScrfdTorch
-
-            self._model = ScrfdTorch(path, device, compiled=settings.compile)
-        else:
-            self._model = _OneByOne(path, device)
+        self._model = _network(settings, device)
         if not self._model.use_kps:
             raise WeightsError(
                 f"{path} gives boxes without the five points: choose a pack whose detector has them (kps)."
@@ -69,11 +64,31 @@ class Scrfd:
 
     @classmethod
     def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:
-        return pack_weights(settings)
+        return tuple(dict.fromkeys(pack_weights(settings) + pack_weights(_of_screen(settings))))
 
     @classmethod
     def cards(cls, settings: ModelSettings) -> list[ModelCard]:
-        return [pack_card("detector", settings)]
+        cards = [pack_card("detector", settings)]
+        if _of_screen(settings).pack != settings.pack:
+            cards.append(replace(pack_card("detector", _of_screen(settings)), task="screen"))
+        return cards
+
+    @classmethod
+    def screen(cls, settings: ModelSettings, device: Device) -> Callable[[Sequence[Image]], list[float]]:
+        """What gives the best score of any box in each RGB photo, reduced to a fraction of its size.
+
+        The photos are padded to whole cells of the network and not scaled: there is no detector size here.
+        """
+        network, on_torch = _network(_of_screen(settings), device), runtime_of("detector", settings, device) == "torch"
+        if network.static_input_size is not None:
+            raise ConfigError("The detector takes images of one size only, and cannot screen: set models.screen = off.")
+
+        def best_scores(images: Sequence[Image]) -> list[float]:
+            canvases = [_padded(image, 64 if on_torch else 32, is_square=on_torch) for image in images]
+            scores: list[float] = network.best_scores(canvases)
+            return scores
+
+        return best_scores
 
     def detect(self, image: Image) -> Faces:
         """Faces of one RGB photo; boxes of the first look may reach over its edge, as insightface's do."""
@@ -111,6 +126,22 @@ class Scrfd:
         return looks
 
 
+def _network(settings: ModelSettings, device: Device) -> Any:
+    """The pack's detector as a function of canvases: what `ScrfdTorch` and `_OneByOne` are."""
+    path = pack_file("detector", settings)
+    if runtime_of("detector", settings, device) == "torch":
+        from stages.models.detectors.scrfd_torch import ScrfdTorch
+
+        return ScrfdTorch(path, device, compiled=settings.compile)
+    return _OneByOne(path, device)
+
+
+def _of_screen(settings: ModelSettings) -> ModelSettings:
+    """The settings with the pack whose detector screens."""
+    other = settings.screen not in ("detector", "off")
+    return settings.model_copy(update={"pack": settings.screen}) if other else settings
+
+
 class _OneByOne:
     """insightface's own model on ONNX Runtime; see `ScrfdTorch`, which gives the same."""
 
@@ -128,6 +159,19 @@ class _OneByOne:
             found.append(Candidates(scores.ravel(), boxes, points))
         return found
 
+    def best_scores(self, canvases: Sequence[Image]) -> list[float]:
+        """The best score of any box in each canvas, of whatever size.
+
+        Not by insightface's `forward`, which makes and keeps a session for each size that it meets.
+        """
+        model, best = self._model, []
+        for canvas in canvases:
+            mean = (model.input_mean,) * 3
+            pixels = cv2.dnn.blobFromImage(canvas, 1 / model.input_std, canvas.shape[1::-1], mean, swapRB=True)
+            scores = model.session.run(model.output_names[: model.fmc], {model.input_name: pixels})
+            best.append(max(float(level.max(initial=0)) for level in scores))
+        return best
+
 
 def _proof_photos() -> tuple[Image, Image]:
     """A photo with a face that comes with a library, and its mirror image."""
@@ -144,6 +188,15 @@ def _letterbox(image: Image, size: int) -> _View:
     new_width, new_height = (int(size / ratio), size) if ratio > 1 else (size, int(size * ratio))
     scale = new_height / height
     return _View(_paste(image, new_width, new_height, 0, size), np.array([scale, scale], np.float32), 0)
+
+
+def _padded(image: Image, cell: int, *, is_square: bool) -> Image:
+    """An RGB photo as BGR with black to its right and below, up to whole cells."""
+    height, width = image.shape[:2]
+    padded = [-(-side // cell) * cell for side in (height, width)]
+    canvas = np.zeros(([max(padded)] * 2 if is_square else padded) + [3], np.uint8)
+    canvas[:height, :width] = image[:, :, ::-1]
+    return canvas
 
 
 def _bordered(image: Image, size: int, border: float) -> _View:

@@ -55,6 +55,16 @@ class ScrfdTorch:
                 found.append(Candidates(part[:, 0], part[:, 1:5], part[:, 5:].reshape(-1, 5, 2)))
         return found
 
+    def best_scores(self, canvases: Sequence[Image]) -> list[float]:
+        """The best score of any box in each (n, n, 3) canvas; sizes are computed one after the other, so give few."""
+        best = [0.0] * len(canvases)
+        for shape in {canvas.shape for canvas in canvases}:
+            alike = [i for i, canvas in enumerate(canvases) if canvas.shape == shape]
+            found = [decoded[..., 0].amax(1) for (decoded,) in self.batches([canvases[i] for i in alike])]
+            for i, score in zip(alike, torch.cat(found).tolist(), strict=True):
+                best[i] = max(0.0, score)
+        return best
+
     def require_same(self, canvases: Sequence[Image], lowest: float) -> None:
         """Prove on this device that a batch gives what ONNX Runtime gives of each canvas, and each canvas alone here.
 

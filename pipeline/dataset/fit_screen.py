@@ -1,0 +1,86 @@
+"""Fit the screen's threshold on photos: how it scores those that the full look keeps, and how many others pass."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from schemas.digest import sha256
+from schemas.errors import ConfigError, SourceError
+from stages.base import Dropped
+from stages.detect import measure
+from stages.filter import judge
+from stages.models.backends import backend
+from stages.pixels.images import photo, reduced
+from stages.runtime import Runtime
+from stages.screen import factor
+from stages.settings import Settings
+from stages.size import Size
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass(frozen=True)
+class Screened:
+    """One photo: its name, the best score in its reduced form, and whether the full look keeps it."""
+
+    name: str
+    score: float
+    kept: bool
+
+
+def screened(folder: Path, settings: Settings, runtime: Runtime) -> Iterator[Screened]:
+    """Both looks at every photo of a folder and its subfolders that is large enough.
+
+    Raises:
+        ConfigError: when these settings have no screen.
+        SourceError: when the folder holds no image files.
+    """
+    by = factor(settings.models, settings.filter)
+    if not by:
+        raise ConfigError("These settings have no screen: models.screen is off, or the detector is not scrfd.")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise SourceError(f"{folder} holds no image files ({', '.join(SUFFIXES)}).")
+    detector = backend("detector", settings.models.detector)
+    look, full = detector.screen(settings.models, runtime.device), detector(settings.models, runtime.device)
+    size = Size(settings, runtime)
+    for path in files:
+        data = path.read_bytes()
+        digest = sha256(data)
+        try:
+            size.row({"image": data})
+            (score,) = look([reduced(digest, data, by)])
+            measured = measure(full.detect(photo(digest, data)), settings.models.det_thresh)
+        except Dropped:
+            continue  # too small or damaged: neither look matters
+        verdict = judge({"bbox": None, "kps": None, "face_px": None, **measured}, settings.filter)
+        yield Screened(str(path.relative_to(folder)), score, verdict is None)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a threshold does to the photos."""
+
+    threshold: float
+    missed: tuple[str, ...]
+    """Photos that the full look keeps, and the screen would drop."""
+    passed: float
+    """Share of the others that still get the full look, 0 to 1."""
+
+
+def fit(photos: Sequence[Screened], margin: float) -> float:
+    """The threshold: the lowest score of a photo that is kept, times `margin`.
+
+    Raises:
+        SourceError: when none is kept.
+    """
+    kept = [one.score for one in photos if one.kept]
+    if not kept:
+        raise SourceError("None of the photos is kept by the full look, so nothing can be fitted: give others.")
+    return round(min(kept) * margin, 3)
+
+
+def effect(photos: Sequence[Screened], threshold: float) -> Fit:
+    others = [one for one in photos if not one.kept]
+    missed = tuple(one.name for one in photos if one.kept and one.score < threshold)
+    return Fit(threshold, missed, sum(one.score >= threshold for one in others) / max(1, len(others)))

@@ -1,0 +1,62 @@
+"""Screen: a cheap look at the reduced photo. Where it sees nothing at all, there is no face that could be kept."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from schemas.drops import DropReason
+from stages.base import BatchStage, Dropped
+from stages.models.backends import Image, backend
+from stages.pixels.images import reduced
+from stages.runtime import Runtime
+from stages.settings import FilterSettings, ModelSettings, Settings
+
+_SEEN_PX = 16
+"""Short side from which detectors see a face at a low score."""
+_FACTORS = (8, 4, 2)
+_GPU_BATCH = 64
+
+
+class Screen(BatchStage):
+    """Drops photos in which a detector sees nothing, even at a low score, at a fraction of their size.
+
+    Passes every row, unmeasured, where `models.screen` is off or the detector has no such look.
+    """
+
+    name: ClassVar[str] = "screen"
+    reads: ClassVar[tuple[str, ...]] = ("image", "sha256")
+    writes: ClassVar[tuple[str, ...]] = ("screen_score",)
+    drops: ClassVar[tuple[DropReason, ...]] = (
+        DropReason.NO_FACE,
+        DropReason.TRUNCATED_IMAGE,
+        DropReason.CORRUPT_IMAGE,
+        DropReason.DECODER_CRASH,
+    )
+
+    def __init__(self, settings: Settings, runtime: Runtime) -> None:
+        """Load what looks."""
+        super().__init__(settings, runtime)
+        self._factor = factor(settings.models, settings.filter)
+        self._look: Any = None
+        if self._factor:
+            self._look = backend("detector", settings.models.detector).screen(settings.models, runtime.device)
+        if runtime.device == "cuda":
+            self.batch = _GPU_BATCH
+
+    def given(self, record: Mapping[str, Any]) -> Image | None:
+        return reduced(record["sha256"], record["image"], self._factor) if self._factor else None
+
+    def computed(self, given: Sequence[Image | None]) -> Sequence[float | None]:
+        scores: Sequence[float | None] = self._look(given) if self._look else [None] * len(given)
+        return scores
+
+    def written(self, record: Mapping[str, Any], output: float | None) -> dict[str, Any]:
+        if output is not None and not output >= self.settings.models.screen_thresh:
+            raise Dropped(DropReason.NO_FACE, screen_score=output)
+        return {"screen_score": output}
+
+
+def factor(models: ModelSettings, limits: FilterSettings) -> int:
+    """What photos are reduced by: the smallest face that may be kept stays visible. 0 where there is no screen."""
+    if models.screen == "off" or not hasattr(backend("detector", models.detector), "screen"):
+        return 0
+    return next((factor for factor in _FACTORS if limits.min_face_px / factor >= _SEEN_PX), 0)

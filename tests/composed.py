@@ -1,0 +1,82 @@
+"""Photos composed of real faces on pictures without any: one, two or none, of a known size, anywhere."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+AROUND = 0.9
+"""What of a face's surroundings comes along on each side, as a share of its box."""
+NOISE = 2.0
+"""Standard deviation of the sensor noise that hides where pictures were joined, grey levels."""
+
+
+@dataclass(frozen=True)
+class Face:
+    """A face cut out of a photo, with its surroundings."""
+
+    pixels: np.ndarray
+    """(H, W, 3), RGB."""
+    px: float
+    """Short side of its box."""
+
+
+def cut(photo: np.ndarray, bbox: list[float]) -> Face:
+    """The face of a photo; `bbox` is x1 y1 x2 y2."""
+    x1, y1, x2, y2 = bbox
+    margin = AROUND * max(x2 - x1, y2 - y1)
+    height, width = photo.shape[:2]
+    left, top, right, bottom = (round(max(0, edge)) for edge in (x1 - margin, y1 - margin, x2 + margin, y2 + margin))
+    return Face(photo[top : min(bottom, height), left : min(right, width)], min(x2 - x1, y2 - y1))
+
+
+def compose(
+    faces: list[Face], grounds: list[np.ndarray], count: int, seed: int, side: tuple[int, int] = (1100, 4000)
+) -> Iterator[tuple[int, bytes]]:
+    """Numbers of faces (0, 1, 1, 2) and JPEGs, of sides between `side`, with faces of 128 to 400 px."""
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        width, height = (int(length) for length in rng.integers(side[0], side[1], 2, endpoint=True))
+        picture = _ground(grounds[rng.integers(len(grounds))], width, height, rng)
+        wanted = (0, 1, 1, 2)[number % 4]
+        taken: list[tuple[int, int, int, int]] = []
+        for _ in range(wanted):
+            _paste(picture, faces[rng.integers(len(faces))], float(rng.uniform(128, 400)), taken, rng)
+        noisy = picture + rng.normal(0, NOISE, picture.shape[:2])[..., None]
+        pixels = np.clip(noisy, 0, 255).astype(np.uint8)
+        done, data = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(75, 96))])
+        assert done
+        yield len(taken), data.tobytes()
+
+
+def _ground(photo: np.ndarray, width: int, height: int, rng: np.random.Generator) -> np.ndarray:
+    """A part of a picture without faces, mirrored by chance, at a size."""
+    rows, columns = photo.shape[:2]
+    scale = max(width / columns, height / rows) * rng.uniform(1, 1.5)
+    size = max(width, round(columns * scale)), max(height, round(rows * scale))
+    large = cv2.resize(photo, size, interpolation=cv2.INTER_CUBIC)
+    top, left = rng.integers(size[1] - height + 1), rng.integers(size[0] - width + 1)
+    part = large[top : top + height, left : left + width]
+    return (part[:, ::-1] if rng.random() < 0.5 else part).astype(np.float32)
+
+
+def _paste(picture: np.ndarray, face: Face, px: float, taken: list, rng: np.random.Generator) -> None:
+    """A face of `px` where no other is, with soft edges; nothing where it finds no room."""
+    factor = px / face.px
+    size = [max(8, round(side * factor)) for side in face.pixels.shape[1::-1]]
+    if size[0] > picture.shape[1] or size[1] > picture.shape[0]:
+        return
+    small = cv2.resize(face.pixels, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
+    for _ in range(20):
+        left, top = (int(rng.integers(room + 1)) for room in (picture.shape[1] - size[0], picture.shape[0] - size[1]))
+        box = left, top, left + size[0], top + size[1]
+        if all(box[2] <= a or c <= box[0] or box[3] <= b or d <= box[1] for a, b, c, d in taken):
+            edge = max(2, round(0.08 * min(size)))
+            soft = np.zeros(size[::-1], np.float32)
+            soft[edge:-edge, edge:-edge] = 1
+            soft = cv2.GaussianBlur(soft, (0, 0), edge / 2)[..., None]
+            target = picture[top : top + size[1], left : left + size[0]]
+            target += soft * (small[..., ::1] - target)
+            taken.append(box)
+            return

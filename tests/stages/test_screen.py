@@ -1,0 +1,221 @@
+"""The screen: what it drops, what it must never drop, and that what is kept stays exactly what it was."""
+
+import io
+
+import composed
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image as Pillow
+
+from schemas.digest import sha256
+from stages.detect import measure
+from stages.filter import judge
+from stages.models.detectors.scrfd import Scrfd
+from stages.pixels import decoding
+from stages.pixels.images import encode_jpeg, encode_png, photo, reduced
+from stages.runtime import Runtime
+from stages.screen import Screen, factor
+from stages.settings import FilterSettings, ModelSettings, Settings
+
+
+def settings(data, **models):
+    given = {"pack": str(data / "models" / "real"), "accept_noncommercial": True, "screen": "detector", **models}
+    return Settings.model_validate({"models": given})
+
+
+@pytest.fixture(scope="module")
+def real(data):
+    return settings(data)
+
+
+@pytest.fixture(scope="module")
+def detector(real):
+    return Scrfd(real.models, "cpu")
+
+
+def table(*files):
+    return pa.table({"image": list(files), "sha256": [sha256(file) for file in files]})
+
+
+def keeps(detector, real, image):
+    measured = measure(detector.detect(image), real.models.det_thresh)
+    return judge({"bbox": None, "kps": None, "face_px": None, **measured}, real.filter) is None
+
+
+# ---------------------------------------------------------------------------------------------------- what it is
+
+
+def test_it_works_where_the_detector_can_and_the_smallest_face_stays_visible():
+    on = ModelSettings(screen="detector")
+    assert factor(on, FilterSettings()) == 8
+    assert factor(on, FilterSettings(min_face_px=127)) == 4
+    assert factor(on, FilterSettings(min_face_px=32)) == 2
+    assert factor(on, FilterSettings(min_face_px=31)) == 0
+    assert factor(ModelSettings(), FilterSettings()) == 0
+    assert factor(ModelSettings(screen="detector", detector="haar"), FilterSettings()) == 0
+
+
+def test_switched_off_it_measures_nothing_and_passes_all():
+    made = Screen(Settings(), Runtime())(table(b"no image", b"none"))
+    assert made["screen_score"].null_count == 2
+    assert made["drop"].null_count == 2
+
+
+@pytest.fixture(scope="module")
+def made(real, data):
+    """A face, a grey picture, a JPEG cut off, one whose scan is damaged."""
+    face = (data / "photos" / "face_recogniti__obama-1080p.jpg").read_bytes()
+    grey = encode_jpeg(np.full((1200, 1500, 3), 128, np.uint8), 90)
+    middle = len(face) // 2
+    damaged = face[:middle] + b"\xff\xd9" * 200 + face[middle + 400 :]
+    return Screen(real, Runtime())(table(face, grey, face[:-2000], damaged))
+
+
+@pytest.mark.real_data
+def test_a_photo_with_a_face_goes_on(made):
+    assert made["drop"][0].as_py() is None
+    assert made["screen_score"][0].as_py() > 0.5
+
+
+@pytest.mark.real_data
+def test_drops_no_face(made):
+    assert made["drop"][1].as_py() == "no_face"
+    assert 0 <= made["screen_score"][1].as_py() < 0.1
+
+
+@pytest.mark.real_data
+def test_drops_truncated_image(made):
+    assert (made["drop"][2].as_py(), made["screen_score"][2].as_py()) == ("truncated_image", None)
+
+
+@pytest.mark.real_data
+def test_drops_corrupt_image(made):
+    assert (made["drop"][3].as_py(), made["screen_score"][3].as_py()) == ("corrupt_image", None)
+
+
+@pytest.mark.real_data
+def test_drops_decoder_crash(real, monkeypatch):
+    monkeypatch.setattr(decoding, "decoder", decoding.Decoder)
+    monkeypatch.setattr(decoding, "COMMAND", ("false",))
+    grey = encode_jpeg(np.full((1100, 1100, 3), 99, np.uint8), 90)
+    assert Screen(real, Runtime())(table(grey))["drop"].to_pylist() == ["decoder_crash"]
+
+
+@pytest.mark.real_data
+def test_another_packs_detector_may_screen(data):
+    other = settings(data, screen=str(data / "models" / "extra"))
+    face = (data / "photos" / "face_recogniti__obama-1080p.jpg").read_bytes()
+    own, its = (Screen(each, Runtime())(table(face))["screen_score"][0].as_py() for each in (settings(data), other))
+    assert own != its
+    assert min(own, its) > 0.5
+    assert [(card.name, card.task) for card in Scrfd.cards(other.models)] == [
+        ("real/det_2.5g.onnx", "detector"),
+        ("extra/det_500m.onnx", "screen"),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ reduced pictures
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_reduced_jpeg_is_the_photo_at_a_fraction_turned_as_it_is(orientation):
+    rows, columns = np.mgrid[:203, :331]
+    pixels = np.stack([rows, columns // 2, (rows + columns) // 3], axis=2).astype(np.uint8)
+    stream = io.BytesIO()
+    exif = Pillow.Exif()
+    exif[0x0112] = orientation
+    Pillow.fromarray(pixels).save(stream, "JPEG", quality=95, exif=exif)
+    data = stream.getvalue()
+    full = photo(sha256(data), data)
+    for by in (2, 4, 8):
+        small = reduced(sha256(data), data, by)
+        assert small.shape[:2] == tuple(-(-side // by) for side in full.shape[:2])
+        inner = full[: full.shape[0] // by * by, : full.shape[1] // by * by].astype(float)
+        means = inner.reshape(inner.shape[0] // by, by, inner.shape[1] // by, by, 3).mean(axis=(1, 3))
+        apart = np.abs(small[: means.shape[0], : means.shape[1]] - means)
+        # Lying pictures have their padding at another edge.
+        assert apart[by:-by, by:-by].mean() < 4
+
+
+def test_other_formats_are_reduced_from_the_photo_which_is_decoded_once():
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 60, 3), np.uint8)
+    for image in (pixels, np.repeat(pixels[..., :1], 3, axis=2)):
+        data = encode_png(image)
+        small = reduced(sha256(data), data, 8)
+        assert small.shape == (13, 8, 3)
+        assert abs(float(small.mean()) - float(image.mean())) < 2
+
+
+# ------------------------------------------------------------------------------------------------------- recall
+
+
+@pytest.fixture(scope="module")
+def material(labels, data, detector):
+    """Real faces with their surroundings, and real pictures without any."""
+    faces, grounds = [], []
+    for row in labels:
+        file = (data / "photos" / row["file"]).read_bytes()
+        image = photo(sha256(file), file)
+        if row["expected"] == "keep":
+            faces.append(composed.cut(image, measure(detector.detect(image), 0.5)["bbox"]))
+        elif row["reason"] == "noface":
+            grounds.append(image)
+    rows, columns = np.mgrid[:800, :1200]
+    grounds.append(np.stack([rows // 4, columns // 6, 90 + 40 * np.sin(columns / 90)], axis=2).astype(np.uint8))
+    assert len(faces) >= 8
+    assert len(grounds) >= 3
+    return faces, grounds
+
+
+@pytest.mark.real_data
+def test_no_labelled_photo_that_is_kept_is_screened_out(labels, data, real, detector):
+    files = [(data / "photos" / row["file"]).read_bytes() for row in labels if row["expected"] == "keep"]
+    for pack in ("detector", str(data / "models" / "extra")):
+        made = Screen(settings(data, screen=pack), Runtime())(table(*files))
+        assert made["drop"].null_count == len(files)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("pack", ["detector", "extra"])
+def test_no_composed_photo_that_is_kept_is_screened_out(material, data, detector, real, pack):
+    count = 12
+    screen = Screen(settings(data, screen=pack if pack == "detector" else str(data / "models" / pack)), Runtime())
+    assert missed(material, detector, real, screen, count, seed=1)[1:] == (pytest.approx(5, abs=3), [])
+
+
+@pytest.mark.real_data
+@pytest.mark.long
+@pytest.mark.parametrize("pack", ["detector", "extra"])
+def test_of_many_composed_photos_none_that_is_kept_is_screened_out(material, data, detector, real, pack):
+    screen = Screen(settings(data, screen=pack if pack == "detector" else str(data / "models" / pack)), Runtime())
+    dropped, kept, lost = missed(material, detector, real, screen, 520, seed=2)
+    assert (lost, kept > 150, dropped > 50) == ([], True, True), (kept, dropped)
+
+
+def missed(material, detector, real, screen, count, seed):
+    """How many the screen drops, how many the full look keeps, and which of these the screen drops."""
+    dropped, kept, lost = 0, 0, []
+    for number, (_, file) in enumerate(composed.compose(*material, count, seed)):
+        made = screen(table(file))
+        is_dropped = made["drop"][0].is_valid
+        dropped += is_dropped
+        if keeps(detector, real, photo(sha256(file), file)):
+            kept += 1
+            if is_dropped:
+                lost.append((number, made["screen_score"][0].as_py()))
+    return dropped, kept, lost
+
+
+@pytest.mark.real_data
+def test_tight_portraits_pass(material, real, detector):
+    """A face that fills the photo."""
+    faces, _ = material
+    for face in faces:
+        side = min(face.pixels.shape[:2])
+        inset = round(side * composed.AROUND / (1 + 2 * composed.AROUND) * 0.8)
+        tight = np.ascontiguousarray(face.pixels[inset : side - inset, inset : side - inset])
+        large = np.asarray(Pillow.fromarray(tight).resize((1200, 1200), Pillow.Resampling.LANCZOS))
+        file = encode_jpeg(large, 92)
+        if keeps(detector, real, photo(sha256(file), file)):
+            assert Screen(real, Runtime())(table(file))["drop"].null_count == 1
