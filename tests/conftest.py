@@ -41,9 +41,14 @@ _NO_DATA = "FACESHARDS_DATA is not set to a folder with labelled photos and weig
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest; skip real-data tests, with a reason, where there is no real data."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Begin with the files that take longest; skip real-data tests, with a reason, where there is no real data.
+
+    Of these the first and the last take turns: those of the executors wait for processes, those of the trainer compute.
+    """
+    slow = list(dict.fromkeys(item.path for item in items if item.get_closest_marker("slow")))
+    turns = [path for pair in zip(slow, reversed(slow), strict=True) for path in pair]
+    place = {path: number for number, path in enumerate(dict.fromkeys(turns))}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
     if not os.environ.get("FACESHARDS_DATA"):
         for item in items:
             if item.get_closest_marker("real_data"):

@@ -177,11 +177,11 @@ def test_no_labelled_photo_that_is_kept_is_screened_out(labels, data, real, dete
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize("pack", ["detector", "extra"])
+@pytest.mark.parametrize("pack", ["detector", pytest.param("extra", marks=pytest.mark.long)])
 def test_no_composed_photo_that_is_kept_is_screened_out(material, data, detector, real, pack):
-    count = 12
+    count = 8
     screen = Screen(settings(data, screen=pack if pack == "detector" else str(data / "models" / pack)), Runtime())
-    assert missed(material, detector, real, screen, count, seed=1)[1:] == (pytest.approx(5, abs=3), [])
+    assert missed(material, detector, real, screen, count, seed=1)[1:] == (pytest.approx(3, abs=2), [])
 
 
 @pytest.mark.real_data

@@ -430,6 +430,7 @@ while killed:
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_step_leaves_the_old_shard_or_the_new_one(tmp_path):
     published = fake.write(tmp_path / "published", {shard: SHORT[shard] for shard in SHORT})
     urls = ("http://photos.example/a/0.jpg", "http://photos.example/a/1.jpg", "http://photos.example/a/2.jpg")
