@@ -311,6 +311,7 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine(dataset, tmp_path):
     assert told == pytest.approx([0, 5e-4, 1e-3, 8.5355e-4, 5e-4, 1.4645e-4], abs=1e-7)
 
 
+@pytest.mark.slow
 def test_bf16_runs_without_a_gpu_and_trains_in_float32(plain, dataset, tmp_path, kept):
     job = train(dataset, tmp_path / "out", "optim.precision=bf16")
     assert kept.base.unet.conv_in.weight.dtype == torch.bfloat16

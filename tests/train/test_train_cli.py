@@ -83,6 +83,7 @@ def real(dataset, tmp_path_factory):
 # --- what works ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_dir_base_and_out_it_trains_the_tiny_base_on_out(real):
     folder, done = real
     run = folder / "runs" / "faceid-tiny"
