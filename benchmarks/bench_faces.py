@@ -69,7 +69,7 @@ def naive(app: FaceAnalysis, files: list[bytes]) -> list[list[tuple[np.ndarray, 
 def loaded(data: Path) -> tuple[Plan, list[Loaded]]:
     sets = [f"models.pack={data / 'models' / 'real'}", "models.accept_noncommercial=true"]
     plan = make_plan(load_config(None, [*sets, "models.segmenter=grabcut", "models.image_embedder=patches"]))
-    return plan, load(plan, tuple(step for step in plan.steps if step.name in STEPS))
+    return plan, load(plan, tuple(step for step in plan.steps if step.stage().name in STEPS))
 
 
 def ours(plan: Plan, steps: list[Loaded], files: list[bytes]) -> Rows:

@@ -49,6 +49,7 @@ class Decoder:
         self._turn = Lock()
         self._child: _Child | None = None  # many processes never decode
         self._file, self._canvas = os.memfd_create("file"), os.memfd_create("pixels")
+        self._pixels: mmap.mmap | None = None  # stays mapped: mapping it anew costs a fault per page that is read
 
     def pixels(self, data: bytes, count: int, factor: int = 1) -> Image:
         """The picture of a file whose header promises `count` = height x width x 3 bytes.
@@ -59,10 +60,12 @@ class Decoder:
             Dropped: truncated_image, corrupt_image or decoder_crash.
         """
         with self._turn:
-            os.ftruncate(self._canvas, max(count, _CANVAS))
+            size = max(count, _CANVAS)
+            if self._pixels is None or len(self._pixels) != size:
+                os.ftruncate(self._canvas, size)
+                self._pixels = mmap.mmap(self._canvas, size, access=mmap.ACCESS_READ)
             height, width = self._answer(data, op="pixels", count=count, factor=factor)["shape"]
-            shared = np.frombuffer(mmap.mmap(self._canvas, count, access=mmap.ACCESS_READ), np.uint8)
-            return shared.reshape(height, width, 3).copy()
+            return np.frombuffer(self._pixels, np.uint8, count).reshape(height, width, 3).copy()
 
     def thumbnail(self, data: bytes, side: int) -> bytes | None:
         """A JPEG of at most `side` x `side` pixels; None when there is none, also when the file kills its decoder."""
