@@ -5,36 +5,22 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.dataset.config import Config, load_config
 from pipeline.dataset.execute.watchdog import is_hanging
-from pipeline.dataset.finished.export_json import LIST, Crop, Form, IdFormat
-from pipeline.dataset.finished.export_json import export_json as write_list
-from pipeline.dataset.finished.forget import Wanted
-from pipeline.dataset.finished.forget import forget as forget_in
-from pipeline.dataset.finished.report import write_report
-from pipeline.dataset.finished.verify import foreign_files
-from pipeline.dataset.finished.verify import verify as verify_output
-from pipeline.dataset.fit_screen import effect, fit, screened
-from pipeline.dataset.job import Job, make_dataset, prepared
-from pipeline.dataset.out.ledger import funnel, funnel_table
-from pipeline.dataset.out.output import Output
-from pipeline.dataset.plan import make_plan
-from pipeline.shared.configfile import key_table
-from pipeline.shared.files import sizes, to_path
 from schemas.errors import CorruptShardError, ExitCode, LostError, UserError
 from schemas.names import SAMPLE
-from stages.models.backends import backends
-from stages.models.weights import WeightState, fetch, known, known_weights, states
-from stages.runtime import Runtime
 
+if TYPE_CHECKING:
+    from pipeline.dataset.job import Job
+    from stages.models.weights import WeightState
+
+# Each command imports what it needs: `--help`, and a mistake in a call, are answered at once.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
 errors = Console(stderr=True)
@@ -72,6 +58,9 @@ def for_job(command: Callable[..., None]) -> Callable[..., None]:
         extras: With = None,
         **own: Any,
     ) -> None:
+        from pipeline.dataset.config import load_config
+        from pipeline.dataset.job import prepared
+
         pairs = [*(sets or []), *([f"executor.ray_address={ray_address}"] if ray_address else [])]
         executor = executor or ("ray" if ray_address else None)
         values = load_config(config, pairs, shards=shards, profile=profile, executor=executor, extras=extras)
@@ -86,26 +75,24 @@ def for_job(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-class Retry(StrEnum):
-    """What gets another chance."""
-
-    TRANSIENT = "transient"
-
-
 @app.command()
 @for_job
 def dataset(
-    job: Job,
+    job: "Job",
     out: Out = "out",
     replan: Annotated[bool, typer.Option(help="Go on in an OUT of another plan; its shards are removed.")] = False,
     retry: Annotated[
-        Retry | None,
+        Literal["transient"] | None,
         typer.Option(
             help="transient: fetch again what failed for the network's or a server's trouble, once all is done."
         ),
     ] = None,
 ) -> None:
     """Make training shards from metadata parts; a rerun skips what is done."""
+    from pipeline.dataset.job import make_dataset
+    from pipeline.dataset.out.ledger import funnel, funnel_table
+    from pipeline.shared.files import to_path
+
     folder = to_path(out)
     code = make_dataset(job, folder, console, replan=replan, retry=retry is not None)
     console.print(funnel_table(funnel(folder)))
@@ -124,6 +111,11 @@ def screen(
     margin: Annotated[float, typer.Option(help="Threshold / lowest score of a kept photo.", min=0.01, max=1)] = 0.6,
 ) -> None:
     """Fit models.screen_thresh on photos, and show what it would miss."""
+    from pipeline.dataset.config import load_config
+    from pipeline.dataset.fit_screen import effect, fit, screened
+    from pipeline.dataset.plan import make_plan
+    from stages.runtime import Runtime
+
     values = load_config(config, sets or [], shards=SAMPLE, profile=profile or "insightface", executor="local")
     if values.models.screen == "off":
         values = values.model_copy(update={"models": values.models.model_copy(update={"screen": "detector"})})
@@ -143,8 +135,11 @@ def screen(
 
 @app.command()
 @for_job
-def plan(job: Job, out: Out = "out") -> None:
+def plan(job: "Job", out: Out = "out") -> None:
     """Prove the plan and show what would be done; nothing is written."""
+    from pipeline.dataset.out.output import Output
+    from pipeline.shared.files import sizes, to_path
+
     output = Output(to_path(out))
     output.refuse_other_plan(job.plan)
 
@@ -181,6 +176,10 @@ def plan(job: Job, out: Out = "out") -> None:
 @app.command()
 def report(folder: Folder = "out") -> None:
     """Write DIR/report.html: the funnel, kept samples, and some of what was dropped."""
+    from pipeline.dataset.finished.report import write_report
+    from pipeline.dataset.out.ledger import funnel, funnel_table
+    from pipeline.shared.files import to_path
+
     say(f"Report: {write_report(to_path(folder))}")
     console.print(funnel_table(funnel(to_path(folder))))
 
@@ -188,8 +187,11 @@ def report(folder: Folder = "out") -> None:
 @app.command()
 def verify(folder: Folder = "out") -> None:
     """Check manifests, hashes, counts, and that every sample can be decoded."""
-    problems = verify_output(to_path(folder))
-    if foreign := foreign_files(to_path(folder)):
+    from pipeline.dataset.finished import verify as finished
+    from pipeline.shared.files import to_path
+
+    problems = finished.verify(to_path(folder))
+    if foreign := finished.foreign_files(to_path(folder)):
         say(f"Not ours, and left alone: {', '.join(foreign)}")
     for problem in problems:
         where = f"{problem.file}{f' [{problem.key}]' if problem.key else ''}"
@@ -215,10 +217,14 @@ def forget(
 
     Options may be given several times. People cannot be searched for by face: a site, URL or file has to be named.
     """
+    from pipeline.dataset.finished import forget as finished
+    from pipeline.dataset.finished.forget import Wanted
+    from pipeline.shared.files import to_path
+
     wanted = Wanted(tuple(urls or ()), tuple(domains or ()), tuple(contents or ()))
     for path in lists or ():
         wanted += Wanted.listed(path)
-    gone = forget_in(to_path(folder), wanted, dry_run=dry_run)
+    gone = finished.forget(to_path(folder), wanted, dry_run=dry_run)
     for shard, keys in gone.rows.items() if dry_run else ():
         for key in keys:
             say(f"{shard}: {key}")
@@ -239,12 +245,13 @@ def export_json(
     target: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="A new folder for the files and the list.")],
     folder: Folder = "out",
     crop: Annotated[
-        Crop, typer.Option(help="The image of an entry; where it is absent, the largest crop.")
-    ] = Crop.FULL,
+        Literal["portrait", "half", "full"],
+        typer.Option(help="The image of an entry; where it is absent, the largest crop."),
+    ] = "full",
     id_format: Annotated[
-        IdFormat,
+        Literal["npy", "pt-numpy"],
         typer.Option(help="npy: for numpy.load. pt-numpy: a pickled array for torch.load, as the FaceID script wants."),
-    ] = IdFormat.NPY,
+    ] = "npy",
     absolute: Annotated[
         bool, typer.Option("--absolute", help="Absolute paths: the published FaceID script needs them for the IDs.")
     ] = False,
@@ -254,8 +261,12 @@ def export_json(
     The published FaceID script reads it with `--id-format pt-numpy --absolute`; from torch 2.6 on, start that script
     with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment, since torch refuses pickled arrays otherwise.
     """
-    done = write_list(to_path(folder), target, Form(crop, id_format, absolute))
-    say(f"{target / LIST}: {done.samples:,} samples")
+    from pipeline.dataset.finished import export_json as finished
+    from pipeline.shared.files import to_path
+
+    form = finished.Form(finished.Crop(crop), finished.IdFormat(id_format), absolute)
+    done = finished.export_json(to_path(folder), target, form)
+    say(f"{target / finished.LIST}: {done.samples:,} samples")
     if done.left_out:
         say(f"{done.left_out:,} samples have no crop and were left out.")
 
@@ -277,6 +288,9 @@ def models(context: typer.Context) -> None:
 @models_app.command("list")
 def list_weights(config: ConfigFile = None, sets: Sets = None) -> None:
     """Show all known weights, their licences, and where they are."""
+    from pipeline.dataset.config import load_config
+    from stages.models.weights import known_weights, states
+
     settings = load_config(config, sets or []).models
     _show(states(known_weights(settings).values(), settings))
 
@@ -284,6 +298,9 @@ def list_weights(config: ConfigFile = None, sets: Sets = None) -> None:
 @models_app.command("check")
 def check_weights(names: Names = None, config: ConfigFile = None, sets: Sets = None) -> None:
     """Read the weights that are there and compare their sha256."""
+    from pipeline.dataset.config import load_config
+    from stages.models.weights import known, known_weights, states
+
     settings = load_config(config, sets or []).models
     weights = [known(name, settings) for name in names or ()] or known_weights(settings).values()
     rows = states(weights, settings, hashes=True)
@@ -297,6 +314,10 @@ def fetch_weights(
     names: Names = None, config: ConfigFile = None, sets: Sets = None, profile: ProfileName = None
 ) -> None:
     """Download weights into the cache; those of the hub go on where they were interrupted."""
+    from pipeline.dataset.config import load_config
+    from stages.models.backends import backends
+    from stages.models.weights import fetch, known
+
     settings = load_config(config, sets or [], profile=profile)
     needed = [weight for cls in backends(settings) for weight in cls.weights(settings.models)]
     wanted = {weight.name: weight for weight in needed if weight.name not in settings.models.paths}
@@ -304,7 +325,7 @@ def fetch_weights(
         say(f"{weight.name}: {fetch(weight)}")
 
 
-def _show(rows: list[WeightState]) -> None:
+def _show(rows: "list[WeightState]") -> None:
     table = Table("name", "does", "licence", "commercial use", "state", "where")
     for row in rows:
         weight = row.weight
@@ -317,6 +338,9 @@ def _show(rows: list[WeightState]) -> None:
 @app.command("config")
 def show_config() -> None:
     """List every config key with its default and explanation."""
+    from pipeline.dataset.config import Config
+    from pipeline.shared.configfile import key_table
+
     console.print(key_table(Config()))
 
 

@@ -199,6 +199,16 @@ def test_the_trainer_loads_neither_ray_nor_stages() -> None:
     assert not [name for name in done.stdout.split() if inside(name, "ray", "stages")]
 
 
+@pytest.mark.parametrize("module", ["pipeline", "pipeline.train"])
+def test_help_is_answered_before_anything_slow_is_imported(module: str) -> None:
+    call = f"sys.argv[1:] = ['--help']; runpy.run_module({module!r}, run_name='__main__')"
+    script = f"import atexit, runpy, sys; atexit.register(lambda: print(*sys.modules)); {call}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    slow = {"numpy", "pyarrow", "pydantic", "fsspec", "torch", "cv2", "onnxruntime", "ray"}
+    assert not slow.intersection(done.stdout.splitlines()[-1].split())
+
+
 def test_model_libraries_load_only_in_model_rooms() -> None:
     heavy = [i for i in imports() if i.on_load and i.target.partition(".")[0] in HEAVY]
     wrong = [i for i in heavy if not inside(i.importer, *HEAVY_ROOMS)]

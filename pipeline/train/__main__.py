@@ -9,14 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.shared.configfile import key_table
-from pipeline.train.adapters.variants import VARIANTS
-from pipeline.train.job import Call, prepared
-from pipeline.train.loader import worker_died
-from pipeline.train.settings import TrainConfig
-from pipeline.train.watch import console, say
 from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, UserError
 
+# Each command imports what it needs: torch takes a second and a half, and `--help` is answered at once.
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 _COMMANDS = ("run", "export", "config")
 
@@ -27,7 +22,13 @@ def run(
         list[str] | None, typer.Argument(metavar="[DIR]...", help="OUTs of `dataset`; `out` if none.")
     ] = None,
     from_shards: Annotated[bool, typer.Option("--from-shards", help="Train from the shards in DIR.")] = False,
-    name: Annotated[str, typer.Option("--variant", help=f"One of: {', '.join(VARIANTS)}.")] = "",
+    name: Annotated[
+        str,
+        typer.Option(
+            "--variant",
+            help="One of: ip-adapter, plus, plus-face, full-face, faceid, faceid-portrait, faceid-plus, faceid-plusv2.",
+        ),
+    ] = "",
     base: Annotated[
         str | None,
         typer.Option(
@@ -49,6 +50,9 @@ def run(
     ] = None,
 ) -> None:
     """Train an adapter from shards. Other commands: `export RUN` and `config`; each has its own --help."""
+    from pipeline.train.job import Call, prepared
+    from pipeline.train.watch import say
+
     adapter = {"image_encoder": image_encoder, "init_from": None if init_from is None else str(init_from)}
     options: dict[str, Any] = {
         "steps": steps,
@@ -72,6 +76,7 @@ def export_command(
 ) -> None:
     """Write the released files (.safetensors, .bin, LoRA, sidecar) of a checkpoint again."""
     from pipeline.train.export import export_run
+    from pipeline.train.watch import console
 
     for path in export_run(folder, step, out):
         console.print(str(path), highlight=False, soft_wrap=True)
@@ -80,7 +85,18 @@ def export_command(
 @app.command("config")
 def show_config() -> None:
     """List every config key with its default and explanation."""
-    console.print(key_table(TrainConfig()))
+    from rich.console import Console
+
+    from pipeline.shared.configfile import key_table
+    from pipeline.train.settings import TrainConfig
+
+    Console().print(key_table(TrainConfig()))
+
+
+def _say(text: str, **options: bool) -> None:
+    from pipeline.train.watch import say
+
+    say(text, **options)
 
 
 def main() -> None:
@@ -92,21 +108,23 @@ def main() -> None:
     try:
         app(words if words and words[0] in _COMMANDS else ["run", *words])
     except UserError as error:
-        say(f"error: {error}")
+        _say(f"error: {error}")
         sys.exit(ExitCode.USER_ERROR)
     except CorruptShardError as error:
-        say(f"error: {error}", from_any_process=True)  # each process reads samples of its own
+        _say(f"error: {error}", from_any_process=True)  # each process reads samples of its own
         sys.exit(ExitCode.USER_ERROR)
     except FaceShardsError as error:
-        say(f"error: {error}")
+        _say(f"error: {error}")
         sys.exit(ExitCode.SHARDS_FAILED)
     except RuntimeError as error:
+        from pipeline.train.loader import worker_died
+
         if worker_died(error) is None:
             raise
-        say(f"error: {worker_died(error)}")
+        _say(f"error: {worker_died(error)}")
         sys.exit(ExitCode.SHARDS_FAILED)
     except KeyboardInterrupt:
-        say("Interrupted. Checkpoints are kept; the same command with --resume goes on.")
+        _say("Interrupted. Checkpoints are kept; the same command with --resume goes on.")
         sys.exit(ExitCode.INTERRUPTED)
 
 

@@ -466,7 +466,7 @@ def test_models_fetch_leaves_out_what_a_path_gives(places: Path, server: Server)
 
 def test_models_fetch_gets_what_the_profile_needs_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[str] = []
-    monkeypatch.setattr("pipeline.__main__.fetch", lambda weight: fetched.append(weight.name))
+    monkeypatch.setattr("stages.models.weights.fetch", lambda weight: fetched.append(weight.name))
     models("fetch")
     assert fetched == ["buffalo_l", "bisenet", "clip-vit-h"]
     fetched.clear()
