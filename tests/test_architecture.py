@@ -205,7 +205,7 @@ def test_help_is_answered_before_anything_slow_is_imported(module: str) -> None:
     script = f"import atexit, runpy, sys; atexit.register(lambda: print(*sys.modules)); {call}"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    slow = {"numpy", "pyarrow", "pydantic", "fsspec", "torch", "cv2", "onnxruntime", "ray"}
+    slow = {"numpy", "pyarrow", "fsspec", "torch", "cv2", "onnxruntime", "ray"}
     assert not slow.intersection(done.stdout.splitlines()[-1].split())
 
 
