@@ -1,4 +1,4 @@
-"""The command line: `python -m pipeline dataset | plan | report | verify | forget | export-json | models | config`."""
+"""The command line: `python -m pipeline dataset | plan | report | verify | forget | export-json | screen | models | config`."""
 
 import inspect
 import os
