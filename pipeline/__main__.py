@@ -1,4 +1,4 @@
-"""The command line: `python -m pipeline dataset | plan | report | verify | forget | export-json | screen | models | config`."""
+"""The command line: `python -m pipeline dataset | plan | report | verify | forget | export-json | screen | models`."""
 
 import inspect
 import os
