@@ -47,8 +47,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     slow = list(dict.fromkeys(item.path for item in items if item.get_closest_marker("slow")))
     turns = [path for pair in zip(slow, reversed(slow), strict=True) for path in pair]
-    place = {path: number for number, path in enumerate(dict.fromkeys(turns))}
-    items.sort(key=lambda item: place.get(item.path, len(place)))
+    turn = {path: number for number, path in enumerate(dict.fromkeys(turns))}
+    items.sort(key=lambda item: turn.get(item.path, len(turn)))
     if not os.environ.get("FACESHARDS_DATA"):
         for item in items:
             if item.get_closest_marker("real_data"):

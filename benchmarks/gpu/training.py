@@ -55,8 +55,8 @@ def run(
         record({"skipped": f"{left:.0f} s left, about {case.seconds} needed"})
         return
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
-        told = Path(folder) / "told.json"
-        command = [sys.executable, str(LOOP), f"--json={told}", f"--folder={folder}", "--turns=1"]
+        results = Path(folder) / "results.json"
+        command = [sys.executable, str(LOOP), f"--json={results}", f"--folder={folder}", "--turns=1"]
         command += [f"--kind={case.kind}", f"--variant={case.variant}"]
         if args.smoke:
             command += ["--smoke", f"--device={device}"]
@@ -64,7 +64,7 @@ def run(
             command += ["--device=cuda", "--precision=bf16", f"--batch={case.batch}", f"--resolution={case.resolution}"]
             command += ["--steps=10", "--workers=4", "--compile"]
         subprocess.run(command, check=True, timeout=max(left, 60))
-        numbers = json.loads(told.read_text())
+        numbers = json.loads(results.read_text())
     peak = next((peak for part, peak in PEAKS.items() if part in numbers["device"]), None)
     record(
         {

@@ -81,8 +81,8 @@ class ScrfdTorch:
             ((alone,),) = self.batches([canvas])
             for other in (expected, alone[0].cpu()):
                 seen = other[:, 0] >= lowest
-                scores, places = (found - other)[:, 0].abs().max(), (found - other)[seen, 1:].abs()
-                if not (scores <= _SCORE_TOLERANCE and (places <= _PIXEL_TOLERANCE).all()):
+                scores, distances = (found - other)[:, 0].abs().max(), (found - other)[seen, 1:].abs()
+                if not (scores <= _SCORE_TOLERANCE and (distances <= _PIXEL_TOLERANCE).all()):
                     raise PlanError(
                         f"{self._path.name} gives other faces on torch than on ONNX Runtime here: set "
                         "models.runtime.detector = onnxruntime, or executor.gpus = 0."
@@ -106,6 +106,6 @@ class ScrfdTorch:
             cells = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).reshape(-1, 2)
             centres = cells[:, None].expand(-1, scores.shape[1] // len(cells), -1).reshape(-1, 2)
             near, far = boxes[..., :2] * stride, boxes[..., 2:] * stride
-            places = centres.repeat(1, 5) + points * stride
-            parts.append(torch.cat((scores, centres - near, centres + far, places), dim=-1))
+            landmarks = centres.repeat(1, 5) + points * stride
+            parts.append(torch.cat((scores, centres - near, centres + far, landmarks), dim=-1))
         return torch.cat(parts, dim=1)
