@@ -15,6 +15,7 @@ from threading import Lock
 import cv2
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 
 from schemas.drops import DropReason
 from stages.base import Dropped
@@ -24,7 +25,6 @@ from stages.pixels.headers import OPENERS, format_of, has_png_end, read_header
 
 cv2.setNumThreads(1)  # the processes of a run are its parallelism
 
-AS_STORED = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _CACHE_BYTES = 128 * 2**20
 _PNG_LEVEL = 1
 _REMARKS = 4096
@@ -125,14 +125,9 @@ def decode_jpeg(data: bytes) -> Image:
     """(H, W, 3) uint8 RGB of a JPEG that `encode_jpeg` made.
 
     Raises:
-        ValueError: when the bytes are no JPEG.
+        ValueError: when the bytes are no whole JPEG.
     """
-    pixels: Image | None = None
-    if format_of(data) == "JPEG":
-        with stderr_taken():
-            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), AS_STORED)
-    if pixels is None:
-        raise ValueError("not a JPEG")
+    pixels: Image = simplejpeg.decode_jpeg(data, "RGB")
     return pixels
 
 

@@ -314,7 +314,8 @@ def test_what_libjpeg_prints_goes_nowhere(capfd: pytest.CaptureFixture[str]) -> 
     broken = bytearray(saved(picture(), "JPEG", quality=95))
     broken[1500:1600] = b"\x13\x57" * 50
     assert reason_of(bytes(broken)) is DropReason.CORRUPT_IMAGE
-    images.decode_jpeg(bytes(broken))  # one of ours, damaged on a disk: in this process
+    with pytest.raises(ValueError, match="JPEG"):
+        images.decode_jpeg(bytes(broken))  # one of ours, damaged on a disk: in this process
     assert capfd.readouterr().err == ""
 
 
@@ -359,7 +360,7 @@ def test_own_pngs_are_lossless(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("read", [images.decode_jpeg, images.decode_png])
 @pytest.mark.parametrize("data", [b"", b"<html>", b"\xff\xd8\xff\xe0\0\0", b"\x89PNG\r\n\x1a\n\0\0\0\0IHDR"])
 def test_own_decoders_refuse_other_bytes(read: Callable[[bytes], np.ndarray], data: bytes) -> None:
-    with pytest.raises(ValueError, match="not a"):
+    with pytest.raises(ValueError, match=r"JPEG|not a PNG"):
         read(data)
 
 
