@@ -60,6 +60,12 @@ _ALL = (
         "best score of any box in a look at the reduced photo, 0..1; null where there was no such look",
         optional=True,
     ),
+    _payload(
+        "screen_points",
+        "where that look shows anything that may be a face, however unlikely: x y, pixels of the turned photo",
+        optional=True,
+        type=pa.list_(pa.list_(pa.float32(), 2)),
+    ),
     # detect
     Column("n_faces", pa.int32(), "faces with a score of at least models.det_thresh"),
     Column("bbox", _BBOX, "box of the largest face, x1 y1 x2 y2, pixels of the turned photo", optional=True),
@@ -71,7 +77,9 @@ _ALL = (
     Column("second_score", pa.float32(), "best score among the other boxes, 0 when there is none"),
     # align
     _payload("face", "224x224 norm_crop of the photo (ArcFace template x 2), RGB, JPEG"),
-    _payload("face112", "112x112 norm_crop of the photo (ArcFace template), RGB, PNG: the input of face embedders"),
+    _payload(
+        "face112", "112x112 norm_crop of the photo (ArcFace template), RGB, raw pixels: the input of face embedders"
+    ),
     Column("sharpness", pa.float32(), "variance of the Laplacian of the grey face crop, grey levels squared"),
     Column("brightness", pa.float32(), "mean grey level of the face crop, 0..255"),
     Column("roll_deg", pa.float32(), "in-plane turn of the eye line, degrees, clockwise positive"),

@@ -9,7 +9,7 @@ import numpy as np
 from schemas.arcface import ARCFACE_SIZE
 from stages.base import RowStage
 from stages.pixels.geometry import norm_crop, roll_degrees
-from stages.pixels.images import encode_jpeg, encode_png, photo
+from stages.pixels.images import encode_jpeg, photo
 
 FACE_SIZE = 224
 """Side of `face` and `mask`, pixels."""
@@ -31,7 +31,7 @@ class Align(RowStage):
         grey = cv2.cvtColor(face, cv2.COLOR_RGB2GRAY)
         return {
             "face": encode_jpeg(face, _FACE_QUALITY),
-            "face112": encode_png(norm_crop(image, kps, ARCFACE_SIZE)),
+            "face112": norm_crop(image, kps, ARCFACE_SIZE).tobytes(),
             "sharpness": float(np.var(cv2.Laplacian(grey, cv2.CV_64F))),
             "brightness": float(grey.mean()),
             "roll_deg": roll_degrees(kps),

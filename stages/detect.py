@@ -21,7 +21,7 @@ class Detect(BatchStage):
     """Counts the faces of a photo by the configured detector, and measures the largest."""
 
     name: ClassVar[str] = "detect"
-    reads: ClassVar[tuple[str, ...]] = ("image", "sha256")
+    reads: ClassVar[tuple[str, ...]] = ("image", "sha256", "screen_points")
     writes: ClassVar[tuple[str, ...]] = ("n_faces", "bbox", "kps", "det_score", "face_px", "second_score")
     drops: ClassVar[tuple[DropReason, ...]] = (
         DropReason.TRUNCATED_IMAGE,
@@ -38,14 +38,14 @@ class Detect(BatchStage):
         if runtime.device == "cuda" and hasattr(self._detector, "detect_all"):
             self.batch = _GPU_BATCH
 
-    def given(self, record: Mapping[str, Any]) -> Image:
-        return photo(record["sha256"], record["image"])
+    def given(self, record: Mapping[str, Any]) -> tuple[Image, Any]:
+        return photo(record["sha256"], record["image"]), record["screen_points"]
 
-    def computed(self, given: Sequence[Image]) -> Sequence[Faces]:
-        if self.batch == 1:
-            return [self._detector.detect(image) for image in given]
-        found: Sequence[Faces] = self._detector.detect_all(given)
-        return found
+    def computed(self, given: Sequence[tuple[Image, Any]]) -> Sequence[Faces]:
+        if hasattr(self._detector, "detect_all"):
+            found: Sequence[Faces] = self._detector.detect_all(*zip(*given, strict=True)) if given else ()
+            return found
+        return [self._detector.detect(image) for image, _ in given]
 
     def written(self, record: Mapping[str, Any], output: Faces) -> dict[str, Any]:
         return measure(output, self.settings.models.det_thresh)

@@ -5,11 +5,11 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
+from schemas.arcface import ARCFACE_SIZE
 from schemas.drops import DropReason
 from schemas.shard import encode_npy
 from stages.base import DROP, to_table
 from stages.models.backends import FaceEmbedder, backend
-from stages.pixels.images import decode_png
 from stages.runtime import Runtime
 from stages.settings import Settings
 
@@ -30,9 +30,9 @@ class EmbedFace:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Embed all rows; a backend may take them as one batch. A vector that no shard is to hold goes no further."""
-        faces = [decode_png(data) for data in table["face112"].to_pylist()]
+        pixels = np.frombuffer(b"".join(table["face112"].to_pylist()), np.uint8)
         rows: list[dict[str, Any]] = []
-        for embedding in self._embedder.embed(np.stack(faces)) if faces else ():
+        for embedding in self._embedder.embed(pixels.reshape(-1, ARCFACE_SIZE, ARCFACE_SIZE, 3)):
             raw = np.asarray(embedding, np.float64)
             norm = float(np.linalg.norm(raw))
             if not (np.isfinite(norm) and norm > 0):

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from schemas.drops import DropReason
 from stages.base import BatchStage, Dropped
-from stages.models.backends import Image, backend
+from stages.models.backends import Image, ReducedLook, backend
 from stages.pixels.images import reduced
 from stages.runtime import Runtime
 from stages.settings import FilterSettings, ModelSettings, Settings
@@ -24,7 +24,7 @@ class Screen(BatchStage):
 
     name: ClassVar[str] = "screen"
     reads: ClassVar[tuple[str, ...]] = ("image", "sha256")
-    writes: ClassVar[tuple[str, ...]] = ("screen_score",)
+    writes: ClassVar[tuple[str, ...]] = ("screen_score", "screen_points")
     drops: ClassVar[tuple[DropReason, ...]] = (
         DropReason.NO_FACE,
         DropReason.TRUNCATED_IMAGE,
@@ -43,16 +43,18 @@ class Screen(BatchStage):
             self.batch = _GPU_BATCH
 
     def given(self, record: Mapping[str, Any]) -> Image | None:
-        return reduced(record["sha256"], record["image"], self._factor) if self._factor else None
+        return reduced(record["sha256"], record["image"], self._factor) if self._look else None
 
-    def computed(self, given: Sequence[Image | None]) -> Sequence[float | None]:
-        scores: Sequence[float | None] = self._look(given) if self._look else [None] * len(given)
-        return scores
+    def computed(self, given: Sequence[Image | None]) -> Sequence[ReducedLook | None]:
+        looks: Sequence[ReducedLook | None] = self._look(given) if self._look else [None] * len(given)
+        return looks
 
-    def written(self, record: Mapping[str, Any], output: float | None) -> dict[str, Any]:
-        if output is not None and not output >= self.settings.models.screen_thresh:
-            raise Dropped(DropReason.NO_FACE, screen_score=output)
-        return {"screen_score": output}
+    def written(self, record: Mapping[str, Any], output: ReducedLook | None) -> dict[str, Any]:
+        if output is None:
+            return {}
+        if not output.score >= self.settings.models.screen_thresh:
+            raise Dropped(DropReason.NO_FACE, screen_score=output.score)
+        return {"screen_score": output.score, "screen_points": (output.points * self._factor).tolist()}
 
 
 def factor(models: ModelSettings, limits: FilterSettings) -> int:

@@ -139,9 +139,10 @@ class ModelSettings(Section):
     compile: bool = False
     """On a GPU, have torch.compile make kernels for the detector, the parser and the recogniser where torch computes
     them: 1.6 to 2.7 times as fast for about 10 s each at every start."""
-    screen: str = "off"
+    screen: str = "detector"
     """Who looks at the reduced photo first, so that only photos in which it sees anything are decoded in full: the
-    `detector` itself (scrfd only), that of another pack, by its name or folder (such as buffalo_sc), or `off`."""
+    `detector` itself (where it can: scrfd), that of another pack, by its name or folder (such as buffalo_sc), or
+    `off`."""
     screen_thresh: float = Field(0.1, ge=0, lt=1)
     """Smallest score of any box there that earns a photo the full look; `python -m pipeline screen` fits it."""
     det_size: int = Field(640, ge=32, multiple_of=32)

@@ -80,3 +80,22 @@ def _paste(picture: np.ndarray, face: Face, px: float, taken: list, rng: np.rand
             target += soft * (small[..., ::1] - target)
             taken.append(box)
             return
+
+
+def with_a_large_face(faces: list[Face], grounds: list[np.ndarray], count: int, seed: int) -> Iterator[bytes]:
+    """JPEGs of two faces, of which one has a third of the photo's short side up to nearly all, cut tightly."""
+    rng = np.random.default_rng(seed)
+    while count:
+        width, height = (int(length) for length in rng.integers(1100, 2600, 2, endpoint=True))
+        picture = _ground(grounds[rng.integers(len(grounds))], width, height, rng)
+        large, around = faces[rng.integers(len(faces))], rng.uniform(0, 0.5)
+        rows, columns = (round(side * (AROUND - around) / (1 + 2 * AROUND)) for side in large.pixels.shape[:2])
+        tight = Face(large.pixels[rows : len(large.pixels) - rows, columns : large.pixels.shape[1] - columns], large.px)
+        taken: list[tuple[int, int, int, int]] = []
+        _paste(picture, tight, float(rng.uniform(0.35, 0.95) * min(width, height)), taken, rng)
+        _paste(picture, faces[rng.integers(len(faces))], float(rng.uniform(100, 400)), taken, rng)
+        if len(taken) == 2:
+            count -= 1
+            done, data = cv2.imencode(".jpg", np.clip(picture, 0, 255).astype(np.uint8)[..., ::-1])
+            assert done
+            yield data.tobytes()

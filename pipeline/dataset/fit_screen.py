@@ -43,13 +43,15 @@ def screened(folder: Path, settings: Settings, runtime: Runtime) -> Iterator[Scr
         raise SourceError(f"{folder} holds no image files ({', '.join(SUFFIXES)}).")
     detector = backend("detector", settings.models.detector)
     look, full = detector.screen(settings.models, runtime.device), detector(settings.models, runtime.device)
+    if look is None:
+        raise ConfigError("The detector takes images of one size only, and cannot screen: name another pack's.")
     size = Size(settings, runtime)
     for path in files:
         data = path.read_bytes()
         digest = sha256(data)
         try:
             size.row({"image": data})
-            (score,) = look([reduced(digest, data, by)])
+            ((score, _),) = look([reduced(digest, data, by)])
             measured = measure(full.detect(photo(digest, data)), settings.models.det_thresh)
         except Dropped:
             continue  # too small or damaged: neither look matters

@@ -44,6 +44,15 @@ class Faces(NamedTuple):
     """(N,): 0..1."""
 
 
+class ReducedLook(NamedTuple):
+    """What a look at a reduced photo shows."""
+
+    score: float
+    """The best of any box, 0..1."""
+    points: Floats
+    """(N, 2): x y of what may be a face, however unlikely, in pixels of the reduced photo."""
+
+
 class Backend(Protocol):
     """What all model backends share."""
 

@@ -1,8 +1,8 @@
 """The process in which files of strangers are decoded; started and fed by `stages.pixels.decoding`.
 
 Arguments: the numbers of its socket, of the file that holds the picture's file, and of the file for its pixels. It ends
-when the other end of the socket is closed, at the latest. JPEG pixels are read by simplejpeg (libjpeg-turbo), which gives
-OpenCV's values in less time, all others by Pillow. Colour profiles are ignored, as OpenCV does.
+when the other end of the socket is closed, at the latest. JPEG pixels are read by simplejpeg (libjpeg-turbo), which
+gives OpenCV's values in less time, all others by Pillow. Colour profiles are ignored, as OpenCV does.
 """
 
 import json

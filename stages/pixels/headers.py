@@ -296,7 +296,7 @@ def _ends_early(format: str, data: bytes) -> bool:
             scan = jpeg.first_scan(data)
         except jpeg.Endless:  # whatever it is, it is not for want of bytes
             return False
-        return scan is None or data.find(b"\xff\xd9", scan) < 0
+        return scan is None or data.rfind(b"\xff\xd9") < scan  # from the end, where it usually is
     if format == "PNG":
         return not has_png_end(data)
     if format == "WEBP":

@@ -12,7 +12,6 @@ from schemas.shard import decode_npy
 from stages.base import DROP
 from stages.embed_face import EmbedFace
 from stages.models.backends import backend
-from stages.pixels.images import encode_png
 from stages.runtime import Runtime
 from stages.settings import Settings
 
@@ -23,7 +22,7 @@ BLACK = np.zeros((112, 112, 3), np.uint8)
 
 
 def run(*faces: np.ndarray) -> pa.Table:
-    table = pa.table({"face112": [encode_png(face) for face in faces]}, schema=schema(EmbedFace.reads))
+    table = pa.table({"face112": [face.tobytes() for face in faces]}, schema=schema(EmbedFace.reads))
     return EmbedFace(SETTINGS, Runtime())(table)
 
 

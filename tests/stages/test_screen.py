@@ -52,13 +52,13 @@ def test_it_works_where_the_detector_can_and_the_smallest_face_stays_visible():
     assert factor(on, FilterSettings(min_face_px=127)) == 4
     assert factor(on, FilterSettings(min_face_px=32)) == 2
     assert factor(on, FilterSettings(min_face_px=31)) == 0
-    assert factor(ModelSettings(), FilterSettings()) == 0
+    assert factor(ModelSettings(screen="off"), FilterSettings()) == 0
     assert factor(ModelSettings(screen="detector", detector="haar"), FilterSettings()) == 0
 
 
 def test_switched_off_it_measures_nothing_and_passes_all():
-    made = Screen(Settings(), Runtime())(table(b"no image", b"none"))
-    assert made["screen_score"].null_count == 2
+    made = Screen(Settings(models=ModelSettings(screen="off")), Runtime())(table(b"no image", b"none"))
+    assert made["screen_score"].null_count == made["screen_points"].null_count == 2
     assert made["drop"].null_count == 2
 
 
@@ -219,3 +219,75 @@ def test_tight_portraits_pass(material, real, detector):
         file = encode_jpeg(large, 92)
         if keeps(detector, real, photo(sha256(file), file)):
             assert Screen(real, Runtime())(table(file))["drop"].null_count == 1
+
+
+# ------------------------------------------------------------------------- the look for a second, larger face
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("pack", ["detector", "extra"])
+def test_the_look_for_a_larger_face_is_left_out_only_where_it_changes_nothing(material, data, detector, real, pack):
+    """One of these eight photos has a face that only that look finds."""
+    screen = Screen(settings(data, screen=pack if pack == "detector" else str(data / "models" / pack)), Runtime())
+    changed, lost = larger_faces(material, detector, screen, composed.with_a_large_face(*material, 8, seed=4))
+    assert (changed >= 1, lost) == (True, [])
+
+
+@pytest.mark.real_data
+@pytest.mark.long
+@pytest.mark.parametrize("pack", ["detector", "extra"])
+def test_of_many_pairs_of_faces_none_passes_as_one(material, data, detector, real, pack):
+    screen = Screen(settings(data, screen=pack if pack == "detector" else str(data / "models" / pack)), Runtime())
+    changed, lost = larger_faces(material, detector, screen, composed.with_a_large_face(*material, 400, seed=5))
+    assert (changed > 5, lost) == (True, [])
+
+
+def larger_faces(material, detector, screen, files):
+    """How many photos have a face that the first look misses, and of which the screen's points change the result."""
+    changed, lost = 0, []
+    for number, file in enumerate(files):
+        image = photo(sha256(file), file)
+        (points,) = screen(table(file))["screen_points"].to_pylist()
+        (full,), (short,) = detector.detect_all([image]), detector.detect_all([image], [points])
+        (first,) = detector.detect_all([image], [[]])
+        changed += len(full.score) != len(first.score)
+        if not all(np.array_equal(a, b) for a, b in zip(full, short, strict=True)):
+            lost.append(number)
+    return changed, lost
+
+
+@pytest.mark.real_data
+def test_where_the_screen_saw_only_the_face_the_photo_is_looked_at_once(labels, data, real, detector, monkeypatch):
+    looks, numbers = [], []
+    look = detector._look
+    monkeypatch.setattr(detector, "_look", lambda views: (looks.append(len(views)), look(views))[1])
+    for row in labels:
+        if row["expected"] == "keep":
+            file = (data / "photos" / row["file"]).read_bytes()
+            (points,) = Screen(real, Runtime())(table(file))["screen_points"].to_pylist()
+            image = photo(sha256(file), file)
+            looks.clear()
+            (short,) = detector.detect_all([image], [points])
+            numbers.append(sum(looks))
+            (full,) = detector.detect_all([image])
+            assert all(np.array_equal(a, b) for a, b in zip(full, short, strict=True))
+    assert sum(number == 1 for number in numbers) >= 0.8 * len(numbers), numbers
+
+
+@pytest.mark.real_data
+def test_torch_shows_the_same_in_reduced_photos(labels, data, real):
+    on_torch = real.models.model_copy(update={"runtime": {"detector": "torch"}})
+    for row in labels[:6]:
+        file = (data / "photos" / row["file"]).read_bytes()
+        image = reduced(sha256(file), file, 4)
+        # torch has both sides as long as the longer one
+        square = np.zeros((max(image.shape), max(image.shape), 3), np.uint8)
+        square[: image.shape[0], : image.shape[1]] = image
+        (one,), (other,) = (Scrfd.screen(models, "cpu")([square]) for models in (real.models, on_torch))
+        assert one.score == pytest.approx(other.score, abs=0.02)
+        near = (
+            [np.linalg.norm(other.points - point, axis=1).min() < 1 for point in one.points]
+            if len(other.points)
+            else []
+        )
+        assert len(one.points) - sum(near) <= 1, row["file"]

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from schemas.errors import PlanError, WeightsError
-from stages.models.backends import Image
+from stages.models.backends import Image, ReducedLook
 from stages.models.boxes import Candidates
 from stages.models.onnx_torch import OnnxModule, one_by_one
 from stages.models.packs import declared_pixels
@@ -55,15 +56,16 @@ class ScrfdTorch:
                 found.append(Candidates(part[:, 0], part[:, 1:5], part[:, 5:].reshape(-1, 5, 2)))
         return found
 
-    def best_scores(self, canvases: Sequence[Image]) -> list[float]:
-        """The best score of any box in each (n, n, 3) canvas; sizes are computed one after the other, so give few."""
-        best = [0.0] * len(canvases)
+    def screened(self, canvases: Sequence[Image], lowest: float) -> list[ReducedLook]:
+        """A look at each (n, n, 3) canvas, all of one size after the other, so give few."""
+        looks: dict[int, ReducedLook] = {}
         for shape in {canvas.shape for canvas in canvases}:
             alike = [i for i, canvas in enumerate(canvases) if canvas.shape == shape]
-            found = [decoded[..., 0].amax(1) for (decoded,) in self.batches([canvases[i] for i in alike])]
-            for i, score in zip(alike, torch.cat(found).tolist(), strict=True):
-                best[i] = max(0.0, score)
-        return best
+            found = [decoded[..., :5].cpu().numpy() for (decoded,) in self.batches([canvases[i] for i in alike])]
+            for i, boxes in zip(alike, np.concatenate(found), strict=True):
+                seen = boxes[boxes[:, 0] >= lowest]
+                looks[i] = ReducedLook(max(0.0, float(boxes[:, 0].max())), (seen[:, 1:3] + seen[:, 3:5]) / 2)
+        return [looks[i] for i in range(len(canvases))]
 
     def require_same(self, canvases: Sequence[Image], lowest: float) -> None:
         """Prove on this device that a batch gives what ONNX Runtime gives of each canvas, and each canvas alone here.

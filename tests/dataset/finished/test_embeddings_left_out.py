@@ -4,7 +4,6 @@ import tarfile
 from pathlib import Path
 
 import fake_shards as fake
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,7 +24,6 @@ from schemas.shard import EMBEDDINGS, UNCONDITIONAL
 from stages.base import DROP
 from stages.embed_face import EmbedFace
 from stages.embed_image import EmbedImage
-from stages.pixels.images import encode_png
 from stages.runtime import Runtime
 from stages.settings import Settings
 
@@ -41,7 +39,7 @@ def test_all_columns_of_the_image_embedder_are_null_and_its_model_is_not_looked_
 
 
 def test_faces_are_judged_by_their_vector_which_then_goes():
-    face = encode_png(np.ascontiguousarray(data.astronaut()[40:152, 170:282]))
+    face = data.astronaut()[40:152, 170:282].tobytes()
     rows = pa.table({"face112": [face]}, schema=schema(("face112",)))
     with_it = EmbedFace(Settings.model_validate({**SETTINGS, "pack": {}}), Runtime())(rows)
     without = EmbedFace(Settings.model_validate(SETTINGS), Runtime())(rows)
