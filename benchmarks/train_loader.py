@@ -2,8 +2,8 @@
 
 Writes shards of samples with all their files in real sizes (random features, noisy pictures) into a temporary folder,
 reads them once to warm the page cache, then counts the CPU time of this process, with no workers, per delivered sample.
-The first lines are what the target is about: ID, CLIP hidden states and precomputed latents, no JPEG decoded; in float16
-and in int8 (pack.hidden), three times in turn. Two times 2 MB per sample; TMPDIR chooses the disk.
+The first lines are what the target is about: ID, CLIP hidden states and precomputed latents, no JPEG decoded; in
+float16 and in int8 (pack.hidden), three times in turn. 4 MB per sample in all; TMPDIR chooses the disk.
 """
 
 import hashlib
@@ -136,9 +136,8 @@ def main() -> None:
             out = Path(folder, hidden)
             write(out, samples, hidden)
             datasets[hidden] = open_dataset([str(out)], TrainConfig().data.model_copy(update={"verify": "size"}))
-            print(
-                f"{hidden}: {sum(tar.stat().st_size for tar in out.glob('shards/*.tar')) / samples / 1e3:,.0f} kB/sample"
-            )
+            size = sum(tar.stat().st_size for tar in out.glob("shards/*.tar"))
+            print(f"{hidden}: {size / samples / 1e3:,.0f} kB per sample")
         dataset, cpu = datasets["fp16"], time.process_time
         for _ in range(3):
             for hidden, one in datasets.items():
