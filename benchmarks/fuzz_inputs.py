@@ -14,6 +14,7 @@ from safetensors.numpy import save
 
 from pipeline.dataset.out import forgotten
 from schemas.columns import LEDGER_SCHEMA
+from schemas.int8 import encode_int8, quantise
 from schemas.shard import Manifest, encode_npy
 from stages.pixels import headers, images
 
@@ -123,6 +124,7 @@ def sample() -> dict[str, bytes]:
     return {
         "arcface.npy": encode_npy(np.full(512, 512**-0.5, np.float32)),
         "dino.npy": encode_npy(np.zeros((257, 2), np.float16)),
+        "dino_mirror.safetensors": encode_int8(quantise(np.ones((257, 2), np.float16))),
         "face.jpg": face,
         "full.jpg": saved("JPEG"),
         "json": json.dumps(told).encode(),
@@ -171,6 +173,11 @@ def tomls() -> list[bytes]:
 
 def arrays() -> list[bytes]:
     return [encode_npy(np.ones((257, 4), np.float16)), encode_npy(np.ones(512, np.float32)), encode_npy(np.ones(1))]
+
+
+def int8_features() -> list[bytes]:
+    tokens = np.linspace(-3, 3, 257 * 70).reshape(257, 70).astype(np.float16)
+    return [encode_int8(quantise(tokens)), encode_int8(quantise(tokens[:3, :5]))]
 
 
 def robots_texts() -> list[bytes]:

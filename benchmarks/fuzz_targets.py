@@ -18,6 +18,7 @@ from pipeline.dataset.source.values import to_seeds
 from pipeline.shared import tars
 from pipeline.train.loader import shards
 from schemas.errors import ConfigError, CorruptShardError, OutputError, SourceError
+from schemas.int8 import decode_int8
 from schemas.shard import Manifest, decode_npy
 from schemas.targets import Targets
 from stages.base import Dropped
@@ -172,6 +173,11 @@ def read_npy(data: bytes, folder: Path) -> str:
     return "ok"
 
 
+def read_int8(data: bytes, folder: Path) -> str:
+    decode_int8(data)
+    return "ok"
+
+
 TARGETS: dict[str, Target] = {
     "jpeg": Target(inputs.jpegs, read_image, (Dropped,), 16),
     "png": Target(inputs.pngs, read_image, (Dropped,), 16, inputs.png_repaired),
@@ -190,6 +196,7 @@ TARGETS: dict[str, Target] = {
     "targets": Target(inputs.targets, read_object, (CorruptShardError,), 3),
     "toml": Target(inputs.tomls, read_toml, (ConfigError, OutputError), 4),
     "npy": Target(inputs.arrays, read_npy, (CorruptShardError,), 5),
+    "int8": Target(inputs.int8_features, read_int8, (CorruptShardError,), 3),
     "safetensors": Target(inputs.features, read_features, (), 3),
     "robots.txt": Target(inputs.robots_texts, read_robots, (), 4),
     "X-Robots-Tag": Target(inputs.tags, read_tags, (), 2),

@@ -2,8 +2,8 @@
 
 Writes shards of samples with all their files in real sizes (random features, noisy pictures) into a temporary folder,
 reads them once to warm the page cache, then counts the CPU time of this process, with no workers, per delivered sample.
-The first line is what the target is about: ID, CLIP hidden states and precomputed latents, no JPEG decoded. 2.2 MB per
-sample; TMPDIR chooses the disk.
+The first lines are what the target is about: ID, CLIP hidden states and precomputed latents, no JPEG decoded; in
+float16 and in int8 (pack.hidden), three times in turn. 4 MB per sample in all; TMPDIR chooses the disk.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from webdataset import TarWriter
 
 from pipeline.train.loader import Batch, Dataset, ShardLoader, open_dataset
 from pipeline.train.settings import TrainConfig
+from schemas.int8 import encode_int8, quantise
 from schemas.shard import Manifest, encode_npy
 
 SHARD = 200
@@ -51,17 +52,21 @@ def described() -> bytes:
     return json.dumps(told).encode()
 
 
-def files(rng: np.random.Generator) -> dict[str, bytes]:
+def files(rng: np.random.Generator, hidden: str) -> dict[str, bytes]:
     """All files of a sample; pictures are the same in all."""
+    tokens = rng.normal(size=(257, 1280)).astype(np.float16)
     found = {
         "arcface.npy": encode_npy(rng.normal(size=512).astype(np.float32)),
         "clip.npy": encode_npy(rng.normal(size=1024).astype(np.float16)),
-        "clip_hidden.npy": encode_npy(rng.normal(size=(257, 1280)).astype(np.float16)),
         "face.jpg": FACE,
         "json": JSON,
         "mask.png": bytes(1000),
         "text.npy": encode_npy(rng.normal(size=(77, 768)).astype(np.float16)),
     }
+    if hidden == "int8":
+        found["clip_hidden.safetensors"] = encode_int8(quantise(tokens))
+    else:
+        found["clip_hidden.npy"] = encode_npy(tokens)
     for crop, size in LATENTS.items():
         found[f"latents.{crop}.npy"] = encode_npy(rng.normal(size=(4, *size)).astype(np.float16))
     return dict(sorted((found | {f"{crop}.jpg": data for crop, data in PICTURES.items()}).items()))
@@ -72,7 +77,7 @@ FACE = picture(224, 224, 95)
 PICTURES = {crop: picture(*told) for crop, told in CROPS.items()}
 
 
-def write(out: Path, samples: int) -> None:
+def write(out: Path, samples: int, hidden: str = "fp16") -> None:
     """Finished shards and the features of an empty picture."""
     rng = np.random.default_rng(0)
     (out / "shards").mkdir(parents=True)
@@ -81,7 +86,7 @@ def write(out: Path, samples: int) -> None:
         path = out / "shards" / f"{name}.tar"
         with TarWriter(str(path), user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
             for number in range(kept):
-                tar.write({"__key__": f"part-{start + number:09d}", **files(rng)})
+                tar.write({"__key__": f"part-{start + number:09d}", **files(rng, hidden)})
         told = {path.name: {"bytes": path.stat().st_size, "sha256": ""}}
         manifest = Manifest(name, "insightface", "plan", kept, kept, {}, [], told)
         path.with_suffix(".json").write_text(manifest.to_json())
@@ -100,7 +105,9 @@ def loader(dataset: Dataset, reads: tuple[str, ...], **data: Any) -> ShardLoader
 def megabytes(batch: Batch) -> float:
     """Of its tensors."""
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.nbytes for tensor in [*tensors, *batch.condition.values()]) / 1e6
+    for features in batch.condition.values():
+        tensors += [features] if isinstance(features, torch.Tensor) else features
+    return sum(tensor.nbytes for tensor in tensors) / 1e6
 
 
 def measure(name: str, read: ShardLoader, samples: int, clock: Callable[[], float]) -> float:
@@ -124,13 +131,18 @@ def main() -> None:
     cv2.setNumThreads(1)
     print({name: f"{len(data) / 1e3:.0f} kB" for name, data in {**PICTURES, "face": FACE}.items()})
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "out")
-        write(out, samples)
-        dataset = open_dataset([str(out)], TrainConfig().data.model_copy(update={"verify": "size"}))
-        cpu = time.process_time
-        measure(
-            "CPU: ID + CLIP hidden + latents", loader(dataset, ("arcface", "hidden"), text="captions"), samples, cpu
-        )
+        datasets = {}
+        for hidden in ("fp16", "int8"):
+            out = Path(folder, hidden)
+            write(out, samples, hidden)
+            datasets[hidden] = open_dataset([str(out)], TrainConfig().data.model_copy(update={"verify": "size"}))
+            size = sum(tar.stat().st_size for tar in out.glob("shards/*.tar"))
+            print(f"{hidden}: {size / samples / 1e3:,.0f} kB per sample")
+        dataset, cpu = datasets["fp16"], time.process_time
+        for _ in range(3):
+            for hidden, one in datasets.items():
+                read = loader(one, ("arcface", "hidden"), text="captions")
+                measure(f"CPU: ID + CLIP hidden in {hidden} + latents", read, samples, cpu)
         measure("CPU: ID + CLIP hidden + latents + text", loader(dataset, ("arcface", "hidden")), samples, cpu)
         measure("CPU: ID + latents", loader(dataset, ("arcface",), text="captions"), samples, cpu)
         images = loader(dataset, ("arcface", "hidden"), text="captions", latents="images")

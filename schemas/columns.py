@@ -109,6 +109,10 @@ _ALL = (
     _payload("clip_mirror", "as clip, of the mirrored face; only with mirror", optional=True),
     _payload("clip_hidden_mirror", "as clip_hidden, of the mirrored face; only with mirror", optional=True),
     _payload("dino_mirror", "as dino, of the mirrored face; only with mirror", optional=True),
+    *(
+        _payload(f"{name}_int8", f"{name} as schemas.int8 has it, safetensors; with pack.hidden = int8", optional=True)
+        for name in ("clip_hidden", "dino", "clip_hidden_mirror", "dino_mirror")
+    ),
     # encode: only with latents or text
     _payload(
         "latents_portrait", "npy (4, h, w) float16: VAE posterior mean x scaling_factor of portrait", optional=True

@@ -1,7 +1,7 @@
 """The shard contract: which file of a sample holds which column, and what a manifest says.
 
 A sample is the files of one key in a tar: `<key>.<suffix>`, split at the first dot as webdataset does.
-Array files are npy without pickles; all images are RGB.
+Array files are npy without pickles, or int8 with scales in safetensors; all images are RGB.
 """
 
 import hashlib
@@ -25,10 +25,14 @@ SUFFIXES: dict[str, str] = {
     "arcface.npy": "arcface",
     "clip.npy": "clip",
     "clip_hidden.npy": "clip_hidden",
+    "clip_hidden.safetensors": "clip_hidden_int8",
     "clip_hidden_mirror.npy": "clip_hidden_mirror",
+    "clip_hidden_mirror.safetensors": "clip_hidden_mirror_int8",
     "clip_mirror.npy": "clip_mirror",
     "dino.npy": "dino",
+    "dino.safetensors": "dino_int8",
     "dino_mirror.npy": "dino_mirror",
+    "dino_mirror.safetensors": "dino_mirror_int8",
     "face.jpg": "face",
     "full.jpg": "full",
     "half.jpg": "half",
@@ -43,6 +47,8 @@ SUFFIXES: dict[str, str] = {
 }
 """Suffix in the tar -> column that holds the file's bytes, in the order in which they are written."""
 
+INT8 = {suffix.replace(".safetensors", ".npy"): suffix for suffix in SUFFIXES if suffix.endswith(".safetensors")}
+"""Suffix of features in float16 -> suffix of the same in int8 (schemas.int8): a sample holds either."""
 
 EMBEDDINGS = frozenset(suffix for suffix in SUFFIXES if suffix.startswith(("arcface", "clip", "dino")))
 """Files that describe a face in numbers: biometric data, which a dataset may do without."""
@@ -61,6 +67,17 @@ _NPY_HEADER = re.compile(
 def sample_files(record: Mapping[str, Any]) -> dict[str, bytes]:
     """Suffix -> content of the files of a record's sample, in the order in which they are written."""
     return {suffix: record[column] for suffix, column in SUFFIXES.items() if record.get(column) is not None}
+
+
+def as_npy(suffixes: Iterable[str]) -> frozenset[str]:
+    """Suffixes of files by what they hold, whichever form it has: features in int8 count as their npy."""
+    return frozenset(suffix.replace(".safetensors", ".npy") for suffix in suffixes)
+
+
+def either_form(suffixes: Iterable[str]) -> frozenset[str]:
+    """The same suffixes, and those of the same features in int8."""
+    given = frozenset(suffixes)
+    return given | {INT8[suffix] for suffix in given & INT8.keys()}
 
 
 def sample_sha256(files: Mapping[str, bytes]) -> str:

@@ -6,9 +6,11 @@ Of the mirrored crop too, where `encode.mirror` asks for it.
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from schemas.drops import DropReason
+from schemas.int8 import encode_int8, quantise
 from schemas.shard import encode_npy
 from stages.base import to_table
 from stages.models.backends import ImageEmbedder, backend
@@ -33,6 +35,10 @@ class EmbedImage:
         "clip_mirror",
         "clip_hidden_mirror",
         "dino_mirror",
+        "clip_hidden_int8",
+        "dino_int8",
+        "clip_hidden_mirror_int8",
+        "dino_mirror_int8",
     )
     drops: ClassVar[tuple[DropReason, ...]] = ()
 
@@ -62,5 +68,11 @@ class EmbedImage:
             if self._settings.encode.mirror:
                 mirrored = self._embedder.embed(np.ascontiguousarray(batch[:, :, ::-1]))
                 features |= {f"{name}_mirror": column for name, column in mirrored.items()}
-            rows += ({name: encode_npy(column[i]) for name, column in features.items()} for i in range(len(batch)))
+            rows += (dict(self._file(name, column[i]) for name, column in features.items()) for i in range(len(batch)))
         return to_table(rows, self.writes, self.drops)
+
+    def _file(self, name: str, features: npt.NDArray[np.float16]) -> tuple[str, bytes]:
+        """Column and content: of the features of a whole picture always npy, of its tokens (T, D) as is configured."""
+        if features.ndim == 2 and self._settings.pack.hidden == "int8":
+            return f"{name}_int8", encode_int8(quantise(features))
+        return name, encode_npy(features)

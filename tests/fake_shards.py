@@ -13,7 +13,8 @@ import fsspec
 import numpy as np
 from safetensors.numpy import save
 
-from schemas.shard import Manifest, encode_npy
+from schemas.int8 import encode_int8, quantise
+from schemas.shard import INT8, Manifest, decode_npy, encode_npy
 
 PORTRAIT, HALF, FULL = (72, 72), (96, 96), (160, 112)
 HIDDEN = (5, 8)
@@ -79,6 +80,14 @@ def mirrors(number: int) -> Files:
     return {
         "clip_mirror.npy": encode_npy(np.full(POOLED, -number, np.float16)),
         "clip_hidden_mirror.npy": encode_npy(np.full(HIDDEN, -number, np.float16)),
+    }
+
+
+def in_int8(files: Files) -> Files:
+    """The same sample with its token features in int8."""
+    return {
+        **{suffix: data for suffix, data in files.items() if suffix not in INT8},
+        **{INT8[suffix]: encode_int8(quantise(decode_npy(data))) for suffix, data in files.items() if suffix in INT8},
     }
 
 

@@ -104,6 +104,9 @@ class Plan:
         if encoders is not None:
             encode["source"] = {name: value for name, value in asdict(encoders).items() if name != "folder"}
         idle = {name for name, works in ((Encode.name, encoders), (Screen.name, reduced)) if not works}
+        pack: dict[str, Any] = {"hidden": "int8"} if config.pack.hidden == "int8" else {}
+        if not config.pack.embeddings:
+            pack = {"embeddings": False}  # in whatever form
         stages = [name for name in (step.stage().name for step in self.steps) if name not in idle]
         return {
             "schema_version": SCHEMA_VERSION,
@@ -120,7 +123,7 @@ class Plan:
                     **screen,
                 },
                 **({"encode": encode} if encode else {}),
-                **({} if config.pack.embeddings else {"pack": {"embeddings": False}}),
+                **({"pack": pack} if pack else {}),
             },
             "models": self.model_list,
         }

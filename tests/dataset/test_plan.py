@@ -50,6 +50,17 @@ def test_the_digest_follows_what_decides_the_bytes_and_nothing_else():
         assert plan_of(other).digest != digest
 
 
+def test_the_form_of_hidden_states_belongs_to_the_plan_where_it_is_not_the_usual_one():
+    usual, int8 = plan_of(), plan_of("pack.hidden=int8")
+    assert "pack" not in usual.identity["settings"]
+    assert plan_of("pack.hidden=fp16").digest == usual.digest
+    assert int8.identity["settings"]["pack"] == {"hidden": "int8"}
+    nothing = plan_of("pack.embeddings=false")
+    assert plan_of("pack.embeddings=false", "pack.hidden=int8").digest == nothing.digest
+    with pytest.raises(ConfigError, match=r"pack\.hidden"):
+        plan_of("pack.hidden=int4")
+
+
 def test_an_unknown_backend_names_the_known_ones():
     with pytest.raises(ConfigError, match=r"did you mean 'scrfd'.*yunet"):
         plan_of("models.detector=scrfdd")

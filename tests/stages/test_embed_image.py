@@ -6,6 +6,7 @@ import pytest
 from skimage import data
 
 from schemas.columns import schema
+from schemas.int8 import decode_int8, quantise
 from schemas.record import check
 from schemas.shard import decode_npy
 from stages.embed_image import EmbedImage
@@ -88,3 +89,30 @@ def test_batches_on_a_gpu_only(device: str, sizes: list[int]) -> None:
     assert counter.sizes == sizes
     assert result["dino"].null_count == 0
     assert result["clip"].null_count == 3
+
+
+INT8 = {"pack": {"hidden": "int8"}}
+
+
+def test_tokens_in_int8_are_those_of_float16_and_all_else_is_as_before(embedded: pa.Table) -> None:
+    mirrored = {"encode": {"mirror": True}}
+    usual, found = run((FACE, MASK), **mirrored), run((FACE, MASK), **mirrored, **INT8)
+    check(found, EmbedImage.writes, "embed_image")
+    for name in ("clip_hidden", "clip_hidden_mirror"):
+        assert found[name].null_count == 1
+        int8, scale = decode_int8(found[f"{name}_int8"][0].as_py())
+        expected = quantise(vector(usual, name))
+        assert (int8 == expected.int8).all()
+        assert (scale == expected.scale).all()
+    for name in ("clip", "clip_mirror"):
+        assert found[name] == usual[name]
+    assert all(usual[name].null_count == 1 for name in EmbedImage.writes if name.endswith("_int8"))
+
+
+def test_tokens_of_dino_are_stored_in_int8_too() -> None:
+    stage = EmbedImage(Settings.model_validate({"models": MODELS} | INT8), Runtime())
+    stage._embedder = Counter()
+    pairs = {"face": [encode_jpeg(FACE, 95)], "mask": [encode_png(MASK)]}
+    result = stage(pa.table(pairs, schema=schema(EmbedImage.reads)))
+    assert decode_int8(result["dino_int8"][0].as_py()).shape == (257, 8)
+    assert result["dino"].null_count == 1

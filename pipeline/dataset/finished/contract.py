@@ -20,14 +20,17 @@ from schemas.columns import COLUMNS, KEPT
 from schemas.digest import sha256_of_json
 from schemas.drops import DropReason
 from schemas.errors import ContractError, CorruptShardError
+from schemas.int8 import decode_int8, encode_int8
 from schemas.names import sample_key, shard_origin
 from schemas.record import SCHEMA_VERSION
 from schemas.shard import (
     DATASET,
     EMBEDDINGS,
+    INT8,
     SUFFIXES,
     UNCONDITIONAL,
     Manifest,
+    as_npy,
     dataset_text,
     decode_npy,
     encode_npy,
@@ -51,8 +54,6 @@ _FEATURES = ({"clip.npy", "clip_hidden.npy"}, {"dino.npy"})
 """What an image embedder writes: one of these must be whole."""
 _LABELS = 19
 _NORM_TOLERANCE = 1e-3
-
-_MIRRORED = ("clip", "clip_hidden", "dino")
 
 _ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
     "arcface.npy": ("<f4", (512,)),
@@ -183,8 +184,10 @@ def sample_problems(
         yield f"unknown files: {', '.join(unknown)}"
     if missing := sorted({*_REQUIRED, *((_ID,) if embeddings else ())} - suffixes):
         yield f"missing files: {', '.join(missing)}"
-    if embeddings and not any(wanted <= suffixes for wanted in _FEATURES):
+    if embeddings and not any(wanted <= as_npy(suffixes) for wanted in _FEATURES):
         yield "no image features: neither clip.npy with clip_hidden.npy nor dino.npy"
+    if twice := sorted(suffix for suffix, int8 in INT8.items() if {suffix, int8} <= suffixes):
+        yield f"{', '.join(twice)}: there in int8 too"
     if embeddings is False and suffixes & EMBEDDINGS:
         yield f"embeddings, which its plan leaves out: {', '.join(sorted(suffixes & EMBEDDINGS))}"
     for suffix in ("face.jpg", "mask.png"):
@@ -192,10 +195,12 @@ def sample_problems(
             yield from _image_problems(suffix, sample.files[suffix], (FACE_SIZE, FACE_SIZE))
     for suffix in sorted(set(_ARRAYS) & suffixes):
         yield from _array_problems(suffix, sample.files[suffix], *_ARRAYS[suffix])
-    for name in _MIRRORED:
-        mirrored, own = sample.files.get(f"{name}_mirror.npy"), sample.files.get(f"{name}.npy")
-        if mirrored is not None and (own is None or len(own) != len(mirrored)):
-            yield f"{name}_mirror.npy has not the shape of {name}.npy"
+    for suffix in sorted(set(INT8.values()) & suffixes):
+        yield from _int8_problems(suffix, sample.files[suffix])
+    for mirror in sorted(suffix for suffix in suffixes if "_mirror." in suffix):
+        own = mirror.replace("_mirror.", ".")
+        if len(sample.files.get(own, b"")) != len(sample.files[mirror]):
+            yield f"{mirror} has not the shape of {own}"
     if "json" in suffixes:
         yield from json_problems(sample, record or {})
 
@@ -234,6 +239,20 @@ def _array_problems(name: str, data: bytes, dtype: str, shape: tuple[int, ...]) 
         yield f"{name} holds numbers that are not finite"
     elif name == _ID and abs(length := float(np.linalg.norm(values.astype(np.float64))) - 1) >= _NORM_TOLERANCE:
         yield f"{name} has the length {length + 1:.4f}, not 1"
+
+
+def _int8_problems(name: str, data: bytes) -> Iterator[str]:
+    """Of the file in the stead of an npy of _ARRAYS."""
+    tokens, width = _ARRAYS[name.replace(".safetensors", ".npy")][1]
+    try:
+        features = decode_int8(data)
+    except CorruptShardError as error:
+        yield f"{name}: {error}"
+        return
+    if features.shape[0] != tokens or width not in (-1, features.shape[1]) or encode_int8(features) != data:
+        yield f"{name} is not a safetensors file of int8 {(tokens, width)} and its scale"
+    elif not np.isfinite(features.scale).all():
+        yield f"{name} holds numbers that are not finite"
 
 
 def json_problems(sample: Sample, record: Mapping[str, Any]) -> Iterator[str]:

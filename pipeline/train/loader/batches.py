@@ -10,10 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.train.loader.condition import row
+from pipeline.train.loader.condition import stored_row
 from pipeline.train.loader.decode import array, picture
 from pipeline.train.loader.plan_sample import Planned
 from pipeline.train.loader.reading import Reading
+from pipeline.train.loader.tokens import MixedTokens, mixed
+from schemas.int8 import Quantised
 
 _PIXELS_PER_LATENT = 8
 
@@ -44,9 +46,9 @@ class Batch:
     """(B, 77, C) float16 of the captions, where the shards hold them."""
     text_pooled: Tensor | None
     """(B, P) float16, SDXL only."""
-    condition: dict[str, Tensor]
-    """Role -> features: arcface (B, 512) and pooled (B, P) float32, hidden (B, 257, D) float16; where uncond_image is
-    set, those of "no face"."""
+    condition: dict[str, Tensor | MixedTokens]
+    """Role -> features: arcface (B, 512) and pooled (B, P) float32, hidden (B, 257, D) float16, or MixedTokens where
+    shards hold any in int8; where uncond_image is set, those of "no face"."""
     uncond_image: Tensor
     """(B,) bool."""
     uncond_text: Tensor
@@ -64,7 +66,10 @@ class Batch:
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-        condition = {role: change(features) for role, features in self.condition.items()}
+        condition = {
+            role: MixedTokens(*map(change, features)) if isinstance(features, MixedTokens) else change(features)
+            for role, features in self.condition.items()
+        }
         return replace(self, **tensors, condition=condition)  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -97,16 +102,20 @@ def collate(group: Sequence[Planned], reading: Reading, position: Position) -> B
         suffix: _stacked([array(one.raw, suffix, reading.shapes[suffix]) for one in group], np.float16)
         for suffix in reading.text
     }
-    condition = {}
+    condition: dict[str, Tensor | MixedTokens] = {}
     for role, plain in reading.files.items():
         nothing, mirrored = reading.unconditional[role], reading.mirrored.get(role, plain)
         rows = [
             nothing
             if one.uncond_image
-            else row(role, array(one.raw, mirrored if one.mirror else plain, reading.shapes[plain]))
+            else stored_row(one.raw, role, mirrored if one.mirror else plain, reading.shapes[plain])
             for one in group
         ]
-        condition[role] = _stacked(rows, np.float16 if role == "hidden" else np.float32)
+        arrays = [row for row in rows if not isinstance(row, Quantised)]
+        if len(arrays) == len(rows):
+            condition[role] = _stacked(arrays, np.float16 if role == "hidden" else np.float32)
+        else:
+            condition[role] = mixed(rows)
     sizes = [(*one.size[::-1], *one.fit.offset[::-1], height, width) for one in group]
     return Batch(
         keys=tuple(one.raw.key for one in group),

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from pipeline.train.loader.dataset import Dataset, first_samples
-from pipeline.train.loader.decode import array, picture
+from pipeline.train.loader.decode import features, picture
+from pipeline.train.loader.shards import Raw
 from pipeline.train.settings import ImageEncoder
 from schemas.errors import SourceError
+from schemas.int8 import Quantised, dequantise
 from schemas.shard import EMBEDDINGS
 
 _COLUMNS: dict[ImageEncoder, dict[str, str]] = {
@@ -23,7 +25,7 @@ _FACE, _SIDE = "face.jpg", (224, 224)
 
 
 def require(dataset: Dataset, reads: Sequence[str], encoder: ImageEncoder) -> dict[str, str]:
-    """The condition's files, role -> suffix, once they are known to be there.
+    """The condition's files, role -> suffix (of the npy, also of features in int8), once they are known to be there.
 
     Args:
         dataset: the shards.
@@ -58,6 +60,20 @@ def row(role: str, features: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return features[0] if role == "pooled" and features.ndim == 2 else features
 
 
+def stored_row(raw: Raw, role: str, suffix: str, shape: tuple[int, ...]) -> npt.NDArray[Any] | Quantised:
+    """One sample's features of a role; in int8 where they are tokens that are stored so.
+
+    Raises:
+        CorruptShardError: names shard and key.
+    """
+    stored = features(raw, suffix, shape)
+    if isinstance(stored, Quantised):
+        if role != "pooled":
+            return stored
+        stored = dequantise(Quantised(stored.int8[:1], stored.scale[:1]))
+    return row(role, stored)
+
+
 def unconditional(dataset: Dataset, reads: Sequence[str], encoder: ImageEncoder) -> dict[str, npt.NDArray[Any]]:
     """Role -> features of one sample that stand for "no face".
 
@@ -85,7 +101,7 @@ def first_shapes(dataset: Dataset, suffixes: Sequence[str]) -> dict[str, tuple[i
         CorruptShardError: when it is damaged.
     """
     (first,) = first_samples(dataset, 1, {"json", *suffixes})
-    return {suffix: array(first, suffix).shape for suffix in suffixes}
+    return {suffix: features(first, suffix).shape for suffix in suffixes}
 
 
 def widths(dataset: Dataset, encoder: ImageEncoder) -> dict[str, int]:
@@ -121,7 +137,10 @@ def first_faces(dataset: Dataset, count: int, reads: Sequence[str], encoder: Ima
     shapes = first_shapes(dataset, list(files.values()))
     faces = []
     for raw in first_samples(dataset, count, {"json", _FACE, *files.values()}):
-        features = {role: row(role, array(raw, suffix, shapes[suffix])) for role, suffix in files.items()}
-        condition = {role: torch.from_numpy(values.astype(np.float32)) for role, values in features.items()}
+        condition = {}
+        for role, suffix in files.items():
+            stored = stored_row(raw, role, suffix, shapes[suffix])
+            values = dequantise(stored) if isinstance(stored, Quantised) else stored.astype(np.float32)
+            condition[role] = torch.from_numpy(values)
         faces.append(Face(raw.key, picture(raw, _FACE, _SIDE, _SIDE), condition))
     return faces

@@ -26,7 +26,7 @@ from pipeline.train.loader.shards import Raw, Shard, samples
 from pipeline.train.settings import DataSettings
 from schemas.digest import sha256, sha256_of_json
 from schemas.errors import CorruptShardError, SourceError
-from schemas.shard import UNCONDITIONAL, Manifest
+from schemas.shard import UNCONDITIONAL, Manifest, as_npy, either_form
 from schemas.targets import Targets
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class Dataset:
     unconditional: Mapping[str, npt.NDArray[Any]]
     """Column -> features of an empty picture: `clip_hidden` (257, 1280), `dino` (257, D), float16; may be empty."""
     suffixes: frozenset[str]
-    """Suffixes of the files that all shards hold; crops may be absent from single samples."""
+    """Suffixes of the files that all shards hold, those in int8 as npy; crops may be absent from single samples."""
     targets: tuple[Targets, ...]
     """What latents and texts were precomputed by, without single cuts; one if all shards agree, none without."""
 
@@ -95,7 +95,7 @@ def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
     peeked = [
         list(samples(shard, 0, min(_PEEKED, shard.kept), lambda suffix: suffix == "json")) for shard in one_per_plan
     ]
-    suffixes = [frozenset(suffix for raw in raws for suffix in raw.files) for raws in peeked]
+    suffixes = [as_npy(suffix for raw in raws for suffix in raw.files) for raws in peeked]
     made_by = [one for raws in peeked for raw in raws if (one := targets(raw))]
     return Dataset(
         shards=tuple(shard for shard, _ in listed),
@@ -170,14 +170,15 @@ def _unconditional(folders: Sequence[DatasetFolder]) -> dict[str, npt.NDArray[An
 
 
 def first_samples(dataset: Dataset, count: int, suffixes: Collection[str]) -> Iterator[Raw]:
-    """The first samples in the order of the shards, undecoded, with the files of these suffixes.
+    """The first samples in the order of the shards, undecoded, with the files of these suffixes, features in any form.
 
     Raises:
         CorruptShardError: when a tar cannot be read.
     """
+    wanted = either_form(suffixes)
     every = (
         raw
         for shard in dataset.shards
-        for raw in samples(shard, 0, min(count, shard.kept), lambda suffix: True if suffix in suffixes else None)
+        for raw in samples(shard, 0, min(count, shard.kept), lambda suffix: True if suffix in wanted else None)
     )
     return islice(every, count)

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from pipeline.train.loader.shards import Raw
 from schemas.errors import CorruptShardError
-from schemas.shard import decode_npy
+from schemas.int8 import Quantised, decode_int8
+from schemas.shard import INT8, decode_npy
 from schemas.targets import Targets
 
 _END_OF_JPEG = b"\xff\xd9"
@@ -66,6 +67,26 @@ def array(raw: Raw, suffix: str, shape: tuple[int, ...] | None = None) -> npt.ND
     if not is_finite:
         raise raw.corrupt(suffix, "is not finite")
     return values
+
+
+def features(raw: Raw, suffix: str, shape: tuple[int, ...] | None = None) -> npt.NDArray[Any] | Quantised:
+    """The finite features of an npy file, or of the int8 file that the sample has in its stead.
+
+    Raises:
+        CorruptShardError: when there is neither, or it is something else.
+    """
+    int8 = INT8.get(suffix, "")
+    if suffix in raw.files or int8 not in raw.files:
+        return array(raw, suffix, shape)
+    try:
+        stored = decode_int8(raw.content(int8))
+    except CorruptShardError as error:
+        raise raw.corrupt(int8, f"is damaged: {error}") from error
+    if shape is not None and stored.shape != shape:
+        raise raw.corrupt(int8, f"has the shape {stored.shape}, not {shape}")
+    if not np.isfinite(stored.scale).all():
+        raise raw.corrupt(int8, "is not finite")
+    return stored
 
 
 def picture(raw: Raw, suffix: str, size: tuple[int, int], wanted: tuple[int, int]) -> npt.NDArray[np.uint8]:

@@ -12,6 +12,7 @@ from pipeline.train.loader.crops import CROPS
 from pipeline.train.loader.dataset import Dataset
 from pipeline.train.settings import DataSettings, TrainConfig
 from schemas.errors import SourceError
+from schemas.shard import either_form
 from schemas.targets import text_sha256, vae_sha256
 
 _TEXT, _TEXT_POOLED = "text.npy", "text_pooled.npy"
@@ -24,7 +25,7 @@ class Reading:
     """What is read of each sample, and what is done to it."""
 
     files: Mapping[str, str]
-    """Role -> suffix of the condition's file."""
+    """Role -> suffix of the condition's npy file; features in int8 go by it too."""
     mirrored: Mapping[str, str]
     """Role -> suffix of the file for mirrored targets, where that is another one and anything is mirrored."""
     shapes: Mapping[str, tuple[int, ...]]
@@ -46,7 +47,7 @@ class Reading:
     def wanted(self) -> frozenset[str]:
         """Suffixes that are read."""
         targets = map(self.target, CROPS)
-        return frozenset({"json", *self.files.values(), *self.mirrored.values(), *self.text, *targets})
+        return either_form({"json", *self.files.values(), *self.mirrored.values(), *self.text, *targets})
 
     def target(self, crop: str) -> str:
         """Suffix of a crop as a target."""

@@ -23,6 +23,7 @@ from pipeline.dataset.out.output import fingerprint
 from schemas.columns import LEDGER_SCHEMA
 from schemas.digest import sha256_of_json
 from schemas.errors import OutputError
+from schemas.int8 import encode_int8, quantise
 from schemas.shard import UNCONDITIONAL, Manifest, encode_npy
 
 SHARD, FIRST = "a-00000", "a-000000000"
@@ -91,6 +92,51 @@ def test_clip_features_verify_too(tmp_path):
     clip = {"clip": encode_npy(np.ones(1024, np.float16)), "clip_hidden": encode_npy(np.ones((257, 1280), np.float16))}
     out = fake.write(tmp_path, {SHARD: [fake.record("a", 0, dino=None, **clip)]})
     assert told(out) == []
+
+
+def in_int8(*shape: int) -> bytes:
+    return encode_int8(quantise(np.ones(shape, np.float16)))
+
+
+def test_hidden_states_in_int8_verify_too(tmp_path):
+    clip = {"clip": encode_npy(np.ones(1024, np.float16)), "clip_hidden_int8": in_int8(257, 1280)}
+    rows = [fake.record("a", 0, dino=None, **clip, clip_hidden_mirror_int8=in_int8(257, 1280))]
+    rows += [fake.record("a", row, dino=None, dino_int8=in_int8(257, 70 + row)) for row in (1, 2)]
+    out = fake.write(tmp_path, {SHARD: rows})
+    assert told(out) == []
+
+
+BAD_INT8 = {
+    "shape": (in_int8(256, 2), "dino.safetensors is not a safetensors file of int8 (257, -1) and its scale"),
+    "no file": (b"junk", "dino.safetensors: not a safetensors file of int8 and scale: "),
+    "another tensor": (save_features({"dino": np.ones((257, 2), np.float16)}), "dino.safetensors: not a safetensors"),
+    "not finite": (
+        encode_int8(quantise(np.full((257, 2), np.inf, np.float16))),
+        "dino.safetensors holds numbers that are not finite",
+    ),
+    "metadata": (
+        save_features(quantise(np.ones((257, 2), np.float16))._asdict(), metadata={"a": "b"}),
+        "dino.safetensors is not a safetensors file of int8 (257, -1) and its scale",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INT8)
+def test_hidden_states_in_int8_that_are_something_else(tmp_path, name):
+    data, message = BAD_INT8[name]
+    out = fake.write(tmp_path, {SHARD: [fake.record("a", 0, dino=None, dino_int8=data)]})
+    ((_, key, found),) = told(out)
+    assert key == FIRST
+    assert found.startswith(message)
+
+
+def test_hidden_states_in_both_forms_and_mirrored_ones_of_another_width(tmp_path):
+    other = fake.record("a", 1, dino=None, dino_int8=in_int8(257, 2), dino_mirror_int8=in_int8(257, 3))
+    out = fake.write(tmp_path, {SHARD: [fake.record("a", 0, dino_int8=in_int8(257, 2)), other]})
+    assert [message for *_, message in told(out)] == [
+        "dino.npy: there in int8 too",
+        "dino_mirror.safetensors has not the shape of dino.safetensors",
+    ]
 
 
 def test_a_shard_that_kept_nothing_verifies(tmp_path):
