@@ -19,6 +19,7 @@ import pipeline.train.loop as trainer
 from pipeline.__main__ import app
 from pipeline.dataset.finished.verify import verify
 from pipeline.train.adapters.variants import VARIANTS
+from pipeline.train.inputs import Preparer
 from pipeline.train.job import Call, prepared
 from pipeline.train.loader import open_dataset
 from pipeline.train.settings import DataSettings
@@ -123,10 +124,22 @@ def weights(job):
 
 
 @pytest.mark.parametrize("name", READS_HIDDEN)
-def test_every_variant_learns_from_either_form_nearly_the_same(dataset, int8, tmp_path, name):
+def test_every_variant_is_given_nearly_the_same_from_either_form(dataset, int8, tmp_path, name, monkeypatch):
+    given, prepare = [], Preparer.__call__
+
+    def noted(self, batch):
+        given.append(prepare(self, batch))
+        return given[-1]
+
+    monkeypatch.setattr(Preparer, "__call__", noted)
     usual, found = (losses(train([out], tmp_path / out.parent.name, name, 2)) for out in (dataset, int8))
     assert found == pytest.approx(usual, rel=1e-3)
     assert found != usual
+    for one, other in zip(given[:2], given[2:], strict=True):
+        exact, values = one.condition["hidden"], other.condition["hidden"]
+        assert exact.dtype == values.dtype == torch.float32
+        # So the cosine is 0.9995 or more; "no face" has a token of zeros.
+        assert ((values - exact).norm(dim=-1) <= 0.0315 * exact.norm(dim=-1)).all()
 
 
 def test_both_forms_train_together_and_validation_reads_either(dataset, int8, tmp_path):
