@@ -68,7 +68,7 @@ def files(rng: np.random.Generator, hidden: str) -> dict[str, bytes]:
     else:
         found["clip_hidden.npy"] = encode_npy(tokens)
     for crop, size in LATENTS.items():
-        found[f"latents.{crop}.npy"] = encode_npy(rng.normal(size=(4, *size)).astype(np.float16))
+        found[f"latents.{crop}.npy"] = encode_npy(rng.normal(size=(8, *size)).astype(np.float16))
     return dict(sorted((found | {f"{crop}.jpg": data for crop, data in PICTURES.items()}).items()))
 
 

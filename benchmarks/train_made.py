@@ -187,7 +187,7 @@ def _arrays(rng: np.random.Generator, base: BaseSource, resolution: int, vision:
         "clip.npy": (vision["projection_dim"],),
         "clip_hidden.npy": (257, vision["hidden_size"]),
         "text.npy": (77, base.text_width),
-        **{f"latents.{crop}.npy": (4, resolution // 8, resolution // 8) for crop in CROPS},
+        **{f"latents.{crop}.npy": (8, resolution // 8, resolution // 8) for crop in CROPS},
     }
     if base.kind == "sdxl":
         config = json.loads((base.folder / "text_encoder_2" / "config.json").read_text())

@@ -115,10 +115,16 @@ _ALL = (
     ),
     # encode: only with latents or text
     _payload(
-        "latents_portrait", "npy (4, h, w) float16: VAE posterior mean x scaling_factor of portrait", optional=True
+        "latents_portrait",
+        "npy (8, h, w) float16: mean and log-variance of the scaled latents of portrait",
+        optional=True,
     ),
-    _payload("latents_half", "npy (4, h, w) float16: VAE posterior mean x scaling_factor of half", optional=True),
-    _payload("latents_full", "npy (4, h, w) float16: VAE posterior mean x scaling_factor of full", optional=True),
+    _payload(
+        "latents_half", "npy (8, h, w) float16: mean and log-variance of the scaled latents of half", optional=True
+    ),
+    _payload(
+        "latents_full", "npy (8, h, w) float16: mean and log-variance of the scaled latents of full", optional=True
+    ),
     _payload("text_embeds", "npy (77, C) float16: encoder_hidden_states of the caption", optional=True),
     _payload("text_pooled", "npy (P,) float16: pooled caption, SDXL only", optional=True),
     _payload(

@@ -163,7 +163,7 @@ class EncodeSettings(Section):
     """What is computed ahead for training, at the price of larger shards; `--with latents,text,mirror` asks for it."""
 
     latents: bool = False
-    """Latents of the crops, so that training needs no VAE: about 32 kB per crop at 512."""
+    """Mean and log-variance of the crops' latents, so that training needs no VAE: 64 kB per crop at 512."""
     text: bool = False
     """Embeddings of the caption, so that training needs no text encoder: 120 kB (SD1.5) or 320 kB (SDXL) per sample."""
     mirror: bool = False

@@ -100,7 +100,7 @@ class Plan:
         on_torch = [task for task in PACK_TASKS if self._runs_on_torch(task)]
         encode: dict[str, Any] = {name: True for name in EXTRAS if getattr(config.encode, name)}
         if config.encode.latents:
-            encode["resolution"] = config.encode.resolution
+            encode |= {"latents": "moments", "resolution": config.encode.resolution}
         if encoders is not None:
             encode["source"] = {name: value for name, value in asdict(encoders).items() if name != "folder"}
         idle = {name for name, works in ((Encode.name, encoders), (Screen.name, reduced)) if not works}

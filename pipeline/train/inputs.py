@@ -29,7 +29,7 @@ class Preparer:
 
     base: Base
     generator: torch.Generator
-    """On the CPU; samples latents of images."""
+    """On the CPU; samples latents."""
     _empty: TextEmbeds | None = None
 
     def __call__(self, batch: Batch) -> Inputs:
@@ -48,7 +48,10 @@ class Preparer:
             # Never in bf16, which rounds whole numbers above 256.
             added = {"text_embeds": text.pooled, "time_ids": batch.size_ids}
         if batch.latents is not None:
-            latents = batch.latents.float()
+            mean, log_variance = batch.latents.float().chunk(2, dim=1)
+            drawn = torch.randn(mean.shape, generator=self.generator)
+            drawn = (drawn.pin_memory() if mean.is_cuda else drawn).to(mean.device, non_blocking=True)
+            latents = mean + (log_variance / 2).exp() * drawn
         else:
             assert batch.pixels is not None
             latents = base.encode_images(batch.pixels, self.generator)

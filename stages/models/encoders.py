@@ -4,6 +4,7 @@ A CPU computes in float32. A GPU computes in float16, but for the VAE of SDXL, w
 picture or caption at a time, so that bytes do not depend on batches.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,14 @@ class Vae:
         self._model = (model.half() if device == "cuda" and source.kind == "sd15" else model).to(device)
 
     def encode(self, image: Image) -> Halves:
-        """(H, W, 3) RGB, sides multiples of 8 -> (4, H / 8, W / 8): posterior mean x scaling_factor."""
+        """(H, W, 3) RGB, sides multiples of 8 -> (8, H / 8, W / 8): mean and log-variance of the scaled latents."""
         import torch
 
         with torch.inference_mode():
             pixels = torch.from_numpy(normalise(image[None], HALF)).to(self._model.device, self._model.dtype)
-            mean = self._model.encode(pixels).latent_dist.mean.float() * self._model.config.scaling_factor
-        latents: Halves = mean[0].cpu().numpy().astype(np.float16)
+            posterior, scale = self._model.encode(pixels).latent_dist, self._model.config.scaling_factor
+            moments = posterior.mean.float() * scale, posterior.logvar.float() + 2 * math.log(scale)
+        latents: Halves = torch.cat(moments, dim=1)[0].cpu().numpy().astype(np.float16)
         return latents
 
 

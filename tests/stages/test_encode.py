@@ -67,11 +67,11 @@ def test_columns_are_as_declared(encoded):
     assert table["latents_portrait"].null_count == table["text_embeds"].null_count == table["targets"].null_count == 0
     assert (table["latents_half"].null_count, table["latents_full"].null_count) == (3, 1)
     assert table["text_pooled"].null_count == (0 if base == "tiny-sdxl" else 3)
-    assert (array(table, "latents_portrait", 0).shape, array(table, "latents_full", 0).shape) == ((4, 8, 8), (4, 7, 9))
+    assert (array(table, "latents_portrait", 0).shape, array(table, "latents_full", 0).shape) == ((8, 8, 8), (8, 7, 9))
     assert array(table, "latents_full", 0).dtype == array(table, "text_embeds", 0).dtype == np.float16
 
 
-def test_latents_are_the_mean_of_the_posterior_scaled(encoded):
+def test_latents_are_mean_and_log_variance_of_what_a_vae_samples_scaled(encoded):
     base, table = encoded
     vae = pipe(base).vae
     targets = Targets.from_object(json.loads(table["targets"][0].as_py()))
@@ -79,10 +79,12 @@ def test_latents_are_the_mean_of_the_posterior_scaled(encoded):
     for crop, fit in targets.latents.items():
         pixels = torch.from_numpy(cut(decode_jpeg(ROWS[0][crop]), fit) / 127.5 - 1).permute(2, 0, 1)[None].float()
         with torch.no_grad():
-            expected = vae.encode(pixels).latent_dist.mean[0] * vae.config.scaling_factor
+            posterior, scale = vae.encode(pixels).latent_dist, vae.config.scaling_factor
         found = array(table, f"latents_{crop}", 0)
-        assert found.shape == (4, fit.size[1] // 8, fit.size[0] // 8)
-        np.testing.assert_allclose(found, expected.numpy(), rtol=2e-3, atol=1e-3)
+        assert found.shape == (8, fit.size[1] // 8, fit.size[0] // 8)
+        np.testing.assert_allclose(found[:4], posterior.mean[0].numpy() * scale, rtol=2e-3, atol=1e-3)
+        deviation = np.exp(found[4:].astype(np.float32) / 2)
+        np.testing.assert_allclose(deviation, posterior.std[0].numpy() * scale, rtol=1e-2)
 
 
 def test_text_is_what_the_stock_pipeline_feeds_the_unet(encoded):

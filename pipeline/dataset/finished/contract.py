@@ -318,8 +318,9 @@ def encoded_problems(sample: Sample, described: Any) -> Iterator[str]:
         if (fit is None) != (data is None) or (data is not None and f"{crop}.jpg" not in sample.files):
             yield f"latents.{crop}.npy, {crop}.jpg and json do not go together"
         elif fit is not None and data is not None:
-            shape = (4, fit.size[1] // _LATENT_PX, fit.size[0] // _LATENT_PX)
-            yield from _array_problems(f"latents.{crop}.npy", data, "<f2", shape)
+            width, height = fit.size[0] // _LATENT_PX, fit.size[1] // _LATENT_PX
+            channels = 8 if len(data) > 8 * height * width * 2 else 4  # earlier releases wrote the mean alone
+            yield from _array_problems(f"latents.{crop}.npy", data, "<f2", (channels, height, width))
     if "text.npy" in encoded and (targets.kind == "sdxl") != ("text_pooled.npy" in encoded):
         yield f"text.npy and text_pooled.npy are not those of {targets.kind}"
 

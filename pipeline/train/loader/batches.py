@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.train.loader.condition import stored_row
-from pipeline.train.loader.decode import array, picture
+from pipeline.train.loader.decode import array, moments, picture
 from pipeline.train.loader.plan_sample import Planned
 from pipeline.train.loader.reading import Reading
 from pipeline.train.loader.tokens import MixedTokens, mixed
@@ -39,7 +39,7 @@ class Batch:
     pixels: Tensor | None
     """(B, 3, H, W) float32 in [-1, 1], RGB; None with latents."""
     latents: Tensor | None
-    """(B, 4, H / 8, W / 8) float16: VAE posterior mean x scaling_factor; None with pixels."""
+    """(B, 8, H / 8, W / 8) float16: mean and log-variance of the scaled latents; None with pixels."""
     captions: tuple[str, ...]
     """As in the shards, also where uncond_text is set."""
     text_embeds: Tensor | None
@@ -90,8 +90,8 @@ def collate(group: Sequence[Planned], reading: Reading, position: Position) -> B
     width, height = group[0].fit.size
     pixels = latents = None
     if reading.latents:
-        shape = (4, height // _PIXELS_PER_LATENT, width // _PIXELS_PER_LATENT)
-        latents = _stacked([array(one.raw, reading.target(one.crop), shape) for one in group], np.float16)
+        size = height // _PIXELS_PER_LATENT, width // _PIXELS_PER_LATENT
+        latents = _stacked([moments(one.raw, reading.target(one.crop), size) for one in group], np.float16)
     else:
         pixels = torch.empty((len(group), 3, height, width))
         for one, out in zip(group, pixels.numpy(), strict=True):

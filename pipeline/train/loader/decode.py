@@ -69,6 +69,20 @@ def array(raw: Raw, suffix: str, shape: tuple[int, ...] | None = None) -> npt.ND
     return values
 
 
+def moments(raw: Raw, suffix: str, size: tuple[int, int]) -> npt.NDArray[Any]:
+    """Mean and log-variance (8, h, w) of precomputed latents; shards of earlier releases hold the mean alone.
+
+    Raises:
+        CorruptShardError: when the file is something else.
+    """
+    values = array(raw, suffix)
+    if values.shape == (4, *size):
+        return np.concatenate([values, np.full_like(values, -np.inf)])
+    if values.shape != (8, *size):
+        raise raw.corrupt(suffix, f"has the shape {values.shape}, not {(8, *size)}")
+    return values
+
+
 def features(raw: Raw, suffix: str, shape: tuple[int, ...] | None = None) -> npt.NDArray[Any] | Quantised:
     """The finite features of an npy file, or of the int8 file that the sample has in its stead.
 

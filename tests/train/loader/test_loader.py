@@ -300,7 +300,7 @@ def test_precomputed_latents_and_texts(tmp_path: Path) -> None:
         assert batch.text_pooled is None
         assert batch.latents.dtype == batch.text_embeds.dtype == torch.float16
         assert batch.text_embeds.shape == (len(batch), 77, 4)
-        assert batch.latents.shape[1:] == ((4, 8, 8) if batch.crops[0] == "portrait" else (4, 6, 10))
+        assert batch.latents.shape[1:] == ((8, 8, 8) if batch.crops[0] == "portrait" else (8, 6, 10))
         numbers = [int(text[8:]) for text in batch.captions]
         assert batch.latents[:, 0, 0, 0].tolist() == numbers
         assert batch.text_embeds[:, 0, 0].tolist() == numbers
