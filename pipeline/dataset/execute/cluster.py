@@ -309,7 +309,7 @@ class _Maker:
         """Make a shard; its batches go through one actor of each pool, a few in flight, and come back in order."""
 
         def begin(rows: Rows) -> Any:
-            reference: Any = rows
+            reference: Any = rows.to_send()
             for actor in actors:
                 reference = actor.apply.remote(reference)
             return reference
