@@ -48,7 +48,7 @@ def _titled(*words: str) -> Callable[[psutil.Process, Victims], Victims]:
 _FIND: dict[str, Callable[[psutil.Process, Victims], Victims]] = {
     "driver": lambda driver, others: [driver],
     "actor": _titled("ray::_Models"),
-    "task": _titled("ray::_make"),
+    "maker": _titled("ray::_Maker"),
     "worker": _titled("ray::"),
     "raylet": _titled("raylet/raylet"),
     "gcs": _titled("gcs/gcs_server"),

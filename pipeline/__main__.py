@@ -89,14 +89,13 @@ def dataset(
     ] = None,
 ) -> None:
     """Make training shards from metadata parts; a rerun skips what is done."""
+    from pipeline.dataset.finished.report import REPORT
     from pipeline.dataset.job import make_dataset
-    from pipeline.dataset.out.ledger import funnel, funnel_table
     from pipeline.shared.files import to_path
 
     folder = to_path(out)
     code = make_dataset(job, folder, console, replan=replan, retry=retry is not None)
-    console.print(funnel_table(funnel(folder)))
-    say(f"Shards: {folder / 'shards'}\nReport: {folder / 'report.html'}")
+    say(f"Shards: {folder / 'shards'}\nReport: {folder / REPORT}")
     if code is ExitCode.SHARDS_FAILED:
         errors.print("Some shards failed; the others are done. The same command tries the failed ones again.")
     raise typer.Exit(code)
@@ -176,12 +175,13 @@ def plan(job: "Job", out: Out = "out") -> None:
 @app.command()
 def report(folder: Folder = "out") -> None:
     """Write DIR/report.html: the funnel, kept samples, and some of what was dropped."""
-    from pipeline.dataset.finished.report import write_report
-    from pipeline.dataset.out.ledger import funnel, funnel_table
+    from pipeline.dataset.finished.report import REPORT, write_report
+    from pipeline.dataset.out.ledger import funnel_table
     from pipeline.shared.files import to_path
 
-    say(f"Report: {write_report(to_path(folder))}")
-    console.print(funnel_table(funnel(to_path(folder))))
+    counted = write_report(to_path(folder))
+    say(f"Report: {to_path(folder) / REPORT}")
+    console.print(funnel_table(counted))
 
 
 @app.command()

@@ -9,7 +9,7 @@ import numpy as np
 from schemas.arcface import ARCFACE_SIZE
 from stages.base import RowStage
 from stages.pixels.geometry import norm_crop, roll_degrees
-from stages.pixels.images import encode_jpeg, photo
+from stages.pixels.images import encode_jpeg, photo_of
 
 FACE_SIZE = 224
 """Side of `face` and `mask`, pixels."""
@@ -26,7 +26,7 @@ class Align(RowStage):
     writes: ClassVar[tuple[str, ...]] = ("face", "face112", "sharpness", "brightness", "roll_deg")
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        image, kps = photo(record["sha256"], record["image"]), record["kps"]
+        image, kps = photo_of(record), record["kps"]
         face = norm_crop(image, kps, FACE_SIZE)
         grey = cv2.cvtColor(face, cv2.COLOR_RGB2GRAY)
         return {

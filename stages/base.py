@@ -1,6 +1,6 @@
 """The Stage protocol, and what row-wise stages share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
@@ -44,6 +44,28 @@ class Dropped(Exception):
         self.measured = measured
 
 
+class Record(Mapping[str, Any]):
+    """A row of a table. A column becomes a Python value when it is looked at, which for an image file is rare."""
+
+    def __init__(self, columns: Mapping[str, pa.ChunkedArray], index: int) -> None:
+        self._columns, self._index = columns, index
+
+    def __getitem__(self, name: str) -> Any:
+        return self._columns[name][self._index].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+
+def records(table: pa.Table) -> list[Record]:
+    """The rows of a table."""
+    columns = dict(zip(table.column_names, table.columns, strict=True))
+    return [Record(columns, index) for index in range(table.num_rows)]
+
+
 class RowStage:
     """A stage that works row by row: subclasses write `row`, and raise `Dropped` to drop."""
 
@@ -62,7 +84,7 @@ class RowStage:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Apply `row` to each record."""
         rows = []
-        for record in table.to_pylist():
+        for record in records(table):
             try:
                 rows.append(self.row(record))
             except Dropped as dropped:
@@ -90,18 +112,19 @@ class BatchStage(RowStage):
     def __call__(self, table: pa.Table) -> pa.Table:
         """Compute batch by batch; a row that is dropped changes nothing for the others."""
         rows: list[dict[str, Any]] = []
-        for start in range(0, table.num_rows, self.batch):
-            records = table.slice(start, self.batch).to_pylist()
+        everything = records(table)
+        for start in range(0, len(everything), self.batch):
+            batch = everything[start : start + self.batch]
             given: dict[int, Any] = {}
-            made: list[dict[str, Any]] = [{} for _ in records]
-            for i, record in enumerate(records):
+            made: list[dict[str, Any]] = [{} for _ in batch]
+            for i, record in enumerate(batch):
                 try:
                     given[i] = self.given(record)
                 except Dropped as dropped:
                     made[i] = {**dropped.measured, DROP: dropped.reason}
             for i, output in zip(given, self.computed(list(given.values())), strict=True):
                 try:
-                    made[i] = self.written(records[i], output)
+                    made[i] = self.written(batch[i], output)
                 except Dropped as dropped:
                     made[i] = {**dropped.measured, DROP: dropped.reason}
             rows += made

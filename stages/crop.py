@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from stages.base import RowStage
 from stages.pixels.geometry import Box, Framing, crop_box
-from stages.pixels.images import encode_jpeg, photo, shrink
+from stages.pixels.images import encode_jpeg, photo_of, shrink
 
 _FACE_CENTRE = {"portrait": 0.45, "half": 0.28}
 """Wished height of the face's centre, share of the crop from the top: room for hair, then for the body."""
@@ -23,7 +23,7 @@ class Crop(RowStage):
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
         settings = self.settings.crop
-        image, bbox = photo(record["sha256"], record["image"]), record["bbox"]
+        image, bbox = photo_of(record), record["bbox"]
         (height, width), face_height = image.shape[:2], bbox[3] - bbox[1]
         written: dict[str, Any] = {}
         crops: dict[str, Any] = {}

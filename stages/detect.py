@@ -9,7 +9,7 @@ from schemas.drops import DropReason
 from stages.base import BatchStage
 from stages.models.backends import Faces, Image, backend
 from stages.models.boxes import apart, areas
-from stages.pixels.images import photo
+from stages.pixels.images import photo_of
 from stages.runtime import Runtime
 from stages.settings import Settings
 
@@ -39,7 +39,7 @@ class Detect(BatchStage):
             self.batch = _GPU_BATCH
 
     def given(self, record: Mapping[str, Any]) -> tuple[Image, Any]:
-        return photo(record["sha256"], record["image"]), record["screen_points"]
+        return photo_of(record), record["screen_points"]
 
     def computed(self, given: Sequence[tuple[Image, Any]]) -> Sequence[Faces]:
         if hasattr(self._detector, "detect_all"):

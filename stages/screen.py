@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from schemas.drops import DropReason
 from stages.base import BatchStage, Dropped
 from stages.models.backends import Image, ReducedLook, backend
+from stages.pixels.decoding import decoder
 from stages.pixels.images import reduced
 from stages.runtime import Runtime
 from stages.settings import FilterSettings, ModelSettings, Settings
@@ -33,8 +34,9 @@ class Screen(BatchStage):
     )
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
-        """Load what looks."""
+        """Load what looks; meanwhile the decoder starts, whose first user this is or `Detect`."""
         super().__init__(settings, runtime)
+        decoder().start()
         self._factor = factor(settings.models, settings.filter)
         self._look: Any = None
         if self._factor:

@@ -11,7 +11,7 @@ from stages.align import FACE_SIZE
 from stages.base import BatchStage, Dropped
 from stages.models.backends import Floats, Image, backend
 from stages.pixels.geometry import ffhq_crop, ffhq_matrix, inside_photo, transform_points, warp_labels
-from stages.pixels.images import encode_png, photo
+from stages.pixels.images import encode_png, photo_of
 from stages.runtime import Runtime
 from stages.settings import Settings
 
@@ -38,7 +38,7 @@ class Segment(BatchStage):
     def given(self, record: Mapping[str, Any]) -> tuple[Image, Floats]:
         """The FFHQ-style crop, and the five points in it."""
         kps = record["kps"]
-        return ffhq_crop(photo(record["sha256"], record["image"]), kps), transform_points(ffhq_matrix(kps), kps)
+        return ffhq_crop(photo_of(record), kps), transform_points(ffhq_matrix(kps), kps)
 
     def computed(self, given: Sequence[tuple[Image, Floats]]) -> Sequence[npt.NDArray[np.uint8]]:
         if self.batch == 1:
@@ -49,7 +49,7 @@ class Segment(BatchStage):
     def written(self, record: Mapping[str, Any], output: npt.NDArray[np.uint8]) -> dict[str, Any]:
         kps = record["kps"]
         mask = warp_labels(output, kps, FACE_SIZE)
-        height, width = photo(record["sha256"], record["image"]).shape[:2]
+        height, width = photo_of(record).shape[:2]
         mask[~inside_photo(kps, width, height, FACE_SIZE)] = 0  # the border around the photo is background
         share = float(np.isin(mask, self.settings.segment.keep).mean())
         if share < self.settings.segment.min_share:

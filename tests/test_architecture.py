@@ -5,6 +5,7 @@ import collections
 import functools
 import graphlib
 import inspect
+import pickle
 import subprocess
 import sys
 import tomllib
@@ -17,7 +18,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from pipeline.dataset.config import load_config
 from pipeline.dataset.out import takedowns
+from pipeline.dataset.plan import make_plan
 from schemas.columns import COLUMNS, SEED
 from schemas.drops import DropReason
 from stages import STAGES
@@ -208,6 +211,22 @@ def test_help_is_answered_before_anything_slow_is_imported(module: str) -> None:
     assert done.returncode == 0, done.stderr
     slow = {"numpy", "pyarrow", "fsspec", "torch", "cv2", "onnxruntime", "ray"}
     assert not slow.intersection(done.stdout.splitlines()[-1].split())
+
+
+def test_who_makes_shards_imports_the_stages_that_it_runs_and_no_model() -> None:
+    sent = pickle.dumps(make_plan(load_config(None, [], shards="sample")))
+    script = f"""
+import pickle, sys
+from pipeline.dataset.execute.make_shard import Worker
+plan = pickle.loads({sent!r})
+Worker(plan).close()
+print(plan.digest, len(plan.reasons), *sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not {"stages.detect", "stages.embed_face", "skimage", "torch", "onnxruntime"}.intersection(
+        done.stdout.split()
+    )
 
 
 def test_model_libraries_load_only_in_model_rooms() -> None:

@@ -19,7 +19,7 @@ from pipeline.dataset.execute.progress import RunScreen
 from pipeline.dataset.execute.runner import judge_seeds
 from pipeline.dataset.finished.forget import take_down_listed
 from pipeline.dataset.finished.report import write_report
-from pipeline.dataset.out.ledger import read_manifests, replaced, shard_names, summary
+from pipeline.dataset.out.ledger import Funnel, funnel_table, read_manifests, replaced, shard_names, summary
 from pipeline.dataset.out.lost import lost_errors
 from pipeline.dataset.out.output import Output
 from pipeline.dataset.out.retry import discard, second_chances
@@ -78,7 +78,7 @@ def prepared(spec: str, config: Config) -> Iterator[Job]:
 
 
 def make_dataset(job: Job, out: AnyPath, console: Console, *, replan: bool = False, retry: bool = False) -> ExitCode:
-    """Make all shards that are not done yet, then the summary and the report.
+    """Make all shards that are not done yet, then the summary and the report, whose funnel is shown.
 
     With `retry`, rows whose fetch failed for a reason that may have passed get another chance, once no shard failed.
 
@@ -110,18 +110,19 @@ def make_dataset(job: Job, out: AnyPath, console: Console, *, replan: bool = Fal
                     work.make(execute, chain([first], pending))
             elif not work.failed:
                 screen.say("Second chances: no row failed for a reason that may have passed.")
-        _finish(output, plan)
+        counted = _finish(output, plan)
+    console.print(funnel_table(counted))
     return ExitCode.SHARDS_FAILED if work.failed else ExitCode.OK
 
 
-def _finish(output: Output, plan: Plan) -> None:
+def _finish(output: Output, plan: Plan) -> Funnel:
     """Write the files beside the shards."""
     try:
         with lost_errors(output.root):
             counts = summary(read_manifests(output.root), replaced(output.root))
             files = write_unconditional(output.root, plan) if counts["kept"] else {}
             output.describe(plan, {**counts, "files": files})
-            write_report(output.root)
+            return write_report(output.root)
     except OutputError as error:
         raise LostError(f"The shards were made, but then: {error}") from error
 

@@ -51,16 +51,24 @@ class Plan:
         """The steps that run there, in order."""
         return tuple(step for step in self.steps if step.at in where)
 
-    def keep_after(self, step: Step) -> frozenset[str]:
-        """Columns that must survive `step`: those that a later step reads, a ledger keeps, or a sample holds."""
-        later = self.steps[self.steps.index(step) + 1 :]
-        read = {name for other in later for name in other.stage().reads}
-        return frozenset(read | set(LEDGER) | set(SUFFIXES.values()))
+    @cached_property
+    def keeps(self) -> dict[Step, frozenset[str]]:
+        """Columns that must survive each step: those that a later step reads, a ledger keeps, or a sample holds."""
+        keeps, needed = {}, frozenset(LEDGER) | frozenset(SUFFIXES.values())
+        for step in reversed(self.steps):
+            keeps[step] = needed
+            needed |= frozenset(step.stage().reads)
+        return keeps
 
-    @property
+    @cached_property
     def reasons(self) -> tuple[str, ...]:
         """Every reason that some step declares, in the order of the steps."""
         return tuple(dict.fromkeys(str(reason) for step in self.steps for reason in step.stage().drops))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With all that the stages declare: processes that make shards import only the stages that they run."""
+        declared = ("keeps", "reasons", "identity", "digest")
+        return {**self.__dict__, **{name: getattr(self, name) for name in declared}}
 
     def pools(self) -> tuple[Pool, ...]:
         """The model pools: one without a GPU; with GPUs the image embedder has a pool of its own."""

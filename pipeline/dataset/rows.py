@@ -36,11 +36,13 @@ class Rows:
         )
 
     def split(self, count: int) -> "tuple[Rows, Rows]":
-        """The first `count` living rows with all that was dropped, and the further living rows."""
-        # take() copies: a slice would carry the whole of its batch along when it is sent to another process.
-        at = pa.array(range(self.alive.num_rows), pa.int64())
-        first, rest = self.alive.take(at[:count]), self.alive.take(at[count:])
+        """The first `count` living rows with all that was dropped, and the further living rows; nothing is copied."""
+        first, rest = self.alive.slice(0, count), self.alive.slice(count)
         return Rows(first, self.dead, self.witnesses), Rows.living(rest)
+
+    def to_send(self) -> "Rows":
+        """A copy for another process: a slice would carry the whole of its batch along."""
+        return Rows(self.alive.take(pa.array(range(self.alive.num_rows), pa.int64())), self.dead, self.witnesses)
 
 
 def split_seeds(seeds: pa.Table) -> Rows:

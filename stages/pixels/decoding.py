@@ -51,6 +51,11 @@ class Decoder:
         self._file, self._canvas = os.memfd_create("file"), os.memfd_create("pixels")
         self._pixels: mmap.mmap | None = None  # stays mapped: mapping it anew costs a fault per page that is read
 
+    def start(self) -> None:
+        """Start the child ahead of its first file: it takes a while to import what it needs."""
+        with self._turn:
+            self._child = self._child or _Child(self._file, self._canvas)
+
     def pixels(self, data: bytes, count: int, factor: int = 1) -> Image:
         """The picture of a file whose header promises `count` = height x width x 3 bytes.
 

@@ -7,10 +7,11 @@
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Any
 
 import cv2
 import numpy as np
@@ -37,6 +38,9 @@ class PhotoCache:
     max_bytes: int
     n_bytes: int = 0
     _photos: OrderedDict[str, Image] = field(default_factory=OrderedDict)
+
+    def __contains__(self, sha256: str) -> bool:
+        return sha256 in self._photos
 
     def get(self, sha256: str, data: bytes) -> Image:
         """The pixels of an image file, (H, W, 3) RGB, read-only; decoded anew only when `sha256` is not held.
@@ -68,6 +72,12 @@ _CACHE = PhotoCache(_CACHE_BYTES)
 def photo(sha256: str, data: bytes) -> Image:
     """`PhotoCache.get` of this process's cache: stages in a row decode a photo once."""
     return _CACHE.get(sha256, data)
+
+
+def photo_of(record: Mapping[str, Any]) -> Image:
+    """`photo` of a record's `image`, which is read only where the pixels of its `sha256` are not held."""
+    digest = record["sha256"]
+    return photo(digest, b"" if digest in _CACHE else record["image"])
 
 
 def reduced(sha256: str, data: bytes, factor: int) -> Image:

@@ -38,8 +38,8 @@ def test_pixels_are_kept_only_as_long_as_a_later_step_reads_them():
     plan = plan_of()
     readers = [index for index, step in enumerate(plan.steps) if "image" in step.stage().reads]
     for index, step in enumerate(plan.steps):
-        assert ("image" in plan.keep_after(step)) == (index < readers[-1])
-        assert {*LEDGER, *SUFFIXES.values()} <= plan.keep_after(step)
+        assert ("image" in plan.keeps[step]) == (index < readers[-1])
+        assert {*LEDGER, *SUFFIXES.values()} <= plan.keeps[step]
 
 
 def test_the_digest_follows_what_decides_the_bytes_and_nothing_else():

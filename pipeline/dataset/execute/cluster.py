@@ -1,9 +1,9 @@
-"""Run a plan on Ray: shards as tasks that fetch and write, models in actors that load once.
+"""Run a plan on Ray: actors that make a shard at a time, fetch and write, and actors with the models. All load once.
 
 Only this file and `cluster_node` know Ray. It is the scheduler; what is done is known from the manifests alone. Only
 encoded images and Arrow tables travel between processes. An actor whose process dies is started again by Ray, and what
 it was computing is computed again; one whose node dies is replaced here, and until there is room for another, its
-shards go to those that live. A shard whose task dies, or of which no batch gets done, is tried again by the driver: it
+shards go to those that live. A shard whose maker dies, or of which no batch gets done, is tried again by the driver: it
 is published whole or not at all, so that another attempt is harmless.
 """
 
@@ -35,7 +35,7 @@ from pipeline.dataset.source.seeds import Seeds
 from schemas.errors import LostError, ShardError
 
 _RETRIES = 3
-"""Further attempts at a batch whose actor died, and at a shard whose task did."""
+"""Further attempts at a batch whose actor died, and at a shard whose maker did."""
 _OVERDUE_RETRIES = 1
 """Further attempts at a shard of which no batch got done: it may have waited for another one's, in the same actor."""
 _PLACED_S = 60.0
@@ -170,6 +170,8 @@ class _Attempt:
     seeds: Seeds
     deaths_left: int = _RETRIES
     overdue_left: int = _OVERDUE_RETRIES
+    maker: Any = None
+    """Handle of the `_Maker` that makes it."""
     actors: tuple[_Actor, ...] = ()
     """One of each pool."""
     progress: float = field(default_factory=time.monotonic)
@@ -177,28 +179,44 @@ class _Attempt:
 
 
 class _Crew:
-    """The actors, and the tasks that use them."""
+    """The actors of the models, and those that make shards and use them."""
 
     def __init__(self, plan: Plan, output: Output, guard: NodeGuard) -> None:
         self._plan, self._output, self._guard = plan, output, guard
         self._pools = [_Actors(plan, pool) for pool in plan.pools()]
         self._patience = plan.config.executor.shard_timeout_s
+        self._idle: list[Any] = []
+        """Handles of the makers without a shard."""
         self.running: dict[Any, _Attempt] = {}
         """Stream of events -> the shard."""
 
     def begin(self, attempt: _Attempt) -> None:
-        """Start a task that makes a shard, with the actors that have the least to do."""
+        """Have a shard made, with the actors that have the least to do."""
         attempt.actors = tuple(pool.choose() for pool in self._pools)
+        attempt.maker = self._idle.pop() if self._idle else self._new_maker()
         attempt.progress = time.monotonic()
         for actor in attempt.actors:
             actor.shards += 1
         handles = [actor.handle for actor in attempt.actors]
-        self.running[_make.remote(self._plan, attempt.seeds, self._output, handles)] = attempt
+        self.running[attempt.maker.make.remote(attempt.seeds, handles)] = attempt
+
+    def _new_maker(self) -> Any:
+        options = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")
+        handle: Any = options(_Maker).remote(self._plan, self._output)
+        return handle
 
     def _end(self, stream: Any) -> _Attempt:
+        """Take a shard from its maker, which is free for another one."""
         attempt = self.running.pop(stream)
         for actor in attempt.actors:
             actor.shards -= 1
+        self._idle.append(attempt.maker)
+        return attempt
+
+    def _kill(self, stream: Any) -> _Attempt:
+        """Take a shard from its maker, which ends."""
+        attempt = self._end(stream)
+        ray.kill(self._idle.pop())
         return attempt
 
     def news(self) -> Iterator[Event]:
@@ -216,28 +234,28 @@ class _Crew:
             yield from self._event(stream)
         for stream, attempt in list(self.running.items()):
             if any(pool.is_late(actor) for pool, actor in zip(self._pools, attempt.actors, strict=True)):
-                ray.cancel(stream, force=True)
-                self.begin(self._end(stream))
+                self.begin(self._kill(stream))
                 continue
             late = time.monotonic() - attempt.progress > self._patience
             if late and not ray.wait([stream], num_returns=1, timeout=0)[0]:
                 yield from self._give_up(stream)
 
     def _event(self, stream: Any) -> Iterator[Event]:
-        """The next event of a shard's task; a stream that ends is over, and a task that died is started again."""
+        """The next event of a shard; a stream that ends is over, and a shard whose maker died is begun again."""
         attempt = self.running[stream]
         attempt.progress = time.monotonic()
         try:
             event: Event = ray.get(next(stream))
         except StopIteration:
             self._end(stream)
-            yield Finished.failed(attempt.seeds.name, ShardError("its task ended before it was done"))
+            yield Finished.failed(attempt.seeds.name, ShardError("its maker stopped before it was done"))
         except LocalRayletDiedError:
             raise
         except RayError as error:
-            self._end(stream)
             cause = getattr(error, "cause", None) or error
-            if isinstance(cause, _DEATHS) and attempt.deaths_left:
+            is_death = isinstance(cause, _DEATHS)  # of the maker, or of a model that it waited for
+            self._kill(stream) if is_death else self._end(stream)
+            if is_death and attempt.deaths_left:
                 attempt.deaths_left -= 1
                 self.begin(attempt)
             else:
@@ -248,9 +266,8 @@ class _Crew:
             yield event
 
     def _give_up(self, stream: Any) -> Iterator[Event]:
-        """End a shard's task, restart the actors that it used, and let the shard have another try, or fail."""
-        attempt = self._end(stream)
-        ray.cancel(stream, force=True)
+        """End a shard's maker, restart the actors that it used, and let the shard have another try, or fail."""
+        attempt = self._kill(stream)
         for pool, actor in zip(self._pools, attempt.actors, strict=True):
             pool.restart(actor)
         for other in self.running.values():
@@ -280,23 +297,24 @@ class _Models:
         return apply_all(self._steps, rows)
 
 
-_workers: dict[str, Worker] = {}
-"""The worker of this process, by the plan's digest: Ray runs many shards in one process."""
+class _Maker:
+    """Makes one shard after the other. An actor: tasks lost their processes, and all they had imported, in between."""
 
+    def __init__(self, plan: Plan, output: Output) -> None:
+        self._plan, self._output = plan, output
+        self._worker = Worker(plan)
 
-@ray.remote(num_cpus=0, max_retries=0, num_returns="streaming", scheduling_strategy="SPREAD")
-def _make(plan: Plan, seeds: Seeds, output: Output, actors: Sequence[Any]) -> Iterator[Event]:
-    """Make a shard; its batches go through one actor of each pool, a few in flight, and come back in order."""
-    if plan.digest not in _workers:
-        _workers[plan.digest] = Worker(plan)
+    @ray.method(num_returns="streaming")
+    def make(self, seeds: Seeds, actors: Sequence[Any]) -> Iterator[Event]:
+        """Make a shard; its batches go through one actor of each pool, a few in flight, and come back in order."""
 
-    def begin(rows: Rows) -> Any:
-        reference: Any = rows
-        for actor in actors:
-            reference = actor.apply.remote(reference)
-        return reference
+        def begin(rows: Rows) -> Any:
+            reference: Any = rows.to_send()
+            for actor in actors:
+                reference = actor.apply.remote(reference)
+            return reference
 
-    def compute(batches: Iterator[Rows]) -> Iterator[Rows]:
-        return windowed(map(begin, batches), ray.get, _IN_FLIGHT_PER_SHARD)
+        def compute(batches: Iterator[Rows]) -> Iterator[Rows]:
+            return windowed(map(begin, batches), ray.get, _IN_FLIGHT_PER_SHARD)
 
-    yield from make_shard(plan, seeds, output, _workers[plan.digest], compute)
+        yield from make_shard(self._plan, seeds, self._output, self._worker, compute)

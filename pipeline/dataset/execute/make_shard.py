@@ -79,7 +79,7 @@ def load(plan: Plan, steps: tuple[Step, ...]) -> list[Loaded]:
     """Load stages, and their models, in this process."""
     # One thread per process: more of them only wait for each other, and fill the cores that other workers have.
     threadpool_limits(1)
-    return [Loaded(step.stage()(plan.config, plan.runtime), plan.keep_after(step)) for step in steps]
+    return [Loaded(step.stage()(plan.config, plan.runtime), plan.keeps[step]) for step in steps]
 
 
 def make_shard(plan: Plan, seeds: Seeds, output: Output, worker: "Worker", compute: Compute) -> Iterator[Event]:

@@ -50,17 +50,20 @@ def _applied(step: Loaded, rows: Rows, result: pa.Table | None) -> Rows:
         names = tuple(n for n in COLUMNS if n in step.keep and n in {*alive.column_names, *stage.writes})
         return Rows(schema(names).empty_table(), rows.dead, rows.witnesses)
     written, drop = checked(stage, alive, result)
-    for name in stage.writes:
-        alive = put(alive, name, written.column(name))
-    dropped = pc.is_valid(drop)
-    fallen = alive.filter(dropped)
-    survivors = alive.filter(pc.invert(dropped))
+    columns = {column.name: alive[column.name] for column in alive.schema} | {n: written[n] for n in stage.writes}
+    keep = [name for name in COLUMNS if name in step.keep and name in columns]
+    alive, dead, witnesses = pa.table(columns), rows.dead, rows.witnesses
+    survivors = alive
+    if drop.null_count < len(drop):  # what is filtered is copied: only where rows fall, and only what is needed of them
+        dropped = pc.is_valid(drop)
+        survivors = alive.select([name for name in columns if name in {*keep, *stage.writes}]).filter(
+            pc.invert(dropped)
+        )
+        fallen = alive.select([name for name in columns if COLUMNS[name].ledger]).filter(dropped)
+        dead = pa.concat_tables([dead, tombstones(fallen, drop.drop_null(), stage.name)])
+        witnesses = _witnesses(witnesses, alive, drop)
     check_filled(survivors, stage.writes, stage.name)
-    return Rows(
-        alive=survivors.select([name for name in COLUMNS if name in step.keep and name in survivors.column_names]),
-        dead=pa.concat_tables([rows.dead, tombstones(fallen, drop.filter(dropped), stage.name)]),
-        witnesses=_witnesses(rows.witnesses, fallen, drop.filter(dropped)),
-    )
+    return Rows(survivors.select(keep), dead, witnesses)
 
 
 def apply_all(steps: Sequence[Loaded], rows: Rows) -> Rows:
@@ -104,17 +107,17 @@ def judge_seeds(stage: Stage, seeds: pa.Table) -> pa.Table:
     return seeds.append_column("verdict", drop).append_column("stage", names)
 
 
-def _witnesses(known: pa.Table, fallen: pa.Table, verdicts: pa.Array) -> pa.Table:
+def _witnesses(known: pa.Table, rows: pa.Table, drop: pa.Array) -> pa.Table:
     """Add the photo of the first dropped row of each new reason, where it was fetched at all."""
-    if fallen.num_rows == 0 or "image" not in fallen.column_names:
+    if "image" not in rows.column_names:
         return known
     seen = known.column("verdict").to_pylist()
     chosen = []
-    for index, reason in enumerate(verdicts.to_pylist()):
-        if seen.count(reason) < _WITNESSES_PER_REASON and fallen.column("image")[index].is_valid:
+    for index, reason in enumerate(drop.to_pylist()):
+        if reason and seen.count(reason) < _WITNESSES_PER_REASON and rows["image"][index].is_valid:
             seen.append(reason)
             chosen.append(index)
     if not chosen:
         return known
-    picked = put(fallen, "verdict", verdicts).select(["key", "verdict", "image"]).take(chosen)
+    picked = put(rows.select(["key", "image"]), "verdict", drop).select(known.column_names).take(chosen)
     return pa.concat_tables([known, picked])

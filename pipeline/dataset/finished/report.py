@@ -57,8 +57,8 @@ class Reason:
     cards: list[Card]
 
 
-def write_report(out: AnyPath) -> AnyPath:
-    """Write OUT/report.html from the finished shards of OUT, and return its path.
+def write_report(out: AnyPath) -> Funnel:
+    """Write OUT/report.html from the finished shards of OUT, and return the funnel that it shows.
 
     Whatever the size of the dataset, all ledgers are counted, but few shards and few of their samples are opened.
 
@@ -92,7 +92,7 @@ def write_report(out: AnyPath) -> AnyPath:
         storage.write(path, page.encode("utf-8", "replace"))
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
-    return path
+    return counted
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:

@@ -258,11 +258,11 @@ ON_RAY = ["--executor", "ray", "--set", "executor.workers=1", "--set", "executor
 def test_workers_on_ray_that_are_killed_or_freeze_cost_time_only(whole, tmp_path):
     out = tmp_path / "out"
     process = begun(out, *ON_RAY, "--set", "executor.shard_timeout_s=40")
-    for title in ("ray::_Models", "ray::_make"):
+    for title in ("ray::_Models", "ray::_Maker"):
         killed = first_worker(process, title)
         killed.kill()
         killed.wait(60)  # or it would be found again
-    frozen = first_worker(process, "ray::_make")
+    frozen = first_worker(process, "ray::_Maker")
     frozen.suspend()
     while frozen.status() != psutil.STATUS_STOPPED:
         time.sleep(0.01)

@@ -47,6 +47,30 @@ def test_dropped_rows_become_tombstones_with_their_measurements():
     ]
 
 
+class Look(RowStage):
+    name = "look"
+    reads = ("image",)
+    writes = ("height",)
+    drops = (DropReason.NO_FACE,)
+
+    def row(self, record):
+        return {"height": len(record["image"])}
+
+
+def picture_addresses(rows: Rows) -> set[int]:
+    return {chunk.buffers()[2].address for chunk in rows.alive["image"].chunks}
+
+
+def test_where_nothing_is_dropped_no_picture_is_copied():
+    rows = run(Fetch(Settings(), Runtime()))
+    looked = apply(Loaded(Look(Settings(), Runtime()), KEEP), rows)
+    assert looked.alive["height"].to_pylist() == [7] * 4
+    assert picture_addresses(looked) == picture_addresses(rows)
+    first, rest = Rows.joined([looked, looked]).split(3)
+    assert picture_addresses(first) == picture_addresses(rest) == picture_addresses(rows)
+    assert picture_addresses(first.to_send()).isdisjoint(picture_addresses(rows))
+
+
 def test_columns_that_nobody_needs_any_more_are_let_go():
     rows = run(Fetch(Settings(), Runtime()), keep=frozenset(LEDGER))
     assert "image" not in rows.alive.column_names

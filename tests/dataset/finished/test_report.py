@@ -51,8 +51,13 @@ class Page(HTMLParser):
         return [value for known, attribute, value in self.attributes if (known, attribute) == (tag, name)]
 
 
+def text_of(out):
+    write_report(out)
+    return (out / report.REPORT).read_text(encoding="utf-8")
+
+
 def page_of(out):
-    return Page(write_report(out).read_text(encoding="utf-8"))
+    return Page(text_of(out))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +97,7 @@ def test_pictures_are_inside_the_page_and_nothing_is_fetched(out):
 
 
 def test_the_same_dataset_gives_the_same_page(out):
-    assert write_report(out).read_bytes() == write_report(out).read_bytes()
+    assert text_of(out) == text_of(out)
     assert not list(out.glob(".tmp-*"))
 
 
@@ -100,7 +105,7 @@ def test_the_same_dataset_gives_the_same_page(out):
 def test_hostile_words_stay_words(tmp_path, field):
     url = {"url": EVIL} if field == "url" else {}
     rows = [fake.record("a", 0, **{field: EVIL}), fake.dead("a", 1, "download", "not_found") | url]
-    text = write_report(fake.write(tmp_path, {"a-00000": rows})).read_text(encoding="utf-8")
+    text = text_of(fake.write(tmp_path, {"a-00000": rows}))
     page = Page(text)
     assert "script" not in page.tags
     assert all(uri.startswith("data:") for uri in page.values("img", "src"))

@@ -403,6 +403,7 @@ def test_photos_are_read_only() -> None:
     with pytest.raises(ValueError, match="read-only"):
         image[0, 0] = 0
     assert images.photo("a", b"not looked at") is image
+    assert images.photo_of({"sha256": "a"}) is image  # nor is the file read
 
 
 def reason_of(data: bytes) -> DropReason | None:
