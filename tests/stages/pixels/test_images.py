@@ -25,7 +25,7 @@ SIZE = 96, 80
 
 def decode(data: bytes) -> np.ndarray:
     """The pixels of a file of a stranger, never from a cache."""
-    return PhotoCache(0).get("", data)
+    return PhotoCache(0).get("", lambda: data)
 
 
 @cache
@@ -383,18 +383,19 @@ def test_cache_decodes_once_and_forgets_the_least_recent() -> None:
     files = {name: saved(picture(), "PNG") for name in "abc"}
     one = SIZE[0] * SIZE[1] * 3
     cache = PhotoCache(max_bytes=2 * one)
-    first = cache.get("a", files["a"])
-    second = cache.get("b", files["b"])
-    assert cache.get("a", files["a"]) is first
-    cache.get("c", files["c"])
+    first = cache.get("a", lambda: files["a"])
+    second = cache.get("b", lambda: files["b"])
+    assert cache.get("a", lambda: files["a"]) is first
+    cache.get("c", lambda: files["c"])
     assert cache.n_bytes == 2 * one
-    assert cache.get("a", files["a"]) is first
-    assert cache.get("b", files["b"]) is not second
+    assert cache.get("a", lambda: files["a"]) is first
+    assert cache.get("b", lambda: files["b"]) is not second
 
 
 def test_cache_does_not_hold_what_is_larger_than_itself() -> None:
     cache = PhotoCache(max_bytes=100)
-    assert cache.get("a", saved(picture(), "PNG")) is not cache.get("a", saved(picture(), "PNG"))
+    data = saved(picture(), "PNG")
+    assert cache.get("a", lambda: data) is not cache.get("a", lambda: data)
     assert cache.n_bytes == 0
 
 
