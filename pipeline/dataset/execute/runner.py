@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset.rows import Rows, put, tombstones
+from pipeline.dataset.rows import Rows, filtered, put, tombstones
 from schemas.columns import COLUMNS, schema
 from schemas.errors import ContractError
 from schemas.record import check, check_filled
@@ -56,10 +56,9 @@ def _applied(step: Loaded, rows: Rows, result: pa.Table | None) -> Rows:
     survivors = alive
     if drop.null_count < len(drop):  # what is filtered is copied: only where rows fall, and only what is needed of them
         dropped = pc.is_valid(drop)
-        survivors = alive.select([name for name in columns if name in {*keep, *stage.writes}]).filter(
-            pc.invert(dropped)
-        )
-        fallen = alive.select([name for name in columns if COLUMNS[name].ledger]).filter(dropped)
+        needed = [name for name in columns if name in {*keep, *stage.writes}]
+        survivors = filtered(alive.select(needed), pc.invert(dropped))
+        fallen = filtered(alive.select([name for name in columns if COLUMNS[name].ledger]), dropped)
         dead = pa.concat_tables([dead, tombstones(fallen, drop.drop_null(), stage.name)])
         witnesses = _witnesses(witnesses, alive, drop)
     check_filled(survivors, stage.writes, stage.name)

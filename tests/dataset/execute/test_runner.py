@@ -144,6 +144,35 @@ def test_regrouped_batches_hold_the_same_rows_in_order(sizes, expected):
     assert (alive, dead) == ([n for n in range(start) if n % 3], [n for n in range(start) if n % 3 == 0])
 
 
+class Points(RowStage):
+    """Five points in each picture; every third row falls."""
+
+    name = "points"
+    reads = ("row",)
+    writes = ("kps",)
+    drops = (DropReason.NO_FACE,)
+
+    def row(self, record):
+        if record["row"] % 3 == 1:
+            raise Dropped(DropReason.NO_FACE, kps=points(record["row"]))
+        return {"kps": points(record["row"])}
+
+
+def points(row: int) -> list[list[float]]:
+    return [[float(row), float(n)] for n in range(5)]
+
+
+def test_points_stay_with_their_rows_however_the_batches_were_cut():
+    fetched = [run(Fetch(Settings(), Runtime()), seeds(start + 7).slice(start)) for start in (0, 7, 14)]
+    for rows in regrouped(iter(fetched), 6):
+        measured = apply(Loaded(Points(Settings(), Runtime()), KEEP), rows)
+        assert measured.alive.num_rows
+        for row, kps in zip(measured.alive["row"].to_pylist(), measured.alive["kps"].to_pylist(), strict=True):
+            assert kps == points(row)
+        for record in measured.dead.select(["row", "kps", "stage"]).to_pylist():
+            assert record["kps"] == (points(record["row"]) if record["stage"] == "points" else None)
+
+
 class Judge(RowStage):
     name = "metadata"
     reads = ("row",)
