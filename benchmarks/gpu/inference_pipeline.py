@@ -40,10 +40,10 @@ class Network:
         self.images = self.launches = 0
         self.host_seconds = 0.0
         self.error: BaseException | None = None
-        host, given, compute = prepared(bench, kind, batches, side)
+        hosts, given, compute = prepared(bench, kind, batches, side)
 
         def call() -> None:
-            given.copy_(host, non_blocking=True)
+            given.copy_(hosts[0], non_blocking=True)
             compute()
 
         self.launch_seconds = 1 / per_second(bench, call, 1, 0.15)
@@ -79,20 +79,16 @@ class Network:
             self.error = error
 
     def _answers(self, rows: Sequence[Any]) -> list[Any]:
-        from stages.models.torch_backend import to_host
-
         self.images += len(rows)
         self.launches += -(-len(rows) // self.batches.size)
         images = [row[self.kind] for row in rows]
         if self._look:
             return [tuple(found) for found in self._look(images, 0.2)]
         answers: list[Any] = []
-        for outputs in self.batches(images):
-            values = [to_host(output) for output in outputs]
-            for i in range(len(values[0])):
-                for name, value in zip(self.outputs.get(self.kind, []), values, strict=False):
-                    rows[len(answers)][name][:] = value[i]
-                answers.append(float(values[0][i]) if self.kind == "screen" else True)
+        for row, values in zip(rows, self.batches(images), strict=True):
+            for name, value in zip(self.outputs.get(self.kind, []), values, strict=False):
+                row[name][:] = value
+            answers.append(float(values[0]) if self.kind == "screen" else True)
         return answers
 
 
@@ -289,8 +285,7 @@ def naive_loop(bench: Bench) -> None:
             return
         kps = found.points[int(found.scores.argmax())] / view.scale if len(found.scores) else geometry.FFHQ_TEMPLATE
         recogniser.embed(geometry.norm_crop(image, kps, 112)[None])
-        for outputs in tower([geometry.norm_crop(image, kps, 224)]):
-            [output.float().cpu().numpy() for output in outputs]
+        tower([geometry.norm_crop(image, kps, 224)])
 
     for faceless in (0.88, 0.0):
         files = mixed_photos(bench, faceless)

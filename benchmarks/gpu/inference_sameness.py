@@ -171,9 +171,9 @@ def sameness_tower(bench: Bench) -> None:
     size = 4 if bench.smoke else 32
     for dtype in (torch.float16, torch.bfloat16) if bench.on_gpu else (torch.float32,):
         model = bench.vit_half if dtype == bench.half() else copy.deepcopy(bench.vit).to(dtype)
-        batches = Batches(vit_features(model, bench.device, dtype), size, bench.device)
-        together = next([part.float().cpu().numpy() for part in parts] for parts in batches(images))
-        alone = next([part.float().cpu().numpy() for part in parts] for parts in batches(images[1:2]))
+        features = vit_features(model, bench.device, dtype)
+        batches = Batches(lambda given, of=features: tuple(map(torch.Tensor.float, of(given))), size, bench.device)
+        together, alone = (list(map(np.stack, zip(*batches(each), strict=True))) for each in (images, images[1:2]))
         row = {"model": "ViT-H/14", "a": f"{bench.device} {dtype} batch {size}"}
         for i, name in enumerate(("clip", "clip_hidden")):
             row[f"{name}_cosine_min_to_cpu_float32"] = _least(together[i][:2], expected[i])
@@ -189,10 +189,9 @@ def sameness_parser(bench: Bench) -> None:
 
     side = 128 if bench.smoke else 512
     images = noise(3, side)
-    expected = np.stack([labels.numpy()[0] for (labels,) in label_batches(bench.bisenet, IMAGENET, "cpu")(images)])
+    expected = np.stack([labels for (labels,) in label_batches(bench.bisenet, IMAGENET, "cpu")(images)])
     batches = label_batches(copy.deepcopy(bench.bisenet), IMAGENET, bench.device, size=3 if bench.smoke else 16)
-    together = next(iter(batches(images)))[0].cpu().numpy()
-    alone = next(iter(batches(images[2:])))[0].cpu().numpy()
+    together, alone = (np.stack([labels for (labels,) in batches(each)]) for each in (images, images[2:]))
     row = {
         "model": "BiSeNet, random",
         "labels": len(np.unique(expected)),

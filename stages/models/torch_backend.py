@@ -1,8 +1,10 @@
 """What the backends on torch share: imports without network, the device, batches, and pixels as models expect them."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,9 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 """Mean and standard deviation of pixels in 0..1, RGB."""
+
+DEVICE = Lock()
+"""Held by the thread of this process that computes on the device: while a CUDA graph is captured, no other may."""
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
 
@@ -45,11 +50,49 @@ def normalise(images: Image, mean_std: tuple[tuple[float, ...], tuple[float, ...
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
+class Together:
+    """A function of lists that threads share: while it computes for one, what others give gathers, and goes together.
+
+    What is given has a kind; only what is of one kind goes together.
+    """
+
+    def __init__(self, compute: Callable[[Any, list[Any]], Sequence[Any]]) -> None:
+        """`compute` takes a kind and a list, and gives a result for each of it, in order."""
+        self._compute = compute
+        self._waiting: deque[_Given] = deque()
+        self._turn = Lock()
+
+    def __call__(self, given: Iterable[tuple[Any, Any]]) -> list[Any]:
+        """The results for pairs of kind and what is given, in their order."""
+        own = [_Given(kind, value) for kind, value in given]
+        self._waiting.extend(own)
+        with self._turn:  # who has it computes for all that wait
+            # Of what another thread took and failed with, each thread tries its own again.
+            if missing := [each for each in own if not each.is_done]:
+                gathered = dict.fromkeys(missing)
+                while self._waiting:
+                    gathered[self._waiting.popleft()] = None
+                for kind in dict.fromkeys(each.kind for each in gathered):
+                    alike = [each for each in gathered if each.kind == kind]
+                    for each, result in zip(alike, self._compute(kind, [each.value for each in alike]), strict=True):
+                        each.result, each.is_done = result, True
+        return [each.result for each in own]
+
+
+@dataclass(eq=False)
+class _Given:
+    kind: Any
+    value: Any
+    result: Any = None
+    is_done: bool = False
+
+
 class Batches:
     """A function of images that is computed in batches of one size, the last one filled up with whatever is there.
 
     So kernels do not change with how many images there are, and an image's numbers do not depend on the others. On a
-    GPU the function is captured once per shape of images, as a CUDA graph: one launch in place of hundreds.
+    GPU the function is captured once per shape of images, as a CUDA graph: one launch in place of hundreds. Threads
+    that call it share its batches.
     """
 
     def __init__(
@@ -58,48 +101,58 @@ class Batches:
         size: int,
         device: Device,
         *,
+        read: Callable[..., Sequence[Any]] | None = None,
         compiled: bool = False,
         graphs: bool = True,
     ) -> None:
         """`compute` takes a (size, H, W, 3) uint8 tensor on the device, and gives tensors there, images first.
 
-        With `compiled` a GPU gets kernels that torch.compile makes of it, once per shape.
+        `read` makes of these tensors, cut to the images that there are, a result of each image on the host; by default
+        it is a tuple of arrays. With `compiled` a GPU gets kernels that torch.compile makes of it, once per shape.
         """
         import torch
 
         self.size, self.device = size, device
         if compiled and device == "cuda":
             compute = torch.compile(compute, dynamic=False)
-        self._compute = compute
+        self._compute, self._read = compute, read or _rows_on_host
         self._graphs = graphs and device == "cuda"
         self._of_shape: dict[tuple[int, ...], tuple[Any, Any, Callable[[], tuple[Any, ...]]]] = {}
+        self._together = Together(self._computed)
 
-    def __call__(self, images: Iterable[Image]) -> Iterator[tuple[Any, ...]]:
-        """Per batch the outputs, cut to its images; they are overwritten by the next one. All images of one shape."""
+    def __call__(self, images: Iterable[Image], *options: Any) -> list[Any]:
+        """The result of each image, in their order; `options` are passed on to `read`."""
+        return self._together(((image.shape, *options), image) for image in images)
+
+    def _computed(self, kind: tuple[Any, ...], images: Sequence[Image]) -> list[Any]:
+        """The results of images of one shape and the same options."""
         import torch
 
-        rest = iter(images)
-        while batch := list(islice(rest, self.size)):
-            with torch.inference_mode():
-                host, given, run = self._prepared(batch[0].shape)
-                if self.device == "cuda":
-                    torch.cuda.current_stream().synchronize()  # the copy of the batch before may still read `host`
-                pixels = host.numpy()
-                for i, image in enumerate(batch):
-                    pixels[i] = image
-                given.copy_(host, non_blocking=True)
+        shape, *options = kind
+        with DEVICE, torch.inference_mode():
+            hosts, given, run = self._prepared(shape)
+        batches = [images[start : start + self.size] for start in range(0, len(images), self.size)]
+        results: list[Any] = []
+        _fill(hosts[0], batches[0])
+        for number, batch in enumerate(batches):
+            with DEVICE, torch.inference_mode():
+                given.copy_(hosts[number % 2], non_blocking=True)
                 outputs = run()
-            yield tuple(output[: len(batch)] for output in outputs)
+                for following in batches[number + 1 : number + 2]:  # a GPU computes meanwhile
+                    _fill(hosts[(number + 1) % 2], following)
+                # Results are on the host when they are read, so that nothing reads the pinned memory any more either.
+                results += self._read(*(output[: len(batch)] for output in outputs), *options)
+        return results
 
     def _prepared(self, shape: tuple[int, ...]) -> tuple[Any, Any, Callable[[], tuple[Any, ...]]]:
-        """The pinned images of a batch, their tensor on the device, and what computes with the latter."""
+        """Pinned images of two batches, their tensor on the device for one, and what computes with the latter."""
         import torch
 
         if shape not in self._of_shape:
             full = (self.size, *shape)
-            host = torch.zeros(full, dtype=torch.uint8, pin_memory=self.device == "cuda")
+            hosts = torch.zeros((2, *full), dtype=torch.uint8, pin_memory=self.device == "cuda")
             given = torch.zeros(full, dtype=torch.uint8, device=self.device)
-            self._of_shape[shape] = (host, given, self._captured(given) if self._graphs else self._eager(given))
+            self._of_shape[shape] = (hosts, given, self._captured(given) if self._graphs else self._eager(given))
         return self._of_shape[shape]
 
     def _eager(self, given: Any) -> Callable[[], tuple[Any, ...]]:
@@ -123,6 +176,16 @@ class Batches:
             return outputs
 
         return replay
+
+
+def _fill(host: Any, images: Sequence[Image]) -> None:
+    pixels = host.numpy()
+    for i, image in enumerate(images):
+        pixels[i] = image
+
+
+def _rows_on_host(*outputs: Any) -> list[tuple[Any, ...]]:
+    return list(zip(*map(to_host, outputs), strict=True))
 
 
 def on_device(module: Any, device: Device, dtype: Any = None) -> Any:

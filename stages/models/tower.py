@@ -80,8 +80,8 @@ class Tower:
         return {name: to_host(feature[0]).astype(np.float16) for name, feature in features.items() if name != "clip"}
 
     def _run(self, images: Image) -> Features:
-        parts = [[to_host(tensor).astype(np.float16) for tensor in outputs] for outputs in self._batches(images)]
-        return dict(zip(self._columns, map(np.concatenate, zip(*parts, strict=True)), strict=True))
+        columns = map(np.stack, zip(*self._batches(images), strict=True))
+        return {name: column.astype(np.float16) for name, column in zip(self._columns, columns, strict=True)}
 
     def _features(self, pixels: Any) -> dict[str, Any]:
         """Column -> tensor, for normalised (N, 3, 224, 224) pixels."""

@@ -1,5 +1,6 @@
 """SCRFD's network on torch: many canvases in one go, boxes decoded on the device."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 from schemas.errors import PlanError, WeightsError
-from stages.models.backends import Image, ReducedLook
+from stages.models.backends import Floats, Image, ReducedLook
 from stages.models.boxes import Candidates
 from stages.models.onnx_torch import OnnxModule, one_by_one
 from stages.models.packs import declared_pixels
@@ -41,31 +42,18 @@ class ScrfdTorch:
         self._normalise = normaliser([mean], [std], device, self._dtype, 1.0)
         self._mean_std = mean, std
         self._path = path
-        self.batches = Batches(self._decoded, size or (_GPU_BATCH if device == "cuda" else 1), device, **options)
+        size = size or (_GPU_BATCH if device == "cuda" else 1)
+        self.batches = Batches(self._decoded, size, device, read=_seen, **options)
 
     def __call__(self, canvases: Sequence[Image], lowest: float) -> list[Candidates]:
-        """Candidates with a score of at least `lowest` of (n, n, 3) BGR canvases of one size."""
-        found = []
-        for (decoded,) in self.batches(canvases):
-            images, rows = torch.nonzero(decoded[..., 0] >= lowest, as_tuple=True)
-            values = decoded[images, rows].cpu().numpy()
-            counts = torch.bincount(images, minlength=len(decoded)).cpu().numpy()
-            ends = counts.cumsum()
-            for end, count in zip(ends, counts, strict=True):
-                part = values[end - count : end]
-                found.append(Candidates(part[:, 0], part[:, 1:5], part[:, 5:].reshape(-1, 5, 2)))
-        return found
+        """Candidates with a score of at least `lowest` of (n, n, 3) BGR canvases."""
+        seen = self.batches(canvases, lowest)
+        return [Candidates(rows[:, 0], rows[:, 1:5], rows[:, 5:].reshape(-1, 5, 2)) for _, rows in seen]
 
     def screened(self, canvases: Sequence[Image], lowest: float) -> list[ReducedLook]:
-        """A look at each (n, n, 3) canvas, all of one size after the other, so give few."""
-        looks: dict[int, ReducedLook] = {}
-        for shape in {canvas.shape for canvas in canvases}:
-            alike = [i for i, canvas in enumerate(canvases) if canvas.shape == shape]
-            found = [decoded[..., :5].cpu().numpy() for (decoded,) in self.batches([canvases[i] for i in alike])]
-            for i, boxes in zip(alike, np.concatenate(found), strict=True):
-                seen = boxes[boxes[:, 0] >= lowest]
-                looks[i] = ReducedLook(max(0.0, float(boxes[:, 0].max())), (seen[:, 1:3] + seen[:, 3:5]) / 2)
-        return [looks[i] for i in range(len(canvases))]
+        """A look at each (n, n, 3) canvas, all of one size after the other, so give few sizes."""
+        seen = self.batches(canvases, lowest)
+        return [ReducedLook(max(0.0, best), (rows[:, 1:3] + rows[:, 3:5]) / 2) for best, rows in seen]
 
     def require_same(self, canvases: Sequence[Image], lowest: float) -> None:
         """Prove on this device that a batch gives what ONNX Runtime gives of each canvas, and each canvas alone here.
@@ -75,15 +63,14 @@ class ScrfdTorch:
         """
         network = one_by_one(self._path)
         normalise = normaliser([self._mean_std[0]], [self._mean_std[1]], "cpu", torch.float32, 1.0)
-        together = torch.cat([decoded.cpu() for (decoded,) in self.batches(canvases)])
-        for found, canvas in zip(together, canvases, strict=True):
+        for (_, found), canvas in zip(self.batches(canvases, -math.inf), canvases, strict=True):
             given = torch.from_numpy(canvas)[None]
             outputs = network(normalise(given.flip(3)))
-            expected = self._boxes(outputs, canvas.shape[0], canvas.shape[1])[0]
-            ((alone,),) = self.batches([canvas])
-            for other in (expected, alone[0].cpu()):
-                seen = other[:, 0] >= lowest
-                scores, distances = (found - other)[:, 0].abs().max(), (found - other)[seen, 1:].abs()
+            expected = self._boxes(outputs, canvas.shape[0], canvas.shape[1])[0].numpy()
+            ((_, alone),) = self.batches([canvas], -math.inf)
+            for other in (expected, alone):
+                seen, differences = other[:, 0] >= lowest, np.abs(found - other)
+                scores, distances = differences[:, 0].max(), differences[seen, 1:]
                 if not (scores <= _SCORE_TOLERANCE and (distances <= _PIXEL_TOLERANCE).all()):
                     raise PlanError(
                         f"{self._path.name} gives other faces on torch than on ONNX Runtime here: set "
@@ -111,3 +98,12 @@ class ScrfdTorch:
             landmarks = centres.repeat(1, 5) + points * stride
             parts.append(torch.cat((scores, centres - near, centres + far, landmarks), dim=-1))
         return torch.cat(parts, dim=1)
+
+
+def _seen(decoded: torch.Tensor, lowest: float) -> list[tuple[float, Floats]]:
+    """Of each image the best score, and what `_decoded` gives with a score of at least `lowest`, selected there."""
+    images, rows = torch.nonzero(decoded[..., 0] >= lowest, as_tuple=True)
+    values = decoded[images, rows].cpu().numpy()
+    counts = torch.bincount(images, minlength=len(decoded)).cpu().numpy()
+    best: list[float] = decoded[..., 0].amax(1).tolist()
+    return list(zip(best, np.split(values, counts.cumsum()[:-1]), strict=True))

@@ -67,4 +67,4 @@ class ArcFaceTorch:
 
     def embed(self, faces: Iterable[Image]) -> Floats:
         """(N, 512) raw embeddings of (N, 112, 112, 3) RGB norm_crops."""
-        return np.concatenate([vectors.cpu().numpy() for (vectors,) in self.batches(faces)])
+        return np.stack([vector for (vector,) in self.batches(faces)])

@@ -82,7 +82,7 @@ class FacexlibParser:
 
     def segment_all(self, images: Sequence[Image]) -> list[npt.NDArray[np.uint8]]:
         """`segment` of each image, in batches on a GPU."""
-        return [_TO_BISENET[self._name][each] for (labels,) in self._batches(images) for each in labels.cpu().numpy()]
+        return [_TO_BISENET[self._name][labels] for (labels,) in self._batches(images)]
 
 
 def label_batches(
