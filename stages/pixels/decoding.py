@@ -1,9 +1,9 @@
 """Files of strangers are decoded in a process of their own: one that crashes a decoder costs a row, not a shard.
 
-Each process that needs pixels keeps one such process (`stages.pixels.decoding_child`). They share two files in memory:
-in one the picture's file goes there, in the other its pixels come back, and are copied out. A process that dies is
-replaced, and the file tried again, since an operator or a full memory may have killed it; only a file that kills it
-each time is dropped.
+Each process that needs pixels keeps one such process (`stages.pixels.decoding_child`), or one for each of its threads
+where these feed a GPU. They share two files in memory: in one the picture's file goes there, in the other its pixels
+come back, and are copied out. A process that dies is replaced, and the file tried again, since an operator or a full
+memory may have killed it; only a file that kills it each time is dropped.
 """
 
 import json
@@ -14,8 +14,8 @@ import socket
 import subprocess
 import sys
 import weakref
-from functools import lru_cache
-from threading import Lock
+from functools import cache
+from threading import Lock, get_ident
 from typing import Any
 
 import numpy as np
@@ -157,11 +157,20 @@ def _end(link: socket.socket, process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
+_is_shared = True
+
+
+def share(*, among_threads: bool) -> None:
+    """Whether the threads of this process take turns with one decoder, as they do at first, or have one each."""
+    global _is_shared
+    _is_shared = among_threads
+
+
 def decoder() -> Decoder:
-    """This process's decoder: after a fork, parent and child must not share one."""
-    return _decoder_of(os.getpid())
+    """This process's decoder, or this thread's (see `share`): after a fork, parent and child must not share one."""
+    return _decoder_of(os.getpid(), 0 if _is_shared else get_ident())
 
 
-@lru_cache(maxsize=1)
-def _decoder_of(process: int) -> Decoder:
+@cache
+def _decoder_of(process: int, thread: int) -> Decoder:
     return Decoder()

@@ -98,10 +98,10 @@ def decode_into(data: bytes, canvas: npt.NDArray[np.uint8], factor: int = 1) -> 
             raise ValueError(f"the header says {stored}, the pixels are {pixels.shape}")
     except headers.DECODER_ERRORS as error:
         raise headers.undecodable(format, data, error) from error
-    turned = _turned(pixels, stored.orientation)
-    height, width, _ = turned.shape
-    if turned.ctypes.data != canvas.ctypes.data:
-        canvas.reshape(turned.shape)[:] = turned
+    upright = turned(pixels, stored.orientation)
+    height, width, _ = upright.shape
+    if upright.ctypes.data != canvas.ctypes.data:
+        canvas.reshape(upright.shape)[:] = upright
     return height, width
 
 
@@ -114,7 +114,7 @@ def thumbnail(data: bytes, side: int) -> bytes | None:
             return None
         image = _opened(format, data, stored)
         image.draft("RGB", (side, side))  # JPEG decodes at a fraction of its size
-        pixels = np.ascontiguousarray(_turned(_pillow_pixels(image), stored.orientation))
+        pixels = np.ascontiguousarray(turned(_pillow_pixels(image), stored.orientation))
     except (Dropped, *headers.DECODER_ERRORS):
         return None
     return encode_jpeg(shrink(pixels, side), _THUMBNAIL_QUALITY)
@@ -167,7 +167,7 @@ def _jpeg_pixels(data: bytes, canvas: Image, factor: int) -> Image:
     return pixels
 
 
-def _turned(pixels: Image, orientation: int) -> Image:
+def turned(pixels: Image, orientation: int) -> Image:
     """A view that undoes an EXIF orientation: 1 upright, 2-4 mirrored and half turned, 5-8 lying on a side."""
     return {
         2: lambda: pixels[:, ::-1],

@@ -8,7 +8,7 @@ import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
@@ -27,17 +27,20 @@ from stages.pixels.headers import OPENERS, format_of, has_png_end, read_header
 cv2.setNumThreads(1)  # the processes of a run are its parallelism
 
 _CACHE_BYTES = 128 * 2**20
+_THREAD_CACHE_BYTES = 256 * 2**20
+"""32 photos of 2.8 megapixels: what a batch on a GPU has at most, where faces are in all of them."""
 _PNG_LEVEL = 1
 _REMARKS = 4096
 
 
 @dataclass
 class PhotoCache:
-    """Decoded photos of this process, least recently used out first, bounded in bytes."""
+    """Decoded photos of this process's threads, least recently used out first, bounded in bytes."""
 
     max_bytes: int
     n_bytes: int = 0
     _photos: OrderedDict[str, Image] = field(default_factory=OrderedDict)
+    _lock: AbstractContextManager[bool] = field(default_factory=Lock)
 
     def __contains__(self, sha256: str) -> bool:
         return sha256 in self._photos
@@ -50,23 +53,41 @@ class PhotoCache:
         Raises:
             Dropped: truncated_image, corrupt_image, or decoder_crash when it kills its decoder or takes it too long.
         """
-        if sha256 in self._photos:
-            self._photos.move_to_end(sha256)
-            return self._photos[sha256]
+        with self._lock:
+            if sha256 in self._photos:
+                self._photos.move_to_end(sha256)
+                return self._photos[sha256]
         if format_of(data) not in OPENERS:
             raise Dropped(DropReason.CORRUPT_IMAGE)
         header = read_header(data)
-        image = decoding.decoder().pixels(data, header.width * header.height * 3)
+        image = _first_choice(data) if _first_choice is not None else None
+        if image is None:
+            image = decoding.decoder().pixels(data, header.width * header.height * 3)
         image.setflags(write=False)
-        if image.nbytes <= self.max_bytes:
-            self._photos[sha256] = image
-            self.n_bytes += image.nbytes
-        while self.n_bytes > self.max_bytes:
-            self.n_bytes -= self._photos.popitem(last=False)[1].nbytes
+        with self._lock:
+            if image.nbytes <= self.max_bytes and sha256 not in self._photos:
+                self._photos[sha256] = image
+                self.n_bytes += image.nbytes
+            while self.n_bytes > self.max_bytes:
+                self.n_bytes -= self._photos.popitem(last=False)[1].nbytes
         return image
 
 
 _CACHE = PhotoCache(_CACHE_BYTES)
+
+
+_first_choice: Callable[[bytes], Image | None] | None = None
+
+
+def set_decoding(threads: int, first_choice: Callable[[bytes], Image | None] | None = None) -> None:
+    """Prepare for so many threads, each with a batch of its own: a decoder and a share of the cache for each.
+
+    What `first_choice` gives for a file is its photo; where that is None, it is decoded as ever.
+    """
+    global _first_choice
+    decoding.share(among_threads=threads == 1)
+    _CACHE.max_bytes = _CACHE_BYTES if threads == 1 else threads * _THREAD_CACHE_BYTES
+    _first_choice = first_choice
 
 
 def photo(sha256: str, data: bytes) -> Image:

@@ -166,6 +166,46 @@ def test_several_threads_take_turns():
         assert all(pixels.result().shape == (side, side, 3) for side, pixels in work)
 
 
+@pytest.fixture
+def own_decoders():
+    images.set_decoding(4)
+    yield
+    images.set_decoding(1)
+
+
+def test_each_thread_has_a_decoder_and_one_that_is_killed_costs_nothing(own_decoders):
+    files = [picture(side=side) for side in range(20, 60)]
+    expected = [images.decode_jpeg(data) for data in files]
+    used: set[decoding.Decoder] = set()
+
+    def decode(number):
+        found = images.photo(f"{number}", files[number % 40])
+        used.add(decoding.decoder())
+        if number % 25 == 24:
+            os.kill(child_of(decoding.decoder()), signal.SIGKILL)
+        small = images.reduced("", files[number % 40], 2)
+        return found, small.shape[0]
+
+    with ThreadPoolExecutor(4) as threads:
+        for number, (pixels, half) in enumerate(threads.map(decode, range(200))):
+            assert (pixels == expected[number % 40]).all()
+            assert half == -(-(20 + number % 40) // 2)
+    assert len(used) == 4
+    assert decoding.decoder() not in used
+
+
+def test_threads_share_the_photos_within_one_bound():
+    cache = images.PhotoCache(5 * SIDE * SIDE * 3)
+    files = [picture(bytes([number])) for number in range(8)]
+
+    def get(number):
+        return cache.get(str(number), files[number])
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(get, [*range(8)] * 5))
+    assert cache.n_bytes == sum(photo.nbytes for photo in cache._photos.values()) == cache.max_bytes
+
+
 def test_a_forked_process_has_a_decoder_of_its_own():
     code = textwrap.dedent("""
         import os, sys
