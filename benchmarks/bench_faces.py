@@ -76,7 +76,7 @@ def ours(plan: Plan, steps: list[Loaded], files: list[bytes]) -> Rows:
     """Batches as a run makes them; returns the last state of all rows."""
     images._CACHE = images.PhotoCache(images._CACHE_BYTES)  # as a fresh process would find it
     done = []
-    size = plan.config.executor.batch_rows
+    size = plan.batch_rows
     for start in range(0, len(files), size):
         done.append(apply_all(steps, Rows.living(table(files[start : start + size], start))))
     alive = pa.concat_tables([rows.alive for rows in done])

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from stages.base import Stage
 
-Where = Literal["source", "fetch", "models", "images", "write"]
-"""While the part is read; on the shard's worker; in the pool of the face models; in the pool of the large image
-models, which has GPUs of its own; on the shard's worker again."""
+Where = Literal["source", "fetch", "models", "write"]
+"""While the part is read; on the shard's worker; in a process that holds all models; on the shard's worker again."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,9 @@ STAGES: dict[str, Step] = {
     # normed ArcFace embedding
     "embed_face": Step("stages.embed_face:EmbedFace", at="models"),
     # CLIP (or DINOv2) features of the segmented face
-    "embed_image": Step("stages.embed_image:EmbedImage", at="images"),
+    "embed_image": Step("stages.embed_image:EmbedImage", at="models"),
     # only where `--with` names them: latents and text embeddings, ready for training
-    "encode": Step("stages.encode:Encode", at="images"),
+    "encode": Step("stages.encode:Encode", at="models"),
     # the sample's json
     "pack": Step("stages.pack:Pack", at="write"),
 }

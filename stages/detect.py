@@ -1,6 +1,8 @@
 """Detect: measures the faces of a photo. It judges nothing; see stages.filter."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from threading import local
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,8 +15,15 @@ from stages.pixels.images import photo_of
 from stages.runtime import Runtime
 from stages.settings import Settings
 
-_GPU_BATCH = 32
-"""Photos that are decoded before their looks are computed together."""
+_GPU_BATCH = 16
+"""Photos that a thread decodes before they are looked at; the detector's own batches take from several threads."""
+
+
+class _OfThread(local):
+    """A detector for each thread: those that take one photo at a time keep a state of it."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.detector = make()
 
 
 class Detect(BatchStage):
@@ -33,8 +42,8 @@ class Detect(BatchStage):
         """Load the detector."""
         super().__init__(settings, runtime)
         make = backend("detector", settings.models.detector)
-        self._detector: Any = make(settings.models, runtime.device)
-
+        self._own = _OfThread(partial(make, settings.models, runtime.device))
+        self._detector: Any = self._own.detector
         if runtime.device == "cuda" and hasattr(self._detector, "detect_all"):
             self.batch = _GPU_BATCH
 
@@ -45,7 +54,7 @@ class Detect(BatchStage):
         if hasattr(self._detector, "detect_all"):
             found: Sequence[Faces] = self._detector.detect_all(*zip(*given, strict=True)) if given else ()
             return found
-        return [self._detector.detect(image) for image, _ in given]
+        return [self._own.detector.detect(image) for image, _ in given]
 
     def written(self, record: Mapping[str, Any], output: Faces) -> dict[str, Any]:
         return measure(output, self.settings.models.det_thresh)

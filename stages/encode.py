@@ -18,6 +18,7 @@ from schemas.targets import Targets
 from stages.base import to_table
 from stages.models.backends import Image
 from stages.models.encoders import TextEncoder, Vae
+from stages.models.torch_backend import DEVICE
 from stages.pixels.images import decode_jpeg
 from stages.runtime import EncoderSource, Runtime
 from stages.settings import Settings
@@ -65,9 +66,11 @@ class Encode:
                 if record[crop] is not None:
                     image = decode_jpeg(record[crop])
                     cuts[crop] = fit_crop(crop, image, record, self._sizes)
-                    columns[f"latents_{crop}"] = encode_npy(self._vae.encode(cut(image, cuts[crop])))
+                    with DEVICE:
+                        columns[f"latents_{crop}"] = encode_npy(self._vae.encode(cut(image, cuts[crop])))
         if self._text is not None:
-            columns |= {name: encode_npy(array) for name, array in self._text.encode(record["text"] or "").items()}
+            with DEVICE:
+                columns |= {name: encode_npy(array) for name, array in self._text.encode(record["text"] or "").items()}
         targets = Targets(
             source.name, source.kind, source.vae_sha256, source.text_sha256, self._resolution, latents=cuts
         )

@@ -141,6 +141,9 @@ class ModelSettings(Section):
     compile: bool = False
     """On a GPU, have torch.compile make kernels for the detector, the parser and the recogniser where torch computes
     them: 1.6 to 2.7 times as fast for about 10 s each at every start."""
+    decoding: Literal["cpu", "gpu"] = "cpu"
+    """Who decodes JPEG files in full: `gpu` is nvJPEG, in the process of the models. Its values differ by some grey
+    levels, it notices less damage, and a file that crashes it crashes that process."""
     screen: str = "detector"
     """Who looks at the reduced photo first, so that only photos in which it sees anything are decoded in full: the
     `detector` itself (where it can: scrfd), that of another pack, by its name or folder (such as buffalo_sc), or

@@ -55,13 +55,15 @@ class ExecutorSettings(Section):
     name: Literal["auto", "local", "ray"] = "auto"
     """`local`: this process. `ray`: worker processes, on this machine or a cluster. `auto`: local for the sample."""
     workers: int = Field(default_factory=_cores, ge=1)
-    """Model processes on Ray; the local executor always works in its one process."""
+    """Model processes on Ray; the local executor always works in its one process. With GPUs, the cores that decode
+    for them, shared evenly."""
     gpus: int = Field(0, ge=0)
-    """GPUs to use; more than there are is an error."""
+    """GPUs to use, each by one process that holds all models; more than there are is an error."""
     ray_address: str = ""
     """Join this Ray cluster instead of starting one."""
-    batch_rows: int = Field(8, ge=1)
-    """Rows that go through the models together."""
+    batch_rows: int = Field(0, ge=0)
+    """Rows that go through the models together; 0: 8 on a CPU, 32 on a GPU, where models take from several of these
+    batches at a time."""
     fetch_ahead: int = Field(256, ge=1)
     """Batches per shard that are downloaded while earlier ones are computed, or wait for a slow host."""
     shard_timeout_s: float = Field(900.0, gt=0)

@@ -23,6 +23,9 @@ from stages.screen import Screen
 from stages.screen import factor as screen_factor
 
 _RUNNER_COLUMNS = {"verdict", "stage"}
+_CPU_ROWS, _GPU_ROWS = 8, 32
+_GPU_THREADS_PER_CPU = 2
+"""One decodes while the other's batch is in the models."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Pool:
     """Per worker."""
     gpus: float
     """Per worker."""
+    threads: int
+    """Per worker: batches of rows that it computes at a time, one each."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +76,17 @@ class Plan:
         return {**self.__dict__, **{name: getattr(self, name) for name in declared}}
 
     def pools(self) -> tuple[Pool, ...]:
-        """The model pools: one without a GPU; with GPUs the image embedder has a pool of its own."""
-        executor = self.config.executor
-        faces, images = self.at("models"), self.at("images")
+        """The model pools: one. A worker is a core without a GPU, and a GPU with the cores that decode for it else."""
+        executor, steps = self.config.executor, self.at("models")
         if executor.gpus == 0:
-            return (Pool("models", faces + images, executor.workers, 1, 0),)
-        # Half of each GPU for many small face models fed by their own decoding core, half for the one large tower.
-        share = executor.gpus / 2 / executor.workers
-        return (
-            Pool("faces", faces, executor.workers, 1, share),
-            Pool("images", images, executor.gpus, 1, 0.5),
-        )
+            return (Pool("models", steps, executor.workers, 1, 0, 1),)
+        cpus = max(1, executor.workers // executor.gpus)
+        return (Pool("models", steps, executor.gpus, cpus, 1, _GPU_THREADS_PER_CPU * cpus),)
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows that go through the models together. On a GPU batches of rows share those of the models."""
+        return self.config.executor.batch_rows or (_GPU_ROWS if self.config.executor.gpus else _CPU_ROWS)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -97,6 +102,7 @@ class Plan:
                 "pack",
                 "runtime",
                 "compile",
+                "decoding",
                 "screen",
                 "screen_thresh",
             },
@@ -105,7 +111,7 @@ class Plan:
         compiled = {"compile": True} if config.models.compile and self.runtime.device == "cuda" else {}
         reduced = screen_factor(config.models, config.filter)
         screen = {"screen": {"factor": reduced, "thresh": config.models.screen_thresh}} if reduced else {}
-        on_torch = [task for task in PACK_TASKS if self._runs_on_torch(task)]
+        on_torch = [task for task in PACK_TASKS if self._runtime_of(task) == "torch"]
         encode: dict[str, Any] = {name: True for name in EXTRAS if getattr(config.encode, name)}
         if config.encode.latents:
             encode |= {"latents": "moments", "resolution": config.encode.resolution}
@@ -128,6 +134,7 @@ class Plan:
                     "device": self.runtime.device,
                     **({"on_torch": on_torch} if on_torch else {}),
                     **compiled,
+                    **({"decoding": "gpu"} if config.models.decoding == "gpu" else {}),
                     **screen,
                 },
                 **({"encode": encode} if encode else {}),
@@ -136,18 +143,24 @@ class Plan:
             "models": self.model_list,
         }
 
-    def _runs_on_torch(self, task: str) -> bool:
-        """Whether the pack's file for a task is used, and by torch."""
+    def _runtime_of(self, task: str) -> str:
+        """What computes the pack's file for a task; nothing where it is not used."""
         models = self.config.models
-        return getattr(models, task) == PACK_TASKS[task] and runtime_of(task, models, self.runtime.device) == "torch"
+        used = PACK_TASKS.get(task) == getattr(models, task, "")
+        return runtime_of(task, models, self.runtime.device) if used else ""
 
     @property
     def model_list(self) -> list[dict[str, str]]:
-        """The models as manifests list them."""
-        return [
+        """The models as manifests list them, with what computes those of a pack, but for ONNX Runtime on a CPU."""
+        models = [
             {"name": card.name, "task": card.task, "sha256": card.sha256, "licence": card.licence}
             for card in self.cards
         ]
+        for model in models:
+            runtime = self._runtime_of("detector" if model["task"] == "screen" else model["task"])
+            if runtime == "torch" or (runtime and self.runtime.device == "cuda"):
+                model["runtime"] = runtime
+        return models
 
     @cached_property
     def digest(self) -> str:
@@ -171,6 +184,10 @@ def make_plan(config: Config, runtime: Runtime | None = None) -> Plan:
         known(name, config.models)
     cards = [card for cls in backends(config) for card in cls.cards(config.models)]
     runtime = replace(runtime or Runtime(), device="cuda" if config.executor.gpus else "cpu")
+    if config.models.decoding == "gpu" and runtime.device == "cpu":
+        raise PlanError(
+            "models.decoding is gpu, but executor.gpus is 0: set that to 1 or more, or models.decoding = cpu."
+        )
     if config.encode.latents or config.encode.text:
         base = find_base(config.encode.base)
         folder, vae, text = base.folder, vae_sha256(base.folder), text_sha256(base.folder)

@@ -13,7 +13,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from schemas.errors import PlanError, WeightsError
 from stages.runtime import Device
 
-_UNLOADABLE = (
+ERRORS = (
     ort_errors.Fail,
     ort_errors.InvalidArgument,
     ort_errors.InvalidGraph,
@@ -22,6 +22,7 @@ _UNLOADABLE = (
     ort_errors.RuntimeException,
     DecodeError,
 )
+"""What ONNX Runtime raises for a file, or for what a file does not take."""
 
 
 def load(path: Path, task: str, device: Device) -> Any:
@@ -43,7 +44,7 @@ def load(path: Path, task: str, device: Device) -> Any:
     declared = task if has_model_package_manifest(path.parent) else None
     try:
         model = get_model(str(path), model_task=declared, providers=providers, sess_options=options)
-    except _UNLOADABLE as error:
+    except ERRORS as error:
         raise WeightsError(f"{path} cannot be loaded by ONNX Runtime ({error}): fetch it again.") from error
     if getattr(model, "taskname", None) != task:
         raise WeightsError(f"{path} is not a {task} model of insightface: set models.pack to a folder that holds one.")

@@ -87,18 +87,30 @@ def test_noncommercial_weights_need_a_yes_and_stand_in_the_manifest(data):
 
 
 def test_pools_without_and_with_gpus():
-    assert [(pool.name, pool.workers, pool.gpus) for pool in plan_of("executor.workers=3").pools()] == [
-        ("models", 3, 0)
-    ]
-    faces, images = plan_of("executor.workers=4", "executor.gpus=2").pools()
-    assert (faces.workers, faces.gpus, images.workers, images.gpus) == (4, 0.25, 2, 0.5)
-    assert [step.stage().name for step in images.steps] == ["embed_image", "encode"]
+    def pool_of(*sets):
+        plan = plan_of(*sets)
+        (pool,) = plan.pools()
+        assert [step.stage().name for step in pool.steps][::8] == ["screen", "encode"]
+        return pool.workers, pool.cpus, pool.gpus, pool.threads, plan.batch_rows
+
+    assert pool_of("executor.workers=3") == (3, 1, 0, 1, 8)
+    assert pool_of("executor.workers=16", "executor.gpus=1") == (1, 16, 1, 32, 32)
+    assert pool_of("executor.workers=16", "executor.gpus=2") == (2, 8, 1, 16, 32)
+    assert pool_of("executor.workers=1", "executor.gpus=2", "executor.batch_rows=5") == (2, 1, 1, 2, 5)
 
 
 def test_gpus_decide_the_device_of_models_and_so_the_digest():
     plain, gpus = plan_of(), plan_of("executor.gpus=1")
     assert (plain.runtime.device, gpus.runtime.device) == ("cpu", "cuda")
     assert plain.digest != gpus.digest
+
+
+def test_photos_are_decoded_by_a_gpu_only_where_there_is_one():
+    on_cpu, on_gpu = plan_of("executor.gpus=1"), plan_of("executor.gpus=1", "models.decoding=gpu")
+    assert "decoding" not in on_cpu.identity["settings"]["models"]
+    assert on_gpu.identity["settings"]["models"]["decoding"] == "gpu"
+    with pytest.raises(PlanError, match=r"models\.decoding is gpu, but executor\.gpus is 0"):
+        plan_of("models.decoding=gpu")
 
 
 def test_what_a_run_alone_knows_is_no_setting_and_not_in_the_digest():
@@ -117,10 +129,16 @@ def test_every_reason_has_a_place_in_the_funnel():
 
 @pytest.mark.real_data
 def test_what_runs_on_torch_belongs_to_the_plan_and_what_runs_as_before_changes_nothing(data):
-    def of_models(*sets):
+    def planned(*sets):
         pack = f"models.pack={data / 'models' / 'real'}"
         names = ("models.detector=scrfd", "models.face_embedder=arcface", "models.accept_noncommercial=true")
-        return plan_of(pack, *names, *sets).identity["settings"]["models"]
+        return plan_of(pack, *names, *sets)
+
+    def of_models(*sets):
+        return planned(*sets).identity["settings"]["models"]
+
+    def runtimes(*sets):
+        return {model["task"]: model.get("runtime") for model in planned(*sets).model_list if "/" in model["name"]}
 
     plain = of_models()
     assert not {"runtime", "on_torch"} & set(plain)
@@ -130,5 +148,10 @@ def test_what_runs_on_torch_belongs_to_the_plan_and_what_runs_as_before_changes_
     assert of_models("models.compile=true") == plain, "only GPUs compile"
     assert of_models("executor.gpus=1", "models.compile=true")["compile"] is True
     assert "on_torch" not in plan_of("executor.gpus=1").identity["settings"]["models"], "no pack is used"
+    assert runtimes() == {"detector": None, "face_embedder": None}
+    other, on_torch = f"models.screen={data / 'models' / 'extra'}", "models.runtime.detector=torch"
+    assert runtimes(other, on_torch) == {"detector": "torch", "screen": "torch", "face_embedder": None}
+    on_onnx = "models.runtime.face_embedder=onnxruntime"
+    assert runtimes("executor.gpus=1", on_onnx) == {"detector": "torch", "face_embedder": "onnxruntime"}
     with pytest.raises(ConfigError, match=r"models\.runtime"):
         plan_of("models.runtime.detector=tensorrt")

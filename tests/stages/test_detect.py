@@ -1,7 +1,9 @@
 """Detect measures; the rules of what the numbers mean are pinned on made-up detections, the rest on real photos."""
 
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -68,6 +70,19 @@ def test_photos_that_are_computed_together_keep_their_rows(measured: pa.Table) -
     first, flat_row, cut, broken = measured.to_pylist()
     assert found == [broken, flat_row, first, cut]
     assert batches == [2]
+
+
+def test_each_thread_has_a_detector_where_it_takes_one_photo_at_a_time() -> None:
+    detect, flat = Detect(SETTINGS, Runtime(device="cuda")), np.full((400, 300, 3), 90, np.uint8)
+    start = Barrier(3)
+
+    def own(_: int) -> Any:
+        start.wait(60)
+        detect.computed([flat])
+        return detect._own.detector
+
+    with ThreadPoolExecutor(3) as threads:
+        assert len({detect._detector, *threads.map(own, range(3))}) == 4
 
 
 def test_columns_are_as_declared(measured: pa.Table) -> None:

@@ -25,7 +25,7 @@ from ray.exceptions import (
 )
 
 from pipeline.dataset.execute.cluster_node import NODE_DIED, TICK_S, NodeGuard, joined
-from pipeline.dataset.execute.make_shard import Event, Execute, Finished, Worker, load, make_shard, windowed
+from pipeline.dataset.execute.make_shard import Event, Execute, Finished, Worker, load_models, make_shard, windowed
 from pipeline.dataset.execute.runner import apply_all
 from pipeline.dataset.execute.watchdog import overdue
 from pipeline.dataset.out.output import Output
@@ -63,7 +63,7 @@ def run(plan: Plan, shards: Iterable[Seeds], output: Output, guard: NodeGuard) -
     """
     try:
         crew = _Crew(plan, output, guard)
-        limit = max(pool.workers for pool in plan.pools()) + 1
+        limit = max(plan.config.executor.workers, *(pool.workers for pool in plan.pools())) + 1
         waiting = iter(shards)
         while True:
             while len(crew.running) < limit and (seeds := next(waiting, None)) is not None:
@@ -108,8 +108,9 @@ class _Actors:
 
     def _start(self) -> _Actor:
         pool = self._pool
-        options = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_restarts=-1, max_task_retries=_RETRIES)
-        handle: Any = options(_Models).remote(self._plan, pool.name)
+        resources: dict[str, Any] = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "max_concurrency": pool.threads}
+        options = ray.remote(**resources, max_restarts=-1, max_task_retries=_RETRIES)
+        handle: Any = options(_Models).remote(self._plan, pool)
         return _Actor(handle, handle.node_id.remote())
 
     def _placed(self) -> list[_Actor]:
@@ -185,6 +186,8 @@ class _Crew:
         self._plan, self._output, self._guard = plan, output, guard
         self._pools = [_Actors(plan, pool) for pool in plan.pools()]
         self._patience = plan.config.executor.shard_timeout_s
+        # A few shards alone keep a GPU's threads at work; of many, no more rows lie ready than these need.
+        self._ahead = max(_IN_FLIGHT_PER_SHARD, *(pool.threads // 4 for pool in plan.pools()))
         self._idle: list[Any] = []
         """Handles of the makers without a shard."""
         self.running: dict[Any, _Attempt] = {}
@@ -202,7 +205,7 @@ class _Crew:
 
     def _new_maker(self) -> Any:
         options = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")
-        handle: Any = options(_Maker).remote(self._plan, self._output)
+        handle: Any = options(_Maker).remote(self._plan, self._output, self._ahead)
         return handle
 
     def _end(self, stream: Any) -> _Attempt:
@@ -283,9 +286,8 @@ class _Crew:
 class _Models:
     """A model worker: loads the stages of its pool once."""
 
-    def __init__(self, plan: Plan, pool_name: str) -> None:
-        pool = next(pool for pool in plan.pools() if pool.name == pool_name)
-        self._steps = load(plan, pool.steps)
+    def __init__(self, plan: Plan, pool: Pool) -> None:
+        self._steps = load_models(plan, pool)
 
     def node_id(self) -> str:
         """Where it was placed."""
@@ -293,20 +295,20 @@ class _Models:
         return node_id
 
     def apply(self, rows: Rows) -> Rows:
-        """All steps of the pool on one batch."""
+        """All steps of the pool on one batch; runs in `Pool.threads` threads at a time."""
         return apply_all(self._steps, rows)
 
 
 class _Maker:
     """Makes one shard after the other. An actor: tasks lost their processes, and all they had imported, in between."""
 
-    def __init__(self, plan: Plan, output: Output) -> None:
-        self._plan, self._output = plan, output
+    def __init__(self, plan: Plan, output: Output, ahead: int) -> None:
+        self._plan, self._output, self._ahead = plan, output, ahead
         self._worker = Worker(plan)
 
     @ray.method(num_returns="streaming")
     def make(self, seeds: Seeds, actors: Sequence[Any]) -> Iterator[Event]:
-        """Make a shard; its batches go through one actor of each pool, a few in flight, and come back in order."""
+        """Make a shard; its batches go through one actor of each pool, `ahead` in flight, and come back in order."""
 
         def begin(rows: Rows) -> Any:
             reference: Any = rows.to_send()
@@ -315,6 +317,6 @@ class _Maker:
             return reference
 
         def compute(batches: Iterator[Rows]) -> Iterator[Rows]:
-            return windowed(map(begin, batches), ray.get, _IN_FLIGHT_PER_SHARD)
+            return windowed(map(begin, batches), ray.get, self._ahead)
 
         yield from make_shard(self._plan, seeds, self._output, self._worker, compute)

@@ -1,9 +1,10 @@
 """Run a plan in this process, one shard after the other."""
 
 from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
-from pipeline.dataset.execute.make_shard import Event, Execute, Finished, Worker, load, make_shard
+from pipeline.dataset.execute.make_shard import Event, Execute, Finished, Worker, load_models, make_shard, windowed
 from pipeline.dataset.execute.runner import apply_all
 from pipeline.dataset.execute.watchdog import Watchdog, is_hanging
 from pipeline.dataset.out.output import Output
@@ -15,10 +16,10 @@ from schemas.errors import PlanError
 
 @contextmanager
 def started(plan: Plan) -> Iterator[Execute]:
-    """Check that this process has the GPUs that the plan asks for.
+    """Check that this process has the GPU that the plan asks for.
 
     Raises:
-        PlanError: when it has fewer.
+        PlanError: when it has none, or the plan asks for several.
     """
     wanted = plan.config.executor.gpus
     if wanted:
@@ -29,6 +30,8 @@ def started(plan: Plan) -> Iterator[Execute]:
                 f"executor.gpus is {wanted}, but this process sees {torch.cuda.device_count()}: "
                 "set it to 0, or install for the GPU (`make setup EXTRA=gpu`) on a machine that has one."
             )
+    if wanted > 1:
+        raise PlanError(f"executor.gpus is {wanted}, but the local executor is one process, and uses one: take ray.")
     yield run
 
 
@@ -55,13 +58,22 @@ class _Desk:
     """All stages, loaded in this process."""
 
     def __init__(self, plan: Plan) -> None:
+        (pool,) = plan.pools()
         self.worker = Worker(plan)
-        self._models = load(plan, plan.at("models", "images"))
+        self._models = load_models(plan, pool)
+        self._threads = ThreadPoolExecutor(pool.threads) if pool.threads > 1 else None
+        self._ahead = pool.threads
 
     def compute(self, batches: Iterator[Rows]) -> Iterator[Rows]:
-        """The model steps over a shard's batches."""
-        return (apply_all(self._models, rows) for rows in batches)
+        """The model steps over a shard's batches, on a GPU over several at a time."""
+        threads = self._threads
+        if threads is None:
+            return (apply_all(self._models, rows) for rows in batches)
+        begun = (threads.submit(apply_all, self._models, rows) for rows in batches)
+        return windowed(begun, Future.result, self._ahead)
 
     def close(self) -> None:
         """Let go of threads and connections."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
         self.worker.close()

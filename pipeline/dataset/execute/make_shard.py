@@ -11,15 +11,16 @@ from threadpoolctl import threadpool_limits
 
 from pipeline.dataset.execute.runner import Loaded, apply, apply_ahead, apply_all
 from pipeline.dataset.out.output import Output, ShardWriter
-from pipeline.dataset.plan import Plan
+from pipeline.dataset.plan import Plan, Pool
 from pipeline.dataset.rows import Rows, split_seeds
 from pipeline.dataset.source.seeds import Seeds
 from schemas.errors import FaceShardsError, LostError
 from schemas.shard import Manifest
 from stages import Step
+from stages.pixels import images
 
 FETCH_ROWS = 32
-"""Rows that leave the fetching together. Most are dropped there; the living go on in batches of executor.batch_rows."""
+"""Rows that leave the fetching together. Most are dropped there; the living go on in batches of `Plan.batch_rows`."""
 _MOST_HELD = 64
 """Fetched batches that wait for living rows."""
 
@@ -75,9 +76,19 @@ Execute = Callable[[Plan, Iterable[Seeds], Output], Generator[Event, None, None]
 """Makes shards by a plan, whoever does the work."""
 
 
+def load_models(plan: Plan, pool: Pool) -> list[Loaded]:
+    """Load the steps of a pool in this process, for the threads of a worker."""
+    images.set_decoding(pool.threads)
+    if plan.config.models.decoding == "gpu":
+        from stages.pixels.nvjpeg import NvJpeg
+
+        images.set_decoding(pool.threads, NvJpeg())
+    return load(plan, pool.steps)
+
+
 def load(plan: Plan, steps: tuple[Step, ...]) -> list[Loaded]:
     """Load stages, and their models, in this process."""
-    # One thread per process: more of them only wait for each other, and fill the cores that other workers have.
+    # One thread per call: more of them only wait for each other, and fill the cores that other workers have.
     threadpool_limits(1)
     return [Loaded(step.stage()(plan.config, plan.runtime), plan.keeps[step]) for step in steps]
 
@@ -85,7 +96,7 @@ def load(plan: Plan, steps: tuple[Step, ...]) -> list[Loaded]:
 def make_shard(plan: Plan, seeds: Seeds, output: Output, worker: "Worker", compute: Compute) -> Iterator[Event]:
     """Make and publish one shard, telling its progress batch by batch."""
     rows = split_seeds(seeds.table)
-    size = plan.config.executor.batch_rows
+    size = plan.batch_rows
     starts = range(0, rows.alive.num_rows, FETCH_ROWS)
     batches = (Rows.living(rows.alive.slice(start, FETCH_ROWS)) for start in starts)
     yield Started(seeds.name, seeds.table.num_rows)

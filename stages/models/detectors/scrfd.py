@@ -23,6 +23,7 @@ from stages.models.backends import Faces, Floats, Image, ModelCard, ReducedLook,
 from stages.models.boxes import Candidates, apart, without_overlaps
 from stages.models.packs import pack_card, pack_file, pack_weights
 from stages.models.papers import Weight
+from stages.models.torch_backend import DEVICE
 from stages.runtime import Device
 from stages.settings import ModelSettings
 
@@ -182,7 +183,9 @@ class _OneByOne:
     def __call__(self, canvases: Sequence[Image], lowest: float) -> list[Candidates]:
         found = []
         for canvas in canvases:
-            scores, boxes, points = (np.concatenate(parts) for parts in self._model.forward(canvas, lowest))
+            with DEVICE:
+                parts = self._model.forward(canvas, lowest)
+            scores, boxes, points = map(np.concatenate, parts)
             found.append(Candidates(scores.ravel(), boxes, points))
         return found
 
@@ -195,7 +198,8 @@ class _OneByOne:
         for canvas in canvases:
             mean = (model.input_mean,) * 3
             pixels = cv2.dnn.blobFromImage(canvas, 1 / model.input_std, canvas.shape[1::-1], mean, swapRB=True)
-            outputs = model.session.run(model.output_names[: 2 * model.fmc], {model.input_name: pixels})
+            with DEVICE:
+                outputs = model.session.run(model.output_names[: 2 * model.fmc], {model.input_name: pixels})
             levels, points = outputs[: model.fmc], []
             for scores, distances, stride in zip(levels, outputs[model.fmc :], model._feat_stride_fpn, strict=True):
                 anchors, columns = np.flatnonzero(scores >= lowest), -(-canvas.shape[1] // stride)

@@ -1,5 +1,8 @@
 """Models of packs on torch: the numbers of ONNX Runtime, whatever the batch, and images that do not mix."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ torch = pytest.importorskip("torch")
 from stages.models import onnx_torch  # noqa: E402
 from stages.models.detectors.scrfd_torch import ScrfdTorch  # noqa: E402
 from stages.models.face_embedders.arcface_torch import ArcFaceTorch  # noqa: E402
-from stages.models.torch_backend import Batches  # noqa: E402
+from stages.models.torch_backend import Batches, Together  # noqa: E402
 
 RNG = np.random.default_rng(0)
 ON_TORCH: dict[str, Any] = {"detector": "torch", "face_embedder": "torch"}
@@ -76,12 +79,12 @@ def detector(path: Path) -> None:
     save(path, nodes, [tensor("x", 1, 3, "height", "width")], outputs, arrays)
 
 
-def recogniser(path: Path) -> None:
-    """A random network whose shapes were written down for one face."""
+def recogniser(path: Path, faces: int | str = 1, flat: int = 1) -> None:
+    """A random network whose shapes were written down for one face; with flat = 0 it takes as many as it says."""
     arrays: dict[str, Any] = {
         "w": RNG.normal(0, 0.2, (8, 3, 3, 3)).astype(np.float32),
         "slope": np.full((8, 1, 1), 0.25, np.float32),
-        "flat": np.array([1, -1], np.int64),
+        "flat": np.array([flat, -1], np.int64),
         "fc": RNG.normal(0, 0.1, (512, 8 * 14 * 14)).astype(np.float32),
         "bias": RNG.normal(0, 0.1, 512).astype(np.float32),
     }
@@ -91,7 +94,7 @@ def recogniser(path: Path) -> None:
         helper.make_node("Reshape", ["r", "flat"], ["f"]),
         helper.make_node("Gemm", ["f", "fc", "bias"], ["y"], transB=1),
     ]
-    save(path, nodes, [tensor("x", 1, 3, 112, 112)], [tensor("y", 1, 512)], arrays)
+    save(path, nodes, [tensor("x", faces, 3, 112, 112)], [tensor("y", faces, 512)], arrays)
 
 
 @pytest.fixture
@@ -203,9 +206,87 @@ def test_batches_have_one_size_and_the_last_is_cut() -> None:
         return (images.float().mean((1, 2, 3)),)
 
     images = [np.full((4, 4, 3), value, np.uint8) for value in range(7)]
-    means = [float(mean) for (values,) in Batches(compute, 3, "cpu")(images) for mean in values]
+    means = [float(mean) for (mean,) in Batches(compute, 3, "cpu")(images)]
     assert (means, sizes) == ([0, 1, 2, 3, 4, 5, 6], [3, 3, 3])
-    assert list(Batches(compute, 3, "cpu")([])) == []
+    assert Batches(compute, 3, "cpu")([]) == []
+
+
+def test_threads_share_batches_of_any_shapes_in_the_order_of_each() -> None:
+    sizes = []
+
+    def compute(images: Any) -> tuple[Any, ...]:
+        sizes.append(images.shape[1])
+        time.sleep(0.005)
+        return (images.float().amax((1, 2, 3)),)
+
+    batches = Batches(compute, 8, "cpu", read=lambda found, offset: [float(each) + offset for each in found])
+
+    def call(thread: int) -> None:
+        for turn in range(10):
+            values = [(thread * 7 + turn * 3 + i) % 200 for i in range(turn % 4)]
+            images = [np.full((4 + 4 * (value % 2), 4, 3), value, np.uint8) for value in values]
+            assert batches(images, 0.5 * (thread % 2)) == [value + 0.5 * (thread % 2) for value in values]
+
+    with ThreadPoolExecutor(12) as threads:
+        for done in [threads.submit(call, thread) for thread in range(12)]:
+            done.result()
+    assert set(sizes) == {4, 8}
+    assert len(sizes) < 12 * 10, "none was alone in its batch"
+
+
+def test_what_fails_for_one_thread_fails_for_no_other() -> None:
+    enter, gathered = threading.Barrier(2), threading.Event()
+
+    def compute(kind: None, values: list[int]) -> list[int]:
+        if values == [0]:
+            enter.wait(60)
+            gathered.wait(60)
+        if 1 in values:
+            raise RuntimeError("of 1")
+        return [10 * value for value in values]
+
+    together = Together(compute)
+    with ThreadPoolExecutor(3) as threads:
+        first = threads.submit(together, [(None, 0)])
+        enter.wait(60)
+        bad, good = (threads.submit(together, [(None, value)]) for value in (1, 2))
+        while len(together._waiting) < 2:
+            time.sleep(0.001)
+        gathered.set()
+        assert (first.result(), good.result()) == ([0], [20])
+        with pytest.raises(RuntimeError, match="of 1"):
+            bad.result()
+
+
+def test_the_next_batch_lies_ready_before_the_last_is_read() -> None:
+    batches = Batches(lambda images: (images.clone(),), 2, "cpu", read=lambda found: read(found))
+
+    def read(found: Any) -> list[int]:
+        hosts = batches._of_shape[1, 1, 3][0]
+        ready.append(sorted(hosts[:, :, 0, 0, 0].flatten().tolist()))
+        return [int(each) for each in found[:, 0, 0, 0]]
+
+    ready: list[list[int]] = []
+    assert batches([np.full((1, 1, 3), value, np.uint8) for value in range(1, 6)]) == [1, 2, 3, 4, 5]
+    assert ready == [[1, 2, 3, 4], [2, 3, 4, 5], [2, 3, 4, 5]]
+
+
+def test_a_recogniser_on_onnx_runtime_gets_batches_where_its_file_takes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages.models import onnx as on_onnx
+
+    real, on_gpu = on_onnx.load, {"runtime": {"face_embedder": "onnxruntime"}}
+    monkeypatch.setattr(on_onnx, "load", lambda path, task, device: real(path, task, "cpu"))
+    faces = np.stack(pictures(19, 112))
+    for faces_in_file, flat, size in ((1, 1, 1), ("n", 0, 16), ("n", 1, 1)):
+        folder = tmp_path / f"{faces_in_file}{flat}"
+        folder.mkdir()
+        recogniser(folder / "rec_toy.onnx", faces_in_file, flat)
+        expected = ArcFace(ModelSettings(pack=str(folder)), "cpu").embed(faces)
+        found = ArcFace(ModelSettings(pack=str(folder), **on_gpu), "cuda")
+        assert found._size == size
+        np.testing.assert_allclose(found.embed(faces), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_overlaps_are_resolved_as_insightface_does() -> None:
@@ -263,3 +344,5 @@ def test_the_int8_recogniser_takes_batches_because_each_face_has_its_own_scale(d
     assert cosines.min() > 0.98  # a last bit decides how a value is rounded, layer after layer
     np.testing.assert_allclose(found[5], alone[0], rtol=1e-3, atol=1e-3)
     recogniser.require_same(list(faces[:2]))
+    on_onnx = ArcFace(ModelSettings(pack=pack), "cpu")
+    assert not on_onnx._keeps_faces_apart(4), "there a batch has one scale"
