@@ -24,6 +24,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from inference_bench import Bench, Record
 from inference_pipeline import naive_loop, pipeline, pipeline_compiled
+from inference_product import product
 from inference_sameness import (
     sameness_detector,
     sameness_parser,
@@ -66,7 +67,7 @@ def run(
     begin = time.monotonic()
     steps: list[tuple[Callable[[Bench], None], float]] = [
         (sameness_detector, 30), (sameness_recogniser, 15), (sameness_tower, 25), (sameness_parser, 10),
-        (pipeline, 50), (throughput, 70), (naive_loop, 16),
+        (product, 45), (pipeline, 50), (throughput, 70), (naive_loop, 16),
         (decoding_on_cpu, 9), (decoding_on_gpu, 9), (letterboxes, 6), (from_host, 10),
         (compiled, 60), (pipeline_compiled, 90),
     ]  # fmt: skip

@@ -1,5 +1,6 @@
 """Geometry of faces: similarity transforms, aligned crops, label maps between crops, boxes. Pixels, x y, y down."""
 
+from functools import lru_cache
 from math import ceil, floor
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ _FFHQ_BORDER = (132, 133, 135)
 
 
 def similarity(kps: npt.ArrayLike, template: npt.ArrayLike) -> Matrix:
-    """The (2, 3) similarity that maps kps onto template, both (N, 2), with least squares (Umeyama 1991).
+    """The (2, 3) similarity that maps kps onto template, both (N, 2), with least squares (Umeyama 1991); read-only.
 
     Computed in float32 up to the SVD, as insightface's `estimate_norm` does for float32 points.
 
@@ -42,10 +43,18 @@ def similarity(kps: npt.ArrayLike, template: npt.ArrayLike) -> Matrix:
     points = np.asarray(kps, np.float32)
     if not np.isfinite(points).all():
         raise ValueError("points are not finite")
-    transform = SimilarityTransform.from_estimate(points, np.asarray(template, np.float32))
+    return _similarity(points.tobytes(), np.asarray(template, np.float32).tobytes())
+
+
+@lru_cache(maxsize=4096)
+def _similarity(points: bytes, template: bytes) -> Matrix:
+    """`similarity` of float32 points: three of them are asked for seven times for each face."""
+    source, target = (np.frombuffer(each, np.float32).reshape(-1, 2) for each in (points, template))
+    transform = SimilarityTransform.from_estimate(source, target)
     if not transform:
-        raise ValueError(f"points do not determine a similarity: {points.tolist()}")
+        raise ValueError(f"points do not determine a similarity: {source.tolist()}")
     matrix: Matrix = transform.params[:2]
+    matrix.setflags(write=False)
     return matrix
 
 

@@ -12,7 +12,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from sample_runs import contents, make, manifests
+from sample_runs import command, contents, make, manifests
 
 from pipeline.dataset.config import load_config
 from pipeline.dataset.execute import local
@@ -38,10 +38,29 @@ def threads(monkeypatch):
     images.set_decoding(1)
 
 
-@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.slow)])
-def test_threads_that_share_the_models_change_no_byte(whole, tmp_path, threads, executor):
-    pairs = ["executor.workers=1"] if executor == "ray" else ["executor.batch_rows=1"]
-    assert make(tmp_path, *pairs, executor=executor)[0] is ExitCode.OK
+SCRIPT = f"""
+import sys
+from pipeline import __main__ as main
+from pipeline.dataset.plan import Plan, Pool
+Plan.pools = lambda plan: (Pool("models", plan.at("models"), 1, 1, 0, {THREADS}),)
+main.main()
+"""
+
+
+def in_a_process(out, *words: str) -> list[str]:
+    return [sys.executable, "-c", SCRIPT, *command(out, "--set", "executor.batch_rows=1", *words)[3:]]
+
+
+def test_threads_that_share_the_models_change_no_byte(whole, tmp_path, threads):
+    assert make(tmp_path, "executor.batch_rows=1")[0] is ExitCode.OK
+    assert contents(tmp_path) == contents(whole)
+
+
+@pytest.mark.slow
+def test_nor_do_they_on_ray(whole, tmp_path):
+    words = in_a_process(tmp_path, "--executor", "ray", "--set", "executor.workers=1")
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert contents(tmp_path) == contents(whole)
 
 
@@ -67,20 +86,12 @@ def test_batches_come_back_in_order_and_few_are_begun_ahead(threads, monkeypatch
 
 
 def test_an_interrupted_run_leaves_no_decoder(tmp_path):
-    script = """
-import sys
-from pipeline import __main__ as main
-from pipeline.dataset.plan import Plan, Pool
-Plan.pools = lambda plan: (Pool("models", plan.at("models"), 1, 1, 0, 4),)
-sys.argv[1:] = ["dataset", "--shards", "sample", "--out", sys.argv[1]]
-sys.argv += ["--set", "source.rows_per_shard=3", "--set", "executor.batch_rows=1"]
-main.main()
-"""
-    command = [sys.executable, "-c", script, str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while len(manifests(tmp_path / "out")) < 3 and process.poll() is None:
+    process = subprocess.Popen(in_a_process(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(manifests(tmp_path)) < 3 and process.poll() is None:
         time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
     children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGCONT)
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 130, printed + errors
