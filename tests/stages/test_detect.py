@@ -78,7 +78,7 @@ def test_each_thread_has_a_detector_where_it_takes_one_photo_at_a_time() -> None
 
     def own(_: int) -> Any:
         start.wait(60)
-        detect.computed([flat])
+        detect.computed([(flat, None)])
         return detect._own.detector
 
     with ThreadPoolExecutor(3) as threads:
