@@ -42,8 +42,12 @@ class PhotoCache:
     _photos: OrderedDict[str, Image] = field(default_factory=OrderedDict)
     _lock: AbstractContextManager[bool] = field(default_factory=Lock)
 
-    def __contains__(self, sha256: str) -> bool:
-        return sha256 in self._photos
+    def held(self, sha256: str) -> Image | None:
+        """The pixels, where they are held: what another thread lets go meanwhile stays with who has them."""
+        with self._lock:
+            if sha256 in self._photos:
+                self._photos.move_to_end(sha256)
+            return self._photos.get(sha256)
 
     def get(self, sha256: str, data: bytes) -> Image:
         """The pixels of an image file, (H, W, 3) RGB, read-only; decoded anew only when `sha256` is not held.
@@ -53,10 +57,8 @@ class PhotoCache:
         Raises:
             Dropped: truncated_image, corrupt_image, or decoder_crash when it kills its decoder or takes it too long.
         """
-        with self._lock:
-            if sha256 in self._photos:
-                self._photos.move_to_end(sha256)
-                return self._photos[sha256]
+        if (known := self.held(sha256)) is not None:
+            return known
         if format_of(data) not in OPENERS:
             raise Dropped(DropReason.CORRUPT_IMAGE)
         header = read_header(data)
@@ -97,8 +99,8 @@ def photo(sha256: str, data: bytes) -> Image:
 
 def photo_of(record: Mapping[str, Any]) -> Image:
     """`photo` of a record's `image`, which is read only where the pixels of its `sha256` are not held."""
-    digest = record["sha256"]
-    return photo(digest, b"" if digest in _CACHE else record["image"])
+    known = _CACHE.held(record["sha256"])
+    return photo(record["sha256"], record["image"]) if known is None else known
 
 
 def reduced(sha256: str, data: bytes, factor: int) -> Image:
