@@ -194,15 +194,13 @@ def test_each_thread_has_a_decoder_and_one_that_is_killed_costs_nothing(own_deco
     assert decoding.decoder() not in used
 
 
-def test_threads_share_the_photos_within_one_bound():
-    cache = images.PhotoCache(5 * SIDE * SIDE * 3)
-    files = [picture(bytes([number])) for number in range(8)]
-
-    def get(number):
-        return cache.get(str(number), lambda: files[number])
-
-    with ThreadPoolExecutor(4) as threads:
-        list(threads.map(get, [*range(8)] * 5))
+def test_threads_share_the_photos_within_one_bound(monkeypatch):
+    cache = images.PhotoCache(2 * SIDE * SIDE * 3)
+    monkeypatch.setattr(images, "_CACHE", cache)
+    records = [{"sha256": str(number), "image": picture(bytes([number]))} for number in range(4)]
+    with ThreadPoolExecutor(4) as threads:  # each is let go by another one as soon as it is there
+        for photo in threads.map(images.photo_of, records * 40):
+            assert photo.shape == (SIDE, SIDE, 3)
     assert cache.n_bytes == sum(photo.nbytes for photo in cache._photos.values()) == cache.max_bytes
 
 
