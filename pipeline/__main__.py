@@ -5,32 +5,28 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
+from pipeline import models_command
 from pipeline.dataset.execute.watchdog import is_hanging
-from schemas.errors import CorruptShardError, ExitCode, LostError, UserError
+from pipeline.options import ConfigFile, ProfileName, Sets, console, errors, say
+from schemas.errors import CorruptShardError, ExitCode, LostError, UserError, WeightsError
 from schemas.names import SAMPLE
 
 if TYPE_CHECKING:
     from pipeline.dataset.job import Job
-    from stages.models.weights import WeightState
 
 # Each command imports what it needs: `--help`, and a mistake in a call, are answered at once.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-console = Console()
-errors = Console(stderr=True)
 
 Shards = Annotated[
     str, typer.Option(help="`sample`, `laion-part-0..99`, or paths, globs, URLs; comma-separated.", show_default=True)
 ]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with the keys that --set takes.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="One config key, such as filter.min_face_px=160.")]
-ProfileName = Annotated[str | None, typer.Option("--profile", help="embedded, insightface or permissive.")]
 Executor = Annotated[str | None, typer.Option("--executor", help="ray or local.")]
 RayAddress = Annotated[str | None, typer.Option("--ray-address", help="Join this Ray cluster.")]
 With = Annotated[str | None, typer.Option("--with", help="Computed ahead for training: latents,text,mirror.")]
@@ -40,12 +36,7 @@ Out = Annotated[
 Folder = Annotated[str, typer.Argument(metavar="DIR", help="The OUT of a run.")]
 
 
-def say(text: str, to: Console = console) -> None:
-    """A line as it is, however long."""
-    to.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def for_job(command: Callable[..., None]) -> Callable[..., None]:
+def for_job(command: Callable[..., None], *, dry_run: bool = False) -> Callable[..., None]:
     """Give a command the options that make a `Job`; it is called with this and with its own options."""
 
     def run(
@@ -64,7 +55,7 @@ def for_job(command: Callable[..., None]) -> Callable[..., None]:
         pairs = [*(sets or []), *([f"executor.ray_address={ray_address}"] if ray_address else [])]
         executor = executor or ("ray" if ray_address else None)
         values = load_config(config, pairs, shards=shards, profile=profile, executor=executor, extras=extras)
-        with prepared(shards, values) as job:
+        with prepared(shards, values, dry_run=dry_run) as job:
             command(job, **own)
 
     # Typer reads the options from the signature.
@@ -133,9 +124,9 @@ def screen(
 
 
 @app.command()
-@for_job
+@partial(for_job, dry_run=True)
 def plan(job: "Job", out: Out = "out") -> None:
-    """Prove the plan and show what would be done; nothing is written."""
+    """Prove the plan and show what would be done, and what is missing for it; nothing is written or fetched."""
     from pipeline.dataset.out.output import Output
     from pipeline.shared.files import sizes, to_path
 
@@ -153,7 +144,8 @@ def plan(job: "Job", out: Out = "out") -> None:
         for pool in job.plan.pools():
             console.print(f"Executor: ray, pool {pool.name}: {pool.workers} x {pool.cpus:g} CPU, {pool.gpus:g} GPU")
 
-    models = Table("task", "model", "licence", "sha256", title="Models", title_justify="left")
+    names = (Column(name, overflow="fold") for name in ("task", "model", "licence", "sha256"))
+    models = Table(*names, title="Models", title_justify="left")
     for card in job.plan.cards:
         models.add_row(card.task, card.name, card.licence, card.sha256[:16] or "no weights")
     console.print(models)
@@ -170,6 +162,9 @@ def plan(job: "Job", out: Out = "out") -> None:
         f"Shards: {total:,} of up to {job.plan.config.source.rows_per_shard:,} candidate rows; "
         f"{done:,} done, {total - done:,} left\nPlan: {job.plan.digest[:16]}"
     )
+    if job.plan.lacks:
+        say(f"\nMissing on this machine:\n\n{job.plan.shopping_list}")
+    say(f"Verdict: {f'NOT READY. {job.plan.refusal}' if job.plan.refusal else 'ready.'}")
 
 
 @app.command()
@@ -271,68 +266,7 @@ def export_json(
         say(f"{done.left_out:,} samples have no crop and were left out.")
 
 
-models_app = typer.Typer(
-    invoke_without_command=True, help="Weights: where they are, under which licence, how to get them."
-)
-app.add_typer(models_app, name="models")
-Names = Annotated[list[str] | None, typer.Argument(help="Names of `models list`; default: what the profile needs.")]
-
-
-@models_app.callback()
-def models(context: typer.Context) -> None:
-    """List when no other word is given."""
-    if context.invoked_subcommand is None:
-        list_weights()
-
-
-@models_app.command("list")
-def list_weights(config: ConfigFile = None, sets: Sets = None) -> None:
-    """Show all known weights, their licences, and where they are."""
-    from pipeline.dataset.config import load_config
-    from stages.models.weights import known_weights, states
-
-    settings = load_config(config, sets or []).models
-    _show(states(known_weights(settings).values(), settings))
-
-
-@models_app.command("check")
-def check_weights(names: Names = None, config: ConfigFile = None, sets: Sets = None) -> None:
-    """Read the weights that are there and compare their sha256."""
-    from pipeline.dataset.config import load_config
-    from stages.models.weights import known, known_weights, states
-
-    settings = load_config(config, sets or []).models
-    weights = [known(name, settings) for name in names or ()] or known_weights(settings).values()
-    rows = states(weights, settings, hashes=True)
-    _show(rows)
-    if any("wrong" in row.state for row in rows) or (names and any(row.path is None for row in rows)):
-        raise typer.Exit(ExitCode.USER_ERROR)
-
-
-@models_app.command("fetch")
-def fetch_weights(
-    names: Names = None, config: ConfigFile = None, sets: Sets = None, profile: ProfileName = None
-) -> None:
-    """Download weights into the cache; those of the hub go on where they were interrupted."""
-    from pipeline.dataset.config import load_config
-    from stages.models.backends import backends
-    from stages.models.weights import fetch, known
-
-    settings = load_config(config, sets or [], profile=profile)
-    needed = [weight for cls in backends(settings) for weight in cls.weights(settings.models)]
-    wanted = {weight.name: weight for weight in needed if weight.name not in settings.models.paths}
-    for weight in [known(name, settings.models) for name in names or ()] or wanted.values():
-        say(f"{weight.name}: {fetch(weight)}")
-
-
-def _show(rows: "list[WeightState]") -> None:
-    table = Table("name", "does", "licence", "commercial use", "state", "where")
-    for row in rows:
-        weight = row.weight
-        allowed = "yes" if weight.commercial else "no"
-        where = str(row.path or weight.source)
-        table.add_row(weight.name, ", ".join(weight.tasks), weight.licence, allowed, row.state, where)
-    console.print(table)
+app.add_typer(models_command.app, name="models")
 
 
 @app.command("config")
@@ -375,6 +309,8 @@ def _run() -> None:
         app()
     except UserError as error:
         say(f"error: {error}", errors)
+        if isinstance(error, WeightsError) and error.details:
+            say(f"\n{error.details}", errors)
         sys.exit(ExitCode.USER_ERROR)
     except (CorruptShardError, LostError) as error:
         say(f"error: {error}{'; `verify` tells more.' if isinstance(error, CorruptShardError) else ''}", errors)

@@ -44,6 +44,11 @@ class SourceError(UserError):
 class WeightsError(UserError):
     """A model file is missing, does not match its sha256, or its licence was not accepted."""
 
+    def __init__(self, message: str, details: str = "") -> None:
+        """`details` are lines to show below the sentence: which files, and where each belongs."""
+        super().__init__(message)
+        self.details = details
+
 
 class PlanError(UserError):
     """The steps of a plan do not fit together, or a resource that it needs is absent."""

@@ -56,8 +56,10 @@ class Job:
 
 
 @contextmanager
-def prepared(spec: str, config: Config) -> Iterator[Job]:
+def prepared(spec: str, config: Config, *, dry_run: bool = False) -> Iterator[Job]:
     """Prove the plan and find the parts; the bundled sample's server runs inside the block.
+
+    In a dry run weights may be missing, and licences not accepted.
 
     Raises:
         UserError: for anything that the call, the config or the machine lacks; nothing was written.
@@ -74,7 +76,7 @@ def prepared(spec: str, config: Config) -> Iterator[Job]:
             file = stack.enter_context(TemporaryFile())
             runtime = replace(runtime, refusals=f"/proc/{os.getpid()}/fd/{file.fileno()}")
         parts = find_parts(",".join(words), config.source)
-        yield Job(make_plan(config, runtime), tuple(parts))
+        yield Job(make_plan(config, runtime, dry_run=dry_run), tuple(parts))
 
 
 def make_dataset(job: Job, out: AnyPath, console: Console, *, replan: bool = False, retry: bool = False) -> ExitCode:

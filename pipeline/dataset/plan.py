@@ -6,10 +6,11 @@ from functools import cached_property
 from typing import Any
 
 from pipeline.dataset.config import EXTRAS, Config
-from pipeline.shared.bases import find_base
+from pipeline.dataset.inventory import base_papers, block, described, lacking, state_of
+from pipeline.shared.bases import BASES, find_base
 from schemas.columns import COLUMNS, LEDGER, SEED
 from schemas.digest import sha256_of_json
-from schemas.errors import PlanError
+from schemas.errors import PlanError, WeightsError
 from schemas.record import SCHEMA_VERSION
 from schemas.shard import SUFFIXES
 from schemas.targets import text_sha256, vae_sha256
@@ -17,7 +18,7 @@ from stages import STAGES, Step, Where
 from stages.base import Stage
 from stages.encode import Encode
 from stages.models.backends import PACK_TASKS, ModelCard, backends, runtime_of
-from stages.models.weights import known, require_licences
+from stages.models.weights import WeightState, fetch, known, unaccepted
 from stages.runtime import EncoderSource, Runtime
 from stages.screen import Screen
 from stages.screen import factor as screen_factor
@@ -51,6 +52,18 @@ class Plan:
     runtime: Runtime
     steps: tuple[Step, ...]
     cards: tuple[ModelCard, ...]
+    lacks: tuple[WeightState, ...] = ()
+    """Weights that are missing or damaged on this machine: of a dry run only."""
+
+    @property
+    def refusal(self) -> str:
+        """Why this plan cannot be carried out on this machine, and what to do; empty where it can."""
+        return " ".join(filter(None, (lacking(self.lacks), unaccepted(self.cards, self.config.models))))
+
+    @property
+    def shopping_list(self) -> str:
+        """Every file that is lacking: URL, size, sha256 and where it belongs."""
+        return "\n".join(block(described(state, self.config.models)) for state in self.lacks)
 
     def at(self, *where: Where) -> tuple[Step, ...]:
         """The steps that run there, in order."""
@@ -168,36 +181,60 @@ class Plan:
         return sha256_of_json(self.identity)
 
 
-def make_plan(config: Config, runtime: Runtime | None = None) -> Plan:
+def make_plan(config: Config, runtime: Runtime | None = None, *, dry_run: bool = False) -> Plan:
     """Resolve the steps, prove that they fit together, and verify models and licences, without loading any.
 
     `runtime` is completed by what follows from the config: the device, and where the encoders of `encode.base` are.
+    In a dry run weights may be missing and licences not accepted: the plan says which, and is otherwise the same.
 
     Raises:
         PlanError: when a step reads what nothing before it writes, or writes an unknown column.
         ConfigError: for an unknown backend.
-        WeightsError: when a weight or base is missing or wrong, or its licence is not accepted.
+        WeightsError: names all weights that are missing or wrong, and all licences that are not accepted.
     """
     steps = tuple(STAGES.values())
     prove([step.stage() for step in steps])
     for name in config.models.paths:
         known(name, config.models)
-    cards = [card for cls in backends(config) for card in cls.cards(config.models)]
     runtime = replace(runtime or Runtime(), device="cuda" if config.executor.gpus else "cpu")
     if config.models.decoding == "gpu" and runtime.device == "cpu":
         raise PlanError(
             "models.decoding is gpu, but executor.gpus is 0: set that to 1 or more, or models.decoding = cpu."
         )
+    cards = [card for cls in backends(config) for card in cls.cards(config.models)]
     if config.encode.latents or config.encode.text:
-        base = find_base(config.encode.base)
-        folder, vae, text = base.folder, vae_sha256(base.folder), text_sha256(base.folder)
-        runtime = replace(runtime, encoders=EncoderSource(base.name, str(folder.resolve()), base.kind, vae, text))
-        hashes = [("vae", vae)] if config.encode.latents else []
-        if config.encode.text:
-            hashes += zip(("text_encoder", "text_encoder_2"), text.split("+"), strict=False)
-        cards += [ModelCard(f"{base.name}/{part}", "encoder", sha256, base.licence, True) for part, sha256 in hashes]
-    require_licences(cards, config.models)
-    return Plan(config, runtime, steps, tuple(cards))
+        encoders, encoder_cards = _encoders(config)
+        runtime, cards = replace(runtime, encoders=encoders), cards + encoder_cards
+    weights = dict.fromkeys(card.lacks for card in cards if card.lacks)
+    lacks = tuple(state_of(weight, config.models, hashes=True) for weight in weights)
+    plan = Plan(config, runtime, steps, tuple(cards), lacks)
+    if dry_run or not plan.refusal:
+        return plan
+    missing = [state.weight for state in lacks if state.state == "missing"]
+    if not config.models.allow_download or len(missing) < len(lacks) or unaccepted(cards, config.models):
+        raise WeightsError(plan.refusal, plan.shopping_list)
+    for weight in missing:
+        fetch(weight)
+    return make_plan(config, runtime)
+
+
+def _encoders(config: Config) -> tuple[EncoderSource, list[ModelCard]]:
+    """The encoders of `encode.base`, and the cards of those in use: by its papers where it is lacking."""
+    name, lacks = config.encode.base, None
+    state = state_of(base_papers(name), config.models) if name in BASES else None
+    if state is None or state.is_ready:
+        base = find_base(name)
+        vae, text = vae_sha256(base.folder), text_sha256(base.folder)
+        source, licence = EncoderSource(base.name, str(base.folder.resolve()), base.kind, vae, text), base.licence
+    else:
+        hub, lacks = BASES[name], state.weight
+        source = EncoderSource(name, str(state.target), hub.kind, hub.vae_sha256, hub.text_sha256)
+        licence = hub.licence
+    parts = [("vae", source.vae_sha256)] if config.encode.latents else []
+    if config.encode.text:
+        parts += zip(("text_encoder", "text_encoder_2"), source.text_sha256.split("+"), strict=False)
+    cards = [ModelCard(f"{source.name}/{part}", "encoder", sha256, licence, True, lacks) for part, sha256 in parts]
+    return source, cards
 
 
 def prove(stages: Iterable[type[Stage]]) -> None:

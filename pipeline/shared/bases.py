@@ -1,6 +1,6 @@
 """Base models by name: where their folders lie, which layout they have, and the tiny ones that are made here.
 
-Shared by the dataset's encoders and the trainer. Nothing is ever downloaded.
+Shared by the dataset's encoders and the trainer. Nothing is downloaded but by `python -m pipeline models fetch`.
 """
 
 import json
@@ -28,23 +28,94 @@ _SD2_WIDTH = 1024
 
 
 @dataclass(frozen=True)
-class _Hub:
+class Hub:
     """A base on the Hugging Face hub."""
 
     repository: str
+    revision: str
+    kind: BaseKind
     licence: str
+    paper: str
+    weights: dict[str, tuple[int, str]]
+    """File -> bytes and sha256, hex. Other files of a base are small, and neither is known here."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All that a base needs, relative to its folder."""
+        configs = [f"{part}/config.json" for part in _MODELS[self.kind]]
+        words = [f"{part}/{name}" for part in _TOKENIZERS[self.kind] for name in _TOKENIZER_FILES]
+        return (*self.weights, *configs, *words, "scheduler/scheduler_config.json")
+
+    @property
+    def vae_sha256(self) -> str:
+        """As `schemas.targets.vae_sha256` gives it of the folder."""
+        return self._sha256s("vae")[0]
+
+    @property
+    def text_sha256(self) -> str:
+        """As `schemas.targets.text_sha256` gives it of the folder."""
+        return "+".join(self._sha256s("text_encoder"))
+
+    def _sha256s(self, part: str) -> list[str]:
+        return [sha256 for file, (_, sha256) in self.weights.items() if file.startswith(part)]
 
 
-_KNOWN = {
-    "sd15": _Hub("stable-diffusion-v1-5/stable-diffusion-v1-5", "CreativeML OpenRAIL-M"),
-    "sdxl": _Hub("stabilityai/stable-diffusion-xl-base-1.0", "CreativeML Open RAIL++-M"),
-}
-_NAMES = ("tiny", "tiny-sdxl", *_KNOWN)
 _SD15 = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _MODELS = {"sd15": _SD15, "sdxl": {**_SD15, "text_encoder_2": "model"}}
 """Parts with weights, and how the names of their files begin."""
+BASES = {
+    "sd15": Hub(
+        repository="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+        kind="sd15",
+        licence="CreativeML OpenRAIL-M",
+        paper="Latent diffusion (arXiv 2112.10752)",
+        weights={
+            "unet/diffusion_pytorch_model.safetensors": (
+                3_438_167_540,
+                "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1",
+            ),
+            "vae/diffusion_pytorch_model.safetensors": (
+                334_643_276,
+                "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c",
+            ),
+            "text_encoder/model.safetensors": (
+                492_265_874,
+                "d008943c017f0092921106440254dbbe00b6a285f7883ec8ba160c3faad88334",
+            ),
+        },
+    ),
+    "sdxl": Hub(
+        repository="stabilityai/stable-diffusion-xl-base-1.0",
+        revision="462165984030d82259a11f4367a4eed129e94a7b",
+        kind="sdxl",
+        licence="CreativeML Open RAIL++-M",
+        paper="SDXL (arXiv 2307.01952)",
+        weights={
+            "unet/diffusion_pytorch_model.safetensors": (
+                10_270_077_736,
+                "357650fbfb3c7b4d94c1f5fd7664da819ad1ff5a839430484b4ec422d03f710a",
+            ),
+            "vae/diffusion_pytorch_model.safetensors": (
+                334_643_268,
+                "1598f3d24932bcfe6634e8b618ea1e30ab1d57f5aad13a6d2de446d2199f2341",
+            ),
+            "text_encoder/model.safetensors": (
+                492_265_168,
+                "5c3d6454dd2d23414b56aa1b5858a72487a656937847b6fea8d0606d7a42cdbc",
+            ),
+            "text_encoder_2/model.safetensors": (
+                2_778_702_264,
+                "3a6032f63d37ae02bbc74ccd6a27440578cd71701f96532229d0154f55a8d3ff",
+            ),
+        },
+    ),
+}
+"""Name -> where its files come from, of the bases that are known by name."""
+_NAMES = ("tiny", "tiny-sdxl", *BASES)
 _HASHED = (".json", ".safetensors", ".txt")
 _TOKENIZERS = {"sd15": ("tokenizer",), "sdxl": ("tokenizer", "tokenizer_2")}
+_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 _KINDS: dict[str | None, BaseKind] = {None: "sd15", "text_time": "sdxl"}
 """Layout by what the UNet's `addition_embed_type` says."""
 
@@ -82,8 +153,8 @@ def find_base(name: str, *, sdxl: bool = False) -> BaseSource:
     if name in ("tiny", "tiny-sdxl"):
         kind: BaseKind = "sdxl" if sdxl or name == "tiny-sdxl" else "sd15"
         return _described("tiny" if kind == "sd15" else "tiny-sdxl", _tiny(kind), "Apache-2.0 (random weights)")
-    if name in _KNOWN:
-        return _described(name, _known_folder(name, _KNOWN[name]), _KNOWN[name].licence)
+    if name in BASES:
+        return _described(name, _known_folder(name, BASES[name]), BASES[name].licence)
     folder = Path(name)
     if not folder.is_dir():
         near = get_close_matches(name.lower(), _NAMES, n=1)
@@ -138,23 +209,32 @@ def _licence(folder: Path) -> str | None:
     return entries.get("license_name") or entries.get("license")
 
 
-def _known_folder(name: str, hub: _Hub) -> Path:
-    """FACESHARDS_MODELS/<name>, or the Hugging Face cache."""
+def base_folder(name: str) -> Path | None:
+    """Where a base of BASES lies: FACESHARDS_MODELS/<name>, the cache of `models fetch`, or the Hugging Face cache."""
     root = os.environ.get("FACESHARDS_MODELS")
-    folder = Path(root).expanduser() / name if root else None
-    if folder and folder.is_dir():
-        return folder
+    for folder in ([Path(root).expanduser()] if root else []) + [Path(user_cache_dir("faceshards")) / "models"]:
+        if (folder / name).is_dir():
+            return folder / name
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub.repository, local_files_only=True))
-    except (LocalEntryNotFoundError, OSError, ValueError) as error:
-        target = folder or f"$FACESHARDS_MODELS/{name}"
+        return Path(snapshot_download(BASES[name].repository, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        return None
+
+
+def _known_folder(name: str, hub: Hub) -> Path:
+    folder = base_folder(name)
+    if folder is None:
+        root = os.environ.get("FACESHARDS_MODELS")
+        target = Path(root).expanduser() / name if root else f"$FACESHARDS_MODELS/{name}"
         raise WeightsError(
-            f"The base {name} is not on this machine: fetch {hub.repository} in diffusers' layout with safetensors "
-            f"({hub.licence}), as by `hf download {hub.repository} --local-dir {target}`, or give its folder's path."
-        ) from error
+            f"The base {name} is not on this machine: run `python -m pipeline models fetch {name}`, or fetch "
+            f"{hub.repository} in diffusers' layout with safetensors ({hub.licence}), as by `hf download "
+            f"{hub.repository} --local-dir {target}`, or give its folder's path."
+        )
+    return folder
 
 
 def _tiny(kind: BaseKind) -> Path:

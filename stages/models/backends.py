@@ -27,10 +27,12 @@ class ModelCard:
     task: str
     """detector, segmenter, face_embedder, image_embedder, or encoder (of a diffusion base)."""
     sha256: str
-    """Of the weight file, hex; empty for a method without weights."""
+    """Of the weight file, hex, by its papers while that is lacking; empty for a method without weights."""
     licence: str
     commercial: bool
     """Whether the licence allows commercial use."""
+    lacks: Weight | None = None
+    """The weight that is missing here, or has a wrong sha256."""
 
 
 class Faces(NamedTuple):
@@ -56,16 +58,19 @@ class ReducedLook(NamedTuple):
 class Backend(Protocol):
     """What all model backends share."""
 
+    runtime: str
+    """What computes, and where, such as `torch cuda` or `onnxruntime CPUExecutionProvider`."""
+
     def __init__(self, settings: ModelSettings, device: Device) -> None:
         """Load the model on the device; runs on the worker."""
 
     @classmethod
     def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:
-        """The weights that `models fetch` gets for these settings; none where a method has none."""
+        """The weights that these settings need, for `models list` and `models fetch`; a method may have none."""
 
     @classmethod
     def cards(cls, settings: ModelSettings) -> list[ModelCard]:
-        """Find and verify the weights without loading them; raises WeightsError with what to do."""
+        """The models of these settings; weights that are there are verified, none is loaded, none need be there."""
 
 
 class Detector(Backend, Protocol):

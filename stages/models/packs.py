@@ -1,13 +1,14 @@
 """Packs of insightface: which file of a named pack, or of any folder, detects and which recognises."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
 from stages.models.backends import ModelCard
 from stages.models.papers import INSIGHTFACE_LICENCE, WEIGHTS, Weight
-from stages.models.weights import find
+from stages.models.weights import card, find, located
 from stages.settings import ModelSettings
 
 _UNUSED = ("1k3d68.onnx", "2d106det.onnx", "genderage.onnx")
@@ -39,7 +40,7 @@ def pack_file(task: str, settings: ModelSettings) -> Path:
         for file, path in weight.paths(find(weight, settings, task), task).items():
             if file.task == task:
                 return path
-        raise WeightsError(f"models.pack = {settings.pack!r} has no {task}: choose another models.{task} or pack.")
+        raise _no_task(task, settings)
     # a folder of unknown origin: by its manifest, known names, then graphs
     folder = Path(settings.pack).expanduser()
     declared = _manifest_file(folder, task)
@@ -102,11 +103,19 @@ def _task_of(path: Path) -> str:
 
 def pack_card(task: str, settings: ModelSettings) -> ModelCard:
     """The card of the file of `models.pack` for a task; in a folder, a file's sha256 shows its licence."""
+    if pack_weights(settings):
+        weight = WEIGHTS[settings.pack]
+        if task not in weight.tasks:
+            raise _no_task(task, settings)
+        return replace(card(weight, task, settings), name=f"{settings.pack}/{located(weight, task, settings)[0].name}")
     path = pack_file(task, settings)
     sha256 = sha256_of_file(path)
-    weight = WEIGHTS.get(settings.pack) or next(
-        (known for known in WEIGHTS.values() if any(file.sha256 == sha256 for file in known.files)), None
-    )
-    pack = settings.pack if settings.pack in WEIGHTS else Path(settings.pack).expanduser().resolve().name
-    licence, commercial = (weight.licence, weight.commercial) if weight else (INSIGHTFACE_LICENCE, False)
-    return ModelCard(f"{pack}/{path.name}", task, sha256, licence, commercial)
+    weights = (known for known in WEIGHTS.values() if any(file.sha256 == sha256 for file in known.files))
+    name = f"{Path(settings.pack).expanduser().resolve().name}/{path.name}"
+    for weight in weights:
+        return ModelCard(name, task, sha256, weight.licence, weight.commercial)
+    return ModelCard(name, task, sha256, INSIGHTFACE_LICENCE, False)
+
+
+def _no_task(task: str, settings: ModelSettings) -> WeightsError:
+    return WeightsError(f"models.pack = {settings.pack!r} has no {task}: choose another models.{task} or pack.")

@@ -205,6 +205,24 @@ _ALL = (
         preprocessing="RGB 512, (x / 255 - 0.5) / 0.5",
     ),
     Weight(
+        name="arcface-ir-se50",
+        files=(
+            WeightFile(
+                "recognition_arcface_ir_se50.pth",
+                "id_loss",
+                175_367_323,
+                "a035c768259b98ab1ce0e646312f48b9e1e218197a0f80ac6765e88f8b6ddf28",
+                f"{_FACEXLIB}/v0.1.0/recognition_arcface_ir_se50.pth",
+            ),
+        ),
+        licence="code MIT; weights trained on MS-Celeb-1M: non-commercial research only",
+        commercial=False,
+        source="https://github.com/xinntao/facexlib/releases/tag/v0.1.0",
+        revision="v0.1.0",
+        paper="ArcFace (arXiv 1801.07698)",
+        preprocessing="BGR 112 norm_crop, (x - 127.5) / 127.5",
+    ),
+    Weight(
         name="clip-vit-h",
         files=(
             WeightFile("config.json", "", source="models/image_encoder/config.json"),

@@ -37,6 +37,7 @@ class Tower:
     def __init__(self, settings: ModelSettings, device: Device) -> None:
         prepare(device)
         self._device = device
+        self.runtime = f"torch {device}"
         import transformers
 
         folder = find(self.papers, settings)

@@ -8,9 +8,10 @@ import os
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import NamedTuple
 
 from filelock import FileLock
@@ -35,13 +36,13 @@ def known_weights(settings: ModelSettings) -> dict[str, Weight]:
     return WEIGHTS | {weight.name: weight for cls in backends for weight in cls.weights(settings)}
 
 
-def known(name: str, settings: ModelSettings) -> Weight:
-    """The papers of a weight.
+def known(name: str, settings: ModelSettings, others: Mapping[str, Weight] = MappingProxyType({})) -> Weight:
+    """The papers of a weight, or of one of `others`.
 
     Raises:
         WeightsError: for an unknown name; lists the known ones.
     """
-    weights = known_weights(settings)
+    weights = {**known_weights(settings), **others}
     if name not in weights:
         near = get_close_matches(name, weights, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -62,7 +63,7 @@ def find(weight: Weight, settings: ModelSettings, task: str = "") -> Path:
     if path is None and settings.allow_download:
         return fetch(weight)
     if path is None:
-        raise WeightsError(f"The weights {weight.name!r} are missing: {_remedy(weight, weight.under(_roots()[0]))}")
+        raise WeightsError(f"The weights {weight.name!r} are missing: {_remedy(weight, weight.under(roots()[0]))}")
     for file, location in weight.paths(path, task).items():
         if not _matches(location, file):
             wrong = f"{location} has sha256 {sha256_of_file(location)}, not {file.sha256}"
@@ -70,54 +71,85 @@ def find(weight: Weight, settings: ModelSettings, task: str = "") -> Path:
     return path
 
 
-def card(weight: Weight, task: str, settings: ModelSettings) -> ModelCard:
-    """The card of a weight's file for a task; the file is found and verified for it."""
-    for file, location in weight.paths(find(weight, settings, task), task).items():
+def located(weight: Weight, task: str, settings: ModelSettings) -> tuple[Path, bool]:
+    """The path of a weight's file for a task, and whether it is there and whole; if it is not, where it belongs.
+
+    Raises:
+        WeightsError: when the weight holds no such file, or its path in `models.paths` is wrong.
+    """
+    (state,) = states([weight], settings, task=task, hashes=True)
+    for file, path in weight.paths(state.path or weight.under(roots()[0]), task).items():
         if file.task == task:
-            return ModelCard(weight.name, task, sha256_of_file(location), weight.licence, weight.commercial)
+            return path, state.is_ready
     raise WeightsError(f"The weights {weight.name!r} do not hold a {task}.")
 
 
-def require_licences(cards: Iterable[ModelCard], settings: ModelSettings) -> None:
-    """Refuse weights that forbid commercial use until the user has accepted that once.
+def card(weight: Weight, task: str, settings: ModelSettings) -> ModelCard:
+    """The card of a weight's file for a task: of the verified file, or, while it is lacking, by its papers.
 
     Raises:
-        WeightsError: names the weights, their licences, and the setting that accepts them.
+        WeightsError: when the weight holds no such file, or its path in `models.paths` is wrong.
     """
-    if settings.accept_noncommercial:
-        return
-    bound = [f"{model.name} ({model.licence})" for model in cards if not model.commercial]
-    if bound:
-        raise WeightsError(
-            f"These weights may not be used commercially: {'; '.join(bound)}. Accept their licences once with "
-            "`--set models.accept_noncommercial=true`, or choose `--profile permissive`."
-        )
+    path, is_ready = located(weight, task, settings)
+    sha256 = next(file.sha256 for file in weight.files if file.task == task)
+    return ModelCard(
+        weight.name,
+        task,
+        sha256_of_file(path) if is_ready else sha256,
+        weight.licence,
+        weight.commercial,
+        lacks=None if is_ready else weight,
+    )
+
+
+def unaccepted(cards: Iterable[ModelCard], settings: ModelSettings) -> str:
+    """A sentence that names all weights which forbid commercial use, until the user has accepted that once, and how."""
+    bound = {card.name: card.licence for card in cards if not card.commercial}
+    if settings.accept_noncommercial or not bound:
+        return ""
+    licences = dict.fromkeys(bound.values())
+    names = [f"{', '.join(name for name in bound if bound[name] == licence)} ({licence})" for licence in licences]
+    return (
+        f"These weights may not be used commercially: {'; '.join(names)}. Accept their licences once with "
+        "`--set models.accept_noncommercial=true`, or choose `--profile permissive`."
+    )
 
 
 class WeightState(NamedTuple):
-    """A weight as `models list` and `models check` show it."""
+    """Where a weight is, as `models list` and `models check` show it."""
 
     weight: Weight
     state: str
     """missing, found (not compared), verified, given (by models.paths), or wrong: and which file."""
     path: Path | None
+    is_ready: bool
+    """Whether a run can use it: it is given, or there and, where files were compared, whole."""
+
+    @property
+    def target(self) -> Path:
+        """The path of the weight, or, while it is missing, the one that it should get."""
+        return self.path or self.weight.under(roots()[0])
 
 
-def states(weights: Iterable[Weight], settings: ModelSettings, *, hashes: bool = False) -> list[WeightState]:
-    """Where weights are; with `hashes`, their files are read and compared too."""
+def states(
+    weights: Iterable[Weight], settings: ModelSettings, *, task: str = "", hashes: bool = False
+) -> list[WeightState]:
+    """Where weights are, or what a task needs of them; with `hashes`, their files are read and compared too."""
     rows = []
     for weight in weights:
-        given = _given(weight, settings)
-        path = given or _installed(weight)
-        state = "given" if given else "found" if path else "missing"
+        given = _given(weight, settings, task)
+        path = given or _installed(weight, task)
+        state, is_ready = "given" if given else "found" if path else "missing", path is not None
         if path and hashes:
-            wrong = [at.name for file, at in weight.paths(path).items() if not _matches(at, file)]
+            wrong = [at.name for file, at in weight.paths(path, task).items() if not _matches(at, file)]
             state = f"{'given, ' if given else ''}wrong sha256: {', '.join(wrong)}" if wrong else "verified"
-        rows.append(WeightState(weight, state, path))
+            is_ready = not wrong or given is not None
+        rows.append(WeightState(weight, state, path, is_ready))
     return rows
 
 
-def _roots() -> list[Path]:
+def roots() -> list[Path]:
+    """The folders in which weights are looked for, in order."""
     given = os.environ.get("FACESHARDS_MODELS")
     return [Path(given).expanduser(), cache_root()] if given else [cache_root()]
 
@@ -137,7 +169,7 @@ def _given(weight: Weight, settings: ModelSettings, task: str = "") -> Path | No
 
 
 def _installed(weight: Weight, task: str = "") -> Path | None:
-    for root in _roots():
+    for root in roots():
         path = weight.under(root)
         if all(location.is_file() for location in weight.paths(path, task).values()):
             return path
@@ -184,7 +216,7 @@ def fetch(weight: Weight, root: Path | None = None) -> Path:
                     whole.unlink()
                     raise ValueError(f"{file.name} has sha256 {wrong}, not {file.sha256}, and was deleted")
                 whole.chmod(partial.stat().st_mode & 0o666)  # pooch's files are for their owner's eyes only
-                targets[file].parent.mkdir(exist_ok=True)
+                targets[file].parent.mkdir(parents=True, exist_ok=True)
                 os.replace(whole, targets[file])
             shutil.rmtree(partial, ignore_errors=True)
     except (OSError, ValueError, zipfile.BadZipFile) as error:

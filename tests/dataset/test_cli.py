@@ -66,8 +66,8 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(name, command, part, t
     cases = mistakes(tmp_path, part)
     assert tuple(cases) == NAMES
     words, named = cases[name]
-    if command == "plan" and ("out" in name or "absent" in name):
-        pytest.skip("plan neither writes nor starts anything")
+    if command == "plan" and ("out" in name or "absent" in name or name == "missing weights"):
+        pytest.skip("plan neither writes nor starts anything, and needs no weights")
     out = tmp_path / "out"
     result = CliRunner().invoke(app, [command, *(["--out", str(out)] if "--out" not in words else []), *words])
     assert isinstance(result.exception, UserError), result.output
@@ -104,18 +104,32 @@ def test_each_command_explains_itself(words):
 def test_plan_shows_steps_models_and_work_and_writes_nothing(tmp_path):
     result = CliRunner().invoke(app, ["plan", "--out", str(tmp_path / "out")], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
-    for word in ("embed_face", "several_faces", "grabcut", "Intel License", "22 pass the metadata filter", "1 left"):
+    words = ("embed_face", "several_faces", "grabcut", "Intel License", "22 pass the metadata filter", "1 left")
+    for word in (*words, "Verdict: ready."):
         assert word in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_plan_without_weights_is_a_whole_plan_that_says_what_is_missing(part, tmp_path, monkeypatch):
+    monkeypatch.setenv("FACESHARDS_MODELS", str(tmp_path / "models"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = ["--shards", str(part), "--out", str(tmp_path / "out")]
+    planned = subprocess.run([sys.executable, "-m", "pipeline", "plan", *words], capture_output=True, text=True)
+    assert planned.returncode == 0, planned.stderr
+    assert "Shards: 1 of" in planned.stdout
+    listed, verdict = planned.stdout.rstrip("\n").split("Missing on this machine:")[1].rsplit("\n", 1)
+    assert verdict.startswith(
+        "Verdict: NOT READY. Weights are missing: buffalo_l, bisenet, clip-vit-h (2,870,284,265 bytes"
+    )
+    refused = subprocess.run([sys.executable, "-m", "pipeline", "dataset", *words], capture_output=True, text=True)
+    assert refused.returncode == 2
+    sentence, _, below = refused.stderr.partition("\n")
+    assert sentence.removeprefix("error: ") == verdict.removeprefix("Verdict: NOT READY. ")
+    assert below.strip() == listed.strip()
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "models").exists()
 
 
 def test_config_lists_every_key():
     result = CliRunner().invoke(app, ["config"], env={"COLUMNS": "200"})
     assert "crop.face_share.portrait" in result.output
-
-
-def test_models_are_listed_with_their_licences():
-    result = CliRunner().invoke(app, ["models"], env={"COLUMNS": "250"})
-    assert result.exit_code == 0, result.output
-    assert "buffalo_l" in result.output
-    assert "clip-vit-h" in result.output

@@ -1,8 +1,14 @@
+import shutil
+from dataclasses import replace
+
 import pytest
 
 from pipeline.dataset.config import load_config
+from pipeline.dataset.inventory import known_models
 from pipeline.dataset.plan import make_plan, prove
+from pipeline.shared.bases import BASES, find_base
 from schemas.columns import LEDGER
+from schemas.digest import sha256_of_file
 from schemas.errors import ConfigError, PlanError, WeightsError
 from schemas.shard import SUFFIXES
 from stages import STAGES
@@ -66,13 +72,67 @@ def test_an_unknown_backend_names_the_known_ones():
         plan_of("models.detector=scrfdd")
 
 
-def test_missing_weights_say_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("FACESHARDS_MODELS", str(tmp_path))
+@pytest.fixture
+def nothing(tmp_path, monkeypatch):
+    """A machine without weights and bases; the value is the folder where they belong."""
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("FACESHARDS_MODELS", str(tmp_path / "models"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "models"
+
+
+FULL = ("encode.latents=true", "encode.text=true", "models.screen=buffalo_sc")
+"""With the default profile it needs five weights, and the licences of three."""
+
+
+def test_all_missing_weights_and_licences_are_named_at_once(nothing):
+    config = load_config(None, FULL)
     with pytest.raises(WeightsError) as caught:
-        plan_of("models.detector=scrfd")
-    for part in ("buffalo_l", "sha256", str(tmp_path), "models fetch"):
-        assert part in str(caught.value)
+        make_plan(config)
+    message, details = str(caught.value), caught.value.details
+    assert "\n" not in message
+    names = ("buffalo_l", "buffalo_sc", "bisenet", "clip-vit-h", "sd15")
+    assert f"models fetch {' '.join(names)}`" in message
+    assert "accept_noncommercial=true" in message
+    assert "bisenet (code MIT; weights trained on CelebAMask-HQ" in message
+    for weight in map(known_models(config.models).get, names):
+        for file, path in weight.paths(weight.under(nothing)).items():
+            assert str(path) in details
+            assert file.sha256 in details
+            assert f"{file.bytes:,} bytes" in details or not file.bytes
+        for file in [weight.archive] if weight.archive else weight.files:
+            assert weight.url(file) in details
+    assert not nothing.exists()
+
+
+def test_a_dry_run_needs_no_weights_and_has_the_digest_of_the_run(nothing, monkeypatch):
+    folder = find_base("tiny").folder
+    hub = BASES["sd15"]
+    hashes = {file: (1, sha256_of_file(folder / file)) for file in hub.weights}
+    monkeypatch.setitem(BASES, "sd15", replace(hub, weights=hashes))
+    config = load_config(None, ["encode.latents=true", "encode.text=true"], shards="sample")
+    before = make_plan(config, dry_run=True)
+    assert [(state.weight.name, state.state) for state in before.lacks] == [("sd15", "missing")]
+    assert before.refusal
+    shutil.copytree(folder, nothing / "sd15")
+    after = make_plan(config, dry_run=True)
+    assert not after.lacks
+    assert not after.refusal
+    assert after.digest == before.digest == make_plan(config).digest
+    (nothing / "sd15/vae/config.json").unlink()
+    (state,) = make_plan(config, dry_run=True).lacks
+    assert "vae/config.json" in state.state
+
+
+@pytest.mark.real_data
+def test_the_digest_of_a_missing_weight_is_that_of_the_weight(nothing, data, monkeypatch):
+    config = load_config(None, ["models.detector=yunet"], shards="sample")
+    missing = make_plan(config, dry_run=True)
+    monkeypatch.setenv("FACESHARDS_MODELS", str(data / "models/extra"))
+    assert [state.weight.name for state in missing.lacks] == ["yunet"]
+    assert make_plan(config).digest == missing.digest
 
 
 @pytest.mark.real_data

@@ -181,6 +181,7 @@ def test_an_absent_base_says_what_to_fetch_and_where_to_put_it(nowhere, monkeypa
     assert REPOSITORY in told
     assert "FACESHARDS_MODELS" in told
     assert "CreativeML OpenRAIL-M" in told
+    assert "models fetch sd15" in told
     monkeypatch.setenv("FACESHARDS_MODELS", str(tmp_path / "models"))
     told = refusal("sdxl", WeightsError)
     assert "stabilityai/stable-diffusion-xl-base-1.0" in told
@@ -198,8 +199,12 @@ def test_a_base_of_the_hugging_face_cache_is_found(nowhere):
     assert (found.name, found.folder, found.licence) == ("sd15", folder, "CreativeML OpenRAIL-M")
 
 
-def test_the_models_folder_comes_before_the_cache(nowhere, monkeypatch, tmp_path):
+def test_the_models_folder_comes_before_the_caches(nowhere, monkeypatch, tmp_path):
     test_a_base_of_the_hugging_face_cache_is_found(nowhere)
+    with monkeypatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        fetched = copy(tmp_path / "cache/faceshards/models/sd15")
+        assert find_base("sd15").folder == fetched
     monkeypatch.setenv("FACESHARDS_MODELS", str(tmp_path / "models"))
     folder = copy(tmp_path / "models" / "sd15")
     assert find_base("sd15").folder == folder

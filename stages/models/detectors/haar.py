@@ -49,6 +49,8 @@ _Grey = npt.NDArray[np.uint8]
 class Haar:
     """Frontal faces by a cascade; `score` is n / (n + 10) for n overlapping hits, so 0.5 asks for ten."""
 
+    runtime = "opencv cpu"
+
     def __init__(self, settings: ModelSettings, device: Device) -> None:
         """The photo is reduced to a long side of `det_size`.
 

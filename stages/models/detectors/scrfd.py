@@ -53,6 +53,7 @@ class Scrfd:
         self._size = settings.det_size
         self._threshold = settings.det_thresh
         self._model = _network(settings, device)
+        self.runtime: str = self._model.runtime
         if not self._model.use_kps:
             raise WeightsError(
                 f"{path} gives boxes without the five points: choose a pack whose detector has them (kps)."
@@ -177,6 +178,7 @@ class _OneByOne:
         from stages.models.onnx import load
 
         self._model = load(path, "detection", device)
+        self.runtime = f"onnxruntime {self._model.session.get_providers()[0]}"
         self.use_kps: bool = self._model.use_kps
         self.static_input_size = self._model.static_input_size
 

@@ -29,6 +29,7 @@ class ScrfdTorch:
     def __init__(self, path: Path, device: Device, *, size: int = 0, dtype: Any = None, **options: Any) -> None:
         """`size` is that of a batch; 0 leaves it to the device. `options` are those of `Batches`."""
         prepare(device)
+        self.runtime = f"torch {device}"
         module = OnnxModule(path)
         outputs = len(module.output_names)
         if outputs not in _STRIDES:

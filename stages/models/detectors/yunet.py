@@ -18,6 +18,8 @@ _TOP_K = 5000
 class YuNet:
     """OpenCV's FaceDetectorYN on the photo, reduced so that its long side is at most `det_size`."""
 
+    runtime = "opencv cpu"
+
     def __init__(self, settings: ModelSettings, device: Device) -> None:
         cv2.setNumThreads(1)
         path = find(WEIGHTS["yunet"], settings)

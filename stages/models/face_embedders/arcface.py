@@ -32,11 +32,13 @@ class ArcFace:
             from stages.models.face_embedders.arcface_torch import ArcFaceTorch
 
             self._model = ArcFaceTorch(path, device, compiled=settings.compile)
+            self.runtime = f"torch {device}"
         else:
             from stages.models.onnx import load
 
             self._model = load(path, "recognition", device)
             self._size = _GPU_BATCH if device == "cuda" and self._keeps_faces_apart(_GPU_BATCH) else 1
+            self.runtime = f"onnxruntime {self._model.session.get_providers()[0]}"
         dimension = self._model.output_shape[-1]
         if self._model.input_size != (112, 112) or dimension != 512:
             raise WeightsError(

@@ -29,6 +29,8 @@ _Doubles = npt.NDArray[np.float64]
 class Lbp:
     """Histograms of uniform patterns on a 7x7 grid, and HOG of the same cells, under a random projection."""
 
+    runtime = "opencv cpu"
+
     def __init__(self, settings: ModelSettings, device: Device) -> None:
         cv2.setNumThreads(1)
         # code -> bin: the 58 codes with at most two changes around the circle have their own, all others share one

@@ -35,6 +35,8 @@ _Halves = npt.NDArray[np.float16]
 class Patches:
     """`clip` (N, 1024) and `clip_hidden` (N, 257, 1280), float16, by fixed random projections."""
 
+    runtime = "numpy cpu"
+
     def __init__(self, settings: ModelSettings, device: Device) -> None:
         cv2.setNumThreads(1)
         random = np.random.Generator(np.random.PCG64(_SEED))

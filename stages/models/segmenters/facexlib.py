@@ -44,6 +44,7 @@ class FacexlibParser:
 
     def __init__(self, settings: ModelSettings, device: Device) -> None:
         prepare(device)
+        self.runtime = f"torch {device}"
         self._name = settings.parser
         from facexlib.parsing import init_parsing_model
 

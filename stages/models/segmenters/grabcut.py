@@ -33,6 +33,8 @@ none is, and between them the colours decide, starting from the second as a gues
 class GrabCut:
     """Face against background, from three ellipses around the five points."""
 
+    runtime = "opencv cpu"
+
     def __init__(self, settings: ModelSettings, device: Device) -> None:
         """Nothing to load."""
         cv2.setNumThreads(1)

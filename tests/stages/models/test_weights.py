@@ -12,17 +12,21 @@ import threading
 import warnings
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
+from pipeline.dataset.config import load_config
+from pipeline.dataset.plan import make_plan
 from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
 from stages.models import packs, weights
-from stages.models.backends import REGISTRIES, ModelCard
+from stages.models.backends import REGISTRIES, Faces, Image, ModelCard
 from stages.models.papers import WEIGHTS, Weight, WeightFile
 from stages.settings import ModelSettings
 
@@ -241,7 +245,7 @@ HUB = """
     from stages.models import weights
     from stages.models.papers import Weight, WeightFile
     files = (
-        WeightFile("config.json", "", source="encoder/config.json"),
+        WeightFile("part/config.json", "", source="encoder/config.json"),
         WeightFile("model.bin", "detector", 0, {sha256!r}, "encoder/model.bin"),
     )
     weight = Weight("hubtoy", files, "MIT", True, "page", {revision!r}, "paper", "pixels", "owner/toy")
@@ -267,7 +271,7 @@ def test_files_of_the_hub_come_at_their_revision_and_go_on_where_they_broke(serv
     server.content, server.cut_after = CONTENT * 12, 11 << 20  # the hub's library writes 10 MiB at a time
     folder = weights.cache_root() / "hubtoy"
     assert fetch_from_hub(server, places, hashlib.sha256(server.content).hexdigest()) == str(folder)
-    assert files_of(weights.cache_root()) == {"hubtoy/config.json", "hubtoy/model.bin"}
+    assert files_of(weights.cache_root()) == {"hubtoy/part/config.json", "hubtoy/model.bin"}
     assert (folder / "model.bin").read_bytes() == server.content
     assert {path for _, path, _ in server.requests} == {
         f"/owner/toy/resolve/{REVISION}/encoder/{name}" for name in ("config.json", "model.bin")
@@ -397,10 +401,13 @@ def test_unknown_file_of_a_folder_counts_as_non_commercial(places: Path, toy: We
 def test_licence_gate() -> None:
     free = ModelCard("free", "detector", "", "MIT", True)
     bound = ModelCard("bound", "segmenter", "", "research only", False)
-    weights.require_licences([free], ModelSettings())
-    weights.require_licences([free, bound], ModelSettings(accept_noncommercial=True))
-    with pytest.raises(WeightsError, match=r"bound \(research only\).*models\.accept_noncommercial=true"):
-        weights.require_licences([free, bound], ModelSettings())
+    other = ModelCard("other", "detector", "", "research only", False)
+    assert not weights.unaccepted([free], ModelSettings())
+    assert not weights.unaccepted([free, bound], ModelSettings(accept_noncommercial=True))
+    refusal = weights.unaccepted([free, bound, other], ModelSettings())
+    assert "bound, other (research only)" in refusal
+    assert "models.accept_noncommercial=true" in refusal
+    assert "free" not in refusal
 
 
 def test_list_and_check_tell_the_state(toy: Weight, places: Path) -> None:
@@ -425,10 +432,21 @@ class Newcomer:
     """A detector with weights of its own, as somebody adds one: a file, and a line in the registry."""
 
     papers: Weight
+    runtime = "thought alone"
+
+    def __init__(self, settings: ModelSettings, device: str) -> None:
+        weights.find(self.papers, settings)
 
     @classmethod
     def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:
         return (cls.papers,)
+
+    @classmethod
+    def cards(cls, settings: ModelSettings) -> list[ModelCard]:
+        return [weights.card(cls.papers, "detector", settings)]
+
+    def detect(self, image: Image) -> Faces:
+        return Faces(np.zeros((0, 4), np.float32), np.zeros((0, 5, 2), np.float32), np.zeros(0, np.float32))
 
 
 @pytest.fixture
@@ -453,7 +471,39 @@ def test_models_commands_know_a_backend_that_was_just_registered() -> None:
     assert "newcomer-v1" in models("list")
     models("fetch", *SETS)
     assert (weights.cache_root() / "new.bin").read_bytes() == CONTENT
-    assert "verified" in models("check", "newcomer-v1")
+    assert "verified; detector newcomer on thought alone" in models("check", "newcomer-v1")
+
+
+@pytest.mark.usefixtures("newcomer")
+def test_a_missing_weight_has_the_card_that_it_will_have_when_it_is_there() -> None:
+    (missing,) = Newcomer.cards(ModelSettings())
+    assert missing.lacks is Newcomer.papers
+    weights.fetch(Newcomer.papers)
+    (there,) = Newcomer.cards(ModelSettings())
+    assert there.lacks is None
+    assert there == replace(missing, lacks=None)
+
+
+@pytest.mark.usefixtures("newcomer")
+def test_a_run_may_fetch_what_is_missing_once_it_is_told_so_and_a_dry_run_never_does(server: Server) -> None:
+    config = load_config(None, [*(pair for pair in SETS if pair != "--set"), "models.allow_download=true"])
+    assert [state.weight.name for state in make_plan(config, dry_run=True).lacks] == ["newcomer-v1"]
+    assert not server.requests
+    assert not make_plan(config).lacks
+    assert (weights.cache_root() / "new.bin").read_bytes() == CONTENT
+
+
+@pytest.mark.usefixtures("newcomer")
+def test_a_damaged_weight_is_neither_used_nor_fetched_over_nor_loaded(server: Server) -> None:
+    damaged = put(weights.cache_root() / "new.bin", b"other")
+    config = load_config(None, [*(pair for pair in SETS if pair != "--set"), "models.allow_download=true"])
+    with pytest.raises(WeightsError, match=r"newcomer-v1 \(wrong sha256: new\.bin\)"):
+        make_plan(config)
+    assert not server.requests
+    assert damaged.read_bytes() == b"other"
+    result = CliRunner().invoke(app, ["models", "check", "newcomer-v1"])
+    assert result.exit_code == 2
+    assert "NOT USABLE as detector: newcomer-v1 is wrong sha256: new.bin" in result.output
 
 
 @pytest.mark.usefixtures("newcomer")

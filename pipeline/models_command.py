@@ -1,0 +1,95 @@
+"""`python -m pipeline models list | check | fetch`: what a machine needs before a run, offline ones too."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.options import ConfigFile, ProfileName, Sets, say
+from schemas.errors import ExitCode
+
+if TYPE_CHECKING:
+    from pipeline.dataset.config import Config
+
+app = typer.Typer(invoke_without_command=True, help="Weights: where they are, under which licence, how to get them.")
+Names = Annotated[list[str] | None, typer.Argument(help="Names of `models list`; default: what the profile needs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document, for programs.")]
+
+
+@app.callback()
+def models(context: typer.Context) -> None:
+    """List when no other word is given."""
+    if context.invoked_subcommand is None:
+        list_models()
+
+
+def _chosen(config: ConfigFile, sets: Sets, profile: ProfileName) -> "tuple[Config, bool]":
+    """The config, and whether it was chosen: then its weights are meant, else all."""
+    from pipeline.dataset.config import load_config
+
+    return load_config(config, sets or [], profile=profile), bool(config or sets or profile)
+
+
+@app.command("list")
+def list_models(
+    names: Names = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    profile: ProfileName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show weights and bases: file URLs, sizes, sha256, licences, and where each file is or belongs.
+
+    All that are known; with --profile, --config or --set those that such a run needs.
+    """
+    from pipeline.dataset.inventory import document, known_models, named, needed, text_of
+
+    settings, only = _chosen(config, sets, profile)
+    weights = needed(settings) if only else known_models(settings.models).values()
+    listed = document(named(names, settings.models) if names else weights, settings, only=only)
+    typer.echo(json.dumps(listed, indent=2)) if as_json else say(text_of(listed))
+
+
+@app.command("check")
+def check_models(
+    names: Names = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    profile: ProfileName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare sha256, load each model, and tell what computes it, its time per image, and that batch = single.
+
+    All that are on this machine; with --profile, --config or --set all that such a run needs. Exit code 2 when one
+    that is named or needed is missing, and when any is damaged or cannot be loaded.
+    """
+    from pipeline.dataset.check_models import checks
+    from pipeline.dataset.inventory import known_models, named, state_of
+
+    settings, only = _chosen(config, sets, profile)
+    here = [one for one in known_models(settings.models).values() if state_of(one, settings.models).path]
+    done = []
+    for check in checks(settings, named(names, settings.models) if names else None if only else here):
+        done.append(check._asdict())
+        if not as_json:
+            say(str(check))
+    if as_json:
+        typer.echo(json.dumps(done, indent=2))
+    elif not done:
+        say("No weights are on this machine: `python -m pipeline models list` says what to fetch.")
+    if any(check["problem"] for check in done):
+        raise typer.Exit(ExitCode.USER_ERROR)
+
+
+@app.command("fetch")
+def fetch_models(
+    names: Names = None, config: ConfigFile = None, sets: Sets = None, profile: ProfileName = None
+) -> None:
+    """Download weights and bases into the cache; files of the hub go on where they were interrupted."""
+    from pipeline.dataset.inventory import named, needed
+    from stages.models.weights import fetch
+
+    settings, _ = _chosen(config, sets, profile)
+    wanted = [weight for weight in needed(settings) if weight.name not in settings.models.paths]
+    for weight in named(names, settings.models) if names else wanted:
+        say(f"{weight.name}: {fetch(weight)}")

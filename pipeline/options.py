@@ -1,0 +1,19 @@
+"""The options that commands of `python -m pipeline` share, and how these print."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+console = Console()
+errors = Console(stderr=True)
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with the keys that --set takes.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="One config key, such as filter.min_face_px=160.")]
+ProfileName = Annotated[str | None, typer.Option("--profile", help="embedded, insightface or permissive.")]
+
+
+def say(text: str, to: Console = console) -> None:
+    """Lines as they are, however long."""
+    to.print(text, highlight=False, markup=False, soft_wrap=True)
