@@ -20,7 +20,7 @@ _ROWS, _THREADS_PER_CPU = 32, 2
 
 def product(bench: Bench) -> None:
     """Threads that share the models, a decoding process each: 88 % and 0 % without a face."""
-    if not (bench.pack and bench.pictures):
+    if not (bench.smoke or (bench.pack and bench.pictures)):
         bench.record({"skipped": "needs --pack and --photos: screen and detector are to see faces"})
         return
     decoder.similarity_of_old_skimage()
@@ -48,11 +48,13 @@ def product(bench: Bench) -> None:
 
             with ThreadPoolExecutor(threads) as pool:
                 works = [pool.submit(work) for _ in range(threads)]
-                time.sleep(settle)
-                before = snapshot()
-                time.sleep(seconds)
-                elapsed, cpu, photos, kept, *fill = snapshot() - before
-                over.set()
+                try:
+                    time.sleep(settle)
+                    before = snapshot()
+                    time.sleep(seconds)
+                    elapsed, cpu, photos, kept, *fill = snapshot() - before
+                finally:  # also when the step is over time
+                    over.set()
                 for each in works:
                     each.result()
             bench.record(
@@ -86,7 +88,7 @@ def _steps(bench: Bench, rows: int) -> tuple[list[Any], dict[str, Any]]:
     from stages.settings import Settings
 
     models = {
-        "pack": str(bench.pack),
+        "pack": str(bench.detector.parent),
         "screen": "detector",
         "runtime": {"detector": "torch"},
         "face_embedder": "lbp",
