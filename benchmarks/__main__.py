@@ -138,12 +138,14 @@ def sizes(material: Material, rounds: int) -> Iterator[Row]:
 
 
 def loader(material: Material, rounds: int) -> Iterator[Row]:
-    """Reading samples to train on, against webdataset's own reader and decoders."""
+    """Reading samples to train on, against webdataset's own reader and decoders; int8 against fp16."""
     import train_loader
 
     with tempfile.TemporaryDirectory() as folder:
-        ours, peers = train_loader.against_webdataset(Path(folder), 16 if material.smoke else 800, rounds)
-    yield row("loader: ID, CLIP hidden states, latents; webdataset", ours, peers, "ms a sample")
+        costs = train_loader.in_turn(Path(folder), 16 if material.smoke else 600, rounds)
+    part = "loader: ID, hidden states, latents"
+    yield row(f"{part}, against webdataset", costs["fp16"], costs["webdataset"], "ms a sample")
+    yield row(f"{part}, int8 against fp16", costs["int8"], costs["fp16"], "ms a sample")
 
 
 CASES = {

@@ -7,10 +7,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -48,9 +49,13 @@ def words(material: Material, sets: Mapping[str, object]) -> list[str]:
     return [word for name, value in {**given, **sets}.items() for word in ("--set", f"{name}={value}")]
 
 
-def measured(command: Sequence[str]) -> Cost:
-    """Run it, and look at all its processes every tenth of a second: what the last moment of one costs is lost."""
+def measured(command: Sequence[str], out: Path | None = None, marks: Sequence[int] = ()) -> Cost:
+    """Run it, and look at all its processes every tenth of a second: what the last moment of one costs is lost.
+
+    With two `marks`, what was spent per shard between the moments when so many shards of `out` were done.
+    """
     cpu: dict[tuple[int, float], tuple[str, float]] = {}
+    moments: list[tuple[int, Counter[str], float]] = []
     peak, begun = 0.0, time.monotonic()
     with tempfile.TemporaryFile() as output:
         run = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -67,14 +72,24 @@ def measured(command: Sequence[str]) -> Cost:
                         kind = cpu[key][0]  # one that made a shard has nothing to do
                     cpu[key] = kind, times.user + times.system
                     peak = max(peak, _peak_mib(process.pid))
+            if len(moments) < len(marks) and (done := len(list(out.glob("shards/*.json")))) >= marks[len(moments)]:
+                moments.append((done, _by_kind(cpu), time.monotonic()))
             time.sleep(POLL_S)
         if run.wait():
             output.seek(0)
             raise RuntimeError(f"{' '.join(command)} ended with {run.returncode}:\n{output.read().decode()[-2000:]}")
+    if not marks:
+        return Cost(_by_kind(cpu), time.monotonic() - begun, peak)
+    (few, before, then), (many, after, now) = moments
+    per_shard = Counter({kind: (after[kind] - before[kind]) / (many - few) for kind in after})
+    return Cost(per_shard, (now - then) / (many - few), peak)
+
+
+def _by_kind(cpu: Mapping[Any, tuple[str, float]]) -> Counter[str]:
     total: Counter[str] = Counter()
     for kind, seconds in cpu.values():
         total[kind] += seconds
-    return Cost(total, time.monotonic() - begun, peak)
+    return total
 
 
 def _kind(process: psutil.Process) -> str:
@@ -102,24 +117,22 @@ def plain(urls: Sequence[str]) -> pa.Table:
     return pa.table({"URL": urls, "TEXT": ["a person"] * len(urls)})
 
 
-def dataset(metadata: pa.Table, words: Sequence[str]) -> Cost:
-    """Of a run over these rows."""
+def dataset(metadata: pa.Table, words: Sequence[str], marks: Sequence[int] = ()) -> Cost:
+    """Of a run over these rows; see `measured`."""
     with tempfile.TemporaryDirectory() as folder:
-        part = Path(folder, "part.parquet")
+        part, out = Path(folder, "part.parquet"), Path(folder, "out")
         pq.write_table(metadata, part)
-        command = [sys.executable, "-m", "pipeline", "dataset", "--shards", str(part), "--out", f"{folder}/out"]
-        return measured([*command, *words])
+        command = [sys.executable, "-m", "pipeline", "dataset", "--shards", str(part), "--out", str(out), *words]
+        return measured(command, out, marks)
 
 
-def per_row(
-    urls: Sequence[str], short: int, words: Sequence[str], metadata: Callable[[Sequence[str]], pa.Table] = plain
-) -> Cost:
+def per_row(urls: Sequence[str], short: int, words: Sequence[str]) -> Cost:
     """Per URL after the first `short`: what a run over all of them costs more than one over these.
 
     With 0 the start of a run is not excluded.
     """
-    one = dataset(metadata(urls[:short]), words) if short else Cost(Counter(), 0.0, 0.0)
-    other = dataset(metadata(urls), words)
+    one = dataset(plain(urls[:short]), words) if short else Cost(Counter(), 0.0, 0.0)
+    other = dataset(plain(urls), words)
     rows = len(urls) - short
     cpu = Counter({kind: (other.cpu[kind] - one.cpu[kind]) / rows for kind in other.cpu})
     return Cost(cpu, (other.wall - one.wall) / rows, other.peak_mib)

@@ -23,6 +23,7 @@ BATCH = 32
 # 100 of the 128 parts of laion2B-en: an order of magnitude, each factor from another source.
 FETCHES, ALIVE, WITH_FACE, KEPT = 59e6, 0.65, 0.12, 2e6
 IMAGE_BYTES, SAMPLE_BYTES = 300e3, 2.2e6
+ROWS_PER_SHARD = 1000
 # A node, and what all share.
 CORES, NODE_BYTES_S, SITE_BYTES_S = 16, 10e9 / 8, 100e9 / 8
 FETCHES_S = 827.0
@@ -102,9 +103,9 @@ def cluster(cpu: Mapping[str, float], nodes: int, gpus: int) -> tuple[float, dic
     capacity = {"driver": 1, "distance": CORES + 1, "site's link": 1, "node's link": 1, "shards": CORES + 1}
     capacity |= {"workers": CORES, "cores": CORES, "GPU": max(1, gpus)}
     batches = [Stage(BATCH * stage.seconds, stage.on) for stage in stages.values()]
-    seconds, busy = simulate(batches, capacity, 2000, ahead=256)
+    seconds, busy = simulate(batches, capacity, 600, ahead=8 * CORES)
     per_row = {"cores": stages["shard"].seconds + stages["models"].seconds, "GPU": stages["GPU"].seconds}
-    return nodes * 2000 * BATCH / seconds, busy, per_row
+    return nodes * 600 * BATCH / seconds, busy, per_row
 
 
 def table(cpu: Mapping[str, float]) -> str:
@@ -131,14 +132,16 @@ def main() -> None:
     import scaling_costs
     from material import Material
 
-    with tempfile.TemporaryDirectory() as folder:
-        material = Material(Path(folder), "--smoke" in sys.argv)
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other:
+        material, tiny = Material(Path(folder), smoke=False), Material(Path(other), smoke=True)
         print("| stage | rows | CPU ms a row |\n|---|---|---|")
         for name, rows, cost in scaling_costs.by_stage(material):
-            print(f"| {name} | {rows} | {cost:.2f} |")
-        cpu = scaling_costs.on_ray(material, 1).cpu
+            print(f"| {name} | {rows} | {cost:.2f} |", flush=True)
+        cpu = dict(scaling_costs.on_ray(material, 1, 50, 24).cpu)
+        per_row, per_shard = scaling_costs.of_driver(tiny)
     print("\nCPU ms a fetched row on Ray: " + ", ".join(f"{kind} {1000 * value:.2f}" for kind, value in cpu.items()))
-    print(f"\n{table(cpu)}")
+    print(f"of the driver: {1000 * per_row:.3f} and {1000 * per_shard:.1f} a shard")
+    print(f"\n{table({**cpu, 'driver': per_row + per_shard / ROWS_PER_SHARD})}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from pipeline.dataset.rows import Rows
 ROWS_PER_FETCH = 30
 """Of laion2B-en's rows 3.3 % have 1,024 px on both sides."""
 
+SETS = {"models.screen": "detector"}
+
 
 def laion_like(urls: Sequence[str]) -> pa.Table:
     """Metadata of these as large images, each followed by 29 small ones, which are not fetched."""
@@ -41,25 +43,32 @@ def third_dead(material: Material) -> list[str]:
     return [name for two in zip(photos[::2], photos[1::2], strict=True) for name in (*two, "gone")]
 
 
-def on_ray(material: Material, workers: int) -> runs.Cost:
-    """Per fetched row; the server's processor time too, which is this machine's as well."""
-    rows = 16 if material.smoke else 1600
-    sets = {"executor.name": "ray", "executor.workers": workers, "source.rows_per_shard": max(1, rows // 32)}
+def on_ray(material: Material, workers: int, rows_per_shard: int, shards: int) -> runs.Cost:
+    """Per fetched row between a quarter and three quarters of a run; the server's processor time too."""
+    rows = rows_per_shard * shards
+    sets = {**SETS, "executor.name": "ray", "executor.workers": workers, "source.rows_per_shard": rows_per_shard}
     with serving(material.web) as (port, pid):
-        server = psutil.Process(pid)
-        urls = runs.urls(port, third_dead(material), rows)
-        short = 0 if material.smoke else rows // 4
-        cost = runs.per_row(urls, short, runs.words(material, sets), laion_like)
+        server, urls = psutil.Process(pid), runs.urls(port, third_dead(material), rows)
+        marks = shards // 4, shards * 3 // 4
+        cost = runs.dataset(laion_like(urls), runs.words(material, sets), marks)
         times = server.cpu_times()
-    cost.cpu["server"] = (times.user + times.system) / (rows + short)
-    return cost
+    cpu = Counter({kind: seconds / rows_per_shard for kind, seconds in cost.cpu.items()})
+    cpu["server"] = (times.user + times.system) / rows
+    return runs.Cost(cpu, cost.wall / rows_per_shard, cost.peak_mib)
+
+
+def of_driver(material: Material) -> tuple[float, float]:
+    """CPU seconds of the driver per fetched row and per shard; the photos and models do not matter to it."""
+    small, large = 25, 150
+    few, many = (on_ray(material, 1, rows, 16).cpu["driver"] for rows in (small, large))
+    per_shard = (few - many) / (1 / small - 1 / large)
+    return many - per_shard / large, per_shard
 
 
 def check(material: Material, rounds: int) -> Iterator[dict[str, Any]]:
     """Time per row with one and two workers, simulated by the processes' CPU times with one, and measured."""
-    costs = {
-        workers: [on_ray(material, workers) for _ in range(rounds)] for workers in ((1,) if material.smoke else (1, 2))
-    }
+    counts, size = ((1,), (2, 8)) if material.smoke else ((1, 2), (50, 24))
+    costs = {workers: [on_ray(material, workers, *size) for _ in range(rounds)] for workers in counts}
     cpu = {kind: statistics.median(cost.cpu[kind] for cost in costs[1]) for kind in costs[1][0].cpu}
     for workers, of_workers in costs.items():
         times = 1000 * scaling.one_machine(cpu, workers), 1000 * statistics.median(cost.wall for cost in of_workers)
@@ -75,7 +84,7 @@ def by_stage(material: Material) -> Iterator[tuple[str, int, float]]:
     with tempfile.TemporaryDirectory() as folder, runs.served(material.web, third_dead(material), rows) as urls:
         part = Path(folder, "part.parquet")
         pq.write_table(runs.plain(urls), part)
-        config = load_config(None, runs.words(material, {})[1::2], shards=str(part), executor="local")
+        config = load_config(None, runs.words(material, SETS)[1::2], shards=str(part), executor="local")
         with prepared(str(part), config) as job:
             download, *steps = load(job.plan, job.plan.steps[1:])
             (seeds,) = job.shards()

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
@@ -46,8 +47,14 @@ def main() -> None:
         left = args.limit - (time.monotonic() - begun)
         if args.only not in part:
             continue
+
+        def note(result: dict[str, Any], part: str = part) -> None:
+            nonlocal failed
+            failed |= "error" in result
+            record({"part": part, **result})
+
         try:
-            run(device, lambda result, part=part: record({"part": part, **result}), left)
+            run(device, note, left)
         except Exception as error:
             failed = True
             traceback.print_exc()
