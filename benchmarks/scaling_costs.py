@@ -26,8 +26,6 @@ from pipeline.dataset.rows import Rows
 ROWS_PER_FETCH = 30
 """Of laion2B-en's rows 3.3 % have 1,024 px on both sides."""
 
-SETS = {"models.screen": "detector"}
-
 
 def laion_like(urls: Sequence[str]) -> pa.Table:
     """Metadata of these as large images, each followed by 29 small ones, which are not fetched."""
@@ -46,7 +44,7 @@ def third_dead(material: Material) -> list[str]:
 def on_ray(material: Material, workers: int, rows_per_shard: int, shards: int) -> runs.Cost:
     """Per fetched row between a quarter and three quarters of a run; the server's processor time too."""
     rows = rows_per_shard * shards
-    sets = {**SETS, "executor.name": "ray", "executor.workers": workers, "source.rows_per_shard": rows_per_shard}
+    sets = {"executor.name": "ray", "executor.workers": workers, "source.rows_per_shard": rows_per_shard}
     with serving(material.web) as (port, pid):
         server, urls = psutil.Process(pid), runs.urls(port, third_dead(material), rows)
         marks = shards // 4, shards * 3 // 4
@@ -84,7 +82,7 @@ def by_stage(material: Material) -> Iterator[tuple[str, int, float]]:
     with tempfile.TemporaryDirectory() as folder, runs.served(material.web, third_dead(material), rows) as urls:
         part = Path(folder, "part.parquet")
         pq.write_table(runs.plain(urls), part)
-        config = load_config(None, runs.words(material, SETS)[1::2], shards=str(part), executor="local")
+        config = load_config(None, runs.words(material, {})[1::2], shards=str(part), executor="local")
         with prepared(str(part), config) as job:
             download, *steps = load(job.plan, job.plan.steps[1:])
             (seeds,) = job.shards()
