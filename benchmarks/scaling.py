@@ -84,15 +84,18 @@ def one_machine(cpu: Mapping[str, float], workers: int, cores: int = 2) -> float
     return simulate(stages, capacity, 400, ahead=4 * (workers + 1))[0] / (400 * BATCH)
 
 
-def cluster(cpu: Mapping[str, float], nodes: int, gpus: int) -> tuple[float, dict[str, float], dict[str, float]]:
+def cluster(
+    cpu: Mapping[str, float], nodes: int, gpus: int, drivers: int = 1
+) -> tuple[float, dict[str, float], dict[str, float]]:
     """Rows fetched per second, busy shares, and seconds per row by resource, with so many GPUs in each node.
 
-    Nodes are alike: each is simulated as if it were alone, and what all share were `nodes` times slower.
+    Nodes are alike: each is simulated as if it were alone, and what many share were as many times slower. `drivers`
+    runs, each of some of the parts, share the nodes.
     """
     features = KEPT / FETCHES * (VIT_S + PARSE_S)
     decoding = ALIVE * (REDUCED_S + WITH_FACE * DECODED_S)
     stages = {
-        "driver": Stage(nodes * cpu["driver"], ("driver",)),
+        "driver": Stage(nodes / drivers * cpu["driver"], ("driver",)),
         "distance": Stage(1 / FETCHES_S, ("distance",)),
         "site's link": Stage(nodes * ALIVE * IMAGE_BYTES / SITE_BYTES_S, ("site's link",)),
         "node's link": Stage(ALIVE * IMAGE_BYTES / NODE_BYTES_S, ("node's link",)),
@@ -111,20 +114,19 @@ def cluster(cpu: Mapping[str, float], nodes: int, gpus: int) -> tuple[float, dic
 def table(cpu: Mapping[str, float]) -> str:
     """Of docs/scaling.md."""
     lines = ["| nodes | fetches/s | hours | core hours | GPU hours | Gbit/s | waits for | busy |", "|" + "---|" * 8]
-    for gpus in (1, 0):
-        for nodes in (1, 10, 100):
-            rate, busy, per_row = cluster(cpu, nodes, gpus)
-            most = sorted(busy, key=lambda name: -busy[name])[:3]
-            cells = [
-                f"{nodes} {'with a GPU' if gpus else 'of CPUs alone'}",
-                f"{rate:,.0f}",
-                f"{FETCHES / rate / 3600:.3g}",
-                *(f"{FETCHES * per_row[name] / 3600:,.0f}" for name in ("cores", "GPU")),
-                f"{8 * rate * ALIVE * IMAGE_BYTES / 1e9:.3g}",
-                most[0],
-                ", ".join(f"{name} {busy[name]:.0%}" for name in most),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
+    for gpus, nodes, drivers in ((1, 1, 1), (1, 10, 1), (1, 100, 1), (1, 100, 10), (0, 1, 1), (0, 10, 1), (0, 100, 1)):
+        rate, busy, per_row = cluster(cpu, nodes, gpus, drivers)
+        most = sorted(busy, key=lambda name: -busy[name])[:3]
+        cells = [
+            f"{nodes} {'with a GPU' if gpus else 'of CPUs alone'}{f', {drivers} runs' if drivers > 1 else ''}",
+            f"{rate:,.0f}",
+            f"{FETCHES / rate / 3600:.3g}",
+            *(f"{FETCHES * per_row[name] / 3600:,.0f}" for name in ("cores", "GPU")),
+            f"{8 * rate * ALIVE * IMAGE_BYTES / 1e9:.3g}",
+            most[0],
+            ", ".join(f"{name} {busy[name]:.0%}" for name in most),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
