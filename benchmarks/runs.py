@@ -96,7 +96,7 @@ def _kind(process: psutil.Process) -> str:
     title = " ".join(process.cmdline())
     if "decoding_child" in title:  # part of what waits for it
         title = " ".join(process.parent().cmdline())
-    for kind, part in {"models": "ray::_Models", "shard": "ray::_make", "driver": "-m pipeline"}.items():
+    for kind, part in {"models": "ray::_Models", "shard": "ray::_Maker", "driver": "-m pipeline"}.items():
         if part in title:
             return kind
     return "ray"

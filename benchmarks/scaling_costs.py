@@ -67,7 +67,7 @@ def check(material: Material, rounds: int) -> Iterator[dict[str, Any]]:
     """Time per row with one and two workers, simulated by the processes' CPU times with one, and measured."""
     counts, size = ((1,), (2, 8)) if material.smoke else ((1, 2), (50, 24))
     costs = {workers: [on_ray(material, workers, *size) for _ in range(rounds)] for workers in counts}
-    cpu = {kind: statistics.median(cost.cpu[kind] for cost in costs[1]) for kind in costs[1][0].cpu}
+    cpu = Counter({kind: statistics.median(cost.cpu[kind] for cost in costs[1]) for kind in costs[1][0].cpu})
     for workers, of_workers in costs.items():
         times = 1000 * scaling.one_machine(cpu, workers), 1000 * statistics.median(cost.wall for cost in of_workers)
         shown = [f"{value:.4g} ms a row" for value in times]
