@@ -6,7 +6,7 @@ SHARDS ?= sample
 OUT ?= out
 ## CONFIG       TOML file with settings
 CONFIG ?=
-## ARGS         further arguments, such as "--set filter.min_face_px=96" (for test: to pytest)
+## ARGS         further arguments, such as "--set filter.min_face_px=96" (for test: to pytest; for bench: cases, see --help)
 ARGS ?=
 ## VARIANT      what to train: ip-adapter, plus, plus-face, full-face, faceid, faceid-portrait, faceid-plus, faceid-plusv2
 VARIANT ?= faceid-plusv2
@@ -23,7 +23,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup dataset train plan report verify models test lint bench-gpu bench-gpu-wheels image clean
+.PHONY: help setup dataset train plan report verify models test lint bench bench-gpu bench-gpu-wheels image clean
 
 PY    := .venv/bin/python
 STAMP  = .venv/.setup-$(EXTRA)
@@ -87,6 +87,9 @@ lint: $(STAMP) ## check style and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+bench: $(STAMP) ## a table of what it costs against its peers; ARGS=--smoke on tiny inputs, ARGS=--log adds it to docs/LOG.md [ARGS=]
+	$(PY) benchmarks $(ARGS)
 
 bench-gpu: $(STAMP) ## the ten-minute proof on this machine's GPU; ARGS=--smoke does it with tiny models [ARGS=]
 	$(PY) benchmarks/gpu $(ARGS)

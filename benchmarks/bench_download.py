@@ -16,7 +16,6 @@ excluded as the difference between a long and a short run. Bytes are those that 
 """
 
 import argparse
-import asyncio
 import io
 import json
 import os
@@ -28,12 +27,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from server import serving
 
 KINDS = {"l150": (1200, 1100), "l300": (1280, 1100), "l800": (2048, 1536), "l3000": (3000, 2400)}
 SMALL_KINDS = {"s60": (640, 480), "s90": (800, 600), "s120": (900, 700)}
@@ -59,7 +60,7 @@ def urls(args: argparse.Namespace, mix: str, rows: int) -> Iterator[str]:
         yield f"http://no-such-name-{n}.invalid/x.jpg" if kind == "unknown" else f"{base}/{kind}-{n}.jpg"
 
 
-# The server, where none is given
+# What is served, where no server is given
 
 
 def jpeg(width: int, height: int, size: int) -> bytes:
@@ -73,24 +74,10 @@ def jpeg(width: int, height: int, size: int) -> bytes:
     return buffer.getvalue().ljust(size, b"\0")
 
 
-async def serve() -> None:
-    """Prints its port; images by the first word of the path."""
-    images = {name: jpeg(*sides, 1000 * int(name[1:])) for name, sides in {**KINDS, **SMALL_KINDS}.items()}
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with_body = b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n"
-        try:
-            while request := await reader.readuntil(b"\r\n\r\n"):
-                body = images.get(request.split(b" ", 2)[1].decode().strip("/").split("-")[0])
-                head = with_body % len(body) if body else b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
-                writer.write(head + (body or b""))
-                await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            writer.close()
-
-    server = await asyncio.start_server(answer, "0.0.0.0", 0, backlog=1024)
-    print(server.sockets[0].getsockname()[1], flush=True)
-    await asyncio.Event().wait()
+def write_images(folder: Path) -> None:
+    """By the first word of the URLs' paths."""
+    for name, sides in {**KINDS, **SMALL_KINDS}.items():
+        (folder / name).write_bytes(jpeg(*sides, 1000 * int(name[1:])))
 
 
 # The two clients, each a process of its own
@@ -192,28 +179,23 @@ def main() -> None:
     parser.add_argument("--short", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--dead-port", type=int, default=81, help="a port at which nobody listens")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--client", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.serve:
-        asyncio.run(serve())
-        return
     if args.client:
         kind, _, writer = args.client.partition(":")
         listed = list(urls(args, args.mix[0], args.rows))
         print(json.dumps(theirs(args, writer, listed) if kind == "theirs" else ours(args, kind, listed)))
         return
     args.is_local = args.base is None
-    server = subprocess.Popen([sys.executable, __file__, "--serve"], stdout=subprocess.PIPE, text=True)
-    try:
-        port = server.stdout.readline().strip()
-        args.base = args.base or f"http://127.0.9.{{host}}:{port}"
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        if args.is_local:
+            write_images(Path(folder))
+            port, _ = stack.enter_context(serving(Path(folder)))
+            args.base = f"http://127.0.9.{{host}}:{port}"
         with socket.create_server(("127.0.0.1", 0)) as closed:
             args.dead_port = closed.getsockname()[1] if args.is_local else args.dead_port
         for mix in args.mix or ["a", "b"]:
             compare(args, mix)
-    finally:
-        server.kill()
 
 
 if __name__ == "__main__":

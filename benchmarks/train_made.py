@@ -11,22 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import diffusers
 import numpy as np
 import torch
 import transformers
 from safetensors.numpy import save
 from safetensors.torch import save_file
-from train_loader import CROPS, FACE, PICTURES
 from webdataset import TarWriter
 
 from pipeline.shared import tiny
 from pipeline.shared.bases import BaseSource, find_base
 from schemas.buckets import Fit
-from schemas.shard import Manifest, encode_npy
+from schemas.int8 import encode_int8, quantise
+from schemas.shard import Manifest, decode_npy, encode_npy
 from schemas.targets import BaseKind, Targets, text_sha256, vae_sha256
 
 SHARD = 200
+CROPS = {"portrait": (1024, 1024, 90), "half": (1024, 1024, 95), "full": (1536, 1024, 95)}
+"""Width, height and JPEG quality."""
 UNETS: dict[BaseKind, dict[str, Any]] = {
     "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8, "block_out_channels": (320, 640, 1280, 1280)},
     "sdxl": {
@@ -68,6 +71,18 @@ VISION: dict[bool, dict[str, Any]] = {
 """ViT-H/14, or (True) a tiny one."""
 
 
+def _picture(width: int, height: int, quality: int) -> bytes:
+    """A JPEG of soft shapes and some grain: 150 to 500 kB, as photos have."""
+    rng = np.random.default_rng(width + quality)
+    soft = cv2.resize(rng.integers(0, 256, (16, 16, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+    pixels = np.clip(soft + rng.normal(0, 4, (height, width, 1)), 0, 255).astype(np.uint8)
+    return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
+
+FACE = _picture(224, 224, 95)
+PICTURES = {crop: _picture(*sizes) for crop, sizes in CROPS.items()}
+
+
 @dataclass(frozen=True)
 class Made:
     """Everything that lies on disk."""
@@ -92,7 +107,7 @@ def make(folder: Path, kind: BaseKind, resolution: int, samples: int, *, is_tiny
     if not made.vision.is_dir():
         _write_model(made.vision, lambda: _tower(VISION[is_tiny]))
     if not made.shards.is_dir():
-        _write_shards(made.shards, find_base(str(base)), resolution, samples, VISION[is_tiny])
+        write_shards(made.shards, find_base(str(base)), resolution, samples, VISION[is_tiny])
     _write_photos(made.photos, min(samples, 64))
     return made
 
@@ -143,7 +158,9 @@ def _random(key: str, like: torch.Tensor) -> torch.Tensor:
     return made.normal_(std=1 / math.sqrt(like[0].numel())).cpu()
 
 
-def _write_shards(out: Path, base: BaseSource, resolution: int, samples: int, vision: Mapping[str, Any]) -> None:
+def write_shards(
+    out: Path, base: BaseSource, resolution: int, samples: int, vision: Mapping[str, Any], hidden: str = "fp16"
+) -> None:
     """A dataset made --with latents,text: all files in their real sizes, all targets square."""
     rng, told = np.random.default_rng(0), _described(base, resolution)
     (out / "shards").mkdir(parents=True)
@@ -152,6 +169,9 @@ def _write_shards(out: Path, base: BaseSource, resolution: int, samples: int, vi
         with TarWriter(str(path), encoder=False) as tar:
             for number in range(start, start + kept):
                 files = {"json": told, **_pictures(), **_arrays(rng, base, resolution, vision)}
+                if hidden == "int8":
+                    tokens = decode_npy(files.pop("clip_hidden.npy"))
+                    files["clip_hidden.safetensors"] = encode_int8(quantise(tokens))
                 tar.write({"__key__": f"part-{number:09d}", **dict(sorted(files.items()))})
         files = {path.name: {"bytes": path.stat().st_size, "sha256": ""}}
         manifest = Manifest(path.stem, "insightface", "plan", kept, kept, {}, [], files)

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu [--out FILE] [--pack DIR] [--photos DIR] [--only PART] [--limit SECONDS]
     python benchmarks/gpu --smoke       # all of it with tiny models, on any machine, in about a minute
-    python benchmarks/gpu --log         # print FILE's numbers as the table that docs/LOG.md holds
+    python benchmarks/gpu --log         # and put the table on top of docs/LOG.md; benchmarks/report.py does for a FILE
 
 In the order of their importance: that batches and runtimes compute the same, images per second of the data side,
 samples per second of the trainer on SD1.5, then on SDXL. Models have the published sizes and random weights, which are
@@ -11,11 +11,9 @@ that fails or takes too long is recorded there, and the next one begins.
 """
 
 import argparse
-import json
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,6 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(
 import inference
 import report
 import training
-
-Record = Callable[[dict[str, Any]], None]
 
 
 def main() -> None:
@@ -36,40 +32,36 @@ def main() -> None:
     parser.add_argument("--only", default="", help="parts whose name contains this")
     parser.add_argument("--limit", type=float, default=480, help="seconds for all of it [default: %(default)s]")
     parser.add_argument("--smoke", action="store_true", help="tiny models; on the CPU where there is no GPU")
-    parser.add_argument("--log", action="store_true", help="print the table of FILE, measure nothing")
+    parser.add_argument("--log", action="store_true", help="put the table on top of docs/LOG.md")
     args = parser.parse_args()
-    if args.log:
-        print(report.table(args.out))
-        return
-
     import torch
 
     if not args.smoke and not torch.cuda.is_available():
         sys.exit("There is no GPU here that torch can use: nothing was measured. --smoke shows that it runs.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
-
-    def record(result: dict[str, Any]) -> None:
-        line = json.dumps({"at": round(time.monotonic() - begun, 1), **result})
-        print(line, flush=True)
-        with args.out.open("a") as stream:
-            stream.write(line + "\n")
-
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    record({"part": "machine", "device": name, "torch": torch.__version__, "smoke": args.smoke})
+    record = report.recorder(args.out, args.smoke, name, torch=torch.__version__)
     failed = False
     for part, run in (*inference.parts(args), *training.parts(args)):
         left = args.limit - (time.monotonic() - begun)
         if args.only not in part:
             continue
+
+        def note(result: dict[str, Any], part: str = part) -> None:
+            nonlocal failed
+            failed |= "error" in result
+            record({"part": part, **result})
+
         try:
-            run(device, lambda result, part=part: record({"part": part, **result}), left)
+            run(device, note, left)
         except Exception as error:
             failed = True
             traceback.print_exc()
             record({"part": part, "failed": traceback.format_exception_only(error)[-1].strip()[:300]})
     print(report.table(args.out))
+    if args.log:
+        report.log(args.out, "benchmarks/gpu")
     sys.exit(failed)
 
 

@@ -1,6 +1,6 @@
 """Photos composed of real faces on pictures without any: one, two or none, of a known size, anywhere."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -32,16 +32,20 @@ def cut(photo: np.ndarray, bbox: list[float]) -> Face:
 
 
 def compose(
-    faces: list[Face], grounds: list[np.ndarray], count: int, seed: int, side: tuple[int, int] = (1100, 4000)
+    faces: list[Face],
+    grounds: list[np.ndarray],
+    count: int,
+    seed: int,
+    side: tuple[int, int] = (1100, 4000),
+    wanted: Sequence[int] = (0, 1, 1, 2),
 ) -> Iterator[tuple[int, bytes]]:
-    """Numbers of faces (0, 1, 1, 2) and JPEGs, of sides between `side`, with faces of 128 to 400 px."""
+    """Numbers of faces, `wanted` again and again, and JPEGs, of sides between `side`, with faces of 128 to 400 px."""
     rng = np.random.default_rng(seed)
     for number in range(count):
         width, height = (int(length) for length in rng.integers(side[0], side[1], 2, endpoint=True))
         picture = _ground(grounds[rng.integers(len(grounds))], width, height, rng)
-        wanted = (0, 1, 1, 2)[number % 4]
         taken: list[tuple[int, int, int, int]] = []
-        for _ in range(wanted):
+        for _ in range(wanted[number % len(wanted)]):
             _paste(picture, faces[rng.integers(len(faces))], float(rng.uniform(128, 400)), taken, rng)
         noisy = picture + rng.normal(0, NOISE, picture.shape[:2])[..., None]
         pixels = np.clip(noisy, 0, 255).astype(np.uint8)
