@@ -20,7 +20,7 @@ def bench(*words, data=""):
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment, cwd=ROOT)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_cases_run_on_tiny_inputs(tmp_path):
     done = bench("--smoke", "--out", str(tmp_path / "bench.jsonl"))
     assert done.returncode == 0, done.stdout + done.stderr
