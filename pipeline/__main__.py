@@ -1,10 +1,13 @@
-"""The command line: `python -m pipeline dataset | plan | report | verify | forget | export-json | screen | models`."""
+"""The command line: `python -m pipeline dataset | plan | status | report | verify | forget | export-json | …`."""
 
 import inspect
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -177,6 +180,22 @@ def report(folder: Folder = "out") -> None:
     counted = write_report(to_path(folder))
     say(f"Report: {to_path(folder) / REPORT}")
     console.print(funnel_table(counted))
+
+
+@app.command()
+def status(
+    folder: Folder = "out", as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False
+) -> None:
+    """Tell how the run into DIR goes, from its files alone: pace, kept share, failures, time left."""
+    from pipeline.dataset.finished.status import status as read
+    from pipeline.dataset.finished.status import text_of
+    from pipeline.shared.files import to_path
+
+    now = read(to_path(folder))
+    if as_json:
+        typer.echo(json.dumps({**asdict(now), "seconds_left": now.seconds_left}, indent=2))
+    else:
+        say(text_of(now, to_path(folder), time.time()))
 
 
 @app.command()

@@ -94,6 +94,8 @@ def make_dataset(job: Job, out: AnyPath, console: Console, *, replan: bool = Fal
         raise OutputError(f"OUT {out} exists in one process alone: give --executor local, or another OUT.")
     start = executor_of(plan.config)
     with start(plan) as execute, output.prepared(plan, replan=replan), RunScreen(console, job.rows) as screen:
+        # For `status`, which may be asked elsewhere; when the run comes to its end, its counts stand there.
+        output.describe(plan, {"planned": {part.name: part.rows for part in job.parts}})
         gone = take_down_listed(output)
         if gone.rows:
             screen.say(f"download.removed: {gone}, are taken out of what is done.")

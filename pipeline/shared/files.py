@@ -17,8 +17,9 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
@@ -44,6 +45,8 @@ _FOREIGN = (
     ("httpx2", "HTTPError"),
 )
 """Errors of remote file systems (no credentials, no route) that are no OSError; known once their module is loaded."""
+_WRITTEN = ("mtime", "LastModified", "last_modified", "updated", "created")
+"""What file systems call the time at which a file was written: local ones and SFTP, S3, Azure, GCS, memory."""
 _BLOCK_BYTES = 2**24
 """Datasets are read ahead over a network: a request per 16 MiB."""
 
@@ -247,6 +250,29 @@ def sizes(folder: AnyPath) -> dict[str, int]:
             return dict(sorted((entry.name, entry.stat().st_size) for entry in entries if entry.is_file()))
     except (FileNotFoundError, NotADirectoryError):
         return {}
+
+
+def times(folder: AnyPath) -> dict[str, float]:
+    """Name -> when a file right in a folder was written last, seconds since 1970; those of which nobody can tell lack.
+
+    Files that go meanwhile are left out.
+    """
+    if isinstance(folder, RemotePath):
+        listed = folder.listing().items()
+        known = ((name, next(filter(None, map(entry.get, _WRITTEN)), None)) for name, entry in listed)
+        return {name: _seconds(value) for name, value in known if value is not None}
+    written = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):
+                written[entry.name] = entry.stat().st_mtime
+    return written
+
+
+def _seconds(time: float | str | datetime) -> float:
+    if isinstance(time, str):
+        time = datetime.fromisoformat(time)
+    return time.timestamp() if isinstance(time, datetime) else float(time)
 
 
 def names(folder: AnyPath) -> list[str]:

@@ -1,0 +1,132 @@
+"""How a run goes, or went, from the files in OUT alone: whoever asks may sit at another terminal or machine."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+from pipeline.dataset.out.ledger import read_manifest, replaced, shard_names, summary
+from pipeline.shared.atomic import TEMPORARY
+from pipeline.shared.files import AnyPath, RemotePath, times
+from schemas.drops import DropReason
+from schemas.errors import CorruptShardError
+from schemas.names import shard_origin
+from schemas.shard import DATASET
+from stages.fetch.status import SECOND_CHANCE
+
+_RECENT_S = 3600.0
+_SILENT_S = 900.0
+"""Without any news for longer, a run may be dead: executor.shard_timeout_s gives up a shard after as long."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """JSON-able as a dict; times are seconds since 1970, those of the file system that holds OUT."""
+
+    is_over: bool
+    shards: int
+    rows: int
+    kept: int
+    dropped: dict[str, int]
+    """Reason -> rows, the most frequent first; only reasons that occur."""
+    planned_rows: int | None
+    """Input rows of the parts that the last run was started for, where all told."""
+    planned_done: int
+    """Of these, in finished shards."""
+    begun: float
+    last_shard: float | None
+    rows_per_second: float | None
+    """Of the run that is, or was the last, since it began."""
+    recent_rows_per_second: float | None
+    """Of the hour before its last shard."""
+    in_the_making: dict[str, float] | None
+    """Shard -> when its files grew last; None where OUT is remote: a store shows whole objects only."""
+
+    @property
+    def seconds_left(self) -> float | None:
+        """By the recent pace; None where the pace or the total is not known, and 0 for a run that is over."""
+        pace = self.recent_rows_per_second or self.rows_per_second
+        if self.is_over or self.planned_rows is None or not pace:
+            return 0.0 if self.is_over else None
+        return max(0, self.planned_rows - self.planned_done) / pace
+
+
+def status(out: AnyPath) -> Status:
+    """Read manifests and times of files, and ledgers where rows had second chances. Nothing is locked or written.
+
+    Raises:
+        OutputError: when OUT is no dataset.
+        CorruptShardError: when a file of it is damaged.
+    """
+    manifests = [read_manifest(out, shard) for shard in shard_names(out)]
+    try:
+        dataset = json.loads((out / DATASET).read_bytes())
+        planned = {str(part): rows for part, rows in dataset.get("planned", {}).items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise CorruptShardError(f"{DATASET} cannot be read: {error}") from error
+    counted = summary(manifests, replaced(out))
+    begun, files = times(out)[DATASET], times(out / "shards")
+    ends = {manifest.shard: files.get(f"{manifest.shard}.json", begun) for manifest in manifests}
+    of_run = sorted((end, manifest.rows_in) for manifest in manifests if (end := ends[manifest.shard]) > begun)
+    is_over = "shards" in dataset
+    drafts = {
+        name.removeprefix(TEMPORARY).rsplit(".", 2)[0]: written
+        for name, written in sorted(files.items(), key=lambda entry: entry[1])
+        if name.startswith(TEMPORARY)
+    }
+    return Status(
+        is_over=is_over,
+        shards=len(manifests),
+        rows=counted["rows_in"],
+        kept=counted["kept"],
+        dropped={reason: n for reason, n in sorted(counted["dropped"].items(), key=lambda one: -one[1]) if n},
+        planned_rows=sum(planned.values()) if planned and None not in planned.values() else None,
+        planned_done=sum(
+            one.rows_in for one in manifests if shard_origin(one.shard) in {(part, 0) for part in planned}
+        ),
+        begun=begun,
+        last_shard=max(ends.values(), default=None),
+        rows_per_second=_pace(of_run, begun),
+        recent_rows_per_second=_pace(of_run, max(begun, of_run[-1][0] - _RECENT_S)) if of_run else None,
+        in_the_making=None if isinstance(out, RemotePath) else drafts,
+    )
+
+
+def _pace(ends: Sequence[tuple[float, int]], since: float) -> float | None:
+    """Rows per second of the shards, as (end, rows), that ended after a time, until the last of them did."""
+    rows = sum(rows for end, rows in ends if end > since)
+    return rows / (ends[-1][0] - since) if rows else None
+
+
+def text_of(status: Status, out: AnyPath, now: float) -> str:
+    """For people, a line per fact."""
+
+    def share(rows: int) -> str:
+        return f"{rows:,} ({100 * rows / max(1, status.rows):.1f} %)"
+
+    def ago(then: float) -> str:
+        return f"{timedelta(seconds=max(0, round(now - then)))} ago"
+
+    lines = [f"{out}: {status.shards:,} shards, {status.rows:,} rows, kept {share(status.kept)}"]
+    failed = sum(status.dropped.get(reason, 0) for reason in SECOND_CHANCE)
+    lines.append(f"Failed for the network's or a server's trouble: {share(failed)}")
+    lines += [f"  {reason}: {share(rows)}" for reason, rows in status.dropped.items()]
+    if status.dropped and not status.kept:
+        reason = next(iter(status.dropped))
+        sentence = next((known.sentence for known in DropReason if known == reason), "of another version")
+        lines.append(f"NOTHING IS KEPT so far; most rows are dropped as {reason}: {sentence}.")
+    if status.is_over:
+        return "\n".join([*lines, f"The run is over, {ago(status.begun)}."])
+    paces = [(status.rows_per_second, "since the run began"), (status.recent_rows_per_second, "in the last hour of it")]
+    pace = ", ".join(f"{rows:,.1f} rows/s {when}" for rows, when in paces if rows) or "no shard is done yet"
+    lines.append(f"The run began {ago(status.begun)}: {pace}")
+    if status.planned_rows is not None:
+        left = "" if status.seconds_left is None else f", about {timedelta(seconds=round(status.seconds_left))} left"
+        lines.append(f"{status.planned_done:,} of {status.planned_rows:,} rows are done{left}")
+    making = status.in_the_making
+    news = max([status.begun, status.last_shard or 0, *(making or {}).values()])
+    if making:
+        lines.append(f"In the making: {', '.join(making)}")
+    if making == {} or now - news > _SILENT_S:
+        lines.append(f"No news for {ago(news).removesuffix(' ago')}. If the run has ended, the same command goes on.")
+    return "\n".join(lines)

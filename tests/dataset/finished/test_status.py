@@ -1,0 +1,125 @@
+"""`python -m pipeline status DIR`: how a run goes, from manifests, ledgers and times alone."""
+
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import fake_dataset as fake
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from sample_runs import begun, make
+from typer.testing import CliRunner
+
+from pipeline.__main__ import app
+from pipeline.dataset.finished.status import Status, status, text_of
+from pipeline.dataset.finished.verify import verify
+from pipeline.shared.files import times, to_path
+from schemas.errors import OutputError
+from schemas.shard import dataset_text
+
+ROWS = 29
+"""Of the bundled sample."""
+
+
+@pytest.fixture
+def half(tmp_path: Path) -> Path:
+    """Two shards of six rows each, finished after 10 and 30 seconds, of a run over 36 rows that goes on."""
+    out = fake.write(tmp_path / "out", {f"p-0000{n}": fake.mixed("p", 6 * n) for n in range(2)}, finish=False)
+    dataset = out / "dataset.json"
+    dataset.write_bytes(dataset_text({**json.loads(dataset.read_bytes()), "planned": {"p": 30, "q": 6}}))
+    draft = out / "shards" / ".tmp-p-00002.tar.4711"
+    draft.write_bytes(b"")
+    ends = {dataset: 1000, out / "shards/p-00000.json": 1010, out / "shards/p-00001.json": 1030, draft: 1034}
+    for path, end in ends.items():
+        os.utime(path, (end, end))
+    return out
+
+
+def test_pace_share_failures_and_time_left_of_a_run_that_goes_on(half):
+    now = status(half)
+    assert (now.is_over, now.shards, now.rows, now.kept) == (False, 2, 12, 4)
+    assert now.dropped == {"unsafe": 2, "not_found": 2, "small_face": 2, "empty_mask": 2}
+    assert (now.planned_rows, now.planned_done) == (36, 12)
+    assert now.rows_per_second == now.recent_rows_per_second == pytest.approx(0.4)
+    assert now.seconds_left == pytest.approx(60)
+    assert now.in_the_making == {"p-00002": 1034}
+    lines = text_of(now, half, 1040).splitlines()
+    assert lines[0] == f"{half}: 2 shards, 12 rows, kept 4 (33.3 %)"
+    assert "The run began 0:00:40 ago: 0.4 rows/s since the run began, 0.4 rows/s in the last hour of it" in lines
+    assert "12 of 36 rows are done, about 0:01:00 left" in lines
+    assert "In the making: p-00002" in lines
+    assert "No news" not in text_of(now, half, 1040)
+    assert "No news for 0:16:00" in text_of(now, half, 1034 + 16 * 60)
+
+
+def test_the_recent_pace_counts_where_a_run_has_slowed_down(half):
+    os.utime(half / "shards/p-00001.json", (9000, 9000))
+    now = status(half)
+    assert now.recent_rows_per_second == pytest.approx(6 / 3600)
+    assert now.seconds_left == pytest.approx(24 * 600)
+
+
+def test_a_run_that_keeps_nothing_says_why_in_one_sentence(half):
+    nothing = replace(status(half), kept=0, dropped={"small_image": 10, "not_found": 2})
+    assert "NOTHING IS KEPT so far; most rows are dropped as small_image: a side of the image is" in text_of(
+        nothing, half, 1040
+    )
+    assert "Failed for the network's or a server's trouble: 0 (0.0 %)" in text_of(nothing, half, 1040)
+    failing = replace(nothing, dropped={"timeout": 9, "dns_error": 3})
+    assert "trouble: 12 (100.0 %)" in text_of(failing, half, 1040)
+
+
+def test_what_verify_thinks_of_a_run_that_goes_on(half):
+    (half / "shards" / ".tmp-p-00002.tar.4711").unlink()
+    assert not [problem for problem in verify(half) if problem.file == "dataset.json"]
+
+
+def test_a_real_run_is_seen_from_another_process_until_its_end(tmp_path):
+    out = tmp_path / "out"
+    process = begun(out)
+    process.send_signal(signal.SIGSTOP)
+    now = status(out)
+    assert now.planned_rows == ROWS
+    assert 0 < now.rows == now.planned_done <= ROWS
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    process.communicate(timeout=120)
+    make(out)
+    over = status(out)
+    assert (over.is_over, over.rows, over.in_the_making, over.seconds_left) == (True, ROWS, {}, 0)
+    assert "The run is over" in text_of(over, out, time.time())
+    assert not verify(out)
+    result = CliRunner().invoke(app, ["status", str(out), "--json"])
+    assert set(json.loads(result.stdout)) == {*Status.__dataclass_fields__, "seconds_left"}
+    assert "kept" in CliRunner().invoke(app, ["status", str(out)]).output
+
+
+def test_a_remote_run_is_seen_too():
+    MemoryFileSystem.store.clear()
+    store = to_path("memory://bucket/status")
+    fake.write(store, {"p-00000": fake.mixed("p")}, finish=False)
+    now = status(store)
+    assert (now.rows, now.kept, now.in_the_making, now.is_over) == (6, 2, None, False)
+    assert abs(time.time() - now.begun) < 600
+    assert now.last_shard >= now.begun
+    MemoryFileSystem.store.clear()
+
+
+@pytest.mark.parametrize("key", ["mtime", "LastModified", "last_modified", "updated"])
+def test_times_of_other_stores(key, monkeypatch):
+    from datetime import UTC, datetime
+
+    from pipeline.shared.files import RemotePath
+
+    moment = datetime(2026, 1, 2, tzinfo=UTC)
+    value = {"mtime": moment.timestamp(), "updated": "2026-01-02T00:00:00Z"}.get(key, moment)
+    monkeypatch.setattr(RemotePath, "listing", lambda self: {"a": {key: value}, "b": {}})
+    assert times(RemotePath("memory://x")) == {"a": moment.timestamp()}
+
+
+def test_a_folder_without_a_run_is_one_sentence(tmp_path):
+    with pytest.raises(OutputError):
+        status(tmp_path)
