@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pipeline.dataset.config import Config
 
 app = typer.Typer(invoke_without_command=True, help="Weights: where they are, under which licence, how to get them.")
-Names = Annotated[list[str] | None, typer.Argument(help="Names of `models list`; default: what the profile needs.")]
+Names = Annotated[list[str] | None, typer.Argument(help="Names of `models list`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document, for programs.")]
 
 
@@ -47,7 +47,7 @@ def list_models(
     settings, only = _chosen(config, sets, profile)
     weights = needed(settings) if only else known_models(settings.models).values()
     listed = document(named(names, settings.models) if names else weights, settings, only=only)
-    typer.echo(json.dumps(listed, indent=2)) if as_json else say(text_of(listed))
+    typer.echo(json.dumps(listed, indent=2)) if as_json else say(text_of(listed, only=only or bool(names)))
 
 
 @app.command("check")
@@ -85,7 +85,10 @@ def check_models(
 def fetch_models(
     names: Names = None, config: ConfigFile = None, sets: Sets = None, profile: ProfileName = None
 ) -> None:
-    """Download weights and bases into the cache; files of the hub go on where they were interrupted."""
+    """Download weights and bases into the cache: those that are named, or all that a run of the profile needs.
+
+    Files of the hub go on where they were interrupted.
+    """
     from pipeline.dataset.inventory import named, needed
     from stages.models.weights import fetch
 

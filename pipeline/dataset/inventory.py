@@ -198,17 +198,18 @@ def document(weights: Iterable[Weight], config: Config, *, only: bool) -> dict[s
     }
 
 
-def text_of(listed: dict[str, Any]) -> str:
-    """`document` for people, in lines of any length."""
+def text_of(listed: dict[str, Any], *, only: bool) -> str:
+    """`document` for people, in lines of any length; `only`: these were asked for, and may be fetched as they are."""
     lines = [block(entry) for entry in listed["models"]]
     for one in listed["backends"]:
         lines.append(f"models.{one['task']}={one['name']}: {', '.join(one['weights']) or 'no weights of this list'}")
     lines.append(f"Searched, in this order: {', '.join(listed['searched'])}.")
-    names = " ".join(listed["missing"])
-    if names:
+    names = " ".join(listed["missing"]) if only else "NAME"
+    if listed["missing"]:
         lines.append(
             f"{len(listed['missing'])} of {len(listed['models'])} are missing, {listed['bytes_missing']:,} bytes: "
-            f"`python -m pipeline models fetch {names}`. For a machine without network: fetch on another one with "
+            f"`python -m pipeline models fetch {names}`; --profile lists what a run needs. "
+            "For a machine without network: fetch on another one with "
             "XDG_CACHE_HOME=/some/disk, and set FACESHARDS_MODELS=/some/disk/faceshards/models here."
         )
     return "\n".join(lines)

@@ -83,7 +83,7 @@ def test_nothing_of_the_list_is_cut(read, nothing):
             assert f"    to {path}" in lines
             assert f"    sha256 {file.sha256 or 'not known'}" in lines
             assert not file.bytes or f"    {file.bytes:,} bytes" in lines
-    assert f"models fetch {' '.join(ALL)}`" in text
+    assert f"{len(ALL)} of {len(ALL)} are missing" in lines[-1]
 
 
 def listed(*words: str) -> Any:
@@ -156,6 +156,8 @@ def test_bases_are_listed_with_all_their_files_and_where_they_are(name, nothing)
 def test_a_profile_or_config_lists_what_it_needs(words, names):
     document = listed(*words)
     assert document["missing"] == names
+    output = CliRunner().invoke(app, ["models", "list", *words]).output
+    assert (f"models fetch {' '.join(names)}`" in output) == bool(names)
     assert len(document["backends"]) == len(REGISTRIES)
 
 
