@@ -136,7 +136,7 @@ FULL = {"full": Fit((80, 64), (0, 0), (64, 64))}
         ("sd15", {}, {"latents.full.npy": LATENTS}, "do not go together"),
         ("sd15", {"half": FULL["full"]}, {"latents.half.npy": LATENTS}, "latents.half.npy, half.jpg"),
         ("sd15", FULL, {"latents.full.npy": LATENTS[:-2]}, "latents.full.npy is not an npy of float16 (4, 8, 8)"),
-        ("sd15", FULL, {"latents.full.npy": npy(np.zeros((4, 8, 8), np.float32))}, "float16 (4, 8, 8)"),
+        ("sd15", FULL, {"latents.full.npy": npy(np.zeros((4, 8, 8), np.float32))}, "float16 (8, 8, 8)"),
         ("sd15", FULL, {"latents.full.npy": npy(np.full((4, 8, 8), np.inf, np.float16))}, "not finite"),
         (None, {}, {"latents.full.npy": LATENTS}, "json does not say what encoded latents.full.npy"),
         (None, {}, {}, None),
