@@ -208,6 +208,17 @@ def missed(material, detector, real, screen, count, seed):
 
 
 @pytest.mark.real_data
+def test_faces_pass_that_are_too_large_for_one_look(data, real, labels):
+    """As in a photo of 8,000 px at 1/8, or of 2,000 px at 1/2 where smaller faces are wanted."""
+    for row in labels:
+        if row["expected"] == "keep":
+            file = (data / "photos" / row["file"]).read_bytes()
+            for factor in (1, 2, 4):
+                (look,) = Scrfd.screen(real.models, "cpu")([reduced(sha256(file), file, factor)])
+                assert look.score > 0.5, (row["file"], factor)
+
+
+@pytest.mark.real_data
 def test_tight_portraits_pass(material, real, detector):
     """A face that fills the photo."""
     faces, _ = material

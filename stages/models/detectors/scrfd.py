@@ -12,6 +12,7 @@ SCRFD misses a face that fills its input: it has learned faces with surroundings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,6 +27,10 @@ from stages.models.papers import Weight
 from stages.models.torch_backend import DEVICE
 from stages.runtime import Device
 from stages.settings import ModelSettings
+
+
+_LARGEST = 320
+"""Longer side of a picture in which a face may fill anything: one of 350 px and more is seen less and less."""
 
 
 class _View(NamedTuple):
@@ -81,7 +86,8 @@ class Scrfd:
     def screen(cls, settings: ModelSettings, device: Device) -> Callable[[Sequence[Image]], list[ReducedLook]] | None:
         """What looks at RGB photos that were reduced to a fraction of their size; None where the detector cannot.
 
-        The photos are padded to whole cells of the network and not scaled: there is no detector size here.
+        The pictures are padded to whole cells of the network and not scaled: there is no detector size here. Of one in
+        which a face may have more pixels than SCRFD sees in a face, a half is looked at too, and a half of this.
 
         Raises:
             ConfigError: when a pack is named for it whose detector cannot.
@@ -93,8 +99,18 @@ class Scrfd:
             raise ConfigError(f"The detector of {settings.screen} takes images of one size only, and cannot screen.")
 
         def look(images: Sequence[Image]) -> list[ReducedLook]:
-            canvases = [_padded(image, 64 if on_torch else 32, is_square=on_torch) for image in images]
-            looks: list[ReducedLook] = network.screened(canvases, cls.lowest)
+            pictures = [[image] for image in images]
+            for halves in pictures:
+                while max(halves[-1].shape) > _LARGEST:
+                    halves.append(cv2.resize(halves[-1], None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA))
+            flat = [picture for halves in pictures for picture in halves]
+            canvases = [_padded(picture, 64 if on_torch else 32, is_square=on_torch) for picture in flat]
+            seen = iter(network.screened(canvases, cls.lowest))
+            looks = []
+            for halves in pictures:
+                scores, points = zip(*islice(seen, len(halves)), strict=True)
+                scaled = [each * 2**power for power, each in enumerate(points)]
+                looks.append(ReducedLook(max(scores), np.concatenate(scaled)))
             return looks
 
         return look
