@@ -28,7 +28,6 @@ from stages.models.torch_backend import DEVICE
 from stages.runtime import Device
 from stages.settings import ModelSettings
 
-
 _LARGEST = 320
 """Longer side of a picture in which a face may fill anything: one of 350 px and more is seen less and less."""
 
