@@ -1,4 +1,4 @@
-"""The command line: `python -m pipeline dataset | plan | status | report | verify | forget | export-json | …`."""
+"""The command line: `python -m pipeline dataset | plan | status | report | replay | verify | forget | models | …`."""
 
 import inspect
 import json
@@ -196,6 +196,16 @@ def status(
         typer.echo(json.dumps({**asdict(now), "seconds_left": now.seconds_left}, indent=2))
     else:
         say(text_of(now, to_path(folder), time.time()))
+
+
+@app.command()
+def replay(folder: Folder = "out", config: ConfigFile = None, sets: Sets = None) -> None:
+    """Judge the ledgers of DIR by other thresholds (--set filter.…), without an image; nothing is written."""
+    from pipeline.dataset.finished import replay as finished
+    from pipeline.shared.files import to_path
+
+    for line in finished.lines(to_path(folder), config, sets or []):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
