@@ -171,13 +171,16 @@ def plan(job: "Job", out: Out = "out") -> None:
 
 
 @app.command()
-def report(folder: Folder = "out") -> None:
-    """Write DIR/report.html: the funnel, kept samples, and some of what was dropped."""
+def report(
+    folder: Folder = "out",
+    pictures: Annotated[bool, typer.Option(help="Show faces: some of what was kept and dropped.")] = True,
+) -> None:
+    """Write DIR/report.html: what was kept and dropped, all measurements, and sliders for other thresholds."""
     from pipeline.dataset.finished.report import REPORT, write_report
     from pipeline.dataset.out.ledger import funnel_table
     from pipeline.shared.files import to_path
 
-    counted = write_report(to_path(folder))
+    counted = write_report(to_path(folder), pictures=pictures)
     say(f"Report: {to_path(folder) / REPORT}")
     console.print(funnel_table(counted))
 

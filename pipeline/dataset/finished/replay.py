@@ -34,9 +34,9 @@ from stages.screen import SEEN_PX, Screen
 from stages.settings import FilterSettings, Settings
 
 UNJUDGED = {
-    "passes": "pass the thresholds, though `filter` had dropped them; stages behind it may still drop some",
-    "unseen": "were dropped for their size, so no face was ever looked for in them",
-    "unsure": "showed nothing at the reduced size, where faces as small as wanted now cannot be seen",
+    "passes": "pass the thresholds by which they had been dropped; later stages may still drop some",
+    "unseen": "had been dropped for their size: no face was ever looked for in them",
+    "unsure": "showed nothing at the reduced size, at which faces as small as these cannot be seen",
 }
 """What may become of a row that is no verdict, and why; all these rows have to be fetched again."""
 

@@ -139,9 +139,10 @@ def read_ledger(out: AnyPath, shard: str, columns: Sequence[str], verdict: str |
     """
     path = out / "shards" / f"{shard}.parquet"
     try:
-        table = parquet(path).read(columns=list(dict.fromkeys([*columns, "verdict"])))
+        columns = list(dict.fromkeys(columns))
+        table = parquet(path).read(columns=list({*columns, "verdict"}))
         table.validate(full=True)  # bytes that are no text would stop whoever reads them
-        return (table if verdict is None else table.filter(pc.equal(table["verdict"], verdict))).select(list(columns))
+        return (table if verdict is None else table.filter(pc.equal(table["verdict"], verdict))).select(columns)
     except UNREADABLE as error:
         raise CorruptShardError(f"{path.name}: not a ledger: {error}") from error
 

@@ -1,12 +1,11 @@
 """Other thresholds on a ledger give the verdicts of a run by them, of every row that the ledger can judge."""
 
-import math
 import random
 from collections import Counter
 from pathlib import Path
 
 import fake_dataset as fake
-import numpy as np
+import judged_rows
 import pyarrow as pa
 import pytest
 from sample_runs import make
@@ -17,66 +16,7 @@ from pipeline.dataset.finished.replay import COLUMNS, OUTCOMES, UNJUDGED, eviden
 from pipeline.dataset.out.ledger import funnel
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.errors import ExitCode, OutputError, UserError
-from stages.filter import judge
 from stages.settings import FilterSettings
-
-FACTOR = 4
-LINE = [[480.0 + 30 * i, 350.0 + 30 * i] for i in range(5)]
-SINGLE = lambda value: float(np.float32(value))  # noqa: E731 (stages read measurements from columns of float32)
-FACE = ("n_faces", "bbox", "kps", "face_px", "second_score")
-
-
-def photo(rng: random.Random) -> dict:
-    """All that could become known of a row, whatever the thresholds."""
-    # Few values, on and beside the thresholds below, so that ties are frequent.
-    size = lambda: rng.choice([600, 800, 1000, 1001, 1024, 1200, 3000])  # noqa: E731
-    return {
-        "meta_width": rng.choice([None, size()]),
-        "meta_height": rng.choice([None, size()]),
-        "metadata": rng.choice([None] * 6 + ["bad_url", "unsafe", "duplicate_url", "removed"]),
-        "download": rng.choice([None] * 4 + ["not_found", "timeout"]),
-        "early": rng.random() < 0.5,
-        "width": size(),
-        "height": size(),
-        "size": rng.choice([None] * 8 + ["truncated_image", "not_an_image"]),
-        "screen": rng.choice([None] * 6 + ["no_face"]),
-        "detect": rng.choice([None] * 9 + ["corrupt_image"]),
-        "n_faces": rng.choice([0, 1, 1, 1, 1, 1, 2, None]),
-        "bbox": fake.BBOX,
-        "kps": rng.choice([fake.KPS] * 5 + [LINE]),
-        "face_px": rng.choice([None, math.nan, 0.0, 31.5, 32.0, 100.0, 128.0, SINGLE(199.99), 200.0, 500.0]),
-        "second_score": rng.choice([None, math.nan, 0.0, 0.125, SINGLE(0.3), SINGLE(0.4), 0.5]),
-        "segment": rng.choice([None] * 5 + ["empty_mask"]),
-    }
-
-
-def run(truth: dict, limits: FilterSettings) -> dict:
-    """The ledger row that the stages make of a photo."""
-    row = {name: truth[name] for name in ("meta_width", "meta_height")}
-    small = min(truth["width"], truth["height"]) < limits.min_image_px
-    claimed = [value for value in row.values() if value is not None]
-    if truth["metadata"] not in (None, "duplicate_url"):
-        return row | {"stage": "metadata", "verdict": truth["metadata"]}
-    if min(claimed, default=math.inf) < limits.min_image_px:
-        return row | {"stage": "metadata", "verdict": "small_image"}
-    if truth["metadata"]:
-        return row | {"stage": "metadata", "verdict": "duplicate_url"}
-    if truth["download"]:
-        return row | {"stage": "download", "verdict": truth["download"]}
-    if truth["size"] == "not_an_image":
-        return row | {"stage": "size", "verdict": "not_an_image"}
-    row |= {name: truth[name] for name in ("width", "height")}
-    if small:
-        return row | {"stage": "download" if truth["early"] else "size", "verdict": "small_image"}
-    if truth["width"] * truth["height"] > limits.max_pixels:
-        return row | {"stage": "size", "verdict": "too_many_pixels"}
-    for stage in ("size", "screen", "detect"):
-        if truth[stage]:
-            return row | {"stage": stage, "verdict": truth[stage]}
-    row |= {name: truth[name] for name in FACE}
-    if reason := judge(row, limits):
-        return row | {"stage": "filter", "verdict": str(reason)}
-    return row | {"stage": "segment" if truth["segment"] else "pack", "verdict": truth["segment"] or KEPT}
 
 
 def drawn_limits(rng: random.Random) -> FilterSettings:
@@ -91,30 +31,30 @@ def drawn_limits(rng: random.Random) -> FilterSettings:
 @pytest.mark.parametrize("seed", range(4))
 def test_ledgers_are_judged_as_the_stages_would_judge_the_photos(seed):
     rng = random.Random(seed)
-    photos = [photo(rng) for _ in range(300)]
+    photos = [judged_rows.photo(rng) for _ in range(300)]
     seen = Counter()
     for _ in range(50):
         before, after = drawn_limits(rng), drawn_limits(rng)
-        rows = [run(truth, before) for truth in photos]
+        rows = [judged_rows.run(truth, before) for truth in photos]
         measured = evidence(pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA))
-        assert [OUTCOMES[n] for n in measured.judged(before, FACTOR)] == [
-            "unsure" if row["stage"] == "screen" and before.min_face_px < 16 * FACTOR else row["verdict"]
+        assert [OUTCOMES[n] for n in measured.judged(before, judged_rows.FACTOR)] == [
+            "unsure" if row["stage"] == "screen" and before.min_face_px < 16 * judged_rows.FACTOR else row["verdict"]
             for row in rows
         ]
-        for truth, row, number in zip(photos, rows, measured.judged(after, FACTOR), strict=True):
+        for truth, row, number in zip(photos, rows, measured.judged(after, judged_rows.FACTOR), strict=True):
             outcome = OUTCOMES[number]
             seen[outcome] += 1
             if outcome == "unseen":
                 assert row["verdict"] in ("small_image", "too_many_pixels")
-                assert run(truth, after)["verdict"] not in ("small_image",) or row["stage"] == "metadata"
+                assert judged_rows.run(truth, after)["verdict"] not in ("small_image",) or row["stage"] == "metadata"
             elif outcome == "unsure":
                 assert (row["stage"], row["verdict"]) == ("screen", "no_face")
-                assert after.min_face_px < 16 * FACTOR
+                assert after.min_face_px < 16 * judged_rows.FACTOR
             elif outcome == "passes":
                 assert row["stage"] == "filter"
-                assert run(truth, after)["verdict"] in (KEPT, "empty_mask")
+                assert judged_rows.run(truth, after)["verdict"] in (KEPT, "empty_mask")
             else:
-                assert outcome == run(truth, after)["verdict"]
+                assert outcome == judged_rows.run(truth, after)["verdict"]
     assert set(UNJUDGED) | {KEPT, "small_face", "several_faces", "bad_landmarks", "too_many_pixels"} <= set(seen)
 
 
