@@ -88,9 +88,9 @@ function explore(explorer) {
     const known = (value) => Math.abs(value) < 1e299;
     return [known(side) && `image ${number(side)} px`, known(face) && `face ${face.toFixed(0)} px`, known(second) && `second ${second.toFixed(2)}`].filter(Boolean).join(" · ");
   }
-  // How far a photo is from the nearest threshold, as a share of the threshold.
+  // How far a face is from the nearest threshold, as a share of it: see `distances` in report_explorer.py.
   function distance(row, limits) {
-    return Math.min(...limits.map((limit, n) => Math.abs(row[n]) > 1e299 || !row[n] ? Infinity : Math.abs(row[n] - limit) / (limit || 1)));
+    return Math.min(...[2, 3].map((n) => (Math.abs(row[n]) > 1e299 || row[n] <= 0 ? Infinity : Math.abs(row[n] / (limits[n] || 1) - 1))));
   }
 
   const before = count(start), total = before.reduce((sum, one) => sum + one, 0);

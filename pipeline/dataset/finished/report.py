@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice, starmap
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -19,13 +19,13 @@ import pyarrow.compute as pc
 from pipeline.dataset.finished import replay, report_numbers
 from pipeline.dataset.finished.replay import evidence, ledgers, thresholds
 from pipeline.dataset.finished.report_cards import CROPS, Card
-from pipeline.dataset.finished.report_explorer import Explorer, row_data
+from pipeline.dataset.finished.report_explorer import Explorer, distances, row_data
 from pipeline.dataset.finished.report_numbers import Numbers
 from pipeline.dataset.finished.report_pictures import LABEL_COLOURS
 from pipeline.dataset.out.ledger import UNREADABLE, Funnel, funnel, read_ledger, read_manifests, shards_folder
 from pipeline.shared import files as storage
-from pipeline.shared.files import AnyPath
-from pipeline.shared.tars import Sample, unpack
+from pipeline.shared.files import AnyPath, RemotePath
+from pipeline.shared.tars import Sample, samples, unpack
 from schemas.columns import KEPT
 from schemas.drops import DropReason
 from schemas.errors import CorruptShardError, OutputError
@@ -41,6 +41,11 @@ _STRIDE = 4
 """In a shard with plenty, every fourth sample is shown; never is more of a tar read than that takes."""
 _DROPS = 4
 """Examples per reason."""
+_BARELY = 8
+"""Examples per reason that is a threshold, and of kept samples that are near one."""
+_NEAR = 0.15
+"""Share of a threshold."""
+_BY_THRESHOLD = (DropReason.SEVERAL_FACES, DropReason.SMALL_FACE)
 _HOSTS = 15
 _PICTURE_BYTES = 3_000_000
 _DROP_BYTES = 1_000_000
@@ -117,19 +122,19 @@ def write_report(out: AnyPath, *, pictures: bool = True) -> Funnel:
         CorruptShardError: when a file of a shard that is read is damaged; names it.
     """
     shards_folder(out)
-    manifests, counted = read_manifests(out), funnel(out)
-    try:
-        dataset = dict(json.loads((out / DATASET).read_bytes()))
-    except FileNotFoundError:  # it was not copied along
-        dataset = {}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CorruptShardError(f"{DATASET}: cannot be read: {error}") from error
+    manifests, counted, dataset = read_manifests(out), funnel(out), _dataset(out)
     plan = {**dataset, **vars(manifests[0])} if manifests else dataset
-    numbers, explorer = _counted(out)
-    glance = Glance()
-    samples = _numbered(_kept_cards(out, manifests, glance), 0, pictures)
-    cards, reasons = list(samples), []
-    for reason in _reasons(out, manifests, counted):
+    explorer: Explorer | None = None
+    with suppress(OutputError):  # nothing says by which thresholds the shards were made
+        explorer = Explorer(*thresholds(out))
+    limits, numbers, glance = explorer.limits if explorer else FilterSettings(), Numbers(), Glance()
+    for ledger in ledgers(out, [*replay.COLUMNS, *report_numbers.COLUMNS]):
+        numbers.add(ledger)
+        if explorer:
+            explorer.add(evidence(ledger))
+    kept = _numbered(_kept_cards(out, manifests, limits, glance), 0, pictures)
+    cards, reasons = list(kept), []
+    for reason in _reasons(out, manifests, limits, counted):
         reasons.append(replace(reason, cards=_numbered(reason.cards, len(cards), pictures)))
         cards += reasons[-1].cards
     style, script = ((Path(__file__).parent / f"report.{end}").read_text(encoding="utf-8") for end in ("css", "js"))
@@ -147,16 +152,16 @@ def write_report(out: AnyPath, *, pictures: bool = True) -> Funnel:
         hosts=numbers.largest_hosts(_HOSTS),
         all_hosts=len(numbers.hosts),
         fates=report_numbers.FATES,
-        samples=samples,
+        samples=kept,
         reasons=reasons,
-        labels=_legend(samples),
+        labels=_legend(kept),
         unjudged=replay.UNJUDGED,
         meanings={name: known.description for name, known in FilterSettings.model_fields.items()},
         style=style,
         script=script,
         script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
         data={
-            "explorer": explorer,
+            "explorer": explorer.data() if explorer else None,
             "cards": [{"row": card.row, "values": card.values, "facts": " · ".join(card.facts)} for card in cards],
         },
     )
@@ -168,16 +173,14 @@ def write_report(out: AnyPath, *, pictures: bool = True) -> Funnel:
     return counted
 
 
-def _counted(out: AnyPath) -> tuple[Numbers, dict[str, Any] | None]:
-    """All ledgers in numbers, and for the sliders, unless nothing says by which thresholds they were made."""
-    numbers, explorer = Numbers(), None
-    with suppress(OutputError):
-        explorer = Explorer(*thresholds(out))
-    for ledger in ledgers(out, [*replay.COLUMNS, *report_numbers.COLUMNS]):
-        numbers.add(ledger)
-        if explorer:
-            explorer.add(evidence(ledger))
-    return numbers, explorer.data() if explorer else None
+def _dataset(out: AnyPath) -> dict[str, Any]:
+    """dataset.json; empty where it was not copied along."""
+    try:
+        return dict(json.loads((out / DATASET).read_bytes()))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CorruptShardError(f"{DATASET}: cannot be read: {error}") from error
 
 
 def _numbered(cards: Iterable[Card], start: int, pictures: bool) -> list[Card]:
@@ -202,16 +205,24 @@ def quotas(manifests: Sequence[Manifest], wanted: int) -> Counter[str]:
     return given
 
 
-def _kept_cards(out: AnyPath, manifests: list[Manifest], glance: Glance) -> Iterator[Card]:
+def _kept_cards(out: AnyPath, manifests: list[Manifest], limits: FilterSettings, glance: Glance) -> Iterator[Card]:
+    """Kept samples from all over the dataset, and, of an OUT that can be skipped through, some that are barely so."""
     length, kept = 0, {manifest.shard: manifest.kept for manifest in manifests}
-    for shard, quota in sorted(quotas(manifests, _SAMPLES).items()):
+    chosen = quotas(manifests, _SAMPLES)
+    barely = 0 if isinstance(out, RemotePath) else -(-_BARELY // max(len(chosen), 1))
+    for shard, quota in sorted(chosen.items()):
         path, stride = out / "shards" / f"{shard}.tar", min(_STRIDE, kept[shard] // quota)
-        rows = _judged(read_ledger(out, shard, _JUDGED, KEPT))
-        for number, sample in enumerate(islice(unpack(path), (quota - 1) * stride + 1)):
+        rows = _judged(read_ledger(out, shard, _JUDGED, KEPT), limits)
+        seen = range((quota - 1) * stride + 1)
+        near = sorted((far, number) for number, (_, _, far) in enumerate(rows) if far < _NEAR and number not in seen)
+        others = (samples(path, number, number + 1) for _, number in near[:barely])
+        tar = chain(islice(unpack(path), len(seen)), starmap(Sample, chain.from_iterable(others)))
+        judged = {key: row for key, row, _ in rows}
+        for number, sample in enumerate(tar):
             try:
                 content = json.loads(sample.files["json"])
                 glance.add(sample, content)
-                card = Card.of_sample(sample, content) if number % stride == 0 else None
+                card = Card.of_sample(sample, content) if number % stride == 0 or number not in seen else None
             except DECODER_ERRORS as error:
                 raise CorruptShardError(f"{path.name}: {sample.key} cannot be shown: {error}") from error
             if card is None:
@@ -219,24 +230,29 @@ def _kept_cards(out: AnyPath, manifests: list[Manifest], glance: Glance) -> Iter
             length += card.length
             if length > _PICTURE_BYTES:
                 return
-            yield replace(card, row=rows.get(sample.key, []))
+            yield replace(card, row=judged.get(sample.key, []))
 
 
-def _judged(ledger: pa.Table) -> dict[str, list[float]]:
-    """Key -> what thresholds judge of these rows."""
-    found = evidence(ledger)
-    return {key: row_data(found, number) for number, key in enumerate(ledger["key"].to_pylist())}
+def _judged(ledger: pa.Table, limits: FilterSettings) -> list[tuple[str, list[float], float]]:
+    """Key, what thresholds judge, and the distance to the nearest of them, of each row."""
+    rows = evidence(ledger)
+    keys, far = ledger["key"].to_pylist(), distances(rows, limits).tolist()
+    return [(key, row_data(rows, number), far[number]) for number, key in enumerate(keys)]
 
 
-def _reasons(out: AnyPath, manifests: list[Manifest], counted: Funnel) -> Iterator[Reason]:
-    """A few drops per reason, whichever stages gave it: from several shards, those with a picture first."""
+def _reasons(out: AnyPath, manifests: list[Manifest], limits: FilterSettings, counted: Funnel) -> Iterator[Reason]:
+    """A few drops per reason, whichever stages gave it: from several shards, those with a picture first.
+
+    Of what a threshold dropped there are more, and those that it barely dropped come first.
+    """
     left = _DROP_BYTES
     totals: Counter[str] = Counter()
     for stage in counted.rows:
         totals.update(stage.dropped)
     for name, count in totals.items():
-        ranked: list[tuple[bool, int, Card]] = []
-        for manifest in spread([manifest for manifest in manifests if manifest.dropped.get(name)], _DROPS):
+        wanted = _BARELY if name in _BY_THRESHOLD else _DROPS
+        ranked: list[tuple[bool, float, int, Card]] = []
+        for manifest in spread([manifest for manifest in manifests if manifest.dropped.get(name)], wanted):
             thumbnails: dict[str, bytes] = {}
             if left > 0:
                 with suppress(*UNREADABLE):  # the file is disposable
@@ -245,12 +261,11 @@ def _reasons(out: AnyPath, manifests: list[Manifest], counted: Funnel) -> Iterat
                     thumbnails = {row["key"]: row["thumbnail"] for row in table.to_pylist() if row["verdict"] == name}
             rows = read_ledger(out, manifest.shard, [*_DROP_COLUMNS, *_JUDGED], name)
             shown = pc.is_in(rows["key"], pa.array(list(thumbnails), pa.string()))
-            rows = pa.concat_tables([rows.filter(shown), rows.filter(pc.invert(shown))]).slice(0, _DROPS)
-            judged = _judged(rows)
-            for rank, record in enumerate(rows.to_pylist()):
-                card = Card.of_drop(record, thumbnails.get(record["key"]))
-                ranked.append((not card.pictures, rank, replace(card, row=judged[record["key"]])))
-        cards = [card for *_, card in sorted(ranked, key=lambda entry: entry[:2])[:_DROPS]]
+            rows = pa.concat_tables([rows.filter(shown), rows.filter(pc.invert(shown))]).slice(0, wanted)
+            for rank, (record, (key, row, far)) in enumerate(zip(rows.to_pylist(), _judged(rows, limits), strict=True)):
+                card = replace(Card.of_drop(record, thumbnails.get(key)), row=row)
+                ranked.append((not card.pictures, far, rank, card))
+        cards = [card for *_, card in sorted(ranked, key=lambda entry: entry[:3])[:wanted]]
         left -= sum(card.length for card in cards)
         sentence = next((known.sentence for known in DropReason if known == name), "")
         yield Reason(name, sentence, count, cards)

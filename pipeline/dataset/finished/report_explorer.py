@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.finished.replay import OUTCOMES, Evidence
+from pipeline.dataset.finished.replay import OUTCOMES, Evidence, Floats
 from pipeline.dataset.finished.report_numbers import MEASURES, positions
 from stages.screen import SEEN_PX
 from stages.settings import FilterSettings
@@ -69,9 +69,9 @@ class Explorer:
     def _merged(self) -> tuple[Numbers, Numbers]:
         if not self._cells:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        cells, places = np.unique(np.concatenate([one for one, _ in self._cells]), return_inverse=True)
+        cells, indices = np.unique(np.concatenate([one for one, _ in self._cells]), return_inverse=True)
         counts = np.zeros(len(cells), np.int64)
-        np.add.at(counts, places, np.concatenate([count for _, count in self._cells]))
+        np.add.at(counts, indices, np.concatenate([count for _, count in self._cells]))
         return cells, counts
 
     def data(self) -> dict[str, Any]:
@@ -93,6 +93,19 @@ class Explorer:
             "rows": len(counts),
             "cells": base64.b64encode(b"".join(column.tobytes() for column in packed)).decode("ascii"),
         }
+
+
+def distances(rows: Evidence, limits: FilterSettings) -> Floats:
+    """(N,) how far each face is from the nearest threshold, as a share of it; infinite: no threshold judges it.
+
+    Sizes of images do not count: nobody has to look whether 1,023 pixels are too few.
+    """
+    judged = (rows.second, limits.max_second_score), (rows.face, limits.min_face_px)
+    known = [
+        np.where(np.isfinite(column) & (column > 0), abs(column / (limit or 1) - 1), np.inf) for column, limit in judged
+    ]
+    nearest: Floats = np.minimum(*known)
+    return nearest
 
 
 def row_data(rows: Evidence, number: int) -> list[float]:

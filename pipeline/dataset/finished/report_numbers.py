@@ -85,10 +85,10 @@ def measured(ledger: pa.Table) -> Iterator[tuple[str, Floats, npt.NDArray[np.boo
     side = np.minimum(width, height)
     yield "image_px", side[np.isfinite(side)], kept[np.isfinite(side)]
 
-    found = pc.and_(pc.is_valid(ledger["kps"]), pc.is_valid(ledger["bbox"])).to_numpy()
-    faces, kept = ledger.filter(pa.array(found)), kept[found]
+    known = pc.and_(pc.is_valid(ledger["kps"]), pc.is_valid(ledger["bbox"])).to_numpy()
+    faces, kept = ledger.filter(pa.array(known)), kept[known]
     boxes = _numbers(faces["bbox"]).reshape(-1, 4)
-    share = (boxes[:, 3] - boxes[:, 1]) / height[found]
+    share = (boxes[:, 3] - boxes[:, 1]) / height[known]
     yield "face_share", share[np.isfinite(share)], kept[np.isfinite(share)]
     for name, values in zip(("yaw", "pitch", "roll"), pose(_numbers(faces["kps"]).reshape(-1, 5, 2)), strict=True):
         yield name, values[np.isfinite(values)], kept[np.isfinite(values)]

@@ -275,6 +275,18 @@ def test_only_the_first_samples_of_a_few_shards_are_read(tmp_path, monkeypatch):
     assert len(opened) == 24
 
 
+def test_what_is_barely_kept_or_dropped_is_shown_wherever_it_lies(tmp_path):
+    rows = [fake.record("a", row, face_px=132.0 if row in (100, 105) else 300.0) for row in range(110)]
+    face = {"n_faces": 1, "bbox": fake.BBOX, "kps": fake.KPS, "width": 1280, "height": 1024, "second_score": 0.0}
+    photo = encode_jpeg(fake.drawn(1280, 1024), 90)
+    sizes = {200: 50.0, 201: 127.0, 202: 90.0}
+    rows += [fake.dead("a", row, "filter", "small_face", photo, **face, face_px=size) for row, size in sizes.items()]
+    page = page_of(fake.write(tmp_path, {"a-00000": rows}))
+    assert page.tags.count("article") == 24 + 2
+    assert re.findall(r"a-000000(1\d\d)", page.text) == ["100", "105"]
+    assert re.findall(r"a-000000(2\d\d)", page.text) == ["201", "200", "202"], "the last has no picture"
+
+
 def test_noisy_pictures_do_not_make_an_endless_page(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (1024, 1280, 3), np.uint8)
     noisy = {"full": encode_jpeg(noise, 95), "portrait": encode_jpeg(noise[:600, :600], 95)}
