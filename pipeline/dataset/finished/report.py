@@ -1,4 +1,4 @@
-"""The HTML report: the funnel, kept samples, and some of what was dropped. One file that needs nothing else."""
+"""The HTML report: what became of all rows, and what was measured of them. One file that needs nothing else."""
 
 import base64
 import hashlib
