@@ -22,7 +22,7 @@ from stages.settings import FilterSettings
 def drawn_limits(rng: random.Random) -> FilterSettings:
     return FilterSettings(
         min_image_px=rng.choice([1, 800, 1000, 1001, 1024, 2000]),
-        max_pixels=rng.choice([600_000, 1_000_000, 1_048_576, 100_000_000]),
+        max_pixels=rng.choice([1_000_000, 1_048_576, *[100_000_000] * 4]),
         min_face_px=rng.choice([0, 32, 63.9, 64, 100, 128, 199.99, 200, 499]),
         max_second_score=rng.choice([0, 0.125, 0.3, 0.4, 0.45, 1]),
     )
