@@ -1,4 +1,4 @@
-"""The command line: `python -m pipeline dataset | plan | status | report | verify | forget | export-json | …`."""
+"""The command line: `python -m pipeline dataset | plan | status | report | replay | verify | forget | models | …`."""
 
 import inspect
 import json
@@ -171,13 +171,16 @@ def plan(job: "Job", out: Out = "out") -> None:
 
 
 @app.command()
-def report(folder: Folder = "out") -> None:
-    """Write DIR/report.html: the funnel, kept samples, and some of what was dropped."""
+def report(
+    folder: Folder = "out",
+    pictures: Annotated[bool, typer.Option(help="Show faces: some of what was kept and dropped.")] = True,
+) -> None:
+    """Write DIR/report.html: what was kept and dropped, all measurements, and sliders for other thresholds."""
     from pipeline.dataset.finished.report import REPORT, write_report
     from pipeline.dataset.out.ledger import funnel_table
     from pipeline.shared.files import to_path
 
-    counted = write_report(to_path(folder))
+    counted = write_report(to_path(folder), pictures=pictures)
     say(f"Report: {to_path(folder) / REPORT}")
     console.print(funnel_table(counted))
 
@@ -196,6 +199,16 @@ def status(
         typer.echo(json.dumps({**asdict(now), "seconds_left": now.seconds_left}, indent=2))
     else:
         say(text_of(now, to_path(folder), time.time()))
+
+
+@app.command()
+def replay(folder: Folder = "out", config: ConfigFile = None, sets: Sets = None) -> None:
+    """Judge the ledgers of DIR by other thresholds (--set filter.…), without an image; nothing is written."""
+    from pipeline.dataset.finished import replay as finished
+    from pipeline.shared.files import to_path
+
+    for line in finished.lines(to_path(folder), config, sets or []):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from stages.pixels.images import reduced
 from stages.runtime import Runtime
 from stages.settings import FilterSettings, ModelSettings, Settings
 
-_SEEN_PX = 16
+SEEN_PX = 16
 """Short side from which detectors see a face at a low score."""
 _FACTORS = (8, 4, 2)
 _GPU_BATCH = 64
@@ -63,4 +63,4 @@ def factor(models: ModelSettings, limits: FilterSettings) -> int:
     """What photos are reduced by: the smallest face that may be kept stays visible. 0 where there is no screen."""
     if models.screen == "off" or not hasattr(backend("detector", models.detector), "screen"):
         return 0
-    return next((factor for factor in _FACTORS if limits.min_face_px / factor >= _SEEN_PX), 0)
+    return next((factor for factor in _FACTORS if limits.min_face_px / factor >= SEEN_PX), 0)

@@ -1,28 +1,38 @@
-"""The HTML report: the funnel, kept samples, and some of what was dropped. One file that needs nothing else."""
+"""The HTML report: what became of all rows, and what was measured of them. One file that needs nothing else."""
 
+import base64
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice, starmap
 from pathlib import Path
-from typing import TypeVar
+from statistics import median
+from typing import Any, TypeVar
 
 import jinja2
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset.finished.report_cards import Card
+from pipeline.dataset.finished import replay, report_numbers
+from pipeline.dataset.finished.replay import evidence, ledgers, thresholds
+from pipeline.dataset.finished.report_cards import CROPS, Card
+from pipeline.dataset.finished.report_explorer import Explorer, distances, row_data
+from pipeline.dataset.finished.report_numbers import Numbers
 from pipeline.dataset.finished.report_pictures import LABEL_COLOURS
 from pipeline.dataset.out.ledger import UNREADABLE, Funnel, funnel, read_ledger, read_manifests, shards_folder
 from pipeline.shared import files as storage
-from pipeline.shared.files import AnyPath
-from pipeline.shared.tars import unpack
+from pipeline.shared.files import AnyPath, RemotePath
+from pipeline.shared.tars import Sample, samples, unpack
+from schemas.columns import KEPT
 from schemas.drops import DropReason
 from schemas.errors import CorruptShardError, OutputError
+from schemas.names import shard_origin
 from schemas.shard import DATASET, Manifest
 from stages.pixels.headers import DECODER_ERRORS
+from stages.settings import FilterSettings
 
 REPORT = "report.html"
 
@@ -31,10 +41,18 @@ _STRIDE = 4
 """In a shard with plenty, every fourth sample is shown; never is more of a tar read than that takes."""
 _DROPS = 4
 """Examples per reason."""
+_BARELY = 8
+"""Examples per reason that is a threshold, and of kept samples that are near one."""
+_NEAR = 0.15
+"""Share of a threshold."""
+_BY_THRESHOLD = (DropReason.SEVERAL_FACES, DropReason.SMALL_FACE)
+_HOSTS = 15
 _PICTURE_BYTES = 3_000_000
 _DROP_BYTES = 1_000_000
 """Bounds on the length of all pictures, as text."""
 _DROP_COLUMNS = ("key", "url", "width", "height", "n_faces", "face_px", "det_score", "second_score", "bbox", "kps")
+
+_JUDGED = ("key", "verdict", *replay.COLUMNS)
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -57,35 +75,95 @@ class Reason:
     cards: list[Card]
 
 
-def write_report(out: AnyPath) -> Funnel:
+@dataclass(frozen=True)
+class Part:
+    """What the shards of one part add up to."""
+
+    name: str
+    shards: int
+    rows: int
+    kept: int
+
+
+@dataclass
+class Glance:
+    """What kept samples that were opened say, beside what is shown of them."""
+
+    lengths: list[int] = field(default_factory=list)
+    """Of their captions, characters."""
+    crops: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(CROPS, 0)))
+    """Crop -> samples that have it."""
+
+    @property
+    def samples(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def captions(self) -> int:
+        return sum(length > 0 for length in self.lengths)
+
+    @property
+    def median(self) -> int:
+        return round(median(filter(None, self.lengths)))
+
+    def add(self, sample: Sample, content: Mapping[str, Any]) -> None:
+        self.lengths.append(len(content["text"].strip()))
+        self.crops.update(name for name in CROPS if f"{name}.jpg" in sample.files)
+
+
+def write_report(out: AnyPath, *, pictures: bool = True) -> Funnel:
     """Write OUT/report.html from the finished shards of OUT, and return the funnel that it shows.
 
     Whatever the size of the dataset, all ledgers are counted, but few shards and few of their samples are opened.
+    Without `pictures`, no face is shown.
 
     Raises:
         OutputError: when OUT is no dataset, or cannot be written.
         CorruptShardError: when a file of a shard that is read is damaged; names it.
     """
     shards_folder(out)
-    manifests, counted = read_manifests(out), funnel(out)
-    try:
-        dataset = dict(json.loads((out / DATASET).read_bytes()))
-    except FileNotFoundError:  # it was not copied along
-        dataset = {}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CorruptShardError(f"{DATASET}: cannot be read: {error}") from error
+    manifests, counted, dataset = read_manifests(out), funnel(out), _dataset(out)
     plan = {**dataset, **vars(manifests[0])} if manifests else dataset
-    samples = list(_kept_cards(out, manifests))
-    labels = frozenset[int]().union(*(card.labels for card in samples))
+    explorer: Explorer | None = None
+    with suppress(OutputError):  # nothing says by which thresholds the shards were made
+        explorer = Explorer(*thresholds(out))
+    limits, numbers, glance = explorer.limits if explorer else FilterSettings(), Numbers(), Glance()
+    for ledger in ledgers(out, [*replay.COLUMNS, *report_numbers.COLUMNS]):
+        numbers.add(ledger)
+        if explorer:
+            explorer.add(evidence(ledger))
+    kept = _numbered(_kept_cards(out, manifests, limits, glance), 0, pictures)
+    cards, reasons = list(kept), []
+    for reason in _reasons(out, manifests, limits, counted):
+        reasons.append(replace(reason, cards=_numbered(reason.cards, len(cards), pictures)))
+        cards += reasons[-1].cards
+    style, script = ((Path(__file__).parent / f"report.{end}").read_text(encoding="utf-8") for end in ("css", "js"))
     page = _TEMPLATES.get_template("report.html.jinja").render(
         profile=plan.get("profile", ""),
         plan_digest=plan.get("plan_digest", ""),
         models=plan.get("models", []),
         finished="shards" in dataset,
+        settings=dict(_flat(dataset.get("plan", {}).get("settings", {}))),
         funnel=counted,
-        samples=samples,
-        reasons=list(_reasons(out, manifests, counted)),
-        labels=[(name, rgb) for n, (name, rgb) in enumerate(LABEL_COLOURS.items()) if n in labels and n],
+        tar_bytes=sum(manifest.files.get(f"{manifest.shard}.tar", {}).get("bytes", 0) for manifest in manifests),
+        parts=_parts(manifests),
+        glance=glance,
+        charts=list(report_numbers.charts(numbers.histograms)),
+        hosts=numbers.largest_hosts(_HOSTS),
+        all_hosts=len(numbers.hosts),
+        fates=report_numbers.FATES,
+        samples=kept,
+        reasons=reasons,
+        labels=_legend(kept),
+        unjudged=replay.UNJUDGED,
+        meanings={name: known.description for name, known in FilterSettings.model_fields.items()},
+        style=style,
+        script=script,
+        script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
+        data={
+            "explorer": explorer.data() if explorer else None,
+            "cards": [{"row": card.row, "values": card.values, "facts": " · ".join(card.facts)} for card in cards],
+        },
     )
     path = out / REPORT
     try:
@@ -93,6 +171,21 @@ def write_report(out: AnyPath) -> Funnel:
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
     return counted
+
+
+def _dataset(out: AnyPath) -> dict[str, Any]:
+    """dataset.json; empty where it was not copied along."""
+    try:
+        return dict(json.loads((out / DATASET).read_bytes()))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CorruptShardError(f"{DATASET}: cannot be read: {error}") from error
+
+
+def _numbered(cards: Iterable[Card], start: int, pictures: bool) -> list[Card]:
+    bare: dict[str, Any] = {} if pictures else {"pictures": [], "labels": frozenset()}
+    return [replace(card, number=number, **bare) for number, card in enumerate(cards, start)]
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
@@ -112,43 +205,93 @@ def quotas(manifests: Sequence[Manifest], wanted: int) -> Counter[str]:
     return given
 
 
-def _kept_cards(out: AnyPath, manifests: list[Manifest]) -> Iterator[Card]:
+def _kept_cards(out: AnyPath, manifests: list[Manifest], limits: FilterSettings, glance: Glance) -> Iterator[Card]:
+    """Kept samples from all over the dataset, and, of an OUT that can be skipped through, some that are barely so."""
     length, kept = 0, {manifest.shard: manifest.kept for manifest in manifests}
-    for shard, quota in sorted(quotas(manifests, _SAMPLES).items()):
+    chosen = quotas(manifests, _SAMPLES)
+    barely = 0 if isinstance(out, RemotePath) else -(-_BARELY // max(len(chosen), 1))
+    for shard, quota in sorted(chosen.items()):
         path, stride = out / "shards" / f"{shard}.tar", min(_STRIDE, kept[shard] // quota)
-        for sample in islice(unpack(path), 0, quota * stride, stride):
+        rows = _judged(read_ledger(out, shard, _JUDGED, KEPT), limits)
+        seen = range((quota - 1) * stride + 1)
+        near = sorted((far, number) for number, (_, _, far) in enumerate(rows) if far < _NEAR and number not in seen)
+        others = (samples(path, number, number + 1) for _, number in near[:barely])
+        tar = chain(islice(unpack(path), len(seen)), starmap(Sample, chain.from_iterable(others)))
+        judged = {key: row for key, row, _ in rows}
+        for number, sample in enumerate(tar):
             try:
-                card = Card.of_sample(sample)
+                content = json.loads(sample.files["json"])
+                glance.add(sample, content)
+                card = Card.of_sample(sample, content) if number % stride == 0 or number not in seen else None
             except DECODER_ERRORS as error:
                 raise CorruptShardError(f"{path.name}: {sample.key} cannot be shown: {error}") from error
+            if card is None:
+                continue
             length += card.length
             if length > _PICTURE_BYTES:
                 return
-            yield card
+            yield replace(card, row=judged.get(sample.key, []))
 
 
-def _reasons(out: AnyPath, manifests: list[Manifest], counted: Funnel) -> Iterator[Reason]:
-    """A few drops per reason, whichever stages gave it: from several shards, those with a picture first."""
+def _judged(ledger: pa.Table, limits: FilterSettings) -> list[tuple[str, list[float], float]]:
+    """Key, what thresholds judge, and the distance to the nearest of them, of each row."""
+    rows = evidence(ledger)
+    keys, far = ledger["key"].to_pylist(), distances(rows, limits).tolist()
+    return [(key, row_data(rows, number), far[number]) for number, key in enumerate(keys)]
+
+
+def _reasons(out: AnyPath, manifests: list[Manifest], limits: FilterSettings, counted: Funnel) -> Iterator[Reason]:
+    """A few drops per reason, whichever stages gave it: from several shards, those with a picture first.
+
+    Of what a threshold dropped there are more, and those that it barely dropped come first.
+    """
     left = _DROP_BYTES
     totals: Counter[str] = Counter()
     for stage in counted.rows:
         totals.update(stage.dropped)
     for name, count in totals.items():
-        ranked: list[tuple[bool, int, Card]] = []
-        for manifest in spread([manifest for manifest in manifests if manifest.dropped.get(name)], _DROPS):
+        wanted = _BARELY if name in _BY_THRESHOLD else _DROPS
+        ranked: list[tuple[bool, float, int, Card]] = []
+        for manifest in spread([manifest for manifest in manifests if manifest.dropped.get(name)], wanted):
             thumbnails: dict[str, bytes] = {}
             if left > 0:
                 with suppress(*UNREADABLE):  # the file is disposable
                     drops = storage.parquet(out / "drops" / f"{manifest.shard}.parquet")
                     table = drops.read(columns=["key", "verdict", "thumbnail"])
                     thumbnails = {row["key"]: row["thumbnail"] for row in table.to_pylist() if row["verdict"] == name}
-            rows = read_ledger(out, manifest.shard, _DROP_COLUMNS, name)
+            rows = read_ledger(out, manifest.shard, [*_DROP_COLUMNS, *_JUDGED], name)
             shown = pc.is_in(rows["key"], pa.array(list(thumbnails), pa.string()))
-            rows = pa.concat_tables([rows.filter(shown), rows.filter(pc.invert(shown))]).slice(0, _DROPS)
-            for rank, record in enumerate(rows.to_pylist()):
-                card = Card.of_drop(record, thumbnails.get(record["key"]))
-                ranked.append((not card.pictures, rank, card))
-        cards = [card for *_, card in sorted(ranked, key=lambda entry: entry[:2])[:_DROPS]]
+            rows = pa.concat_tables([rows.filter(shown), rows.filter(pc.invert(shown))]).slice(0, wanted)
+            for rank, (record, (key, row, far)) in enumerate(zip(rows.to_pylist(), _judged(rows, limits), strict=True)):
+                card = replace(Card.of_drop(record, thumbnails.get(key)), row=row)
+                ranked.append((not card.pictures, far, rank, card))
+        cards = [card for *_, card in sorted(ranked, key=lambda entry: entry[:3])[:wanted]]
         left -= sum(card.length for card in cards)
         sentence = next((known.sentence for known in DropReason if known == name), "")
         yield Reason(name, sentence, count, cards)
+
+
+def _legend(cards: list[Card]) -> list[tuple[str, tuple[int, int, int]]]:
+    """Name and colour of the labels that occur in some mask."""
+    labels = frozenset[int]().union(*(card.labels for card in cards))
+    return [(name, rgb) for n, (name, rgb) in enumerate(LABEL_COLOURS.items()) if n in labels and n]
+
+
+def _parts(manifests: list[Manifest]) -> list[Part]:
+    """Each part, by its name; a row that had a second chance counts in every round."""
+    of_part: dict[str, list[Manifest]] = {}
+    for manifest in manifests:
+        of_part.setdefault(shard_origin(manifest.shard)[0], []).append(manifest)
+    return [
+        Part(name, len(ours), sum(one.rows_in for one in ours), sum(one.kept for one in ours))
+        for name, ours in sorted(of_part.items())
+    ]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every key with its value in words."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", json.dumps(value)

@@ -1,6 +1,5 @@
 """What the report shows of one row: pictures, and a few facts."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +12,7 @@ from stages.pixels.images import decode_jpeg, decode_png
 
 _PHOTO_PX, _CROP_PX, _DROP_PX = 448, 192, 192
 _TEXT_LENGTH = 300
-_CROPS = ("portrait", "half", "full")
+CROPS = ("portrait", "half", "full")
 _FACTS = {
     "face_px": "face {:.0f} px",
     "n_faces": "faces {}",
@@ -47,6 +46,12 @@ class Card:
     pictures: list[Picture] = field(default_factory=list)
     labels: frozenset[int] = frozenset()
     """Labels that occur in its mask."""
+    values: dict[str, float] = field(default_factory=dict)
+    """Measurements to order by."""
+    row: list[float] = field(default_factory=list)
+    """What thresholds judge, as report_explorer.row_data has it."""
+    number: int = 0
+    """In the page."""
 
     @property
     def length(self) -> int:
@@ -54,13 +59,12 @@ class Card:
         return sum(len(picture.uri) for picture in self.pictures)
 
     @staticmethod
-    def of_sample(sample: Sample) -> "Card":
-        """The widest crop with box and points, the face, its labels, and the squares.
+    def of_sample(sample: Sample, content: Mapping[str, Any]) -> "Card":
+        """The widest crop with box and points, the face, its labels, and the squares; `content` is its json.
 
         Raises one of DECODER_ERRORS when it is damaged.
         """
-        content = json.loads(sample.files["json"])
-        crops = {name: decode_jpeg(sample.files[f"{name}.jpg"]) for name in _CROPS if f"{name}.jpg" in sample.files}
+        crops = {name: decode_jpeg(sample.files[f"{name}.jpg"]) for name in CROPS if f"{name}.jpg" in sample.files}
         face, mask = decode_jpeg(sample.files["face.jpg"]), decode_png(sample.files["mask.png"])
         described = content["crops"]
         if not crops:
@@ -79,12 +83,13 @@ class Card:
             else:
                 pictures.append(Picture(name, absent=_shortened(described[name]["absent"])))
         text, url = _shortened(content["text"]), _shortened(content["url"])
-        return Card(sample.key, text, url, _facts(content), pictures, frozenset(np.unique(mask).tolist()))
+        labels = frozenset(np.unique(mask).tolist())
+        return Card(sample.key, text, url, _facts(content), pictures, labels, _values(content))
 
     @staticmethod
     def of_drop(record: Mapping[str, Any], thumbnail: bytes | None) -> "Card":
         """A dropped row from its ledger columns; its picture, if there is one, with box and points if known."""
-        card = Card(record["key"], "", _shortened(record["url"]), _facts(record))
+        card = Card(record["key"], "", _shortened(record["url"]), _facts(record), values=_values(record))
         try:
             image = decode_jpeg(thumbnail or b"")
         except ValueError:  # thumbnails are disposable: a damaged one is as good as none
@@ -99,6 +104,12 @@ def _facts(record: Mapping[str, Any]) -> list[str]:
     """Sizes and scores in words, as far as they were measured."""
     size = [f"{record['width']} × {record['height']}"] if record["width"] and record["height"] else []
     return size + [text.format(record[name]) for name, text in _FACTS.items() if record.get(name) is not None]
+
+
+def _values(record: Mapping[str, Any]) -> dict[str, float]:
+    """Those of the facts that are finite numbers."""
+    known = {name: float(record[name]) for name in _FACTS if isinstance(record.get(name), int | float)}
+    return {name: value for name, value in known.items() if np.isfinite(value)}
 
 
 def _shortened(text: str | None) -> str:

@@ -1,7 +1,7 @@
-"""The ledgers of a dataset: the funnel, what manifests count, and verdicts under other thresholds."""
+"""The ledgers of a dataset: the funnel, and what manifests count."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,9 @@ from schemas.errors import ContractError, CorruptShardError, OutputError
 from schemas.names import finished_shards, shard_origin
 from schemas.shard import DATASET, Manifest, dataset_digest
 from stages import STAGES
-from stages.filter import Filter
 
 UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError)
 """What pyarrow raises for a file that is no such parquet."""
-
-_RECORDS = 1024
-"""Ledger rows that are Python objects at a time."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +139,10 @@ def read_ledger(out: AnyPath, shard: str, columns: Sequence[str], verdict: str |
     """
     path = out / "shards" / f"{shard}.parquet"
     try:
-        table = parquet(path).read(columns=list(dict.fromkeys([*columns, "verdict"])))
+        columns = list(dict.fromkeys(columns))
+        table = parquet(path).read(columns=list({*columns, "verdict"}))
         table.validate(full=True)  # bytes that are no text would stop whoever reads them
-        return (table if verdict is None else table.filter(pc.equal(table["verdict"], verdict))).select(list(columns))
+        return (table if verdict is None else table.filter(pc.equal(table["verdict"], verdict))).select(columns)
     except UNREADABLE as error:
         raise CorruptShardError(f"{path.name}: not a ledger: {error}") from error
 
@@ -255,23 +252,3 @@ def funnel_table(funnel: Funnel) -> Table:
     for label, count, style in [*lines, ("kept", funnel.kept, "bold")]:
         table.add_row(label, f"{count:,}", f"{100 * funnel.share(count):.1f}", style=style)
     return table
-
-
-def replay(ledger: pa.Table, judge: Callable[[Mapping[str, Any]], str | None]) -> list[str | None]:
-    """Verdicts of a ledger's rows, had `filter` judged them by `judge`; no image is touched.
-
-    `judge` makes of one row's measurements the reason to drop it, or None, as `stages.filter.judge` does.
-    Rows that never reached `filter` keep their verdict, and so do those that pass it again. None stands for a row
-    that `filter` had dropped and now lets pass: what the stages behind it would say is not known.
-    """
-    order = list(STAGES)
-    behind = frozenset(order[order.index(Filter.name) + 1 :])
-    verdicts: list[str | None] = []
-    for batch in ledger.select(["verdict", "stage", *Filter.reads]).to_batches(max_chunksize=_RECORDS):
-        for record in batch.to_pylist():
-            verdict, passed = record["verdict"], record["stage"] in behind
-            if passed or record["stage"] == Filter.name:
-                reason = judge(record)
-                verdict = str(reason) if reason is not None else verdict if passed else None
-            verdicts.append(verdict)
-    return verdicts

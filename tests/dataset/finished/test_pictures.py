@@ -72,8 +72,12 @@ def test_a_data_uri_gives_the_bytes_back():
     assert base64.b64decode(data_uri(b"\xff\xd8x").removeprefix("data:image/jpeg;base64,")) == b"\xff\xd8x"
 
 
+def card_of(record):
+    return Card.of_sample(Sample(record["key"], sample_files(record)), json.loads(record["json"]))
+
+
 def test_a_card_of_a_sample_shows_what_there_is_and_why_the_rest_is_absent():
-    card = Card.of_sample(Sample("a-000000000", sample_files(fake.record("a", 0, text="x" * 301))))
+    card = card_of(fake.record("a", 0, text="x" * 301))
     assert [picture.title for picture in card.pictures] == ["photo", "face", "mask", "portrait 600 px", "half"]
     assert [bool(picture.uri) for picture in card.pictures] == [True, True, True, True, False]
     assert card.pictures[-1].absent == "the photo is too small"
@@ -81,10 +85,10 @@ def test_a_card_of_a_sample_shows_what_there_is_and_why_the_rest_is_absent():
     assert card.labels == frozenset(range(19))
     small = {"full": {"absent": "too small"}}
     changes = {"full": None, "crops": json.dumps({**fake.CROPS, **small})}
-    photo = Card.of_sample(Sample("a-000000000", sample_files(fake.record("a", 0, **changes)))).pictures[0]
+    photo = card_of(fake.record("a", 0, **changes)).pictures[0]
     assert photo.title == "portrait (no full: too small)"
     changes |= {"portrait": None, "crops": json.dumps({**fake.CROPS, **small, "portrait": {"absent": "blurred"}})}
-    card = Card.of_sample(Sample("a-000000000", sample_files(fake.record("a", 0, **changes))))
+    card = card_of(fake.record("a", 0, **changes))
     assert [picture.absent for picture in card.pictures] == ["too small", "", "", "blurred", "the photo is too small"]
 
 

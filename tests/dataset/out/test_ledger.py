@@ -1,7 +1,6 @@
 import io
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
 import fake_dataset as fake
@@ -10,12 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from pipeline.dataset.out.ledger import counts, funnel, funnel_table, read_manifests, replay, shard_names, summary
+from pipeline.dataset.out.ledger import counts, funnel, funnel_table, read_manifests, shard_names, summary
 from schemas.columns import LEDGER_SCHEMA
 from schemas.errors import ContractError, CorruptShardError, OutputError
 from stages import STAGES
-from stages.filter import judge
-from stages.settings import FilterSettings
 
 
 @pytest.fixture(scope="module")
@@ -126,24 +123,6 @@ def test_the_summary_adds_up_manifests(out):
     assert (told["shards"], told["rows_in"], told["kept"]) == (["a-00000", "a-00001", "b-00000"], 13, 4)
     assert told["dropped"]["unsafe"] == 2
     assert told["dropped"]["timeout"] == 0
-
-
-def replayed(out, **limits):
-    ledger = pq.read_table(out / "shards" / "a-00000.parquet")
-    return replay(ledger, partial(judge, limits=FilterSettings(**limits)))
-
-
-def test_replay_under_the_same_thresholds_changes_nothing_that_is_known(out):
-    assert replayed(out) == ["kept", "unsafe", "not_found", "small_face", "kept", "empty_mask"]
-
-
-def test_replay_of_stricter_thresholds_drops_more(out):
-    assert replayed(out, min_face_px=200) == ["kept", "unsafe", "not_found", "small_face", "kept", "small_face"]
-    assert replayed(out, max_second_score=0.2)[5] == "several_faces"
-
-
-def test_replay_of_looser_thresholds_claims_nothing_about_later_stages(out):
-    assert replayed(out, min_face_px=50) == ["kept", "unsafe", "not_found", None, "kept", "empty_mask"]
 
 
 def test_the_table_reads_in_a_log(out):

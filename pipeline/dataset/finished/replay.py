@@ -1,0 +1,234 @@
+"""Other thresholds on the ledgers of a dataset: what would become of each row, without an image.
+
+Thresholds of `filter.*` judge what ledgers hold, so a row that was measured gets the verdict that a new run would give
+it. A row that a threshold had ended before it was measured is none that was judged: it gets a word of `UNJUDGED`.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import ValidationError
+from rich import box
+from rich.table import Table
+
+from pipeline.dataset.out.ledger import Rounds, read_ledger, shard_names
+from pipeline.shared.configfile import explain, merge, read_values
+from pipeline.shared.files import AnyPath
+from schemas.columns import KEPT
+from schemas.drops import DropReason
+from schemas.errors import ConfigError, CorruptShardError, OutputError
+from schemas.names import shard_origin
+from schemas.shard import DATASET
+from stages import STAGES
+from stages.filter import Filter, spans_a_face
+from stages.metadata import Metadata
+from stages.screen import SEEN_PX, Screen
+from stages.settings import FilterSettings, Settings
+
+UNJUDGED = {
+    "passes": "pass the thresholds by which they had been dropped; later stages may still drop some",
+    "unseen": "had been dropped for their size: no face was ever looked for in them",
+    "unsure": "showed nothing at the reduced size, at which faces as small as these cannot be seen",
+}
+"""What may become of a row that is no verdict, and why; all these rows have to be fetched again."""
+
+OUTCOMES = (KEPT, *map(str, DropReason), *UNJUDGED)
+
+COLUMNS = ("stage", "meta_width", "meta_height", "width", "height", *Filter.reads)
+"""Columns of the ledger, beside the verdict, that thresholds depend on."""
+
+Floats = npt.NDArray[np.float64]
+Codes = npt.NDArray[np.int16]
+
+
+def code(outcome: str) -> int:
+    """Its number in OUTCOMES."""
+    return OUTCOMES.index(outcome)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What thresholds judge of N rows, and what becomes of those that pass them all; infinite: passes, or fails, any.
+
+    Of several thresholds that a row fails, the first of these decides.
+    """
+
+    side: Floats
+    """(N,) pixels: the shortest side that metadata or file is known to have."""
+    pixels: Floats
+    """(N,) of the image."""
+    second: Floats
+    """(N,) second score of photos with one face."""
+    face: Floats
+    """(N,) short side of the face box, pixels, of photos with one face."""
+    outcome: Codes
+    """(N,) numbers in OUTCOMES."""
+
+    def judged(self, limits: FilterSettings, factor: int) -> Codes:
+        """(N,) numbers in OUTCOMES under these thresholds; `factor` is what the screen had reduced photos by."""
+        verdicts = self.outcome.copy()
+        verdicts[self.face < limits.min_face_px] = code(DropReason.SMALL_FACE)
+        verdicts[self.second > limits.max_second_score] = code(DropReason.SEVERAL_FACES)
+        verdicts[self.pixels > limits.max_pixels] = code(DropReason.TOO_MANY_PIXELS)
+        verdicts[self.side < limits.min_image_px] = code(DropReason.SMALL_IMAGE)
+        if factor and limits.min_face_px / factor >= SEEN_PX:
+            verdicts[verdicts == code("unsure")] = code(DropReason.NO_FACE)
+        return verdicts
+
+
+def evidence(ledger: pa.Table) -> Evidence:
+    """The evidence in a ledger's COLUMNS and verdicts.
+
+    Raises:
+        CorruptShardError: for a verdict that is not known.
+    """
+    known = pc.index_in(ledger["verdict"], value_set=pa.array(OUTCOMES))
+    if known.null_count:
+        raise CorruptShardError("a ledger holds a verdict that is not known")
+    outcome = known.to_numpy().astype(np.int16)
+    stage = pc.fill_null(pc.index_in(ledger["stage"], value_set=pa.array(list(STAGES))), -1).to_numpy()
+    at = {name: number for number, name in enumerate(STAGES)}
+    drops = {reason: outcome == code(reason) for reason in DropReason}
+
+    sizes = {name: _floats(ledger[name]) for name in ("meta_width", "meta_height", "width", "height")}
+    side = np.fmin.reduce([np.full(len(outcome), np.inf), *sizes.values()])
+    by_size = drops[DropReason.SMALL_IMAGE]
+    # The other reasons of this stage come before the size.
+    side[(stage == at[Metadata.name]) & ~by_size & ~drops[DropReason.DUPLICATE_URL]] = np.inf
+    pixels = np.nan_to_num(sizes["width"] * sizes["height"], nan=0.0)
+    outcome[by_size | drops[DropReason.TOO_MANY_PIXELS]] = code("unseen")
+    outcome[drops[DropReason.NO_FACE] & (stage == at[Screen.name])] = code("unsure")
+
+    faces = np.nan_to_num(_floats(ledger["n_faces"]), nan=0.0)
+    judged = stage >= at[Filter.name]
+    outcome[judged & (faces == 0)] = code(DropReason.NO_FACE)
+    outcome[judged & (faces > 1)] = code(DropReason.SEVERAL_FACES)
+    one = judged & (faces == 1)
+    # What is missing or undefined proves nothing: it fails any threshold.
+    second = np.where(one, np.nan_to_num(_floats(ledger["second_score"]), nan=np.inf), -np.inf)
+    face = np.where(one, np.nan_to_num(_floats(ledger["face_px"]), nan=-np.inf, posinf=np.inf), np.inf)
+    dropped = np.flatnonzero(one & (stage == at[Filter.name]))
+    boxes = ledger.select(["bbox", "kps"]).take(pa.array(dropped)).to_pylist()
+    spans = np.array([spans_a_face(row["bbox"], row["kps"]) for row in boxes], bool)
+    outcome[dropped] = np.where(spans, code("passes"), code(DropReason.BAD_LANDMARKS))
+    return Evidence(side, pixels, second, face, outcome)
+
+
+def _floats(column: pa.ChunkedArray) -> Floats:
+    """(N,) with NaN for null: exactly the numbers that a stage sees."""
+    values: Floats = pc.cast(column, pa.float64()).to_numpy()
+    return values
+
+
+def ledgers(out: AnyPath, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """These columns and the verdict of every ledger of OUT, each row of a part once, with its last verdict."""
+    shards = shard_names(out)
+    rounds = Rounds(out, shards)
+    for shard in shards:
+        ledger = read_ledger(out, shard, [*columns, "row", "verdict"])
+        if rounds.last(shard_origin(shard)[0]):
+            ledger = ledger.filter(pa.array(~rounds.replaced(shard, ledger["row"])))
+        yield ledger
+
+
+def thresholds(out: AnyPath) -> tuple[FilterSettings, int]:
+    """Those by which OUT was made, and what its screen had reduced photos by (0: it had none).
+
+    Raises:
+        OutputError: when dataset.json does not say.
+    """
+    try:
+        settings = json.loads((out / DATASET).read_bytes())["plan"]["settings"]
+        limits = FilterSettings.model_validate(settings["filter"])
+        return limits, int(settings["models"].get("screen", {}).get("factor", 0))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(f"{out / DATASET} does not say by which thresholds the dataset was made.") from error
+
+
+def other_thresholds(limits: FilterSettings, path: Path | None, pairs: Sequence[str]) -> FilterSettings:
+    """`limits` with what a TOML file and `--set` pairs say of filter.*.
+
+    Raises:
+        ConfigError: for any other key, or a value that is not allowed.
+    """
+    values = read_values(path, pairs)
+    if other := sorted(set(values) - {"filter"}):
+        raise ConfigError(f"Ledgers can be judged by other filter.* only: {', '.join(other)} needs a new run.")
+    base: dict[str, Any] = {"filter": limits.model_dump()}
+    merge(base, values)
+    try:
+        return Settings.model_validate(base).filter
+    except ValidationError as error:
+        raise ConfigError(explain(error, Settings)) from error
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What became of the rows, and what would become of them."""
+
+    counts: Mapping[tuple[str, str], int]
+    """(verdict in the ledger, one of OUTCOMES under the other thresholds) -> rows."""
+
+    def before(self, outcome: str) -> int:
+        """Rows with this verdict in the ledgers."""
+        return sum(count for (old, _), count in self.counts.items() if old == outcome)
+
+    def after(self, outcome: str) -> int:
+        """Rows with this one of OUTCOMES under the other thresholds."""
+        return sum(count for (_, new), count in self.counts.items() if new == outcome)
+
+
+def replay(out: AnyPath, limits: FilterSettings, factor: int) -> Replay:
+    """The rows of OUT under other thresholds, one ledger in memory at a time.
+
+    Raises:
+        CorruptShardError: when a ledger cannot be read; names it.
+        OutputError: when OUT is no dataset.
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    for ledger in ledgers(out, COLUMNS):
+        after = evidence(ledger).judged(limits, factor)
+        before = pc.index_in(ledger["verdict"], value_set=pa.array(OUTCOMES)).to_numpy()
+        pairs, numbers = np.unique(before.astype(np.int64) * len(OUTCOMES) + after, return_counts=True)
+        for pair, number in zip(pairs.tolist(), numbers.tolist(), strict=True):
+            old, new = divmod(pair, len(OUTCOMES))
+            counts[OUTCOMES[old], OUTCOMES[new]] += number
+    return Replay(counts)
+
+
+def replay_table(replayed: Replay) -> Table:
+    """Each outcome before and after, for a terminal or a log."""
+    table = Table("outcome", "before", "after", "change", box=box.ASCII)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for outcome in OUTCOMES:
+        before, after = replayed.before(outcome), replayed.after(outcome)
+        if before or after or outcome == KEPT:
+            style = "bold" if outcome == KEPT else None
+            table.add_row(outcome, f"{before:,}", f"{after:,}", f"{after - before:+,}", style=style)
+    return table
+
+
+def lines(out: AnyPath, path: Path | None, pairs: Sequence[str]) -> Iterator[str | Table]:
+    """What `replay` says of OUT under the thresholds of a TOML file and `--set` pairs; raises what `replay` raises."""
+    before, factor = thresholds(out)
+    after = other_thresholds(before, path, pairs)
+    yield from (
+        f"filter.{name}: {getattr(before, name)} -> {value}" for name, value in after if value != getattr(before, name)
+    )
+    replayed = replay(out, after, factor)
+    yield replay_table(replayed)
+    yield f"Kept for certain: {replayed.after(KEPT):,}; their samples are there."
+    again = sum(map(replayed.after, UNJUDGED))
+    yield f"To be fetched again: {again:,} rows that may be wanted, of which no sample was kept{':' if again else '.'}"
+    for outcome, meaning in UNJUDGED.items():
+        if count := replayed.after(outcome):
+            yield f"  {count:,} ({outcome}) {meaning}."

@@ -1,0 +1,155 @@
+"use strict";
+// Everything is in the page: `data` holds the rows of all ledgers as cells (counts by which stops they pass), see
+// report_explorer.py. Thresholds decide in the order of `names`; a later one of them gives way to an earlier one.
+const data = JSON.parse(document.getElementById("data").textContent);
+const $ = (id) => document.getElementById(id);
+const all = (selector, within = document) => [...within.querySelectorAll(selector)];
+const number = (value) => value.toLocaleString("en-US");
+
+const zoomed = { figures: [], at: 0 };
+
+function show(at) {
+  zoomed.at = (at + zoomed.figures.length) % zoomed.figures.length;
+  const button = zoomed.figures[zoomed.at];
+  const image = button.querySelector("img");
+  $("large").src = image.src;
+  $("large").alt = image.alt;
+  $("about").textContent = `${image.alt} (${zoomed.at + 1} of ${zoomed.figures.length})`;
+}
+
+document.addEventListener("click", (event) => {
+  const button = event.target.closest(".zoom");
+  if (!button) return;
+  zoomed.figures = all(".zoom").filter((one) => one.offsetParent);
+  show(zoomed.figures.indexOf(button));
+  $("viewer").showModal();
+});
+$("viewer").addEventListener("keydown", (event) => {
+  const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+  if (step) { event.preventDefault(); show(zoomed.at + step); }
+});
+$("viewer").addEventListener("click", (event) => { if (event.target === $("viewer")) $("viewer").close(); });
+$("before").addEventListener("click", () => show(zoomed.at - 1));
+$("after").addEventListener("click", () => show(zoomed.at + 1));
+$("close").addEventListener("click", () => $("viewer").close());
+
+for (const chip of all("[data-reason]", $("chips") || document.createElement("p"))) {
+  chip.addEventListener("click", () => {
+    all("[data-reason]", $("chips")).forEach((one) => one.setAttribute("aria-pressed", one === chip));
+    all("section.reason").forEach((one) => { one.hidden = chip.dataset.reason !== "" && one.dataset.reason !== chip.dataset.reason; });
+  });
+}
+if ($("order")) {
+  const sheet = $("kept-cards"), cards = all("article", sheet);
+  $("order").addEventListener("change", () => {
+    const name = $("order").value;
+    const value = (card) => data.cards[card.dataset.card].values[name] ?? -Infinity;
+    sheet.append(...(name ? [...cards].sort((a, b) => value(b) - value(a)) : cards));
+  });
+}
+
+if (data.explorer) explore(data.explorer);
+
+function explore(explorer) {
+  const names = explorer.names, least = { min_image_px: true, min_face_px: true };
+  const reasons = { min_image_px: "small_image", max_pixels: "too_many_pixels", max_second_score: "several_faces", min_face_px: "small_face" };
+  const bytes = Uint8Array.from(atob(explorer.cells), (letter) => letter.charCodeAt(0));
+  const rows = explorer.rows, column = (n) => bytes.subarray(n * rows, (n + 1) * rows);
+  const bins = names.map((_, n) => column(n)), outcomes = column(names.length);
+  const counts = new DataView(bytes.buffer, (names.length + 1) * rows);
+  const code = Object.fromEntries(explorer.outcomes.map((name, n) => [name, n]));
+  const verdicts = names.map((name) => code[reasons[name]]);
+  const seen = (limit) => explorer.factor && limit / explorer.factor >= explorer.seen_px;
+  const inputs = names.map((name) => $(`s-${name}`));
+  const start = names.map((name) => explorer.stops[name].indexOf(explorer.limits[name]));
+  const chosen = (stops) => names.map((name, n) => explorer.stops[name][stops[n]]);
+
+  function settled(outcome, limits) {
+    return outcome === code.unsure && seen(limits[names.indexOf("min_face_px")]) ? code.no_face : outcome;
+  }
+  function count(stops) {
+    const sums = new Array(explorer.outcomes.length).fill(0), limits = chosen(stops);
+    for (let row = 0; row < rows; row++) {
+      let verdict = -1;
+      for (let n = 0; n < names.length && verdict < 0; n++) {
+        if (least[names[n]] ? stops[n] >= bins[n][row] : stops[n] < bins[n][row]) verdict = verdicts[n];
+      }
+      sums[verdict < 0 ? settled(outcomes[row], limits) : verdict] += counts.getUint32(4 * row, true);
+    }
+    return sums;
+  }
+  function judged(row, limits) {
+    for (let n = 0; n < names.length; n++) {
+      if (least[names[n]] ? row[n] < limits[n] : row[n] > limits[n]) return verdicts[n];
+    }
+    return settled(row[names.length], limits);
+  }
+  function described([side, , second, face]) {
+    const known = (value) => Math.abs(value) < 1e299;
+    return [known(side) && `image ${number(side)} px`, known(face) && `face ${face.toFixed(0)} px`, known(second) && `second ${second.toFixed(2)}`].filter(Boolean).join(" · ");
+  }
+  // How far a face is from the nearest threshold, as a share of it: see `distances` in report_explorer.py.
+  function distance(row, limits) {
+    return Math.min(...[2, 3].map((n) => (Math.abs(row[n]) > 1e299 || row[n] <= 0 ? Infinity : Math.abs(row[n] / (limits[n] || 1) - 1))));
+  }
+
+  const before = count(start), total = before.reduce((sum, one) => sum + one, 0);
+  const unjudged = ["passes", "unseen", "unsure"];
+  const percent = (value) => (total ? (100 * value / total).toFixed(1) : "0.0") + " %";
+  const cell = (row, text, kind) => { const one = row.insertCell(); one.textContent = text; one.className = kind || ""; };
+
+  function update() {
+    const stops = inputs.map((input) => Number(input.value)), limits = chosen(stops), after = count(stops);
+    names.forEach((name, n) => {
+      inputs[n].setAttribute("aria-valuetext", limits[n]);
+      $(`o-${name}`).textContent = number(limits[n]);
+      inputs[n].closest(".slider").classList.toggle("changed", stops[n] !== start[n]);
+      all(`.mark[data-threshold="${name}"]`).forEach((mark) => { mark.style.left = `${100 * explorer.marks[mark.dataset.measure][stops[n]]}%`; });
+    });
+    const kept = after[code.kept], again = unjudged.reduce((sum, name) => sum + after[code[name]], 0);
+    $("kept-now").textContent = `${number(kept)} of ${number(total)} kept for certain (${percent(kept)})`;
+    $("kept-bar").style.width = `${100 * kept / (total || 1)}%`;
+    $("again-bar").style.width = `${100 * again / (total || 1)}%`;
+    $("again").hidden = !again;
+    $("again-now").textContent = number(again);
+    for (const name of unjudged) { $(`u-${name}`).hidden = !after[code[name]]; $(`n-${name}`).textContent = number(after[code[name]]); }
+    const body = $("outcomes"); body.replaceChildren();
+    explorer.outcomes.forEach((name, n) => {
+      if (!before[n] && !after[n]) return;
+      const row = body.insertRow(), change = after[n] - before[n];
+      cell(row, name); cell(row, number(before[n]), "n"); cell(row, number(after[n]), "n");
+      cell(row, change ? (change > 0 ? "+" : "−") + number(Math.abs(change)) : "", "n");
+    });
+    const changed = names.map((name, n) => [name, limits[n], stops[n] !== start[n]]).filter((one) => one[2]);
+    $("toml").textContent = "[filter]\n" + names.map((name, n) => `${name} = ${limits[n]}\n`).join("");
+    $("command").textContent = ["python -m pipeline replay DIR", ...changed.map((one) => `--set filter.${one[0]}=${one[1]}`)].join(" ");
+    sides(limits);
+  }
+
+  function sides(limits) {
+    const base = chosen(start);
+    const cards = data.cards.map((card, n) => ({ n, row: card.row, old: judged(card.row, base), now: judged(card.row, limits) }));
+    for (const { n, old, now } of cards) all(`[data-badge="${n}"]`).forEach((badge) => { badge.textContent = old === now ? "" : `would be: ${explorer.outcomes[now]}`; });
+    const pictured = cards.filter(({ n }) => document.querySelector(`[data-card="${n}"] .zoom`)).map((card) => ({ ...card, far: distance(card.row, limits) }));
+    const turned = pictured.filter(({ old, now }) => old !== now).sort((a, b) => a.far - b.far);
+    const near = turned.length ? turned : pictured.filter(({ far }) => far < 0.3).sort((a, b) => a.far - b.far);
+    $("border-title").textContent = turned.length ? `${turned.length} of the photos below change sides` : near.length ? "The photos below that are nearest to a threshold" : "";
+    $("border").replaceChildren(...near.slice(0, 12).map(({ n, old, now }) => {
+      const figure = document.createElement("figure"), caption = document.createElement("figcaption");
+      figure.append(document.querySelector(`[data-card="${n}"] .zoom`).cloneNode(true), caption);
+      caption.textContent = `${described(data.cards[n].row)}: ${explorer.outcomes[old]}${old === now ? "" : ` → ${explorer.outcomes[now]}`}`;
+      return figure;
+    }));
+  }
+
+  inputs.forEach((input) => input.addEventListener("input", update));
+  $("reset").addEventListener("click", () => { inputs.forEach((input, n) => { input.value = start[n]; }); update(); });
+  $("save").addEventListener("click", () => {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([$("toml").textContent], { type: "application/toml" }));
+    link.download = "thresholds.toml";
+    link.click();
+  });
+  inputs.forEach((input, n) => { input.value = start[n]; });
+  update();
+}

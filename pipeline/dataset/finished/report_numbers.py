@@ -1,0 +1,226 @@
+"""What the report counts of the ledgers: distributions of all that was measured, and hosts by what became of them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas.arcface import ARCFACE_TEMPLATE
+from schemas.columns import KEPT
+from schemas.drops import DropReason
+from stages.download import Download
+from stages.metadata import Metadata
+
+Floats = npt.NDArray[np.float64]
+
+COLUMNS = (
+    *("url", "stage", "width", "height", "bbox", "kps", "det_score", "face_px", "second_score"),
+    *("sharpness", "brightness", "mask_share", "embedding_norm"),
+)
+"""Columns of the ledger, beside the verdict, that are counted."""
+
+_DEPTH = 0.5
+"""How far the tip of a nose stands out, in distances between the eyes."""
+_MOST_HOSTS = 200_000
+_HOST = r"^\s*[A-Za-z]+://(?:[^/?#@]*@)?(?P<host>[^/?#:]+)"
+
+FATES = ("kept", "dropped later", "failed", "refused", "not tried")
+_REFUSALS = (
+    *(DropReason.ACCESS_DENIED, DropReason.RATE_LIMITED, DropReason.OPTED_OUT, DropReason.ROBOTS_TXT),
+    DropReason.FORBIDDEN_ADDRESS,
+)
+_ARRIVED = (DropReason.SMALL_IMAGE, DropReason.NOT_AN_IMAGE)
+
+
+def _even(low: float, high: float, count: int) -> Floats:
+    return np.linspace(low, high, count + 1)
+
+
+def _doubling(low: float, high: float, per_octave: int = 4) -> Floats:
+    return np.geomspace(low, high, int(np.log2(high / low)) * per_octave + 1)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measurement, and the bins that it is counted in; what lies outside counts in the outermost."""
+
+    name: str
+    title: str
+    unit: str
+    edges: Floats
+    """(bins + 1,), ascending."""
+    threshold: str = ""
+    """The key of `filter` that judges it."""
+
+
+MEASURES = (
+    Measure("image_px", "Short side of the image", "px", _doubling(128, 8192), "min_image_px"),
+    Measure("face_px", "Short side of the face", "px", _doubling(8, 2048), "min_face_px"),
+    Measure("face_share", "Height of the face / of the image", "", _even(0, 1, 40)),
+    Measure("det_score", "Score of the face", "", _even(0, 1, 40)),
+    Measure("second_score", "Score of a second face", "", _even(0, 1, 40), "max_second_score"),
+    Measure("yaw", "Yaw, from the five points", "°", _even(-90, 90, 36)),
+    Measure("pitch", "Pitch, from the five points", "°", _even(-90, 90, 36)),
+    Measure("roll", "Roll", "°", _even(-90, 90, 36)),
+    Measure("sharpness", "Sharpness of the face crop", "", _doubling(1, 16384, 3)),
+    Measure("brightness", "Brightness of the face crop", "", _even(0, 255, 34)),
+    Measure("mask_share", "Share of the face crop in the mask", "", _even(0, 1, 40)),
+    Measure("embedding_norm", "Norm of the face embedding", "", _doubling(1, 256)),
+)
+
+
+def measured(ledger: pa.Table) -> Iterator[tuple[str, Floats, npt.NDArray[np.bool_]]]:
+    """Measure -> its values (N,) in these rows, where it was measured, and which of them were kept (N,)."""
+    kept = pc.equal(ledger["verdict"], KEPT).to_numpy()
+    direct = ("det_score", "face_px", "second_score", "sharpness", "brightness", "mask_share", "embedding_norm")
+    for name in direct:
+        values = pc.cast(ledger[name], pa.float64()).to_numpy()
+        known = np.isfinite(values)
+        yield name, values[known], kept[known]
+    width, height = (pc.cast(ledger[name], pa.float64()).to_numpy() for name in ("width", "height"))
+    side = np.minimum(width, height)
+    yield "image_px", side[np.isfinite(side)], kept[np.isfinite(side)]
+
+    known = pc.and_(pc.is_valid(ledger["kps"]), pc.is_valid(ledger["bbox"])).to_numpy()
+    faces, kept = ledger.filter(pa.array(known)), kept[known]
+    boxes = _numbers(faces["bbox"]).reshape(-1, 4)
+    share = (boxes[:, 3] - boxes[:, 1]) / height[known]
+    yield "face_share", share[np.isfinite(share)], kept[np.isfinite(share)]
+    for name, values in zip(("yaw", "pitch", "roll"), pose(_numbers(faces["kps"]).reshape(-1, 5, 2)), strict=True):
+        yield name, values[np.isfinite(values)], kept[np.isfinite(values)]
+
+
+def _numbers(column: pa.ChunkedArray) -> Floats:
+    """All numbers of (nested) lists of fixed size without nulls."""
+    values = column.combine_chunks()
+    while pa.types.is_fixed_size_list(values.type):
+        values = values.flatten()
+    numbers: Floats = values.to_numpy(zero_copy_only=False).astype(np.float64)
+    return numbers
+
+
+def pose(kps: Floats) -> tuple[Floats, Floats, Floats]:
+    """Yaw, pitch and roll (N,), degrees, that five points (N, 5, 2) suggest; NaN where they suggest none.
+
+    Yaw is positive where the nose points to the image's right, pitch where it points down, roll clockwise. The nose is
+    taken to stand out by half the distance of the eyes, over the proportions of ArcFace's template: good to about 10°.
+    """
+    template = np.array(ARCFACE_TEMPLATE)
+    eyes = (template[1] - template[0])[0]
+    nose, mouth = ((template[at].mean(axis=0) - template[:2].mean(axis=0))[1] / eyes for at in ([2], [3, 4]))
+    with np.errstate(all="ignore"):
+        middle, across = kps[:, :2].mean(axis=1), kps[:, 1] - kps[:, 0]
+        distance = np.hypot(*across.T)
+        right = across / distance[:, None]
+        down = np.stack([-right[:, 1], right[:, 0]], axis=1)
+        to_nose, to_mouth = kps[:, 2] - middle, kps[:, 3:].mean(axis=1) - middle
+        yaw = np.arctan2((to_nose * right).sum(axis=1) / distance, _DEPTH)
+        length = (to_mouth * down).sum(axis=1)
+        pitch = np.arctan2((to_nose * down).sum(axis=1) / length * mouth - nose, _DEPTH)
+        roll = np.where(distance > 0, np.arctan2(across[:, 1], across[:, 0]), np.nan)
+    return np.degrees(yaw), np.degrees(pitch), np.degrees(roll)
+
+
+def fates(ledger: pa.Table) -> npt.NDArray[np.int64]:
+    """(N,) numbers in FATES."""
+    stage, verdict = ledger["stage"], ledger["verdict"]
+    fetching = pc.equal(stage, Download.name).to_numpy()
+    at = np.full(ledger.num_rows, FATES.index("dropped later"))
+    at[fetching & ~pc.is_in(verdict, pa.array(map(str, _ARRIVED))).to_numpy()] = FATES.index("failed")
+    at[fetching & pc.is_in(verdict, pa.array(map(str, _REFUSALS))).to_numpy()] = FATES.index("refused")
+    at[pc.equal(stage, Metadata.name).to_numpy()] = FATES.index("not tried")
+    at[pc.equal(verdict, KEPT).to_numpy()] = FATES.index("kept")
+    return at
+
+
+@dataclass
+class Numbers:
+    """Sums over ledgers."""
+
+    histograms: dict[str, npt.NDArray[np.int64]] = field(
+        default_factory=lambda: {measure.name: np.zeros((2, len(measure.edges) - 1), np.int64) for measure in MEASURES}
+    )
+    """Measure -> (2, bins): kept rows, dropped rows."""
+    hosts: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    """Host -> (FATES,) rows; of very many hosts, those with the most rows."""
+
+    def add(self, ledger: pa.Table) -> None:
+        """Count the rows of a ledger, which has COLUMNS and verdicts."""
+        edges = {measure.name: measure.edges for measure in MEASURES}
+        for name, values, kept in measured(ledger):
+            bins = len(edges[name]) - 1
+            at = np.clip(np.searchsorted(edges[name], values, "right") - 1, 0, bins - 1)
+            self.histograms[name] += np.bincount(np.where(kept, at, at + bins), minlength=2 * bins).reshape(2, bins)
+        hosts = pc.utf8_lower(pc.struct_field(pc.extract_regex(ledger["url"], _HOST), "host"))
+        table = pa.table({"host": hosts, "fate": fates(ledger)}).filter(pc.is_valid(hosts))
+        groups = table.group_by(["host", "fate"]).aggregate([([], "count_all")])
+        for host, fate, count in zip(
+            *(groups[name].to_pylist() for name in ("host", "fate", "count_all")), strict=True
+        ):
+            if host not in self.hosts:
+                self.hosts[host] = np.zeros(len(FATES), np.int64)
+            self.hosts[host][fate] += count
+        if len(self.hosts) > _MOST_HOSTS:
+            self.hosts = self.largest_hosts(_MOST_HOSTS // 2)
+
+    def largest_hosts(self, count: int) -> dict[str, npt.NDArray[np.int64]]:
+        """The hosts with the most rows, in this order."""
+        ranked = sorted(self.hosts, key=lambda host: (-int(self.hosts[host].sum()), host))
+        return {host: self.hosts[host] for host in ranked[:count]}
+
+
+def positions(measure: Measure, values: Sequence[float]) -> list[float]:
+    """Where values lie on the axis of a measure, 0..1."""
+    shares = np.linspace(0, 1, len(measure.edges))
+    return [round(float(np.interp(value, measure.edges, shares)), 4) for value in values]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A distribution as the page draws it."""
+
+    measure: Measure
+    bars: list[tuple[float, float, str]]
+    """Per bin: kept rows / most kept rows of a bin, the same of dropped rows, and both in words."""
+    kept: int
+    dropped: int
+    medians: tuple[str, str]
+    """Of kept and dropped rows, to the width of a bin."""
+    ticks: tuple[str, str, str]
+    """Beginning, middle and end of the axis."""
+
+
+def charts(histograms: Mapping[str, npt.NDArray[np.int64]]) -> Iterator[Chart]:
+    """Those of all measures of which there is any."""
+    for measure in MEASURES:
+        counts = histograms[measure.name]
+        kept, dropped = (int(total) for total in counts.sum(axis=1))
+        if not kept + dropped:
+            continue
+        heights = counts / np.maximum(counts.max(axis=1, keepdims=True), 1)
+        steps = [_with_unit(measure, edge) for edge in measure.edges]
+        spans = [f"{low} to {high}" for low, high in pairwise(steps)]
+        bars = [
+            (float(up), float(down), f"{span}: {one:,} kept, {other:,} dropped")
+            for (up, down), (one, other), span in zip(heights.T, counts.T.tolist(), spans, strict=True)
+        ]
+        low, middle, high = (measure.edges[at] for at in (0, len(measure.edges) // 2, -1))
+        ticks = (_with_unit(measure, low), _with_unit(measure, middle), _with_unit(measure, high))
+        medians = (_median(measure, counts[0]), _median(measure, counts[1]))
+        yield Chart(measure, bars, kept, dropped, medians, ticks)
+
+
+def _median(measure: Measure, counts: npt.NDArray[np.int64]) -> str:
+    if not counts.sum():
+        return "–"
+    at = int(np.searchsorted(counts.cumsum(), counts.sum() / 2))
+    return _with_unit(measure, (measure.edges[at] + measure.edges[at + 1]) / 2)
+
+
+def _with_unit(measure: Measure, value: float) -> str:
+    digits = 0 if measure.unit or abs(value) >= 10 or value == round(value) else 2
+    return f"{value:.{digits}f}{' ' if measure.unit == 'px' else ''}{measure.unit}"

@@ -1,0 +1,100 @@
+"""Random photos, and the ledger rows that the stages make of them under given thresholds; loaded by path."""
+
+import json
+import math
+import random
+from collections import Counter
+from pathlib import Path
+
+import fake_dataset as fake
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.dataset.out.ledger import read_manifests, summary
+from pipeline.dataset.out.output import Output
+from schemas.columns import KEPT, LEDGER_SCHEMA
+from schemas.names import sample_key
+from stages.filter import judge
+from stages.settings import FilterSettings
+
+FACTOR = 4
+LINE = [[480.0 + 30 * i, 350.0 + 30 * i] for i in range(5)]
+SINGLE = lambda value: float(np.float32(value))  # noqa: E731 (stages read measurements from columns of float32)
+FACE = ("n_faces", "bbox", "kps", "face_px", "second_score")
+
+
+def photo(rng: random.Random) -> dict:
+    """All that could become known of a row, whatever the thresholds."""
+    # Few values, on and beside the thresholds below, so that ties are frequent.
+    size = lambda: rng.choice([600, 1000, 1001, *[1024, 1200, 3000] * 5])  # noqa: E731
+    return {
+        "meta_width": rng.choice([None, size()]),
+        "meta_height": rng.choice([None, size()]),
+        "metadata": rng.choice([None] * 24 + ["bad_url", "unsafe", "duplicate_url", "removed"]),
+        "download": rng.choice([None] * 16 + ["not_found", "timeout"]),
+        "early": rng.random() < 0.5,
+        "width": size(),
+        "height": size(),
+        "size": rng.choice([None] * 16 + ["truncated_image", "not_an_image"]),
+        "screen": rng.choice([None] * 6 + ["no_face"]),
+        "detect": rng.choice([None] * 9 + ["corrupt_image"]),
+        "n_faces": rng.choice([0, 1, 1, 1, 1, 1, 2, None]),
+        "bbox": fake.BBOX,
+        "kps": rng.choice([fake.KPS] * 3 + [LINE]),
+        "face_px": rng.choice([None, math.nan, 0.0, 31.5, 32.0, 100.0, 128.0, SINGLE(199.99), 200.0, 500.0]),
+        "second_score": rng.choice([None, math.nan, 0.0, 0.125, SINGLE(0.3), SINGLE(0.4), 0.5]),
+        "segment": rng.choice([None] * 5 + ["empty_mask"]),
+    }
+
+
+def run(truth: dict, limits: FilterSettings) -> dict:
+    """The ledger row that the stages make of a photo."""
+    row = {name: truth[name] for name in ("meta_width", "meta_height")}
+    small = min(truth["width"], truth["height"]) < limits.min_image_px
+    claimed = [value for value in row.values() if value is not None]
+    if truth["metadata"] not in (None, "duplicate_url"):
+        return row | {"stage": "metadata", "verdict": truth["metadata"]}
+    if min(claimed, default=math.inf) < limits.min_image_px:
+        return row | {"stage": "metadata", "verdict": "small_image"}
+    if truth["metadata"]:
+        return row | {"stage": "metadata", "verdict": "duplicate_url"}
+    if truth["download"]:
+        return row | {"stage": "download", "verdict": truth["download"]}
+    if truth["size"] == "not_an_image":
+        return row | {"stage": "size", "verdict": "not_an_image"}
+    row |= {name: truth[name] for name in ("width", "height")}
+    if small:
+        return row | {"stage": "download" if truth["early"] else "size", "verdict": "small_image"}
+    if truth["width"] * truth["height"] > limits.max_pixels:
+        return row | {"stage": "size", "verdict": "too_many_pixels"}
+    for stage in ("size", "screen", "detect"):
+        if truth[stage]:
+            return row | {"stage": stage, "verdict": truth[stage]}
+    row |= {name: truth[name] for name in FACE}
+    if reason := judge(row, limits):
+        return row | {"stage": "filter", "verdict": str(reason)}
+    return row | {"stage": "segment" if truth["segment"] else "pack", "verdict": truth["segment"] or KEPT}
+
+
+def write(out: Path, photos: list[dict]) -> Path:
+    """An OUT whose ledgers hold these photos under the default thresholds; its one tar holds other samples."""
+    fake.write(out, {"a-00000": [fake.record("a", row) for row in range(3)]})
+    manifest = json.loads((out / "shards" / "a-00000.json").read_text())
+    for number, start in enumerate(range(0, len(photos), 200)):
+        shard = f"b-{number:05d}"
+        rows = [
+            run(truth, FilterSettings()) | {"key": sample_key("b", row), "part": "b", "row": row, "url": "http://x/y"}
+            for row, truth in enumerate(photos[start : start + 200], start)
+        ]
+        pq.write_table(pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA), out / "shards" / f"{shard}.parquet")
+        (out / "shards" / f"{shard}.tar").hardlink_to(out / "shards" / "a-00000.tar")
+        dropped = Counter(row["verdict"] for row in rows)
+        counted = {"rows_in": len(rows), "kept": dropped.pop(KEPT, 0), "dropped": manifest["dropped"] | dropped}
+        (out / "shards" / f"{shard}.json").write_text(json.dumps(manifest | counted | {"shard": shard}))
+    output = Output(out)
+    output.describe(fake.plan(), summary(read_manifests(out)))
+    dataset = json.loads((out / "dataset.json").read_text())
+    dataset["plan"]["settings"]["models"]["screen"] = {"factor": FACTOR, "thresh": 0.1}
+    (out / "dataset.json").write_text(json.dumps(dataset))
+    return out
