@@ -125,7 +125,7 @@ def executors(material: Material, rounds: int) -> Iterator[Row]:
 def sizes(material: Material, rounds: int) -> Iterator[Row]:
     """Ten times the rows, most of them dead links or small images: as much per row, and as much memory."""
     large, small = material.names
-    names = [*["gone"] * 50, *(small * 50)[:48], *large[:2]]
+    names = [*["gone"] * 100, *islice(cycle(small), 99), large[0]]
     counts = (10, 30, 60) if material.smoke else (1_000, 10_000, 100_000)
     words = runs.words(material, {"executor.name": "local"})
     with runs.served(material.photos, names, counts[-1]) as urls:
