@@ -36,7 +36,8 @@ class Screen(BatchStage):
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
         """Load what looks; meanwhile the decoder starts, whose first user this is or `Detect`."""
         super().__init__(settings, runtime)
-        decoder().start()
+        if runtime.device == "cpu":  # on a GPU each thread has one of its own
+            decoder().start()
         self._factor = factor(settings.models, settings.filter)
         self._look: Any = None
         if self._factor:

@@ -259,6 +259,7 @@ class _Crew:
             is_death = isinstance(cause, _DEATHS)  # of the maker, or of a model that it waited for
             self._kill(stream) if is_death else self._end(stream)
             if is_death and attempt.deaths_left:
+                self._idle.clear()  # whoever idles may have been on the same node
                 attempt.deaths_left -= 1
                 self.begin(attempt)
             else:
