@@ -31,6 +31,21 @@ def cut(photo: np.ndarray, bbox: list[float]) -> Face:
     return Face(photo[top : min(bottom, height), left : min(right, width)], min(x2 - x1, y2 - y1))
 
 
+def degraded(face: Face, rng: np.random.Generator) -> Face:
+    """The face turned by up to 40 degrees, darker or lighter, and at times grey, blurred or noisy."""
+    height, width = face.pixels.shape[:2]
+    turn = cv2.getRotationMatrix2D((width / 2, height / 2), rng.uniform(-40, 40), 1.0)
+    pixels = cv2.warpAffine(face.pixels, turn, (width, height), borderMode=cv2.BORDER_REFLECT).astype(np.float32)
+    pixels = (pixels / 255) ** rng.uniform(0.5, 2.2) * 255 * rng.uniform(0.35, 1.1)
+    if rng.random() < 0.3:
+        pixels = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
+    if rng.random() < 0.4:
+        pixels = cv2.GaussianBlur(pixels, (0, 0), rng.uniform(1, max(1.1, 0.03 * face.px)))
+    if rng.random() < 0.4:
+        pixels = pixels + rng.normal(0, rng.uniform(5, 30), pixels.shape)
+    return Face(np.clip(pixels, 0, 255).astype(np.uint8), face.px)
+
+
 def compose(
     faces: list[Face],
     grounds: list[np.ndarray],

@@ -148,8 +148,9 @@ class ModelSettings(Section):
     """Who looks at the reduced photo first, so that only photos in which it sees anything are decoded in full: the
     `detector` itself (where it can: scrfd), that of another pack, by its name or folder (such as buffalo_sc), or
     `off`."""
-    screen_thresh: float = Field(0.1, ge=0, lt=1)
-    """Smallest score of any box there that earns a photo the full look; `python -m pipeline screen` fits it."""
+    screen_thresh: float = Field(0.2, ge=0, lt=1)
+    """Smallest score of any box there (between 0.1 and 0.3: in a closer look at it) that earns a photo the full look;
+    `python -m pipeline screen` fits it."""
     det_size: int = Field(640, ge=32, multiple_of=32)
     """Side of the square that the detector sees, pixels."""
     det_thresh: float = Field(0.5, gt=0, lt=1)

@@ -50,7 +50,7 @@ class ReducedLook(NamedTuple):
     """What a look at a reduced photo shows."""
 
     score: float
-    """The best of any box, 0..1."""
+    """The best of any box, 0..1; of a doubtful one, what a closer look gives."""
     points: Floats
     """(N, 2): x y of what may be a face, however unlikely, in pixels of the reduced photo."""
 

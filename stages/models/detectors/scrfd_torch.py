@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from schemas.errors import PlanError, WeightsError
-from stages.models.backends import Floats, Image, ReducedLook
+from stages.models.backends import Floats, Image
 from stages.models.boxes import Candidates
 from stages.models.onnx_torch import OnnxModule, one_by_one
 from stages.models.packs import declared_pixels
@@ -51,10 +51,9 @@ class ScrfdTorch:
         seen = self.batches(canvases, lowest)
         return [Candidates(rows[:, 0], rows[:, 1:5], rows[:, 5:].reshape(-1, 5, 2)) for _, rows in seen]
 
-    def screened(self, canvases: Sequence[Image], lowest: float) -> list[ReducedLook]:
-        """A look at each (n, n, 3) canvas, all of one size after the other, so give few sizes."""
-        seen = self.batches(canvases, lowest)
-        return [ReducedLook(max(0.0, best), (rows[:, 1:3] + rows[:, 3:5]) / 2) for best, rows in seen]
+    def screened(self, canvases: Sequence[Image], lowest: float) -> list[tuple[float, Floats, Floats]]:
+        """As `_OneByOne` gives them, of (n, n, 3) canvases; all of one size after the other, so give few sizes."""
+        return [(max(0.0, best), rows[:, 0], rows[:, 1:5]) for best, rows in self.batches(canvases, lowest)]
 
     def require_same(self, canvases: Sequence[Image], lowest: float) -> None:
         """Prove on this device that a batch gives what ONNX Runtime gives of each canvas, and each canvas alone here.
