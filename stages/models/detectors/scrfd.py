@@ -29,8 +29,8 @@ from stages.runtime import Device
 from stages.settings import ModelSettings
 
 _DOUBTFUL, _CERTAIN = 0.1, 0.3
-"""Scores of a reduced photo's best box between which its boxes are looked at closer. Of 256 faces that are kept, many of
-them turned, dark or blurred, none scored under 0.18 and four under 0.3; of faceless photos 43 % score 0.1, 3 % 0.3."""
+"""Scores of a reduced photo's best box between which its boxes are looked at closer. Of 256 faces that are kept, many
+of them turned, dark or blurred, none scored under 0.18, four under 0.3; of faceless photos 43 % score 0.1, 3 % 0.3."""
 _CROP, _AROUND, _MOST_CROPS = 128, 2.0, 8
 """Side of what is looked at closer, pixels; that of the square / longer side of the box in it; boxes of one photo."""
 _LARGEST = 320
