@@ -56,7 +56,7 @@ def test_threads_that_share_the_models_change_no_byte(whole, tmp_path, threads):
     assert contents(tmp_path) == contents(whole)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nor_do_they_on_ray(whole, tmp_path):
     words = in_a_process(tmp_path, "--executor", "ray", "--set", "executor.workers=1")
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
