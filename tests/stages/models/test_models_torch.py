@@ -220,9 +220,11 @@ def test_threads_share_batches_of_any_shapes_in_the_order_of_each() -> None:
         return (images.float().amax((1, 2, 3)),)
 
     batches = Batches(compute, 8, "cpu", read=lambda found, offset: [float(each) + offset for each in found])
+    together = threading.Barrier(12)
 
     def call(thread: int) -> None:
         for turn in range(10):
+            together.wait(60)
             values = [(thread * 7 + turn * 3 + i) % 200 for i in range(turn % 4)]
             images = [np.full((4 + 4 * (value % 2), 4, 3), value, np.uint8) for value in values]
             assert batches(images, 0.5 * (thread % 2)) == [value + 0.5 * (thread % 2) for value in values]
@@ -231,7 +233,7 @@ def test_threads_share_batches_of_any_shapes_in_the_order_of_each() -> None:
         for done in [threads.submit(call, thread) for thread in range(12)]:
             done.result()
     assert set(sizes) == {4, 8}
-    assert len(sizes) < 12 * 10, "none was alone in its batch"
+    assert len(sizes) < 12 * 11, "nobody shared a batch"
 
 
 def test_what_fails_for_one_thread_fails_for_no_other() -> None:
