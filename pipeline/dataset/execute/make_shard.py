@@ -78,11 +78,12 @@ Execute = Callable[[Plan, Iterable[Seeds], Output], Generator[Event, None, None]
 
 def load_models(plan: Plan, pool: Pool) -> list[Loaded]:
     """Load the steps of a pool in this process, for the threads of a worker."""
-    images.set_decoding(pool.threads)
+    first_choice = None
     if plan.config.models.decoding == "gpu":
         from stages.pixels.nvjpeg import NvJpeg
 
-        images.set_decoding(pool.threads, NvJpeg())
+        first_choice = NvJpeg()
+    images.set_decoding(pool.threads, first_choice)
     return load(plan, pool.steps)
 
 
