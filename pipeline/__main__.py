@@ -144,8 +144,8 @@ def plan(job: "Job", out: Out = "out") -> None:
     if job.plan.config.executor.name == "local":
         console.print("Executor: local, in this process")
     else:
-        for pool in job.plan.pools():
-            console.print(f"Executor: ray, pool {pool.name}: {pool.workers} x {pool.cpus:g} CPU, {pool.gpus:g} GPU")
+        pool = job.plan.pool
+        console.print(f"Executor: ray, models: {pool.workers} x {pool.cpus:g} CPU, {pool.gpus:g} GPU")
 
     names = (Column(name, overflow="fold") for name in ("task", "model", "licence", "sha256"))
     models = Table(*names, title="Models", title_justify="left")

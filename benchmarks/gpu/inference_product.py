@@ -15,7 +15,7 @@ from inference_bench import Bench, mixed_photos
 
 _STAGES = ("screen", "detect", "filter", "align", "segment", "crop", "embed_face", "embed_image")
 _ROWS, _THREADS_PER_CPU = 32, 2
-"""As `Plan.batch_rows` and `Plan.pools` have them on a GPU."""
+"""As `Plan.batch_rows` and `Plan.pool` have them on a GPU."""
 
 
 def product(bench: Bench) -> None:

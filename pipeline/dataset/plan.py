@@ -31,9 +31,8 @@ _GPU_THREADS_PER_CPU = 2
 
 @dataclass(frozen=True)
 class Pool:
-    """Worker processes on Ray that hold the models of consecutive steps."""
+    """The workers that hold the models: threads or processes of one machine, or actors on Ray."""
 
-    name: str
     steps: tuple[Step, ...]
     workers: int
     cpus: float
@@ -88,13 +87,14 @@ class Plan:
         declared = ("keeps", "reasons", "identity", "digest")
         return {**self.__dict__, **{name: getattr(self, name) for name in declared}}
 
-    def pools(self) -> tuple[Pool, ...]:
-        """The model pools: one. A worker is a core without a GPU, and a GPU with the cores that decode for it else."""
+    @property
+    def pool(self) -> Pool:
+        """The workers of the models: a core each without a GPU, and a GPU with the cores that decode for it else."""
         executor, steps = self.config.executor, self.at("models")
         if executor.gpus == 0:
-            return (Pool("models", steps, executor.workers, 1, 0, 1),)
+            return Pool(steps, executor.workers, 1, 0, 1)
         cpus = max(1, executor.workers // executor.gpus)
-        return (Pool("models", steps, executor.gpus, cpus, 1, _GPU_THREADS_PER_CPU * cpus),)
+        return Pool(steps, executor.gpus, cpus, 1, _GPU_THREADS_PER_CPU * cpus)
 
     @property
     def batch_rows(self) -> int:

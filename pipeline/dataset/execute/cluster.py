@@ -8,7 +8,7 @@ is published whole or not at all, so that another attempt is harmless.
 """
 
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,7 @@ from pipeline.dataset.execute.make_shard import Event, Execute, Finished, Worker
 from pipeline.dataset.execute.runner import apply_all
 from pipeline.dataset.execute.watchdog import overdue
 from pipeline.dataset.out.output import Output
-from pipeline.dataset.plan import Plan, Pool
+from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import Rows
 from pipeline.dataset.source.seeds import Seeds
 from schemas.errors import LostError, ShardError
@@ -39,7 +39,7 @@ _RETRIES = 3
 _OVERDUE_RETRIES = 1
 """Further attempts at a shard of which no batch got done: it may have waited for another one's, in the same actor."""
 _PLACED_S = 60.0
-"""How long a shard waits for an actor that is still to be placed, while others of its pool are ready."""
+"""How long a shard waits for an actor that is still to be placed, while others are ready."""
 _IN_FLIGHT_PER_SHARD = 2
 """Batches of one shard in the models at a time: one is computed, the next lies ready."""
 _DEATHS = (NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError)
@@ -49,7 +49,7 @@ _DEATHS = (NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, Work
 @contextmanager
 def started(plan: Plan) -> Iterator[Execute]:
     """Ray for the time of a run; see `joined`."""
-    with joined(plan.config.executor, plan.pools()) as guard:
+    with joined(plan.config.executor, plan.pool) as guard:
         yield lambda plan, shards, output: run(plan, shards, output, guard)
 
 
@@ -59,11 +59,11 @@ def run(plan: Plan, shards: Iterable[Seeds], output: Output, guard: NodeGuard) -
     When this returns, or is closed, no process works on a shard any more.
 
     Raises:
-        LostError: when the node died, or no actor of a pool can be had.
+        LostError: when the node died, or no actor of the models can be had.
     """
     try:
         crew = _Crew(plan, output, guard)
-        limit = max(plan.config.executor.workers, *(pool.workers for pool in plan.pools())) + 1
+        limit = max(plan.config.executor.workers, plan.pool.workers) + 1
         waiting = iter(shards)
         while True:
             while len(crew.running) < limit and (seeds := next(waiting, None)) is not None:
@@ -96,21 +96,21 @@ class _Actor:
 
 
 class _Actors:
-    """The actors of one pool. One that is lost is replaced by another, which waits until there is room for it."""
+    """The actors of the models. One that is lost is replaced by another, which waits until there is room for it."""
 
-    def __init__(self, plan: Plan, pool: Pool) -> None:
-        self._plan, self._pool = plan, pool
-        self._all = [self._start() for _ in range(pool.workers)]
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._all = [self._start() for _ in range(plan.pool.workers)]
         self._failures = 0
         """Starts that failed since one was placed."""
         self._changed = time.monotonic()
         """When the first was placed, or the last was lost."""
 
     def _start(self) -> _Actor:
-        pool = self._pool
+        pool = self._plan.pool
         resources: dict[str, Any] = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "max_concurrency": pool.threads}
         options = ray.remote(**resources, max_restarts=-1, max_task_retries=_RETRIES)
-        handle: Any = options(_Models).remote(self._plan, pool)
+        handle: Any = options(_Models).remote(self._plan)
         return _Actor(handle, handle.node_id.remote())
 
     def _placed(self) -> list[_Actor]:
@@ -173,8 +173,8 @@ class _Attempt:
     overdue_left: int = _OVERDUE_RETRIES
     maker: Any = None
     """Handle of the `_Maker` that makes it."""
-    actors: tuple[_Actor, ...] = ()
-    """One of each pool."""
+    actor: _Actor = field(init=False)
+    """With the models that compute it."""
     progress: float = field(default_factory=time.monotonic)
     """When something of it last got done."""
 
@@ -184,24 +184,22 @@ class _Crew:
 
     def __init__(self, plan: Plan, output: Output, guard: NodeGuard) -> None:
         self._plan, self._output, self._guard = plan, output, guard
-        self._pools = [_Actors(plan, pool) for pool in plan.pools()]
+        self._actors = _Actors(plan)
         self._patience = plan.config.executor.shard_timeout_s
         self._idle: list[Any] = []
         """Handles of the makers without a shard."""
         # A few shards alone keep a GPU's threads at work; of many, no more rows lie ready than these need.
-        self._ahead = max(_IN_FLIGHT_PER_SHARD, *(pool.threads // 4 for pool in plan.pools()))
+        self._ahead = max(_IN_FLIGHT_PER_SHARD, plan.pool.threads // 4)
         self.running: dict[Any, _Attempt] = {}
         """Stream of events -> the shard."""
 
     def begin(self, attempt: _Attempt) -> None:
-        """Have a shard made, with the actors that have the least to do."""
-        attempt.actors = tuple(pool.choose() for pool in self._pools)
+        """Have a shard made, with the models' actor that has the least to do."""
+        attempt.actor = self._actors.choose()
+        attempt.actor.shards += 1
         attempt.maker = self._idle.pop() if self._idle else self._new_maker()
         attempt.progress = time.monotonic()
-        for actor in attempt.actors:
-            actor.shards += 1
-        handles = [actor.handle for actor in attempt.actors]
-        self.running[attempt.maker.make.remote(attempt.seeds, handles, self._ahead)] = attempt
+        self.running[attempt.maker.make.remote(attempt.seeds, attempt.actor.handle, self._ahead)] = attempt
 
     def _new_maker(self) -> Any:
         options = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")
@@ -211,8 +209,7 @@ class _Crew:
     def _end(self, stream: Any) -> _Attempt:
         """Take a shard from its maker, which is free for another one."""
         attempt = self.running.pop(stream)
-        for actor in attempt.actors:
-            actor.shards -= 1
+        attempt.actor.shards -= 1
         self._idle.append(attempt.maker)
         return attempt
 
@@ -226,17 +223,16 @@ class _Crew:
         """What happened meanwhile, if anything.
 
         Raises:
-            LostError: when the node died, or no actor of a pool can be had.
+            LostError: when the node died, or no actor of the models can be had.
         """
         ready, _ = ray.wait(list(self.running), num_returns=1, timeout=min(TICK_S, self._patience))
         if self._guard.is_lost:
             raise LostError(NODE_DIED)
-        for pool in self._pools:
-            pool.refresh(self._guard.dead_nodes)
+        self._actors.refresh(self._guard.dead_nodes)
         for stream in ready:
             yield from self._event(stream)
         for stream, attempt in list(self.running.items()):
-            if any(pool.is_late(actor) for pool, actor in zip(self._pools, attempt.actors, strict=True)):
+            if self._actors.is_late(attempt.actor):
                 self.begin(self._kill(stream))
                 continue
             late = time.monotonic() - attempt.progress > self._patience
@@ -270,12 +266,11 @@ class _Crew:
             yield event
 
     def _give_up(self, stream: Any) -> Iterator[Event]:
-        """End a shard's maker, restart the actors that it used, and let the shard have another try, or fail."""
+        """End a shard's maker, restart the actor that it used, and let the shard have another try, or fail."""
         attempt = self._kill(stream)
-        for pool, actor in zip(self._pools, attempt.actors, strict=True):
-            pool.restart(actor)
+        self._actors.restart(attempt.actor)
         for other in self.running.values():
-            if set(other.actors) & set(attempt.actors):
+            if other.actor is attempt.actor:
                 other.progress = time.monotonic()  # what it waits for begins anew
         if attempt.overdue_left:
             attempt.overdue_left -= 1
@@ -285,10 +280,10 @@ class _Crew:
 
 
 class _Models:
-    """A model worker: loads the stages of its pool once."""
+    """A worker of the models, which it loads once."""
 
-    def __init__(self, plan: Plan, pool: Pool) -> None:
-        self._steps = load_models(plan, pool)
+    def __init__(self, plan: Plan) -> None:
+        self._steps = load_models(plan)
 
     def node_id(self) -> str:
         """Where it was placed."""
@@ -296,7 +291,7 @@ class _Models:
         return node_id
 
     def apply(self, rows: Rows) -> Rows:
-        """All steps of the pool on one batch; runs in `Pool.threads` threads at a time."""
+        """All its steps on one batch; runs in `Pool.threads` threads at a time."""
         return apply_all(self._steps, rows)
 
 
@@ -308,14 +303,11 @@ class _Maker:
         self._worker = Worker(plan)
 
     @ray.method(num_returns="streaming")
-    def make(self, seeds: Seeds, actors: Sequence[Any], ahead: int) -> Iterator[Event]:
-        """Make a shard; its batches go through one actor of each pool, `ahead` in flight, and come back in order."""
+    def make(self, seeds: Seeds, actor: Any, ahead: int) -> Iterator[Event]:
+        """Make a shard; its batches go through the models' `actor`, `ahead` in flight, and come back in order."""
 
         def begin(rows: Rows) -> Any:
-            reference: Any = rows.to_send()
-            for actor in actors:
-                reference = actor.apply.remote(reference)
-            return reference
+            return actor.apply.remote(rows.to_send())
 
         def compute(batches: Iterator[Rows]) -> Iterator[Rows]:
             return windowed(map(begin, batches), ray.get, ahead)

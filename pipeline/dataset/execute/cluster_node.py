@@ -5,7 +5,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,11 +32,11 @@ NODE_DIED = (
 
 
 @contextmanager
-def joined(executor: ExecutorSettings, pools: Sequence[Pool]) -> Iterator["NodeGuard"]:
+def joined(executor: ExecutorSettings, pool: Pool) -> Iterator["NodeGuard"]:
     """Ray for the time of a run: a local one for as many workers as the plan asks, or the cluster at ray_address.
 
     Raises:
-        PlanError: when the cluster cannot be reached, or has fewer CPUs or GPUs than the plan's pools need.
+        PlanError: when the cluster cannot be reached, or has fewer CPUs or GPUs than the plan needs.
         LostError: when a local one cannot be started.
     """
     try:
@@ -47,7 +47,7 @@ def joined(executor: ExecutorSettings, pools: Sequence[Pool]) -> Iterator["NodeG
         listening = (head.strip("[]"), int(port)), (node["NodeManagerAddress"], int(node["NodeManagerPort"]))
         guard = NodeGuard(listening, _nodes, _CLUSTER_PATIENCE_S if executor.ray_address else 0)
         try:
-            _require_resources(pools)
+            _require_resources(pool)
             yield guard
         finally:
             guard.stop()
@@ -92,12 +92,10 @@ def require_reachable(address: str) -> None:
         socket.create_connection((url.hostname, url.port), _REACH_S).close()
 
 
-def _require_resources(pools: Sequence[Pool]) -> None:
+def _require_resources(pool: Pool) -> None:
     have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    for resource, need in (
-        ("CPU", sum(pool.workers * pool.cpus for pool in pools)),
-        ("GPU", sum(pool.workers * pool.gpus for pool in pools)),
-    ):
+    for resource, per_worker in (("CPU", pool.cpus), ("GPU", pool.gpus)):
+        need = pool.workers * per_worker
         if need > have.get(resource, 0) + 1e-6:
             raise PlanError(
                 f"The plan needs {need:g} {resource}, but Ray has {have.get(resource, 0):g}: "

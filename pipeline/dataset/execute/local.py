@@ -58,9 +58,9 @@ class _Desk:
     """All stages, loaded in this process."""
 
     def __init__(self, plan: Plan) -> None:
-        (pool,) = plan.pools()
+        pool = plan.pool
         self.worker = Worker(plan)
-        self._models = load_models(plan, pool)
+        self._models = load_models(plan)
         self._threads = ThreadPoolExecutor(pool.threads) if pool.threads > 1 else None
         self._ahead = pool.threads
 

@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from pipeline.dataset.execute.runner import Loaded, apply, apply_ahead, apply_all
 from pipeline.dataset.out.output import Output, ShardWriter
-from pipeline.dataset.plan import Plan, Pool
+from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import Rows, split_seeds
 from pipeline.dataset.source.seeds import Seeds
 from schemas.errors import FaceShardsError, LostError
@@ -76,15 +76,15 @@ Execute = Callable[[Plan, Iterable[Seeds], Output], Generator[Event, None, None]
 """Makes shards by a plan, whoever does the work."""
 
 
-def load_models(plan: Plan, pool: Pool) -> list[Loaded]:
-    """Load the steps of a pool in this process, for the threads of a worker."""
+def load_models(plan: Plan) -> list[Loaded]:
+    """Load the models' steps in this process, for the threads of a worker."""
     first_choice = None
     if plan.config.models.decoding == "gpu":
         from stages.pixels.nvjpeg import NvJpeg
 
         first_choice = NvJpeg()
-    images.set_decoding(pool.threads, first_choice)
-    return load(plan, pool.steps)
+    images.set_decoding(plan.pool.threads, first_choice)
+    return load(plan, plan.pool.steps)
 
 
 def load(plan: Plan, steps: tuple[Step, ...]) -> list[Loaded]:

@@ -26,14 +26,14 @@ from stages.pixels import images
 THREADS = 4
 
 
-def in_threads(plan: Plan) -> tuple[Pool, ...]:
+def in_threads(plan: Plan) -> Pool:
     """A worker as a GPU has it."""
-    return (Pool("models", plan.at("models"), 1, 1, 0, THREADS),)
+    return Pool(plan.at("models"), 1, 1, 0, THREADS)
 
 
 @pytest.fixture
 def threads(monkeypatch):
-    monkeypatch.setattr(Plan, "pools", in_threads)
+    monkeypatch.setattr(Plan, "pool", property(in_threads))
     yield
     images.set_decoding(1)
 
@@ -42,7 +42,7 @@ SCRIPT = f"""
 import sys
 from pipeline import __main__ as main
 from pipeline.dataset.plan import Plan, Pool
-Plan.pools = lambda plan: (Pool("models", plan.at("models"), 1, 1, 0, {THREADS}),)
+Plan.pool = property(lambda plan: Pool(plan.at("models"), 1, 1, 0, {THREADS}))
 main.main()
 """
 
