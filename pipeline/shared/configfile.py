@@ -57,6 +57,14 @@ def merge(base: dict[str, Any], more: Mapping[str, Any]) -> None:
             base[name] = value
 
 
+def leaves(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config as one level: {"optim.lr": 1e-4, …}."""
+    flat: dict[str, Any] = {}
+    for name, value in section.items():
+        flat |= leaves(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
 def keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Every config key with its explanation, in order."""
     for name, field in model.model_fields.items():

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.shared.bases import BaseSource, find_base
+from pipeline.shared.configfile import leaves
 from pipeline.train.adapters.variants import Variant, Widths, variant
 from pipeline.train.loader import Dataset, check_hashes, open_dataset, require, widths
 from pipeline.train.run_folder import RunFolder
-from pipeline.train.settings import TrainConfig, leaves, load_train_config, without_free_keys
+from pipeline.train.settings import TrainConfig, load_train_config, without_free_keys
 from schemas.errors import ConfigError, SourceError, WeightsError
 
 EMBEDDED = "embedded"

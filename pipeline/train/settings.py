@@ -222,14 +222,6 @@ def load_train_config(path: Path | None, pairs: Sequence[str], preset: str, **op
         raise ConfigError(explain(error, TrainConfig)) from error
 
 
-def leaves(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A config as one level: {"optim.lr": 1e-4, …}."""
-    flat: dict[str, Any] = {}
-    for name, value in section.items():
-        flat |= leaves(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
-
-
 def without_free_keys(identity: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same when a run is resumed, of flat keys such as `optim.lr`."""
     free = tuple(f"{key}." for key in FREE_TO_CHANGE)

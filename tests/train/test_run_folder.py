@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
+from pipeline.shared.configfile import leaves
 from pipeline.train.run_folder import RunFolder
-from pipeline.train.settings import TrainConfig, leaves, without_free_keys
+from pipeline.train.settings import TrainConfig, without_free_keys
 from schemas.errors import OutputError
 
 IDENTITY = {"variant": "faceid", "base": "tiny", "optim.lr": 1e-4}

@@ -1,38 +1,5 @@
-"use strict";
 // Everything is in the page: `data` holds the rows of all ledgers as cells (counts by which stops they pass), see
 // report_explorer.py. Thresholds decide in the order of `names`; a later one of them gives way to an earlier one.
-const data = JSON.parse(document.getElementById("data").textContent);
-const $ = (id) => document.getElementById(id);
-const all = (selector, within = document) => [...within.querySelectorAll(selector)];
-const number = (value) => value.toLocaleString("en-US");
-
-const zoomed = { figures: [], at: 0 };
-
-function show(at) {
-  zoomed.at = (at + zoomed.figures.length) % zoomed.figures.length;
-  const button = zoomed.figures[zoomed.at];
-  const image = button.querySelector("img");
-  $("large").src = image.src;
-  $("large").alt = image.alt;
-  $("about").textContent = `${image.alt} (${zoomed.at + 1} of ${zoomed.figures.length})`;
-}
-
-document.addEventListener("click", (event) => {
-  const button = event.target.closest(".zoom");
-  if (!button) return;
-  zoomed.figures = all(".zoom").filter((one) => one.offsetParent);
-  show(zoomed.figures.indexOf(button));
-  $("viewer").showModal();
-});
-$("viewer").addEventListener("keydown", (event) => {
-  const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-  if (step) { event.preventDefault(); show(zoomed.at + step); }
-});
-$("viewer").addEventListener("click", (event) => { if (event.target === $("viewer")) $("viewer").close(); });
-$("before").addEventListener("click", () => show(zoomed.at - 1));
-$("after").addEventListener("click", () => show(zoomed.at + 1));
-$("close").addEventListener("click", () => $("viewer").close());
-
 for (const chip of all("[data-reason]", $("chips") || document.createElement("p"))) {
   chip.addEventListener("click", () => {
     all("[data-reason]", $("chips")).forEach((one) => one.setAttribute("aria-pressed", one === chip));

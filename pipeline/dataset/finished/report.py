@@ -1,7 +1,5 @@
 """The HTML report: what became of all rows, and what was measured of them. One file that needs nothing else."""
 
-import base64
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +10,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
-import jinja2
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -24,7 +21,9 @@ from pipeline.dataset.finished.report_numbers import Numbers
 from pipeline.dataset.finished.report_pictures import LABEL_COLOURS
 from pipeline.dataset.out.ledger import UNREADABLE, Funnel, funnel, read_ledger, read_manifests, shards_folder
 from pipeline.shared import files as storage
+from pipeline.shared.configfile import leaves
 from pipeline.shared.files import AnyPath, RemotePath
+from pipeline.shared.page import rendered
 from pipeline.shared.tars import Sample, samples, unpack
 from schemas.columns import KEPT
 from schemas.drops import DropReason
@@ -53,14 +52,6 @@ _DROP_BYTES = 1_000_000
 _DROP_COLUMNS = ("key", "url", "width", "height", "n_faces", "face_px", "det_score", "second_score", "bbox", "kps")
 
 _JUDGED = ("key", "verdict", *replay.COLUMNS)
-
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
 
 T = TypeVar("T")
 
@@ -137,13 +128,17 @@ def write_report(out: AnyPath, *, pictures: bool = True) -> Funnel:
     for reason in _reasons(out, manifests, limits, counted):
         reasons.append(replace(reason, cards=_numbered(reason.cards, len(cards), pictures)))
         cards += reasons[-1].cards
-    style, script = ((Path(__file__).parent / f"report.{end}").read_text(encoding="utf-8") for end in ("css", "js"))
-    page = _TEMPLATES.get_template("report.html.jinja").render(
+    page = rendered(
+        Path(__file__).with_name("report"),
+        data={
+            "explorer": explorer.data() if explorer else None,
+            "cards": [{"row": card.row, "values": card.values, "facts": " · ".join(card.facts)} for card in cards],
+        },
         profile=plan.get("profile", ""),
         plan_digest=plan.get("plan_digest", ""),
         models=plan.get("models", []),
         finished="shards" in dataset,
-        settings=dict(_flat(dataset.get("plan", {}).get("settings", {}))),
+        settings=leaves(dataset.get("plan", {}).get("settings", {})),
         funnel=counted,
         tar_bytes=sum(manifest.files.get(f"{manifest.shard}.tar", {}).get("bytes", 0) for manifest in manifests),
         parts=_parts(manifests),
@@ -157,17 +152,10 @@ def write_report(out: AnyPath, *, pictures: bool = True) -> Funnel:
         labels=_legend(kept),
         unjudged=replay.UNJUDGED,
         meanings={name: known.description for name, known in FilterSettings.model_fields.items()},
-        style=style,
-        script=script,
-        script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
-        data={
-            "explorer": explorer.data() if explorer else None,
-            "cards": [{"row": card.row, "values": card.values, "facts": " · ".join(card.facts)} for card in cards],
-        },
     )
     path = out / REPORT
     try:
-        storage.write(path, page.encode("utf-8", "replace"))
+        storage.write(path, page)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
     return counted
@@ -286,12 +274,3 @@ def _parts(manifests: list[Manifest]) -> list[Part]:
         Part(name, len(ours), sum(one.rows_in for one in ours), sum(one.kept for one in ours))
         for name, ours in sorted(of_part.items())
     ]
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every key with its value in words."""
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", json.dumps(value)

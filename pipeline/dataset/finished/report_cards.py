@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.dataset.finished.report_pictures import data_uri, marked, masked, reduced
+from pipeline.dataset.finished.report_pictures import marked, masked, reduced
+from pipeline.shared.page import data_uri
 from pipeline.shared.tars import Sample
 from stages.pixels.images import decode_jpeg, decode_png
 

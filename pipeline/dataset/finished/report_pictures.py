@@ -1,6 +1,5 @@
 """Small pictures for the report: boxes and points drawn on photos, labels over faces."""
 
-import base64
 from typing import Any
 
 import cv2
@@ -25,11 +24,6 @@ LABEL_COLOURS: dict[str, tuple[int, int, int]] = {
 }
 # fmt: on
 """CelebAMask label -> RGB, in BiSeNet order: the n-th is the colour of label n. No skin is blue: it shows on all."""
-
-
-def data_uri(jpeg: bytes) -> str:
-    """A JPEG as text that an HTML page can show without a file."""
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode('ascii')}"
 
 
 def reduced(image: Image, side: int) -> bytes:

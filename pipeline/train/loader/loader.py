@@ -10,12 +10,13 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from pipeline.shared.configfile import leaves
 from pipeline.shared.files import forget_network_loops
 from pipeline.train.loader.batches import Batch, albumentations
 from pipeline.train.loader.dataset import Dataset
 from pipeline.train.loader.reading import plan_reading
 from pipeline.train.loader.stream import Consumer
-from pipeline.train.settings import TrainConfig, leaves, without_free_keys
+from pipeline.train.settings import TrainConfig, without_free_keys
 from schemas.digest import sha256_of_json
 from schemas.errors import ConfigError, FaceShardsError, SourceError, UserError
 

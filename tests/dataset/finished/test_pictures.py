@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pipeline.dataset.finished.report_cards import Card
-from pipeline.dataset.finished.report_pictures import LABEL_COLOURS, data_uri, marked, masked
+from pipeline.dataset.finished.report_pictures import LABEL_COLOURS, marked, masked
+from pipeline.shared.page import data_uri
 from pipeline.shared.tars import Sample
 from schemas.shard import sample_files
 from stages.models.segmenters.facexlib import BISENET_LABELS
