@@ -29,6 +29,17 @@ def _payload(name: str, doc: str, *, optional: bool = False, type: pa.DataType |
 _BBOX = pa.list_(pa.float32(), 4)
 _KPS = pa.list_(pa.list_(pa.float32(), 2), 5)
 
+_FEATURES = {
+    "clip": "(1024,) float16: image_embeds",
+    "clip_hidden": "(257, 1280) float16: penultimate hidden_states",
+    "dino": "(257, D) float16: last hidden state of DINOv2",
+}
+_CONDITIONS = {"": "segmented ", "_plain": "plain (not segmented) "}
+FEATURES = tuple(f"{name}{plain}{mirror}" for name in _FEATURES for plain in _CONDITIONS for mirror in ("", "_mirror"))
+"""Columns of image features: of the face by `segment.condition`, and of its mirror image with `encode.mirror`."""
+TOKENS = tuple(name for name in FEATURES if name.startswith(("clip_hidden", "dino")))
+"""Those that hold a row per token; in int8 they are columns of their own, `<name>_int8`."""
+
 _ALL = (
     # seed: what the metadata says
     Column("key", pa.string(), "dot-free id, <part>-<row with 9 digits>; unique in the dataset, sorts as the rows do"),
@@ -103,15 +114,15 @@ _ALL = (
     ),
     Column("embedding_norm", pa.float32(), "L2 norm of the raw embedding: raw = arcface x embedding_norm"),
     # embed_image
-    _payload("clip", "npy (1024,) float16: image_embeds of the segmented face", optional=True),
-    _payload("clip_hidden", "npy (257, 1280) float16: penultimate hidden_states of the segmented face", optional=True),
-    _payload("dino", "npy (257, D) float16: last hidden state of DINOv2 on the segmented face", optional=True),
-    _payload("clip_mirror", "as clip, of the mirrored face; only with mirror", optional=True),
-    _payload("clip_hidden_mirror", "as clip_hidden, of the mirrored face; only with mirror", optional=True),
-    _payload("dino_mirror", "as dino, of the mirrored face; only with mirror", optional=True),
+    *(
+        _payload(f"{name}{plain}{mirror}", f"npy {what} of the {how}{turned}face", optional=True)
+        for name, what in _FEATURES.items()
+        for plain, how in _CONDITIONS.items()
+        for mirror, turned in (("", ""), ("_mirror", "mirrored "))
+    ),
     *(
         _payload(f"{name}_int8", f"{name} as schemas.int8 has it, safetensors; with pack.hidden = int8", optional=True)
-        for name in ("clip_hidden", "dino", "clip_hidden_mirror", "dino_mirror")
+        for name in TOKENS
     ),
     # encode: only with latents or text
     _payload(

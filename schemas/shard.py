@@ -17,34 +17,31 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from schemas.columns import FEATURES, TOKENS
 from schemas.digest import sha256_of_json
 from schemas.errors import CorruptShardError
 from schemas.record import SCHEMA_VERSION
 
-SUFFIXES: dict[str, str] = {
-    "arcface.npy": "arcface",
-    "clip.npy": "clip",
-    "clip_hidden.npy": "clip_hidden",
-    "clip_hidden.safetensors": "clip_hidden_int8",
-    "clip_hidden_mirror.npy": "clip_hidden_mirror",
-    "clip_hidden_mirror.safetensors": "clip_hidden_mirror_int8",
-    "clip_mirror.npy": "clip_mirror",
-    "dino.npy": "dino",
-    "dino.safetensors": "dino_int8",
-    "dino_mirror.npy": "dino_mirror",
-    "dino_mirror.safetensors": "dino_mirror_int8",
-    "face.jpg": "face",
-    "full.jpg": "full",
-    "half.jpg": "half",
-    "json": "json",
-    "latents.full.npy": "latents_full",
-    "latents.half.npy": "latents_half",
-    "latents.portrait.npy": "latents_portrait",
-    "mask.png": "mask",
-    "portrait.jpg": "portrait",
-    "text.npy": "text_embeds",
-    "text_pooled.npy": "text_pooled",
-}
+SUFFIXES: dict[str, str] = dict(
+    sorted(
+        {
+            "arcface.npy": "arcface",
+            **{f"{name}.npy": name for name in FEATURES},
+            **{f"{name}.safetensors": f"{name}_int8" for name in TOKENS},
+            "face.jpg": "face",
+            "full.jpg": "full",
+            "half.jpg": "half",
+            "json": "json",
+            "latents.full.npy": "latents_full",
+            "latents.half.npy": "latents_half",
+            "latents.portrait.npy": "latents_portrait",
+            "mask.png": "mask",
+            "portrait.jpg": "portrait",
+            "text.npy": "text_embeds",
+            "text_pooled.npy": "text_pooled",
+        }.items()
+    )
+)
 """Suffix in the tar -> column that holds the file's bytes, in the order in which they are written."""
 
 INT8 = {suffix.replace(".safetensors", ".npy"): suffix for suffix in SUFFIXES if suffix.endswith(".safetensors")}

@@ -1,6 +1,6 @@
-"""Embed the picture of the face: CLIP (or DINOv2) features of the face crop without its background.
+"""Embed the picture of the face: CLIP (or DINOv2) features of the face crop without its background, or with it.
 
-Of the mirrored crop too, where `encode.mirror` asks for it.
+`segment.condition` says which; of the mirrored crop too, where `encode.mirror` asks for it.
 """
 
 from typing import Any, ClassVar
@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from schemas.columns import FEATURES, TOKENS
 from schemas.drops import DropReason
 from schemas.int8 import encode_int8, quantise
 from schemas.shard import encode_npy
@@ -21,25 +22,14 @@ from stages.settings import Settings
 
 
 class EmbedImage:
-    """Embeds the segmented face crops by the configured image embedder; drops nothing.
+    """Embeds the face crops by the configured image embedder; drops nothing.
 
     Loads nothing and leaves all its columns null where `pack.embeddings` is off.
     """
 
     name: ClassVar[str] = "embed_image"
     reads: ClassVar[tuple[str, ...]] = ("face", "mask")
-    writes: ClassVar[tuple[str, ...]] = (
-        "clip",
-        "clip_hidden",
-        "dino",
-        "clip_mirror",
-        "clip_hidden_mirror",
-        "dino_mirror",
-        "clip_hidden_int8",
-        "dino_int8",
-        "clip_hidden_mirror_int8",
-        "dino_mirror_int8",
-    )
+    writes: ClassVar[tuple[str, ...]] = (*FEATURES, *(f"{name}_int8" for name in TOKENS))
     drops: ClassVar[tuple[DropReason, ...]] = ()
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
@@ -54,20 +44,24 @@ class EmbedImage:
         """Embed all rows; columns that the backend does not give stay null."""
         if self._embedder is None:
             return to_table([{}] * table.num_rows, self.writes, self.drops)
-        segment = self._settings.segment
-        images = [
-            foreground(decode_jpeg(row["face"]), decode_png(row["mask"]), segment.keep, segment.fill)
-            for row in table.to_pylist()
-        ]
+        segment, images = self._settings.segment, {}
+        faces = [decode_jpeg(face) for face in table["face"].to_pylist()]
+        if segment.condition != "plain":
+            masks = [decode_png(mask) for mask in table["mask"].to_pylist()]
+            images[""] = [foreground(*pair, segment.keep, segment.fill) for pair in zip(faces, masks, strict=True)]
+        if segment.condition != "segmented":
+            images["_plain"] = faces
         # On a CPU a batch gains nothing, and its sums may depend on its size; on a GPU it gains 3 to 10 times.
-        step = max(1, len(images)) if self._device == "cuda" else 1
+        step = max(1, len(faces)) if self._device == "cuda" else 1
         rows: list[dict[str, Any]] = []
-        for start in range(0, len(images), step):
-            batch = np.stack(images[start : start + step])
-            features = dict(self._embedder.embed(batch))
-            if self._settings.encode.mirror:
-                mirrored = self._embedder.embed(np.ascontiguousarray(batch[:, :, ::-1]))
-                features |= {f"{name}_mirror": column for name, column in mirrored.items()}
+        for start in range(0, len(faces), step):
+            features: dict[str, npt.NDArray[np.float16]] = {}
+            for plain, pictures in images.items():
+                batch = np.stack(pictures[start : start + step])
+                features |= {f"{name}{plain}": column for name, column in self._embedder.embed(batch).items()}
+                if self._settings.encode.mirror:
+                    mirrored = self._embedder.embed(np.ascontiguousarray(batch[:, :, ::-1]))
+                    features |= {f"{name}{plain}_mirror": column for name, column in mirrored.items()}
             rows += (dict(self._file(name, column[i]) for name, column in features.items()) for i in range(len(batch)))
         return to_table(rows, self.writes, self.drops)
 

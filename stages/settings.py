@@ -75,6 +75,9 @@ class SegmentSettings(Section):
     """RGB that replaces the background before the image embedding."""
     min_share: float = Field(0.1, ge=0, le=1)
     """Smallest share of the face crop that must be foreground."""
+    condition: Literal["segmented", "plain", "both"] = "segmented"
+    """What the image features show: the face alone, before `fill`; the whole crop, as users of ComfyUI, webui and
+    diffusers mostly give it; or both, in files of their own, between which training draws."""
 
 
 class FaceShare(Section):

@@ -19,7 +19,7 @@ from filelock import FileLock
 
 # The suite tries the same examples each time: what turns red was changed. New ones are looked for with
 # --hypothesis-profile=default, which is asked for or not, but never waits in ambush.
-hypothesis.settings.register_profile("suite", derandomize=True)
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("suite")
 
 for _name, _value in {

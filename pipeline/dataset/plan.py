@@ -141,7 +141,11 @@ class Plan:
             "rows_per_shard": config.source.rows_per_shard,
             "stages": stages,
             "settings": {
-                **config.model_dump(mode="json", include={"metadata", "filter", "segment", "crop"}),
+                **config.model_dump(
+                    mode="json",
+                    include={"metadata", "filter", "segment", "crop"},
+                    exclude={"segment": {"condition"} if config.segment.condition == "segmented" else set()},
+                ),
                 "models": {
                     **models,
                     "device": self.runtime.device,

@@ -10,17 +10,45 @@ import torch
 from pipeline.train.adapters.attention import named_attention
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.adapters.released import write_released
+from pipeline.train.adapters.variants import Variant
 from pipeline.train.job import TrainJob
-from pipeline.train.loader import unconditional
+from pipeline.train.loader import conditions, unconditional
 from pipeline.train.run_folder import RunFolder, writing
 from schemas.errors import OutputError
+from schemas.targets import BaseKind
 
 _CONDITIONS = {
     "arcface": "normed embedding of the 112x112 norm_crop",
-    "pooled": "pooled features of the segmented 224x224 norm_crop, RGB",
-    "hidden": "token features of the segmented 224x224 norm_crop, RGB",
+    "pooled": "pooled features of the {picture} 224x224 norm_crop, RGB",
+    "hidden": "token features of the {picture} 224x224 norm_crop, RGB",
 }
 """What a role was computed from."""
+
+
+_LORA = (
+    "diffusers needs peft beside it, else it leaves the LoRA out with one line in its log; load_ip_adapter brings the "
+    "LoRA along: _lora.safetensors is for ComfyUI and webui, and whoever loads both in diffusers has it twice."
+)
+_SEGMENTED = (
+    "It was trained on features of the face alone, on the fill colour of its shards: give it such pictures, as "
+    "docs/training.md shows, or train with segment.condition = plain."
+)
+
+
+def loading(variant: Variant, kind: BaseKind, encoder: str, condition: str) -> list[str]:
+    """What whoever loads the files should know, a sentence each."""
+    is_sdxl = kind == "sdxl"
+    notes = {
+        _LORA: variant.lora,
+        "Set shortcut = True on the projection layer: no file can say it.": variant.sidecar["shortcut"],
+        _SEGMENTED: condition == "segmented" and variant.reads != ("arcface",),
+        "Neither ComfyUI nor webui loads full-face on SDXL; diffusers does.": is_sdxl and variant.name == "full-face",
+        "ComfyUI's and webui's presets leave faceid-plus on SDXL out: choose model and preprocessor by hand.": is_sdxl
+        and variant.name == "faceid-plus",
+        "Only diffusers loads it, with features handed in: other programs have no DINOv2.": encoder == "dinov2"
+        and variant.reads != ("arcface",),
+    }
+    return [note for note, applies in notes.items() if applies]
 
 
 @torch.no_grad()
@@ -28,7 +56,8 @@ def described(job: TrainJob, model: AdapterModel) -> dict[str, Any]:
     """What run.json says: the identity of the run, and all that an export needs besides weights."""
     config, base, variant = job.config, job.base, job.variant
     encoder = config.adapter.image_encoder
-    nothing = unconditional(job.dataset, variant.reads, encoder)
+    nothing = unconditional(job.dataset, variant.reads, config.adapter)
+    picture = " or ".join(conditions(job.dataset, config.adapter))
     device = next(model.image_proj.parameters()).device
     condition = {role: torch.from_numpy(value)[None].to(device, torch.float32) for role, value in nothing.items()}
     weights = [
@@ -45,10 +74,11 @@ def described(job: TrainJob, model: AdapterModel) -> dict[str, Any]:
         "base": base.name,
         "kind": base.kind,
         "image_encoder": encoder,
-        "condition": {role: _CONDITIONS[role] for role in variant.reads},
+        "condition": {role: _CONDITIONS[role].format(picture=picture) for role in variant.reads},
         "num_tokens": model.tokens(condition).shape[1],
         "lora_rank": config.adapter.lora_rank if variant.lora else 0,
         **variant.sidecar,
+        "loading": loading(variant, base.kind, encoder, picture),
         "preset": job.preset,
         "recipe": recipe,
         "dataset": {

@@ -50,7 +50,7 @@ class TrainJob:
     @property
     def widths(self) -> Widths:
         """The widths that the adapter's shapes follow from."""
-        return Widths(self.base.kind, self.base.text_width, **widths(self.dataset, self.config.adapter.image_encoder))
+        return Widths(self.base.kind, self.base.text_width, **widths(self.dataset, self.config.adapter))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def prepared(call: Call) -> TrainJob:
     chosen = variant(call.variant)
     config = load_train_config(call.config_file, call.pairs, call.preset or "tiny", **call.options)
     dataset = open_dataset(call.shards, config.data)
-    require(dataset, chosen.reads, config.adapter.image_encoder)
+    require(dataset, chosen.reads, config.adapter)
 
     # What is not given: a real base for real features, else a tiny one, and the preset of the base.
     is_sdxl = (call.preset or "").startswith("sdxl")

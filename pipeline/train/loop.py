@@ -82,6 +82,8 @@ def train(job: TrainJob) -> ExitCode:
         return ExitCode.INTERRUPTED
     for path in export(run, description, session.step, run.root) if is_main else ():
         console.print(str(path), highlight=False, soft_wrap=True)
+    for note in description["sidecar"]["loading"]:
+        say(note)
     return ExitCode.OK
 
 

@@ -13,6 +13,8 @@ from schemas.section import Section
 Precision = Literal["auto", "no", "bf16", "fp16"]
 Preset = Literal["tiny", "sd15", "sdxl-512", "sdxl-1024"]
 ImageEncoder = Literal["clip-vit-h", "dinov2"]
+Condition = Literal["segmented", "plain"]
+ConditionChoice = Literal["auto", "segmented", "plain", "both"]
 
 
 class CropWeights(Section):
@@ -82,6 +84,9 @@ class AdapterSettings(Section):
 
     image_encoder: ImageEncoder = "clip-vit-h"
     """Whose features of the face the CLIP variants read."""
+    condition: ConditionChoice = "auto"
+    """Of which picture these are: the face `segmented` from its background, the `plain` crop, or `both`, where a draw
+    decides for each sample. auto: what the shards hold."""
     lora_rank: int = Field(128, ge=1)
     """Rank of the FaceID family's LoRA."""
     p_drop_clip: float = Field(0.5, ge=0, le=1)

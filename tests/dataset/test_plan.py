@@ -146,10 +146,10 @@ def test_noncommercial_weights_need_a_yes_and_stand_in_the_manifest(data):
     assert detector["sha256"].startswith("041f73f4")
 
 
-def test_pools_without_and_with_gpus():
+def test_the_pool_without_and_with_gpus():
     def pool_of(*sets):
         plan = plan_of(*sets)
-        (pool,) = plan.pools()
+        pool = plan.pool
         assert [step.stage().name for step in pool.steps][::8] == ["screen", "encode"]
         return pool.workers, pool.cpus, pool.gpus, pool.threads, plan.batch_rows
 

@@ -61,6 +61,24 @@ def test_fill_and_labels_are_the_configured_ones(embedded: pa.Table) -> None:
     assert (vector(nothing_kept) == vector(nothing_kept, row=1)).all()
 
 
+def test_the_plain_face_is_embedded_in_files_of_its_own(embedded: pa.Table) -> None:
+    elsewhere = FACE.copy()
+    elsewhere[:16] = (255, 0, 0)
+    for encode, names in ({}, ("clip", "clip_hidden")), ({"mirror": True}, ("clip_mirror", "clip_hidden_mirror")):
+        both = run((FACE, MASK), (elsewhere, MASK), segment={"condition": "both"}, encode=encode)
+        plain = run((FACE, MASK), (elsewhere, MASK), segment={"condition": "plain"}, encode=encode)
+        check(both, EmbedImage.writes, "embed_image")
+        whole = run((FACE, np.ones_like(MASK)), segment={"keep": range(19)}, encode=encode)
+        for name in names:
+            alike = name.replace("clip", "clip_plain", 1).replace("clip_plain_hidden", "clip_hidden_plain")
+            assert plain[name].null_count == 2
+            assert plain[alike] == both[alike]
+            assert plain[alike][0] == whole[name][0]
+            assert plain[alike][0] != plain[alike][1]
+            assert both[name][0] == both[name][1]
+    assert both["clip"][0] == embedded["clip"][0]
+
+
 def test_a_vector_does_not_depend_on_its_batch(embedded: pa.Table) -> None:
     alone = run((FACE[:, ::-1], MASK))
     for name in ("clip", "clip_hidden"):

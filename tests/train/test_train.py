@@ -154,6 +154,14 @@ def test_the_sidecar_tells_all_about_the_adapter(run):
     assert told["lora_rank"] == (RANK if run.name in WITH_LORA else 0)
     assert told["shortcut"] == (run.name == "faceid-plusv2")
     assert tuple(told["condition"]) == run.job.variant.reads
+    assert [
+        any(word in note for note in told["loading"]) for word in ("peft", "shortcut", "alone, on the fill", "SDXL")
+    ] == [
+        run.name in WITH_LORA,
+        run.name == "faceid-plusv2",
+        "hidden" in told["condition"] or "pooled" in told["condition"],
+        run.kind == "sdxl" and run.name in ("full-face", "faceid-plus"),
+    ]
     assert told["preset"] == "tiny"
     assert told["recipe"]["optim"]["lr"] == 1e-4
     assert told["recipe"]["guidance"]["p_uncond_both"] == 0.05
@@ -178,7 +186,7 @@ def test_diffusers_computes_what_the_trained_model_computes(run):
         return  # test_interop.py has both layouts; here it is about the path from training to file
     made, model = stock(run), run.model.eval()
     model.load_trained({key: weight.half().float() for key, weight in model.trained().items()})
-    faces = first_faces(run.job.dataset, 2, run.job.variant.reads, "clip-vit-h")
+    faces = first_faces(run.job.dataset, 2, run.job.variant.reads, run.job.config.adapter)
     condition = {role: torch.stack([face.condition[role] for face in faces]) for role in run.job.variant.reads}
     generator = torch.Generator().manual_seed(0)
     latents, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 77, 128, generator=generator)

@@ -16,7 +16,7 @@ from pipeline.dataset.out.ledger import counts, summary
 from pipeline.dataset.out.takedowns import DROPS, KEEPS, STAGE
 from pipeline.shared.files import AnyPath
 from pipeline.shared.tars import Sample, unpack
-from schemas.columns import COLUMNS, KEPT
+from schemas.columns import COLUMNS, FEATURES, KEPT, TOKENS
 from schemas.digest import sha256_of_json
 from schemas.drops import DropReason
 from schemas.errors import ContractError, CorruptShardError
@@ -50,19 +50,20 @@ _REQUIRED = ("json", "face.jpg", "mask.png")
 _ID = "arcface.npy"
 _CROPS = ("portrait", "half", "full")
 _SQUARE = ("portrait", "half")
-_FEATURES = ({"clip.npy", "clip_hidden.npy"}, {"dino.npy"})
+_FEATURES = (
+    {"clip.npy", "clip_hidden.npy"},
+    {"clip_plain.npy", "clip_hidden_plain.npy"},
+    {"dino.npy"},
+    {"dino_plain.npy"},
+)
 """What an image embedder writes: one of these must be whole."""
 _LABELS = 19
 _NORM_TOLERANCE = 1e-3
 
 _ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
     "arcface.npy": ("<f4", (512,)),
-    "clip.npy": ("<f2", (1024,)),
-    "clip_hidden.npy": ("<f2", (257, 1280)),
-    "clip_hidden_mirror.npy": ("<f2", (257, 1280)),
-    "clip_mirror.npy": ("<f2", (1024,)),
-    "dino.npy": ("<f2", (257, -1)),
-    "dino_mirror.npy": ("<f2", (257, -1)),
+    **{f"{name}.npy": ("<f2", (1024,)) for name in FEATURES if name not in TOKENS},
+    **{f"{name}.npy": ("<f2", (257, -1 if name.startswith("dino") else 1280)) for name in TOKENS},
     "text.npy": ("<f2", (77, -1)),
     "text_pooled.npy": ("<f2", (-1,)),
 }
@@ -185,7 +186,7 @@ def sample_problems(
     if missing := sorted({*_REQUIRED, *((_ID,) if embeddings else ())} - suffixes):
         yield f"missing files: {', '.join(missing)}"
     if embeddings and not any(wanted <= as_npy(suffixes) for wanted in _FEATURES):
-        yield "no image features: neither clip.npy with clip_hidden.npy nor dino.npy"
+        yield "no image features: neither clip.npy with clip_hidden.npy nor dino.npy, nor these as _plain"
     if twice := sorted(suffix for suffix, int8 in INT8.items() if {suffix, int8} <= suffixes):
         yield f"{', '.join(twice)}: there in int8 too"
     if embeddings is False and suffixes & EMBEDDINGS:

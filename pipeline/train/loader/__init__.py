@@ -1,7 +1,7 @@
 """Finished shards to typed batches; nothing is known here of how the shards were made."""
 
 from pipeline.train.loader.batches import Batch, Position
-from pipeline.train.loader.condition import Face, first_faces, require, unconditional, widths
+from pipeline.train.loader.condition import Face, conditions, first_faces, require, unconditional, widths
 from pipeline.train.loader.dataset import Dataset, check_hashes, open_dataset
 from pipeline.train.loader.loader import ShardLoader, worker_died
 from pipeline.train.loader.reading import Reading, plan_reading
@@ -14,6 +14,7 @@ __all__ = [
     "Reading",
     "ShardLoader",
     "check_hashes",
+    "conditions",
     "first_faces",
     "open_dataset",
     "plan_reading",

@@ -103,12 +103,11 @@ def collate(group: Sequence[Planned], reading: Reading, position: Position) -> B
         for suffix in reading.text
     }
     condition: dict[str, Tensor | MixedTokens] = {}
-    for role, plain in reading.files.items():
-        nothing, mirrored = reading.unconditional[role], reading.mirrored.get(role, plain)
+    for role in reading.files:
         rows = [
-            nothing
+            reading.unconditional[role]
             if one.uncond_image
-            else stored_row(one.raw, role, mirrored if one.mirror else plain, reading.shapes[plain])
+            else stored_row(one.raw, role, *reading.condition_file(role, plain=one.plain, mirror=one.mirror))
             for one in group
         ]
         arrays = [row for row in rows if not isinstance(row, Quantised)]

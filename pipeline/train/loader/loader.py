@@ -66,7 +66,8 @@ class ShardLoader:
         # What a sample becomes, and whose turn it is: all of it must stay when a run is resumed.
         settings = config.model_dump(mode="json")
         same = leaves({name: settings[name] for name in ("seed", "augment", "guidance", "data")})
-        done = [reading.latents, list(reading.text), reading.flip, reading.colour, sorted(reading.files.values())]
+        files = sorted({*reading.files.values(), *reading.plain.values()})
+        done = [reading.latents, list(reading.text), reading.flip, reading.colour, files]
         self._identity = sha256_of_json(
             {**without_free_keys(same), "done": done, "who": [rank, world], "dataset": dataset.digest}
         )

@@ -29,6 +29,7 @@ class _Draws(NamedTuple):
     contrast: float
     saturation: float
     uncond: float
+    plain: float
 
 
 class Planned(NamedTuple):
@@ -48,6 +49,8 @@ class Planned(NamedTuple):
     """Factors of brightness, contrast and saturation."""
     uncond_image: bool
     uncond_text: bool
+    plain: bool
+    """The condition's image features are of the plain face, where others are of the segmented one."""
 
 
 class Planner:
@@ -104,6 +107,7 @@ class Planner:
             colour=factors,
             uncond_image=draws.uncond < text_from or both_from <= draws.uncond < end,
             uncond_text=text_from <= draws.uncond < end,
+            plain=draws.plain < 0.5,
         )
 
     def _crops(self, raw: Raw, content: Mapping[str, Any], draws: _Draws) -> dict[str, TargetCrop]:

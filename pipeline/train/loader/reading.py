@@ -26,8 +26,10 @@ class Reading:
 
     files: Mapping[str, str]
     """Role -> suffix of the condition's npy file; features in int8 go by it too."""
+    plain: Mapping[str, str]
+    """Role -> suffix for half of the samples, where these condition on the plain face and others on the segmented."""
     mirrored: Mapping[str, str]
-    """Role -> suffix of the file for mirrored targets, where that is another one and anything is mirrored."""
+    """Suffix -> that of the file for mirrored targets, where that is another one and anything is mirrored."""
     shapes: Mapping[str, tuple[int, ...]]
     """Suffix -> shape that the condition's files must have."""
     unconditional: Mapping[str, npt.NDArray[Any]]
@@ -47,7 +49,13 @@ class Reading:
     def wanted(self) -> frozenset[str]:
         """Suffixes that are read."""
         targets = map(self.target, CROPS)
-        return either_form({"json", *self.files.values(), *self.mirrored.values(), *self.text, *targets})
+        condition = {*self.files.values(), *self.plain.values(), *self.mirrored.values()}
+        return either_form({"json", *condition, *self.text, *targets})
+
+    def condition_file(self, role: str, *, plain: bool, mirror: bool) -> tuple[str, tuple[int, ...]]:
+        """Suffix and shape of what a sample's condition is read from."""
+        suffix = self.plain.get(role, self.files[role]) if plain else self.files[role]
+        return self.mirrored.get(suffix, suffix) if mirror else suffix, self.shapes[suffix]
 
     def target(self, crop: str) -> str:
         """Suffix of a crop as a target."""
@@ -69,7 +77,7 @@ def plan_reading(dataset: Dataset, reads: Sequence[str], config: TrainConfig, ba
     """
     notices: list[str] = []
     suffixes, augment = dataset.suffixes, config.augment
-    files = require(dataset, reads, config.adapter.image_encoder)
+    files, plain = [*require(dataset, reads, config.adapter), {}][:2]
     latents = _precomputed("latents", dataset, config.data, base, notices)
     text = _precomputed("text", dataset, config.data, base, notices)
     texts = tuple(suffix for suffix in (_TEXT, _TEXT_POOLED) if text and suffix in suffixes)
@@ -77,8 +85,8 @@ def plan_reading(dataset: Dataset, reads: Sequence[str], config: TrainConfig, ba
         notices.append("data.buckets = false has no effect: precomputed latents are cut to buckets already.")
 
     # The condition has to follow what is done to the target; what it cannot follow is left out.
-    features = {role: suffix for role, suffix in files.items() if role != _MIRRORS_FREELY}
-    mirrored = {role: suffix.replace(".npy", "_mirror.npy") for role, suffix in features.items()}
+    features = [suffix for each in (files, plain) for role, suffix in each.items() if role != _MIRRORS_FREELY]
+    mirrored = {suffix: suffix.replace(".npy", "_mirror.npy") for suffix in features}
     missing = [suffix for suffix in mirrored.values() if suffix not in suffixes]
     against_flip = against_colour = ""
     if latents:
@@ -99,9 +107,10 @@ def plan_reading(dataset: Dataset, reads: Sequence[str], config: TrainConfig, ba
     flip = 0.0 if against_flip else augment.flip
     return Reading(
         files=files,
+        plain=plain,
         mirrored=mirrored if flip else {},
-        shapes=first_shapes(dataset, [*files.values(), *texts]),
-        unconditional=unconditional(dataset, reads, config.adapter.image_encoder),
+        shapes=first_shapes(dataset, [*files.values(), *plain.values(), *texts]),
+        unconditional=unconditional(dataset, reads, config.adapter),
         latents=latents,
         text=texts,
         flip=flip,

@@ -39,9 +39,8 @@ class Validator:
         self._faces: Sequence[Face] = ()
         self._judge: IdJudge | None = None
         if config.watch.validate_every:
-            encoder = config.adapter.image_encoder
-            self._faces = first_faces(job.dataset, config.watch.validate_faces, job.variant.reads, encoder)
-            nothing = unconditional(job.dataset, job.variant.reads, encoder)
+            self._faces = first_faces(job.dataset, config.watch.validate_faces, job.variant.reads, config.adapter)
+            nothing = unconditional(job.dataset, job.variant.reads, config.adapter)
             self._nothing = {role: torch.from_numpy(features) for role, features in nothing.items()}
             self._judge = IdJudge(config.watch.judge) if config.watch.judge else None
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -202,12 +203,12 @@ def test_the_random_state_of_the_process_is_left_alone(dataset: Dataset, workers
 
 def test_batches_of_images(dataset: Dataset) -> None:
     batches = epoch(ShardLoader(dataset, ALL, config(batch_size=4)))
-    sizes = set()
+    sizes = Counter[tuple[int, int]]()
     for batch in batches:
         assert batch.pixels is not None
         assert batch.latents is None
         count, _, height, width = batch.pixels.shape
-        sizes.add((width, height))
+        sizes[width, height] += count
         assert count == len(batch) == len(batch.captions) == len(batch.uncond_text) == len(batch.crops)
         assert batch.pixels.dtype == torch.float32
         assert batch.pixels.min() >= -1
@@ -219,7 +220,8 @@ def test_batches_of_images(dataset: Dataset) -> None:
         assert batch.size_ids[:, 4:].tolist() == [[height, width]] * count
         assert [int(value) for value in batch.condition["arcface"][:, 0]] == [int(text[8:]) for text in batch.captions]
     assert len(sizes) > 1, "full has an aspect of its own"
-    assert sum(len(batch) < 4 for batch in batches) == len(sizes), "what is left at the end is not lost"
+    left = sum(count % 4 > 0 for count in sizes.values())
+    assert sum(len(batch) < 4 for batch in batches) == left > 0, "what is left at the end is not lost"
     squares = epoch(ShardLoader(dataset, ALL, config(batch_size=4, buckets=False)))
     assert {tuple(batch.size_ids[0, 4:].tolist()) for batch in squares} == {(64, 64)}
 
@@ -252,6 +254,36 @@ def test_a_mirrored_picture_has_mirrored_features_and_points(tmp_path: Path) -> 
         assert (eyes.sum() / 2 - (31.1 if flipped else 31.9)).abs() < 0.5
         mirrored[flipped] += 1
     assert min(mirrored.values()) >= 8
+
+
+@pytest.mark.parametrize(("condition", "expected"), [("auto", 2), ("both", 2), ("segmented", 1), ("plain", 1)])
+def test_the_condition_is_of_the_segmented_face_the_plain_one_or_either_by_a_draw(
+    tmp_path: Path, condition: str, expected: int
+) -> None:
+    def both(number: int) -> fake.Files:
+        own, plain = ({**fake.sample(n, has=("portrait",)), **fake.mirrors(n)} for n in (number, number + 100))
+        return own | {
+            re.sub(r"(clip|clip_hidden)(_mirror)?\.npy", r"\1_plain\2.npy", suffix): data
+            for suffix, data in plain.items()
+            if suffix.startswith("clip")
+        }
+
+    given = config(batch_size=1)
+    given = given.model_copy(update={"adapter": given.adapter.model_copy(update={"condition": condition})})
+    loader = ShardLoader(opened(tmp_path, {"a-00000": [*map(both, range(1, 41))]}), ("hidden", "pooled"), given)
+    drawn = Counter[bool]()
+    for batch in epoch(loader):
+        assert batch.pixels is not None
+        number = int(batch.captions[0][8:])
+        flipped = bool(batch.pixels[0, 0, :, 0].mean() > batch.pixels[0, 0, :, -1].mean())
+        (hidden,), (pooled,) = (batch.condition[role].unique().tolist() for role in ("hidden", "pooled"))
+        assert hidden == pooled
+        assert abs(hidden) in (number, number + 100)
+        assert (hidden < 0) == flipped
+        drawn[abs(hidden) > 100] += 1
+    assert len(drawn) == expected
+    assert min(drawn.values()) >= 10
+    assert expected == 2 or drawn[condition == "plain"] == 40
 
 
 def test_a_probability_of_one_mirrors_all_and_zero_none(dataset: Dataset) -> None:

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.train.loader import check_hashes, first_faces, open_dataset, plan_reading, require, unconditional, widths
-from pipeline.train.settings import DataSettings, TrainConfig
+from pipeline.train.settings import AdapterSettings, DataSettings, TrainConfig
 from schemas.errors import CorruptShardError, SourceError
 from schemas.shard import Manifest, dataset_digest
 
+DINO = AdapterSettings(image_encoder="dinov2")
 DATA = DataSettings()
 BY_SIZE = DataSettings(verify="size")
 
@@ -72,9 +73,12 @@ def test_a_dataset_in_memory(memory: str) -> None:
     assert dataset.samples == 3
     cached = open_dataset([f"simplecache::{memory}"], DATA)
     assert (cached.samples, cached.digest) == (3, dataset.digest)
-    assert len(first_faces(cached, 2, ("arcface",), "clip-vit-h")) == 2
+    assert len(first_faces(cached, 2, ("arcface",), AdapterSettings())) == 2
     assert "clip_hidden" in dataset.unconditional
-    assert [face.key for face in first_faces(dataset, 2, ("arcface",), "clip-vit-h")] == ["a-00000-000", "a-00000-001"]
+    assert [face.key for face in first_faces(dataset, 2, ("arcface",), AdapterSettings())] == [
+        "a-00000-000",
+        "a-00000-001",
+    ]
 
 
 @pytest.mark.parametrize("data", [DATA, BY_SIZE])
@@ -209,39 +213,41 @@ def test_dataset_json_may_be_missing_but_not_damaged(out: Path) -> None:
 
 def test_columns_that_a_variant_reads_must_be_there(out: Path) -> None:
     dataset = open_dataset([str(out)], DATA)
-    assert require(dataset, ("arcface", "hidden"), "clip-vit-h") == {
-        "arcface": "arcface.npy",
-        "hidden": "clip_hidden.npy",
-    }
+    assert require(dataset, ("arcface", "hidden"), AdapterSettings()) == [
+        {"arcface": "arcface.npy", "hidden": "clip_hidden.npy"}
+    ]
     with pytest.raises(SourceError, match=r"no dino\.npy: .*models\.image_embedder=dinov2"):
-        require(dataset, ("hidden",), "dinov2")
+        require(dataset, ("hidden",), DINO)
+    for condition in ("plain", "both"):
+        with pytest.raises(SourceError, match=r"no clip_hidden_plain\.npy: .*segment\.condition=plain"):
+            require(dataset, ("hidden",), AdapterSettings(condition=condition))
 
 
 def test_hidden_features_need_those_of_an_empty_picture(tmp_path: Path) -> None:
     bare = open_dataset([fake.write(tmp_path / "bare", {"a-00000": fake.counted(0, 1)}, empty=None)], DATA)
-    assert require(bare, ("arcface", "pooled"), "clip-vit-h")
+    assert require(bare, ("arcface", "pooled"), AdapterSettings())
     with pytest.raises(SourceError, match=r"clip_hidden .*writes unconditional\.safetensors"):
-        require(bare, ("hidden",), "clip-vit-h")
+        require(bare, ("hidden",), AdapterSettings())
 
 
 def test_what_stands_for_no_face(tmp_path: Path) -> None:
     samples = [{**fake.sample(0), "dino.npy": fake.encode_npy(np.zeros(fake.HIDDEN, np.float16))}]
     dataset = open_dataset([fake.write(tmp_path / "out", {"a-00000": samples})], DATA)
-    clip = unconditional(dataset, ("arcface", "pooled", "hidden"), "clip-vit-h")
+    clip = unconditional(dataset, ("arcface", "pooled", "hidden"), AdapterSettings())
     assert not clip["arcface"].any()
     assert clip["arcface"].shape == (512,)
     assert not clip["pooled"].any()
     assert clip["pooled"].shape == (fake.POOLED,)
     np.testing.assert_array_equal(clip["hidden"], fake.EMPTY["clip_hidden"])
-    dino = unconditional(dataset, ("pooled", "hidden"), "dinov2")
+    dino = unconditional(dataset, ("pooled", "hidden"), DINO)
     np.testing.assert_array_equal(dino["pooled"], fake.EMPTY["dino"][0])
     np.testing.assert_array_equal(dino["hidden"], fake.EMPTY["dino"])
 
 
 def test_widths_come_from_the_shards(out: Path) -> None:
     dataset = open_dataset([str(out)], DATA)
-    assert widths(dataset, "clip-vit-h") == {"features": fake.HIDDEN[1], "pooled": fake.POOLED}
-    assert widths(dataset, "dinov2") == {}
+    assert widths(dataset, AdapterSettings()) == {"features": fake.HIDDEN[1], "pooled": fake.POOLED}
+    assert widths(dataset, DINO) == {}
 
 
 def test_suffixes_are_those_of_all_plans(tmp_path: Path) -> None:
@@ -256,14 +262,14 @@ def test_suffixes_are_those_of_all_plans(tmp_path: Path) -> None:
 
 def test_the_first_faces(out: Path) -> None:
     dataset = open_dataset([str(out)], DATA)
-    faces = first_faces(dataset, 4, ("arcface", "hidden"), "clip-vit-h")
+    faces = first_faces(dataset, 4, ("arcface", "hidden"), AdapterSettings())
     assert faces[3].image.shape == (224, 224, 3)
     assert int(faces[3].image[0, -1, 0]) > 250, "RGB: red grows to the right"
     assert int(faces[3].image[0, 0, 0]) < 5
     assert faces[3].condition["hidden"].dtype.is_floating_point
     assert faces[3].condition["hidden"].unique().tolist() == [3]
     assert faces[3].condition["arcface"].shape == (512,)
-    assert len(first_faces(dataset, 99, ("arcface",), "clip-vit-h")) == 5
+    assert len(first_faces(dataset, 99, ("arcface",), AdapterSettings())) == 5
 
 
 def reading(tmp_path: Path, samples: Any, reads: tuple[str, ...] = ("arcface",), **data: Any) -> Any:
@@ -289,7 +295,7 @@ def test_features_of_the_face_switch_augmentation_off(tmp_path: Path) -> None:
 def test_mirrored_features_switch_the_flip_on(tmp_path: Path) -> None:
     read = reading(tmp_path, [{**fake.sample(0), **fake.mirrors(0)}], ("arcface", "pooled"))
     assert read.flip == 0.5
-    assert read.mirrored == {"pooled": "clip_mirror.npy"}
+    assert read.mirrored == {"clip.npy": "clip_mirror.npy"}
     assert "clip_mirror.npy" in read.wanted
 
 

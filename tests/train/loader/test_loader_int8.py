@@ -13,12 +13,13 @@ from safetensors.numpy import save
 
 from pipeline.train.loader import Batch, Dataset, ShardLoader, first_faces, open_dataset, require, unconditional, widths
 from pipeline.train.loader.tokens import MixedTokens, mixed
-from pipeline.train.settings import TrainConfig
+from pipeline.train.settings import AdapterSettings, TrainConfig
 from schemas.errors import CorruptShardError, SourceError
 from schemas.int8 import Quantised, dequantise, encode_int8, quantise
 from schemas.shard import encode_npy
 
 ALL = ("arcface", "pooled", "hidden")
+DINO = AdapterSettings(image_encoder="dinov2")
 NEAR = {"rtol": 1e-3, "atol": 0.0}
 """A scale has 11 bits."""
 
@@ -146,12 +147,12 @@ def test_a_batch_in_int8_moves_as_a_whole(stored: Dataset) -> None:
 
 def test_validation_and_widths_read_int8(stored: Dataset) -> None:
     assert {"clip_hidden.npy", "dino.npy", "clip_hidden_mirror.npy"} <= stored.suffixes
-    assert require(stored, ("hidden",), "clip-vit-h") == {"hidden": "clip_hidden.npy"}
-    assert widths(stored, "clip-vit-h") == {"features": fake.HIDDEN[1], "pooled": fake.POOLED}
-    assert widths(stored, "dinov2") == {"features": fake.HIDDEN[1], "pooled": fake.HIDDEN[1]}
-    assert unconditional(stored, ("hidden",), "clip-vit-h")["hidden"].dtype == np.float16
-    for encoder in ("clip-vit-h", "dinov2"):
-        for number, face in enumerate(first_faces(stored, 24, ALL, encoder), start=1):  # type: ignore[arg-type]
+    assert require(stored, ("hidden",), AdapterSettings()) == [{"hidden": "clip_hidden.npy"}]
+    assert widths(stored, AdapterSettings()) == {"features": fake.HIDDEN[1], "pooled": fake.POOLED}
+    assert widths(stored, DINO) == {"features": fake.HIDDEN[1], "pooled": fake.HIDDEN[1]}
+    assert unconditional(stored, ("hidden",), AdapterSettings())["hidden"].dtype == np.float16
+    for adapter in (AdapterSettings(), DINO):
+        for number, face in enumerate(first_faces(stored, 24, ALL, adapter), start=1):
             for features in face.condition.values():
                 assert features.dtype == torch.float32
                 torch.testing.assert_close(features, torch.full_like(features, number), **NEAR)

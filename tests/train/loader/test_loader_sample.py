@@ -112,6 +112,7 @@ def test_only_the_whole_photo_has_an_aspect_of_its_own() -> None:
 
 READING = Reading(
     files={"arcface": "arcface.npy"},
+    plain={},
     mirrored={},
     shapes={"arcface.npy": (512,)},
     unconditional={},
