@@ -82,7 +82,7 @@ def train(job: TrainJob) -> ExitCode:
         return ExitCode.INTERRUPTED
     for path in export(run, description, session.step, run.root) if is_main else ():
         console.print(str(path), highlight=False, soft_wrap=True)
-    for note in description["sidecar"]["loading"]:
+    for note in description["sidecar"]["loading"] if is_main else ():
         say(note)
     return ExitCode.OK
 
