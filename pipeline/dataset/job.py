@@ -18,6 +18,7 @@ from pipeline.dataset.execute.make_shard import Execute, Finished
 from pipeline.dataset.execute.progress import RunScreen
 from pipeline.dataset.execute.runner import judge_seeds
 from pipeline.dataset.finished.forget import take_down_listed
+from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.report import write_report
 from pipeline.dataset.out.ledger import Funnel, funnel_table, read_manifests, replaced, shard_names, summary
 from pipeline.dataset.out.lost import lost_errors
@@ -94,6 +95,7 @@ def make_dataset(job: Job, out: AnyPath, console: Console, *, replan: bool = Fal
         raise OutputError(f"OUT {out} exists in one process alone: give --executor local, or another OUT.")
     start = executor_of(plan.config)
     with start(plan) as execute, output.prepared(plan, replan=replan), RunScreen(console, job.rows) as screen:
+        output.sources = sorted({*output.sources, *(part.origin for part in job.parts)})
         # For `status`, which may be asked elsewhere; when the run comes to its end, its counts stand there.
         output.describe(plan, {"planned": {part.name: part.rows for part in job.parts}})
         gone = take_down_listed(output)
@@ -126,7 +128,9 @@ def _finish(output: Output, plan: Plan) -> Funnel:
             counts = summary(read_manifests(output.root), replaced(output.root))
             files = write_unconditional(output.root, plan) if counts["kept"] else {}
             output.describe(plan, {**counts, "files": files})
-            return write_report(output.root)
+            counted = write_report(output.root)
+            write_card(output.root, counted)
+            return counted
     except OutputError as error:
         raise LostError(f"The shards were made, but then: {error}") from error
 

@@ -10,10 +10,19 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.report import REPORT, write_report
 from pipeline.dataset.finished.rewrite import rewrite
 from pipeline.dataset.out.forgotten import Forgotten, finish, load, save
-from pipeline.dataset.out.ledger import read_ledger, read_manifests, replaced, shard_names, shards_folder, summary
+from pipeline.dataset.out.ledger import (
+    funnel,
+    read_ledger,
+    read_manifests,
+    replaced,
+    shard_names,
+    shards_folder,
+    summary,
+)
 from pipeline.dataset.out.lists import entries
 from pipeline.dataset.out.lost import lost_errors
 from pipeline.dataset.out.output import Output
@@ -21,7 +30,7 @@ from pipeline.dataset.out.takedowns import Takedowns
 from pipeline.shared.files import AnyPath, write
 from schemas.columns import KEPT
 from schemas.errors import CorruptShardError, LostError, OutputError
-from schemas.shard import DATASET, dataset_text
+from schemas.shard import CARD, DATASET, dataset_text
 
 
 @dataclass(frozen=True)
@@ -145,11 +154,12 @@ def _take_down(out: AnyPath, takedowns: Takedowns) -> Gone:
         raise CorruptShardError(f"{DATASET}: cannot be read: {error}") from error
     if "shards" in dataset:  # the run came to its end: what the manifests add up to stands there
         write(out / DATASET, dataset_text({**dataset, **summary(read_manifests(out), replaced(out))}))
-    if (out / REPORT).exists():
-        try:
-            write_report(out)
-        except CorruptShardError:  # it must not go on showing what is gone
-            (out / REPORT).unlink()
+    try:
+        counted = write_report(out) if (out / REPORT).exists() else funnel(out)
+        if (out / CARD).exists():
+            write_card(out, counted)
+    except CorruptShardError:  # it must not go on showing what is gone
+        (out / REPORT).unlink(missing_ok=True)
     return gone
 
 

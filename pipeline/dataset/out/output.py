@@ -44,6 +44,8 @@ class Output:
         self.drops = root / "drops"
         self.takedowns = Takedowns()
         """What must not be used; known once OUT is prepared."""
+        self.sources: list[str] = []
+        """Where its rows come from (`Part.origin`), those of earlier runs among them, once OUT is prepared."""
 
     @contextlib.contextmanager
     def prepared(self, plan: Plan, *, replan: bool = False) -> Iterator[None]:
@@ -67,6 +69,8 @@ class Output:
                 self.takedowns = Takedowns(load(self.root), listed)
                 self.refuse_other_plan(plan, replan=replan)
                 self.clear()
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    self.sources = json.loads((self.root / DATASET).read_bytes())["sources"]
                 if replan:
                     for shard in finished_shards(names(self.shards)):
                         with contextlib.suppress(CorruptShardError):  # it counts as not done
@@ -145,6 +149,7 @@ class Output:
             "profile": plan.config.profile,
             "plan_digest": plan.digest,
             "plan": plan.identity,
+            **({"sources": self.sources} if self.sources else {}),
             **summary,
         }
         write(self.root / DATASET, dataset_text(content))

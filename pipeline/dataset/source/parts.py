@@ -6,7 +6,9 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from glob import has_magic
+from pathlib import PurePosixPath
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -41,6 +43,15 @@ class Part:
     rows: int | None
     """Rows in it, where that is cheap to know."""
     kind: Literal["metadata", "tar"]
+
+    @property
+    def origin(self) -> str:
+        """The folder that it lies in: the last name of a local one; of a URL, no user, password or signature."""
+        if self.name == SAMPLE:
+            return SAMPLE
+        url = urlsplit(self.path.rpartition("::")[2])
+        folder = PurePosixPath(url.path).parent
+        return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{folder}" if url.scheme else folder.name
 
     @staticmethod
     def probed(name: str, path: str) -> "Part":
