@@ -2,14 +2,17 @@
 
 import csv
 import gc
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import hostile
 import hypothesis
@@ -148,3 +151,36 @@ def server() -> Iterator[servers.HostileServer]:
 def engine(request: pytest.FixtureRequest) -> str:
     """Each download engine."""
     return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium. Its client holds this thread's event loop, so it is closed after each file."""
+    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not importlib.util.find_spec("playwright") or not binary:
+        pytest.skip("there is no headless Chromium: apt-get install chromium, and pip install playwright")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=binary, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Opens a page, which must not have anything to complain of when the test is over."""
+    complaints, contexts = [], []
+
+    def opened(path: Path, width: int = 1400, scheme: str = "light") -> Any:
+        contexts.append(browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme))
+        page = contexts[-1].new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(path.as_uri())
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert complaints == []

@@ -18,7 +18,8 @@ function show(at) {
 document.addEventListener("click", (event) => {
   const button = event.target.closest(".zoom");
   if (!button) return;
-  zoomed.figures = all(".zoom").filter((one) => one.offsetParent);
+  const album = button.closest("[data-album]"); // of which one picture is shown at a time
+  zoomed.figures = album ? all(".zoom", album) : all(".zoom").filter((one) => one.offsetParent);
   show(zoomed.figures.indexOf(button));
   $("viewer").showModal();
 });

@@ -1,4 +1,4 @@
-"""The command line of the trainer: `python -m pipeline.train --from-shards [DIR …] --variant NAME`, `export`, `config`.
+"""The command line: `python -m pipeline.train --from-shards [DIR …] --variant NAME`, `export`, `report`, `config`.
 
 The loop is in `pipeline.train.loop`.
 """
@@ -13,7 +13,7 @@ from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, UserErr
 
 # Each command imports what it needs: torch takes a second and a half, and `--help` is answered at once.
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-_COMMANDS = ("run", "export", "config")
+_COMMANDS = ("run", "export", "report", "config")
 
 
 @app.command()
@@ -49,7 +49,7 @@ def run(
         list[str] | None, typer.Option("--set", help="One config key, such as optim.lr=1e-5; `config` lists all.")
     ] = None,
 ) -> None:
-    """Train an adapter from shards. Other commands: `export RUN` and `config`; each has its own --help."""
+    """Train an adapter from shards. Other commands: `export RUN`, `report RUN`, `config`; each has its own --help."""
     from pipeline.train.job import Call, prepared
     from pipeline.train.watch import say
 
@@ -80,6 +80,16 @@ def export_command(
 
     for path in export_run(folder, step, out):
         console.print(str(path), highlight=False, soft_wrap=True)
+
+
+@app.command("report")
+def report_command(folder: Annotated[Path, typer.Argument(metavar="RUN", help="The --out of a training run.")]) -> None:
+    """Write RUN/report.html again: curves, validation grids by step, the recipe, how it went."""
+    from pipeline.train.run_folder import RunFolder
+    from pipeline.train.run_page.run_page import write_page
+    from pipeline.train.watch import console
+
+    console.print(str(write_page(RunFolder(folder))), highlight=False, soft_wrap=True)
 
 
 @app.command("config")

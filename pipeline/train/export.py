@@ -89,11 +89,13 @@ def described(job: TrainJob, model: AdapterModel) -> dict[str, Any]:
         "weights": weights,
         "licences": sorted({weight["licence"] for weight in weights}),
     }
+    watch = config.watch.model_dump(mode="json")
     return {
         "identity": job.identity,
         "name": variant.released_name(base.kind, encoder),
         "attention_paths": [path for path, _ in named_attention(model.unet)],
         "sidecar": sidecar,
+        "watch": {**watch, "judge": Path(watch["judge"]).name},
     }
 
 
@@ -123,9 +125,7 @@ def export_run(root: Path, step: int | None, folder: Path | None) -> list[Path]:
         OutputError: when RUN is no run, or has no such checkpoint.
     """
     run = RunFolder(root)
-    description = run.description()
-    if description is None:
-        raise OutputError(f"{root} holds no run (there is no run.json): give the --out of a training run.")
+    description = run.required_description()
     steps = run.steps()
     if not steps or (step is not None and step not in steps):
         there = f"there are those of steps {', '.join(map(str, steps))}" if steps else "there is none yet"

@@ -8,6 +8,7 @@ from pipeline.train.base_model import Base
 from pipeline.train.export import described, export
 from pipeline.train.id_loss import id_loss_of
 from pipeline.train.job import TrainJob
+from pipeline.train.run_page.run_page import page_of
 from pipeline.train.session import Session
 from pipeline.train.settings import OptimSettings
 from pipeline.train.stop import StopSignal
@@ -42,7 +43,11 @@ def train(job: TrainJob) -> ExitCode:
     for notice in session.loader.notices:
         say(f"note: {notice}")
 
-    with Watch(run.root, config, session.step, console, quiet=not is_main) as watch, StopSignal() as stop:
+    with (
+        page_of(run, quiet=not is_main) as write_page,
+        Watch(run.root, config, session.step, console, quiet=not is_main) as watch,
+        StopSignal() as stop,
+    ):
         batches = watch.clock.timed(session.loader)
         stopping = False
         while session.step < config.steps and not stopping:
@@ -64,13 +69,16 @@ def train(job: TrainJob) -> ExitCode:
             lr = session.count_step()
             watch.step(session.step, lr=lr, grad_norm=norm, epoch=batch.position.epoch)
             stopping, done = stop.is_wanted(accelerator), session.step >= config.steps
-            if done or stopping or session.step % config.watch.save_every == 0:
+            is_checkpoint = done or stopping or session.step % config.watch.save_every == 0
+            if is_checkpoint:
                 session.save()
                 if is_main:
                     export(run, description, session.step, run.folder(session.step))
             if is_main and validator.is_due(session.step, done):
                 with session.averaged_weights():
                     watch.note(session.step, validator.run(session.model, session.step))
+            if is_checkpoint or validator.is_due(session.step, done):
+                write_page()
 
     # What averages the gradients must not outlive the process group: it would end gloo's threads while holding Python's
     # lock, for which one of them may wait (seen: a process that hung after its last step).
@@ -84,6 +92,7 @@ def train(job: TrainJob) -> ExitCode:
         console.print(str(path), highlight=False, soft_wrap=True)
     for note in description["sidecar"]["loading"] if is_main else ():
         say(note)
+    write_page()  # with those files
     return ExitCode.OK
 
 

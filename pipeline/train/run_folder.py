@@ -2,7 +2,7 @@
 
 RUN/run.json                       what is trained, on what; compared before a run is resumed
 RUN/checkpoints/step-00002000/     adapter.safetensors (float32), state.pt (the rest), and the released files
-RUN/metrics.jsonl  RUN/tensorboard/  RUN/validation/
+RUN/metrics.jsonl  RUN/history.jsonl  RUN/tensorboard/  RUN/validation/  RUN/report.html
 RUN/<released name>.*              at the end
 """
 
@@ -49,6 +49,17 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise OutputError(f"{self.root / _RUN} cannot be read ({error}); choose another --out.") from error
         return content
+
+    def required_description(self) -> dict[str, Any]:
+        """What run.json says.
+
+        Raises:
+            OutputError: when it cannot be read, or there is no run.
+        """
+        description = self.description()
+        if description is None:
+            raise OutputError(f"{self.root} holds no run (there is no run.json): give the --out of a training run.")
+        return description
 
     def start(self, description: Mapping[str, Any], *, resume: bool) -> None:
         """Create the directory for a run, or go on in it.

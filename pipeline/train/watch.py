@@ -1,4 +1,4 @@
-"""Watching a run: RUN/metrics.jsonl, TensorBoard, and a bar on a terminal or plain lines elsewhere."""
+"""Watching a run: metrics.jsonl and history.jsonl in RUN, TensorBoard, a bar on a terminal or plain lines elsewhere."""
 
 import json
 import math
@@ -17,10 +17,11 @@ from torch import Tensor
 from pipeline.shared.atomic import write_atomically
 from pipeline.shared.terminal import Screen
 from pipeline.train.settings import TrainConfig
+from schemas.errors import first_line
 
 T = TypeVar("T")
 
-METRICS = "metrics.jsonl"
+METRICS, HISTORY = "metrics.jsonl", "history.jsonl"
 console = Console()
 _errors = Console(stderr=True)
 
@@ -118,7 +119,7 @@ class Watch:
 
     def __init__(self, root: Path, config: TrainConfig, start: int, console: Console, *, quiet: bool = False) -> None:
         """Watch a run from step `start` on, in its folder `root`, which exists."""
-        self._config = config
+        self._config, self._history, self._done = config, root / HISTORY, start
         self.clock = StepClock()
         self._loss: Tensor | None = None
         self._batches = 0
@@ -138,6 +139,7 @@ class Watch:
     def __enter__(self) -> "Watch":
         if self._screen is not None:
             self._screen.__enter__()
+        self._happened("started")
         return self
 
     def __exit__(
@@ -148,6 +150,21 @@ class Watch:
         for log in (self._file, self._board):
             if log is not None:
                 log.close()
+        if error is None or isinstance(error, KeyboardInterrupt):
+            self._happened("finished" if error is None and self._done >= self._config.steps else "stopped")
+        else:
+            self._happened("failed", first_line(error))
+
+    def _happened(self, kind: str, words: str = "") -> None:
+        """A line of RUN/history.jsonl."""
+        if self._file is None:
+            return
+        event = {"time": round(time.time(), 3), "kind": kind, "step": self._done, "words": words}
+        try:
+            with self._history.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(event) + "\n")
+        except OSError as error:  # whatever ended the run is what the user should hear of
+            say(f"warning: {self._history} cannot be written: {error.strerror}.")
 
     def batch(self, loss: Tensor, samples: int) -> None:
         """A batch went forward and back; its loss is read only when it is logged, so that a GPU need not wait."""
@@ -157,6 +174,7 @@ class Watch:
 
     def step(self, step: int, *, lr: Tensor | float, grad_norm: Tensor | float | None, epoch: int) -> None:
         """An optimiser step is done; every `log_every` steps, and at the last, its metrics are written."""
+        self._done = step
         due = step % self._config.watch.log_every == 0 or step >= self._config.steps
         words = None
         if due and self._screen is not None and self._loss is not None:

@@ -28,6 +28,7 @@ CPU = torch.device("cpu")
 KINDS = {"tiny": "sd15", "tiny-sdxl": "sdxl"}
 SMALL = ("adapter.lora_rank=4",)
 RANK = 4
+RUN = {"checkpoints", METRICS, "history.jsonl", "report.html", "run.json", "tensorboard"}
 
 
 def train(dataset, out, *pairs, name="faceid", base="tiny", steps=2, code=ExitCode.OK, **told):
@@ -101,7 +102,7 @@ def test_a_run_leaves_the_released_files_and_nothing_else(run):
     files = {f"{name}.safetensors", f"{name}.bin", f"{name}.json"}
     if run.name in WITH_LORA:
         files.add(f"{name}_lora.safetensors")
-    assert {path.name for path in root.iterdir()} == files | {"checkpoints", METRICS, "run.json", "tensorboard"}
+    assert {path.name for path in root.iterdir()} == files | RUN
     assert [path.name for path in (root / "checkpoints").iterdir()] == ["step-00000003"]
     checkpoint = root / "checkpoints" / "step-00000003"
     assert {path.name for path in checkpoint.iterdir()} == files | {"adapter.safetensors", "state.pt"}

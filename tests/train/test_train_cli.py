@@ -232,6 +232,18 @@ def test_export_refuses_what_is_no_run(cli, real):
     assert "file" in cli.refused("export", run, "--out", "file/below")
 
 
+def test_report_writes_the_page_again_and_refuses_what_is_no_run(cli, real):
+    path = Path(shutil.copytree(real[0] / "runs" / "faceid-tiny", "run")) / "report.html"
+    before = path.read_bytes()
+    path.unlink()
+    code, out, _ = cli("report", "run")
+    assert (code, out) == (0, "run/report.html\n")
+    assert abs(len(path.read_bytes()) - len(before)) < 10, "all but the time"
+    assert "holds no run" in cli.refused("report", "nowhere")
+    Path("run/metrics.jsonl").write_text("[]\n")
+    assert "metrics.jsonl cannot be read" in cli.refused("report", "run")
+
+
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 

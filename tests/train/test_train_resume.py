@@ -491,6 +491,7 @@ def test_weights_that_are_not_finite_are_never_saved(dataset, tmp_path):
     with pytest.raises(FaceShardsError, match="not finite") as error:
         train(dataset, tmp_path / "run", "optim.lr=1e38", steps=3)
     assert "lower optim.lr" in str(error.value)
+    assert "not finite, the training diverged" in (tmp_path / "run" / "report.html").read_text()
     run = RunFolder(tmp_path / "run")
     for step in run.steps():
         assert all(torch.isfinite(weight).all() for weight in run.load(step)[0].values())

@@ -70,7 +70,7 @@ def test_a_resumed_run_goes_on_after_its_checkpoint(tmp_path):
     go(tmp_path, 4, 6, start=3)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert (tmp_path / "metrics.jsonl").read_bytes().splitlines()[:3] == before[:3]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["history.jsonl", "metrics.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_tensorboard_holds_the_same_numbers_also_after_a_resume(tmp_path):
 def test_without_tensorboard_the_rest_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     go(tmp_path, 1, 1, tensorboard=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["history.jsonl", "metrics.jsonl"]
 
 
 def test_elsewhere_than_on_a_terminal_there_are_plain_lines_now_and_then(tmp_path, monkeypatch):
@@ -238,3 +238,8 @@ def test_files_are_closed_when_the_loop_dies(tmp_path):
     with pytest.raises(RuntimeError, match="out of memory"):
         loop()
     assert watch._file._stream.closed
+    history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [(event["kind"], event["step"], event["words"]) for event in history] == [
+        ("started", 0, ""),
+        ("failed", 0, "out of memory"),
+    ]

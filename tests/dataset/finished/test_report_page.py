@@ -1,21 +1,19 @@
 """The page of a report in a browser, as somebody uses it; and its counts, which are those of `replay`."""
 
 import base64
-import importlib.util
 import json
 import random
 import re
-import shutil
 
 import judged_rows
 import numpy as np
+import pages
 import pytest
 
 from pipeline.dataset.finished.replay import OUTCOMES, other_thresholds, replay, thresholds
 from pipeline.dataset.finished.report import write_report
 from stages.settings import FilterSettings
 
-WIDTHS, SCHEMES = (1400, 390), ("light", "dark")
 LEAST = ("min_image_px", "min_face_px")
 VERDICTS = {
     "min_image_px": "small_image",
@@ -23,10 +21,6 @@ VERDICTS = {
     "max_second_score": "several_faces",
     "min_face_px": "small_face",
 }
-UNNAMED = """() => [...document.querySelectorAll("button, input, select, a, img[src], svg, dialog")].filter((one) => {
-  const label = one.labels?.[0]?.textContent || one.getAttribute("aria-label") || one.getAttribute("aria-labelledby");
-  return !(label || one.alt || one.textContent.trim() || one.querySelector("img[alt]:not([alt=''])"));
-}).map((one) => one.outerHTML.slice(0, 80))"""
 COUNTS = """(stops) => {
   for (const [name, stop] of Object.entries(stops)) {
     const slider = document.getElementById(`s-${name}`);
@@ -85,38 +79,6 @@ def test_cells_count_at_every_stop_what_replay_counts(out, explorer):
         assert {OUTCOMES[n]: count for n, count in enumerate(sums) if count} == replayed(out, limits)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if not importlib.util.find_spec("playwright") or not binary:
-        pytest.skip("there is no headless Chromium: apt-get install chromium, and pip install playwright")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=binary, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(browser):
-    """Opens a page, which must not have anything to complain of when the test is over."""
-    complaints, contexts = [], []
-
-    def opened(path, width=1400, scheme="light"):
-        contexts.append(browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme))
-        page = contexts[-1].new_page()
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(path.as_uri())
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert complaints == []
-
-
 def test_sliders_count_what_replay_counts(visit, out, explorer):
     page = visit(out / "report.html")
     for stops, limits in settings(explorer, 1, 25):
@@ -124,14 +86,9 @@ def test_sliders_count_what_replay_counts(visit, out, explorer):
         assert {name: count for name, count in shown.items() if count} == replayed(out, limits)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("width", WIDTHS)
-def test_the_page_fits_its_window_and_everything_has_a_name(visit, dataset, width, scheme):
-    page = visit(dataset / "report.html", width, scheme)
-    assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
-    assert page.evaluate(UNNAMED) == []
-    light = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(247, 247, 244)"
-    assert light == (scheme == "light")
+@pages.in_every_window
+def test_the_page_fits_its_window_and_everything_has_a_name(visit, dataset, window):
+    pages.require_fit(visit, dataset / "report.html", window)
 
 
 def test_a_slider_by_keyboard_changes_counts_photos_and_the_file(visit, dataset, tmp_path):

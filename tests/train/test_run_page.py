@@ -1,0 +1,123 @@
+"""The trainer's page: curves that stay short, what is said of how a run went, and the page in a browser."""
+
+import json
+import re
+
+import cv2
+import numpy as np
+import pages
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+
+import pipeline.train.loop as trainer
+from pipeline.train.job import Call, prepared
+from pipeline.train.run_folder import RunFolder
+from pipeline.train.run_page.curves import charts, read_metrics, thinned
+from pipeline.train.run_page.run_page import write_page
+from schemas.errors import OutputError
+
+
+def test_a_million_steps_are_few_points_that_hide_no_outlier_and_keep_the_mean():
+    steps = np.arange(1.0, 1_000_001)
+    values = np.sin(steps / 1e5)
+    values[123_456], values[777_777], values[500_000:510_000] = 50, -50, np.nan
+    curve = thinned(steps, values)
+    assert 200 < len(curve.mean) <= 240
+    assert (curve.high.max(), curve.low.min()) == (50, -50)
+    assert np.average(curve.mean, weights=curve.lines) == pytest.approx(np.nanmean(values))
+    assert (curve.first[1:] > curve.last[:-1]).all()
+    assert (curve.first[0], curve.last[-1]) == (1, 1_000_000)
+    few = thinned(steps[:7], values[:7])
+    assert few.mean.tolist() == few.low.tolist() == values[:7].tolist()
+
+
+def test_steps_whose_loss_was_not_finite_are_marked_and_a_divergence_gets_a_logarithmic_axis(tmp_path):
+    lines = [{"step": n, "lr": 1e-4, "loss": 0.1 * 10 ** max(0, n - 50)} for n in range(1, 56)]
+    lines += [{"step": n, "lr": 1e-4, "loss": None} for n in range(56, 81)] + [{"step": 80, "id_similarity": 0.25}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 81, "lo')
+    loss, similarity, lr = charts(read_metrics(tmp_path / "metrics.jsonl"), 80)
+    assert [words for _, words in loss.ticks] == ["10,000", "1,000", "100", "10", "1", "0.1"]
+    assert loss.lost[0][0] == 700
+    assert len(loss.spans) == 55
+    assert loss.spans[-1][2] == "step 55: 10,000"
+    assert similarity.lost == lr.lost == []
+    assert [words for _, words in similarity.ticks][-1] == "0"
+    (tmp_path / "metrics.jsonl").write_text(text + "no line\n")
+    with pytest.raises(OutputError, match=r"metrics\.jsonl cannot be read"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def trained(dataset, out, steps, resume=False):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    watch = [f"watch.{name}" for name in ("save_every=2", "validate_every=2", "validate_steps=1", "validate_faces=1")]
+    pairs = ["adapter.lora_rank=4", *watch]
+    call = Call((str(dataset),), "faceid", "tiny", out, pairs=pairs, resume=resume, options={"steps": steps})
+    assert trainer.train(prepared(call)) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(dataset, tmp_path_factory):
+    """Two steps, and two more in another turn."""
+    out = tmp_path_factory.mktemp("page") / "run"
+    return trained(dataset, trained(dataset, out, 2), 4, resume=True)
+
+
+def copy_of(run, folder, *events):
+    """The description of a run with another history."""
+    folder.mkdir()
+    (folder / "run.json").write_bytes((run / "run.json").read_bytes())
+    lines = [json.dumps(dict(zip(("time", "kind", "step", "words"), event, strict=True))) for event in events]
+    (folder / "history.jsonl").write_text("".join(f"{line}\n" for line in lines) + '{"torn')
+    return RunFolder(folder)
+
+
+@pages.in_every_window
+def test_the_page_fits_its_window_and_everything_has_a_name(visit, run, window):
+    pages.require_fit(visit, run / "report.html", window)
+
+
+def test_the_slider_goes_through_the_steps_and_marks_them_in_the_curves(visit, run):
+    page = visit(run / "report.html")
+    text = page.inner_text("body")
+    assert "faceid on tiny: step 4 of 4" in text
+    assert "Finished" in text
+    assert re.search(r"resumed at step 2\s.*finished at step 4", text, re.DOTALL)
+    assert {"ip-adapter-faceid_sd15.safetensors", "ip-adapter-faceid_sd15.bin"} <= {*text.split()}
+    assert page.locator(".chart").first.locator(".mark.resumed").count() == 1
+    assert page.inner_text("#chosen") == "4"
+    page.focus("#step")
+    page.keyboard.press("ArrowLeft")
+    assert page.inner_text("#chosen") == "2"
+    assert page.locator(".sheet:visible img").get_attribute("alt") == "Faces by prompts, step 2"
+    assert page.locator(".mark.chosen").first.evaluate("(mark) => mark.style.left") == "50%"
+    page.locator(".sheet:visible .zoom").press("Enter")
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#about") == "Faces by prompts, step 4 (2 of 2)"
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "shown"),
+    [
+        ("started", "", "had not ended when the page was written"),
+        ("stopped", "", "was stopped at step 30. The same command with"),
+        ("failed", "the training diverged", "ended at step 30: the training diverged."),
+    ],
+)
+def test_a_run_that_did_not_finish_says_so(run, tmp_path, kind, words, shown):
+    folder = copy_of(run, tmp_path / "other", (1.0, "started", 0, ""), (2.0, kind, 30, words))
+    assert shown in re.sub(r"\s+", " ", write_page(folder).read_text())
+
+
+def test_many_large_grids_make_no_endless_page(run, tmp_path):
+    folder = copy_of(run, tmp_path / "many")
+    (folder.root / "validation").mkdir()
+    noise = cv2.imencode(".png", np.random.default_rng(0).integers(0, 256, (600, 1000, 3), np.uint8))[1].tobytes()
+    for step in range(100, 6100, 100):
+        (folder.root / "validation" / f"step-{step:08d}.png").write_bytes(noise if step != 300 else b"torn")
+    path = write_page(folder)
+    steps = [int(step) for step in re.findall(r'step (\d+)"', path.read_text().replace(",", ""))]
+    assert steps == [100, *range(500, 6100, 400), 6000]
+    assert path.stat().st_size < 10_000_000
