@@ -17,6 +17,7 @@ from schemas.targets import text_sha256, vae_sha256
 from stages import STAGES, Step, Where
 from stages.base import Stage
 from stages.encode import Encode
+from stages.filter import unused
 from stages.models.backends import PACK_TASKS, ModelCard, backends, runtime_of
 from stages.models.weights import WeightState, fetch, known, unaccepted
 from stages.runtime import EncoderSource, Runtime
@@ -141,7 +142,11 @@ class Plan:
             "rows_per_shard": config.source.rows_per_shard,
             "stages": stages,
             "settings": {
-                **config.model_dump(mode="json", include={"metadata", "filter", "segment", "crop"}),
+                **config.model_dump(
+                    mode="json",
+                    include={"metadata", "filter", "segment", "crop"},
+                    exclude={"filter": unused(config.filter)},
+                ),
                 "models": {
                     **models,
                     "device": self.runtime.device,
