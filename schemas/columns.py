@@ -47,6 +47,7 @@ _ALL = (
     Column("row", pa.int64(), "row number in the part, from 0"),
     Column("url", pa.string(), "where the image is fetched from", optional=True),
     _payload("text", "caption", optional=True, type=pa.string()),
+    Column("caption_chars", pa.int32(), "length of the caption without spaces around it, 0 for none", optional=True),
     Column("meta_width", pa.int32(), "width that the metadata claims, pixels", optional=True),
     Column("meta_height", pa.int32(), "height that the metadata claims, pixels", optional=True),
     Column("nsfw", pa.string(), "safety tag of the metadata (UNLIKELY, UNSURE, NSFW)", optional=True),
@@ -106,6 +107,7 @@ _ALL = (
     _payload(
         "crops", "JSON: per crop its box in the photo, its size, its face share, or why it is absent", type=pa.string()
     ),
+    Column("crops_made", pa.list_(pa.string()), "names of the crops that the photo gives"),
     # embed_face
     _payload(
         "arcface",
@@ -172,8 +174,8 @@ def schema(names: tuple[str, ...]) -> pa.Schema:
 LEDGER_SCHEMA = schema(LEDGER)
 SEED_SCHEMA = schema(SEED)
 
-_LATER = ("screen_score",)
-"""Columns that ledgers of earlier releases lack."""
+_LATER = ("caption_chars", "screen_score", "crops_made")
+"""Columns that ledgers of earlier releases lack: nothing that decides reads them there, so SCHEMA_VERSION stays."""
 
 
 def complete(ledger: pa.Table) -> pa.Table:
@@ -181,5 +183,5 @@ def complete(ledger: pa.Table) -> pa.Table:
     for name in _LATER:
         if name not in ledger.column_names:
             nulls = pa.nulls(ledger.num_rows, COLUMNS[name].type)
-            ledger = ledger.add_column(LEDGER.index(name), name, nulls)
+            ledger = ledger.add_column(min(LEDGER.index(name), ledger.num_columns), name, nulls)
     return ledger

@@ -54,5 +54,14 @@ class DropReason(StrEnum):
     BAD_LANDMARKS = "bad_landmarks", "the five points do not span a face (coincident or not finite)"
     EMPTY_MASK = "empty_mask", "the segmenter kept less of the face crop than segment.min_share"
     BAD_EMBEDDING = "bad_embedding", "the face embedding is zero or not finite"
+    # how good the face is: filter.* thresholds that are off by default
+    LOW_DET_SCORE = "low_det_score", "the detector's score of the face is under filter.min_det_score"
+    LARGE_YAW = "large_yaw", "the face is turned to a side by more than filter.max_yaw"
+    LARGE_PITCH = "large_pitch", "the face looks up or down by more than filter.max_pitch"
+    LARGE_ROLL = "large_roll", "the face is tilted by more than filter.max_roll"
+    BLURRED = "blurred", "the sharpness of the face crop is under filter.min_sharpness"
+    TOO_DARK = "too_dark", "the brightness of the face crop is under filter.min_brightness"
+    TOO_BRIGHT = "too_bright", "the brightness of the face crop is over filter.max_brightness"
+    WEAK_EMBEDDING = "weak_embedding", "the norm of the raw face embedding is under filter.min_embedding_norm"
     # take-downs
     FORGOTTEN = "forgotten", "it was to be forgotten (`forget`): nothing is known of it any more"

@@ -7,7 +7,9 @@ import cv2
 import numpy as np
 
 from schemas.arcface import ARCFACE_SIZE
+from schemas.drops import DropReason
 from stages.base import RowStage
+from stages.filter import reasons, require
 from stages.pixels.geometry import norm_crop, roll_degrees
 from stages.pixels.images import encode_jpeg, photo_of
 
@@ -19,20 +21,22 @@ _FACE_QUALITY = 99
 
 
 class Align(RowStage):
-    """Cuts the norm_crops and measures their sharpness, brightness and roll."""
+    """Cuts the norm_crops and measures their sharpness, brightness and roll; drops none unless thresholds are set."""
 
     name: ClassVar[str] = "align"
     reads: ClassVar[tuple[str, ...]] = ("image", "sha256", "kps")
     writes: ClassVar[tuple[str, ...]] = ("face", "face112", "sharpness", "brightness", "roll_deg")
+    drops: ClassVar[tuple[DropReason, ...]] = reasons("align")
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
         image, kps = photo_of(record), record["kps"]
         face = norm_crop(image, kps, FACE_SIZE)
         grey = cv2.cvtColor(face, cv2.COLOR_RGB2GRAY)
-        return {
-            "face": encode_jpeg(face, _FACE_QUALITY),
-            "face112": norm_crop(image, kps, ARCFACE_SIZE).tobytes(),
+        measured = {
             "sharpness": float(np.var(cv2.Laplacian(grey, cv2.CV_64F))),
             "brightness": float(grey.mean()),
             "roll_deg": roll_degrees(kps),
         }
+        require(self.name, measured, self.settings.filter)
+        face112 = norm_crop(image, kps, ARCFACE_SIZE)
+        return {"face": encode_jpeg(face, _FACE_QUALITY), "face112": face112.tobytes(), **measured}

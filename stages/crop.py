@@ -19,7 +19,7 @@ class Crop(RowStage):
 
     name: ClassVar[str] = "crop"
     reads: ClassVar[tuple[str, ...]] = ("image", "sha256", "bbox")
-    writes: ClassVar[tuple[str, ...]] = ("portrait", "half", "full", "crops")
+    writes: ClassVar[tuple[str, ...]] = ("portrait", "half", "full", "crops", "crops_made")
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
         settings = self.settings.crop
@@ -45,7 +45,7 @@ class Crop(RowStage):
                 "face_share": round(face_height / (box.y1 - box.y0), _DIGITS),
             }
             written[name] = encode_jpeg(crop, settings.jpeg_quality)
-        return {**written, "crops": json.dumps(crops, separators=(",", ":"))}
+        return {**written, "crops": json.dumps(crops, separators=(",", ":")), "crops_made": list(written)}
 
     def _whole(self, face_height: float, width: int, height: int) -> Box | str:
         """The box of the whole photo, or why it is no `full`, as a sentence."""

@@ -9,6 +9,7 @@ from schemas.arcface import ARCFACE_SIZE
 from schemas.drops import DropReason
 from schemas.shard import encode_npy
 from stages.base import DROP, to_table
+from stages.filter import poor, reasons
 from stages.models.backends import FaceEmbedder, backend
 from stages.runtime import Runtime
 from stages.settings import Settings
@@ -20,11 +21,11 @@ class EmbedFace:
     name: ClassVar[str] = "embed_face"
     reads: ClassVar[tuple[str, ...]] = ("face112",)
     writes: ClassVar[tuple[str, ...]] = ("arcface", "embedding_norm")
-    drops: ClassVar[tuple[DropReason, ...]] = (DropReason.BAD_EMBEDDING,)
+    drops: ClassVar[tuple[DropReason, ...]] = (DropReason.BAD_EMBEDDING, *reasons("embed_face"))
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
         """Load the face embedder."""
-        self._is_packed = settings.pack.embeddings
+        self._is_packed, self._limits = settings.pack.embeddings, settings.filter
         make = backend("face_embedder", settings.models.face_embedder)
         self._embedder: FaceEmbedder = make(settings.models, runtime.device)
 
@@ -39,5 +40,6 @@ class EmbedFace:
                 rows.append({DROP: DropReason.BAD_EMBEDDING})
                 continue
             normed = encode_npy((raw / norm).astype(np.float32)) if self._is_packed else None
-            rows.append({"arcface": normed, "embedding_norm": norm})
+            row = {"arcface": normed, "embedding_norm": norm}
+            rows.append({**row, DROP: poor(self.name, row, self._limits)})
         return to_table(rows, self.writes, self.drops)

@@ -1,11 +1,18 @@
-"""Filter: judges the measurements of `detect`. Numbers in, verdict out: no pixels, no model."""
+"""Filter: judges the measurements of `detect`. Numbers in, verdict out: no pixels, no model.
+
+QUALITIES are thresholds on how good a face is, a line each, which stages, `replay` and the sliders of the report judge.
+One more is a line there, its reason in `schemas.drops`, its key in `FilterSettings` with a default that lets everything
+pass, and a call of `require` in the stage that measures it.
+"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from schemas.arcface import ARCFACE_TEMPLATE
 from schemas.drops import DropReason
 from stages.base import Dropped, RowStage
 from stages.settings import FilterSettings
@@ -16,17 +23,66 @@ _MIN_SPREAD = 0.05
 """Extent of the five points across their main direction / along it; over the same faces 0.47 to 0.99."""
 
 
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A threshold on one measurement."""
+
+    key: str
+    """Of `filter`: `min_…` is the least, `max_…` the most. Its default is no threshold."""
+    measure: str
+    """A column of the ledger, or a name in POSE."""
+    reason: DropReason
+    stage: str
+    """That judges it."""
+
+    @property
+    def is_least(self) -> bool:
+        return self.key.startswith("min_")
+
+    @property
+    def off(self) -> float:
+        """The threshold that lets everything pass."""
+        return float(FilterSettings.model_fields[self.key].default)
+
+
+POSE = ("yaw", "pitch", "roll")
+"""What is no column of its own, but comes of `kps`, in the order of `pose`."""
+_DEPTH = 0.5
+"""How far the tip of a nose stands out, in distances between the eyes."""
+
+QUALITIES = (
+    Quality("min_det_score", "det_score", DropReason.LOW_DET_SCORE, "filter"),
+    Quality("max_yaw", "yaw", DropReason.LARGE_YAW, "filter"),
+    Quality("max_pitch", "pitch", DropReason.LARGE_PITCH, "filter"),
+    Quality("max_roll", "roll", DropReason.LARGE_ROLL, "filter"),
+    Quality("min_sharpness", "sharpness", DropReason.BLURRED, "align"),
+    Quality("min_brightness", "brightness", DropReason.TOO_DARK, "align"),
+    Quality("max_brightness", "brightness", DropReason.TOO_BRIGHT, "align"),
+    Quality("min_embedding_norm", "embedding_norm", DropReason.WEAK_EMBEDDING, "embed_face"),
+)
+"""In the order in which they decide: that of the stages."""
+
+
+def reasons(stage: str) -> tuple[DropReason, ...]:
+    """Those that a stage drops by."""
+    return tuple(quality.reason for quality in QUALITIES if quality.stage == stage)
+
+
 class Filter(RowStage):
-    """Keeps photos with exactly one face that is large enough."""
+    """Keeps photos with exactly one face that is large enough, and good enough where thresholds are set."""
 
     name: ClassVar[str] = "filter"
-    reads: ClassVar[tuple[str, ...]] = ("n_faces", "bbox", "kps", "face_px", "second_score")
+    reads: ClassVar[tuple[str, ...]] = ("n_faces", "bbox", "kps", "face_px", "second_score", "det_score")
     writes: ClassVar[tuple[str, ...]] = ()
     drops: ClassVar[tuple[DropReason, ...]] = (
         DropReason.NO_FACE,
         DropReason.SEVERAL_FACES,
         DropReason.SMALL_FACE,
         DropReason.BAD_LANDMARKS,
+        *reasons("filter"),
     )
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,7 +104,9 @@ def judge(record: Mapping[str, Any], limits: FilterSettings) -> DropReason | Non
         return DropReason.SEVERAL_FACES
     if face_px is None or not face_px >= limits.min_face_px:
         return DropReason.SMALL_FACE
-    return None if spans_a_face(record["bbox"], record["kps"]) else DropReason.BAD_LANDMARKS
+    if not spans_a_face(record["bbox"], record["kps"]):
+        return DropReason.BAD_LANDMARKS
+    return poor(Filter.name, record, limits)
 
 
 def spans_a_face(bbox: npt.ArrayLike | None, kps: npt.ArrayLike | None) -> bool:
@@ -63,3 +121,56 @@ def spans_a_face(bbox: npt.ArrayLike | None, kps: npt.ArrayLike | None) -> bool:
         return False
     along, across = np.linalg.svd(points - points.mean(axis=0), compute_uv=False)
     return bool(across >= _MIN_SPREAD * along)
+
+
+def poor(stage: str, measured: Mapping[str, Any], limits: FilterSettings) -> DropReason | None:
+    """The first threshold of a stage that is on and not met. What is missing or undefined meets none.
+
+    Numbers count as ledgers hold them, in single precision; of angles their size does, whatever the side.
+    """
+    for quality in QUALITIES:
+        limit = getattr(limits, quality.key)
+        if quality.stage != stage or limit == quality.off:
+            continue
+        if quality.measure in POSE:
+            value = abs(pose(np.array([measured["kps"]], np.float64))[POSE.index(quality.measure)][0])
+        else:
+            value = measured[quality.measure]
+        number = np.nan if value is None else float(np.float32(value))
+        if not (number >= limit if quality.is_least else number <= limit):
+            return quality.reason
+    return None
+
+
+def require(stage: str, measured: Mapping[str, Any], limits: FilterSettings) -> None:
+    """Drop a row, with what was measured, where `poor` has a reason."""
+    reason = poor(stage, measured, limits)
+    if reason is not None:
+        raise Dropped(reason, **measured)
+
+
+def unused(limits: FilterSettings) -> set[str]:
+    """The keys of thresholds that are off."""
+    return {quality.key for quality in QUALITIES if getattr(limits, quality.key) == quality.off}
+
+
+def pose(kps: Floats) -> tuple[Floats, Floats, Floats]:
+    """Yaw, pitch and roll (N,), degrees, that five points (N, 5, 2) suggest; NaN where they suggest none.
+
+    Yaw is positive where the nose points to the image's right, pitch where it points down, roll clockwise. The nose is
+    taken to stand out by half the distance of the eyes, over the proportions of ArcFace's template: good to about 10°.
+    """
+    template = np.array(ARCFACE_TEMPLATE)
+    eyes = (template[1] - template[0])[0]
+    nose, mouth = ((template[at].mean(axis=0) - template[:2].mean(axis=0))[1] / eyes for at in ([2], [3, 4]))
+    with np.errstate(all="ignore"):
+        middle, across = kps[:, :2].mean(axis=1), kps[:, 1] - kps[:, 0]
+        distance = np.hypot(*across.T)
+        right = across / distance[:, None]
+        down = np.stack([-right[:, 1], right[:, 0]], axis=1)
+        to_nose, to_mouth = kps[:, 2] - middle, kps[:, 3:].mean(axis=1) - middle
+        yaw = np.arctan2((to_nose * right).sum(axis=1) / distance, _DEPTH)
+        length = (to_mouth * down).sum(axis=1)
+        pitch = np.arctan2((to_nose * down).sum(axis=1) / length * mouth - nose, _DEPTH)
+        roll = np.where(distance > 0, np.arctan2(across[:, 1], across[:, 0]), np.nan)
+    return np.degrees(yaw), np.degrees(pitch), np.degrees(roll)

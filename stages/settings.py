@@ -64,6 +64,22 @@ class FilterSettings(Section):
     """Short side of the face box, pixels of the original."""
     max_second_score: float = Field(0.4, ge=0, le=1)
     """A further box with a score above this counts as a second face, even under models.det_thresh."""
+    min_det_score: float = Field(0.0, ge=0, le=1)
+    """Least score of the face; 0: any."""
+    max_yaw: float = Field(90.0, gt=0, le=90)
+    """Farthest turn to a side, degrees, as the five points suggest it (good to about 10); 90: any."""
+    max_pitch: float = Field(90.0, gt=0, le=90)
+    """Farthest look up or down, degrees, likewise; 90: any."""
+    max_roll: float = Field(180.0, gt=0, le=180)
+    """Farthest tilt of the eye line, degrees; 180: any."""
+    min_sharpness: float = Field(0.0, ge=0)
+    """Least variance of the Laplacian of the face crop, grey levels squared; 0: any."""
+    min_brightness: float = Field(0.0, ge=0, le=255)
+    """Least mean grey level of the face crop; 0: any."""
+    max_brightness: float = Field(255.0, ge=0, le=255)
+    """Most mean grey level of the face crop; 255: any."""
+    min_embedding_norm: float = Field(0.0, ge=0)
+    """Least norm of the raw face embedding, which is low for faces that are hard to tell; 0: any."""
 
 
 class SegmentSettings(Section):

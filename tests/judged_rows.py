@@ -15,13 +15,15 @@ from pipeline.dataset.out.ledger import read_manifests, summary
 from pipeline.dataset.out.output import Output
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.names import sample_key
-from stages.filter import judge
+from stages.filter import QUALITIES, judge, poor
 from stages.settings import FilterSettings
 
 FACTOR = 4
 LINE = [[480.0 + 30 * i, 350.0 + 30 * i] for i in range(5)]
 SINGLE = lambda value: float(np.float32(value))  # noqa: E731 (stages read measurements from columns of float32)
-FACE = ("n_faces", "bbox", "kps", "face_px", "second_score")
+FACE = ("n_faces", "bbox", "kps", "face_px", "second_score", "det_score")
+AFTERWARDS = {"align": ("sharpness", "brightness"), "segment": (), "embed_face": ("embedding_norm",)}
+"""Stage behind filter -> what it measures."""
 
 
 def photo(rng: random.Random) -> dict:
@@ -37,15 +39,39 @@ def photo(rng: random.Random) -> dict:
         "width": size(),
         "height": size(),
         "size": rng.choice([None] * 16 + ["truncated_image", "not_an_image"]),
-        "screen": rng.choice([None] * 6 + ["no_face"]),
+        "screen": rng.choice([None] * 12 + ["no_face"]),
         "detect": rng.choice([None] * 9 + ["corrupt_image"]),
-        "n_faces": rng.choice([0, 1, 1, 1, 1, 1, 2, None]),
+        "n_faces": rng.choice([0, *[1] * 12, 2, None]),
         "bbox": fake.BBOX,
-        "kps": rng.choice([fake.KPS] * 3 + [LINE]),
-        "face_px": rng.choice([None, math.nan, 0.0, 31.5, 32.0, 100.0, 128.0, SINGLE(199.99), 200.0, 500.0]),
-        "second_score": rng.choice([None, math.nan, 0.0, 0.125, SINGLE(0.3), SINGLE(0.4), 0.5]),
+        "kps": rng.choice([fake.KPS, moved(rng), moved(rng), LINE]),
+        "face_px": rng.choice([None, math.nan, 0.0, 31.5, *[32.0, 100.0, 128.0, SINGLE(199.99), 200.0, 500.0] * 3]),
+        "second_score": rng.choice([None, math.nan, *[0.0, 0.125, SINGLE(0.3), SINGLE(0.4), 0.5] * 5]),
+        "det_score": rng.choice([None, math.nan, *[0.5, SINGLE(0.7), 0.75, SINGLE(0.9)] * 5]),
+        "sharpness": SINGLE(rng.choice([0, 25.2, 99.99, 100, rng.uniform(0, 300)])),
+        "brightness": SINGLE(rng.choice([0, 15, 60, 127.5, 240, 255, rng.uniform(0, 255)])),
         "segment": rng.choice([None] * 5 + ["empty_mask"]),
+        "embed_face": rng.choice([None] * 3 + ["bad_embedding"]),
+        "embedding_norm": SINGLE(rng.choice([5, 13.5, 16, rng.uniform(4, 30)])),
     }
+
+
+def truth(record: dict) -> dict:
+    """A kept row as a photo."""
+    nothing = dict.fromkeys(("meta_width", "meta_height", "metadata", "download", "early", "size", "screen", "detect"))
+    return {**nothing, "segment": None, "embed_face": None, **record}
+
+
+def moved(rng: random.Random) -> list[list[float]]:
+    """A face that is turned somehow."""
+    return [[x + SINGLE(rng.uniform(-60, 60)), y + SINGLE(rng.uniform(-60, 60))] for x, y in fake.KPS]
+
+
+def some_qualities(rng: random.Random, share: float = 0.15) -> dict[str, float]:
+    """A few of the thresholds that are off by default."""
+    on = [quality for quality in QUALITIES if rng.random() < share]
+    values = {"det_score": (0.5, 0.7, 0.8), "yaw": (5, 20, 40), "pitch": (5, 20, 40), "roll": (5, 20, 90)}
+    values |= {"sharpness": (25.2, 100, 250), "brightness": (15, 60, 127.5, 240), "embedding_norm": (13.5, 16, 20)}
+    return {quality.key: rng.choice(values[quality.measure]) for quality in on}
 
 
 def run(truth: dict, limits: FilterSettings) -> dict:
@@ -74,7 +100,13 @@ def run(truth: dict, limits: FilterSettings) -> dict:
     row |= {name: truth[name] for name in FACE}
     if reason := judge(row, limits):
         return row | {"stage": "filter", "verdict": str(reason)}
-    return row | {"stage": "segment" if truth["segment"] else "pack", "verdict": truth["segment"] or KEPT}
+    for stage, measures in AFTERWARDS.items():
+        if truth.get(stage):
+            return row | {"stage": stage, "verdict": truth[stage]}
+        row |= {name: truth[name] for name in measures}
+        if reason := poor(stage, row, limits):
+            return row | {"stage": stage, "verdict": str(reason)}
+    return row | {"stage": "pack", "verdict": KEPT}
 
 
 def write(out: Path, photos: list[dict]) -> Path:

@@ -19,12 +19,14 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from pipeline.dataset.config import load_config
+from pipeline.dataset.finished.report_numbers import MEASURES
 from pipeline.dataset.out import takedowns
 from pipeline.dataset.plan import make_plan
 from schemas.columns import COLUMNS, SEED
 from schemas.drops import DropReason
 from stages import STAGES
 from stages.base import Stage
+from stages.filter import POSE, QUALITIES
 from stages.models import backends as models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -352,6 +354,17 @@ def test_every_reason_is_declared_by_a_stage_or_by_take_downs() -> None:
     declared = {reason for step in STAGES.values() for reason in step.stage().drops}
     assert not declared & set(takedowns.DROPS)
     assert declared | set(takedowns.DROPS) == set(DropReason)
+
+
+def test_qualities_are_measured_where_they_are_judged_and_in_the_report() -> None:
+    order = [list(STAGES).index(quality.stage) for quality in QUALITIES]
+    assert order == sorted(order)
+    sliders = [key for measure in MEASURES for key in measure.thresholds]
+    for quality in QUALITIES:
+        stage = STAGES[quality.stage].stage()
+        assert quality.reason in stage.drops
+        assert ("kps" if quality.measure in POSE else quality.measure) in {*stage.reads, *stage.writes}
+        assert quality.key in sliders
 
 
 def functions(path: Path) -> set[str]:

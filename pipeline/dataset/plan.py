@@ -17,6 +17,7 @@ from schemas.targets import text_sha256, vae_sha256
 from stages import STAGES, Step, Where
 from stages.base import Stage
 from stages.encode import Encode
+from stages.filter import unused
 from stages.models.backends import PACK_TASKS, ModelCard, backends, runtime_of
 from stages.models.weights import WeightState, fetch, known, unaccepted
 from stages.runtime import EncoderSource, Runtime
@@ -144,7 +145,10 @@ class Plan:
                 **config.model_dump(
                     mode="json",
                     include={"metadata", "filter", "segment", "crop"},
-                    exclude={"segment": {"condition"} if config.segment.condition == "segmented" else set()},
+                    exclude={
+                        "filter": unused(config.filter),
+                        "segment": {"condition"} if config.segment.condition == "segmented" else set(),
+                    },
                 ),
                 "models": {
                     **models,

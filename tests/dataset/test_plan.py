@@ -13,6 +13,7 @@ from schemas.errors import ConfigError, PlanError, WeightsError
 from schemas.shard import SUFFIXES
 from stages import STAGES
 from stages.align import Align
+from stages.filter import QUALITIES
 from stages.runtime import Runtime
 
 
@@ -54,6 +55,21 @@ def test_the_digest_follows_what_decides_the_bytes_and_nothing_else():
         assert plan_of(same).digest == digest
     for other in ("filter.min_face_px=64", "crop.jpeg_quality=90", "source.rows_per_shard=7", "models.det_thresh=0.6"):
         assert plan_of(other).digest != digest
+
+
+def test_thresholds_of_quality_belong_to_the_plan_only_where_they_are_on():
+    usual = plan_of()
+    assert set(usual.identity["settings"]["filter"]) == {
+        "min_image_px",
+        "max_pixels",
+        "min_face_px",
+        "max_second_score",
+    }
+    for quality in QUALITIES:
+        assert plan_of(f"filter.{quality.key}={quality.off}").digest == usual.digest
+        on = plan_of(f"filter.{quality.key}=0.5").identity
+        assert on == usual.identity | {"settings": on["settings"]}
+        assert on["settings"]["filter"] == usual.identity["settings"]["filter"] | {quality.key: 0.5}
 
 
 def test_the_form_of_hidden_states_belongs_to_the_plan_where_it_is_not_the_usual_one():

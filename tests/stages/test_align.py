@@ -13,6 +13,7 @@ from insightface.utils import face_align
 from PIL import Image
 from skimage import data as samples
 
+from schemas.drops import DropReason
 from stages.align import FACE_SIZE, Align
 from stages.pixels.images import decode_jpeg, photo
 from stages.runtime import Runtime
@@ -28,9 +29,9 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def align(data: bytes, kps: object = KPS) -> dict[str, Any]:
+def align(data: bytes, kps: object = KPS, **limits: float) -> dict[str, Any]:
     table = pa.table({"image": [data], "sha256": [hashlib.sha256(data).hexdigest()], "kps": [kps]})
-    return Align(Settings(), Runtime())(table).to_pylist()[0]
+    return Align(Settings.model_validate({"filter": limits}), Runtime())(table).to_pylist()[0]
 
 
 def reference(image: np.ndarray, kps: object, size: int) -> np.ndarray:
@@ -57,6 +58,28 @@ def test_measures_tell_faces_apart() -> None:
     grey = reference(photo, KPS, 224) @ np.array([0.299, 0.587, 0.114])
     assert sharp["brightness"] == pytest.approx(grey.mean(), abs=0.5)
     assert sharp["roll_deg"] == pytest.approx(3.07, abs=0.01)
+
+
+def drop(measure: str, key: str) -> tuple[str | None, str | None]:
+    """Why the astronaut is dropped at just its own value of a measure, and a little beyond it."""
+    data = png(samples.astronaut())
+    value = float(np.float32(align(data)[measure]))
+    beyond = 1.01 if key.startswith("min_") else 0.99
+    at, after = (align(data, **{key: value * factor}) for factor in (1, beyond))
+    assert after[measure] == align(data)[measure], "the ledger holds it all the same"
+    return at["drop"], after["drop"]
+
+
+def test_drops_blurred() -> None:
+    assert drop("sharpness", "min_sharpness") == (None, DropReason.BLURRED)
+
+
+def test_drops_too_dark() -> None:
+    assert drop("brightness", "min_brightness") == (None, DropReason.TOO_DARK)
+
+
+def test_drops_too_bright() -> None:
+    assert drop("brightness", "max_brightness") == (None, DropReason.TOO_BRIGHT)
 
 
 def test_a_turned_photo_gives_the_same_face_and_another_roll() -> None:

@@ -53,6 +53,7 @@ def test_files_show_what_the_boxes_say() -> None:
         width, height = crops[name]["size"]
         expected = np.asarray(Image.fromarray(pixels[y0:y1, x0:x1]).resize((width, height), Image.Resampling.BOX))
         shown = decode_jpeg(row[name])
+        assert name in row["crops_made"]
         assert shown.shape == (height, width, 3)
         assert np.abs(shown.astype(float) - expected).mean() < 2.5
 

@@ -21,9 +21,9 @@ MIRRORED = np.ascontiguousarray(FACE[:, ::-1])
 BLACK = np.zeros((112, 112, 3), np.uint8)
 
 
-def run(*faces: np.ndarray) -> pa.Table:
+def run(*faces: np.ndarray, settings: Settings = SETTINGS) -> pa.Table:
     table = pa.table({"face112": [face.tobytes() for face in faces]}, schema=schema(EmbedFace.reads))
-    return EmbedFace(SETTINGS, Runtime())(table)
+    return EmbedFace(settings, Runtime())(table)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,15 @@ def test_vectors_have_unit_length_and_the_norm_brings_the_raw_one_back(embedded:
 def test_drops_bad_embedding(embedded: pa.Table) -> None:
     assert embedded[DROP].to_pylist() == [None, DropReason.BAD_EMBEDDING, None]
     assert embedded["arcface"][1].as_py() is None
+
+
+def test_drops_weak_embedding(embedded: pa.Table) -> None:
+    norm = embedded["embedding_norm"][0].as_py()
+    for limit, reason in ((norm, None), (norm * 1.01, DropReason.WEAK_EMBEDDING)):
+        settings = Settings.model_validate({**SETTINGS.model_dump(), "filter": {"min_embedding_norm": limit}})
+        result = run(FACE, BLACK, settings=settings)
+        assert result[DROP].to_pylist() == [reason, DropReason.BAD_EMBEDDING]
+        assert result["embedding_norm"][0].as_py() == norm
 
 
 class Overflown:

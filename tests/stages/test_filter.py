@@ -11,14 +11,21 @@ from hypothesis import strategies as st
 from schemas.columns import KEPT, schema
 from schemas.drops import DropReason
 from stages.base import DROP
-from stages.filter import Filter, judge, spans_a_face
+from stages.filter import QUALITIES, Filter, Quality, judge, spans_a_face
 from stages.runtime import Runtime
 from stages.settings import FilterSettings, Settings
 
 LIMITS = FilterSettings()
 BBOX = [100.0, 100.0, 300.0, 360.0]
 KPS = [[150.0, 200.0], [250.0, 202.0], [200.0, 250.0], [160.0, 300.0], [240.0, 302.0]]
-KEEPER: dict[str, Any] = {"n_faces": 1, "bbox": BBOX, "kps": KPS, "face_px": 200.0, "second_score": 0.0}
+KEEPER: dict[str, Any] = {
+    "n_faces": 1,
+    "bbox": BBOX,
+    "kps": KPS,
+    "face_px": 200.0,
+    "second_score": 0.0,
+    "det_score": 0.8,
+}
 
 
 def verdicts(*changes: dict[str, Any], **limits: float) -> list[str | None]:
@@ -61,6 +68,29 @@ def test_drops_bad_landmarks(kps: list[list[float]]) -> None:
     assert verdicts({"kps": kps}) == [DropReason.BAD_LANDMARKS]
 
 
+def test_drops_low_det_score() -> None:
+    changes = {"det_score": 0.69}, {"det_score": None}, {"det_score": math.nan}, {"det_score": 0.7}
+    assert verdicts(*changes) == [None] * 4, "off by default"
+    assert verdicts(*changes, min_det_score=0.65) == [None, *[DropReason.LOW_DET_SCORE] * 2, None]
+
+
+def nose_at(x: float, y: float) -> dict[str, Any]:
+    return {"kps": [*KPS[:2], [x, y], *KPS[3:]]}
+
+
+def test_drops_large_yaw() -> None:
+    assert verdicts(nose_at(240, 250), nose_at(160, 250), {}, max_yaw=20) == [DropReason.LARGE_YAW] * 2 + [None]
+
+
+def test_drops_large_pitch() -> None:
+    assert verdicts(nose_at(200, 285), nose_at(200, 215), {}, max_pitch=20) == [DropReason.LARGE_PITCH] * 2 + [None]
+
+
+def test_drops_large_roll() -> None:
+    turned = [{"kps": [[400 - y, x] for x, y in KPS]}, {"kps": [[y, 400 - x] for x, y in KPS]}]
+    assert verdicts(*turned, {}, max_roll=80) == [DropReason.LARGE_ROLL] * 2 + [None]
+
+
 def test_thresholds_are_the_configured_ones() -> None:
     assert verdicts({"face_px": 150.0}, {"second_score": 0.3}, min_face_px=151, max_second_score=0.2) == [
         DropReason.SMALL_FACE,
@@ -68,7 +98,7 @@ def test_thresholds_are_the_configured_ones() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", [*KEEPER])
+@pytest.mark.parametrize("name", sorted({*KEEPER} - {"det_score"}))
 def test_nothing_known_is_never_keep(name: str) -> None:
     assert judge(KEEPER | {name: None}, LIMITS) is not None
 
@@ -105,6 +135,7 @@ records = st.fixed_dictionaries(
         "kps": points,
         "face_px": number,
         "second_score": number,
+        "det_score": number,
     }
 )
 
@@ -117,6 +148,13 @@ def test_stricter_thresholds_never_keep_more(
     loose = FilterSettings(min_face_px=min(px, more_px), max_second_score=max(score, less_score))
     if judge(record, strict) is None:
         assert judge(record, loose) is None
+
+
+@given(records, st.sampled_from([one for one in QUALITIES if one.stage == "filter"]), st.floats(0.01, 0.99))
+def test_a_threshold_of_a_quality_only_ever_drops(record: dict[str, Any], quality: Quality, share: float) -> None:
+    limit = share if quality.is_least else share * quality.off
+    verdict = judge(record, FilterSettings.model_validate({quality.key: limit}))
+    assert verdict == judge(record, LIMITS) or (verdict == quality.reason and judge(record, LIMITS) is None)
 
 
 @given(records)

@@ -181,6 +181,9 @@ def sample_problems(
     elif record["sample_sha256"] != sample_sha256(sample.files):
         yield "its files are not those that the ledger's sample_sha256 stands for"
     suffixes = set(sample.files)
+    crops = {name for name in _CROPS if f"{name}.jpg" in suffixes}
+    if record and record["crops_made"] is not None and set(record["crops_made"]) != crops:
+        yield "its crops are not those of the ledger's crops_made"
     if unknown := sorted(suffixes - set(SUFFIXES)):
         yield f"unknown files: {', '.join(unknown)}"
     if missing := sorted({*_REQUIRED, *((_ID,) if embeddings else ())} - suffixes):

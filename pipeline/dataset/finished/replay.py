@@ -28,7 +28,7 @@ from schemas.errors import ConfigError, CorruptShardError, OutputError
 from schemas.names import shard_origin
 from schemas.shard import DATASET
 from stages import STAGES
-from stages.filter import Filter, spans_a_face
+from stages.filter import POSE, QUALITIES, Filter, pose, spans_a_face
 from stages.metadata import Metadata
 from stages.screen import SEEN_PX, Screen
 from stages.settings import FilterSettings, Settings
@@ -42,7 +42,23 @@ UNJUDGED = {
 
 OUTCOMES = (KEPT, *map(str, DropReason), *UNJUDGED)
 
-COLUMNS = ("stage", "meta_width", "meta_height", "width", "height", *Filter.reads)
+THRESHOLDS = {
+    "min_image_px": DropReason.SMALL_IMAGE,
+    "max_pixels": DropReason.TOO_MANY_PIXELS,
+    "max_second_score": DropReason.SEVERAL_FACES,
+    "min_face_px": DropReason.SMALL_FACE,
+    **{quality.key: quality.reason for quality in QUALITIES},
+}
+"""Key of `filter` -> the reason of a row that fails it: of several, the first of these. `min_…` is a least value."""
+
+COLUMNS = tuple(
+    dict.fromkeys(
+        (
+            *("stage", "meta_width", "meta_height", "width", "height", *Filter.reads),
+            *(quality.measure for quality in QUALITIES if quality.measure not in POSE),
+        )
+    )
+)
 """Columns of the ledger, beside the verdict, that thresholds depend on."""
 
 Floats = npt.NDArray[np.float64]
@@ -56,32 +72,27 @@ def code(outcome: str) -> int:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What thresholds judge of N rows, and what becomes of those that pass them all; infinite: passes, or fails, any.
+    """What thresholds judge of N rows, and what becomes of those that pass them all."""
 
-    Of several thresholds that a row fails, the first of these decides.
-    """
-
-    side: Floats
-    """(N,) pixels: the shortest side that metadata or file is known to have."""
-    pixels: Floats
-    """(N,) of the image."""
-    second: Floats
-    """(N,) second score of photos with one face."""
-    face: Floats
-    """(N,) short side of the face box, pixels, of photos with one face."""
+    values: Mapping[str, Floats]
+    """Each of THRESHOLDS -> (N,) what it judges; infinite: the row passes, or fails, any."""
     outcome: Codes
     """(N,) numbers in OUTCOMES."""
 
     def judged(self, limits: FilterSettings, factor: int) -> Codes:
         """(N,) numbers in OUTCOMES under these thresholds; `factor` is what the screen had reduced photos by."""
         verdicts = self.outcome.copy()
-        verdicts[self.face < limits.min_face_px] = code(DropReason.SMALL_FACE)
-        verdicts[self.second > limits.max_second_score] = code(DropReason.SEVERAL_FACES)
-        verdicts[self.pixels > limits.max_pixels] = code(DropReason.TOO_MANY_PIXELS)
-        verdicts[self.side < limits.min_image_px] = code(DropReason.SMALL_IMAGE)
+        for key, reason in reversed(THRESHOLDS.items()):
+            values, limit = self.values[key], getattr(limits, key)
+            verdicts[values < limit if is_least(key) else values > limit] = code(reason)
         if factor and limits.min_face_px / factor >= SEEN_PX:
             verdicts[verdicts == code("unsure")] = code(DropReason.NO_FACE)
         return verdicts
+
+
+def is_least(key: str) -> bool:
+    """Whether a threshold is the least that may be, or the most."""
+    return key.startswith("min_")
 
 
 def evidence(ledger: pa.Table) -> Evidence:
@@ -98,31 +109,60 @@ def evidence(ledger: pa.Table) -> Evidence:
     at = {name: number for number, name in enumerate(STAGES)}
     drops = {reason: outcome == code(reason) for reason in DropReason}
 
-    sizes = {name: _floats(ledger[name]) for name in ("meta_width", "meta_height", "width", "height")}
+    sizes = {name: floats(ledger[name]) for name in ("meta_width", "meta_height", "width", "height")}
     side = np.fmin.reduce([np.full(len(outcome), np.inf), *sizes.values()])
     by_size = drops[DropReason.SMALL_IMAGE]
     # The other reasons of this stage come before the size.
     side[(stage == at[Metadata.name]) & ~by_size & ~drops[DropReason.DUPLICATE_URL]] = np.inf
-    pixels = np.nan_to_num(sizes["width"] * sizes["height"], nan=0.0)
+    values = {"min_image_px": side, "max_pixels": np.nan_to_num(sizes["width"] * sizes["height"], nan=0.0)}
     outcome[by_size | drops[DropReason.TOO_MANY_PIXELS]] = code("unseen")
     outcome[drops[DropReason.NO_FACE] & (stage == at[Screen.name])] = code("unsure")
 
-    faces = np.nan_to_num(_floats(ledger["n_faces"]), nan=0.0)
+    faces = np.nan_to_num(floats(ledger["n_faces"]), nan=0.0)
     judged = stage >= at[Filter.name]
     outcome[judged & (faces == 0)] = code(DropReason.NO_FACE)
     outcome[judged & (faces > 1)] = code(DropReason.SEVERAL_FACES)
     one = judged & (faces == 1)
     # What is missing or undefined proves nothing: it fails any threshold.
-    second = np.where(one, np.nan_to_num(_floats(ledger["second_score"]), nan=np.inf), -np.inf)
-    face = np.where(one, np.nan_to_num(_floats(ledger["face_px"]), nan=-np.inf, posinf=np.inf), np.inf)
+    values["max_second_score"] = np.where(one, np.nan_to_num(floats(ledger["second_score"]), nan=np.inf), -np.inf)
+    face = np.nan_to_num(floats(ledger["face_px"]), nan=-np.inf, posinf=np.inf)
+    values["min_face_px"] = np.where(one, face, np.inf)
+    for quality in QUALITIES:
+        outcome[drops[quality.reason]] = code("passes")
     dropped = np.flatnonzero(one & (stage == at[Filter.name]))
     boxes = ledger.select(["bbox", "kps"]).take(pa.array(dropped)).to_pylist()
     spans = np.array([spans_a_face(row["bbox"], row["kps"]) for row in boxes], bool)
     outcome[dropped] = np.where(spans, code("passes"), code(DropReason.BAD_LANDMARKS))
-    return Evidence(side, pixels, second, face, outcome)
+    one[dropped[~spans]] = False
+
+    angles = dict(zip(POSE, _angles(ledger["kps"], one), strict=True))
+    for quality in QUALITIES:
+        measured = angles[quality.measure] if quality.measure in POSE else floats(ledger[quality.measure])
+        limited = np.fmax(measured, quality.off) if quality.is_least else np.fmin(measured, quality.off)
+        # Of those that a stage dropped for what comes before its thresholds, they judged none.
+        reached = one & (stage >= at[quality.stage]) & ~(drops[DropReason.BAD_EMBEDDING] & (stage == at[quality.stage]))
+        values[quality.key] = np.where(reached, limited, np.inf if quality.is_least else -np.inf)
+    return Evidence(values, outcome)
 
 
-def _floats(column: pa.ChunkedArray) -> Floats:
+def _angles(kps: pa.ChunkedArray, chosen: npt.NDArray[np.bool_]) -> Floats:
+    """(3, N) sizes of yaw, pitch and roll, in single precision, where chosen and known; NaN elsewhere."""
+    rows = np.flatnonzero(chosen & pc.is_valid(kps).to_numpy())
+    faces = points(kps.combine_chunks().take(pa.array(rows))).reshape(-1, 5, 2)
+    angles = np.full((len(POSE), len(chosen)), np.nan)
+    angles[:, rows] = np.abs(pose(faces)).astype(np.float32)
+    return angles
+
+
+def points(values: pa.FixedSizeListArray) -> Floats:
+    """All numbers of (nested) lists of fixed size without nulls."""
+    while pa.types.is_fixed_size_list(values.type):
+        values = values.flatten()
+    numbers: Floats = values.to_numpy(zero_copy_only=False).astype(np.float64)
+    return numbers
+
+
+def floats(column: pa.ChunkedArray) -> Floats:
     """(N,) with NaN for null: exactly the numbers that a stage sees."""
     values: Floats = pc.cast(column, pa.float64()).to_numpy()
     return values

@@ -1,5 +1,5 @@
 // Everything is in the page: `data` holds the rows of all ledgers as cells (counts by which stops they pass), see
-// report_explorer.py. Thresholds decide in the order of `names`; a later one of them gives way to an earlier one.
+// report_explorer.py. Of several thresholds that a row fails, the first decides.
 for (const chip of all("[data-reason]", $("chips") || document.createElement("p"))) {
   chip.addEventListener("click", () => {
     all("[data-reason]", $("chips")).forEach((one) => one.setAttribute("aria-pressed", one === chip));
@@ -18,46 +18,53 @@ if ($("order")) {
 if (data.explorer) explore(data.explorer);
 
 function explore(explorer) {
-  const names = explorer.names, least = { min_image_px: true, min_face_px: true };
-  const reasons = { min_image_px: "small_image", max_pixels: "too_many_pixels", max_second_score: "several_faces", min_face_px: "small_face" };
+  const thresholds = explorer.thresholds, names = thresholds.map((one) => one.name);
   const bytes = Uint8Array.from(atob(explorer.cells), (letter) => letter.charCodeAt(0));
   const rows = explorer.rows, column = (n) => bytes.subarray(n * rows, (n + 1) * rows);
   const bins = names.map((_, n) => column(n)), outcomes = column(names.length);
   const counts = new DataView(bytes.buffer, (names.length + 1) * rows);
   const code = Object.fromEntries(explorer.outcomes.map((name, n) => [name, n]));
-  const verdicts = names.map((name) => code[reasons[name]]);
+  const verdicts = thresholds.map((one) => code[one.reason]), face = names.indexOf("min_face_px");
   const seen = (limit) => explorer.factor && limit / explorer.factor >= explorer.seen_px;
   const inputs = names.map((name) => $(`s-${name}`));
-  const start = names.map((name) => explorer.stops[name].indexOf(explorer.limits[name]));
-  const chosen = (stops) => names.map((name, n) => explorer.stops[name][stops[n]]);
+  const start = thresholds.map((one) => one.stops.indexOf(one.limit));
+  const chosen = (stops) => thresholds.map((one, n) => one.stops[stops[n]]);
 
   function settled(outcome, limits) {
-    return outcome === code.unsure && seen(limits[names.indexOf("min_face_px")]) ? code.no_face : outcome;
+    return outcome === code.unsure && seen(limits[face]) ? code.no_face : outcome;
   }
   function count(stops) {
-    const sums = new Array(explorer.outcomes.length).fill(0), limits = chosen(stops);
-    for (let row = 0; row < rows; row++) {
-      let verdict = -1;
-      for (let n = 0; n < names.length && verdict < 0; n++) {
-        if (least[names[n]] ? stops[n] >= bins[n][row] : stops[n] < bins[n][row]) verdict = verdicts[n];
+    const sums = new Array(explorer.outcomes.length).fill(0), limits = chosen(stops), undecided = 255;
+    const judged = new Uint8Array(rows).fill(undecided);
+    thresholds.forEach(({ least }, n) => {
+      const column = bins[n], stop = stops[n], verdict = verdicts[n];
+      for (let row = 0; row < rows; row++) {
+        if (judged[row] === undecided && (least ? stop >= column[row] : stop < column[row])) judged[row] = verdict;
       }
-      sums[verdict < 0 ? settled(outcomes[row], limits) : verdict] += counts.getUint32(4 * row, true);
+    });
+    for (let row = 0; row < rows; row++) {
+      sums[judged[row] === undecided ? settled(outcomes[row], limits) : judged[row]] += counts.getUint32(4 * row, true);
     }
     return sums;
   }
   function judged(row, limits) {
     for (let n = 0; n < names.length; n++) {
-      if (least[names[n]] ? row[n] < limits[n] : row[n] > limits[n]) return verdicts[n];
+      if (thresholds[n].least ? row[n] < limits[n] : row[n] > limits[n]) return verdicts[n];
     }
     return settled(row[names.length], limits);
   }
-  function described([side, , second, face]) {
-    const known = (value) => Math.abs(value) < 1e299;
-    return [known(side) && `image ${number(side)} px`, known(face) && `face ${face.toFixed(0)} px`, known(second) && `second ${second.toFixed(2)}`].filter(Boolean).join(" · ");
+  const isKnown = (value) => Math.abs(value) < 1e299;
+  const judgesFaces = (n) => !["min_image_px", "max_pixels"].includes(names[n]);
+  // What of a row the thresholds that are on judge, each measure once.
+  function described(row, limits) {
+    const words = thresholds.map(({ measure, off }, n) => [measure.replace("_px", "").replaceAll("_", " "), n, off === null || limits[n] !== off]);
+    const shown = new Map(words.filter(([words, n, on]) => on && isKnown(row[n]) && words !== "pixels").map(([words, n]) => [words, row[n]]));
+    return [...shown].map(([words, value]) => `${words} ${value < 10 ? Number(value.toFixed(2)) : number(Math.round(value))}`).join(" · ");
   }
   // How far a face is from the nearest threshold, as a share of it: see `distances` in report_explorer.py.
   function distance(row, limits) {
-    return Math.min(...[2, 3].map((n) => (Math.abs(row[n]) > 1e299 || row[n] <= 0 ? Infinity : Math.abs(row[n] / (limits[n] || 1) - 1))));
+    const on = thresholds.map((one, n) => n).filter((n) => judgesFaces(n) && limits[n] !== thresholds[n].off && isKnown(row[n]) && row[n] > 0);
+    return Math.min(...on.map((n) => Math.abs(row[n] / (limits[n] || 1) - 1)));
   }
 
   const before = count(start), total = before.reduce((sum, one) => sum + one, 0);
@@ -67,11 +74,15 @@ function explore(explorer) {
 
   function update() {
     const stops = inputs.map((input) => Number(input.value)), limits = chosen(stops), after = count(stops);
-    names.forEach((name, n) => {
-      inputs[n].setAttribute("aria-valuetext", limits[n]);
-      $(`o-${name}`).textContent = number(limits[n]);
+    thresholds.forEach(({ name, off, marks }, n) => {
+      const words = limits[n] === off ? "any" : number(limits[n]);
+      inputs[n].setAttribute("aria-valuetext", words);
+      $(`o-${name}`).textContent = words;
       inputs[n].closest(".slider").classList.toggle("changed", stops[n] !== start[n]);
-      all(`.mark[data-threshold="${name}"]`).forEach((mark) => { mark.style.left = `${100 * explorer.marks[mark.dataset.measure][stops[n]]}%`; });
+      all(`.mark[data-threshold="${name}"]`).forEach((mark) => {
+        mark.hidden = limits[n] === off;
+        mark.style.left = `${100 * (mark.classList.contains("mirrored") ? 1 - marks[stops[n]] : marks[stops[n]])}%`;
+      });
     });
     const kept = after[code.kept], again = unjudged.reduce((sum, name) => sum + after[code[name]], 0);
     $("kept-now").textContent = `${number(kept)} of ${number(total)} kept for certain (${percent(kept)})`;
@@ -88,7 +99,7 @@ function explore(explorer) {
       cell(row, change ? (change > 0 ? "+" : "−") + number(Math.abs(change)) : "", "n");
     });
     const changed = names.map((name, n) => [name, limits[n], stops[n] !== start[n]]).filter((one) => one[2]);
-    $("toml").textContent = "[filter]\n" + names.map((name, n) => `${name} = ${limits[n]}\n`).join("");
+    $("toml").textContent = "[filter]\n" + thresholds.map(({ name, off }, n) => (limits[n] === off && stops[n] === start[n] ? "" : `${name} = ${limits[n]}\n`)).join("");
     $("command").textContent = ["python -m pipeline replay DIR", ...changed.map((one) => `--set filter.${one[0]}=${one[1]}`)].join(" ");
     sides(limits);
   }
@@ -104,7 +115,7 @@ function explore(explorer) {
     $("border").replaceChildren(...near.slice(0, 12).map(({ n, old, now }) => {
       const figure = document.createElement("figure"), caption = document.createElement("figcaption");
       figure.append(document.querySelector(`[data-card="${n}"] .zoom`).cloneNode(true), caption);
-      caption.textContent = `${described(data.cards[n].row)}: ${explorer.outcomes[old]}${old === now ? "" : ` → ${explorer.outcomes[now]}`}`;
+      caption.textContent = `${described(data.cards[n].row, limits)}: ${explorer.outcomes[old]}${old === now ? "" : ` → ${explorer.outcomes[now]}`}`;
       return figure;
     }));
   }

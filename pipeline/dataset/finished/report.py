@@ -2,12 +2,11 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain, islice, starmap
 from pathlib import Path
-from statistics import median
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -15,7 +14,7 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.finished import replay, report_numbers
 from pipeline.dataset.finished.replay import evidence, ledgers, thresholds
-from pipeline.dataset.finished.report_cards import CROPS, Card
+from pipeline.dataset.finished.report_cards import Card
 from pipeline.dataset.finished.report_explorer import Explorer, distances, row_data
 from pipeline.dataset.finished.report_numbers import Numbers
 from pipeline.dataset.finished.report_pictures import LABEL_COLOURS
@@ -30,6 +29,7 @@ from schemas.drops import DropReason
 from schemas.errors import CorruptShardError, OutputError
 from schemas.names import shard_origin
 from schemas.shard import DATASET, Manifest
+from stages.filter import QUALITIES
 from stages.pixels.headers import DECODER_ERRORS
 from stages.settings import FilterSettings
 
@@ -44,12 +44,15 @@ _BARELY = 8
 """Examples per reason that is a threshold, and of kept samples that are near one."""
 _NEAR = 0.15
 """Share of a threshold."""
-_BY_THRESHOLD = (DropReason.SEVERAL_FACES, DropReason.SMALL_FACE)
+_BY_THRESHOLD = (DropReason.SEVERAL_FACES, DropReason.SMALL_FACE, *(quality.reason for quality in QUALITIES))
 _HOSTS = 15
 _PICTURE_BYTES = 3_000_000
 _DROP_BYTES = 1_000_000
 """Bounds on the length of all pictures, as text."""
-_DROP_COLUMNS = ("key", "url", "width", "height", "n_faces", "face_px", "det_score", "second_score", "bbox", "kps")
+_DROP_COLUMNS = (
+    *("key", "url", "width", "height", "n_faces", "face_px", "det_score", "second_score", "bbox", "kps"),
+    *("sharpness", "brightness", "embedding_norm"),
+)
 
 _JUDGED = ("key", "verdict", *replay.COLUMNS)
 
@@ -76,32 +79,6 @@ class Part:
     kept: int
 
 
-@dataclass
-class Glance:
-    """What kept samples that were opened say, beside what is shown of them."""
-
-    lengths: list[int] = field(default_factory=list)
-    """Of their captions, characters."""
-    crops: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(CROPS, 0)))
-    """Crop -> samples that have it."""
-
-    @property
-    def samples(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def captions(self) -> int:
-        return sum(length > 0 for length in self.lengths)
-
-    @property
-    def median(self) -> int:
-        return round(median(filter(None, self.lengths)))
-
-    def add(self, sample: Sample, content: Mapping[str, Any]) -> None:
-        self.lengths.append(len(content["text"].strip()))
-        self.crops.update(name for name in CROPS if f"{name}.jpg" in sample.files)
-
-
 def write_report(out: AnyPath, *, pictures: bool = True) -> Funnel:
     """Write OUT/report.html from the finished shards of OUT, and return the funnel that it shows.
 
@@ -118,12 +95,12 @@ def write_report(out: AnyPath, *, pictures: bool = True) -> Funnel:
     explorer: Explorer | None = None
     with suppress(OutputError):  # nothing says by which thresholds the shards were made
         explorer = Explorer(*thresholds(out))
-    limits, numbers, glance = explorer.limits if explorer else FilterSettings(), Numbers(), Glance()
+    limits, numbers = explorer.limits if explorer else FilterSettings(), Numbers()
     for ledger in ledgers(out, [*replay.COLUMNS, *report_numbers.COLUMNS]):
         numbers.add(ledger)
         if explorer:
             explorer.add(evidence(ledger))
-    kept = _numbered(_kept_cards(out, manifests, limits, glance), 0, pictures)
+    kept = _numbered(_kept_cards(out, manifests, limits), 0, pictures)
     cards, reasons = list(kept), []
     for reason in _reasons(out, manifests, limits, counted):
         reasons.append(replace(reason, cards=_numbered(reason.cards, len(cards), pictures)))
@@ -142,7 +119,7 @@ def write_report(out: AnyPath, *, pictures: bool = True) -> Funnel:
         funnel=counted,
         tar_bytes=sum(manifest.files.get(f"{manifest.shard}.tar", {}).get("bytes", 0) for manifest in manifests),
         parts=_parts(manifests),
-        glance=glance,
+        given=numbers.given,
         charts=list(report_numbers.charts(numbers.histograms)),
         hosts=numbers.largest_hosts(_HOSTS),
         all_hosts=len(numbers.hosts),
@@ -193,7 +170,7 @@ def quotas(manifests: Sequence[Manifest], wanted: int) -> Counter[str]:
     return given
 
 
-def _kept_cards(out: AnyPath, manifests: list[Manifest], limits: FilterSettings, glance: Glance) -> Iterator[Card]:
+def _kept_cards(out: AnyPath, manifests: list[Manifest], limits: FilterSettings) -> Iterator[Card]:
     """Kept samples from all over the dataset, and, of an OUT that can be skipped through, some that are barely so."""
     length, kept = 0, {manifest.shard: manifest.kept for manifest in manifests}
     chosen = quotas(manifests, _SAMPLES)
@@ -207,14 +184,12 @@ def _kept_cards(out: AnyPath, manifests: list[Manifest], limits: FilterSettings,
         tar = chain(islice(unpack(path), len(seen)), starmap(Sample, chain.from_iterable(others)))
         judged = {key: row for key, row, _ in rows}
         for number, sample in enumerate(tar):
+            if number % stride and number in seen:
+                continue
             try:
-                content = json.loads(sample.files["json"])
-                glance.add(sample, content)
-                card = Card.of_sample(sample, content) if number % stride == 0 or number not in seen else None
+                card = Card.of_sample(sample, json.loads(sample.files["json"]))
             except DECODER_ERRORS as error:
                 raise CorruptShardError(f"{path.name}: {sample.key} cannot be shown: {error}") from error
-            if card is None:
-                continue
             length += card.length
             if length > _PICTURE_BYTES:
                 return

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.dataset.finished.report_numbers import CROPS
 from pipeline.dataset.finished.report_pictures import marked, masked, reduced
 from pipeline.shared.page import data_uri
 from pipeline.shared.tars import Sample
@@ -13,7 +14,6 @@ from stages.pixels.images import decode_jpeg, decode_png
 
 _PHOTO_PX, _CROP_PX, _DROP_PX = 448, 192, 192
 _TEXT_LENGTH = 300
-CROPS = ("portrait", "half", "full")
 _FACTS = {
     "face_px": "face {:.0f} px",
     "n_faces": "faces {}",

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import pyarrow as pa
 
-from pipeline.dataset.finished.replay import OUTCOMES, Evidence, Floats
+from pipeline.dataset.finished.replay import OUTCOMES, THRESHOLDS, Evidence, Floats, is_least
 from pipeline.dataset.finished.report_numbers import MEASURES, positions
+from stages.filter import QUALITIES, Quality
 from stages.screen import SEEN_PX
 from stages.settings import FilterSettings
 
@@ -27,15 +28,19 @@ _STOPS: dict[str, Sequence[float]] = {
         *(640, 768, 1024),
     ),
 }
-"""Threshold of `filter` -> where its slider stops, in the order in which they decide; the run's own comes to these."""
+"""Threshold of `filter` -> where its slider stops; the run's own comes to these. Others stop where bins begin."""
+_MOST_STOPS = 24
 
 _MERGE = 2_000_000
 """Cells of single ledgers that are held before they are added up."""
 
+_MOST_BYTES = 3_000_000
+"""Of cells in the page: where there are more, the sliders of qualities get fewer stops, at which counts stay exact."""
+
 _ENDLESS = 1e300
 """Infinity in JSON."""
 
-Numbers = npt.NDArray[np.int64]
+_OF_IMAGES = ("min_image_px", "max_pixels")
 
 
 class Explorer:
@@ -44,55 +49,81 @@ class Explorer:
     def __init__(self, limits: FilterSettings, factor: int) -> None:
         """Take the thresholds of the run, and what its screen had reduced photos by."""
         self.limits, self.factor = limits, factor
-        self.stops = {name: sorted({*stops, getattr(limits, name)}) for name, stops in _STOPS.items()}
-        self._cells: list[tuple[Numbers, Numbers]] = []
+        stops = {**_STOPS, **{quality.key: _stops(quality) for quality in QUALITIES}}
+        self.stops = {key: sorted({*stops[key], getattr(limits, key)}) for key in THRESHOLDS}
+        self._cells: list[pa.Table] = []
 
     def add(self, rows: Evidence) -> None:
-        """Count rows."""
-        cells = rows.outcome.astype(np.int64)
-        for bins, stops in zip(self._bins(rows), self.stops.values(), strict=True):
-            cells = cells * (len(stops) + 1) + bins
-        self._cells.append(np.unique(cells, return_counts=True))
-        if sum(len(one) for one, _ in self._cells) > _MERGE:
+        """Count rows. A bin is how many stops a value passes (of a least) or fails (of a most)."""
+        columns: dict[str, Any] = {}
+        for key, stops in self.stops.items():
+            columns[key] = np.searchsorted(stops, rows.values[key], "right" if is_least(key) else "left")
+        columns["outcome"] = rows.outcome
+        table = pa.table({name: column.astype(np.uint8) for name, column in columns.items()})
+        self._cells.append(_summed(table.append_column("count", pa.array(np.ones(table.num_rows, np.int64)))))
+        if sum(cells.num_rows for cells in self._cells) > _MERGE:
             self._cells = [self._merged()]
 
-    def _bins(self, rows: Evidence) -> tuple[npt.NDArray[np.intp], ...]:
-        """(N,) each: how many stops a value passes (of a least) or fails (of a most); these come first."""
-        stops = {name: np.array(values, np.float64) for name, values in self.stops.items()}
-        return (
-            np.searchsorted(stops["min_image_px"], rows.side, "right"),
-            np.searchsorted(stops["max_pixels"], rows.pixels, "left"),
-            np.searchsorted(stops["max_second_score"], rows.second, "left"),
-            np.searchsorted(stops["min_face_px"], rows.face, "right"),
-        )
-
-    def _merged(self) -> tuple[Numbers, Numbers]:
+    def _merged(self) -> pa.Table:
+        """All cells; while they are too many, the quality with the most stops loses every other."""
         if not self._cells:
-            return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        cells, indices = np.unique(np.concatenate([one for one, _ in self._cells]), return_inverse=True)
-        counts = np.zeros(len(cells), np.int64)
-        np.add.at(counts, indices, np.concatenate([count for _, count in self._cells]))
-        return cells, counts
+            empty = {name: np.zeros(0, np.uint8) for name in (*THRESHOLDS, "outcome")}
+            return pa.table({**empty, "count": np.zeros(0, np.int64)})
+        cells = _summed(pa.concat_tables(self._cells))
+        spare = {one.key: set(self.stops[one.key]) - {one.off, getattr(self.limits, one.key)} for one in QUALITIES}
+        while cells.num_rows * (cells.num_columns + 3) > _MOST_BYTES and any(spare.values()):
+            key = max(spare, key=lambda key: len(spare[key]))
+            given_up = sorted(spare[key])[::2]
+            spare[key] -= set(given_up)
+            stays = [stop not in given_up for stop in self.stops[key]]
+            self.stops[key] = [stop for stop in self.stops[key] if stop not in given_up]
+            bins = np.cumsum([0, *stays], dtype=np.uint8)[cells[key].to_numpy()]
+            cells = _summed(cells.set_column(cells.column_names.index(key), key, pa.array(bins)))
+        return cells
 
     def data(self) -> dict[str, Any]:
         """What the page reads: `cells` is base64 of a column of bytes per threshold and of outcomes, then of counts."""
-        cells, counts = self._merged()
-        columns = []
-        for stops in reversed(self.stops.values()):
-            cells, bins = np.divmod(cells, len(stops) + 1)
-            columns.append(bins.astype(np.uint8))
-        packed = [*reversed(columns), cells.astype(np.uint8), counts.astype("<u4")]
+        cells = self._merged()
+        packed = [cells[name].to_numpy().astype("<u4" if name == "count" else np.uint8) for name in cells.column_names]
+        measures = {key: one for one in MEASURES for key in one.thresholds}
+        off = {quality.key: quality.off for quality in QUALITIES}
+        thresholds = [
+            {
+                "name": key,
+                "reason": reason,
+                "least": is_least(key),
+                "stops": self.stops[key],
+                "limit": getattr(self.limits, key),
+                "off": off.get(key),
+                "measure": measures[key].name if key in measures else "pixels",
+                "marks": positions(measures[key], self.stops[key]) if key in measures else [],
+            }
+            for key, reason in THRESHOLDS.items()
+        ]
         return {
-            "names": list(self.stops),
-            "stops": self.stops,
-            "limits": {name: getattr(self.limits, name) for name in self.stops},
+            "thresholds": thresholds,
             "outcomes": OUTCOMES,
             "factor": self.factor,
             "seen_px": SEEN_PX,
-            "marks": {one.name: positions(one, self.stops[one.threshold]) for one in MEASURES if one.threshold},
-            "rows": len(counts),
+            "rows": cells.num_rows,
             "cells": base64.b64encode(b"".join(column.tobytes() for column in packed)).decode("ascii"),
         }
+
+
+def _stops(quality: Quality) -> list[float]:
+    """Where the slider of a quality stops: off, and at so many of the borders of its measure's bins."""
+    (edges,) = (one.edges for one in MEASURES if one.name == quality.measure)
+    borders = sorted({float(f"{edge:.3g}") for edge in edges.tolist()})
+    inside = [stop for stop in borders if (stop > quality.off if quality.is_least else 0 < stop < quality.off)]
+    step = -(-len(inside) // _MOST_STOPS)
+    return [*inside[step - 1 :: step], quality.off]
+
+
+def _summed(cells: pa.Table) -> pa.Table:
+    """Equal cells as one, in the order in which they first come."""
+    *names, count = cells.column_names
+    sums = cells.group_by(names, use_threads=False).aggregate([(count, "sum")])
+    return sums.select([*names, "count_sum"]).rename_columns(cells.column_names)
 
 
 def distances(rows: Evidence, limits: FilterSettings) -> Floats:
@@ -100,15 +131,17 @@ def distances(rows: Evidence, limits: FilterSettings) -> Floats:
 
     Sizes of images do not count: nobody has to look whether 1,023 pixels are too few.
     """
-    judged = (rows.second, limits.max_second_score), (rows.face, limits.min_face_px)
-    known = [
-        np.where(np.isfinite(column) & (column > 0), abs(column / (limit or 1) - 1), np.inf) for column, limit in judged
-    ]
-    nearest: Floats = np.minimum(*known)
+    off = {quality.key: quality.off for quality in QUALITIES}
+    nearest: Floats = np.full(len(rows.outcome), np.inf)
+    for key, values in rows.values.items():
+        limit = getattr(limits, key)
+        if key not in _OF_IMAGES and limit != off.get(key):
+            known = np.isfinite(values) & (values > 0)
+            nearest = np.where(known, np.minimum(nearest, abs(values / (limit or 1) - 1)), nearest)
     return nearest
 
 
 def row_data(rows: Evidence, number: int) -> list[float]:
     """The evidence of one row as the page reads it: its values in the order of the thresholds, and its outcome."""
-    values = [float(column[number]) for column in (rows.side, rows.pixels, rows.second, rows.face)]
+    values = [float(column[number]) for column in rows.values.values()]
     return [*np.clip(values, -_ENDLESS, _ENDLESS).tolist(), int(rows.outcome[number])]

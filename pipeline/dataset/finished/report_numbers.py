@@ -9,22 +9,22 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from schemas.arcface import ARCFACE_TEMPLATE
+from pipeline.dataset.finished.replay import floats, points
 from schemas.columns import KEPT
 from schemas.drops import DropReason
 from stages.download import Download
+from stages.filter import POSE, QUALITIES, pose
 from stages.metadata import Metadata
 
 Floats = npt.NDArray[np.float64]
+CROPS = ("portrait", "half", "full")
 
 COLUMNS = (
     *("url", "stage", "width", "height", "bbox", "kps", "det_score", "face_px", "second_score"),
-    *("sharpness", "brightness", "mask_share", "embedding_norm"),
+    *("sharpness", "brightness", "mask_share", "embedding_norm", "caption_chars", "crops_made"),
 )
 """Columns of the ledger, beside the verdict, that are counted."""
 
-_DEPTH = 0.5
-"""How far the tip of a nose stands out, in distances between the eyes."""
 _MOST_HOSTS = 200_000
 _HOST = r"^\s*[A-Za-z]+://(?:[^/?#@]*@)?(?P<host>[^/?#:]+)"
 
@@ -54,7 +54,17 @@ class Measure:
     edges: Floats
     """(bins + 1,), ascending."""
     threshold: str = ""
-    """The key of `filter` that judges it."""
+    """The key of `filter` that judges it, beside those of `stages.filter`."""
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether thresholds judge its size on either side of zero, the middle of the axis."""
+        return self.name in POSE
+
+    @property
+    def thresholds(self) -> list[str]:
+        """All keys of `filter` that judge it."""
+        return [*filter(None, [self.threshold]), *(one.key for one in QUALITIES if one.measure == self.name)]
 
 
 MEASURES = (
@@ -70,59 +80,38 @@ MEASURES = (
     Measure("brightness", "Brightness of the face crop", "", _even(0, 255, 34)),
     Measure("mask_share", "Share of the face crop in the mask", "", _even(0, 1, 40)),
     Measure("embedding_norm", "Norm of the face embedding", "", _doubling(1, 256)),
+    Measure("caption_chars", "Length of the caption, where there is one", "characters", _doubling(1, 2048, 3)),
 )
 
 
 def measured(ledger: pa.Table) -> Iterator[tuple[str, Floats, npt.NDArray[np.bool_]]]:
     """Measure -> its values (N,) in these rows, where it was measured, and which of them were kept (N,)."""
     kept = pc.equal(ledger["verdict"], KEPT).to_numpy()
-    direct = ("det_score", "face_px", "second_score", "sharpness", "brightness", "mask_share", "embedding_norm")
-    for name in direct:
-        values = pc.cast(ledger[name], pa.float64()).to_numpy()
+    for name in (one.name for one in MEASURES if one.name in COLUMNS):
+        values = floats(ledger[name])
         known = np.isfinite(values)
+        if name == "caption_chars":
+            known &= values > 0
         yield name, values[known], kept[known]
-    width, height = (pc.cast(ledger[name], pa.float64()).to_numpy() for name in ("width", "height"))
+    width, height = (floats(ledger[name]) for name in ("width", "height"))
     side = np.minimum(width, height)
     yield "image_px", side[np.isfinite(side)], kept[np.isfinite(side)]
 
     known = pc.and_(pc.is_valid(ledger["kps"]), pc.is_valid(ledger["bbox"])).to_numpy()
     faces, kept = ledger.filter(pa.array(known)), kept[known]
-    boxes = _numbers(faces["bbox"]).reshape(-1, 4)
+    boxes = points(faces["bbox"].combine_chunks()).reshape(-1, 4)
     share = (boxes[:, 3] - boxes[:, 1]) / height[known]
     yield "face_share", share[np.isfinite(share)], kept[np.isfinite(share)]
-    for name, values in zip(("yaw", "pitch", "roll"), pose(_numbers(faces["kps"]).reshape(-1, 5, 2)), strict=True):
+    kps = points(faces["kps"].combine_chunks()).reshape(-1, 5, 2)
+    for name, values in zip(POSE, pose(kps), strict=True):
         yield name, values[np.isfinite(values)], kept[np.isfinite(values)]
 
 
-def _numbers(column: pa.ChunkedArray) -> Floats:
-    """All numbers of (nested) lists of fixed size without nulls."""
-    values = column.combine_chunks()
-    while pa.types.is_fixed_size_list(values.type):
-        values = values.flatten()
-    numbers: Floats = values.to_numpy(zero_copy_only=False).astype(np.float64)
-    return numbers
-
-
-def pose(kps: Floats) -> tuple[Floats, Floats, Floats]:
-    """Yaw, pitch and roll (N,), degrees, that five points (N, 5, 2) suggest; NaN where they suggest none.
-
-    Yaw is positive where the nose points to the image's right, pitch where it points down, roll clockwise. The nose is
-    taken to stand out by half the distance of the eyes, over the proportions of ArcFace's template: good to about 10°.
-    """
-    template = np.array(ARCFACE_TEMPLATE)
-    eyes = (template[1] - template[0])[0]
-    nose, mouth = ((template[at].mean(axis=0) - template[:2].mean(axis=0))[1] / eyes for at in ([2], [3, 4]))
-    with np.errstate(all="ignore"):
-        middle, across = kps[:, :2].mean(axis=1), kps[:, 1] - kps[:, 0]
-        distance = np.hypot(*across.T)
-        right = across / distance[:, None]
-        down = np.stack([-right[:, 1], right[:, 0]], axis=1)
-        to_nose, to_mouth = kps[:, 2] - middle, kps[:, 3:].mean(axis=1) - middle
-        yaw = np.arctan2((to_nose * right).sum(axis=1) / distance, _DEPTH)
-        length = (to_mouth * down).sum(axis=1)
-        pitch = np.arctan2((to_nose * down).sum(axis=1) / length * mouth - nose, _DEPTH)
-        roll = np.where(distance > 0, np.arctan2(across[:, 1], across[:, 0]), np.nan)
-    return np.degrees(yaw), np.degrees(pitch), np.degrees(roll)
+def _holds(lists: pa.ListArray, word: str) -> Floats:
+    """(N,) 1 where a list holds a word, 0 where it does not, NaN where there is none."""
+    held = np.where(lists.is_valid().to_numpy(zero_copy_only=False), 0, np.nan)
+    held[pc.list_parent_indices(lists).filter(pc.equal(pc.list_flatten(lists), word)).to_numpy()] = 1
+    return held
 
 
 def fates(ledger: pa.Table) -> npt.NDArray[np.int64]:
@@ -147,6 +136,10 @@ class Numbers:
     """Measure -> (2, bins): kept rows, dropped rows."""
     hosts: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     """Host -> (FATES,) rows; of very many hosts, those with the most rows."""
+    given: dict[str, npt.NDArray[np.int64]] = field(
+        default_factory=lambda: {name: np.zeros((2, 2), np.int64) for name in ("captions", *CROPS)}
+    )
+    """What rows may have -> (2, 2): of the kept those that have it and those of which it is known; of the dropped."""
 
     def add(self, ledger: pa.Table) -> None:
         """Count the rows of a ledger, which has COLUMNS and verdicts."""
@@ -155,6 +148,14 @@ class Numbers:
             bins = len(edges[name]) - 1
             at = np.clip(np.searchsorted(edges[name], values, "right") - 1, 0, bins - 1)
             self.histograms[name] += np.bincount(np.where(kept, at, at + bins), minlength=2 * bins).reshape(2, bins)
+        kept = pc.equal(ledger["verdict"], KEPT).to_numpy()
+        lengths = floats(ledger["caption_chars"])
+        given = {"captions": np.where(np.isfinite(lengths), lengths > 0, np.nan)}
+        given |= {name: _holds(ledger["crops_made"].combine_chunks(), name) for name in CROPS}
+        for name, has in given.items():
+            self.given[name] += np.array(
+                [[np.nansum(has[one]), np.isfinite(has[one]).sum()] for one in (kept, ~kept)], np.int64
+            )
         hosts = pc.utf8_lower(pc.struct_field(pc.extract_regex(ledger["url"], _HOST), "host"))
         table = pa.table({"host": hosts, "fate": fates(ledger)}).filter(pc.is_valid(hosts))
         groups = table.group_by(["host", "fate"]).aggregate([([], "count_all")])
@@ -223,4 +224,4 @@ def _median(measure: Measure, counts: npt.NDArray[np.int64]) -> str:
 
 def _with_unit(measure: Measure, value: float) -> str:
     digits = 0 if measure.unit or abs(value) >= 10 or value == round(value) else 2
-    return f"{value:.{digits}f}{' ' if measure.unit == 'px' else ''}{measure.unit}"
+    return f"{value:.{digits}f}{'' if measure.unit == '°' else ' '}{measure.unit}".strip()

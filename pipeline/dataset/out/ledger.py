@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from pipeline.shared.files import AnyPath, RemotePath, names, parquet
-from schemas.columns import KEPT
+from schemas.columns import KEPT, complete
 from schemas.errors import ContractError, CorruptShardError, OutputError
 from schemas.names import finished_shards, shard_origin
 from schemas.shard import DATASET, Manifest, dataset_digest
@@ -140,7 +140,7 @@ def read_ledger(out: AnyPath, shard: str, columns: Sequence[str], verdict: str |
     path = out / "shards" / f"{shard}.parquet"
     try:
         columns = list(dict.fromkeys(columns))
-        table = parquet(path).read(columns=list({*columns, "verdict"}))
+        table = complete(parquet(path).read(columns=list({*columns, "verdict"})))
         table.validate(full=True)  # bytes that are no text would stop whoever reads them
         return (table if verdict is None else table.filter(pc.equal(table["verdict"], verdict))).select(columns)
     except UNREADABLE as error:

@@ -40,6 +40,8 @@ def to_seeds(raw: pa.Table, part: str, first_row: int, path: str) -> pa.Table:
         tags = pc.utf8_lower(columns["nsfw"])
         scores = pc.if_else(pc.equal(tags, "true"), "1", pc.if_else(pc.equal(tags, "false"), "0", columns["nsfw"]))
         columns["punsafe"] = pc.coalesce(columns["punsafe"], score(scores))
+    length = pc.utf8_length(pc.utf8_trim_whitespace(columns["text"]))
+    columns["caption_chars"] = pc.fill_null(length, 0)
     return pa.table([columns[name] for name in SEED], schema=SEED_SCHEMA)
 
 

@@ -122,9 +122,27 @@ def test_without_pictures_no_face_is_in_the_page(out):
 
 def test_captions_and_crops_that_samples_lack_are_seen_at_once(tmp_path):
     rows = [fake.record("a", row, text="") for row in range(3)]
-    assert (
-        "captions 0 of 3 crop portrait 3 of 3 crop half 0 of 3" in page_of(fake.write(tmp_path, {"a-00000": rows})).text
+    page = page_of(fake.write(tmp_path, {"a-00000": rows}))
+    assert "captions 0 of 3 crop portrait 3 of 3 crop half 0 of 3" in page.text
+    assert page.values("div", "class").count("bad") == 2
+
+
+def test_all_rows_count_not_those_alone_that_are_shown(tmp_path):
+    rows = [fake.record("a", row, text="one two" if row % 2 else "") for row in range(30)]
+    rows += [fake.dead("a", 50 + n, "metadata", "unsafe", caption_chars=100 * n) for n in range(3)]
+    rows += [fake.dead("a", 53, "embed_face", "bad_embedding", caption_chars=9, crops_made=["half"])]
+    page = page_of(fake.write(tmp_path, {"a-00000": rows}))
+    assert "captions 18 of 34 kept: 15 of 30 crop portrait 30 of 30 crop half 0 of 30" in page.text
+    assert re.search(r"median [78] characters of 15 kept, \d+ characters of 3 dropped", page.text), (
+        "a distribution for either"
     )
+
+
+def test_where_nothing_was_kept_all_rows_say_whether_there_are_captions(tmp_path):
+    rows = [fake.dead("a", n, "download", "not_found", caption_chars=0) for n in range(4)]
+    text = page_of(fake.write(tmp_path, {"a-00000": rows})).text
+    assert "captions 0 of 4 none was kept" in text
+    assert "crop portrait" not in text
 
 
 def test_hosts_are_counted_by_what_became_of_their_rows(out):
@@ -160,7 +178,7 @@ def test_a_caption_that_is_no_unicode_or_endless_is_shown_in_part(tmp_path):
     content = fake.record("a", 0)["json"].decode().replace("caption of row 0", "\\ud800" + "long " * 100_000)
     page = page_of(fake.write(tmp_path, {"a-00000": [fake.record("a", 0, json=content.encode())]}))
     assert "?long long" in page.text
-    assert len(page.text) < 20_000
+    assert len(page.text) < 25_000
 
 
 def test_a_dataset_that_kept_nothing_has_a_page(tmp_path):

@@ -1,89 +1,107 @@
 """The page of a report in a browser, as somebody uses it; and its counts, which are those of `replay`."""
 
-import base64
 import json
 import random
 import re
+from collections import Counter
 
+import fake_dataset as fake
 import judged_rows
-import numpy as np
 import pages
+import pyarrow as pa
 import pytest
 
-from pipeline.dataset.finished.replay import OUTCOMES, other_thresholds, replay, thresholds
+from pipeline.dataset.finished import report_explorer
+from pipeline.dataset.finished.replay import (
+    COLUMNS,
+    OUTCOMES,
+    THRESHOLDS,
+    UNJUDGED,
+    evidence,
+    ledgers,
+    other_thresholds,
+    replay,
+    thresholds,
+)
 from pipeline.dataset.finished.report import write_report
 from stages.settings import FilterSettings
 
-LEAST = ("min_image_px", "min_face_px")
-VERDICTS = {
-    "min_image_px": "small_image",
-    "max_pixels": "too_many_pixels",
-    "max_second_score": "several_faces",
-    "min_face_px": "small_face",
-}
-COUNTS = """(stops) => {
-  for (const [name, stop] of Object.entries(stops)) {
-    const slider = document.getElementById(`s-${name}`);
-    slider.value = stop;
-    slider.dispatchEvent(new Event("input"));
-  }
-  return [...document.querySelectorAll("#outcomes tr")].map(({cells}) => [cells[0].textContent, cells[2].textContent]);
-}"""
+COUNTS = """(settings) => settings.map((stops) => {
+  const sliders = Object.keys(stops).map((name) => document.getElementById(`s-${name}`));
+  Object.values(stops).forEach((stop, n) => { sliders[n].value = stop; });
+  sliders[0].dispatchEvent(new Event("input"));
+  const shown = [...document.querySelectorAll("#outcomes tr")].map(({cells}) => [cells[0], cells[2]].map((cell) => cell.textContent));
+  return Object.fromEntries(shown.map(([name, count]) => [name, Number(count.replaceAll(",", ""))]).filter(([, count]) => count));
+})"""  # noqa: E501
+
+
+def drawn_photos():
+    rng = random.Random(0)
+    return [judged_rows.photo(rng) for _ in range(300)]
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    rng = random.Random(0)
-    made = judged_rows.write(tmp_path_factory.mktemp("judged"), [judged_rows.photo(rng) for _ in range(600)])
+    made = judged_rows.write(tmp_path_factory.mktemp("judged"), drawn_photos())
     write_report(made)
     return made
 
 
-@pytest.fixture(scope="module")
-def explorer(out):
+def explorer_of(out):
     text = (out / "report.html").read_text(encoding="utf-8")
     return json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])["explorer"]
 
 
-def settings(explorer, seed, count):
+def settings(out, seed, count):
     """Random stops of all sliders, the run's own often among them, and the thresholds there."""
-    rng = random.Random(seed)
+    rng, known = random.Random(seed), explorer_of(out)["thresholds"]
     for _ in range(count):
         stops = {}
-        for name, values in explorer["stops"].items():
-            own = values.index(explorer["limits"][name])
-            stops[name] = rng.choice(
-                [own, rng.randrange(len(values)), min(max(own + rng.randint(-3, 3), 0), len(values) - 1)]
+        for one in known:
+            own, last = one["stops"].index(one["limit"]), len(one["stops"]) - 1
+            near, anywhere = min(max(own + rng.randint(-3, 3), 0), last), rng.randint(0, last)
+            stops[one["name"]] = rng.choice(
+                [own, own, near, anywhere] if one["off"] is None else [*[own] * 5, anywhere]
             )
-        yield stops, FilterSettings(**{name: explorer["stops"][name][stop] for name, stop in stops.items()})
+        yield stops, FilterSettings(**{one["name"]: one["stops"][stops[one["name"]]] for one in known})
 
 
-def replayed(out, limits):
-    counted = replay(out, limits, thresholds(out)[1])
-    return {outcome: count for outcome in OUTCOMES if (count := counted.after(outcome))}
+def counted(out, factor):
+    """What thresholds make of the rows of all ledgers."""
+    rows = evidence(pa.concat_tables(ledgers(out, COLUMNS)))
+    return lambda limits: Counter(OUTCOMES[number] for number in rows.judged(limits, factor))
 
 
-def test_cells_count_at_every_stop_what_replay_counts(out, explorer):
-    data, rows = np.frombuffer(base64.b64decode(explorer["cells"]), np.uint8), explorer["rows"]
-    *bins, outcomes = data[: 5 * rows].reshape(5, rows)
-    counts = data[5 * rows :].view("<u4")
-    assert rows < 600
-    for stops, limits in settings(explorer, 0, 200):
-        verdicts = outcomes.copy()
-        if limits.min_face_px / explorer["factor"] >= explorer["seen_px"]:
-            verdicts[verdicts == OUTCOMES.index("unsure")] = OUTCOMES.index("no_face")
-        for name, column in reversed([*zip(explorer["names"], bins, strict=True)]):
-            failed = stops[name] >= column if name in LEAST else stops[name] < column
-            verdicts[failed] = OUTCOMES.index(VERDICTS[name])
-        sums = np.bincount(verdicts, counts, minlength=len(OUTCOMES)).astype(int).tolist()
-        assert {OUTCOMES[n]: count for n, count in enumerate(sums) if count} == replayed(out, limits)
+def test_sliders_count_what_replay_and_a_rerun_count(visit, out):
+    photos = [*drawn_photos(), *[judged_rows.truth(fake.record("a", row)) for row in range(3)]]
+    replayed, chosen = counted(out, judged_rows.FACTOR), [*settings(out, 0, 200)]
+    shown = visit(out / "report.html").evaluate(COUNTS, [stops for stops, _ in chosen])
+    reasons = set()
+    for (_, limits), counts in zip(chosen, shown, strict=True):
+        assert counts == replayed(limits)
+        rerun = Counter(judged_rows.run(photo, limits)["verdict"] for photo in photos)
+        judged = Counter({outcome: count for outcome, count in counts.items() if outcome not in UNJUDGED})
+        assert judged <= rerun
+        assert (rerun - judged).total() == sum(counts.get(outcome, 0) for outcome in UNJUDGED)
+        reasons |= set(counts)
+    assert reasons >= {"kept", *UNJUDGED, *THRESHOLDS.values()}
+    limits = chosen[-1][1]
+    assert replay(out, limits, thresholds(out)[1]).after("kept") == replayed(limits)["kept"]
 
 
-def test_sliders_count_what_replay_counts(visit, out, explorer):
-    page = visit(out / "report.html")
-    for stops, limits in settings(explorer, 1, 25):
-        shown = {name: int(count.replace(",", "")) for name, count in page.evaluate(COUNTS, stops)}
-        assert {name: count for name, count in shown.items() if count} == replayed(out, limits)
+def test_sliders_with_fewer_stops_count_as_exactly(visit, tmp_path, monkeypatch):
+    out = judged_rows.write(tmp_path / "out", drawn_photos())
+    monkeypatch.setattr(report_explorer, "_MOST_BYTES", 2_500)
+    write_report(out)
+    explorer = explorer_of(out)
+    assert 30 < explorer["rows"] * (len(THRESHOLDS) + 5) <= 2_500
+    for one in explorer["thresholds"]:
+        assert one["limit"] in one["stops"]
+        assert one["off"] in (None, *one["stops"])
+        assert len(one["stops"]) >= (16 if one["off"] is None else 1)
+    replayed, chosen = counted(out, judged_rows.FACTOR), [*settings(out, 1, 20)]
+    shown = visit(out / "report.html").evaluate(COUNTS, [stops for stops, _ in chosen])
+    assert shown == [replayed(limits) for _, limits in chosen]
 
 
 @pages.in_every_window

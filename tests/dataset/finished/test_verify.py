@@ -16,15 +16,20 @@ from safetensors.numpy import save as save_features
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
+from pipeline.dataset.finished.forget import Wanted, forget
+from pipeline.dataset.finished.replay import replay
+from pipeline.dataset.finished.report import write_report
+from pipeline.dataset.finished.status import status
 from pipeline.dataset.finished.verify import foreign_files, verify
 from pipeline.dataset.out.forgotten import Forgotten
 from pipeline.dataset.out.forgotten import save as save_forgotten
-from pipeline.dataset.out.output import fingerprint
+from pipeline.dataset.out.output import Output, fingerprint
 from schemas.columns import LEDGER_SCHEMA
 from schemas.digest import sha256_of_json
 from schemas.errors import OutputError
 from schemas.int8 import encode_int8, quantise
 from schemas.shard import UNCONDITIONAL, Manifest, encode_npy
+from stages.settings import FilterSettings
 
 SHARD, FIRST = "a-00000", "a-000000000"
 
@@ -399,6 +404,24 @@ def put(index, **values):
 def test_a_ledger_that_lies(out, change, message):
     edit_ledger(out, change)
     assert any(file == f"{SHARD}.parquet" and message in text for file, _, text in told(out)), told(out)
+
+
+def test_ledgers_of_earlier_releases_are_read_as_ever(out):
+    path = out / "shards" / f"{SHARD}.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["caption_chars", "screen_score", "crops_made"]), path)
+    seal(out)
+    assert told(out) == []
+    assert Output(out).is_done(SHARD, fake.plan())
+    assert (status(out).rows, write_report(out).kept) == (12, 4)
+    assert replay(out, FilterSettings(), 0).after("kept") == 4
+    assert forget(out, Wanted(urls=("http://photos.example/a/0.jpg",))).kept == {SHARD: 1}
+    assert told(out) == []
+    assert pq.read_schema(path) == LEDGER_SCHEMA
+
+
+def test_crops_that_are_not_those_of_the_ledger(out):
+    edit_ledger(out, put(0, crops_made=["portrait", "half"]))
+    assert told(out) == [(f"{SHARD}.tar", FIRST, "its crops are not those of the ledger's crops_made")]
 
 
 def test_a_ledger_of_other_columns(out):

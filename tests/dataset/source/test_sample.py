@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -53,6 +54,7 @@ def _seeds(table: pa.Table) -> pa.Table:
     given = {seed: table[column] for seed, column in SEEDED_FROM.items()}
     given |= {name: table[name] for name in ("punsafe", "pwatermark")} | {"nsfw": table["NSFW"]}
     given |= {"key": pa.array([str(row) for row in range(len(table))]), "row": pa.array(range(len(table)))}
+    given |= {"caption_chars": pc.utf8_length(given["text"])}
     given |= {"part": pa.array(["sample"] * len(table)), "image_ref": pa.nulls(len(table), pa.string())}
     return pa.table({name: given[name] for name in SEED_SCHEMA.names}).cast(SEED_SCHEMA)
 

@@ -357,6 +357,10 @@ SETS = {
         {"url": "u", "text": "a\ufffd", "nsfw": "NSFW"},
     ),
     "odd names": ({" Image-URL ": ["u"], "Alt Text": ["t"], "URL_HASH": ["x"]}, {"url": "u", "text": "t"}),
+    "no caption": ({"url": ["u"], "caption": pa.array([None], pa.string())}, {"text": None, "caption_chars": 0}),
+    "blank caption": ({"url": ["u"], "caption": [" \n"]}, {"caption_chars": 0}),
+    "no column of captions": ({"url": ["u"]}, {"caption_chars": 0}),
+    "odd caption": ({"url": ["u"], "caption": [" \U0001f600 é\t"]}, {"caption_chars": 3}),
     "nsfw as yes or no": ({"url": ["u"], "nsfw": [True]}, {"punsafe": 1.0}),
     "nsfw as a probability": ({"url": ["u"], "nsfw": [0.75]}, {"punsafe": 0.75}),
 }
