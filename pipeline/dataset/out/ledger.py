@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from pipeline.shared.files import AnyPath, RemotePath, names, parquet
-from schemas.columns import KEPT
+from schemas.columns import COLUMNS, KEPT, LATER
 from schemas.errors import ContractError, CorruptShardError, OutputError
 from schemas.names import finished_shards, shard_origin
 from schemas.shard import DATASET, Manifest, dataset_digest
@@ -141,6 +141,8 @@ def read_ledger(out: AnyPath, shard: str, columns: Sequence[str], verdict: str |
     try:
         columns = list(dict.fromkeys(columns))
         table = parquet(path).read(columns=list({*columns, "verdict"}))
+        for name in set(columns) & set(LATER) - set(table.column_names):
+            table = table.append_column(name, pa.nulls(table.num_rows, COLUMNS[name].type))
         table.validate(full=True)  # bytes that are no text would stop whoever reads them
         return (table if verdict is None else table.filter(pc.equal(table["verdict"], verdict))).select(columns)
     except UNREADABLE as error:
