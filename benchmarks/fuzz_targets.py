@@ -13,7 +13,8 @@ import fuzz_inputs as inputs
 from pipeline.dataset.config import load_config
 from pipeline.dataset.finished import contract
 from pipeline.dataset.out import forgotten, ledger
-from pipeline.dataset.source import formats, img2dataset_tars
+from pipeline.dataset.source import img2dataset_tars
+from pipeline.dataset.source.parts import Part
 from pipeline.dataset.source.values import to_seeds
 from pipeline.shared import tars
 from pipeline.train.loader import shards
@@ -68,9 +69,9 @@ def read_thumbnail(data: bytes, folder: Path) -> str:
 
 def read_metadata(data: bytes, path: Path) -> str:
     path.write_bytes(data)
-    formats.rows_in(str(path))
+    part = Part("part", str(path), None, "metadata").probed()
     rows = 0
-    for table in formats.tables(str(path)):
+    for table in part.tables():
         rows += to_seeds(table, "part", rows, str(path)).num_rows
     return "ok"
 

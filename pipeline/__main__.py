@@ -235,6 +235,10 @@ def forget(
     urls: Annotated[list[str] | None, typer.Option("--url", help="The URL of an image, however it is written.")] = None,
     domains: Annotated[list[str] | None, typer.Option("--domain", help="A site, and all sites below it.")] = None,
     contents: Annotated[list[str] | None, typer.Option("--sha256", help="The sha256 of an image file.")] = None,
+    files: Annotated[
+        list[str] | None,
+        typer.Option("--file", help="An image that needed no download: its source_file, or PART/source_file."),
+    ] = None,
     lists: Annotated[
         list[Path] | None, typer.Option("--list", metavar="FILE", help="A file with a URL, site or sha256 per line.")
     ] = None,
@@ -248,7 +252,7 @@ def forget(
     from pipeline.dataset.finished.forget import Wanted
     from pipeline.shared.files import to_path
 
-    wanted = Wanted(tuple(urls or ()), tuple(domains or ()), tuple(contents or ()))
+    wanted = Wanted(*(tuple(given or ()) for given in (urls, domains, contents, files)))
     for path in lists or ():
         wanted += Wanted.listed(path)
     gone = finished.forget(to_path(folder), wanted, dry_run=dry_run)

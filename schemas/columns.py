@@ -46,15 +46,22 @@ _ALL = (
     Column("part", pa.string(), "name of the metadata part"),
     Column("row", pa.int64(), "row number in the part, from 0"),
     Column("url", pa.string(), "where the image is fetched from", optional=True),
+    Column("source_kind", pa.string(), "`web`, or `made` for images that a model made", optional=True),
+    Column("source_file", pa.string(), "name of an image that was there already, in its folder or tar", optional=True),
     _payload("text", "caption", optional=True, type=pa.string()),
     Column("caption_chars", pa.int32(), "length of the caption without spaces around it, 0 for none", optional=True),
+    _payload("text_alternatives", "further captions", optional=True, type=pa.list_(pa.string())),
+    _payload("broken", "true where the metadata of this row cannot be read", optional=True, type=pa.bool_()),
     Column("meta_width", pa.int32(), "width that the metadata claims, pixels", optional=True),
     Column("meta_height", pa.int32(), "height that the metadata claims, pixels", optional=True),
     Column("nsfw", pa.string(), "safety tag of the metadata (UNLIKELY, UNSURE, NSFW)", optional=True),
     Column("punsafe", pa.float32(), "probability that the image is not safe for work, 0..1, metadata", optional=True),
     Column("pwatermark", pa.float32(), "probability of a watermark, 0..1, metadata", optional=True),
     _payload(
-        "image_ref", "file, offset and size of bytes that were downloaded before", optional=True, type=pa.string()
+        "image_ref",
+        "where bytes that need no download lie, as stages.fetch.stored reads it",
+        optional=True,
+        type=pa.string(),
     ),
     # download
     _payload("image", "the image file as fetched, encoded bytes, EXIF not yet applied"),
@@ -174,13 +181,13 @@ def schema(names: tuple[str, ...]) -> pa.Schema:
 LEDGER_SCHEMA = schema(LEDGER)
 SEED_SCHEMA = schema(SEED)
 
-_LATER = ("caption_chars", "screen_score", "crops_made")
+LATER = ("source_kind", "source_file", "caption_chars", "screen_score", "crops_made")
 """Columns that ledgers of earlier releases lack: nothing that decides reads them there, so SCHEMA_VERSION stays."""
 
 
 def complete(ledger: pa.Table) -> pa.Table:
     """A ledger with the columns that it lacks since an earlier release wrote it, null."""
-    for name in _LATER:
+    for name in LATER:
         if name not in ledger.column_names:
             nulls = pa.nulls(ledger.num_rows, COLUMNS[name].type)
             ledger = ledger.add_column(min(LEDGER.index(name), ledger.num_columns), name, nulls)

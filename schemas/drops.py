@@ -18,6 +18,7 @@ class DropReason(StrEnum):
     # metadata, before any download
     BAD_URL = "bad_url", "the URL is missing, malformed, neither http nor https, or leads to no port of the web"
     DUPLICATE_URL = "duplicate_url", "an earlier row of the same part has the same URL"
+    BAD_METADATA = "bad_metadata", "what the metadata says of this image is no JSON object"
     UNSAFE = "unsafe", "the metadata marks the image as not safe for work"
     WATERMARK = "watermark", "the metadata says that the image carries a watermark"
     SMALL_IMAGE = "small_image", "a side of the image is shorter than filter.min_image_px"
@@ -40,6 +41,7 @@ class DropReason(StrEnum):
     HOST_DOWN = "host_down", "the host failed so often in a row that it was left alone for a while"
     REMOVED = "removed", "the URL or the file's sha256 is on a list of download.removed"
     NOT_IN_TAR = "not_in_tar", "the existing download holds no image for this row"
+    NO_FILE = "no_file", "the image file is not there any more, or may not be read"
     # decoding
     NOT_AN_IMAGE = "not_an_image", "the bytes are not an image (a web page, say)"
     UNSUPPORTED_FORMAT = "unsupported_format", "an image format that is not decoded here"

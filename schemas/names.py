@@ -8,7 +8,7 @@ from schemas.errors import SourceError
 SAMPLE = "sample"
 """The bundled part."""
 
-_RANGE = re.compile(r"laion-part-(\d+)(?:\.\.(\d+))?")
+_RANGE = re.compile(r"((?:web:|made:)?)laion-part-(\d+)(?:\.\.(\d+))?")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _FURTHER = re.compile(r"(.+)-r(\d+)_\d+")
 _MANIFEST = re.compile(r"([A-Za-z0-9_-]+-(?:r\d+_)?\d{5,})\.json")
@@ -25,10 +25,10 @@ def split_spec(spec: str) -> list[str]:
     words: list[str] = []
     for word in filter(None, map(str.strip, spec.split(","))):
         match = _RANGE.fullmatch(word)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        first, last = (int(match[2]), int(match[3] or match[2])) if match else (0, 0)
         if last < first:
             raise SourceError(f"The range {word!r} runs backwards: write laion-part-{last}..{first}.")
-        words += [f"laion-part-{number}" for number in range(first, last + 1)] if match else [word]
+        words += [f"{match[1]}laion-part-{number}" for number in range(first, last + 1)] if match else [word]
     if not words:
         raise SourceError(
             "SHARDS is empty: give `sample`, `laion-part-0..99`, or a path, glob or URL of metadata files."
@@ -39,7 +39,14 @@ def split_spec(spec: str) -> list[str]:
 def part_number(word: str) -> int | None:
     """The N of `laion-part-N`, or None when the word is something else (a path, say)."""
     match = _RANGE.fullmatch(word)
-    return int(match[1]) if match and match[2] is None else None
+    return int(match[2]) if match and match[3] is None else None
+
+
+def split_kind(word: str) -> tuple[str, str]:
+    """The kind that stands before a word of SHARDS with its colon, or nothing, and the word: `made:`, `pictures/`."""
+    match = re.fullmatch(r"((?:web:|made:)?)(.*)", word, re.DOTALL)
+    assert match is not None, "both may be empty"
+    return match[1], match[2]
 
 
 def part_name(path: str) -> str:

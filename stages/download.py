@@ -1,4 +1,4 @@
-"""The download stage: the bytes of an image, from the web or from an existing download."""
+"""The download stage: the bytes of an image, from the web or from where they lie already."""
 
 import pkgutil
 from collections import deque
@@ -12,17 +12,18 @@ import pyarrow as pa
 from schemas.digest import sha256
 from schemas.drops import DropReason
 from stages.base import DROP, Dropped, to_table
-from stages.fetch import ENGINES, tar
+from stages.fetch import ENGINES
 from stages.fetch.engine import MOST_ROWS, Engine, Outcome
+from stages.fetch.stored import Stored
 from stages.runtime import Runtime
 from stages.settings import Settings
 
-_TARS_AHEAD = 4
-"""Tables whose images are read from existing tars before their turn."""
+_STORED_AHEAD = 4
+"""Tables whose images are read from where they lie before their turn."""
 
 
 class Download:
-    """Fetches each row's image file; a row with an image_ref is read from the tar that it names instead.
+    """Fetches each row's image file; a row with an image_ref is read from where that says instead.
 
     May be called from several threads at once. Width and height are written only for rows that are dropped as
     SMALL_IMAGE, whose bodies were not read to their end.
@@ -51,13 +52,14 @@ class Download:
         DropReason.ROBOTS_TXT,
         DropReason.OPTED_OUT,
         DropReason.NOT_IN_TAR,
+        DropReason.NO_FILE,
         DropReason.NOT_AN_IMAGE,
     )
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
         self._settings = settings
         self._engine: Engine = pkgutil.resolve_name(ENGINES[settings.download.engine])(settings, runtime)
-        self._tars = ThreadPoolExecutor(1, thread_name_prefix="faceshards-tars")
+        self._stored, self._reader = Stored(settings), ThreadPoolExecutor(1, thread_name_prefix="faceshards-stored")
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Fetch the rows of one table, as many at a time as the settings allow."""
@@ -80,8 +82,8 @@ class Download:
             if outcome is not None:
                 fetched.append(outcome)
             while waiting and len(waiting[0].urls) == len(fetched):
-                for batch in islice(waiting, _TARS_AHEAD):
-                    batch.read_tars(self._tars, self._settings)
+                for batch in islice(waiting, _STORED_AHEAD):
+                    batch.read_stored(self._reader, self._stored)
                 outcomes, fetched = waiting.popleft().outcomes(fetched), []
                 rows = [
                     {**outcome.measured, DROP: outcome.reason}
@@ -94,11 +96,12 @@ class Download:
     def close(self) -> None:
         """Let go of the engine's threads and connections."""
         self._engine.close()
-        self._tars.shutdown(cancel_futures=True)
+        self._reader.shutdown(cancel_futures=True)
+        self._stored.close()
 
 
 class _Batch:
-    """The rows of one table: each is fetched, or lies in a tar."""
+    """The rows of one table: each is fetched, or lies somewhere."""
 
     def __init__(self, table: pa.Table) -> None:
         self._refs = table["image_ref"].to_pylist()
@@ -107,11 +110,11 @@ class _Batch:
         rows = zip(table["url"].to_pylist(), self._refs, strict=True)
         self.urls = [url if ref is None else None for url, ref in rows]
 
-    def read_tars(self, pool: ThreadPoolExecutor, settings: Settings) -> None:
-        """Begin to read the images that lie in tars, unless that was begun before."""
+    def read_stored(self, pool: ThreadPoolExecutor, reader: Stored) -> None:
+        """Begin to read the images that lie somewhere, unless that was begun before."""
         refs = [ref for ref in self._refs if ref is not None]
         if refs and self._stored is None:
-            self._stored = pool.submit(tar.read, refs, settings)
+            self._stored = pool.submit(reader.read, refs)
 
     def outcomes(self, fetched: list[Outcome]) -> list[Outcome]:
         """One outcome per row, given what the engine made of `urls`."""

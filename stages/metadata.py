@@ -34,10 +34,11 @@ class Metadata:
 
     name: ClassVar[str] = "metadata"
     reads: ClassVar[tuple[str, ...]] = (
-        "url", "image_ref", "meta_width", "meta_height", "nsfw", "punsafe", "pwatermark",
+        "url", "image_ref", "broken", "meta_width", "meta_height", "nsfw", "punsafe", "pwatermark",
     )  # fmt: skip
     writes: ClassVar[tuple[str, ...]] = ()
     drops: ClassVar[tuple[DropReason, ...]] = (
+        DropReason.BAD_METADATA,
         DropReason.BAD_URL,
         DropReason.UNSAFE,
         DropReason.WATERMARK,
@@ -60,6 +61,7 @@ class Metadata:
         small = _mask(pc.less(table["meta_width"], shortest)) | _mask(pc.less(table["meta_height"], shortest))
         reasons = np.full(table.num_rows, None, dtype=object)
         for reason, mask in (
+            (DropReason.BAD_METADATA, _mask(table["broken"])),
             (DropReason.BAD_URL, ~fetched & ~_mask(pc.match_substring_regex(urls, _URL))),
             (DropReason.UNSAFE, _above(table["punsafe"], limits.max_punsafe) | tagged),
             (DropReason.WATERMARK, _above(table["pwatermark"], limits.max_pwatermark)),

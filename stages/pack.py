@@ -16,7 +16,10 @@ _REPEATED = (
     "part",
     "row",
     "url",
+    "source_kind",
+    "source_file",
     "text",
+    "text_alternatives",
     "sha256",
     "n_bytes",
     "format",
@@ -56,6 +59,11 @@ class Pack(RowStage):
         if content.pop("targets"):
             content["targets"] = json.loads(record["targets"])
         content["text"] = record["text"] or ""
+        if content["source_kind"] != "made":
+            del content["source_kind"]
+        for name in ("source_file", "text_alternatives"):
+            if not content[name]:
+                del content[name]
         content["fill"] = list(self.settings.segment.fill)
         content["schema_version"] = SCHEMA_VERSION
         text = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()

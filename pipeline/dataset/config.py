@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 from pipeline.dataset.source.parts import SourceSettings
 from pipeline.shared.configfile import explain, merge, read_values
 from schemas.errors import ConfigError
-from schemas.names import SAMPLE, split_spec
+from schemas.names import SAMPLE, split_kind, split_spec
 from schemas.section import Section
 from stages.settings import Settings
 
@@ -101,7 +101,7 @@ def load_config(
     Raises:
         ConfigError: for an unreadable file, an unknown key (names the nearest), or a value that is not allowed.
     """
-    is_sample = shards != "" and split_spec(shards) == [SAMPLE]
+    is_sample = shards != "" and [split_kind(word)[1] for word in split_spec(shards)] == [SAMPLE]
     values = read_values(path, sets)
     if profile:
         values["profile"] = profile

@@ -31,7 +31,7 @@ from pipeline.dataset.source.sample import sample_server, write_sample
 from pipeline.dataset.source.seeds import Seeds, iter_shards
 from pipeline.shared.files import AnyPath, RemotePath, sizes
 from schemas.errors import ExitCode, LostError, OutputError, UserError
-from schemas.names import SAMPLE, shard_origin, split_spec
+from schemas.names import SAMPLE, shard_origin, split_kind, split_spec
 from stages.runtime import Runtime
 
 
@@ -65,18 +65,18 @@ def prepared(spec: str, config: Config, *, dry_run: bool = False) -> Iterator[Jo
     Raises:
         UserError: for anything that the call, the config or the machine lacks; nothing was written.
     """
-    words, runtime = split_spec(spec), Runtime()
+    words, runtime = [split_kind(word) for word in split_spec(spec)], Runtime()
     with ExitStack() as stack:
-        if SAMPLE in words:
+        if SAMPLE in [word for _, word in words]:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="faceshards-sample-")))
             metadata = str(write_sample(folder))
-            words = [metadata if word == SAMPLE else word for word in words]
+            words = [(kind, metadata if word == SAMPLE else word) for kind, word in words]
             runtime = replace(runtime, sample_port=stack.enter_context(sample_server(folder)))
         if not config.executor.ray_address:
             # A file without a name, in which the processes of this machine share what was refused.
             file = stack.enter_context(TemporaryFile())
             runtime = replace(runtime, refusals=f"/proc/{os.getpid()}/fd/{file.fileno()}")
-        parts = find_parts(",".join(words), config.source)
+        parts = find_parts(",".join(kind + word for kind, word in words), config.source)
         yield Job(make_plan(config, runtime, dry_run=dry_run), tuple(parts))
 
 
@@ -173,6 +173,7 @@ class _Work:
                     if not done:
                         discard(self.output, further, seeds)
                 if done:
+                    self.output.require_same_files(seeds.name, seeds.table)
                     self.screen.done_before(seeds.name, seeds.table.num_rows)
                 else:
                     yield seeds

@@ -141,6 +141,7 @@ class Plan:
             "profile": config.profile,
             "rows_per_shard": config.source.rows_per_shard,
             "stages": stages,
+            **self._source,
             "settings": {
                 **config.model_dump(
                     mode="json",
@@ -163,6 +164,14 @@ class Plan:
             },
             "models": self.model_list,
         }
+
+    @property
+    def _source(self) -> dict[str, Any]:
+        """How rows are read, where that is not as usual."""
+        source = self.config.source
+        chosen = {"kind": source.kind if source.kind != "web" else "", "columns": source.columns}
+        chosen = {name: value for name, value in chosen.items() if value}
+        return {"source": chosen} if chosen else {}
 
     def _runtime_of(self, task: str) -> str:
         """What computes the pack's file for a task; nothing where it is not used."""

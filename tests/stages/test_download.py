@@ -18,6 +18,7 @@ from schemas.errors import SourceError
 from stages.base import DROP
 from stages.download import Download
 from stages.fetch.address import Guard
+from stages.fetch.stored import of_file
 from stages.runtime import Runtime
 from stages.settings import DownloadSettings, Settings
 
@@ -361,6 +362,21 @@ def test_rows_of_an_existing_download_are_read_and_not_fetched(stage, tar, hosti
 def test_drops_not_in_tar(stage, tar):
     beyond = f"{tar}#{tar.stat().st_size - 10}:4000"
     assert stage()(rows([None, None], ["", beyond]))[DROP].to_pylist() == [DropReason.NOT_IN_TAR] * 2
+
+
+def test_drops_no_file(stage, tmp_path):
+    folder = tmp_path / "photos #1"
+    folder.mkdir()
+    (folder / "a:1@2.jpg").write_bytes(servers.LARGE)
+    (folder / "small.jpg").write_bytes(servers.SMALL)
+    refs = [of_file(f"{folder}/{name}") for name in ("gone.jpg", "small.jpg", "a:1@2.jpg")]
+    download = stage()
+    table = download(rows([None] * 3, refs))
+    assert table[DROP].to_pylist() == [DropReason.NO_FILE, DropReason.SMALL_IMAGE, None]
+    assert table["image"][2].as_py() == servers.LARGE
+    folder.rename(tmp_path / "elsewhere")  # as a disk that is not mounted
+    with pytest.raises(SourceError, match=r"gone\.jpg cannot be read"):
+        download(rows([None] * 3, refs))
 
 
 def test_an_absent_tar_is_the_users_trouble(stage, tmp_path):

@@ -32,6 +32,10 @@ def test_a_row_without_evidence_is_a_candidate():
     assert judge() == []
 
 
+def test_drops_bad_metadata():
+    assert judge({"broken": True}, {"broken": True, "image_ref": "a.jpg#"}, {}) == ["bad_metadata"] * 2 + [None]
+
+
 @pytest.mark.parametrize(
     "url",
     [

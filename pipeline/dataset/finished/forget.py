@@ -4,7 +4,7 @@ There is no search by face, and there will be none: what goes is named by URL, s
 """
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -41,6 +41,8 @@ class Wanted:
     domains: tuple[str, ...] = ()
     contents: tuple[str, ...] = ()
     """sha256 of image files."""
+    files: tuple[str, ...] = ()
+    """Names of image files that needed no download."""
 
     @staticmethod
     def listed(path: Path) -> "Wanted":
@@ -55,7 +57,7 @@ class Wanted:
         return Wanted(*map(tuple, texts.values()))
 
     def __add__(self, other: "Wanted") -> "Wanted":
-        return Wanted(self.urls + other.urls, self.domains + other.domains, self.contents + other.contents)
+        return Wanted(*(getattr(self, name.name) + getattr(other, name.name) for name in fields(self)))
 
     def added_to(self, known: Forgotten) -> Forgotten:
         """What was to be forgotten before, and this.
@@ -63,9 +65,9 @@ class Wanted:
         Raises:
             OutputError: for what is no site or no sha256, or when there is nothing at all.
         """
-        forgotten = known.adding(urls=self.urls, domains=self.domains, contents=self.contents)
+        forgotten = known.adding(**asdict(self))
         if not forgotten:
-            raise OutputError("There is nothing to forget: give --url, --domain, --sha256 or --list.")
+            raise OutputError("There is nothing to forget: give --url, --domain, --sha256, --file or --list.")
         return forgotten
 
 
@@ -170,7 +172,7 @@ def _matches(out: AnyPath, takedowns: Takedowns) -> tuple[Takedowns, Gone]:
         urls: set[str] = set()
         for shard in shard_names(out):
             try:
-                ledger = read_ledger(out, shard, ("key", "url", "sha256", "verdict"))
+                ledger = read_ledger(out, shard, ("key", "part", "url", "source_file", "sha256", "verdict"))
             except CorruptShardError as error:
                 gone.damaged.append(str(error))
                 continue

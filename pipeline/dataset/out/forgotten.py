@@ -41,21 +41,29 @@ class Forgotten:
     domains: frozenset[str] = frozenset()
     contents: frozenset[str] = frozenset()
     """Of the sha256 of image files."""
+    files: frozenset[str] = frozenset()
+    """Of the names of image files, as `source_file` has them, with or without `<part>/` before."""
     lists: str = ""
     """The digest of the lists of `download.removed` that all finished shards were made under, or rewritten for."""
 
     def __bool__(self) -> bool:
-        return bool(self.urls or self.domains or self.contents)
+        return bool(self.urls or self.domains or self.contents or self.files)
 
     def adding(
-        self, *, urls: Iterable[str] = (), domains: Iterable[str] = (), contents: Iterable[str] = ()
+        self,
+        *,
+        urls: Iterable[str] = (),
+        domains: Iterable[str] = (),
+        contents: Iterable[str] = (),
+        files: Iterable[str] = (),
     ) -> "Forgotten":
-        """With these URLs, these sites and all below them, and the files of these sha256 too."""
+        """With these URLs, these sites and all below them, and the files of these sha256 or names too."""
         return replace(
             self,
             urls=self.urls | {self._hash("url", identity(url)) for url in urls},
             domains=self.domains | {self._hash("domain", normal_domain(name)) for name in domains},
             contents=self.contents | {self._hash("content", normal_sha256(one)) for one in contents},
+            files=self.files | {self._hash("file", name.removeprefix("./")) for name in files},
         )
 
     def concerns_url(self, url: str | None) -> bool:
@@ -78,6 +86,14 @@ class Forgotten:
             return np.zeros(table.num_rows, bool)
         digests = table["sha256"].to_pylist()
         return np.array([one is not None and self._hash("content", one) in self.contents for one in digests], bool)
+
+    def files_in(self, table: pa.Table) -> Mask:
+        """Which rows have a file whose name is to be forgotten."""
+        if not self.files:
+            return np.zeros(table.num_rows, bool)
+        rows = zip(table["part"].to_pylist(), table["source_file"].to_pylist(), strict=True)
+        forms = ((name, f"{part}/{name}") if name else () for part, name in rows)
+        return np.array([any(self._hash("file", form) in self.files for form in every) for every in forms], bool)
 
     def _hash(self, kind: str, form: str) -> str:
         return sha256(f"{self.salt}{kind}\0{form}".encode("utf-8", "surrogatepass"))
@@ -128,7 +144,9 @@ def load(out: AnyPath) -> Forgotten:
         return Forgotten()
     try:
         content = json.loads(text)
-        hashes = {name: frozenset(map(normal_sha256, content[name])) for name in ("urls", "domains", "contents")}
+        content.setdefault("files", [])
+        kinds = ("urls", "domains", "contents", "files")
+        hashes = {name: frozenset(map(normal_sha256, content[name])) for name in kinds}
         forgotten = Forgotten(str(content["salt"]), lists=str(content.get("lists", "")), **hashes)
     except (ValueError, KeyError, TypeError, AttributeError, OutputError, RecursionError) as error:
         raise CorruptShardError(f"{FORGOTTEN}: cannot be read: {error}") from error
@@ -145,8 +163,9 @@ def _text(forgotten: Forgotten) -> bytes:
     """As stable JSON text that a single changed byte contradicts."""
     fields = {name: value if isinstance(value, str) else sorted(value) for name, value in asdict(forgotten).items()}
     content: dict[str, Any] = {"version": _VERSION, **fields}
-    if not forgotten.lists:
-        del content["lists"]
+    for name in ("lists", "files"):  # which earlier releases did not know
+        if not content[name]:
+            del content[name]
     content["sha256"] = sha256(json.dumps(content, sort_keys=True).encode())
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.dataset.out.forgotten import finish, load
-from pipeline.dataset.out.ledger import counts
+from pipeline.dataset.out.ledger import counts, read_ledger
 from pipeline.dataset.out.lists import Listed
 from pipeline.dataset.out.lost import lost_errors
 from pipeline.dataset.out.takedowns import DROPS, Takedowns
@@ -190,6 +190,25 @@ class Output:
                 "was changed, or is read otherwise; give the part that OUT was made of, or another OUT."
             )
         return done
+
+    def require_same_files(self, shard: str, seeds: pa.Table) -> None:
+        """Check that a finished shard was made of the files that its part gives it now; of rows with URLs is no check.
+
+        Raises:
+            SourceError: when files were added or removed, so that rows would be lost or doubled, or their kind changed.
+            CorruptShardError: when the ledger cannot be read.
+        """
+        if seeds["source_file"].null_count == seeds.num_rows and "made" not in seeds["source_kind"].to_pylist():
+            return
+        ledger = read_ledger(self.root, shard, ("source_kind", "source_file"))
+        for name in ledger.column_names:
+            # Nulls are no evidence: rows of take-downs have them, and ledgers of earlier releases.
+            row = pc.index(pc.not_equal(ledger[name], seeds[name]), True).as_py()
+            if row >= 0:
+                raise SourceError(
+                    f"{shard} was made of {ledger[name][row]}, its part gives it {seeds[name][row]} in that row now: "
+                    "give what OUT was made of, or another OUT."
+                )
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -38,7 +38,9 @@ class Takedowns:
         """Why each row of a table of seed or ledger columns must not be used; null for all others."""
         reasons = np.full(table.num_rows, None, dtype=object)
         reasons[self.listed.rows_in(table)] = DropReason.REMOVED.value
-        reasons[self.forgotten.urls_in(table) | self.forgotten.contents_in(table)] = DropReason.FORGOTTEN.value
+        forgotten = self.forgotten
+        mask = forgotten.urls_in(table) | forgotten.contents_in(table) | forgotten.files_in(table)
+        reasons[mask] = DropReason.FORGOTTEN.value
         return pa.array(reasons, pa.string())
 
     def judged(self, seeds: pa.Table) -> pa.Table:

@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -11,11 +11,16 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from pipeline.dataset.source.aliases import ALIASES, require_url, resolve
+from pipeline.dataset.source.aliases import ALIASES, Aliases, resolve
+from pipeline.dataset.source.values import distinct
 from pipeline.shared.files import open_binary, reading
 from schemas.errors import SourceError
 
 EXTENSIONS = ".parquet, .csv[.gz], .tsv[.gz], .jsonl[.gz]"
+BESIDE = ("json", "txt", "caption")
+"""Suffixes of files that tell of the image of the same name; of captions, those of the first count."""
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jxl")
+"""The image of a sample is its first file with one of these suffixes, in this order."""
 BATCH_ROWS = 32_768
 _BUFFER = 4 << 20
 _GROUP = 64 << 20
@@ -26,9 +31,9 @@ _PROBE_LINES = 100
 class Format(NamedTuple):
     """How one kind of file is read."""
 
-    probe: Callable[[str], tuple[list[str], int | None]]
-    """Path -> names of its columns, and the number of rows where that is cheap to know."""
-    tables: Callable[[str], Iterator[pa.Table]]
+    probe: Callable[[str], tuple[pa.Schema, int | None]]
+    """Path -> its columns, as far as known in their types, and the number of rows where that is cheap to know."""
+    tables: Callable[[str, Aliases], Iterator[pa.Table]]
     """Path -> its rows in order, under our names and in the file's types."""
 
 
@@ -38,22 +43,21 @@ def format_of(path: str) -> Format | None:
     return _FORMATS[(match[1] or match[2]).lower()] if match else None
 
 
-def rows_in(path: str) -> int | None:
-    """Check that a metadata file can be read and has URLs; its number of rows where that is cheap to know.
+def probe(path: str) -> tuple[pa.Schema, int | None]:
+    """The columns of a metadata file, strings where types are not known, and its rows where that is cheap to know.
 
     Raises:
-        SourceError: for an empty or unreadable file, or one without a URL column.
+        SourceError: for an empty or unreadable file.
     """
     format = format_of(path)
     assert format is not None, "parts are metadata files by their names"
     columns, rows = format.probe(path)
-    if not columns:
+    if not columns.names:
         raise SourceError(f"{path} is empty: it has no columns.")
-    require_url(path, columns)
-    return rows
+    return columns, rows
 
 
-def tables(path: str) -> Iterator[pa.Table]:
+def tables(path: str, aliases: Aliases = ALIASES) -> Iterator[pa.Table]:
     """The rows of a metadata file in order, in tables of bounded size, under our names and in the file's types.
 
     Raises:
@@ -62,15 +66,15 @@ def tables(path: str) -> Iterator[pa.Table]:
     format = format_of(path)
     assert format is not None, "parts are metadata files by their names"
     with reading(path):
-        yield from format.tables(path)
+        yield from format.tables(path, aliases)
 
 
-def probe_parquet(path: str) -> tuple[list[str], int]:
+def probe_parquet(path: str) -> tuple[pa.Schema, int]:
     with reading(path), open_binary(path) as file, pq.ParquetFile(file) as parquet:
-        return parquet.schema_arrow.names, parquet.metadata.num_rows
+        return parquet.schema_arrow, parquet.metadata.num_rows
 
 
-def read_parquet(path: str, aliases: Mapping[str, tuple[str, ...]] = ALIASES) -> Iterator[pa.Table]:
+def read_parquet(path: str, aliases: Aliases = ALIASES) -> Iterator[pa.Table]:
     """The rows of a parquet file; large column chunks are read through small buffers."""
     with reading(path), open_binary(path) as file:
         footer = pq.read_metadata(file)
@@ -95,9 +99,9 @@ def _csv_header(path: str) -> tuple[list[str], str]:
         return next(csv.reader([line], delimiter=delimiter), []), delimiter
 
 
-def read_csv(path: str) -> Iterator[pa.Table]:
+def read_csv(path: str, aliases: Aliases) -> Iterator[pa.Table]:
     header, delimiter = _csv_header(path)
-    ours = {header.index(name): seed for seed, name in resolve(header).items()}
+    ours = {header.index(name): seed for seed, name in resolve(header, aliases).items()}
     names = [ours.get(number, f"unused{number}") for number in range(len(header))]
     options = (
         pa.csv.ReadOptions(column_names=names, skip_rows=1, block_size=_CSV_BLOCK, use_threads=False),
@@ -115,50 +119,71 @@ def read_csv(path: str) -> Iterator[pa.Table]:
             yield pa.Table.from_batches([batch])
 
 
-def probe_jsonl(path: str) -> tuple[list[str], None]:
+def probe_jsonl(path: str) -> tuple[pa.Schema, None]:
     with reading(path), open_binary(path, "infer") as file:
-        records = islice(_records(path, file), _PROBE_LINES)
-        return list(dict.fromkeys(name for record in records for name in record)), None
+        records = list(islice(_records(file), _PROBE_LINES))
+    if records and not any(records):
+        raise SourceError(f"{path} holds no JSON objects, one a line.")
+    return _strings(dict.fromkeys(name for record in records for name in record or ())), None
 
 
-def read_jsonl(path: str) -> Iterator[pa.Table]:
+def _strings(names: Iterable[str]) -> pa.Schema:
+    return pa.schema([(name, pa.string()) for name in names])
+
+
+def read_jsonl(path: str, aliases: Aliases) -> Iterator[pa.Table]:
     with open_binary(path, "infer") as file:
-        records = _records(path, file)
+        records = _records(file)
         while batch := list(islice(records, BATCH_ROWS)):
-            yield from_records(batch)
+            yield from_records(batch, aliases)
 
 
-def _records(path: str, lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield parse_record(line, f"line {number} of {path}")
+def _records(lines: Iterable[bytes]) -> Iterator[dict[str, Any] | None]:
+    return (parse_record(line) for line in lines if line.strip())
 
 
-def parse_record(data: bytes, where: str) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        SourceError: says that `where` is no JSON object.
-    """
+def parse_record(data: bytes) -> dict[str, Any] | None:
+    """A JSON object; None for what is none."""
     try:
         record = json.loads(data.decode("utf-8-sig", "replace"))
     except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
-        raise SourceError(f"{where[0].upper()}{where[1:]} is not a JSON object.")
-    return record
+        return None
+    return record if isinstance(record, dict) else None
 
 
-def from_records(records: list[dict[str, Any]], aliases: Mapping[str, tuple[str, ...]] = ALIASES) -> pa.Table:
-    """JSON objects as a table under our names, all values as text: their types may differ from row to row."""
+def from_records(records: Sequence[dict[str, Any] | None], aliases: Aliases = ALIASES) -> pa.Table:
+    """JSON objects as a table under our names, all values as text: their types may differ from row to row.
+
+    `text` is a list of all captions. `broken` is true where there is no object.
+    """
     known: dict[tuple[str, ...], dict[str, str]] = {}
     rows = []
     for record in records:
+        if record is None:
+            rows.append({"broken": True})
+            continue
         keys = tuple(record)
         if keys not in known:
             known[keys] = resolve(keys, aliases)
-        rows.append({seed: _text(record[name]) for seed, name in known[keys].items()})
-    return pa.Table.from_pylist(rows, schema=pa.schema([(seed, pa.string()) for seed in aliases]))
+        names = known[keys]
+        row: dict[str, Any] = {seed: _text(record[name]) for seed, name in names.items() if seed in aliases}
+        given = (record[name] for seed, name in names.items() if seed.partition(".")[0] == "text")
+        row["text"] = distinct(list(map(_text, one)) if isinstance(one, list) else _text(one) for one in given)
+        rows.append(row)
+    types = {seed: pa.string() for seed in aliases} | {"text": pa.list_(pa.string()), "broken": pa.bool_()}
+    return pa.Table.from_pylist(rows, schema=pa.schema(types))
+
+
+def from_files(samples: Sequence[Mapping[str, bytes]], aliases: Aliases) -> pa.Table:
+    """What the files with BESIDE's suffixes, beside an image, say of it: a row each, as `from_records`."""
+    table = from_records([parse_record(files["json"]) if "json" in files else {} for files in samples], aliases)
+    texts = [
+        distinct(
+            [known, *(files[suffix].decode("utf-8-sig", "replace").strip() for suffix in BESIDE[1:] if suffix in files)]
+        )
+        for known, files in zip(table["text"].to_pylist(), samples, strict=True)
+    ]
+    return table.set_column(table.column_names.index("text"), "text", pa.array(texts, pa.list_(pa.string())))
 
 
 def _text(value: Any) -> str | None:
@@ -169,7 +194,7 @@ def _text(value: Any) -> str | None:
     return str(value) if isinstance(value, int | float) else None
 
 
-_CSV = Format(lambda path: (_csv_header(path)[0], None), read_csv)
+_CSV = Format(lambda path: (_strings(_csv_header(path)[0]), None), read_csv)
 _JSONL = Format(probe_jsonl, read_jsonl)
 _FORMATS = {
     "parquet": Format(probe_parquet, read_parquet),

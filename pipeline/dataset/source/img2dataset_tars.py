@@ -1,24 +1,22 @@
-"""Existing downloads of img2dataset: webdataset tars, with a parquet beside each or the metadata in their members."""
+"""Webdataset tars of any origin: with a parquet beside each, as img2dataset writes it, or metadata in their members."""
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 
-from pipeline.dataset.source.aliases import STORED_ALIASES
-from pipeline.dataset.source.formats import from_records, parse_record, probe_parquet, read_parquet
+from pipeline.dataset.source.aliases import STORED_ALIASES, Aliases
+from pipeline.dataset.source.formats import BESIDE, IMAGE_SUFFIXES, from_files, probe_parquet, read_parquet
 from pipeline.shared.files import kind_of, open_binary, reading
 from pipeline.shared.tars import members, read, require_whole
 from schemas.errors import SourceError
-
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jxl")
-"""The image of a sample is its first member with one of these suffixes, in this order."""
 
 
 class Member(NamedTuple):
     """Where a file's bytes lie in its tar."""
 
+    name: str
     offset: int
     size: int
 
@@ -44,7 +42,7 @@ def rows_in(path: str) -> int | None:
     return probe_parquet(table)[1] if kind_of(table) else None
 
 
-def tables(path: str) -> Iterator[pa.Table]:
+def tables(path: str, aliases: Aliases = STORED_ALIASES) -> Iterator[pa.Table]:
     """The rows of one tar in the order of their keys, under our names; `image_ref` says where each image lies.
 
     `image_ref` is `<path>#<offset>:<size>`, or "" for a row whose download failed.
@@ -54,18 +52,22 @@ def tables(path: str) -> Iterator[pa.Table]:
     """
     samples = scan(path)
     table = table_path(path)
-    beside = list(read_parquet(table, STORED_ALIASES)) if kind_of(table) else []
+    beside = list(read_parquet(table, aliases)) if kind_of(table) else []
     if beside and "image_key" in beside[0].column_names:
         rows = pa.concat_tables(beside)
         keys = rows.column("image_key").cast(pa.string())
         rows = rows.set_column(rows.column_names.index("image_key"), "image_key", keys)
     else:
-        rows = _rows_inside(path, samples)
+        rows = _rows_inside(path, samples, aliases)
     rows = rows.sort_by("image_key")
-    refs = [_image_ref(path, samples.get(key, {})) for key in rows.column("image_key").to_pylist()]
-    if any(_image_ref(path, members) for members in samples.values()) and not any(refs):
+    images = [_image(samples.get(key, {})) for key in rows.column("image_key").to_pylist()]
+    if any(map(_image, samples.values())) and not any(images):
         raise SourceError(f"{table} does not describe {path}: no key of it occurs there.")
-    yield rows.drop_columns(["image_key"]).append_column("image_ref", pa.array(refs, pa.string()))
+    rows = rows.drop_columns([name for name in ("image_key", "source_file") if name in rows.column_names])
+    refs = [f"{path}#{image.offset}:{image.size}" if image else "" for image in images]
+    names = [image.name.removeprefix("./") if image else None for image in images]
+    rows = rows.append_column("source_file", pa.array(names, pa.string()))
+    yield rows.append_column("image_ref", pa.array(refs, pa.string()))
 
 
 def scan(path: str) -> Samples:
@@ -80,7 +82,7 @@ def scan(path: str) -> Samples:
             folder, slash, name = info.name.rpartition("/")
             stem, _, suffix = name.partition(".")
             if info.isreg():
-                samples[folder + slash + stem][suffix.lower()] = Member(info.offset_data, info.size)
+                samples[folder + slash + stem][suffix.lower()] = Member(info.name, info.offset_data, info.size)
     return dict(samples)
 
 
@@ -89,24 +91,18 @@ def table_path(path: str) -> str:
     return path[: -len(".tar")] + ".parquet"
 
 
-def _image_ref(path: str, files: dict[str, Member]) -> str:
-    for suffix in IMAGE_SUFFIXES:
-        if suffix in files:
-            return f"{path}#{files[suffix].offset}:{files[suffix].size}"
-    return ""
+def _image(files: dict[str, Member]) -> Member | None:
+    return next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
 
 
-def _rows_inside(path: str, samples: Samples) -> pa.Table:
-    """Rows from the members: `json` where there is one, else the caption in `txt`."""
-    records: list[dict[str, Any]] = []
+def _rows_inside(path: str, samples: Samples, aliases: Aliases) -> pa.Table:
+    """Rows from the members: of samples with an image, and those whose json tells of a download that failed."""
+    rows = {key: files for key, files in samples.items() if "json" in files or _image(files)}
     with reading(path), open_binary(path) as file:
-        for key, files in samples.items():
-            record = {}
-            if "json" in files:
-                record = parse_record(read(file, *files["json"]), f"{key}.json in {path}")
-            elif not _image_ref(path, files):
-                continue
-            elif "txt" in files:
-                record = {"txt": read(file, *files["txt"]).decode("utf-8", "replace")}
-            records.append({**record, "key": key})
-    return from_records(records, STORED_ALIASES)
+        beside = [
+            {suffix: read(file, files[suffix].offset, files[suffix].size) for suffix in BESIDE if suffix in files}
+            for files in rows.values()
+        ]
+    table = from_files(beside, aliases)
+    keys = pa.array(list(rows), pa.string())
+    return table.set_column(table.column_names.index("image_key"), "image_key", keys)

@@ -3,23 +3,37 @@
 import difflib
 import os
 import re
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from glob import has_magic
 from pathlib import PurePosixPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+import pyarrow as pa
 from pydantic import Field
 
-from pipeline.dataset.source import formats
+from pipeline.dataset.source import embedded, formats
 from pipeline.dataset.source import img2dataset_tars as tars
-from pipeline.shared.files import full_path, kind_of, locate, reading, unreadable
+from pipeline.dataset.source.aliases import (
+    ALIASES,
+    FILE_ALIASES,
+    STORED_ALIASES,
+    ColumnKey,
+    mapped,
+    require,
+    require_url,
+    resolve,
+)
+from pipeline.dataset.source.pictures import Pictures
+from pipeline.dataset.source.values import to_seeds
+from pipeline.shared.files import full_path, is_local, kind_of, locate, reading, unreadable
 from schemas.errors import SourceError
-from schemas.names import SAMPLE, part_name, part_number, split_spec
+from schemas.names import SAMPLE, part_name, part_number, split_kind, split_spec
 from schemas.section import Section
 
-_KINDS = f"{formats.EXTENSIONS} or an img2dataset .tar"
+_KINDS = f"{formats.EXTENSIONS}, a .tar, or images"
 _PROBES_AT_A_TIME = 8
 _MOST_LISTED = 6
 
@@ -31,18 +45,30 @@ class SourceSettings(Section):
     """Folder or URL under which `laion-part-N` is the N-th metadata file in name order; LAION_ROOT when empty."""
     rows_per_shard: int = Field(1000, ge=1)
     """Candidate rows (those that pass the metadata filter) per shard."""
+    kind: Literal["web", "made"] = "web"
+    """Whether images are from the web (or of one's own), or were made by a model; `made:` before a word of SHARDS says
+    it of that word."""
+    columns: dict[ColumnKey, str] = Field(default_factory=dict)
+    """Which column is what, where the usual names do not tell, such as {text = "my_caption"}."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One metadata file, or one tar of an existing download."""
+    """One metadata file, one file of images, or one folder of them."""
 
     name: str
     path: str
     """Absolute path or fsspec URL."""
     rows: int | None
     """Rows in it, where that is cheap to know."""
-    kind: Literal["metadata", "tar"]
+    kind: Literal["metadata", "tar", "embedded", "pictures"]
+    source_kind: str = "web"
+    columns: Mapping[ColumnKey, str] = field(default_factory=dict, compare=False)
+    """As `source.columns` has them."""
+    pictures: Pictures | None = field(default=None, compare=False)
+    """Of a folder of images, its listing."""
+    image: pa.Field | None = field(default=None, compare=False)
+    """Of a parquet file with images, their column."""
 
     @property
     def origin(self) -> str:
@@ -53,12 +79,42 @@ class Part:
         folder = PurePosixPath(url.path).parent
         return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{folder}" if url.scheme else folder.name
 
-    @staticmethod
-    def probed(name: str, path: str) -> "Part":
-        """The part of a file, which is opened to see that it can be read."""
-        if tars.is_tar(path):
-            return Part(name, path, tars.rows_in(path), "tar")
-        return Part(name, path, formats.rows_in(path), "metadata")
+    def probed(self) -> "Part":
+        """The same, once it is opened to see that it can be read.
+
+        Raises:
+            SourceError: when it cannot, or holds no rows' columns.
+        """
+        if self.pictures is not None:
+            _ = self.pictures.named
+            return replace(self, rows=len(self.pictures.images))
+        if self.kind == "tar":
+            return replace(self, rows=tars.rows_in(self.path))
+        columns, rows = formats.probe(self.path)
+        require(self.path, columns.names, self.columns)
+        names = (self.columns["image"],) if "image" in self.columns else embedded.NAMES
+        image = embedded.image_column(columns, names)
+        aliases = mapped(FILE_ALIASES if image else ALIASES, self.columns)
+        if image is None:
+            require_url(self.path, columns.names, aliases)
+        first = {seed: columns.get_all_field_indices(name)[0] for seed, name in resolve(columns.names, aliases).items()}
+        # Types that cannot be read show without a row.
+        to_seeds(pa.table({seed: pa.array([], columns.field(i).type) for seed, i in first.items()}), path=self.path)
+        return replace(self, rows=rows, kind="embedded" if image else "metadata", image=image)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The rows in order, in tables of bounded size, under our names and in the file's types.
+
+        Raises:
+            SourceError: for what cannot be read.
+        """
+        if self.pictures is not None:
+            return self.pictures.tables()
+        if self.kind == "tar":
+            return tars.tables(self.path, mapped(STORED_ALIASES, self.columns))
+        if self.image is not None:
+            return embedded.tables(self.path, self.image, mapped(FILE_ALIASES, self.columns))
+        return formats.tables(self.path, mapped(ALIASES, self.columns))
 
 
 def find_parts(spec: str, settings: SourceSettings) -> list[Part]:
@@ -69,12 +125,13 @@ def find_parts(spec: str, settings: SourceSettings) -> list[Part]:
     """
     root = os.path.expanduser(settings.root or os.environ.get("LAION_ROOT", ""))
     numbered: list[str] = []
-    path_of: dict[str, str] = {}
-    name_of: dict[str, str] = {}
-    for word in split_spec(spec):
+    by_path: dict[str, Part] = {}
+    by_name: dict[str, Part] = {}
+    for whole_word in split_spec(spec):
+        kind, word = split_kind(whole_word)
         number = part_number(word)
         if number is None:
-            named = [(part_name(path), path) for path in _files_of(word)]
+            found = _parts_of(word, settings)
         else:
             numbered = numbered or _files_under_root(word, root)
             if number >= len(numbered):
@@ -86,17 +143,27 @@ def find_parts(spec: str, settings: SourceSettings) -> list[Part]:
                     f"{word} does not exist: the root {root} holds {files}, so the last part is "
                     f"laion-part-{len(numbered) - 1}."
                 )
-            named = [(f"laion-part-{number}", numbered[number])]
-        for name, path in named:
-            if path in name_of:
-                raise SourceError(f"SHARDS names {path} twice, as {name_of[path]!r} and as {name!r}: leave one out.")
-            if name in path_of:
+            found = [_part(numbered[number], settings, f"laion-part-{number}")]
+        for part in found:
+            name, path = part.name, part.path
+            if path in by_path:
                 raise SourceError(
-                    f"Two parts would be called {name!r}: {path_of[name]} and {path}; rename one, or run them apart."
+                    f"SHARDS names {path} twice, as {by_path[path].name!r} and as {name!r}: leave one out."
                 )
-            path_of[name], name_of[path] = path, name
+            if name in by_name:
+                raise SourceError(
+                    f"Two parts would be called {name!r}: {by_name[name].path} and {path}; rename one, or run them "
+                    "apart."
+                )
+            by_path[path] = by_name[name] = replace(part, source_kind=kind[:-1] or settings.kind)
     with ThreadPoolExecutor(_PROBES_AT_A_TIME) as pool:
-        return list(pool.map(Part.probed, path_of, path_of.values()))
+        return list(pool.map(Part.probed, by_path.values()))
+
+
+def _part(path: str, settings: SourceSettings, name: str = "") -> Part:
+    return Part(
+        name or part_name(path), path, None, "tar" if tars.is_tar(path) else "metadata", columns=settings.columns
+    )
 
 
 def _files_under_root(word: str, root: str) -> list[str]:
@@ -111,8 +178,8 @@ def _files_under_root(word: str, root: str) -> list[str]:
     return [path for path in files if not tars.is_tar(path)] or files
 
 
-def _files_of(word: str) -> list[str]:
-    """The files that a path, folder, glob or URL stands for; at least one."""
+def _parts_of(word: str, settings: SourceSettings) -> list[Part]:
+    """The parts that a path, folder, glob or URL stands for, not yet opened; at least one."""
     path = os.path.expanduser(word)
     fs, inside = locate(path)
     kind = kind_of(path)
@@ -120,8 +187,7 @@ def _files_of(word: str) -> list[str]:
         whole = full_path(fs, inside, word=path)
         files, complaint = data_files([whole]), f"{whole} is no metadata file: the names of those end in {_KINDS}."
     elif kind == "directory":
-        files = files_under(path)
-        complaint = "" if files else f"{word} holds no metadata ({_KINDS}); {_listing(path)}."
+        return _parts_in(path, settings)
     elif has_magic(inside):
         with reading(path):
             matched = sorted(full_path(fs, str(name)) for name in fs.glob(inside))
@@ -132,17 +198,43 @@ def _files_of(word: str) -> list[str]:
         files, complaint = [], f"{word} is neither a part nor an existing file or folder: {_hint(word, fs, inside)}"
     if not files:
         raise SourceError(complaint)
-    return files
+    return [_part(file, settings) for file in files]
+
+
+def _parts_in(word: str, settings: SourceSettings) -> list[Part]:
+    """The parts in a folder: its files of rows, or the folder as a whole where they name images there, or are none."""
+    listed, folder = listing(word), full_path(*locate(word)).rstrip("/")
+    files = data_files(listed)
+    pictures = Pictures.listed(folder, listed, mapped(FILE_ALIASES, settings.columns))
+    if pictures.images:
+        naming = {f"{folder}/{file}" for file in pictures.metadata}
+        if naming or not files:
+            whole = Part(part_name(folder), folder, None, "pictures", columns=settings.columns, pictures=pictures)
+            return [whole, *(_part(file, settings) for file in files if file not in naming)]
+    if not files:
+        raise SourceError(f"{word} holds no metadata and no images ({_KINDS}); {_listing(word)}.")
+    return [_part(file, settings) for file in files]
 
 
 def files_under(folder: str) -> list[str]:
     """The metadata files and tars anywhere under a folder, in name order; none that are hidden."""
+    return data_files(listing(folder))
+
+
+def listing(folder: str) -> list[str]:
+    """The full paths of all files under a folder, in name order; none that are hidden."""
     fs, inside = locate(folder)
     with reading(folder):
-        paths = [str(path) for path in fs.find(inside)]
+        # fsspec passes over local folders that may not be looked into, unless this raises.
+        paths = [str(path) for path in fs.find(inside, **({"on_error": _no_access} if is_local(folder) else {}))]
     depth = len(inside.rstrip("/"))
     shown = [path for path in paths if not any(name[:1] in "._" for name in path[depth:].strip("/").split("/"))]
-    return data_files(sorted(full_path(fs, path) for path in shown))
+    return sorted(full_path(fs, path) for path in shown)
+
+
+def _no_access(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def data_files(paths: list[str]) -> list[str]:

@@ -7,8 +7,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.dataset.source import formats
-from pipeline.dataset.source import img2dataset_tars as tars
 from pipeline.dataset.source.parts import Part, SourceSettings
 from pipeline.dataset.source.values import to_seeds
 from schemas.columns import SEED, schema
@@ -77,8 +75,9 @@ def seed_tables(part: Part) -> Iterator[pa.Table]:
         SourceError: for what cannot be read.
     """
     row = 0
-    for raw in tars.tables(part.path) if part.kind == "tar" else formats.tables(part.path):
-        yield to_seeds(raw, part.name, row, part.path)
+    for raw in part.tables():
+        kind = pa.repeat(pa.scalar(part.source_kind), raw.num_rows)
+        yield to_seeds(raw.append_column("source_kind", kind), part.name, row, part.path)
         row += raw.num_rows
 
 

@@ -1,6 +1,6 @@
 """How the values of metadata files become seed columns: sizes, scores and texts in whatever types they came."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,7 +13,7 @@ _NUMBER = r"^[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?$"
 _INT32_MAX = 2**31 - 1
 
 
-def to_seeds(raw: pa.Table, part: str, first_row: int, path: str) -> pa.Table:
+def to_seeds(raw: pa.Table, part: str = "", first_row: int = 0, path: str = "") -> pa.Table:
     """A table of seed columns from one that has a file's values under their names; absent columns are null.
 
     Raises:
@@ -26,15 +26,25 @@ def to_seeds(raw: pa.Table, part: str, first_row: int, path: str) -> pa.Table:
         "part": pa.repeat(pa.scalar(part), raw.num_rows),
         "row": pa.array(rows, pa.int64()),
     }
+    captions = []
     for name in raw.column_names:
         values = raw.column(name).combine_chunks()
         try:
             plain = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
-            columns[name] = _CONVERT[name](plain)
+            if name.partition(".")[0] == "text":
+                captions.append(texts(plain))
+            else:
+                columns[name] = _CONVERT[name](plain)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise SourceError(
-                f"{path} has {values.type} in the column for {name}, which cannot be read as such."
+                f"{path} has {values.type} in the column for {name.partition('.')[0]}, which cannot be read as such."
             ) from error
+    if len(captions) == 1 and captions[0].type == pa.string():
+        columns["text"] = captions[0]
+    elif captions:
+        several = [distinct(row) for row in zip(*(column.to_pylist() for column in captions), strict=True)]
+        columns["text"] = pa.array([row[0] if row else None for row in several], pa.string())
+        columns["text_alternatives"] = pa.array([row[1:] or None for row in several], pa.list_(pa.string()))
     if "nsfw" in raw.column_names:
         # Some sets have a yes/no or a probability where LAION has a tag: judged as a score; as a tag it would pass.
         tags = pc.utf8_lower(columns["nsfw"])
@@ -55,6 +65,20 @@ def text(values: pa.Array) -> pa.Array:
         raw = strings.cast(pa.binary()).to_pylist()
         return pa.array([None if item is None else item.decode("utf-8", "replace") for item in raw], pa.string())
     return strings
+
+
+def texts(values: pa.Array) -> pa.Array:
+    """Values as strings, or lists of values as lists of strings."""
+    if pa.types.is_null(values.type) or not hasattr(values.type, "value_type"):
+        return text(values)
+    lists = values.cast(pa.list_(values.type.value_type))
+    return pa.ListArray.from_arrays(lists.offsets, text(lists.values), mask=lists.is_null())
+
+
+def distinct(captions: Iterable[str | Sequence[str | None] | None]) -> list[str]:
+    """All captions of a row, each once, none that is blank; the first counts."""
+    every = (one for given in captions for one in ([given] if isinstance(given, str) else given or ()))
+    return list(dict.fromkeys(one for one in every if one and not one.isspace()))
 
 
 def size(values: pa.Array) -> pa.Array:
@@ -87,4 +111,8 @@ _CONVERT: Mapping[str, Callable[[pa.Array], pa.Array]] = {
     "punsafe": score,
     "pwatermark": score,
     "image_ref": text,
+    "broken": lambda values: values.cast(pa.bool_()),
+    "source_kind": text,
+    "source_file": text,
+    "text_alternatives": texts,
 }

@@ -322,7 +322,7 @@ def test_nothing_that_matches_is_said_and_remembered(out):
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (Wanted(), "give --url, --domain, --sha256 or --list"),
+        (Wanted(), "give --url, --domain, --sha256, --file or --list"),
         (Wanted(domains=("org",)), "is no site"),
         (Wanted(domains=("",)), "is no site"),
         (Wanted(contents=("abc",)), "is no sha256"),

@@ -55,8 +55,9 @@ def _seeds(table: pa.Table) -> pa.Table:
     given |= {name: table[name] for name in ("punsafe", "pwatermark")} | {"nsfw": table["NSFW"]}
     given |= {"key": pa.array([str(row) for row in range(len(table))]), "row": pa.array(range(len(table)))}
     given |= {"caption_chars": pc.utf8_length(given["text"])}
-    given |= {"part": pa.array(["sample"] * len(table)), "image_ref": pa.nulls(len(table), pa.string())}
-    return pa.table({name: given[name] for name in SEED_SCHEMA.names}).cast(SEED_SCHEMA)
+    given |= {"part": pa.array(["sample"] * len(table))}
+    nulls = pa.nulls(len(table))
+    return pa.table({name: given.get(name, nulls) for name in SEED_SCHEMA.names}).cast(SEED_SCHEMA)
 
 
 def test_every_row_ends_as_expected(outcome: Rows, table: pa.Table) -> None:

@@ -196,8 +196,9 @@ def test_unknown_words_suggest_near_ones(tmp_path):
 
 
 def test_folders_and_globs_with_nothing_to_read(tmp_path):
+    (tmp_path / "photo.xcf").touch()
+    assert "found there: photo.xcf" in complaint(tmp_path)
     (tmp_path / "photo.jpg").touch()
-    assert "found there: photo.jpg" in complaint(tmp_path)
     assert "matches no file" in complaint(tmp_path / "*.parquet")
     assert "only files such as" in complaint(tmp_path / "*.jpg")
     assert "is no metadata file" in complaint(tmp_path / "photo.jpg")
@@ -291,8 +292,10 @@ def test_a_ragged_csv(tmp_path):
 
 def test_jsonl_with_a_line_that_is_no_object(tmp_path):
     path = tmp_path / "x.jsonl"
-    path.write_text('{"url": "http://a.org"}\n' * 150 + "[1]\n")
-    assert complaint(path) == f"Line 151 of {path} is not a JSON object."
+    path.write_text('[1]\n{"url": "http://a.org"}\n{"url": "http://b')
+    assert [row["verdict"] for row in rows(path)] == ["bad_metadata", None, "bad_metadata"]
+    path.write_text('[\n  {"url": "http://a.org"},\n]\n'.replace("  {", "{"))
+    assert complaint(path) == f"{path} holds no JSON objects, one a line."
 
 
 def test_a_missing_url_column_lists_columns_and_aliases(tmp_path):
@@ -426,7 +429,8 @@ def test_jsonl_rows_may_differ_in_keys_and_types(tmp_path):
     found = rows(tmp_path / "p.jsonl")
     assert [row["url"] for row in found] == ["http://a.org", "http://b.org", None, "http://c.org"]
     assert [row["meta_width"] for row in found] == [1024, 2000, None, None]
-    assert [row["text"] for row in found] == [None, None, "?x", None]
+    assert [row["text"] for row in found] == [None, "no", "?x", None]
+    assert [row["text_alternatives"] for row in found] == [None, ["text"], None, None]
     assert [row["verdict"] for row in found] == [None, None, "bad_url", None]
     assert found[2]["punsafe"] == 1.0
 
@@ -671,8 +675,8 @@ def test_a_tar_with_the_parquet_of_another(tmp_path):
 
 
 def test_a_tar_with_broken_json(tmp_path):
-    path = tar(tmp_path / "t.tar", {"1": {"jpg": JPEG, "json": b"[]"}})
-    assert complaint(path) == f"1.json in {path} is not a JSON object."
+    path = tar(tmp_path / "t.tar", {"1": {"jpg": JPEG, "json": b"[]"}, "2": {"jpg": JPEG, "json": b"{}"}})
+    assert [row["verdict"] for row in rows(path)] == ["bad_metadata", None]
 
 
 # real files

@@ -1,0 +1,219 @@
+"""Folders of images: a row per image file, with what metadata there says of it, or the files beside it.
+
+Metadata are tables (`metadata.csv`, …) with a column that names files, JSON files that map names to records or list
+such records, and `<name>.json`, `.txt` and `.caption` beside `<name>.jpg`. Names lead to files of the folder's listing
+alone, so that none leads out of it; a link that does is left out.
+"""
+
+import json
+import os
+import posixpath
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import cached_property
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.dataset.source.aliases import FILE_ALIASES, Aliases, resolve
+from pipeline.dataset.source.formats import (
+    BESIDE,
+    IMAGE_SUFFIXES,
+    format_of,
+    from_files,
+    from_records,
+    probe,
+    tables,
+)
+from pipeline.dataset.source.values import distinct, to_seeds
+from pipeline.shared.files import is_local, open_binary, read_many, reading
+from schemas.columns import SEED_SCHEMA
+from schemas.errors import SourceError
+from stages.fetch.stored import of_file
+
+_ROWS = 1000
+"""Images whose captions are read together."""
+_BESIDE_BYTES = 1 << 20
+_LISTS = ("metadata", "meta_cap", "meta_lat", "captions", "prompts")
+"""JSON files of these names, or that of their folder (DiffusionDB), are lists of the images there."""
+_DESCRIBED = (
+    *("url", "text", "text_alternatives", "broken", "meta_width", "meta_height"),
+    *("nsfw", "punsafe", "pwatermark"),
+)
+"""Columns that metadata fills."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A folder of images as it was listed."""
+
+    folder: str
+    """Absolute path or fsspec URL, without a slash at its end."""
+    files: tuple[str, ...]
+    """Those below it, relative to it, sorted; none that is hidden."""
+    aliases: Aliases
+
+    @staticmethod
+    def listed(folder: str, paths: Sequence[str], aliases: Aliases = FILE_ALIASES) -> "Pictures":
+        """A folder, and the full paths of the files below it."""
+        folder = folder.rstrip("/")
+        if is_local(folder):
+            root = os.path.realpath(folder) + "/"
+            paths = [one for one in paths if not os.path.islink(one) or os.path.realpath(one).startswith(root)]
+        return Pictures(folder, tuple(one[len(folder) + 1 :] for one in paths), aliases)
+
+    @cached_property
+    def images(self) -> tuple[str, ...]:
+        suffixes = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
+        return tuple(file for file in self.files if file.lower().endswith(suffixes))
+
+    @cached_property
+    def metadata(self) -> tuple[str, ...]:
+        """The tables that name files, with no URLs, or with those of files that img2dataset put beside the table."""
+        return tuple(file for file in self.files if format_of(file) and self._names_files(file))
+
+    def _names_files(self, file: str) -> bool:
+        columns = resolve(probe(self._path(file))[0].names, self.aliases)
+        folder = f"{posixpath.splitext(file)[0]}/"
+        beside = any(image.startswith(folder) for image in self.images)
+        return "source_file" in columns and (beside or "url" not in columns)
+
+    def _path(self, file: str) -> str:
+        return f"{self.folder}/{file}"
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The rows in the order of the files' names, in tables of bounded size, under our names.
+
+        Raises:
+            SourceError: for metadata that cannot be read, or names no file that is there.
+        """
+        named = self.named
+        for start in range(0, len(self.images), _ROWS):
+            images = self.images[start : start + _ROWS]
+            numbers = [list(named.rows.get(image, ())) for image in images]
+            lacking = [index for index, image in enumerate(images) if image not in named.captioned]
+            for count, index in enumerate(lacking):
+                numbers[index].append(named.table.num_rows + count)
+            beside = to_seeds(from_files(self._beside([images[index] for index in lacking]), self.aliases))
+            everything = pa.concat_tables([named.table, beside.select(_DESCRIBED)])
+            # All first records of the images, all second ones, …: of each column the first value counts.
+            layers = [
+                everything.take(pa.array([own[depth] if depth < len(own) else None for own in numbers], pa.int64()))
+                for depth in range(max(map(len, numbers)))
+            ]
+            columns = {name: pc.coalesce(*(layer[name] for layer in layers)) for name in _DESCRIBED}
+            captions = (layer[name].to_pylist() for layer in layers for name in ("text", "text_alternatives"))
+            columns["text"] = pa.array(map(distinct, zip(*captions, strict=True)), pa.list_(pa.string()))
+            del columns["text_alternatives"]
+            # A name that is no text (in another encoding than this system's) is shown as near as can be, and not read.
+            shown = [image.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for image in images]
+            refs = [of_file(self._path(one)) if one == image else "" for one, image in zip(shown, images, strict=True)]
+            yield pa.table({**columns, "source_file": pa.array(shown), "image_ref": pa.array(refs)})
+
+    def _beside(self, images: Sequence[str]) -> Sequence[Mapping[str, bytes]]:
+        """Of each image, suffix -> content of the files beside it that tell of it."""
+        found = [
+            (index, suffix, name)
+            for index, image in enumerate(images)
+            for suffix in BESIDE
+            for name in (f"{posixpath.splitext(image)[0]}.{suffix}", f"{image}.{suffix}")
+            if name in self._names
+        ]
+        samples: list[dict[str, bytes]] = [{} for _ in images]
+        contents = read_many([self._path(name) for _, _, name in found], _BESIDE_BYTES)
+        for (index, suffix, _), content in zip(found, contents, strict=True):
+            samples[index].setdefault(suffix, content)
+        return samples
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.files)
+
+    @cached_property
+    def named(self) -> "Named":
+        """What the folder's metadata says.
+
+        Raises:
+            SourceError: as `tables`.
+        """
+        records, rows, count = [SEED_SCHEMA.empty_table()], defaultdict(list), 0
+        captioned: set[str] = set()
+        for file in [*self.metadata, *self._lists()]:
+            first, hits = "", 0
+            for table in self._read(file):
+                seeds = to_seeds(table, path=self._path(file))
+                pairs = zip(seeds["source_file"].to_pylist(), seeds["text"].to_pylist(), strict=True)
+                for number, (name, text) in enumerate(pairs, count):
+                    first = first or name or ""
+                    image = self._image(posixpath.dirname(file), name or "")
+                    if image is not None:
+                        hits += 1
+                        rows[image].append(number)
+                        captioned.update([image] if text else ())
+                count += seeds.num_rows
+                records.append(seeds)
+            if first and not hits:
+                raise SourceError(
+                    f"{self._path(file)} names no file that lies in {self.folder}: the first is {first!r}."
+                )
+        return Named(pa.concat_tables(records).select(_DESCRIBED), rows, captioned)
+
+    def _lists(self) -> list[str]:
+        """The JSON files that list images."""
+        split = (
+            (file, *self._path(file)[: -len(".json")].split("/")[-2:]) for file in self.files if file.endswith(".json")
+        )
+        return [file for file, folder, name in split if name in (*_LISTS, folder)]
+
+    def _read(self, file: str) -> Iterator[pa.Table]:
+        path = self._path(file)
+        if not file.endswith(".json"):
+            yield from tables(path, self.aliases)
+            return
+        with reading(path), open_binary(path) as stream:
+            content = json.load(stream)
+        if isinstance(content, dict):
+            content = [
+                {"file_name": name, **(one if isinstance(one, dict) else {"text": one})}
+                for name, one in content.items()
+            ]
+        records = [one if isinstance(one, dict) else None for one in (content if isinstance(content, list) else ())]
+        yield from_records(records, self.aliases)
+
+    def _image(self, base: str, name: str) -> str | None:
+        """The image that metadata in a folder means: right there, or the only one below it whose name ends so."""
+        name = posixpath.normpath(name.replace("\\", "/"))
+        path = posixpath.normpath(posixpath.join(base, name))
+        if path in self._by_name.get(posixpath.basename(path), ()):
+            return path
+        below = f"{base}/" if base else ""
+        ending = [
+            one
+            for one in self._by_name.get(posixpath.basename(name), ())
+            if one.startswith(below)
+            and f"/{one}".endswith((f"/{name}", *(f"/{name}.{suffix}" for suffix in IMAGE_SUFFIXES)))
+        ]
+        return ending[0] if len(ending) == 1 else None
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, Sequence[str]]:
+        """Images by the last part of their names, with and without suffix."""
+        by_name = defaultdict(list)
+        for image in self.images:
+            name = posixpath.basename(image)
+            for one in (name, posixpath.splitext(name)[0]):
+                by_name[one].append(image)
+        return by_name
+
+
+@dataclass(frozen=True)
+class Named:
+    """What metadata says of the images that it names."""
+
+    table: pa.Table
+    """A row per record."""
+    rows: Mapping[str, Sequence[int]]
+    """Image -> numbers of its rows."""
+    captioned: Set[str]
+    """Images of which a record has a caption."""

@@ -1,0 +1,193 @@
+"""Images that are there already: files, members of tars, and cells of parquet files, read where they lie.
+
+A reference is a path or fsspec URL, `#`, and what of it: `` (the file), `<offset>:<size>` (bytes of a tar), or
+`<column>@<row>` (a cell; the column's name is quoted as in URLs). References are made of listings, never of names
+that metadata gives.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+from urllib.parse import quote, unquote
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from schemas.drops import DropReason
+from schemas.errors import SourceError
+from stages.base import Dropped
+from stages.fetch.body import Body
+from stages.fetch.engine import Outcome
+from stages.settings import Settings
+
+_OF = re.compile(r"(?P<file>)|(?P<offset>[0-9]+):(?P<size>[0-9]+)|(?P<column>[^@]+)@(?P<row>[0-9]+)")
+_READERS = 8
+"""Parquet files that stay open: of a large one, a shard's images come in order, many calls one after the other."""
+_BATCH = 16
+"""Images that are decompressed together."""
+_BUFFER = 4 << 20
+
+
+def of_file(path: str) -> str:
+    """The reference of a whole file."""
+    return f"{path}#"
+
+
+def of_cell(path: str, column: str, row: int) -> str:
+    """The reference of a cell; of a column of structs, `column` is dotted."""
+    return f"{path}#{quote(column, safe='')}@{row}"
+
+
+class Stored:
+    """Reads images; from one thread at a time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._columns: list[_Column] = []
+
+    def read(self, refs: Sequence[str]) -> list[Outcome]:
+        """The outcome of each reference, in their order; "" is a row without an image.
+
+        Raises:
+            SourceError: when a tar or parquet file, or the folder of a file, cannot be opened or read.
+        """
+        outcomes: list[Outcome] = [Dropped(DropReason.NOT_IN_TAR)] * len(refs)
+        wanted: dict[str, list[tuple[int, int, str, int]]] = defaultdict(list)
+        files: dict[int, str] = {}
+        for index, ref in enumerate(refs):
+            path, _, of = ref.rpartition("#")
+            match = _OF.fullmatch(of) if path else None
+            if match is None:
+                continue
+            if match["file"] is not None:
+                files[index] = path
+            else:
+                start, size = match["offset"] or match["row"], match["size"] or 0
+                wanted[path].append((int(start), int(size), unquote(match["column"] or ""), index))
+        for index, outcome in self._files(files):
+            outcomes[index] = outcome
+        for path, entries in wanted.items():
+            try:
+                # In the order of the file: one pass, also over a remote one.
+                for index, outcome in self._inside(path, sorted(entries)):
+                    outcomes[index] = outcome
+            except (OSError, pa.ArrowException, KeyError) as error:
+                raise SourceError(
+                    f"{path} cannot be read ({error}): restore the existing download, or fetch anew."
+                ) from error
+        return outcomes
+
+    def _inside(self, path: str, entries: Sequence[tuple[int, int, str, int]]) -> Iterator[tuple[int, Outcome]]:
+        """The outcomes of spans of a tar, or cells of a parquet file, with their indices."""
+        if entries[0][2]:
+            for row, _, column, index in entries:
+                data = self._column(path, column, row).value(row)
+                yield index, self._outcome(data, None) if data is not None else Dropped(DropReason.NOT_IN_TAR)
+            return
+        with fsspec.open(path, "rb") as tar:
+            for offset, size, _, index in entries:
+                yield index, self._member(tar, offset, size)
+
+    def _files(self, paths: dict[int, str]) -> Iterator[tuple[int, Outcome]]:
+        """The outcomes of whole files, with their indices; a remote file system fetches them at the same time."""
+        if not paths:
+            return
+        fs, _ = fsspec.core.url_to_fs(next(iter(paths.values())))
+        inside = [fs._strip_protocol(path) for path in paths.values()]
+        most = self._settings.download.max_bytes + 1
+        contents = fs.cat_ranges(inside, [0] * len(inside), [most] * len(inside), on_error="return")
+        for index, path, content in zip(paths, inside, contents, strict=True):
+            # Trouble with one file, unless all that lies beside it is gone (a disk that is not mounted); a store that
+            # refuses one refuses all.
+            gone = isinstance(content, FileNotFoundError | IsADirectoryError)
+            closed = isinstance(content, PermissionError) and isinstance(fs, LocalFileSystem)
+            if (gone or closed) and fs.isdir(fs._parent(path)):
+                yield index, Dropped(DropReason.NO_FILE)
+                continue
+            if isinstance(content, Exception):
+                raise SourceError(f"{path} cannot be read: {content}") from content
+            yield index, self._outcome(content, len(content))
+
+    def _member(self, tar: Any, offset: int, size: int) -> Outcome:
+        try:
+            Body(self._settings).announce(size)
+        except Dropped as dropped:
+            return dropped
+        tar.seek(offset)
+        data = tar.read(size)
+        # A tar that was cut off (its writer was killed) does not hold the image that its index names.
+        return self._outcome(data, size) if len(data) == size else Dropped(DropReason.NOT_IN_TAR)
+
+    def _outcome(self, data: bytes, size: int | None) -> Outcome:
+        body = Body(self._settings)
+        try:
+            body.announce(size)
+            body.feed(data)
+            return body.finish()
+        except Dropped as dropped:
+            return dropped
+
+    def _column(self, path: str, column: str, row: int) -> "_Column":
+        """The open column that comes to the row soonest."""
+        fitting = (one for one in self._columns if one.name == (path, column) and one.is_just_before(row))
+        chosen = max(fitting, key=lambda one: one.start, default=None)
+        if chosen is None:
+            if len(self._columns) == _READERS:
+                self._columns.pop(0).close()
+            chosen = _Column(path, column, row)
+        else:
+            self._columns.remove(chosen)
+        self._columns.append(chosen)
+        return chosen
+
+    def close(self) -> None:
+        """Close what stayed open."""
+        while self._columns:
+            self._columns.pop().close()
+
+
+class _Column:
+    """A column of a parquet file that is read forwards, through small buffers: a row group may hold gigabytes."""
+
+    def __init__(self, path: str, column: str, row: int) -> None:
+        """Open it at the row group of a row."""
+        self.name = path, column
+        self._file = fsspec.open(path, "rb").open()
+        self._parquet = pq.ParquetFile(self._file, pre_buffer=False, buffer_size=_BUFFER)
+        groups = self._parquet.metadata
+        self._groups = np.cumsum([0, *(groups.row_group(number).num_rows for number in range(groups.num_row_groups))])
+        group = self._group_of(row)
+        self.start = self._end = int(self._groups[group])
+        self._batches = self._parquet.iter_batches(
+            _BATCH, row_groups=range(group, groups.num_row_groups), columns=[column], use_threads=False
+        )
+        self._batch = pa.array([])
+
+    def _group_of(self, row: int) -> int:
+        return int(np.searchsorted(self._groups, row, "right")) - 1
+
+    def is_just_before(self, row: int) -> bool:
+        """Whether it comes to a row sooner than one that begins at the row's group."""
+        return self.start <= row and self._group_of(row) <= self._group_of(self.start)
+
+    def value(self, row: int) -> bytes | None:
+        """The bytes at a row; None where there are none."""
+        while row >= self._end:
+            batch = next(self._batches, None)
+            if batch is None:
+                return None
+            self._batch = batch.column(0)
+            self.start, self._end = self._end, self._end + len(self._batch)
+        value = self._batch[row - self.start].as_py()
+        while isinstance(value, dict):
+            value = next(iter(value.values()))
+        return value.encode() if isinstance(value, str) else value
+
+    def close(self) -> None:
+        """Close the file."""
+        self._parquet.close()
+        self._file.close()

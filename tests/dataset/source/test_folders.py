@@ -1,0 +1,247 @@
+"""Images that are there already: the layouts of folders, tables and tools, and what becomes of names and captions."""
+
+import csv
+import io
+import json
+import warnings
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from sample_runs import contents, make
+from typer.testing import CliRunner
+
+from pipeline.__main__ import app
+from pipeline.dataset.finished.verify import verify
+from pipeline.dataset.source.parts import SourceSettings, find_parts
+from pipeline.dataset.source.sample_pictures import FILES
+from pipeline.dataset.source.seeds import seed_tables
+from pipeline.shared.tars import unpack
+from schemas.errors import ExitCode, SourceError
+from stages.base import DROP
+from stages.download import Download
+from stages.runtime import Runtime
+from stages.settings import FilterSettings, Settings
+
+
+def encoded(value=0, format="PNG"):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, 90, 30)).save(buffer, format)
+    return buffer.getvalue()
+
+
+def put(folder, **files):
+    """Write files by name; `__` stands for a slash."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def rows(spec, **source):
+    """The rows of all parts, each with the image that its reference leads to."""
+    download = Download(Settings(filter=FilterSettings(min_image_px=1)), Runtime())
+    found = []
+    for part in find_parts(str(spec), SourceSettings(**source)):
+        for table in seed_tables(part):
+            read = download(table.select(Download.reads)).to_pylist()
+            found += [{**row, **one} for row, one in zip(table.to_pylist(), read, strict=True)]
+    download.close()
+    return found
+
+
+def told(found, *names):
+    return [tuple(row[name] for name in names or ("source_file", "text", "text_alternatives")) for row in found]
+
+
+# A whole run
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Pictures of faces, with captions in each of the ways, and what is none."""
+    folder = tmp_path_factory.mktemp("made images")
+    put(
+        folder,
+        **{
+            "a #1.jpg": FILES["astronaut.jpg"](),
+            "a #1.txt": "an astronaut\n",
+            "bad.jpg": encoded(),
+            "bad.json": "[]",
+            "sub/grüße\nx.jpg": FILES["admiral.jpg"](),
+            "sub/grüße\nx.json": json.dumps({"prompt": "an admiral", "caption": ["one", "two"], "seed": 3}),
+            "sub/warm.webp": FILES["warm.webp"](),
+            "sub/warm.webp.caption": "warm",
+        },
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def out(made, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    assert make(out, "source.rows_per_shard=2", shards=f"made:{made}", profile="embedded")[0] is ExitCode.OK
+    return out
+
+
+def samples(out):
+    tars = sorted((out / "shards").glob("*.tar"))
+    return {sample.key: json.loads(sample.files["json"]) for tar in tars for sample in unpack(tar)}
+
+
+def test_a_folder_becomes_a_dataset_that_knows_its_files(made, out):
+    assert verify(out) == []
+    found = told(samples(out).values(), "source_kind", "source_file", "text", "url")
+    assert found == [
+        ("made", "a #1.jpg", "an astronaut", None),
+        ("made", "sub/grüße\nx.jpg", "one", None),
+        ("made", "sub/warm.webp", "warm", None),
+    ]
+    assert [json.get("text_alternatives") for json in samples(out).values()] == [None, ["two", "an admiral"], None]
+    ledger = pa.concat_tables(map(pq.read_table, sorted((out / "shards").glob("*.parquet")))).to_pylist()
+    assert told(ledger, "source_kind", "source_file", "verdict")[1] == ("made", "bad.jpg", "bad_metadata")
+
+
+def test_a_second_run_gives_the_same_bytes(made, out, tmp_path):
+    assert make(tmp_path, "source.rows_per_shard=2", shards=f"made:{made}", profile="embedded")[0] is ExitCode.OK
+    assert contents(tmp_path) == contents(out)
+
+
+def test_a_file_is_forgotten_by_its_name(made, out, tmp_path):
+    words = ["dataset", "--shards", f"made:{made}", "--out", str(tmp_path), "--profile", "embedded"]
+    words += ["--executor", "local", "--set", "source.rows_per_shard=2"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    files = ["--file", "a #1.jpg", "--file", f"{made.name.replace(' ', '-')}/sub/warm.webp", "--file", "no/such.jpg"]
+    done = CliRunner().invoke(app, ["forget", str(tmp_path), *files])
+    assert "Forgotten: 2 rows, 2 of them samples, in 2 shards." in done.output
+    assert told(samples(tmp_path).values(), "source_file") == [("sub/grüße\nx.jpg",)]
+    assert verify(tmp_path) == []
+    assert b"warm" not in b"".join(contents(tmp_path).values())
+    for path in (tmp_path / "shards").glob("*.json"):
+        path.unlink()  # all is made anew, without what was forgotten
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert told(samples(tmp_path).values(), "source_file") == [("sub/grüße\nx.jpg",)]
+
+
+def test_a_folder_that_changed_mixes_no_shards(made, out, tmp_path):
+    folder = tmp_path / made.name
+    put(folder, **{"a #1.jpg": FILES["astronaut.jpg"](), "b.jpg": encoded()})
+    words = {"shards": f"made:{folder}", "profile": "embedded"}
+    assert make(tmp_path / "out", "source.rows_per_shard=2", **words)[0] is ExitCode.OK
+    before = contents(tmp_path / "out")
+    code, text = make(tmp_path / "out", "source.rows_per_shard=2", **(words | {"shards": str(folder)}))
+    assert (code, "was made of made, its part gives it web" in text) == (ExitCode.SHARDS_FAILED, True)
+    (folder / "a #1.jpg").rename(folder / "a #2.jpg")
+    code, text = make(tmp_path / "out", "source.rows_per_shard=2", **words)
+    assert (code, "was made of a #1.jpg, its part gives it a #2.jpg" in text) == (ExitCode.SHARDS_FAILED, True)
+    assert contents(tmp_path / "out") == before
+
+
+# Layouts
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_an_imagefolder(tmp_path, kind):
+    table = {"file_name": ["b.png", "cats/a.png", "b.png"], "text": ["b", "a", "again b"], "width": [9, 8, 9]}
+    put(tmp_path, **{"train/b.png": encoded(1), "train/cats/a.png": encoded(2), "train/c.png": encoded(3)})
+    put(tmp_path, **{"train/c.txt": "c", "train/b.txt": "not read", "train/.hidden.png": encoded(), "notes.txt": "x"})
+    lines = list(zip(*table.values(), strict=True))
+    if kind == "csv":
+        with (tmp_path / "train/metadata.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([list(table), *lines])
+    elif kind == "jsonl":
+        put(
+            tmp_path,
+            **{"train/metadata.jsonl": "\n".join(json.dumps(dict(zip(table, line, strict=True))) for line in lines)},
+        )
+    else:
+        pq.write_table(pa.table(table), tmp_path / "train/metadata.parquet")
+    found = rows(tmp_path)
+    assert told(found) == [
+        ("train/b.png", "b", ["again b"]),
+        ("train/c.png", "c", None),
+        ("train/cats/a.png", "a", None),
+    ]
+    assert [row["image"] for row in found] == [encoded(1), encoded(3), encoded(2)]
+    assert told(found, "key", "meta_width")[0] == (f"{found[0]['part']}-000000000", 9)
+
+
+def test_diffusiondb(tmp_path):
+    for part, names in ((1, "ab"), (2, "c")):
+        folder = f"images/part-{part:06d}"
+        records = {f"{name}.png": {"p": f"prompt {name}", "se": 1, "sa": "k_lms"} for name in names}
+        put(tmp_path, **{f"{folder}/{name}.png": encoded(ord(name)) for name in names})
+        put(tmp_path, **{f"{folder}/part-{part:06d}.json": json.dumps(records)})
+    assert told(rows(tmp_path / "images/part-000001"))[0] == ("a.png", "prompt a", None)
+    expected = [
+        (f"images/part-00000{n}/{name}.png", f"prompt {name}", None) for n, name in ((1, "a"), (1, "b"), (2, "c"))
+    ]
+    assert told(rows(tmp_path)) == expected
+    for path in tmp_path.rglob("*.json"):
+        path.unlink()
+    table = {
+        "image_name": ["x.png", *(f"{name}.png" for name in "cba")],
+        "prompt": [f"prompt {name}" for name in "xcba"],
+    }
+    pq.write_table(
+        pa.table({**table, "part_id": [7, 2, 1, 1], "image_nsfw": [0.1, 0.2, 0.9, 0.1]}), tmp_path / "metadata.parquet"
+    )
+    found = rows(tmp_path)
+    assert told(found) == expected
+    assert told(found, "punsafe") == [(pytest.approx(0.1),), (pytest.approx(0.9),), (pytest.approx(0.2),)]
+
+
+def test_journeydb(tmp_path):
+    put(tmp_path, **{"imgs/000/a.jpg": encoded(1, "JPEG"), "imgs/001/a.jpg": encoded(2, "JPEG")})
+    records = [{"img_path": f"./00{n}/a.jpg", "prompt": f"p{n}", "Task2": {"Caption": "x"}} for n in (1, 0)]
+    put(tmp_path, **{"train_anno.jsonl": "\n".join(map(json.dumps, records))})
+    assert told(rows(tmp_path)) == [("imgs/000/a.jpg", "p0", None), ("imgs/001/a.jpg", "p1", None)]
+
+
+SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "status", "url", "caption")])
+
+
+def img2dataset(layout, folder):
+    """Two images and a failure, by the writers of the library itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from img2dataset import writer as library
+    writer = getattr(library, f"{layout}SampleWriter")(0, str(folder), True, 5, SCHEMA, "png")
+    for number, image in enumerate([encoded(1), None, encoded(2)]):
+        meta = {"key": f"00000000{number}", "status": "success" if image else "failed_to_download"}
+        meta |= {"url": f"http://a.org/{number}", "caption": f"caption {number}"}
+        writer.write(image, meta["key"], meta["caption"], meta)
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "failures"),
+    [("Files", "00000/{}.png", 0), ("Parquet", "{}", 1), ("WebDataset", "{}.png", 1)],
+)
+def test_what_img2dataset_wrote_is_not_fetched_again(tmp_path, layout, name, failures):
+    img2dataset(layout, tmp_path)
+    found = rows(tmp_path)
+    images = [row for row in found if row[DROP] is None]
+    assert told(images, "url", "text", "source_file", "text_alternatives") == [
+        (f"http://a.org/{n}", f"caption {n}", name.format(f"00000000{n}"), None) for n in (0, 2)
+    ]
+    assert [row["image"] for row in images] == [encoded(1), encoded(2)]
+    assert told((row for row in found if row[DROP]), DROP, "url") == [("not_in_tar", "http://a.org/1")] * failures
+
+
+def test_links_and_names_lead_nowhere_outside(tmp_path):
+    put(tmp_path, **{"secret.txt": "key", "secret.png": encoded(9), "set/a.png": encoded(1), "set/b.png": encoded(2)})
+    for name, target in (("a.txt", "../secret.txt"), ("c.png", "../secret.png"), ("d.png", "b.png"), ("up", "..")):
+        (tmp_path / "set" / name).symlink_to(target)
+    lines = [["file_name", "text"], ["../secret.png", "x"], [str(tmp_path / "secret.png"), "y"], ["sub/../b.png", "b"]]
+    put(tmp_path, **{"set/metadata.csv": "\n".join(map(",".join, lines))})
+    assert told(rows(tmp_path / "set")) == [("a.png", None, None), ("b.png", "b", None), ("d.png", None, None)]
+
+
+def test_tables_that_name_nothing_there_are_refused(tmp_path):
+    put(tmp_path, **{"a.png": encoded(), "metadata.csv": "file_name,text\nb.png,x\n"})
+    with pytest.raises(SourceError, match=r"metadata\.csv names no file that lies in .*: the first is 'b\.png'"):
+        find_parts(str(tmp_path), SourceSettings())
+    with pytest.raises(SourceError, match="if file_name names files, give the folder of the files"):
+        find_parts(str(tmp_path / "metadata.csv"), SourceSettings())
