@@ -90,9 +90,13 @@ def fetch_models(
     Files of the hub go on where they were interrupted.
     """
     from pipeline.dataset.inventory import named, needed
-    from stages.models.weights import fetch
+    from schemas.errors import WeightsError
+    from stages.models.weights import fetch, not_allowed
 
     settings, _ = _chosen(config, sets, profile)
     wanted = [weight for weight in needed(settings) if weight.name not in settings.models.paths]
-    for weight in named(names, settings.models) if names else wanted:
+    wanted = named(names, settings.models) if names else wanted
+    if refusal := not_allowed(wanted, settings.models):
+        raise WeightsError(refusal)
+    for weight in wanted:
         say(f"{weight.name}: {fetch(weight)}")

@@ -176,6 +176,9 @@ class ModelSettings(Section):
     """Smallest detector score of a face."""
     paths: dict[str, str] = Field(default_factory=dict)
     """Weight name -> file or folder, looked at before all else, such as {yunet = "/models/yunet.onnx"}."""
+    licences: tuple[str, ...] = ()
+    """Licences that weights may have, as `models list` says them, `*` for anything; none listed: all. The profile
+    `permissive` lists those that allow commercial use."""
     accept_noncommercial: bool = False
     """Needed once for weights whose licence forbids commercial use; the licence is stamped into every manifest."""
     allow_download: bool = False

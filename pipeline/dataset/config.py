@@ -35,6 +35,7 @@ PROFILES: dict[str, dict[str, Any]] = {
             "face_embedder": "arcface",
             "image_embedder": "clip-vit-h",
             "pack": "auraface",
+            "licences": ["MIT*", "Apache-2.0*", "BSD*", "Intel License*BSD-style*", "CreativeML Open*RAIL*"],
         }
     },
 }

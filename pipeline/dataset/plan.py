@@ -111,6 +111,7 @@ class Plan:
             mode="json",
             exclude={
                 "paths",
+                "licences",
                 "accept_noncommercial",
                 "allow_download",
                 "pack",

@@ -10,6 +10,7 @@ import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import NamedTuple
@@ -102,8 +103,28 @@ def card(weight: Weight, task: str, settings: ModelSettings) -> ModelCard:
     )
 
 
+def not_allowed(cards: Iterable[ModelCard | Weight], settings: ModelSettings) -> str:
+    """A sentence that names all weights whose licence is not on the list `models.licences`, and what to do."""
+    if not settings.licences:
+        return ""
+    out = {f"{card.name} ({card.licence})": None for card in cards if not _is_listed(card.licence, settings)}
+    if not out:
+        return ""
+    return (
+        f"models.licences allows {', '.join(settings.licences)} alone, which leaves out: {'; '.join(out)}. "
+        "Choose other models, another profile, or add the licence."
+    )
+
+
+def _is_listed(licence: str, settings: ModelSettings) -> bool:
+    return any(fnmatchcase(licence.lower(), pattern.lower()) for pattern in settings.licences)
+
+
 def unaccepted(cards: Iterable[ModelCard], settings: ModelSettings) -> str:
-    """A sentence that names all weights which forbid commercial use, until the user has accepted that once, and how."""
+    """As `not_allowed`; else of weights that forbid commercial use, until the user has accepted that once, and how."""
+    cards = list(cards)
+    if refusal := not_allowed(cards, settings):
+        return refusal
     bound = {card.name: card.licence for card in cards if not card.commercial}
     if settings.accept_noncommercial or not bound:
         return ""

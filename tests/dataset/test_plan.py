@@ -4,8 +4,9 @@ from dataclasses import replace
 import pytest
 
 from pipeline.dataset.config import load_config
-from pipeline.dataset.inventory import known_models
+from pipeline.dataset.inventory import known_models, needed
 from pipeline.dataset.plan import make_plan, prove
+from pipeline.models_command import fetch_models
 from pipeline.shared.bases import BASES, find_base
 from schemas.columns import LEDGER
 from schemas.digest import sha256_of_file
@@ -14,6 +15,7 @@ from schemas.shard import SUFFIXES
 from stages import STAGES
 from stages.align import Align
 from stages.filter import QUALITIES
+from stages.models.backends import REGISTRIES
 from stages.runtime import Runtime
 
 
@@ -121,6 +123,29 @@ def test_all_missing_weights_and_licences_are_named_at_once(nothing):
         for file in [weight.archive] if weight.archive else weight.files:
             assert weight.url(file) in details
     assert not nothing.exists()
+
+
+def test_the_permissive_profile_lets_nothing_in_that_forbids_commercial_use(nothing):
+    """Whatever backend, pack or parser is named beside it, and though the licences of others were accepted."""
+    accepted = "models.accept_noncommercial=true"
+    choices = [[f"models.{task}={name}"] for task, names in REGISTRIES.items() for name in names if name != "scrfd"]
+    choices += [[f"models.pack={name}", "models.detector=scrfd"] for name in ("buffalo_l", "antelopev2")]
+    choices += [["models.segmenter=facexlib", "models.parser=parsenet"], ["models.screen=buffalo_sc"]]
+    choices += [["encode.latents=true"], ["encode.latents=true", "encode.base=sdxl"]]
+    verdicts = {True: 0, False: 0}
+    for sets in ([], *choices):
+        config = load_config(None, [*sets, accepted], profile="permissive")
+        plan = make_plan(config, dry_run=True)
+        is_free = all(card.commercial for card in plan.cards)
+        assert ("models.licences allows" in plan.refusal) != is_free, (sets, plan.refusal)
+        assert is_free == all(weight.commercial for weight in needed(config))
+        verdicts[is_free] += 1
+    assert min(verdicts.values()) >= 4
+    with pytest.raises(WeightsError, match=r"leaves out: buffalo_l"):
+        fetch_models(["buffalo_l", "yunet"], profile="permissive")
+    default = make_plan(load_config(None, [], profile="permissive"), dry_run=True)
+    names = {"yunet", "grabcut", "auraface/auraface_glintr100.onnx", "clip-vit-h"}
+    assert {model["name"] for model in default.model_list} == names
 
 
 def test_a_dry_run_needs_no_weights_and_has_the_digest_of_the_run(nothing, monkeypatch):

@@ -410,6 +410,15 @@ def test_licence_gate() -> None:
     assert "free" not in refusal
 
 
+def test_a_list_of_licences_is_a_gate_that_nothing_else_opens() -> None:
+    free, bound = ModelCard("free", "detector", "", "MIT", True), ModelCard("bound", "detector", "", "research", False)
+    settings = ModelSettings(licences=("mit*", "apache*"), accept_noncommercial=True)
+    assert not weights.unaccepted([free], settings)
+    refusal = weights.unaccepted([free, bound], settings)
+    assert "leaves out: bound (research)" in refusal
+    assert "free" not in refusal
+
+
 def test_list_and_check_tell_the_state(toy: Weight, places: Path) -> None:
     def state(settings: ModelSettings) -> tuple[str, str]:
         listed, checked = (weights.states([toy], settings, hashes=hashes)[0].state for hashes in (False, True))
