@@ -124,7 +124,9 @@ def _numbers(metrics: Metrics, starts: list[int]) -> Iterator[tuple[str, str]]:
     """The numbers on top: title -> value in words."""
     for name, title in {"loss": "loss", "id_similarity": "ID similarity", "samples_per_s": "samples / s"}.items():
         if name in metrics:
-            yield title, curves.number(_recent(metrics[name]))
+            known, lost = np.isfinite(metrics[name]).nonzero()[0], curves.not_finite(name, metrics).nonzero()[0]
+            is_lost = lost.max(initial=-1) > known.max(initial=-1)
+            yield title, "not finite" if is_lost else curves.number(_recent(metrics[name]))
     if "data_wait" in metrics:
         yield "data wait", curves.percent(_recent(metrics["data_wait"]))
     if "seconds" in metrics:
