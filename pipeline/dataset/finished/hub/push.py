@@ -43,7 +43,7 @@ def push(out: AnyPath, url: str, say: Callable[[str], None], *, gated: bool = Tr
         CorruptShardError: when a shard is not what its manifest says.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
