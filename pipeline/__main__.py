@@ -271,6 +271,26 @@ def forget(
         raise typer.Exit(ExitCode.SHARDS_FAILED)
 
 
+@app.command()
+def push(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="The OUT of a run.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="hf://datasets/OWNER/NAME; made where it is not there.")],
+    gated: Annotated[
+        bool, typer.Option("--gated/--not-gated", help="Who wants to read it has to ask; you answer on its page.")
+    ] = True,
+    private: Annotated[bool, typer.Option("--private", help="Make it for the owner's eyes only.")] = False,
+) -> None:
+    """Publish DIR on the Hugging Face hub: shards, ledgers, card, report, without any picture of dropped photos.
+
+    The same call goes on where it stopped, and brings the copy to what DIR is now: after `forget`, what was taken out
+    goes from the copy's history too.
+    """
+    from pipeline.dataset.finished.hub import push as finished
+    from pipeline.shared.files import to_path
+
+    say(f"Published: {finished.push(to_path(folder), url, say, gated=gated, private=private)}")
+
+
 @app.command("export-json")
 def export_json(
     target: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="A new folder for the files and the list.")],

@@ -79,11 +79,11 @@ class Part:
     kept: int
 
 
-def write_report(out: AnyPath, *, pictures: bool = True) -> Funnel:
+def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, target: AnyPath | None = None) -> Funnel:
     """Write OUT/report.html from the finished shards of OUT, and return the funnel that it shows.
 
     Whatever the size of the dataset, all ledgers are counted, but few shards and few of their samples are opened.
-    Without `pictures`, no face is shown.
+    Without `pictures`, no face is shown; without `drops`, no dropped row. It can be written to another `target`.
 
     Raises:
         OutputError: when OUT is no dataset, or cannot be written.
@@ -103,7 +103,7 @@ def write_report(out: AnyPath, *, pictures: bool = True) -> Funnel:
     kept = _numbered(_kept_cards(out, manifests, limits), 0, pictures)
     cards, reasons = list(kept), []
     for reason in _reasons(out, manifests, limits, counted):
-        reasons.append(replace(reason, cards=_numbered(reason.cards, len(cards), pictures)))
+        reasons.append(replace(reason, cards=_numbered(reason.cards if drops else [], len(cards), pictures)))
         cards += reasons[-1].cards
     page = rendered(
         Path(__file__).with_name("report"),
@@ -130,7 +130,7 @@ def write_report(out: AnyPath, *, pictures: bool = True) -> Funnel:
         unjudged=replay.UNJUDGED,
         meanings={name: known.description for name, known in FilterSettings.model_fields.items()},
     )
-    path = out / REPORT
+    path = target or out / REPORT
     try:
         storage.write(path, page)
     except OSError as error:

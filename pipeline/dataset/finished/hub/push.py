@@ -1,0 +1,152 @@
+"""`push`: a finished dataset to the Hugging Face hub, gated unless told otherwise, without anything of dropped photos.
+
+The hub's copy is brought to what OUT is: shards that lie there as their manifests say are passed over, so the same call
+goes on after any interruption, and what `forget` took out of OUT goes from the hub and its history.
+"""
+
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from pipeline.dataset.finished.hub.about import About
+from pipeline.dataset.finished.hub.card import write_card
+from pipeline.dataset.finished.hub.croissant import OLD_LAION, croissant
+from pipeline.dataset.finished.report import REPORT, write_report
+from pipeline.dataset.out.ledger import read_manifests
+from pipeline.dataset.out.output import Output, fingerprint
+from pipeline.shared.files import AnyPath, RemotePath
+from schemas.errors import CorruptShardError, LostError, OutputError, first_line
+from schemas.names import finished_shards
+from schemas.shard import CARD, CROISSANT, DATASET, UNCONDITIONAL, Manifest
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_URL = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+?)/?")
+_SHARDS = 16
+"""Per commit: the hub takes some 100 commits an hour."""
+_REFUSED = (401, 403, 404)
+
+
+def push(out: AnyPath, url: str, say: Callable[[str], None], *, gated: bool = True, private: bool = False) -> str:
+    """Bring a dataset of the hub to what OUT is; returns the address of its page.
+
+    Raises:
+        OutputError: when OUT is no dataset, `url` is no dataset of the hub, or the hub does not let us.
+        LostError: when the hub cannot be reached any more.
+        CorruptShardError: when a shard is not what its manifest says.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    match = _URL.fullmatch(url)
+    if match is None:
+        raise OutputError(f"{url!r} is no dataset of the hub: give hf://datasets/OWNER/NAME.")
+    manifests = read_manifests(out)
+    if not manifests:
+        raise OutputError(f"{out} holds no finished shard yet: let `dataset` finish one.")
+    repo, api = match[1], HfApi()
+    with Output(out).locked(), TemporaryDirectory(prefix="faceshards-push-") as folder, _hub_errors(url):
+        report = Path(folder) / REPORT
+        counted = write_report(out, drops=False, target=report)
+        write_card(out, counted)
+        about = About.of(out, counted)
+        others = {name: (out / name).read_bytes() for name in (CARD, DATASET, UNCONDITIONAL) if (out / name).exists()}
+        if about.is_old_laion:
+            say(f"WARNING: {OLD_LAION}")
+
+        page = api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
+        if gated:  # before anything is there to be seen
+            api.update_repo_settings(repo, repo_type="dataset", gated="manual")
+        there, sent = _hashes(api, repo), 0
+        missing = (
+            one for one in manifests if any(there.get(f"shards/{n}") != f["sha256"] for n, f in one.files.items())
+        )
+        while batch := list(islice(missing, _SHARDS)):
+            with ExitStack() as opened:
+                files = [file for one in batch for file in _files(out, one, opened)]
+                _commit(api, repo, files, f"{len(batch)} shards from {batch[0].shard} on")
+            sent += len(batch)
+            say(f"{sent:,} shards sent")
+        others |= {CROISSANT: croissant(about, f"{page}/resolve/main/").encode(), REPORT: report.read_bytes()}
+        _commit(api, repo, list(others.items()), "Card, Croissant and report")
+
+        known = {one.shard for one in manifests}
+        if strange := set(finished_shards(path.partition("/")[2] for path in there)) - known:
+            say(f"There are {len(strange):,} shards that {out} has not, such as {min(strange)}: they stay.")
+        current = set(_hashes(api, repo).values())
+        listed = api.list_lfs_files(repo, repo_type="dataset")
+        old = [one for one in listed if one.filename.startswith("shards/") and not current & {one.oid, one.file_oid}]
+        if old:  # a take-down is none as long as earlier commits hold the photos
+            api.super_squash_history(repo, repo_type="dataset")
+            api.permanently_delete_lfs_files(repo, old, repo_type="dataset")
+            say(f"{len(old):,} earlier files, and the history, are gone for good.")
+    return str(page)
+
+
+def _hashes(api: "HfApi", repo: str) -> dict[str, str]:
+    """Path -> sha256 of the large files of the hub's copy; of small ones, some other hash."""
+    from huggingface_hub.hf_api import RepoFile
+
+    tree = api.list_repo_tree(repo, recursive=True, repo_type="dataset")
+    files = (one for one in tree if isinstance(one, RepoFile))
+    return {one.path: one.lfs.sha256 if one.lfs else one.blob_id for one in files}
+
+
+def _files(out: AnyPath, manifest: Manifest, opened: ExitStack) -> Iterator[tuple[str, Path | bytes]]:
+    """Path there, and content, of a shard's files, which were found to be whole; `opened` holds copies of remote ones.
+
+    Raises:
+        CorruptShardError: when one is not what the manifest says.
+    """
+    for name, claimed in manifest.files.items():
+        path = out / "shards" / name
+        if isinstance(path, RemotePath):
+            copy = opened.enter_context(NamedTemporaryFile(prefix="faceshards-push-"))  # noqa: SIM115  # it is one
+            with path.open() as stream:
+                shutil.copyfileobj(stream, copy)
+            copy.flush()
+            path = Path(copy.name)
+        if not path.is_file() or fingerprint(path) != claimed:
+            raise CorruptShardError(f"{name}: it is not what its manifest says, so it is not sent")
+        yield f"shards/{name}", path
+    yield f"shards/{manifest.shard}.json", manifest.to_json().encode()
+
+
+def _commit(api: "HfApi", repo: str, files: Iterable[tuple[str, Path | bytes]], message: str) -> None:
+    """One commit of all files: readers see a shard whole or not at all."""
+    from huggingface_hub import CommitOperationAdd
+
+    operations = [CommitOperationAdd(path, content) for path, content in files]
+    api.create_commit(repo, operations, commit_message=message, repo_type="dataset")
+
+
+@contextmanager
+def _hub_errors(url: str) -> Iterator[None]:
+    """Turn what the hub's library raises into one sentence."""
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is its HTTP client's
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        OfflineModeIsEnabled,
+    )
+
+    try:
+        yield
+    except (HFValidationError, OfflineModeIsEnabled) as error:
+        raise OutputError(f"{url}: {first_line(error)}.") from error
+    except (HTTPError, OSError, RuntimeError) as error:  # the last is what a failed upload becomes
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in _REFUSED:
+            raise OutputError(
+                f"{url}: the hub does not let us write there ({first_line(error)}): log in by `hf auth login`, or set "
+                "HF_TOKEN to a token that may."
+            ) from error
+        raise LostError(f"{url}: {first_line(error)}; what was sent stays there, and the same call goes on.") from error
