@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import typer
@@ -170,4 +169,6 @@ def _money(value: float) -> str:
 
 
 def _time(hours: float) -> str:
-    return f"{hours:,.1f} h" if hours >= 1 else str(timedelta(hours=hours)).partition(".")[0]
+    if hours < 1.5:
+        return f"{60 * hours:.0f} min" if hours > 1 / 40 else f"{3600 * hours:.0f} s"
+    return f"{hours:,.1f} h" if hours < 72 else f"{hours / 24:,.1f} days"
