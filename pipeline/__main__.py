@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.table import Column, Table
+from rich.table import Table
 
 from pipeline import models_command
 from pipeline.dataset.execute.watchdog import is_hanging
@@ -128,46 +128,30 @@ def screen(
 
 @app.command()
 @partial(for_job, dry_run=True)
-def plan(job: "Job", out: Out = "out") -> None:
-    """Prove the plan and show what would be done, and what is missing for it; nothing is written or fetched."""
-    from pipeline.dataset.out.output import Output
-    from pipeline.shared.files import sizes, to_path
+def plan(
+    job: "Job",
+    out: Out = "out",
+    sample: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Run N rows for real, into nothing, and forecast the whole.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Another draw of --sample.")] = 0,
+    cost_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Of all that runs it, in your currency: forecasts the money.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Prove the plan and show what would be done, and what is missing for it; nothing is written to OUT.
 
-    output = Output(to_path(out))
-    output.refuse_other_plan(job.plan)
+    With --sample, N rows are drawn from all parts and run for real: images, bytes, hours and costs of the whole follow,
+    with ranges. It needs weights and licences as `dataset` does.
+    """
+    from pipeline.plan_command import show
 
-    steps = Table("step", "runs", "reads", "writes", "drops for", title="Steps", title_justify="left")
-    for step in job.plan.steps:
-        stage = step.stage()
-        steps.add_row(stage.name, step.at, *map(", ".join, (stage.reads, stage.writes, stage.drops)))
-    console.print(steps)
-    if job.plan.config.executor.name == "local":
-        console.print("Executor: local, in this process")
-    else:
-        pool = job.plan.pool
-        console.print(f"Executor: ray, models: {pool.workers} x {pool.cpus:g} CPU, {pool.gpus:g} GPU")
-
-    names = (Column(name, overflow="fold") for name in ("task", "model", "licence", "sha256"))
-    models = Table(*names, title="Models", title_justify="left")
-    for card in job.plan.cards:
-        models.add_row(card.task, card.name, card.licence, card.sha256[:16] or "no weights")
-    console.print(models)
-
-    rows = candidates = done = total = 0
-    listed = sizes(output.shards)
-    for seeds in job.shards():
-        total += 1
-        rows += seeds.table.num_rows
-        candidates += seeds.candidates
-        done += output.is_done(seeds.name, job.plan, listed)
-    say(
-        f"Parts: {len(job.parts):,}; rows: {rows:,}, of which {candidates:,} pass the metadata filter\n"
-        f"Shards: {total:,} of up to {job.plan.config.source.rows_per_shard:,} candidate rows; "
-        f"{done:,} done, {total - done:,} left\nPlan: {job.plan.digest[:16]}"
-    )
-    if job.plan.lacks:
-        say(f"\nMissing on this machine:\n\n{job.plan.shopping_list}")
-    say(f"Verdict: {f'NOT READY. {job.plan.refusal}' if job.plan.refusal else 'ready.'}")
+    try:
+        show(job, out, sample, seed, cost_per_hour, as_json)
+    except KeyboardInterrupt:
+        errors.print("Interrupted. Nothing was written to OUT.")
+        raise typer.Exit(ExitCode.INTERRUPTED) from None
 
 
 @app.command()

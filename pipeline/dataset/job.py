@@ -14,7 +14,7 @@ from rich.console import Console
 
 from pipeline.dataset.config import Config
 from pipeline.dataset.execute import local
-from pipeline.dataset.execute.make_shard import Execute, Finished
+from pipeline.dataset.execute.make_shard import Event, Execute, Finished
 from pipeline.dataset.execute.progress import RunScreen
 from pipeline.dataset.execute.runner import judge_seeds
 from pipeline.dataset.finished.forget import take_down_listed
@@ -80,10 +80,19 @@ def prepared(spec: str, config: Config, *, dry_run: bool = False) -> Iterator[Jo
         yield Job(make_plan(config, runtime, dry_run=dry_run), tuple(parts))
 
 
-def make_dataset(job: Job, out: AnyPath, console: Console, *, replan: bool = False, retry: bool = False) -> ExitCode:
+def make_dataset(
+    job: Job,
+    out: AnyPath,
+    console: Console,
+    *,
+    replan: bool = False,
+    retry: bool = False,
+    watch: Callable[[Event], None] = lambda event: None,
+) -> ExitCode:
     """Make all shards that are not done yet, then the summary and the report, whose funnel is shown.
 
     With `retry`, rows whose fetch failed for a reason that may have passed get another chance, once no shard failed.
+    `watch` is called with all that happens.
 
     Raises:
         UserError: before anything is written.
@@ -101,7 +110,7 @@ def make_dataset(job: Job, out: AnyPath, console: Console, *, replan: bool = Fal
         gone = take_down_listed(output)
         if gone.rows:
             screen.say(f"download.removed: {gone}, are taken out of what is done.")
-        work = _Work(output, plan, screen)
+        work = _Work(output, plan, screen, watch)
         # A shard that is made anew takes those along that gave its rows a second chance.
         further = [name for name in shard_names(out) if shard_origin(name)[1]]
         work.make(execute, work.pending(job.shards(), further))
@@ -142,6 +151,7 @@ class _Work:
     output: Output
     plan: Plan
     screen: RunScreen
+    watch: Callable[[Event], None]
     failed: list[str] = field(default_factory=list)
 
     def make(self, execute: Execute, pending: Iterable[Seeds]) -> None:
@@ -153,6 +163,7 @@ class _Work:
         with closing(execute(self.plan, pending, self.output)) as events:
             for event in events:
                 self.screen.show(event)
+                self.watch(event)
                 if isinstance(event, Finished) and event.manifest is None:
                     self.failed.append(event.shard)
                     if event.lost:

@@ -1,5 +1,6 @@
 """One shard from its seed rows to its manifest: fetch ahead, compute, write. Shared by all executors."""
 
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -49,6 +50,8 @@ class Advanced:
     """Input rows that were finished since the last news."""
     kept: int
     """Of these, kept."""
+    waited: float = 0.0
+    """Seconds since the last news in which the shard's next images were waited for."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,32 @@ def make_shard(plan: Plan, seeds: Seeds, output: Output, worker: "Worker", compu
     with ShardWriter(output, seeds.name, plan) as writer:
         writer.add_tombstones(rows.dead)
         yield Advanced(seeds.name, rows.dead.num_rows, 0)
-        fetched = output.takedowns.without_contents(worker.fetched(batches))
+        fetched = Timed(output.takedowns.without_contents(worker.fetched(batches)))
         for done in compute(regrouped(fetched, size)):
             packed = apply_all(worker.write, done)
             writer.add(packed)
-            yield Advanced(seeds.name, packed.alive.num_rows + packed.dead.num_rows, packed.alive.num_rows)
+            kept = packed.alive.num_rows
+            yield Advanced(seeds.name, kept + packed.dead.num_rows, kept, fetched.waited())
         yield Finished(seeds.name, writer.publish(seeds.table.num_rows))
+
+
+class Timed(Iterator[Rows]):
+    """Batches, and how long they were waited for."""
+
+    def __init__(self, batches: Iterator[Rows]) -> None:
+        self._batches, self._waited = batches, 0.0
+
+    def __next__(self) -> Rows:
+        begun = time.monotonic()
+        try:
+            return next(self._batches)
+        finally:
+            self._waited += time.monotonic() - begun
+
+    def waited(self) -> float:
+        """Seconds since this was called last."""
+        waited, self._waited = self._waited, 0.0
+        return waited
 
 
 class Worker:
