@@ -14,6 +14,7 @@ from schemas.drops import DropReason
 from stages.base import DROP, Dropped, to_table
 from stages.fetch import ENGINES, tar
 from stages.fetch.engine import MOST_ROWS, Engine, Outcome
+from stages.fetch.times import FetchTimes
 from stages.runtime import Runtime
 from stages.settings import Settings
 
@@ -90,6 +91,10 @@ class Download:
                     for outcome in outcomes
                 ]
                 yield to_table(rows, self.writes, self.drops)
+
+    def take_times(self) -> FetchTimes:
+        """How long hosts and the resolver took since the last call."""
+        return self._engine.take_times()
 
     def close(self) -> None:
         """Let go of the engine's threads and connections."""

@@ -1,22 +1,26 @@
 """One shard from its seed rows to its manifest: fetch ahead, compute, write. Shared by all executors."""
 
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
+import pyarrow.compute as pc
 from threadpoolctl import threadpool_limits
 
 from pipeline.dataset.execute.runner import Loaded, apply, apply_ahead, apply_all
+from pipeline.dataset.out.ledger import by_stage_and_verdict
 from pipeline.dataset.out.output import Output, ShardWriter
 from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import Rows, split_seeds
 from pipeline.dataset.source.seeds import Seeds
+from schemas.columns import KEPT
 from schemas.errors import FaceShardsError, LostError
 from schemas.shard import Manifest
 from stages import Step
+from stages.fetch.times import FetchTimes
 from stages.pixels import images
 
 FETCH_ROWS = 32
@@ -38,6 +42,8 @@ class Started:
     shard: str
     rows: int
     """Input rows of the shard."""
+    captions: int = 0
+    """Of these, with a caption."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,12 @@ class Advanced:
     """News of a shard while it is made."""
 
     shard: str
-    rows: int
-    """Input rows that were finished since the last news."""
-    kept: int
-    """Of these, kept."""
+    outcomes: Counter[tuple[str, str]]
+    """(stage, verdict) -> input rows that were finished since the last news."""
+    microseconds: Counter[str] = field(default_factory=Counter)
+    """Stage -> what it took for them."""
+    fetches: FetchTimes = field(default_factory=FetchTimes)
+    """What was fetched by the shard's worker meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +108,18 @@ def make_shard(plan: Plan, seeds: Seeds, output: Output, worker: "Worker", compu
     size = plan.batch_rows
     starts = range(0, rows.alive.num_rows, FETCH_ROWS)
     batches = (Rows.living(rows.alive.slice(start, FETCH_ROWS)) for start in starts)
-    yield Started(seeds.name, seeds.table.num_rows)
+    captions = pc.sum(pc.greater(pc.binary_length(pc.utf8_trim_whitespace(seeds.table["text"])), 0)).as_py()
+    yield Started(seeds.name, seeds.table.num_rows, captions or 0)
     with ShardWriter(output, seeds.name, plan) as writer:
         writer.add_tombstones(rows.dead)
-        yield Advanced(seeds.name, rows.dead.num_rows, 0)
+        yield Advanced(seeds.name, by_stage_and_verdict(rows.dead))
         fetched = output.takedowns.without_contents(worker.fetched(batches))
         for done in compute(regrouped(fetched, size)):
             packed = apply_all(worker.write, done)
             writer.add(packed)
-            yield Advanced(seeds.name, packed.alive.num_rows + packed.dead.num_rows, packed.alive.num_rows)
+            outcomes = by_stage_and_verdict(packed.dead)
+            outcomes[plan.steps[-1].stage().name, KEPT] += packed.alive.num_rows
+            yield Advanced(seeds.name, outcomes, packed.microseconds, worker.take_times())
         yield Finished(seeds.name, writer.publish(seeds.table.num_rows))
 
 
@@ -127,6 +138,12 @@ class Worker:
             close = getattr(step.stage, "close", None)
             if close is not None:
                 close()
+
+    def take_times(self) -> FetchTimes:
+        """How long hosts and the resolver took since the last call."""
+        (take,) = (step.stage.take_times for step in self._fetch if hasattr(step.stage, "take_times"))
+        times: FetchTimes = take()
+        return times
 
     def fetched(self, batches: Iterator[Rows]) -> Iterator[Rows]:
         """Batches with their images, in order; those of many rows behind are being fetched meanwhile."""
