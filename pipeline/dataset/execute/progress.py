@@ -128,9 +128,8 @@ class Watchers:
         self._is_open = False
         self._pass_on(self._screen.tally.snapshot())
         self._emit("end", **facts)
-        if isinstance(self._out, RemotePath):  # a local OUT is cleared of it
-            with suppress(OSError):
-                (self._out / LIVE).unlink(missing_ok=True)
+        with suppress(OSError):  # of an OUT that is gone or read-only, which ended the run
+            (self._out / LIVE).unlink(missing_ok=True)
 
     def _pass_on(self, now: dict[str, Any]) -> None:
         now = {**now, "warnings": dict(self._warned)}
