@@ -135,7 +135,8 @@ def make_dataset(job: Job, out: AnyPath, console: Console, *, replan: bool = Fal
         dropped: Counter[str] = Counter()
         for row in counted.rows:
             dropped.update(row.dropped)
-        nothing = "" if counted.kept else why_nothing(f"{counted.rows_in:,} rows", dropped)
+        silent = counted.kept or (work.failed and not counted.rows_in)  # that all failed was said
+        nothing = "" if silent else why_nothing(f"{counted.rows_in:,} rows", dropped)
         code = ExitCode.SHARDS_FAILED if work.failed else ExitCode.OK
         watchers.end(rows=counted.rows_in, kept=counted.kept, dropped=dropped, exit_code=code, nothing_kept=nothing)
     console.print(funnel_table(counted))
