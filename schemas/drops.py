@@ -19,8 +19,8 @@ class DropReason(StrEnum):
     BAD_URL = "bad_url", "the URL is missing, malformed, neither http nor https, or leads to no port of the web"
     DUPLICATE_URL = "duplicate_url", "an earlier row of the same part has the same URL"
     BAD_METADATA = "bad_metadata", "what the metadata says of this image is no JSON object"
-    UNSAFE = "unsafe", "the metadata marks the image as not safe for work"
-    WATERMARK = "watermark", "the metadata says that the image carries a watermark"
+    UNSAFE = "unsafe", "the metadata marks the image as not safe for work (metadata.nsfw_tags, max_punsafe)"
+    WATERMARK = "watermark", "the metadata says that the image carries a watermark (metadata.max_pwatermark)"
     SMALL_IMAGE = "small_image", "a side of the image is shorter than filter.min_image_px"
     # download
     FORBIDDEN_ADDRESS = "forbidden_address", "the host resolves to a private, loopback or metadata address"
@@ -50,8 +50,8 @@ class DropReason(StrEnum):
     DECODER_CRASH = "decoder_crash", "the image file crashes its decoder, or takes it too much time or memory"
     TOO_MANY_PIXELS = "too_many_pixels", "the image has more pixels than filter.max_pixels"
     # faces
-    NO_FACE = "no_face", "no face was detected"
-    SEVERAL_FACES = "several_faces", "more than one face was detected"
+    NO_FACE = "no_face", "no face was detected with a score of models.det_thresh"
+    SEVERAL_FACES = "several_faces", "more than one face was detected (filter.max_second_score)"
     SMALL_FACE = "small_face", "the short side of the face box is under filter.min_face_px"
     BAD_LANDMARKS = "bad_landmarks", "the five points do not span a face (coincident or not finite)"
     EMPTY_MASK = "empty_mask", "the segmenter kept less of the face crop than segment.min_share"

@@ -15,6 +15,7 @@ from stages.base import DROP, Dropped, to_table
 from stages.fetch import ENGINES
 from stages.fetch.engine import MOST_ROWS, Engine, Outcome
 from stages.fetch.stored import Stored
+from stages.fetch.times import FetchTimes
 from stages.runtime import Runtime
 from stages.settings import Settings
 
@@ -92,6 +93,10 @@ class Download:
                     for outcome in outcomes
                 ]
                 yield to_table(rows, self.writes, self.drops)
+
+    def take_times(self) -> FetchTimes:
+        """How long hosts and the resolver took since the last call."""
+        return self._engine.take_times()
 
     def close(self) -> None:
         """Let go of the engine's threads and connections."""

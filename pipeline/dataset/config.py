@@ -78,6 +78,17 @@ class ReportSettings(Section):
     """Thumbnails of dropped photos kept per shard and reason; 0 keeps none."""
 
 
+class WatchSettings(Section):
+    """Who learns how a run goes, beside the screen and `status`. None of this changes the bytes of a shard."""
+
+    events: str = ""
+    """File or URL that gets a line of JSON per event, such as OUT/events.jsonl; see docs/watching.md."""
+    metrics: str = ""
+    """File, renewed every 15 s, in Prometheus' text format: node_exporter's collector wants a name ending in .prom."""
+    hook: str = ""
+    """A function, as `module:function`, that is called with each event, a dict: for W&B, TensorBoard, a chat."""
+
+
 class Config(Settings):
     """Everything that `--config FILE` and `--set a.b=c` can say."""
 
@@ -86,6 +97,7 @@ class Config(Settings):
     source: SourceSettings = SourceSettings()
     executor: ExecutorSettings = ExecutorSettings()
     report: ReportSettings = ReportSettings()
+    watch: WatchSettings = WatchSettings()
 
 
 def load_config(

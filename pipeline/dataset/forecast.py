@@ -3,7 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
 
+from pipeline.dataset.config import WatchSettings
 from pipeline.dataset.estimate import Range, count, rate, total
 from pipeline.dataset.execute.make_shard import Advanced, Event
 from pipeline.dataset.finished.replay import COLUMNS, code, evidence, ledgers, thresholds
@@ -43,9 +44,9 @@ _MACHINE = 1.2
 _NO_PACE = 3.0
 """The same, where all rows that were drawn came in one batch, so that their time is not to be told from the start's."""
 _FEWEST_ROWS = 16
+"""Rows that a worker gets at least."""
 _WHOLE = 200_000
 """Rows of a job that is run as it is where the sample takes all that pass: of more, those that do not are left out."""
-"""Rows that a worker gets at least."""
 
 
 @dataclass
@@ -130,8 +131,8 @@ class Clock:
 
     def __call__(self, event: Event) -> None:
         self.last = time.monotonic()
-        if isinstance(event, Advanced) and event.rows:
-            self.batches.append((self.last, event.rows, event.waited))
+        if isinstance(event, Advanced) and (rows := event.outcomes.total()):
+            self.batches.append((self.last, rows, event.microseconds[Download.name] / 1e6))
 
     def seconds(self, population: int, shards: int, at_a_time: int) -> Range:
         """The time of a run over so many rows, but for reading the metadata.
@@ -225,6 +226,8 @@ def forecast(job: Job, out: AnyPath, counts: Counted, draw: Draw, screen: Consol
         shared = next(folder for folder in Path(str(out)).absolute().parents if folder.is_dir())
     with TemporaryDirectory(prefix=".faceshards-forecast-", dir=shared) as name:
         folder, clock = Path(name), Clock()
+        unwatched = job.plan.config.model_copy(update={"watch": WatchSettings()})
+        run = replace(run, plan=replace(job.plan, config=unwatched))
         save(folder, load(out))
         clock.begun = time.monotonic()
         if make_dataset(run, folder, screen, watch=clock) is not ExitCode.OK:

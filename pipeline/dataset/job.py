@@ -2,6 +2,7 @@
 
 import os
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,12 +16,20 @@ from rich.console import Console
 from pipeline.dataset.config import Config
 from pipeline.dataset.execute import local
 from pipeline.dataset.execute.make_shard import Event, Execute, Finished
-from pipeline.dataset.execute.progress import RunScreen
+from pipeline.dataset.execute.progress import RunScreen, Watchers
 from pipeline.dataset.execute.runner import judge_seeds
 from pipeline.dataset.finished.forget import take_down_listed
 from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.report import write_report
-from pipeline.dataset.out.ledger import Funnel, funnel_table, read_manifests, replaced, shard_names, summary
+from pipeline.dataset.out.ledger import (
+    Funnel,
+    funnel_table,
+    read_manifests,
+    replaced,
+    shard_names,
+    summary,
+    why_nothing,
+)
 from pipeline.dataset.out.lost import lost_errors
 from pipeline.dataset.out.output import Output
 from pipeline.dataset.out.retry import discard, second_chances
@@ -102,15 +111,21 @@ def make_dataset(
     plan, output = job.plan, Output(out)
     if isinstance(out, RemotePath) and out.url.startswith("memory:") and plan.config.executor.name == "ray":
         raise OutputError(f"OUT {out} exists in one process alone: give --executor local, or another OUT.")
-    start = executor_of(plan.config)
-    with start(plan) as execute, output.prepared(plan, replan=replan), RunScreen(console, job.rows) as screen:
+    start, screen = executor_of(plan.config), RunScreen(console, job.rows)
+    with (
+        Watchers(screen, out, plan.config.watch) as watchers,
+        start(plan) as execute,
+        output.prepared(plan, replan=replan),
+        screen,
+    ):
         output.sources = sorted({*output.sources, *(part.origin for part in job.parts)})
         # For `status`, which may be asked elsewhere; when the run comes to its end, its counts stand there.
         output.describe(plan, {"planned": {part.name: part.rows for part in job.parts}})
         gone = take_down_listed(output)
         if gone.rows:
             screen.say(f"download.removed: {gone}, are taken out of what is done.")
-        work = _Work(output, plan, screen, watch)
+        watchers.begin(parts=len(job.parts), input_rows=job.rows, plan_digest=plan.digest)
+        work = _Work(output, plan, screen, watchers, watch)
         # A shard that is made anew takes those along that gave its rows a second chance.
         further = [name for name in shard_names(out) if shard_origin(name)[1]]
         work.make(execute, work.pending(job.shards(), further))
@@ -126,8 +141,17 @@ def make_dataset(
             elif not work.failed:
                 screen.say("Second chances: no row failed for a reason that may have passed.")
         counted = _finish(output, plan)
+        dropped: Counter[str] = Counter()
+        for row in counted.rows:
+            dropped.update(row.dropped)
+        silent = counted.kept or (work.failed and not counted.rows_in)  # that all failed was said
+        nothing = "" if silent else why_nothing(f"{counted.rows_in:,} rows", dropped)
+        code = ExitCode.SHARDS_FAILED if work.failed else ExitCode.OK
+        watchers.end(rows=counted.rows_in, kept=counted.kept, dropped=dropped, exit_code=code, nothing_kept=nothing)
     console.print(funnel_table(counted))
-    return ExitCode.SHARDS_FAILED if work.failed else ExitCode.OK
+    if nothing:
+        screen.say(nothing)
+    return code
 
 
 def _finish(output: Output, plan: Plan) -> Funnel:
@@ -151,6 +175,7 @@ class _Work:
     output: Output
     plan: Plan
     screen: RunScreen
+    watchers: Watchers
     watch: Callable[[Event], None]
     failed: list[str] = field(default_factory=list)
 
@@ -162,7 +187,7 @@ class _Work:
         """
         with closing(execute(self.plan, pending, self.output)) as events:
             for event in events:
-                self.screen.show(event)
+                self.watchers.take(event)
                 self.watch(event)
                 if isinstance(event, Finished) and event.manifest is None:
                     self.failed.append(event.shard)
@@ -185,11 +210,11 @@ class _Work:
                         discard(self.output, further, seeds)
                 if done:
                     self.output.require_same_files(seeds.name, seeds.table)
-                    self.screen.done_before(seeds.name, seeds.table.num_rows)
+                    self.screen.done_before(seeds.table.num_rows)
                 else:
                     yield seeds
         except UserError as error:
-            self.screen.show(Finished.failed("metadata", error))
+            self.watchers.take(Finished.failed("metadata", error))
             self.failed.append("metadata")
 
 

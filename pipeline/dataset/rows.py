@@ -1,7 +1,8 @@
 """The rows of a batch between stages: the living with their payload, the dropped as tombstones."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,6 +21,8 @@ class Rows:
     dead: pa.Table
     """LEDGER columns."""
     witnesses: pa.Table
+    microseconds: Counter[str] = field(default_factory=Counter)
+    """Stage -> what it took for these rows."""
 
     @staticmethod
     def living(table: pa.Table) -> "Rows":
@@ -33,16 +36,21 @@ class Rows:
             pa.concat_tables([rows.alive for rows in batches]),
             pa.concat_tables([rows.dead for rows in batches]),
             pa.concat_tables([rows.witnesses for rows in batches]),
+            sum((rows.microseconds for rows in batches), Counter()),
         )
 
     def split(self, count: int) -> "tuple[Rows, Rows]":
         """The first `count` living rows with all that was dropped, and the further living rows; nothing is copied."""
         first, rest = self.alive.slice(0, count), self.alive.slice(count)
-        return Rows(first, self.dead, self.witnesses), Rows.living(rest)
+        return replace(self, alive=first), Rows.living(rest)
 
     def to_send(self) -> "Rows":
         """A copy for another process: a slice would carry the whole of its batch along."""
-        return Rows(self.alive.take(pa.array(range(self.alive.num_rows), pa.int64())), self.dead, self.witnesses)
+        return replace(self, alive=self.alive.take(pa.array(range(self.alive.num_rows), pa.int64())))
+
+    def timed(self, stage: str, seconds: float) -> "Rows":
+        """The same rows, for which a stage took so long."""
+        return replace(self, microseconds=self.microseconds + Counter({stage: round(1e6 * seconds)}))
 
 
 def split_seeds(seeds: pa.Table) -> Rows:

@@ -1,13 +1,28 @@
 """How far a run is, for people: bars on a terminal, a plain line now and then elsewhere (a log, a pipe)."""
 
 import time
+from collections.abc import Iterator, Sequence
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 LINE_EVERY_S = 15.0
-"""Without a terminal, a line at most this often."""
+"""Without a terminal, a line at most this often; after minutes ever more seldom, until it is every ten minutes."""
+_SELDOM, _MOST_SELDOM_S = 20, 600.0
+"""A line each time that a run has become a twentieth longer: in three days there are 500."""
+_NOTES_EVERY_S = 1.0
+
+
+class _Bars(Progress):
+    """Bars under some lines of text."""
+
+    notes: Sequence[str] = ()
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from (Text(line) for line in self.notes)
+        yield self.make_tasks_table(self.tasks)
 
 
 class Screen:
@@ -20,8 +35,8 @@ class Screen:
         """
         self._console, self._line = console, line
         self._total, self._start, self._done = total, start, start
-        self._begun = self._last_line = time.monotonic()
-        self.bars = Progress(
+        self._begun = self._last_line = self._last_notes = time.monotonic()
+        self.bars = _Bars(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -47,22 +62,34 @@ class Screen:
     def advance(self, count: int, words: str | None = None) -> None:
         """So much more of the whole is done (or less, where it is done anew).
 
-        `words` are the latest measurements; with them a line is due: every LINE_EVERY_S, and when all is done.
+        `words` are the latest measurements; with them a line is due: now and then, and when all is done.
         """
         self._done += count
         if words is None:
             self.bars.update(self._whole, completed=self._done)
             return
         self.bars.update(self._whole, completed=self._done, words=words)
-        late = time.monotonic() - self._last_line > LINE_EVERY_S
-        if not self._console.is_terminal and (late or self._done == self._total):
+        now = time.monotonic()
+        if self._console.is_terminal:
+            if now > self._last_notes + _NOTES_EVERY_S:
+                self.bars.notes, self._last_notes = self.notes(), now
+            return
+        seldom = min((now - self._begun) / _SELDOM, _MOST_SELDOM_S)
+        is_over = bool(count) and self._done == self._total
+        if now - self._last_line > max(LINE_EVERY_S, seldom) or is_over:
             total = "?" if self._total is None else f"{self._total:,}"
             left = ""
             if self._total is not None and self._start < self._done < self._total:
                 # Going by what was done since the start.
                 seconds = (time.monotonic() - self._begun) * (self._total - self._done) / (self._done - self._start)
-                left = f", about {seconds / 60:,.0f} min left"
-            self.say(f"{self._line.format(done=self._done, total=total)}, {words}{left}")
+                amount, unit = (seconds / 60, "min") if seconds < 7200 else (seconds / 3600, "h")
+                left = f", about {amount:,.0f} {unit} left"
+            line = f"{self._line.format(done=self._done, total=total)}, {words}{left}"
+            self.say("\n  ".join([line, *([] if is_over else self.notes())]))
+
+    def notes(self) -> list[str]:
+        """Further lines, for whoever has some to give."""
+        return []
 
     def say(self, text: str) -> None:
         """One line, above the bars."""

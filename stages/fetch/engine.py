@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from stages.base import Dropped
+from stages.fetch.times import FetchTimes
 from stages.runtime import Runtime
 from stages.settings import Settings
 
@@ -27,6 +28,9 @@ class Engine(Protocol):
         Raises:
             OSError: for this machine's own trouble.
         """
+
+    def take_times(self) -> FetchTimes:
+        """How long hosts and the resolver took since the last call."""
 
     def close(self) -> None:
         """Let go of threads and connections; a closed engine fetches nothing more."""

@@ -15,6 +15,7 @@ from stages.fetch.manners.hosts import Hosts
 from stages.fetch.manners.refusals import Refusals
 from stages.fetch.manners.robots import Robots
 from stages.fetch.status import bare, check_head, wait_s
+from stages.fetch.times import Stopwatch
 from stages.runtime import Runtime
 from stages.settings import Settings
 
@@ -28,7 +29,8 @@ class Fetcher:
         self.refusals = Refusals(runtime.refusals)
         self._slots = Slots(settings.download.concurrency)
         self._hosts = Hosts(settings.download)
-        self._client = Client(settings.download, Guard(settings.download, runtime.sample_port))
+        self.stopwatch = Stopwatch()
+        self._client = Client(settings.download, Guard(settings.download, runtime.sample_port), self.stopwatch)
         self._robots = Robots(self._client, self._hosts, settings.download)
 
     async def close(self) -> None:
@@ -57,15 +59,19 @@ class Fetcher:
 
     async def _persist(self, pending: Pending, trail: list[Url]) -> bytes:
         deadline = Deadline(self._download.timeout_s)
-        for attempt in count():
-            del trail[1:]
-            try:
-                return await self._attempt(pending, trail, deadline)
-            except Dropped as failure:
-                pause = wait_s(failure, attempt, self._download, deadline.left_s)
-            async with deadline.running():
-                await asyncio.sleep(pause)
-        raise AssertionError("count() does not end")
+        try:
+            for attempt in count():
+                del trail[1:]
+                try:
+                    return await self._attempt(pending, trail, deadline)
+                except Dropped as failure:
+                    pause = wait_s(failure, attempt, self._download, deadline.left_s)
+                async with deadline.running():
+                    await asyncio.sleep(pause)
+            raise AssertionError("count() does not end")
+        finally:
+            if deadline.left_s < self._download.timeout_s:  # else nobody was waited for
+                self.stopwatch.add(trail[-1].host, self._download.timeout_s - deadline.left_s)
 
     async def _attempt(self, pending: Pending, trail: list[Url], deadline: Deadline) -> bytes:
         """Follow a URL's redirects to its image. What holds for the first URL holds for each that follows."""

@@ -24,6 +24,7 @@ from stages.fetch.engine import MOST_ROWS, Outcome
 from stages.fetch.native import Native
 from stages.fetch.robots_tag import DIRECTIVES
 from stages.fetch.status import bare
+from stages.fetch.times import FetchTimes
 from stages.runtime import Runtime
 from stages.settings import Settings
 
@@ -42,6 +43,10 @@ class Img2dataset:
     def stream(self, urls: Iterable[str | None], most_rows: int = MOST_ROWS) -> Iterator[Outcome]:
         """See `Engine`."""
         return self._native.stream_by(self._begin, urls, most_rows)
+
+    def take_times(self) -> FetchTimes:
+        """See `Engine`."""
+        return self._native.take_times()
 
     def close(self) -> None:
         """End the threads."""

@@ -7,6 +7,7 @@ from stages.fetch.ahead import Ahead, Pending
 from stages.fetch.engine import MOST_ROWS, Outcome
 from stages.fetch.fetcher import Fetcher
 from stages.fetch.loop import LoopThread
+from stages.fetch.times import FetchTimes
 from stages.runtime import Runtime
 from stages.settings import Settings
 
@@ -35,6 +36,10 @@ class Native:
     def fetch(self, pending: Pending) -> Outcome:
         """The outcome of one URL; blocks."""
         return self._loop.run(self._fetcher.outcome(pending))
+
+    def take_times(self) -> FetchTimes:
+        """See `Engine`."""
+        return self._fetcher.stopwatch.take()
 
     def close(self) -> None:
         """Close all connections and stop the loop."""

@@ -1,23 +1,26 @@
 """One shard from its seed rows to its manifest: fetch ahead, compute, write. Shared by all executors."""
 
-import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
+import pyarrow.compute as pc
 from threadpoolctl import threadpool_limits
 
 from pipeline.dataset.execute.runner import Loaded, apply, apply_ahead, apply_all
+from pipeline.dataset.out.ledger import by_stage_and_verdict
 from pipeline.dataset.out.output import Output, ShardWriter
 from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import Rows, split_seeds
 from pipeline.dataset.source.seeds import Seeds
+from schemas.columns import KEPT
 from schemas.errors import FaceShardsError, LostError
 from schemas.shard import Manifest
 from stages import Step
+from stages.fetch.times import FetchTimes
 from stages.pixels import images
 
 FETCH_ROWS = 32
@@ -39,6 +42,8 @@ class Started:
     shard: str
     rows: int
     """Input rows of the shard."""
+    captions: int = 0
+    """Of these, with a caption."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,12 @@ class Advanced:
     """News of a shard while it is made."""
 
     shard: str
-    rows: int
-    """Input rows that were finished since the last news."""
-    kept: int
-    """Of these, kept."""
-    waited: float = 0.0
-    """Seconds since the last news in which the shard's next images were waited for."""
+    outcomes: Counter[tuple[str, str]]
+    """(stage, verdict) -> input rows that were finished since the last news."""
+    microseconds: Counter[str] = field(default_factory=Counter)
+    """Stage -> what it took for them."""
+    fetches: FetchTimes = field(default_factory=FetchTimes)
+    """What was fetched by the shard's worker meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -103,36 +108,19 @@ def make_shard(plan: Plan, seeds: Seeds, output: Output, worker: "Worker", compu
     size = plan.batch_rows
     starts = range(0, rows.alive.num_rows, FETCH_ROWS)
     batches = (Rows.living(rows.alive.slice(start, FETCH_ROWS)) for start in starts)
-    yield Started(seeds.name, seeds.table.num_rows)
+    captions = pc.sum(pc.greater(seeds.table["caption_chars"], 0)).as_py()
+    yield Started(seeds.name, seeds.table.num_rows, captions or 0)
     with ShardWriter(output, seeds.name, plan) as writer:
         writer.add_tombstones(rows.dead)
-        yield Advanced(seeds.name, rows.dead.num_rows, 0)
-        fetched = Timed(output.takedowns.without_contents(worker.fetched(batches)))
+        yield Advanced(seeds.name, by_stage_and_verdict(rows.dead))
+        fetched = output.takedowns.without_contents(worker.fetched(batches))
         for done in compute(regrouped(fetched, size)):
             packed = apply_all(worker.write, done)
             writer.add(packed)
-            kept = packed.alive.num_rows
-            yield Advanced(seeds.name, kept + packed.dead.num_rows, kept, fetched.waited())
+            outcomes = by_stage_and_verdict(packed.dead)
+            outcomes[plan.steps[-1].stage().name, KEPT] += packed.alive.num_rows
+            yield Advanced(seeds.name, outcomes, packed.microseconds, worker.take_times())
         yield Finished(seeds.name, writer.publish(seeds.table.num_rows))
-
-
-class Timed(Iterator[Rows]):
-    """Batches, and how long they were waited for."""
-
-    def __init__(self, batches: Iterator[Rows]) -> None:
-        self._batches, self._waited = batches, 0.0
-
-    def __next__(self) -> Rows:
-        begun = time.monotonic()
-        try:
-            return next(self._batches)
-        finally:
-            self._waited += time.monotonic() - begun
-
-    def waited(self) -> float:
-        """Seconds since this was called last."""
-        waited, self._waited = self._waited, 0.0
-        return waited
 
 
 class Worker:
@@ -150,6 +138,12 @@ class Worker:
             close = getattr(step.stage, "close", None)
             if close is not None:
                 close()
+
+    def take_times(self) -> FetchTimes:
+        """How long hosts and the resolver took since the last call."""
+        (take,) = (step.stage.take_times for step in self._fetch if hasattr(step.stage, "take_times"))
+        times: FetchTimes = take()
+        return times
 
     def fetched(self, batches: Iterator[Rows]) -> Iterator[Rows]:
         """Batches with their images, in order; those of many rows behind are being fetched meanwhile."""

@@ -1,8 +1,9 @@
 """Where a stage meets data: projection in, contract checks out, tombstones for dropped rows. Nowhere else."""
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,12 +27,16 @@ class Loaded:
 
 def apply(step: Loaded, rows: Rows) -> Rows:
     """Run one stage on the living rows; its drops become tombstones, and columns nobody needs any more are let go."""
+    begun = time.perf_counter()
     result = step.stage(rows.alive.select(list(step.stage.reads))) if rows.alive.num_rows else None
-    return _applied(step, rows, result)
+    return _applied(step, rows, result).timed(step.stage.name, time.perf_counter() - begun)
 
 
 def apply_ahead(step: Loaded, batches: Iterator[Rows], most_rows: int) -> Iterator[Rows]:
-    """Run a stage that has a `stream` on batch after batch: it begins up to `most_rows` rows before their turn."""
+    """Run a stage that has a `stream` on batch after batch: it begins up to `most_rows` rows before their turn.
+
+    Its time is what was waited for it.
+    """
     waiting: deque[Rows] = deque()
 
     def tables() -> Iterator[pa.Table]:
@@ -39,8 +44,13 @@ def apply_ahead(step: Loaded, batches: Iterator[Rows], most_rows: int) -> Iterat
             waiting.append(rows)
             yield rows.alive.select(list(step.stage.reads))
 
-    for result in step.stage.stream(tables(), most_rows):  # type: ignore[attr-defined]
-        yield _applied(step, waiting.popleft(), result)
+    results = step.stage.stream(tables(), most_rows)  # type: ignore[attr-defined]
+    while True:
+        begun = time.perf_counter()
+        result = next(results, None)
+        if result is None:
+            return
+        yield _applied(step, waiting.popleft(), result).timed(step.stage.name, time.perf_counter() - begun)
 
 
 def _applied(step: Loaded, rows: Rows, result: pa.Table | None) -> Rows:
@@ -48,7 +58,7 @@ def _applied(step: Loaded, rows: Rows, result: pa.Table | None) -> Rows:
     stage, alive = step.stage, rows.alive
     if alive.num_rows == 0 or result is None:
         names = tuple(n for n in COLUMNS if n in step.keep and n in {*alive.column_names, *stage.writes})
-        return Rows(schema(names).empty_table(), rows.dead, rows.witnesses)
+        return replace(rows, alive=schema(names).empty_table())
     written, drop = checked(stage, alive, result)
     columns = {column.name: alive[column.name] for column in alive.schema} | {n: written[n] for n in stage.writes}
     keep = [name for name in COLUMNS if name in step.keep and name in columns]
@@ -62,7 +72,7 @@ def _applied(step: Loaded, rows: Rows, result: pa.Table | None) -> Rows:
         dead = pa.concat_tables([dead, tombstones(fallen, drop.drop_null(), stage.name)])
         witnesses = _witnesses(witnesses, alive, drop)
     check_filled(survivors, stage.writes, stage.name)
-    return Rows(survivors.select(keep), dead, witnesses)
+    return replace(rows, alive=survivors.select(keep), dead=dead, witnesses=witnesses)
 
 
 def apply_all(steps: Sequence[Loaded], rows: Rows) -> Rows:

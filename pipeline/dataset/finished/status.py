@@ -4,11 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
-from pipeline.dataset.out.ledger import read_manifest, replaced, shard_names, summary
+from pipeline.dataset.execute.tally import details
+from pipeline.dataset.out.ledger import LIVE, read_manifest, replaced, shard_names, summary, why_nothing
 from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import AnyPath, RemotePath, times
-from schemas.drops import DropReason
 from schemas.errors import CorruptShardError
 from schemas.names import shard_origin
 from schemas.shard import DATASET
@@ -41,6 +42,9 @@ class Status:
     """Of the hour before its last shard."""
     in_the_making: dict[str, float] | None
     """Shard -> when its files grew last; None where OUT is remote: a store shows whole objects only."""
+    live: dict[str, Any] | None
+    """What the run itself says of the rows that it has finished, at `time`; None when it is over. See docs/watching.md.
+    """
 
     @property
     def seconds_left(self) -> float | None:
@@ -89,7 +93,16 @@ def status(out: AnyPath) -> Status:
         rows_per_second=_pace(of_run, begun),
         recent_rows_per_second=_pace(of_run, max(begun, of_run[-1][0] - _RECENT_S)) if of_run else None,
         in_the_making=None if isinstance(out, RemotePath) else drafts,
+        live=None if is_over else _live(out),
     )
+
+
+def _live(out: AnyPath) -> dict[str, Any] | None:
+    try:
+        live: dict[str, Any] = json.loads((out / LIVE).read_bytes())
+    except (OSError, ValueError):  # what manifests say stands without it
+        return None
+    return live
 
 
 def _pace(ends: Sequence[tuple[float, int]], since: float) -> float | None:
@@ -111,10 +124,8 @@ def text_of(status: Status, out: AnyPath, now: float) -> str:
     failed = sum(status.dropped.get(reason, 0) for reason in SECOND_CHANCE)
     lines.append(f"Failed for the network's or a server's trouble: {share(failed)}")
     lines += [f"  {reason}: {share(rows)}" for reason, rows in status.dropped.items()]
-    if status.dropped and not status.kept:
-        reason = next(iter(status.dropped))
-        sentence = next((known.sentence for known in DropReason if known == reason), "of another version")
-        lines.append(f"NOTHING IS KEPT so far; most rows are dropped as {reason}: {sentence}.")
+    if status.rows and not status.kept:
+        lines.append(why_nothing(f"{status.rows:,} rows", status.dropped))
     if status.is_over:
         return "\n".join([*lines, f"The run is over, {ago(status.begun)}."])
     paces = [(status.rows_per_second, "since the run began"), (status.recent_rows_per_second, "in the last hour of it")]
@@ -123,8 +134,12 @@ def text_of(status: Status, out: AnyPath, now: float) -> str:
     if status.planned_rows is not None:
         left = "" if status.seconds_left is None else f", about {timedelta(seconds=round(status.seconds_left))} left"
         lines.append(f"{status.planned_done:,} of {status.planned_rows:,} rows are done{left}")
-    making = status.in_the_making
-    news = max([status.begun, status.last_shard or 0, *(making or {}).values()])
+    making, live = status.in_the_making, status.live
+    if live is not None:
+        lines.append(f"By its own count, {ago(live['time'])}: {live['rows']:,} rows, kept {live['kept']:,}")
+        lines += [f"  {line}" for line in details(live)]
+        lines += [f"WARNING: {text}" for text in live["warnings"].values()]
+    news = max([status.begun, status.last_shard or 0, live["time"] if live else 0, *(making or {}).values()])
     if making:
         lines.append(f"In the making: {', '.join(making)}")
     if making == {} or now - news > _SILENT_S:

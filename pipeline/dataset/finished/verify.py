@@ -27,7 +27,7 @@ from schemas.errors import CorruptShardError
 from schemas.names import finished_shards
 from schemas.shard import CARD, CROISSANT, DATASET, UNCONDITIONAL, Manifest
 
-_OURS = (DATASET, FORGOTTEN, UNCONDITIONAL, REPORT, CARD, CROISSANT, "shards", "drops")
+_OURS = (DATASET, FORGOTTEN, UNCONDITIONAL, REPORT, CARD, CROISSANT, "shards", "drops", "events.jsonl")
 _SUFFIXES = ("tar", "parquet", "json")
 
 

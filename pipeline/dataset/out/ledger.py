@@ -12,13 +12,17 @@ import pyarrow.compute as pc
 from rich import box
 from rich.table import Table
 
+from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import AnyPath, RemotePath, names, parquet
 from schemas.columns import KEPT, complete
+from schemas.drops import DropReason
 from schemas.errors import ContractError, CorruptShardError, OutputError
 from schemas.names import finished_shards, shard_origin
 from schemas.shard import DATASET, Manifest, dataset_digest
 from stages import STAGES
 
+LIVE = f"{TEMPORARY}progress.json"
+"""Beside the shards' folder while a run goes on, and after one that was killed: what it came to so far."""
 UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError)
 """What pyarrow raises for a file that is no such parquet."""
 
@@ -209,7 +213,7 @@ def funnel(out: AnyPath) -> Funnel:
     for shard in shards:
         ledger = read_ledger(out, shard, ("row", "stage", "verdict"))
         total.update(_counted(read_manifest(out, shard), ledger))
-        total.subtract(_grouped(ledger.filter(pa.array(rounds.replaced(shard, ledger["row"])))))
+        total.subtract(by_stage_and_verdict(ledger.filter(pa.array(rounds.replaced(shard, ledger["row"])))))
     left = rows_in = total.total()
     rows = []
     for stage in STAGES:
@@ -219,7 +223,7 @@ def funnel(out: AnyPath) -> Funnel:
     return Funnel(len(shards), rows_in, tuple(rows))
 
 
-def _grouped(ledger: pa.Table) -> Counter[tuple[str, str]]:
+def by_stage_and_verdict(ledger: pa.Table) -> Counter[tuple[str, str]]:
     """(stage, verdict) -> rows."""
     groups = ledger.group_by(["stage", "verdict"]).aggregate([([], "count_all")]).to_pylist()
     return Counter({(group["stage"], group["verdict"]): group["count_all"] for group in groups})
@@ -227,7 +231,7 @@ def _grouped(ledger: pa.Table) -> Counter[tuple[str, str]]:
 
 def _counted(manifest: Manifest, ledger: pa.Table) -> Counter[tuple[str, str]]:
     """(stage, verdict) -> rows of one ledger, after a check against its manifest."""
-    counted = _grouped(ledger)
+    counted = by_stage_and_verdict(ledger)
     by_verdict: Counter[str] = Counter()
     for (stage, verdict), count in counted.items():
         if stage not in STAGES:
@@ -238,6 +242,14 @@ def _counted(manifest: Manifest, ledger: pa.Table) -> Counter[tuple[str, str]]:
         differing = sorted(str(v) for v in {*by_verdict, *claimed} if by_verdict[v] != claimed[v]) or ["rows_in"]
         raise CorruptShardError(f"{manifest.shard}: ledger and manifest count {', '.join(differing)} differently")
     return counted
+
+
+def why_nothing(rows: str, dropped: Mapping[str, int]) -> str:
+    """One sentence on why none of some rows was kept, with the most frequent reasons, which name their thresholds."""
+    sentences = {str(reason): reason.sentence for reason in DropReason}
+    often = sorted(((count, reason) for reason, count in dropped.items() if count), reverse=True)[:3]
+    why = [f"{count:,} dropped as {reason} ({sentences.get(reason, 'unknown')})" for count, reason in often]
+    return f"NOTHING IS KEPT of {rows}{':' * bool(why)} {'; '.join(why)}".strip() + "."
 
 
 def funnel_table(funnel: Funnel) -> Table:

@@ -5,7 +5,7 @@ here: runs before and after they fetch, and `finished.forget` for shards that ar
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -57,10 +57,11 @@ class Takedowns:
             return rows
         fallen, why = rows.alive.filter(pc.is_valid(alive)), alive.drop_null()
         keys = [*fallen["key"].to_pylist(), *rows.dead["key"].filter(pc.is_valid(dead)).to_pylist()]
-        return Rows(
-            rows.alive.filter(pc.is_null(alive)),
-            pa.concat_tables([blank(rows.dead, dead), blank(tombstones(fallen, why, STAGE), why)]),
-            rows.witnesses.filter(pc.invert(pc.is_in(rows.witnesses["key"], pa.array(keys, pa.string())))),
+        return replace(
+            rows,
+            alive=rows.alive.filter(pc.is_null(alive)),
+            dead=pa.concat_tables([blank(rows.dead, dead), blank(tombstones(fallen, why, STAGE), why)]),
+            witnesses=rows.witnesses.filter(pc.invert(pc.is_in(rows.witnesses["key"], pa.array(keys, pa.string())))),
         )
 
 

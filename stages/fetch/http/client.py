@@ -20,6 +20,7 @@ from stages.fetch.http.connections import Connector, is_reused
 from stages.fetch.http.inflate import LARGE_PIECE, inflated
 from stages.fetch.http.resolve import Resolver
 from stages.fetch.status import LOCAL_TROUBLE, user_agent
+from stages.fetch.times import Stopwatch
 from stages.settings import DownloadSettings
 
 _IDLE_S = 5.0
@@ -35,9 +36,9 @@ _ASCII = "".join(map(chr, range(0x21, 0x7F)))
 class Client:
     """Sends requests; made and used on the loop. Deadlines, and how many at a time, are the caller's."""
 
-    def __init__(self, settings: DownloadSettings, guard: Guard) -> None:
+    def __init__(self, settings: DownloadSettings, guard: Guard, stopwatch: Stopwatch) -> None:
         self._guard = guard
-        self._resolver = Resolver(self._guard)
+        self._resolver = Resolver(self._guard, stopwatch)
         self._max_bytes = settings.max_bytes
         connector = Connector(
             _most_waiting(settings.concurrency),

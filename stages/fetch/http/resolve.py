@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import time
 from collections import OrderedDict
 
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -10,6 +11,7 @@ from schemas.drops import DropReason
 from stages.base import Dropped
 from stages.fetch.address import Guard, literal
 from stages.fetch.status import LOCAL_TROUBLE
+from stages.fetch.times import RESOLVER, Stopwatch
 
 _KEPT_S = 300.0
 _FAILED_S = 60.0
@@ -43,8 +45,8 @@ def look_up(host: str) -> Addresses:
 class Resolver(AbstractResolver):
     """aiohttp's source of addresses: looked up in threads, once per name, remembered. Used on the loop alone."""
 
-    def __init__(self, guard: Guard) -> None:
-        self._guard = guard
+    def __init__(self, guard: Guard, stopwatch: Stopwatch) -> None:
+        self._guard, self._stopwatch = guard, stopwatch
         self._known: OrderedDict[str, tuple[float, Addresses | DropReason]] = OrderedDict()
         self._tasks: dict[str, asyncio.Task[Addresses | DropReason]] = {}
 
@@ -84,11 +86,17 @@ class Resolver(AbstractResolver):
             raise Dropped(answer)
         return answer
 
+    def _timed_look_up(self, host: str) -> Addresses:
+        begun = time.monotonic()  # in the thread: to wait for one is not the resolver's time
+        addresses = look_up(host)
+        self._stopwatch.add(RESOLVER, time.monotonic() - begun)
+        return addresses
+
     async def _look_up(self, host: str) -> Addresses | DropReason:
         loop = asyncio.get_running_loop()
         answer: Addresses | DropReason
         try:
-            answer = await loop.run_in_executor(None, look_up, host)
+            answer = await loop.run_in_executor(None, self._timed_look_up, host)
         except Dropped as dropped:
             answer = dropped.reason
         finally:

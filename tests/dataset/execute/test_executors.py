@@ -25,7 +25,7 @@ def test_a_rerun_skips_what_is_done_and_changes_nothing(whole, tmp_path):
     out = Path(shutil.copytree(whole, tmp_path / "out"))
     before = {path: path.stat().st_mtime_ns for path in (out / "shards").iterdir()}
     code, text = make(out)
-    assert (code, text.count("done before")) == (ExitCode.OK, len(SHARDS))
+    assert (code, f"{len(SHARDS)} done before" in text) == (ExitCode.OK, True)
     assert {path: path.stat().st_mtime_ns for path in (out / "shards").iterdir()} == before
 
 

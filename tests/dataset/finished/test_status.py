@@ -64,7 +64,7 @@ def test_the_recent_pace_counts_where_a_run_has_slowed_down(half):
 
 def test_a_run_that_keeps_nothing_says_why_in_one_sentence(half):
     nothing = replace(status(half), kept=0, dropped={"small_image": 10, "not_found": 2})
-    assert "NOTHING IS KEPT so far; most rows are dropped as small_image: a side of the image is" in text_of(
+    assert "NOTHING IS KEPT of 12 rows: 10 dropped as small_image (a side of the image is" in text_of(
         nothing, half, 1040
     )
     assert "Failed for the network's or a server's trouble: 0 (0.0 %)" in text_of(nothing, half, 1040)
@@ -83,6 +83,8 @@ def test_a_real_run_is_seen_from_another_process_until_its_end(tmp_path):
     process.send_signal(signal.SIGSTOP)
     now = status(out)
     assert now.planned_rows == ROWS
+    assert now.live["shards"]["making"] == 1
+    assert "slowest hosts" in text_of(now, out, time.time()) or now.live["rows"] < 10
     assert 0 < now.rows == now.planned_done <= ROWS
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
@@ -90,6 +92,7 @@ def test_a_real_run_is_seen_from_another_process_until_its_end(tmp_path):
     make(out)
     over = status(out)
     assert (over.is_over, over.rows, over.in_the_making, over.seconds_left) == (True, ROWS, {}, 0)
+    assert over.live is None
     assert "The run is over" in text_of(over, out, time.time())
     assert not verify(out)
     result = CliRunner().invoke(app, ["status", str(out), "--json"])

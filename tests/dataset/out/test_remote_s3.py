@@ -69,7 +69,7 @@ def test_a_driver_on_ray_killed_in_the_middle_leaves_only_whole_shards_and_a_rer
     assert contents(out) == local
     assert verify(out) == []
     assert (out / "report.html").exists()
-    assert make(out)[1].count("done before") == len(SHARDS)
+    assert f"{len(SHARDS)} done before" in make(out)[1]
 
 
 @pytest.mark.long

@@ -19,6 +19,7 @@ from stages.base import DROP
 from stages.download import Download
 from stages.fetch.body import Body
 from stages.fetch.http import resolve
+from stages.fetch.times import RESOLVER
 from stages.runtime import Runtime
 from stages.settings import DownloadSettings, Settings
 
@@ -140,6 +141,20 @@ def test_a_look_up_that_hangs_costs_its_own_rows_alone(make, server, names, monk
     assert fetch(make(timeout_s=2.0), *urls) == ["timeout"] * 3 + [None] * 3
     assert time.monotonic() - begun < 30
     hang.set()
+
+
+def test_who_took_how_long_is_known_by_host_and_of_the_resolver(make, server, names, engine, monkeypatch):
+    quick = names.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **named: time.sleep(0.1) or quick(*args, **named))
+    server.answers["/silent.jpg"] = hostile.silent
+    download = make(engine=engine, timeout_s=1.0)
+    hosts = {"a.test": "/ok.jpg", "b.test": "/404.jpg", "slow.test": "/silent.jpg", "no-such-name-1.test": "/ok.jpg"}
+    fetch(download, *[f"http://{host}:{server.port}{path}" for host, path in hosts.items()], "no URL")
+    times = download.take_times()
+    assert times.fetches == {**dict.fromkeys(hosts, 1), RESOLVER: 3}
+    assert times.microseconds[RESOLVER] >= 300_000
+    assert times.microseconds["slow.test"] >= 990_000 > times.microseconds["a.test"] >= 100_000
+    assert not download.take_times().fetches
 
 
 def test_of_hundreds_of_addresses_a_few_are_tried(make, names, engine, monkeypatch):

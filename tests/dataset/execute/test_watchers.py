@@ -1,0 +1,164 @@
+"""Whoever watches a run: lines of JSON, Prometheus, a hook, `status`; and what a run says that keeps nothing."""
+
+import json
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from sample_runs import SHARDS, contents, make
+
+from pipeline.dataset.config import WatchSettings
+from pipeline.dataset.execute import progress
+from pipeline.dataset.execute.progress import RunScreen
+from pipeline.dataset.finished.status import status, text_of
+from pipeline.dataset.finished.verify import foreign_files, verify
+from pipeline.dataset.out.ledger import LIVE
+from pipeline.shared.files import to_path
+from schemas.errors import ExitCode, UserError
+
+CALLS: list[dict] = []
+
+
+def hook(event):
+    """It fails each time: that is reported once, and the run goes on."""
+    CALLS.append(event)
+    raise ZeroDivisionError("of the hook")
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    CALLS.clear()
+    monkeypatch.setitem(sys.modules, "my_hooks", sys.modules[__name__])
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def metrics(path: Path) -> dict[tuple[str, ...], float]:
+    """(name, values of its labels) -> value."""
+    families = text_string_to_metric_families(path.read_text())
+    return {(one.name, *one.labels.values()): one.value for family in families for one in family.samples}
+
+
+def test_events_metrics_and_hook_of_a_run_whose_bytes_they_do_not_change(whole, tmp_path):
+    out, prom = tmp_path / "out", tmp_path / "run.prom"
+    out.mkdir()
+    (out / "events.jsonl").write_text('{"kind": "to')  # a full disk tears a line
+    watched = {"events": out / "events.jsonl", "metrics": prom, "hook": "my_hooks:hook"}
+    code, text = make(out, *(f"watch.{name}={value}" for name, value in watched.items()))
+    assert (code, contents(out)) == (ExitCode.OK, contents(whole))
+    assert (verify(out), foreign_files(out)) == ([], [])
+    assert not list(out.rglob(".tmp-*"))
+
+    first, *rest = (out / "events.jsonl").read_text().splitlines()
+    assert first == '{"kind": "to'
+    events = list(map(json.loads, rest))
+    assert events == CALLS
+    assert (events[0]["kind"], events[0]["input_rows"], events[-1]["kind"]) == ("start", 29, "end")
+    shards = [event for event in events if event["kind"] == "shard"]
+    assert [event["shard"] for event in shards] == SHARDS
+    assert all(event["rows"] == event["kept"] + sum(event["dropped"].values()) for event in shards)
+    last = [event for event in events if event["kind"] == "progress"][-1]
+    assert (last["rows"], last["kept"], last["captions"]) == (29, 9, 29)
+    assert last["stages"]["download"]["dropped"]["not_found"] == 1
+    assert min(last["stages"][name]["seconds"] for name in ("download", "detect", "crop", "pack")) > 0
+    assert last["slowest_hosts"].keys() == {"sample.localhost"}
+    assert [events[-1][name] for name in ("kept", "exit_code", "nothing_kept")] == [9, 0, ""]
+    assert [event["about"] for event in events if event["kind"] == "warning"] == ["hook"]
+    assert text.count("ZeroDivisionError: of the hook") == text.count("WARNING") == 1
+
+    found = metrics(prom)
+    assert found["faceshards_kept",] == found["faceshards_stage_rows_out", "pack"] == 9
+    assert found["faceshards_dropped", "not_found", "download"] == found["faceshards_shards", "made"] / 8 == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("hook=no_such_module:f", "no_such_module"),
+        ("hook=my_hooks:no_such_function", "no_such_function"),
+        ("hook=my_hooks:CALLS", "no function"),
+        ("hook=my hooks", "my hooks"),
+        ("events={here}", "cannot be written"),
+        ("events=nowhere://bucket/e.jsonl", "nowhere"),
+        ("metrics={here}/no/such/folder.prom", "cannot be written"),
+    ],
+)
+def test_what_cannot_watch_is_one_sentence_before_anything_is_written(tmp_path, setting, words):
+    name, _, value = setting.format(here=tmp_path).partition("=")
+    with pytest.raises(UserError, match=words):
+        progress.Watchers(RunScreen(Console(), 1), tmp_path / "out", WatchSettings(**{name: value}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_cannot_be_watched_does_not_begin(tmp_path):
+    with pytest.raises(UserError, match="no_such_module"):
+        make(tmp_path / "out", "watch.hook=no_such_module:f")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_whose_network_is_gone_says_so_early_and_at_its_end_why_it_kept_nothing(tmp_path, monkeypatch):
+    """Into a store, whose `status` knows as much while the run goes on."""
+    MemoryFileSystem.store.clear()
+    out, part, seen = to_path("memory://bucket/watched"), tmp_path / "part.parquet", []
+    monkeypatch.setattr(progress, "_REMOTE_EVERY_S", 0.0)
+    take = progress.Watchers.take
+
+    def watched(self, event):
+        take(self, event)
+        seen.append(status(out))
+
+    monkeypatch.setattr(progress.Watchers, "take", watched)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    urls = [f"http://127.0.0.{n % 200 + 1}:{port}/{n}.jpg" for n in range(2_500)]
+    pq.write_table(pa.table({"url": urls, "text": [""] * len(urls)}), part)
+    pairs = {"download.allow_loopback": "true", "download.respect_robots": "false", "download.host_failures": 0}
+    pairs |= {"download.retries": 0, "source.rows_per_shard": 500, "watch.events": f"{out}/events.jsonl"}
+    code, text = make(out, *(f"{name}={value}" for name, value in pairs.items()), shards=str(part), profile="embedded")
+    assert code is ExitCode.OK
+    events = lines(out / "events.jsonl")
+    warnings = {event["about"]: event["text"] for event in events if event["kind"] == "warning"}
+    assert sorted(warnings) == ["captions", "network", "nothing_kept"]
+    assert all(text.count(f"WARNING: {words}") == 1 for words in warnings.values())
+    sentence = "NOTHING IS KEPT of 2,500 rows: 2,500 dropped as connection_error (the connection was refused, reset or"
+    assert text.splitlines()[-1].startswith(sentence)
+    assert events[-1]["nothing_kept"].startswith(sentence)
+    assert sentence in text_of(status(out), out, 0)
+
+    assert [one.live["shards"]["made"] for one in seen][:: len(seen) - 1] == [0, 5]
+    told = text_of(seen[-2], out, seen[-2].live["time"])
+    assert "By its own count, 0:00:00 ago: 2,500 rows, kept 0" in told
+    assert "WARNING: None of the first 1,000 rows has a caption" in told
+    assert not (out / LIVE).exists()
+    assert foreign_files(out) == []
+    MemoryFileSystem.store.clear()
+
+
+def test_a_run_without_rows_says_so(tmp_path):
+    part = tmp_path / "part.parquet"
+    pq.write_table(pa.table({"url": pa.array([], pa.string())}), part)
+    code, text = make(tmp_path / "out", shards=str(part), profile="embedded")
+    assert (code, text.splitlines()[-1]) == (ExitCode.OK, "NOTHING IS KEPT of 0 rows.")
+
+
+def test_a_hook_that_never_returns_holds_up_neither_the_run_nor_its_end(monkeypatch):
+    from pipeline.shared import events
+
+    monkeypatch.setattr(events, "_PATIENCE_S", 0.05)
+    free, said = threading.Event(), []
+    monkeypatch.setitem(globals(), "waits", lambda event: free.wait())
+    made = events.Hook("my_hooks:waits", lambda kind, words: said.append(words))
+    for n in range(3):
+        made.call({"n": n})
+    made.close()
+    free.set()
+    assert said == ["the hook my_hooks:waits is still busy, and the run ends without it."]
