@@ -3,6 +3,7 @@
 import torch
 from accelerate import Accelerator
 
+from pipeline.shared.events import Hook
 from pipeline.train import objective
 from pipeline.train.base_model import Base
 from pipeline.train.export import described, export
@@ -13,7 +14,7 @@ from pipeline.train.session import Session
 from pipeline.train.settings import OptimSettings
 from pipeline.train.stop import StopSignal
 from pipeline.train.validate.validation import Validator
-from pipeline.train.watch import Watch, console, say
+from pipeline.train.watch import Watch, console, say, warn_once
 from schemas.errors import ConfigError, ExitCode
 
 _FROZEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,6 +34,7 @@ def train(job: TrainJob) -> ExitCode:
     base = Base(job.base, accelerator.device, _FROZEN.get(accelerator.mixed_precision, torch.float32))
     id_loss = id_loss_of(config.objective, base)
     validator = Validator(job, base)
+    hook = Hook(config.watch.hook, warn_once()) if config.watch.hook and is_main else None
     session = Session(job, accelerator, base)
     if is_main:
         description = described(job, session.model)
@@ -45,7 +47,7 @@ def train(job: TrainJob) -> ExitCode:
 
     with (
         page_of(run, quiet=not is_main) as write_page,
-        Watch(run.root, config, session.step, console, quiet=not is_main) as watch,
+        Watch(run.root, config, session.step, console, hook, quiet=not is_main) as watch,
         StopSignal() as stop,
     ):
         batches = watch.clock.timed(session.loader)

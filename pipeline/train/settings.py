@@ -167,6 +167,8 @@ class WatchSettings(Section):
     """Folder of an insightface pack that measures ID similarity in the grid; better another than the condition's."""
     tensorboard: bool = True
     """Write TensorBoard logs to RUN/tensorboard."""
+    hook: str = ""
+    """A function, as `module:function`, that is called with each event, a dict: for W&B; see docs/watching.md."""
 
 
 class TrainConfig(Section):

@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from pipeline.shared.atomic import write_atomically
+from pipeline.shared.events import EventFile, Hook, Warn
 from pipeline.shared.terminal import Screen
 from pipeline.train.settings import TrainConfig
 from schemas.errors import first_line
@@ -30,6 +31,18 @@ def say(text: str, *, from_any_process: bool = False) -> None:
     """A line on stderr, once for all processes of a run."""
     if from_any_process or os.environ.get("RANK", "0") == "0":
         _errors.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def warn_once() -> Warn:
+    """Says the first of each kind of trouble that does not stop a run."""
+    warned: set[str] = set()
+
+    def warn(kind: str, words: str) -> None:
+        if kind not in warned:
+            warned.add(kind)
+            say(f"warning: {words}")
+
+    return warn
 
 
 class Pace(NamedTuple):
@@ -117,19 +130,30 @@ def _step_of(line: bytes) -> float:
 class Watch:
     """Writes down how a loop goes, on the main process; elsewhere (`quiet`) nothing. A context manager."""
 
-    def __init__(self, root: Path, config: TrainConfig, start: int, console: Console, *, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        config: TrainConfig,
+        start: int,
+        console: Console,
+        hook: Hook | None = None,
+        *,
+        quiet: bool = False,
+    ) -> None:
         """Watch a run from step `start` on, in its folder `root`, which exists."""
-        self._config, self._history, self._done = config, root / HISTORY, start
+        self._config, self._hook, self._done = config, hook, start
         self.clock = StepClock()
         self._loss: Tensor | None = None
         self._batches = 0
         self._begun = time.monotonic()
         self._screen: Screen | None = None
         self._file: MetricsFile | None = None
+        self._history: EventFile | None = None
         self._board: Any = None
         if not quiet:
             self._screen = Screen(console, "train", "step {done:,} of {total}", config.steps, start)
             self._file = MetricsFile(root / METRICS, start)
+            self._history = EventFile(str(root / HISTORY), warn_once())
             if config.watch.tensorboard and find_spec("tensorboard") is not None:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -139,7 +163,7 @@ class Watch:
     def __enter__(self) -> "Watch":
         if self._screen is not None:
             self._screen.__enter__()
-        self._happened("started")
+        self._happened("start")
         return self
 
     def __exit__(
@@ -147,24 +171,21 @@ class Watch:
     ) -> None:
         if self._screen is not None:
             self._screen.__exit__()
-        for log in (self._file, self._board):
-            if log is not None:
-                log.close()
         if error is None or isinstance(error, KeyboardInterrupt):
             self._happened("finished" if error is None and self._done >= self._config.steps else "stopped")
         else:
             self._happened("failed", first_line(error))
+        for log in (self._file, self._board, self._history, self._hook):
+            if log is not None:
+                log.close()
 
     def _happened(self, kind: str, words: str = "") -> None:
         """A line of RUN/history.jsonl."""
-        if self._file is None:
-            return
-        event = {"time": round(time.time(), 3), "kind": kind, "step": self._done, "words": words}
-        try:
-            with self._history.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(event) + "\n")
-        except OSError as error:  # whatever ended the run is what the user should hear of
-            say(f"warning: {self._history} cannot be written: {error.strerror}.")
+        if self._history is not None:
+            event = {"time": round(time.time(), 3), "kind": kind, "step": self._done, "words": words}
+            self._history.write(event)
+            if self._hook is not None:
+                self._hook.call(event)
 
     def batch(self, loss: Tensor, samples: int) -> None:
         """A batch went forward and back; its loss is read only when it is logged, so that a GPU need not wait."""
@@ -195,6 +216,8 @@ class Watch:
         """Write further numbers of a step, such as those of validation."""
         if self._file is not None and values:
             self._file.write(step, values)
+        if self._hook is not None:
+            self._hook.call({"time": round(time.time(), 3), "kind": "metrics", "step": step, **values})
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)

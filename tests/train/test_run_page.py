@@ -101,13 +101,13 @@ def test_the_slider_goes_through_the_steps_and_marks_them_in_the_curves(visit, r
 @pytest.mark.parametrize(
     ("kind", "words", "shown"),
     [
-        ("started", "", "had not ended when the page was written"),
+        ("start", "", "had not ended when the page was written"),
         ("stopped", "", "was stopped at step 30. The same command with"),
         ("failed", "the training diverged", "ended at step 30: the training diverged."),
     ],
 )
 def test_a_run_that_did_not_finish_says_so(run, tmp_path, kind, words, shown):
-    folder = copy_of(run, tmp_path / "other", (1.0, "started", 0, ""), (2.0, kind, 30, words))
+    folder = copy_of(run, tmp_path / "other", (1.0, "start", 0, ""), (2.0, kind, 30, words))
     assert shown in re.sub(r"\s+", " ", write_page(folder).read_text())
 
 

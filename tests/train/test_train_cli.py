@@ -269,6 +269,7 @@ def test_report_writes_the_page_again_and_refuses_what_is_no_run(cli, real):
         ([*FACEID, "--config", "none.toml"], ["none.toml", "cannot be read"]),
         ([*FACEID, "--image-encoder", "clip"], ["adapter.image_encoder"]),
         ([*FACEID, "--set", "optim.precision=fp16"], ["fp16", "GPU"]),
+        ([*FACEID, "--set", "watch.hook=nowhere:log"], ["nowhere:log"]),
         ([*FACEID, "--set", "optim.eight_bit=true"], ["bitsandbytes"]),
         ([*FACEID, "--set", "objective.id_loss=1"], ["objective.id_loss_weights", "https://"]),
         (

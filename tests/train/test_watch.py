@@ -1,5 +1,6 @@
 """Metrics of a run: lines, resume, pace, TensorBoard, the screen."""
 
+import importlib
 import io
 import json
 import time
@@ -8,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from pipeline.shared.events import Hook
 from pipeline.train import watch as module
 from pipeline.train.settings import TrainConfig
 from pipeline.train.watch import MetricsFile, StepClock, Watch
@@ -21,9 +23,9 @@ def lines(root):
     return [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
 
 
-def go(root, first, last, start=0, console=None, quiet=False, accumulate=1, **settings):
+def go(root, first, last, start=0, console=None, quiet=False, accumulate=1, hook=None, **settings):
     console = console or Console(file=io.StringIO())
-    with Watch(root, config(**settings), start, console, quiet=quiet) as watch:
+    with Watch(root, config(**settings), start, console, hook, quiet=quiet) as watch:
         step = first
         for index, _ in enumerate(watch.clock.timed(range((last - first + 1) * accumulate)), start=1):
             watch.batch(torch.tensor(float(step), requires_grad=True), samples=2)
@@ -240,6 +242,19 @@ def test_files_are_closed_when_the_loop_dies(tmp_path):
     assert watch._file._stream.closed
     history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert [(event["kind"], event["step"], event["words"]) for event in history] == [
-        ("started", 0, ""),
+        ("start", 0, ""),
         ("failed", 0, "out of memory"),
     ]
+
+
+def test_a_hook_gets_each_event_as_a_dict(tmp_path, monkeypatch):
+    (tmp_path / "my_hooks.py").write_text("events = []\nlog = events.append\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    hook = Hook("my_hooks:log", lambda kind, words: pytest.fail(words))
+    (tmp_path / "run").mkdir()
+    go(tmp_path / "run", 1, 6, hook=hook, log_every=4)
+    events = importlib.import_module("my_hooks").events
+    assert [(event["kind"], event["step"]) for event in events] == [
+        *(("start", 0), ("metrics", 4), ("metrics", 6), ("finished", 6))
+    ]
+    assert {"time", "loss", "lr", "samples_per_s"} <= events[1].keys()

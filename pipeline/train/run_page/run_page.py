@@ -72,7 +72,7 @@ def write_page(run: RunFolder) -> Path:
     sidecar, metrics, events = description["sidecar"], curves.read_metrics(run.root / METRICS), _events(run.root)
     steps, bad = metrics["step"], curves.not_finite("loss", metrics)
     last = int(max([0, *steps[-1:], *(event["step"] for event in events[-1:])]))
-    resumed = sorted({event["step"] for event in events if event["kind"] == "started" and event["step"]})
+    resumed = sorted({event["step"] for event in events if event["kind"] == "start" and event["step"]})
     grids = _grids(run.root / "validation", metrics)
     page = rendered(
         Path(__file__).with_name("run_page"),
@@ -80,7 +80,7 @@ def write_page(run: RunFolder) -> Path:
         sidecar=sidecar,
         last=last,
         total=sidecar["recipe"]["steps"],
-        end=events[-1] if events else {"kind": "started"},
+        end=events[-1] if events else {"kind": "start"},
         events=events[-_EVENTS:],
         earlier=len(events[:-_EVENTS]),
         written=_day(datetime.now(UTC).timestamp()),
