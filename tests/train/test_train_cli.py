@@ -98,8 +98,9 @@ def test_without_dir_base_and_out_it_trains_the_tiny_base_on_out(real):
 
 def test_embedded_shards_are_warned_of_and_stderr_holds_nothing_else(real):
     _, done = real
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("warning: these shards are of the `embedded` profile")
+    warning, need = done.stderr.splitlines()
+    assert warning.startswith("warning: these shards are of the `embedded` profile")
+    assert need.startswith("diffusers needs peft beside it")
 
 
 def test_a_mistake_of_the_real_command_is_one_line_on_stderr(tmp_path):
