@@ -31,16 +31,15 @@ class EventFile:
         Raises:
             OutputError: when it cannot be written.
         """
-        self._path, self._warn = to_path(path), warn
-        self._put_at = time.monotonic()
+        self._path, self._warn, self._put_at = to_path(path), warn, time.monotonic()
         self._stream: IO[bytes] = io.BytesIO()
+        before = b""
         try:
-            before = b""
             with suppress(FileNotFoundError):
                 before = self._path.read_bytes()
             if isinstance(self._path, RemotePath):
+                self._path.write_bytes(before)
                 self._stream.write(before)
-                self._put()
             else:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._stream = self._path.open("ab", buffering=0)  # a line is written whole: a kill tears none
@@ -49,27 +48,21 @@ class EventFile:
         except OSError as error:
             raise OutputError(f"{path} cannot be written: {error.strerror or first_line(error)}.") from error
 
-    def write(self, event: dict[str, Any]) -> None:
-        """Add a line."""
-        try:
-            self._stream.write(json.dumps(event, ensure_ascii=False).encode() + b"\n")
-            if time.monotonic() > self._put_at + _PUT_EVERY_S:
-                self._put()
-        except OSError as error:
-            self._warn("events", f"{self._path} cannot be written, and the run goes on: {first_line(error)}.")
-
     def close(self) -> None:
-        """Have all lines in it."""
-        try:
-            self._put()
-        except OSError as error:
-            self._warn("events", f"{self._path} lacks the last events: {first_line(error)}.")
+        """Have all lines where they belong."""
+        self.write(None)
         self._stream.close()
 
-    def _put(self) -> None:
-        self._put_at = time.monotonic()
-        if isinstance(self._path, RemotePath) and isinstance(self._stream, io.BytesIO):
-            self._path.write_bytes(self._stream.getvalue())
+    def write(self, event: dict[str, Any] | None) -> None:
+        """Add a line."""
+        is_due = event is None or time.monotonic() > self._put_at + _PUT_EVERY_S
+        try:
+            self._stream.write(json.dumps(event, ensure_ascii=False).encode() + b"\n" if event else b"")
+            if is_due and isinstance(self._stream, io.BytesIO):
+                self._put_at = time.monotonic()
+                self._path.write_bytes(self._stream.getvalue())
+        except OSError as error:
+            self._warn("events", f"{self._path} cannot be written, and the run goes on: {first_line(error)}.")
 
 
 class Hook:

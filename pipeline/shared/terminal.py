@@ -48,6 +48,7 @@ class Screen:
         self._whole = self.bars.add_task(label, total=total, completed=start, words="")
 
     def __enter__(self) -> Self:
+        self._begun = self._last_line = time.monotonic()
         self.bars.start()
         return self
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.dataset.out.ledger import why_nothing
-from pipeline.dataset.source.aliases import ALIASES
 from stages.fetch.status import SECOND_CHANCE
 
 _ROWS = 1_000
@@ -62,6 +61,6 @@ class EarlyWords:
         if begun >= _ROWS and not now["captions"]:
             yield (
                 "captions",
-                f"None of the first {begun:,} rows has a caption: where there are some, their column must have one of "
-                f"the names {', '.join(ALIASES['text'])}.",
+                f"None of the first {begun:,} rows has a caption: where there are some, name their column, such as by "
+                "--set source.columns.text=title.",
             )

@@ -32,6 +32,10 @@ class RunScreen(Screen):
         self.tally = Tally(total_rows)
         self._bars: dict[str, TaskID] = {}
 
+    def __enter__(self) -> Self:
+        self.tally.begun = time.monotonic()  # what was started before is not this run's pace
+        return super().__enter__()
+
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         self.say("\n".join(self.notes()))
@@ -78,11 +82,11 @@ class Watchers:
         self._words = EarlyWords()
         self._warned: dict[str, str] = {}
         self._hook = Hook(settings.hook, self.warn) if settings.hook else None
-        self._file = EventFile(settings.events, self.warn) if settings.events else None
         try:
             self._write_metrics(screen.tally.snapshot())
         except OSError as error:
             raise OutputError(f"{self._metrics} cannot be written: {error.strerror or first_line(error)}.") from error
+        self._file = EventFile(settings.events, self.warn) if settings.events else None
 
     def __enter__(self) -> Self:
         return self
@@ -92,9 +96,11 @@ class Watchers:
     ) -> None:
         if self._is_open:
             self.end(stopped_by=f"{kind.__name__}: {error}" if kind else "")
-        for watcher in (self._file, self._hook):
-            if watcher is not None:
-                watcher.close()
+        hook, self._hook = self._hook, None
+        if hook is not None:
+            hook.close()
+        if self._file is not None:
+            self._file.close()
 
     def begin(self, **facts: Any) -> None:
         """The run begins."""

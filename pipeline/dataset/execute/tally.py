@@ -13,8 +13,8 @@ from stages.fetch.times import RESOLVER, FetchTimes
 
 _MOST_HOSTS = 2_000
 """Hosts that are remembered; of twice as many, those that took the least time in all are let go."""
-_SHOWN_HOSTS, _FEWEST_FETCHES = 5, 10
-"""How many hosts are shown, and after how many fetches of one their mean says anything."""
+_SHOWN_HOSTS, _FEWEST_FETCHES, _SLOW_S = 5, 10, 1.0
+"""How many hosts are listed, after how many fetches of one their mean says anything, and when people hear of it."""
 
 
 class Tally:
@@ -25,7 +25,8 @@ class Tally:
         """Shard in the making -> (stage, verdict) -> its finished rows."""
         self.shards = {"made": 0, "failed": 0, "before": 0}
         self.rows_before = 0
-        self._total_rows, self._begun = total_rows, time.monotonic()
+        self.begun = time.monotonic()
+        self._total_rows = total_rows
         self._outcomes: Counter[tuple[str, str]] = Counter()
         self._begun_rows = self._captions = 0
         self._microseconds: Counter[str] = Counter()
@@ -62,7 +63,7 @@ class Tally:
 
     def snapshot(self) -> dict[str, Any]:
         """All of it, JSON-able; see docs/watching.md."""
-        seconds, rows, kept = max(time.monotonic() - self._begun, 1e-3), self.rows, 0
+        seconds, rows, kept = max(time.monotonic() - self.begun, 1e-3), self.rows, 0
         stages: dict[str, dict[str, Any]] = {name: {"dropped": {}} for name in STAGES}
         for (name, verdict), count in self._outcomes.most_common():
             if verdict == KEPT:
@@ -101,18 +102,19 @@ class Tally:
 
 
 def details(now: Mapping[str, Any]) -> list[str]:
-    """Lines for people about a snapshot: shards and failures, the stages that take time or rows, the slowest hosts."""
+    """A snapshot for people: shards and failures, the stages that take rows or time, hosts that are slow."""
     shards, failed, stages = now["shards"], now["network_failures"], now["stages"]
-    busy = sum(stage["seconds"] for stage in stages.values())
-    words = [
-        f"{name} {stage['rows_in']:,} -> {stage['rows_out']:,} rows in {stage['seconds']:,.1f} s"
-        for name, stage in stages.items()
-        if stage["dropped"] or stage["seconds"] > busy / 50
-    ]
-    hosts = [f"{host} {mean:.2f} s" for host, mean in now["slowest_hosts"].items()]
+    share = f"{100 * failed / max(1, now['rows']):.1f} %"
     lines = [
-        f"shards: {shards['made']:,} made, {shards['before']:,} done before, {shards['failed']:,} failed; failed for "
-        f"the network or a server: {failed:,} rows ({100 * failed / max(1, now['rows']):.1f} %)"
+        f"shards: {shards['made']:,} made, {shards['before']:,} done before, {shards['failed']:,} failed; "
+        f"rows that the network failed: {failed:,} ({share})"
     ]
-    lines += [f"stages: {', '.join(words)}"] if words else []
-    return [*lines, f"slowest hosts, per fetch: {', '.join(hosts)}"] if hosts else lines
+    least = sum(stage["seconds"] for stage in stages.values()) / 50
+    words = [
+        f"{name} {stage['rows_out']:,}" + (f" ({stage['seconds']:,.0f} s)" if stage["seconds"] > least else "")
+        for name, stage in stages.items()
+        if stage["dropped"] or stage["seconds"] > least
+    ]
+    hosts = [f"{host} {mean:.1f} s" for host, mean in now["slowest_hosts"].items() if mean >= _SLOW_S]
+    lines += [f"rows left after {', '.join(words)}"] if words else []
+    return [*lines, f"slow hosts: {', '.join(hosts)} per fetch"] if hosts else lines

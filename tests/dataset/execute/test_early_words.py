@@ -82,5 +82,5 @@ def test_metadata_that_lets_nothing_live():
 
 
 def test_a_caption_column_that_is_always_empty():
-    assert "caption, txt" in said(drawn(ORDINARY, 0), captions=0)["captions"]
+    assert "source.columns.text=" in said(drawn(ORDINARY, 0), captions=0)["captions"]
     assert said(drawn(ORDINARY, 0), rows=900, captions=0) == {}

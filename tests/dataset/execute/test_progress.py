@@ -48,7 +48,7 @@ def test_on_a_terminal_the_notes_stand_above_the_bars(monkeypatch):
         shown.show(Started("p-00000", 10))
         shown.show(TEN)
     drawn = text.getvalue()
-    assert drawn.index("filter 10 -> 4 rows") < drawn.rindex("━")
+    assert drawn.index("rows left after filter 4") < drawn.rindex("━")
 
 
 def test_without_a_terminal_a_line_tells_how_far_it_is_and_how_long_it_will_take(monkeypatch):
@@ -59,7 +59,7 @@ def test_without_a_terminal_a_line_tells_how_far_it_is_and_how_long_it_will_take
         shown.show(advanced(kept=1, filter__no_face=4))
     assert "5 of 20 rows" in text.getvalue()
     assert "min left" in text.getvalue()
-    assert "\n  stages: filter 5 -> 1 rows" in text.getvalue()
+    assert "\n  rows left after filter 1" in text.getvalue()
 
 
 def test_a_failed_shard_is_told_with_its_error_and_its_rows_count_no_more():
@@ -102,9 +102,9 @@ def test_stages_hosts_and_failures_of_a_snapshot():
     assert now["slowest_hosts"] == {"slow": 5.0, "fast": 0.1}  # of a single fetch nothing is concluded
     assert (now["names"], now["name_seconds"]) == (4, 2.0)
     assert details(now) == [
-        "shards: 0 made, 0 done before, 0 failed; failed for the network or a server: 3 rows (20.0 %)",
-        "stages: metadata 15 -> 10 rows in 0.0 s, download 10 -> 7 rows in 9.0 s, size 7 -> 2 rows in 0.0 s",
-        "slowest hosts, per fetch: slow 5.00 s, fast 0.10 s",
+        "shards: 0 made, 0 done before, 0 failed; rows that the network failed: 3 (20.0 %)",
+        "rows left after metadata 10, download 7 (9 s), size 2",
+        "slow hosts: slow 5.0 s per fetch",
     ]
 
 

@@ -1,9 +1,11 @@
 """Whoever watches a run: lines of JSON, Prometheus, a hook, `status`; and what a run says that keeps nothing."""
 
+import io
 import json
 import socket
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,6 +22,7 @@ from pipeline.dataset.execute.progress import RunScreen
 from pipeline.dataset.finished.status import status, text_of
 from pipeline.dataset.finished.verify import foreign_files, verify
 from pipeline.dataset.out.ledger import LIVE
+from pipeline.shared import events
 from pipeline.shared.files import to_path
 from schemas.errors import ExitCode, UserError
 
@@ -60,19 +63,19 @@ def test_events_metrics_and_hook_of_a_run_whose_bytes_they_do_not_change(whole, 
 
     first, *rest = (out / "events.jsonl").read_text().splitlines()
     assert first == '{"kind": "to'
-    events = list(map(json.loads, rest))
-    assert events == CALLS
-    assert (events[0]["kind"], events[0]["input_rows"], events[-1]["kind"]) == ("start", 29, "end")
-    shards = [event for event in events if event["kind"] == "shard"]
+    seen = list(map(json.loads, rest))
+    assert seen == CALLS
+    assert (seen[0]["kind"], seen[0]["input_rows"], seen[-1]["kind"]) == ("start", 29, "end")
+    shards = [event for event in seen if event["kind"] == "shard"]
     assert [event["shard"] for event in shards] == SHARDS
     assert all(event["rows"] == event["kept"] + sum(event["dropped"].values()) for event in shards)
-    last = [event for event in events if event["kind"] == "progress"][-1]
+    last = [event for event in seen if event["kind"] == "progress"][-1]
     assert (last["rows"], last["kept"], last["captions"]) == (29, 9, 29)
     assert last["stages"]["download"]["dropped"]["not_found"] == 1
     assert min(last["stages"][name]["seconds"] for name in ("download", "detect", "crop", "pack")) > 0
     assert last["slowest_hosts"].keys() == {"sample.localhost"}
-    assert [events[-1][name] for name in ("kept", "exit_code", "nothing_kept")] == [9, 0, ""]
-    assert [event["about"] for event in events if event["kind"] == "warning"] == ["hook"]
+    assert [seen[-1][name] for name in ("kept", "exit_code", "nothing_kept")] == [9, 0, ""]
+    assert [event["about"] for event in seen if event["kind"] == "warning"] == ["hook"]
     assert text.count("ZeroDivisionError: of the hook") == text.count("WARNING") == 1
 
     found = metrics(prom)
@@ -125,13 +128,13 @@ def test_a_run_whose_network_is_gone_says_so_early_and_at_its_end_why_it_kept_no
     pairs |= {"download.retries": 0, "source.rows_per_shard": 500, "watch.events": f"{out}/events.jsonl"}
     code, text = make(out, *(f"{name}={value}" for name, value in pairs.items()), shards=str(part), profile="embedded")
     assert code is ExitCode.OK
-    events = lines(out / "events.jsonl")
-    warnings = {event["about"]: event["text"] for event in events if event["kind"] == "warning"}
+    found = lines(out / "events.jsonl")
+    warnings = {event["about"]: event["text"] for event in found if event["kind"] == "warning"}
     assert sorted(warnings) == ["captions", "network", "nothing_kept"]
     assert all(text.count(f"WARNING: {words}") == 1 for words in warnings.values())
     sentence = "NOTHING IS KEPT of 2,500 rows: 2,500 dropped as connection_error (the connection was refused, reset or"
     assert text.splitlines()[-1].startswith(sentence)
-    assert events[-1]["nothing_kept"].startswith(sentence)
+    assert found[-1]["nothing_kept"].startswith(sentence)
     assert sentence in text_of(status(out), out, 0)
 
     assert [one.live["shards"]["made"] for one in seen][:: len(seen) - 1] == [0, 5]
@@ -150,15 +153,17 @@ def test_a_run_without_rows_says_so(tmp_path):
     assert (code, text.splitlines()[-1]) == (ExitCode.OK, "NOTHING IS KEPT of 0 rows.")
 
 
-def test_a_hook_that_never_returns_holds_up_neither_the_run_nor_its_end(monkeypatch):
-    from pipeline.shared import events
-
-    monkeypatch.setattr(events, "_PATIENCE_S", 0.05)
-    free, said = threading.Event(), []
-    monkeypatch.setitem(globals(), "waits", lambda event: free.wait())
-    made = events.Hook("my_hooks:waits", lambda kind, words: said.append(words))
-    for n in range(3):
-        made.call({"n": n})
-    made.close()
+@pytest.mark.parametrize("waits", [False, True])
+def test_trouble_with_the_last_event_is_an_event_of_the_file(tmp_path, monkeypatch, waits):
+    monkeypatch.setattr(events, "_PATIENCE_S", 0.2)
+    free = threading.Event()
+    monkeypatch.setitem(globals(), "hook", lambda event: event["kind"] != "end" or (waits and free.wait()) or 1 / 0)
+    settings = WatchSettings(hook="my_hooks:hook", events=str(tmp_path / "e.jsonl"))
+    screen = RunScreen(Console(file=io.StringIO()), 1)
+    with suppress(KeyboardInterrupt), progress.Watchers(screen, tmp_path, settings) as watchers:
+        watchers.begin()
+        raise KeyboardInterrupt
     free.set()
-    assert said == ["the hook my_hooks:waits is still busy, and the run ends without it."]
+    *_, end, warning = lines(tmp_path / "e.jsonl")
+    assert (end["kind"], end["stopped_by"]) == ("end", "KeyboardInterrupt: ")
+    assert ("is still busy" if waits else "ZeroDivisionError") in warning["text"]
