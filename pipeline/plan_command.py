@@ -28,8 +28,9 @@ def show(job: "Job", out: str, sample: int | None, seed: int, cost_per_hour: flo
     from pipeline.shared.files import to_path
 
     output = Output(to_path(out))
-    output.refuse_other_plan(job.plan)
-    if sample and job.plan.refusal:  # as `dataset` does: fetch what is missing, where that is allowed, or refuse
+    if not sample:  # a forecast is of SHARDS, whatever OUT holds
+        output.refuse_other_plan(job.plan)
+    elif job.plan.refusal:  # as `dataset` does: fetch what is missing, where that is allowed, or refuse
         job = replace(job, plan=make_plan(job.plan.config, job.plan.runtime))
     if not as_json:
         _show_steps(job)
@@ -99,10 +100,13 @@ def _prior(job: "Job", counts: "Counted") -> dict[str, list[float]] | None:
 
 
 def _show_prior(prior: dict[str, list[float]]) -> None:
-    fetched, disk = (" to ".join(_bytes(value) for value in prior[name]) for name in ("bytes_fetched", "bytes_on_disk"))
+    kept, fetched, disk = (
+        " to ".join(written(float(f"{value:.2g}")) for value in values)
+        for values, written in zip(prior.values(), (_number, _bytes, _bytes), strict=True)
+    )
     say(
         "Prior, not measured, an order of magnitude (`--sample 500` measures):\n"
-        f"  {' to '.join(_number(value) for value in prior['kept'])} images kept, {fetched} fetched, {disk} on disk.\n"
+        f"  {kept} images kept, {fetched} fetched, {disk} on disk.\n"
         "  Of LAION's links 50 to 87 % are alive (img2dataset #400, #439, #456); 12 % of its\n"
         "  photos show a face (LAION-Face), 40 to 60 % of these a single clean one\n"
         "  (FaceCaption-15M). Only 1.2 % of its faces are in photos of 1,024 px (FaceID-6M)."
