@@ -149,9 +149,10 @@ def _show_forecast(of: "Forecast", parts: int, cost_per_hour: float | None) -> N
     say("")
     for label, loss in zip(("Costs most:", "Then:", "Then:"), of.reasons, strict=False):
         say(f"{label:11} {loss.cause}, {100 * loss.share:.1f} % of the rows that get so far")
-    say("By its ledger and the metadata, each threshold alone ends:")
-    for loss in of.thresholds:
-        say(f"  {loss.cause}: {f'about {_number(loss.rows)} rows' if loss.rows else 'none'}")
+    ending = [loss for loss in of.thresholds if loss.rows]
+    say(f"Each threshold of filter.* alone ends, by these rows and the metadata{':' if ending else ', no row.'}")
+    for loss in ending:
+        say(f"  {loss.cause}: about {_number(loss.rows)} rows")
     say("")
 
 

@@ -4,7 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +18,7 @@ from rich.console import Console
 from pipeline.dataset.config import WatchSettings
 from pipeline.dataset.estimate import Range, count, rate, total
 from pipeline.dataset.execute.make_shard import Advanced, Event
-from pipeline.dataset.finished.replay import COLUMNS, code, evidence, ledgers, thresholds
+from pipeline.dataset.finished.replay import COLUMNS, THRESHOLDS, code, evidence, is_least, ledgers, thresholds
 from pipeline.dataset.job import Job, make_dataset
 from pipeline.dataset.out.forgotten import load, save
 from pipeline.dataset.out.ledger import funnel, shard_names
@@ -184,7 +184,7 @@ class Forecast:
     kept_of_run: int
     kept: Range
     bytes_fetched: Range
-    """Image files that arrive whole; those of an existing download are not fetched."""
+    """Image files that arrive whole; those of existing downloads and folders are not fetched."""
     given_up: float
     """Photos whose first bytes showed that they are too small."""
     bytes_on_disk: Range
@@ -242,7 +242,8 @@ def extrapolated(job: Job, folder: Path, counts: Counted, draw: Draw, clock: Clo
         ledger = ledger.filter(pc.not_equal(ledger["stage"], Metadata.name))
     size, population = ledger.num_rows, counts.candidates
     keys = ledger.filter(pc.equal(ledger["verdict"], KEPT))["key"].to_pylist()
-    is_here = pc.is_in(ledger["part"], pa.array([part.name for part in job.parts if part.kind == "tar"], pa.string()))
+    local = [part.name for part in job.parts if part.kind != "metadata"]
+    is_here = pc.is_in(ledger["part"], pa.array(local, pa.string()))
     n_bytes = pc.if_else(is_here, 0, pc.fill_null(ledger["n_bytes"], 0)).to_numpy().astype(np.float64)
     early = pc.and_(pc.equal(ledger["verdict"], DropReason.SMALL_IMAGE), pc.equal(ledger["stage"], Download.name))
     early = pc.and_not(early, is_here).to_numpy()
@@ -311,10 +312,12 @@ def _by_thresholds(ledger: pa.Table, limits: FilterSettings, factor: int, counts
     now = proof.judged(limits, factor)
     goes_on = [code(KEPT), code("passes"), code("unseen")]
     losses = []
-    for name, value in limits:
-        without = limits.model_copy(update={name: 0.0 if name.startswith("min_") else float("inf")})
+    for name in THRESHOLDS:
+        without = limits.model_copy(update={name: -inf if is_least(name) else inf})
         gained = int((np.isin(proof.judged(without, factor), goes_on) & ~np.isin(now, goes_on)).sum())
         rows = gained * counts.candidates / max(1, ledger.num_rows)
         before = counts.dropped.get(DropReason.SMALL_IMAGE, 0) if name == "min_image_px" else 0
-        losses.append(Loss(f"filter.{name} = {value:g}", rows + before, (rows + before) / max(1, counts.rows)))
+        losses.append(
+            Loss(f"filter.{name} = {getattr(limits, name):g}", rows + before, (rows + before) / max(1, counts.rows))
+        )
     return sorted(losses, key=lambda loss: -loss.rows)

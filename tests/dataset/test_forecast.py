@@ -27,7 +27,7 @@ from pipeline.dataset.source.draw import Draw
 from pipeline.dataset.source.parts import Part
 from pipeline.dataset.source.seeds import Seeds
 from schemas.columns import SEED, schema
-from schemas.errors import ExitCode, WeightsError
+from schemas.errors import ExitCode, UserError, WeightsError
 from schemas.names import sample_key, shard_name
 from schemas.shard import SUFFIXES
 
@@ -239,3 +239,4 @@ def test_a_sample_needs_the_weights_and_a_plan_says_what_is_a_guess(tmp_path, mo
     planned = CliRunner().invoke(app, words)
     assert "Prior, not measured" in planned.output
     assert CliRunner().invoke(app, [*words, "--sample", "0"]).exit_code == ExitCode.USER_ERROR
+    assert isinstance(CliRunner().invoke(app, [*words, "--cost-per-hour", "2"]).exception, UserError)
