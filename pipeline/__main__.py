@@ -142,11 +142,13 @@ def plan(
 ) -> None:
     """Prove the plan and show what would be done, and what is missing for it; nothing is written to OUT.
 
-    With --sample, N rows are drawn from all parts and run for real: images, bytes, hours and costs of the whole follow,
-    with ranges. It needs weights and licences as `dataset` does.
+    With --sample, N rows are drawn from all parts and run for real, for which weights and licences are needed: images,
+    bytes, hours and costs of the whole follow, with ranges.
     """
     from pipeline.plan_command import show
 
+    if cost_per_hour is not None and not sample:
+        raise UserError("--cost-per-hour is for a forecast: give --sample N too.")
     try:
         show(job, out, sample, seed, cost_per_hour, as_json)
     except KeyboardInterrupt:

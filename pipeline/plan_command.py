@@ -28,8 +28,9 @@ def show(job: "Job", out: str, sample: int | None, seed: int, cost_per_hour: flo
     from pipeline.shared.files import to_path
 
     output = Output(to_path(out))
-    output.refuse_other_plan(job.plan)
-    if sample and job.plan.refusal:  # as `dataset` does: fetch what is missing, where that is allowed, or refuse
+    if not sample:  # a forecast is of SHARDS, whatever OUT holds
+        output.refuse_other_plan(job.plan)
+    elif job.plan.refusal:  # as `dataset` does: fetch what is missing, where that is allowed, or refuse
         job = replace(job, plan=make_plan(job.plan.config, job.plan.runtime))
     if not as_json:
         _show_steps(job)
@@ -99,10 +100,13 @@ def _prior(job: "Job", counts: "Counted") -> dict[str, list[float]] | None:
 
 
 def _show_prior(prior: dict[str, list[float]]) -> None:
-    fetched, disk = (" to ".join(_bytes(value) for value in prior[name]) for name in ("bytes_fetched", "bytes_on_disk"))
+    kept, fetched, disk = (
+        " to ".join(written(float(f"{value:.2g}")) for value in values)
+        for values, written in zip(prior.values(), (_number, _bytes, _bytes), strict=True)
+    )
     say(
         "Prior, not measured, an order of magnitude (`--sample 500` measures):\n"
-        f"  {' to '.join(_number(value) for value in prior['kept'])} images kept, {fetched} fetched, {disk} on disk.\n"
+        f"  {kept} images kept, {fetched} fetched, {disk} on disk.\n"
         "  Of LAION's links 50 to 87 % are alive (img2dataset #400, #439, #456); 12 % of its\n"
         "  photos show a face (LAION-Face), 40 to 60 % of these a single clean one\n"
         "  (FaceCaption-15M). Only 1.2 % of its faces are in photos of 1,024 px (FaceID-6M)."
@@ -145,9 +149,10 @@ def _show_forecast(of: "Forecast", parts: int, cost_per_hour: float | None) -> N
     say("")
     for label, loss in zip(("Costs most:", "Then:", "Then:"), of.reasons, strict=False):
         say(f"{label:11} {loss.cause}, {100 * loss.share:.1f} % of the rows that get so far")
-    say("By its ledger and the metadata, each threshold alone ends:")
-    for loss in of.thresholds:
-        say(f"  {loss.cause}: {f'about {_number(loss.rows)} rows' if loss.rows else 'none'}")
+    ending = [loss for loss in of.thresholds if loss.rows]
+    say(f"Each threshold of filter.* alone ends, by these rows and the metadata{':' if ending else ', no row.'}")
+    for loss in ending:
+        say(f"  {loss.cause}: about {_number(loss.rows)} rows")
     say("")
 
 

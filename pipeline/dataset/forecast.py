@@ -4,7 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +18,7 @@ from rich.console import Console
 from pipeline.dataset.config import WatchSettings
 from pipeline.dataset.estimate import Range, count, rate, total
 from pipeline.dataset.execute.make_shard import Advanced, Event
-from pipeline.dataset.finished.replay import COLUMNS, code, evidence, ledgers, thresholds
+from pipeline.dataset.finished.replay import COLUMNS, THRESHOLDS, code, evidence, is_least, ledgers, thresholds
 from pipeline.dataset.job import Job, make_dataset
 from pipeline.dataset.out.forgotten import load, save
 from pipeline.dataset.out.ledger import funnel, shard_names
@@ -79,14 +79,13 @@ def counted(job: Job, output: Output, screen: Console, draw: Draw | None) -> Cou
             counts.done += output.is_done(seeds.name, job.plan, listed)
             if draw is not None:
                 draw.add(seeds)
-                dead = split_seeds(seeds.table).dead
-                for one in pc.value_counts(dead["verdict"]).to_pylist():
+                for one in pc.value_counts(seeds.table["verdict"].drop_null()).to_pylist():
                     counts.dropped[one["values"]] = counts.dropped.get(one["values"], 0) + one["counts"]
-                if dead.num_rows and seeds.name == shard_name(seeds.part, 0):  # one of each part is measured
-                    ledger = pa.BufferOutputStream()
+                if seeds.name == shard_name(seeds.part, 0):  # one of each part is measured
+                    dead, ledger = split_seeds(seeds.table).dead, pa.BufferOutputStream()
                     pq.write_table(dead, ledger, compression="zstd")
                     measured_rows += dead.num_rows
-                    measured_bytes += ledger.tell()
+                    measured_bytes += ledger.tell() if dead.num_rows else 0
             bar.advance(seeds.table.num_rows, f"{counts.candidates:,} pass")
     counts.seconds = time.monotonic() - begun
     counts.dead_bytes = (counts.rows - counts.candidates) * measured_bytes / max(1, measured_rows)
@@ -185,7 +184,7 @@ class Forecast:
     kept_of_run: int
     kept: Range
     bytes_fetched: Range
-    """Image files that arrive whole."""
+    """Image files that arrive whole; those of existing downloads and folders are not fetched."""
     given_up: float
     """Photos whose first bytes showed that they are too small."""
     bytes_on_disk: Range
@@ -238,12 +237,16 @@ def forecast(job: Job, out: AnyPath, counts: Counted, draw: Draw, screen: Consol
 
 def extrapolated(job: Job, folder: Path, counts: Counted, draw: Draw, clock: Clock, *, is_whole: bool) -> Forecast:
     """From the OUT of the drawn rows to the whole."""
-    ledger = pa.concat_tables(ledgers(folder, [*COLUMNS, "key", "n_bytes"]))
+    ledger = pa.concat_tables(ledgers(folder, [*COLUMNS, "key", "part", "n_bytes"]))
     if is_whole:
         ledger = ledger.filter(pc.not_equal(ledger["stage"], Metadata.name))
     size, population = ledger.num_rows, counts.candidates
     keys = ledger.filter(pc.equal(ledger["verdict"], KEPT))["key"].to_pylist()
-    n_bytes = pc.fill_null(ledger["n_bytes"], 0).to_numpy().astype(np.float64)
+    local = [part.name for part in job.parts if part.kind != "metadata"]
+    is_here = pc.is_in(ledger["part"], pa.array(local, pa.string()))
+    n_bytes = pc.if_else(is_here, 0, pc.fill_null(ledger["n_bytes"], 0)).to_numpy().astype(np.float64)
+    early = pc.and_(pc.equal(ledger["verdict"], DropReason.SMALL_IMAGE), pc.equal(ledger["stage"], Download.name))
+    early = pc.and_not(early, is_here).to_numpy()
     shards = shard_names(folder)
     files = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     executor = job.plan.config.executor
@@ -252,22 +255,9 @@ def extrapolated(job: Job, folder: Path, counts: Counted, draw: Draw, clock: Clo
         disk = Range.within(sum(files.values()), 1.001)  # times of day in the report
         seconds = Range.within(clock.ended - clock.begun, _MACHINE)
     else:
-        in_tar: dict[str, float] = defaultdict(float)
-        for shard in shards:
-            with (folder / "shards" / f"{shard}.tar").open("rb") as stream:
-                for info in members(stream):
-                    in_tar[info.name.partition(".")[0]] += 512 * (1 + ceil(info.size / 512))
         kept = count(len(keys), size, population)
-        fetched = total(n_bytes, population, FETCHED_BYTES)
-        amounts = np.zeros(size)
-        amounts[: len(keys)] = [in_tar[key] for key in keys]
-        once = sum(length for path, length in files.items() if path.parent == folder)
-        rowwise = sum(length for path, length in files.items() if path.match("shards/*.parquet"))
-        shardwise = (
-            sum(files.values()) - once - rowwise - sum(files[folder / "shards" / f"{one}.tar"] for one in shards)
-        )
-        rest = counts.dead_bytes + rowwise * population / size + shardwise * counts.shards / len(shards)
-        disk = total(amounts, population, KEPT_BYTES) + Range.within(once + rest, _MACHINE)
+        fetched = Range.within(0.0) if pc.all(is_here).as_py() else total(n_bytes, population, FETCHED_BYTES)
+        disk = _on_disk(folder, files, keys, size, counts)
         at_a_time = 1 if executor.name == "local" else min(len(shards), executor.workers + 1)
         seconds = clock.seconds(population, counts.shards, at_a_time)
         seconds += Range.within(counts.seconds, _MACHINE)
@@ -280,7 +270,7 @@ def extrapolated(job: Job, folder: Path, counts: Counted, draw: Draw, clock: Clo
         kept_of_run=len(keys),
         kept=kept,
         bytes_fetched=fetched,
-        given_up=_given_up(ledger) * population / size,
+        given_up=float(early.sum()) * population / size,
         bytes_on_disk=disk,
         wall_hours=seconds * (1 / 3600),
         cores=1 if executor.name == "local" else executor.workers,
@@ -290,9 +280,21 @@ def extrapolated(job: Job, folder: Path, counts: Counted, draw: Draw, clock: Clo
     )
 
 
-def _given_up(ledger: pa.Table) -> int:
-    small = pc.equal(ledger["verdict"], DropReason.SMALL_IMAGE)
-    return int(pc.sum(pc.and_(small, pc.equal(ledger["stage"], Download.name))).as_py() or 0)
+def _on_disk(folder: Path, files: dict[Path, int], keys: list[str], size: int, counts: Counted) -> Range:
+    """Samples by those that were kept, ledgers by the row, what else a shard has by the shard, all else once."""
+    in_tar: dict[str, float] = defaultdict(float)
+    tars, shards = 0, shard_names(folder)
+    for path in (folder / "shards" / f"{shard}.tar" for shard in shards):
+        tars += files[path]
+        with path.open("rb") as stream:
+            for info in members(stream):
+                in_tar[info.name.partition(".")[0]] += 512 * (1 + ceil(info.size / 512))
+    amounts = np.array([in_tar[key] for key in keys] + [0.0] * (size - len(keys)))
+    once = sum(length for path, length in files.items() if path.parent == folder)
+    by_row = sum(length for path, length in files.items() if path.match("shards/*.parquet"))
+    by_shard = sum(files.values()) - once - by_row - tars
+    rest = once + counts.dead_bytes + by_row * counts.candidates / size + by_shard * counts.shards / len(shards)
+    return total(amounts, counts.candidates, KEPT_BYTES) + Range.within(rest, _MACHINE)
 
 
 def _reasons(folder: AnyPath, counts: Counted, weight: float) -> list[Loss]:
@@ -310,10 +312,12 @@ def _by_thresholds(ledger: pa.Table, limits: FilterSettings, factor: int, counts
     now = proof.judged(limits, factor)
     goes_on = [code(KEPT), code("passes"), code("unseen")]
     losses = []
-    for name, value in limits:
-        without = limits.model_copy(update={name: 0.0 if name.startswith("min_") else float("inf")})
+    for name in THRESHOLDS:
+        without = limits.model_copy(update={name: -inf if is_least(name) else inf})
         gained = int((np.isin(proof.judged(without, factor), goes_on) & ~np.isin(now, goes_on)).sum())
         rows = gained * counts.candidates / max(1, ledger.num_rows)
         before = counts.dropped.get(DropReason.SMALL_IMAGE, 0) if name == "min_image_px" else 0
-        losses.append(Loss(f"filter.{name} = {value:g}", rows + before, (rows + before) / max(1, counts.rows)))
+        losses.append(
+            Loss(f"filter.{name} = {getattr(limits, name):g}", rows + before, (rows + before) / max(1, counts.rows))
+        )
     return sorted(losses, key=lambda loss: -loss.rows)

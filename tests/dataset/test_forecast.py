@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,9 +24,10 @@ from pipeline.dataset.out.ledger import funnel
 from pipeline.dataset.out.output import Output, ShardWriter
 from pipeline.dataset.rows import WITNESS_SCHEMA, Rows, split_seeds, tombstones
 from pipeline.dataset.source.draw import Draw
+from pipeline.dataset.source.parts import Part
 from pipeline.dataset.source.seeds import Seeds
 from schemas.columns import SEED, schema
-from schemas.errors import ExitCode, WeightsError
+from schemas.errors import ExitCode, UserError, WeightsError
 from schemas.names import sample_key, shard_name
 from schemas.shard import SUFFIXES
 
@@ -125,6 +126,16 @@ def test_the_ranges_hold_on_skewed_parts(tmp_path, monkeypatch):
         factors.append(result.kept.high / result.kept.low)
     assert min(hits.values()) >= WANTED, hits
     assert np.median(factors) < 3  # no range holds by being wide
+
+
+def test_what_lies_in_tars_is_not_fetched(tmp_path):
+    job, draw = planted(1), Draw(50, 1)
+    names = dict.fromkeys(seeds.part for seeds in job.shards())
+    job = replace(job, parts=tuple(Part(name, f"{name}.tar", None, "tar") for name in names))
+    counts = counted(job, Output(tmp_path / "none"), QUIET, draw)
+    clock = job.made(tmp_path / "out", Sampled.of(job, draw.rows()).shards())
+    result = extrapolated(job, tmp_path / "out", counts, draw, clock, is_whole=False)
+    assert result.bytes_fetched.high == 0 < result.kept.high
 
 
 def test_every_row_has_the_same_chance_and_parts_their_share():
@@ -228,3 +239,4 @@ def test_a_sample_needs_the_weights_and_a_plan_says_what_is_a_guess(tmp_path, mo
     planned = CliRunner().invoke(app, words)
     assert "Prior, not measured" in planned.output
     assert CliRunner().invoke(app, [*words, "--sample", "0"]).exit_code == ExitCode.USER_ERROR
+    assert isinstance(CliRunner().invoke(app, [*words, "--cost-per-hour", "2"]).exception, UserError)
