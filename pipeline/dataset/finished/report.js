@@ -15,11 +15,16 @@ if ($("order")) {
   });
 }
 
-if (data.explorer) explore(data.explorer);
+if (data.explorer) inflated(data.explorer.cells).then((bytes) => explore(data.explorer, bytes));
 
-function explore(explorer) {
+async function inflated(base64) {
+  const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
+function explore(explorer, bytes) {
   const thresholds = explorer.thresholds, names = thresholds.map((one) => one.name);
-  const bytes = Uint8Array.from(atob(explorer.cells), (letter) => letter.charCodeAt(0));
   const rows = explorer.rows, column = (n) => bytes.subarray(n * rows, (n + 1) * rows);
   const bins = names.map((_, n) => column(n)), outcomes = column(names.length);
   const counts = new DataView(bytes.buffer, (names.length + 1) * rows);
