@@ -23,6 +23,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "gpu"), str(Path(__file__).parents[1])]
 
 import faces
+import many_rows
 import report
 import runs
 import scaling_costs
@@ -137,6 +138,18 @@ def sizes(material: Material, rounds: int) -> Iterator[Row]:
     yield row(f"{part}, largest process", [many.peak_mib], [some.peak_mib], "MiB", "1.0 ± 0.1")
 
 
+def ledgers(material: Material, rounds: int) -> Iterator[Row]:
+    """The report of a million rows, against what is wanted of it."""
+    rows = 10_000 if material.smoke else 1_000_000
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out")
+        many_rows.write(out, rows)
+        cost = runs.measured([sys.executable, "-m", "pipeline", "report", str(out)])
+        page = (out / "report.html").stat().st_size / 1e6
+    for unit, spent, limit in (("s CPU", cost.cpu_s, 15), ("MiB", cost.peak_mib, 1000), ("MB of page", page, 10)):
+        yield row(f"report of {rows:,} rows against what is wanted", [spent], [limit], unit, "1.0")
+
+
 def loader(material: Material, rounds: int) -> Iterator[Row]:
     """Reading samples to train on, against webdataset's own reader and decoders; int8 against fp16."""
     import train_loader
@@ -154,6 +167,7 @@ CASES = {
     "stages": stages,
     "executors": executors,
     "sizes": sizes,
+    "ledgers": ledgers,
     "loader": loader,
     "scaling": scaling_costs.check,
 }

@@ -11,7 +11,7 @@ import report
 import scaling
 
 ROOT = Path(__file__).resolve().parent.parent
-CASES = ("whole", "whole-10g", "stages", "executors", "sizes", "loader", "scaling")
+CASES = ("whole", "whole-10g", "stages", "executors", "sizes", "ledgers", "loader", "scaling")
 
 
 def bench(*words, data=""):
@@ -28,7 +28,8 @@ def test_all_cases_run_on_tiny_inputs(tmp_path):
     machine, *results = map(json.loads, (tmp_path / "bench.jsonl").read_text().splitlines())
     assert machine["smoke"]
     parts = " ".join(result["part"] for result in results)
-    for word in ("whole dataset", "10 GFLOP", "detection to embedding", "Ray", "rows against", "loader", "scaling"):
+    words = "whole dataset", "10 GFLOP", "detection to embedding", "Ray", "rows against", "report", "loader", "scaling"
+    for word in words:
         assert word in parts
     assert all(f"| {result['part']} |" in done.stdout for result in results)
 

@@ -15,11 +15,16 @@ if ($("order")) {
   });
 }
 
-if (data.explorer) explore(data.explorer);
+if (data.explorer) inflated(data.explorer.cells).then((bytes) => explore(data.explorer, bytes));
 
-function explore(explorer) {
+async function inflated(base64) {
+  const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
+function explore(explorer, bytes) {
   const thresholds = explorer.thresholds, names = thresholds.map((one) => one.name);
-  const bytes = Uint8Array.from(atob(explorer.cells), (letter) => letter.charCodeAt(0));
   const rows = explorer.rows, column = (n) => bytes.subarray(n * rows, (n + 1) * rows);
   const bins = names.map((_, n) => column(n)), outcomes = column(names.length);
   const counts = new DataView(bytes.buffer, (names.length + 1) * rows);
@@ -47,24 +52,27 @@ function explore(explorer) {
     }
     return sums;
   }
+  const fails = (row, limits, n) => (thresholds[n].least ? row[n] < limits[n] : row[n] > limits[n]);
   function judged(row, limits) {
     for (let n = 0; n < names.length; n++) {
-      if (thresholds[n].least ? row[n] < limits[n] : row[n] > limits[n]) return verdicts[n];
+      if (fails(row, limits, n)) return verdicts[n];
     }
     return settled(row[names.length], limits);
   }
-  const isKnown = (value) => Math.abs(value) < 1e299;
-  const judgesFaces = (n) => !["min_image_px", "max_pixels"].includes(names[n]);
-  // What of a row the thresholds that are on judge, each measure once.
-  function described(row, limits) {
-    const words = thresholds.map(({ measure, off }, n) => [measure.replace("_px", "").replaceAll("_", " "), n, off === null || limits[n] !== off]);
-    const shown = new Map(words.filter(([words, n, on]) => on && isKnown(row[n]) && words !== "pixels").map(([words, n]) => [words, row[n]]));
-    return [...shown].map(([words, value]) => `${words} ${value < 10 ? Number(value.toFixed(2)) : number(Math.round(value))}`).join(" · ");
+  const ofImages = ["min_image_px", "max_pixels"], isKnown = (value) => Math.abs(value) < 1e299;
+  const short = (value) => number(value < 10 ? Number(value.toFixed(2)) : Math.round(value));
+  // How far a face is from a threshold that is on, as a share of it: see `distances` in report_explorer.py.
+  function distance(row, limits, n) {
+    const judged = !ofImages.includes(names[n]) && limits[n] !== thresholds[n].off && isKnown(row[n]) && row[n] > 0;
+    return judged ? Math.abs(row[n] / (limits[n] || 1) - 1) : Infinity;
   }
-  // How far a face is from the nearest threshold, as a share of it: see `distances` in report_explorer.py.
-  function distance(row, limits) {
-    const on = thresholds.map((one, n) => n).filter((n) => judgesFaces(n) && limits[n] !== thresholds[n].off && isKnown(row[n]) && row[n] > 0);
-    return Math.min(...on.map((n) => Math.abs(row[n] / (limits[n] || 1) - 1)));
+  const nearest = (row, limits) => Math.min(...names.map((_, n) => distance(row, limits, n)));
+  // The threshold that decides, else the one that is nearest, and what it judges.
+  function described(row, limits) {
+    const far = names.map((_, n) => distance(row, limits, n)), failed = names.findIndex((_, n) => fails(row, limits, n));
+    const n = failed < 0 ? far.indexOf(Math.min(...far)) : failed, { measure, least } = thresholds[n];
+    const words = measure.replace("_px", "").replaceAll("_", " ");
+    return isKnown(row[n]) ? `${words} ${short(row[n])}, ${least ? "at least" : "at most"} ${short(limits[n])}: ` : "";
   }
 
   const before = count(start), total = before.reduce((sum, one) => sum + one, 0);
@@ -93,7 +101,7 @@ function explore(explorer) {
     for (const name of unjudged) { $(`u-${name}`).hidden = !after[code[name]]; $(`n-${name}`).textContent = number(after[code[name]]); }
     const body = $("outcomes"); body.replaceChildren();
     explorer.outcomes.forEach((name, n) => {
-      if (!before[n] && !after[n]) return;
+      if (!before[n] && !after[n] && n !== code.kept) return;
       const row = body.insertRow(), change = after[n] - before[n];
       cell(row, name); cell(row, number(before[n]), "n"); cell(row, number(after[n]), "n");
       cell(row, change ? (change > 0 ? "+" : "−") + number(Math.abs(change)) : "", "n");
@@ -108,14 +116,14 @@ function explore(explorer) {
     const base = chosen(start);
     const cards = data.cards.map((card, n) => ({ n, row: card.row, old: judged(card.row, base), now: judged(card.row, limits) }));
     for (const { n, old, now } of cards) all(`[data-badge="${n}"]`).forEach((badge) => { badge.textContent = old === now ? "" : `would be: ${explorer.outcomes[now]}`; });
-    const pictured = cards.filter(({ n }) => document.querySelector(`[data-card="${n}"] .zoom`)).map((card) => ({ ...card, far: distance(card.row, limits) }));
+    const pictured = cards.filter(({ n }) => document.querySelector(`[data-card="${n}"] .zoom`)).map((card) => ({ ...card, far: nearest(card.row, limits) }));
     const turned = pictured.filter(({ old, now }) => old !== now).sort((a, b) => a.far - b.far);
     const near = turned.length ? turned : pictured.filter(({ far }) => far < 0.3).sort((a, b) => a.far - b.far);
     $("border-title").textContent = turned.length ? `${turned.length} of the photos below change sides` : near.length ? "The photos below that are nearest to a threshold" : "";
     $("border").replaceChildren(...near.slice(0, 12).map(({ n, old, now }) => {
       const figure = document.createElement("figure"), caption = document.createElement("figcaption");
       figure.append(document.querySelector(`[data-card="${n}"] .zoom`).cloneNode(true), caption);
-      caption.textContent = `${described(data.cards[n].row, limits)}: ${explorer.outcomes[old]}${old === now ? "" : ` → ${explorer.outcomes[now]}`}`;
+      caption.textContent = `${described(data.cards[n].row, limits)}${explorer.outcomes[old]}${old === now ? "" : ` → ${explorer.outcomes[now]}`}`;
       return figure;
     }));
   }

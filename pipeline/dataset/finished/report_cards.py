@@ -10,6 +10,7 @@ from pipeline.dataset.finished.report_numbers import CROPS
 from pipeline.dataset.finished.report_pictures import marked, masked, reduced
 from pipeline.shared.page import data_uri
 from pipeline.shared.tars import Sample
+from stages.filter import POSE, pose
 from stages.pixels.images import decode_jpeg, decode_png
 
 _PHOTO_PX, _CROP_PX, _DROP_PX = 448, 192, 192
@@ -21,7 +22,7 @@ _FACTS = {
     "second_score": "second {:.2f}",
     "sharpness": "sharpness {:.0f}",
     "brightness": "brightness {:.0f}",
-    "roll_deg": "roll {:.0f}°",
+    **{angle: f"{angle} {{:z.0f}}°" for angle in POSE},
     "mask_share": "mask {:.0%}",
     "embedding_norm": "norm {:.1f}",
 }
@@ -103,12 +104,22 @@ class Card:
 
 def _facts(record: Mapping[str, Any]) -> list[str]:
     """Sizes and scores in words, as far as they were measured."""
+    record = _posed(record)
     size = [f"{record['width']} × {record['height']}"] if record["width"] and record["height"] else []
     return size + [text.format(record[name]) for name, text in _FACTS.items() if record.get(name) is not None]
 
 
+def _posed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with the angles that its five points suggest."""
+    if not record.get("kps"):
+        return dict(record)
+    angles = (float(angle[0]) for angle in pose(np.array([record["kps"]], np.float64)))
+    return {**record, **{name: angle for name, angle in zip(POSE, angles, strict=True) if np.isfinite(angle)}}
+
+
 def _values(record: Mapping[str, Any]) -> dict[str, float]:
     """Those of the facts that are finite numbers."""
+    record = _posed(record)
     known = {name: float(record[name]) for name in _FACTS if isinstance(record.get(name), int | float)}
     return {name: value for name, value in known.items() if np.isfinite(value)}
 

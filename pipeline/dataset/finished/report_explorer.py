@@ -4,6 +4,7 @@ At a stop the page counts what `replay` counts there, since a row's value lies o
 """
 
 import base64
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,8 +35,8 @@ _MOST_STOPS = 24
 _MERGE = 2_000_000
 """Cells of single ledgers that are held before they are added up."""
 
-_MOST_BYTES = 3_000_000
-"""Of cells in the page: where there are more, the sliders of qualities get fewer stops, at which counts stay exact."""
+_MOST_CELLS = 500_000
+"""In the page: to be no more, the sliders of qualities lose stops. Counts at the other stops stay exact."""
 
 _ENDLESS = 1e300
 """Infinity in JSON."""
@@ -71,7 +72,7 @@ class Explorer:
             return pa.table({**empty, "count": np.zeros(0, np.int64)})
         cells = _summed(pa.concat_tables(self._cells))
         spare = {one.key: set(self.stops[one.key]) - {one.off, getattr(self.limits, one.key)} for one in QUALITIES}
-        while cells.num_rows * (cells.num_columns + 3) > _MOST_BYTES and any(spare.values()):
+        while cells.num_rows > _MOST_CELLS and any(spare.values()):
             key = max(spare, key=lambda key: len(spare[key]))
             given_up = sorted(spare[key])[::2]
             spare[key] -= set(given_up)
@@ -82,8 +83,12 @@ class Explorer:
         return cells
 
     def data(self) -> dict[str, Any]:
-        """What the page reads: `cells` is base64 of a column of bytes per threshold and of outcomes, then of counts."""
-        cells = self._merged()
+        """What the page reads: `cells` is a column of bytes per threshold and of outcomes, then of counts.
+
+        They are sorted, deflated, and in base64.
+        """
+        merged = self._merged()
+        cells = merged.sort_by([(name, "ascending") for name in merged.column_names])
         packed = [cells[name].to_numpy().astype("<u4" if name == "count" else np.uint8) for name in cells.column_names]
         measures = {key: one for one in MEASURES for key in one.thresholds}
         off = {quality.key: quality.off for quality in QUALITIES}
@@ -106,7 +111,7 @@ class Explorer:
             "factor": self.factor,
             "seen_px": SEEN_PX,
             "rows": cells.num_rows,
-            "cells": base64.b64encode(b"".join(column.tobytes() for column in packed)).decode("ascii"),
+            "cells": base64.b64encode(zlib.compress(b"".join(column.tobytes() for column in packed))).decode("ascii"),
         }
 
 

@@ -191,7 +191,7 @@ class Chart:
     dropped: int
     medians: tuple[str, str]
     """Of kept and dropped rows, to the width of a bin."""
-    ticks: tuple[str, str, str]
+    ticks: tuple[str, ...]
     """Beginning, middle and end of the axis."""
 
 
@@ -210,7 +210,7 @@ def charts(histograms: Mapping[str, npt.NDArray[np.int64]]) -> Iterator[Chart]:
             for (up, down), (one, other), span in zip(heights.T, counts.T.tolist(), spans, strict=True)
         ]
         low, middle, high = (measure.edges[at] for at in (0, len(measure.edges) // 2, -1))
-        ticks = (_with_unit(measure, low), _with_unit(measure, middle), _with_unit(measure, high))
+        ticks = tuple(_with_unit(measure, edge).removesuffix(" characters") for edge in (low, middle, high))
         medians = (_median(measure, counts[0]), _median(measure, counts[1]))
         yield Chart(measure, bars, kept, dropped, medians, ticks)
 

@@ -184,6 +184,7 @@ def test_a_caption_that_is_no_unicode_or_endless_is_shown_in_part(tmp_path):
 def test_a_dataset_that_kept_nothing_has_a_page(tmp_path):
     page = page_of(fake.write(tmp_path, {"a-00000": [fake.dead("a", 0, "size", "small_image", width=800, height=600)]}))
     assert "0 of 1 rows kept (0.0 %)" in page.text
+    assert "Nothing was kept. Most rows, 1 of 1, are small_image : a side of the image is shorter than" in page.text
     assert "No row was kept." in page.text
     assert "800 × 600" in page.text
 
