@@ -212,7 +212,8 @@ def _parts_in(word: str, settings: SourceSettings) -> list[Part]:
             whole = Part(part_name(folder), folder, None, "pictures", columns=settings.columns, pictures=pictures)
             return [whole, *(_part(file, settings) for file in files if file not in naming)]
     if not files:
-        raise SourceError(f"{word} holds no metadata and no images ({_KINDS}); {_listing(word)}.")
+        links = " (links that lead out of it are not read)" if pictures.left_out else ""
+        raise SourceError(f"{word} holds no metadata and no images ({_KINDS}); {_listing(word)}{links}.")
     return [_part(file, settings) for file in files]
 
 
