@@ -56,7 +56,7 @@ def rows_in(path: str) -> int | None:
 def _why(names: list[str]) -> str:
     dotted = next((name for name in names if name.lower().rpartition(".")[2] in IMAGE_SUFFIXES), "")
     if dotted.endswith((".face.jpg", ".full.jpg")):
-        return f"{dotted} is a finished dataset's, whose sources are to be given instead"
+        return f"{dotted} is a finished dataset's: give what that was made of"
     if dotted:
         return f"in {dotted}, the suffix is all behind the first dot of the name; rename the files"
     return f"there are {', '.join(names[:3])}{', …' if names[3:] else ''}"

@@ -44,6 +44,11 @@ _DESCRIBED = (
 """Columns that metadata fills."""
 
 
+def is_image(path: str) -> bool:
+    """Whether a file is an image by its name."""
+    return path.lower().endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES))
+
+
 @dataclass(frozen=True)
 class Pictures:
     """A folder of images as it was listed."""
@@ -68,8 +73,7 @@ class Pictures:
 
     @cached_property
     def images(self) -> tuple[str, ...]:
-        suffixes = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
-        return tuple(file for file in self.files if file.lower().endswith(suffixes))
+        return tuple(filter(is_image, self.files))
 
     @cached_property
     def metadata(self) -> tuple[str, ...]:

@@ -246,6 +246,17 @@ def test_links_and_names_lead_nowhere_outside(tmp_path):
     assert told(rows(tmp_path / "set")) == [("a.png", None, None), ("b.png", "b", None), ("d.png", None, None)]
 
 
+def test_what_is_meant_otherwise_is_refused_with_the_other_word(tmp_path, out):
+    put(tmp_path, **{"a.png": encoded()})
+    for spec, message in (
+        (tmp_path / "a.png", r"Of images, give the folder\."),
+        (tmp_path / "*.png", r"Of images, give the folder\."),
+        (out, r"is a finished dataset: give what it was made of\."),
+    ):
+        with pytest.raises(SourceError, match=message):
+            find_parts(str(spec), SourceSettings())
+
+
 def test_tables_that_name_nothing_there_are_refused(tmp_path):
     put(tmp_path, **{"a.png": encoded(), "metadata.csv": "file_name,text\nb.png,x\n"})
     with pytest.raises(SourceError, match=r"metadata\.csv names no file that lies in .*: the first is 'b\.png'"):
@@ -320,7 +331,7 @@ def test_tars_of_made_images(tmp_path):
     ("names", "why"),
     [
         (("a.v1.jpg", "a.txt"), "in a.v1.jpg, the suffix is all behind the first dot"),
-        (("x-0.arcface.npy", "x-0.face.jpg"), "a finished dataset's, whose sources are to be given instead"),
+        (("x-0.arcface.npy", "x-0.face.jpg"), "x-0.face.jpg is a finished dataset's: give what that was made of"),
         (("a.wav", "a.txt", "b.wav", "b.txt"), "there are a.wav, a.txt, b.wav, …"),
     ],
 )
