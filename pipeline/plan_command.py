@@ -39,16 +39,20 @@ def show(job: "Job", out: str, sample: int | None, seed: int, cost_per_hour: flo
     if not as_json:
         say(
             f"Parts: {len(job.parts):,}; rows: {counts.rows:,}, "
-            f"of which {counts.candidates:,} pass the metadata filter\n"
+            f"of which {counts.candidates:,} pass the metadata filter\n{counts.captions}\n"
             f"Shards: {counts.shards:,} of up to {job.plan.config.source.rows_per_shard:,} candidate rows; "
             f"{counts.done:,} done, {counts.shards - counts.done:,} left\nPlan: {job.plan.digest[:16]}"
         )
+        for note in job.notes:
+            say(note)
     result = forecast(job, output.root, counts, draw, errors) if draw and counts.candidates else None
     prior = None if draw else _prior(job, counts)
     if as_json:
         document = {
             "parts": len(job.parts),
             **{name: getattr(counts, name) for name in ("rows", "candidates", "shards", "done")},
+            "captions": counts.captions.captions,
+            "notes": job.notes,
             "plan_digest": job.plan.digest,
             "is_ready": not job.plan.refusal,
             "refusal": job.plan.refusal,

@@ -18,7 +18,7 @@ class DropReason(StrEnum):
     # metadata, before any download
     BAD_URL = "bad_url", "the URL is missing, malformed, neither http nor https, or leads to no port of the web"
     DUPLICATE_URL = "duplicate_url", "an earlier row of the same part has the same URL"
-    BAD_METADATA = "bad_metadata", "what the metadata says of this image is no JSON object"
+    BAD_METADATA = "bad_metadata", "what the metadata says of this image cannot be read"
     UNSAFE = "unsafe", "the metadata marks the image as not safe for work (metadata.nsfw_tags, max_punsafe)"
     WATERMARK = "watermark", "the metadata says that the image carries a watermark (metadata.max_pwatermark)"
     SMALL_IMAGE = "small_image", "a side of the image is shorter than filter.min_image_px"

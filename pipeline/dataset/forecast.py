@@ -25,7 +25,7 @@ from pipeline.dataset.out.ledger import funnel, shard_names
 from pipeline.dataset.out.output import Output
 from pipeline.dataset.rows import split_seeds
 from pipeline.dataset.source.draw import Draw
-from pipeline.dataset.source.seeds import Seeds
+from pipeline.dataset.source.seeds import Captions, Seeds
 from pipeline.shared.files import AnyPath, RemotePath, sizes
 from pipeline.shared.tars import members
 from pipeline.shared.terminal import Screen
@@ -59,6 +59,7 @@ class Counted:
     """Shards that are finished in OUT."""
     candidates: int = 0
     """Rows that pass the metadata filter."""
+    captions: Captions = field(default_factory=Captions)
     dropped: dict[str, int] = field(default_factory=dict)
     """Reason -> rows that do not."""
     seconds: float = 0.0
@@ -76,6 +77,7 @@ def counted(job: Job, output: Output, screen: Console, draw: Draw | None) -> Cou
             counts.rows += seeds.table.num_rows
             counts.shards += 1
             counts.candidates += seeds.candidates
+            counts.captions.add(seeds)
             counts.done += output.is_done(seeds.name, job.plan, listed)
             if draw is not None:
                 draw.add(seeds)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from pipeline.dataset.config import Config
 from pipeline.dataset.execute import local
-from pipeline.dataset.execute.make_shard import Event, Execute, Finished
+from pipeline.dataset.execute.make_shard import METADATA, Event, Execute, Finished
 from pipeline.dataset.execute.progress import RunScreen, Watchers
 from pipeline.dataset.execute.runner import judge_seeds
 from pipeline.dataset.finished.forget import take_down_listed
@@ -37,7 +37,7 @@ from pipeline.dataset.out.unconditional import write_unconditional
 from pipeline.dataset.plan import Plan, make_plan
 from pipeline.dataset.source.parts import Part, find_parts
 from pipeline.dataset.source.sample import sample_server, write_sample
-from pipeline.dataset.source.seeds import Seeds, iter_shards
+from pipeline.dataset.source.seeds import Captions, Seeds, iter_shards
 from pipeline.shared.files import AnyPath, RemotePath, sizes
 from schemas.errors import ExitCode, LostError, OutputError, UserError
 from schemas.names import SAMPLE, shard_origin, split_kind, split_spec
@@ -56,6 +56,12 @@ class Job:
         """Input rows, where all parts tell cheaply."""
         known = [part.rows for part in self.parts]
         return None if None in known else sum(rows or 0 for rows in known)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the sources leave out."""
+        counts = {part.path: part.pictures.left_out for part in self.parts if part.pictures}
+        return [f"{path}: links that lead out of it are left out: {count:,}" for path, count in counts.items() if count]
 
     def shards(self) -> Iterator[Seeds]:
         """Seed rows of every shard, part after part."""
@@ -124,11 +130,14 @@ def make_dataset(
         gone = take_down_listed(output)
         if gone.rows:
             screen.say(f"download.removed: {gone}, are taken out of what is done.")
+        for note in job.notes:
+            screen.say(note)
         watchers.begin(parts=len(job.parts), input_rows=job.rows, plan_digest=plan.digest)
         work = _Work(output, plan, screen, watchers, watch)
         # A shard that is made anew takes those along that gave its rows a second chance.
         further = [name for name in shard_names(out) if shard_origin(name)[1]]
         work.make(execute, work.pending(job.shards(), further))
+        screen.say(str(work.captions))
         if retry and work.failed:
             screen.say("Some shards failed: second chances wait until all are done.")
         elif retry:
@@ -178,6 +187,7 @@ class _Work:
     watchers: Watchers
     watch: Callable[[Event], None]
     failed: list[str] = field(default_factory=list)
+    captions: Captions = field(default_factory=Captions)
 
     def make(self, execute: Execute, pending: Iterable[Seeds]) -> None:
         """Make shards.
@@ -202,6 +212,7 @@ class _Work:
         listed = sizes(self.output.shards)
         try:
             for seeds in shards:
+                self.captions.add(seeds)
                 # What must not be used is marked after shards are cut, so that their borders stay.
                 seeds = replace(seeds, table=self.output.takedowns.judged(seeds.table))
                 with lost_errors(self.output.root):
@@ -214,8 +225,8 @@ class _Work:
                 else:
                     yield seeds
         except UserError as error:
-            self.watchers.take(Finished.failed("metadata", error))
-            self.failed.append("metadata")
+            self.watchers.take(Finished.failed(METADATA, error))
+            self.failed.append(METADATA)
 
 
 Start = Callable[[Plan], AbstractContextManager[Execute]]

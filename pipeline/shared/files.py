@@ -16,7 +16,7 @@ import sys
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -118,24 +118,6 @@ def kind_of(path: str) -> Literal["file", "directory"] | None:
 def is_local(path: str) -> bool:
     """Whether a path or URL is on this machine's file system."""
     return isinstance(locate(path)[0], LocalFileSystem)
-
-
-def read_many(paths: Sequence[str], most: int) -> Iterator[bytes]:
-    """The first `most` bytes of each of some files of one file system, which fetches remote ones at the same time.
-
-    Raises:
-        SourceError: names the first that cannot be read.
-    """
-    if not paths:
-        return
-    fs = locate(paths[0])[0]
-    inside = [fs._strip_protocol(path) for path in paths]
-    contents = fs.cat_ranges(inside, [0] * len(inside), [most] * len(inside), on_error="return")
-    for path, content in zip(paths, contents, strict=True):
-        with reading(path):
-            if isinstance(content, Exception):
-                raise content
-        yield content
 
 
 class Stat(NamedTuple):

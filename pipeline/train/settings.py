@@ -28,6 +28,21 @@ class CropWeights(Section):
     """The whole photo."""
 
 
+class KindShares(Section):
+    """Which share of the samples of each source kind an epoch takes; which ones is drawn anew for each."""
+
+    web: float = Field(1.0, ge=0, le=1)
+    """Photos of the web, or of one's own."""
+    made: float = Field(1.0, ge=0, le=1)
+    """Images that a model made (`made:` before a word of SHARDS)."""
+
+    @model_validator(mode="after")
+    def _takes_any(self) -> "KindShares":
+        if self.web == self.made == 0:
+            raise ValueError("data.kinds.web and data.kinds.made are both 0: nothing would be left")
+        return self
+
+
 class DataSettings(Section):
     """What is read from the shards, and in which order."""
 
@@ -37,6 +52,12 @@ class DataSettings(Section):
     """Train `full` at its own aspect, in batches of one aspect; otherwise on random squares that hold the face."""
     crops: CropWeights = CropWeights()
     """Which crop is the target."""
+    kinds: KindShares = KindShares()
+    """How much of each source kind is read."""
+    alternatives: float = Field(0.0, ge=0, le=1)
+    """Probability that one of a sample's further captions (text_alternatives) stands in for the first."""
+    allow_no_captions: bool = False
+    """Train on shards of which no sample has a caption."""
     batch_size: int = Field(8, ge=1)
     """Samples per step and process."""
     workers: int = Field(2, ge=0)
@@ -189,7 +210,7 @@ class TrainConfig(Section):
 
 FREE_TO_CHANGE = (
     *("steps", "watch"),
-    *("data.verify", "data.allow_embedded", "data.workers", "data.shuffle"),
+    *("data.verify", "data.allow_embedded", "data.allow_no_captions", "data.workers", "data.shuffle"),
     *("optim.compile", "optim.channels_last", "optim.gradient_checkpointing"),
 )
 """Config keys, and sections, that may differ when a run is resumed."""

@@ -5,6 +5,7 @@ A reference is a path or fsspec URL, `#`, and what of it: `` (the file), `<offse
 that metadata gives.
 """
 
+import errno
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,18 @@ def of_file(path: str) -> str:
 def of_cell(path: str, column: str, row: int) -> str:
     """The reference of a cell; of a column of structs, `column` is dotted."""
     return f"{path}#{quote(column, safe='')}@{row}"
+
+
+def read_many(paths: Sequence[str], most: int) -> Iterator[bytes | Exception]:
+    """The first `most` bytes of files of one file system, or why there are none; remote ones come at the same time."""
+    if not paths:
+        return
+    fs, _ = fsspec.core.url_to_fs(paths[0])
+    inside = [fs._strip_protocol(path) for path in paths]
+    for content in fs.cat_ranges(inside, [0] * len(inside), [most] * len(inside), on_error="return"):
+        # What S3 answers for a range of an empty object.
+        is_empty = isinstance(content, OSError) and content.errno == errno.EINVAL
+        yield b"" if is_empty else content
 
 
 class Stored:
@@ -94,23 +107,19 @@ class Stored:
 
     def _files(self, paths: dict[int, str]) -> Iterator[tuple[int, Outcome]]:
         """The outcomes of whole files, with their indices; a remote file system fetches them at the same time."""
-        if not paths:
-            return
-        fs, _ = fsspec.core.url_to_fs(next(iter(paths.values())))
-        inside = [fs._strip_protocol(path) for path in paths.values()]
-        most = self._settings.download.max_bytes + 1
-        contents = fs.cat_ranges(inside, [0] * len(inside), [most] * len(inside), on_error="return")
-        for index, path, content in zip(paths, inside, contents, strict=True):
+        contents = read_many(list(paths.values()), self._settings.download.max_bytes + 1)
+        for (index, path), content in zip(paths.items(), contents, strict=True):
             # Trouble with one file, unless all that lies beside it is gone (a disk that is not mounted); a store that
             # refuses one refuses all.
+            if isinstance(content, bytes):
+                yield index, self._outcome(content, len(content))
+                continue
+            fs, inside = fsspec.core.url_to_fs(path)
             gone = isinstance(content, FileNotFoundError | IsADirectoryError)
             closed = isinstance(content, PermissionError) and isinstance(fs, LocalFileSystem)
-            if (gone or closed) and fs.isdir(fs._parent(path)):
-                yield index, Dropped(DropReason.NO_FILE)
-                continue
-            if isinstance(content, Exception):
+            if not ((gone or closed) and fs.isdir(fs._parent(inside))):
                 raise SourceError(f"{path} cannot be read: {content}") from content
-            yield index, self._outcome(content, len(content))
+            yield index, Dropped(DropReason.NO_FILE)
 
     def _member(self, tar: Any, offset: int, size: int) -> Outcome:
         try:
@@ -172,7 +181,7 @@ class _Column:
 
     def is_just_before(self, row: int) -> bool:
         """Whether it comes to a row sooner than one that begins at the row's group."""
-        return self.start <= row and self._group_of(row) <= self._group_of(self.start)
+        return self.start <= row and self._group_of(row) <= self._group_of(self._end)
 
     def value(self, row: int) -> bytes | None:
         """The bytes at a row; None where there are none."""

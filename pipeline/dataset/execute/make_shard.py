@@ -25,6 +25,8 @@ from stages.pixels import images
 
 FETCH_ROWS = 32
 """Rows that leave the fetching together. Most are dropped there; the living go on in batches of `Plan.batch_rows`."""
+METADATA = "metadata"
+"""Stands for a shard where a part turns out unreadable half-way: nobody knows the shards that it would have given."""
 _MOST_HELD = 64
 """Fetched batches that wait for living rows."""
 

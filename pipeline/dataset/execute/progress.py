@@ -11,7 +11,7 @@ from rich.progress import TaskID
 
 from pipeline.dataset.config import WatchSettings
 from pipeline.dataset.execute.early_words import EarlyWords
-from pipeline.dataset.execute.make_shard import Event, Finished, Started
+from pipeline.dataset.execute.make_shard import METADATA, Event, Finished, Started
 from pipeline.dataset.execute.tally import Tally, details
 from pipeline.dataset.out.ledger import LIVE
 from pipeline.shared.events import EventFile, Hook
@@ -61,7 +61,8 @@ class RunScreen(Screen):
             self.bars.remove_task(self._bars.pop(event.shard))
         if isinstance(event, Finished) and event.manifest is None:
             why = "" if event.lost else f": {event.error}"  # what the whole run lost stands at its end
-            self.say(f"{event.shard}: FAILED, a rerun tries it again{why}")
+            again = "" if event.shard == METADATA else ", a rerun tries it again"  # only who mends a part helps it
+            self.say(f"{event.shard}: FAILED{again}{why}")
         now = self.tally.snapshot()
         kept = f"kept {now['kept']:,} ({100 * now['kept'] / max(1, now['rows']):.1f} %)"
         self.advance(now["rows"] - before, f"{now['rows_per_second']:,.1f} rows/s, {kept}")

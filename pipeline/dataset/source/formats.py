@@ -25,6 +25,7 @@ BATCH_ROWS = 32_768
 _BUFFER = 4 << 20
 _GROUP = 64 << 20
 _CSV_BLOCK = 8 << 20
+_CSV_HEADER = 1 << 20
 _PROBE_LINES = 100
 
 
@@ -95,7 +96,8 @@ def _csv_header(path: str) -> tuple[list[str], str]:
     """Names of the columns, and what separates them."""
     delimiter = "\t" if re.search(r"\.tsv(\.gz)?$", path, re.IGNORECASE) else ","
     with reading(path), open_binary(path, "infer") as file:
-        line = file.readline(_CSV_BLOCK).decode("utf-8-sig", "replace")
+        # Not readline with a limit, which fsspec's remote files do not know.
+        line = file.read(_CSV_HEADER).partition(b"\n")[0].decode("utf-8-sig", "replace")
         return next(csv.reader([line], delimiter=delimiter), []), delimiter
 
 
@@ -121,7 +123,7 @@ def read_csv(path: str, aliases: Aliases) -> Iterator[pa.Table]:
 
 def probe_jsonl(path: str) -> tuple[pa.Schema, None]:
     with reading(path), open_binary(path, "infer") as file:
-        records = list(islice(_records(file), _PROBE_LINES))
+        records = list(islice(_records(path, file), _PROBE_LINES))
     if records and not any(records):
         raise SourceError(f"{path} holds no JSON objects, one a line.")
     return _strings(dict.fromkeys(name for record in records for name in record or ())), None
@@ -133,13 +135,17 @@ def _strings(names: Iterable[str]) -> pa.Schema:
 
 def read_jsonl(path: str, aliases: Aliases) -> Iterator[pa.Table]:
     with open_binary(path, "infer") as file:
-        records = _records(file)
+        records = _records(path, file)
         while batch := list(islice(records, BATCH_ROWS)):
             yield from_records(batch, aliases)
 
 
-def _records(lines: Iterable[bytes]) -> Iterator[dict[str, Any] | None]:
-    return (parse_record(line) for line in lines if line.strip())
+def _records(path: str, lines: Iterable[bytes]) -> Iterator[dict[str, Any] | None]:
+    for line in filter(bytes.strip, lines):
+        record = parse_record(line)
+        if record is None and not line.endswith(b"\n"):
+            raise SourceError(f"{path} is cut off: its last line is no whole JSON object.")
+        yield record
 
 
 def parse_record(data: bytes) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from pipeline.dataset.source.aliases import STORED_ALIASES, Aliases
 from pipeline.dataset.source.formats import BESIDE, IMAGE_SUFFIXES, from_files, probe_parquet, read_parquet
+from pipeline.dataset.source.values import as_text
 from pipeline.shared.files import kind_of, open_binary, reading
 from pipeline.shared.tars import members, read, require_whole
 from schemas.errors import SourceError
@@ -31,15 +32,34 @@ def is_tar(path: str) -> bool:
 
 
 def rows_in(path: str) -> int | None:
-    """Check that a tar is whole, by its first and last blocks; its number of rows when a parquet stands beside it.
+    """Check that a tar is whole, by its ends, and holds images; its number of rows when a parquet stands beside it.
 
     Raises:
-        SourceError: for a truncated or unreadable tar or parquet.
+        SourceError: for a truncated or unreadable tar or parquet, or a tar whose files are no samples with an image.
     """
+    table = table_path(path)
     with reading(path), open_binary(path) as file:
         require_whole(file)
-    table = table_path(path)
+        file.seek(0)
+        names = (info.name for info in members(file) if info.isreg())
+        others: list[str] = []
+        for name in names:
+            if suffix_of(name) in IMAGE_SUFFIXES:
+                break
+            others.append(name)
+        else:
+            if others:
+                raise SourceError(f"{path} holds no image that is one of a sample: {_why(others)}.")
     return probe_parquet(table)[1] if kind_of(table) else None
+
+
+def _why(names: list[str]) -> str:
+    dotted = next((name for name in names if name.lower().rpartition(".")[2] in IMAGE_SUFFIXES), "")
+    if dotted.endswith((".face.jpg", ".full.jpg")):
+        return f"{dotted} is a finished dataset's: give what that was made of"
+    if dotted:
+        return f"in {dotted}, the suffix is all behind the first dot of the name; rename the files"
+    return f"there are {', '.join(names[:3])}{', …' if names[3:] else ''}"
 
 
 def tables(path: str, aliases: Aliases = STORED_ALIASES) -> Iterator[pa.Table]:
@@ -79,11 +99,17 @@ def scan(path: str) -> Samples:
     samples: Samples = defaultdict(dict)
     with reading(path), open_binary(path) as file:
         for info in members(file):
-            folder, slash, name = info.name.rpartition("/")
-            stem, _, suffix = name.partition(".")
             if info.isreg():
-                samples[folder + slash + stem][suffix.lower()] = Member(info.name, info.offset_data, info.size)
+                name = as_text(info.name)
+                folder, slash, last = name.rpartition("/")
+                key = folder + slash + last.partition(".")[0]
+                samples[key][suffix_of(name)] = Member(name, info.offset_data, info.size)
     return dict(samples)
+
+
+def suffix_of(name: str) -> str:
+    """What is behind the first dot of a file's name, as webdataset splits it."""
+    return name.rpartition("/")[2].partition(".")[2].lower()
 
 
 def table_path(path: str) -> str:
@@ -96,8 +122,9 @@ def _image(files: dict[str, Member]) -> Member | None:
 
 
 def _rows_inside(path: str, samples: Samples, aliases: Aliases) -> pa.Table:
-    """Rows from the members: of samples with an image, and those whose json tells of a download that failed."""
-    rows = {key: files for key, files in samples.items() if "json" in files or _image(files)}
+    """Rows from the members: of samples with an image (under a dotted suffix too, which is not read), or a json."""
+    suffixes = {"json", *IMAGE_SUFFIXES}
+    rows = {key: files for key, files in samples.items() if any(one.rpartition(".")[2] in suffixes for one in files)}
     with reading(path), open_binary(path) as file:
         beside = [
             {suffix: read(file, files[suffix].offset, files[suffix].size) for suffix in BESIDE if suffix in files}

@@ -26,14 +26,15 @@ from pipeline.dataset.source.aliases import (
     require_url,
     resolve,
 )
-from pipeline.dataset.source.pictures import Pictures
+from pipeline.dataset.source.pictures import Pictures, is_image
 from pipeline.dataset.source.values import to_seeds
 from pipeline.shared.files import full_path, is_local, kind_of, locate, reading, unreadable
 from schemas.errors import SourceError
 from schemas.names import SAMPLE, part_name, part_number, split_kind, split_spec
 from schemas.section import Section
+from schemas.shard import DATASET
 
-_KINDS = f"{formats.EXTENSIONS}, a .tar, or images"
+_KINDS = f"{formats.EXTENSIONS} or .tar"
 _PROBES_AT_A_TIME = 8
 _MOST_LISTED = 6
 
@@ -185,7 +186,8 @@ def _parts_of(word: str, settings: SourceSettings) -> list[Part]:
     kind = kind_of(path)
     if kind == "file":
         whole = full_path(fs, inside, word=path)
-        files, complaint = data_files([whole]), f"{whole} is no metadata file: the names of those end in {_KINDS}."
+        files, hint = data_files([whole]), " Of images, give the folder." if is_image(whole) else ""
+        complaint = f"{whole} is no metadata file: the names of those end in {_KINDS}.{hint}"
     elif kind == "directory":
         return _parts_in(path, settings)
     elif has_magic(inside):
@@ -193,7 +195,8 @@ def _parts_of(word: str, settings: SourceSettings) -> list[Part]:
             matched = sorted(full_path(fs, str(name)) for name in fs.glob(inside))
         files = data_files(matched)
         matches = f"only files such as {matched[0]}" if matched else "no file"
-        complaint = f"{word} matches {matches}: metadata is {_KINDS}."
+        hint = " Of images, give the folder." if any(map(is_image, matched)) else ""
+        complaint = f"{word} matches {matches}: metadata is {_KINDS}.{hint}"
     else:
         files, complaint = [], f"{word} is neither a part nor an existing file or folder: {_hint(word, fs, inside)}"
     if not files:
@@ -204,6 +207,8 @@ def _parts_of(word: str, settings: SourceSettings) -> list[Part]:
 def _parts_in(word: str, settings: SourceSettings) -> list[Part]:
     """The parts in a folder: its files of rows, or the folder as a whole where they name images there, or are none."""
     listed, folder = listing(word), full_path(*locate(word)).rstrip("/")
+    if f"{folder}/{DATASET}" in listed and any(path.startswith(f"{folder}/shards/") for path in listed):
+        raise SourceError(f"{word} is a finished dataset: give what it was made of.")
     files = data_files(listed)
     pictures = Pictures.listed(folder, listed, mapped(FILE_ALIASES, settings.columns))
     if pictures.images:
@@ -212,7 +217,8 @@ def _parts_in(word: str, settings: SourceSettings) -> list[Part]:
             whole = Part(part_name(folder), folder, None, "pictures", columns=settings.columns, pictures=pictures)
             return [whole, *(_part(file, settings) for file in files if file not in naming)]
     if not files:
-        raise SourceError(f"{word} holds no metadata and no images ({_KINDS}); {_listing(word)}.")
+        links = " (links that lead out of it are not read)" if pictures.left_out else ""
+        raise SourceError(f"{word} holds no images and no metadata ({_KINDS}); {_listing(word)}{links}.")
     return [_part(file, settings) for file in files]
 
 

@@ -26,11 +26,11 @@ from pipeline.dataset.source.formats import (
     probe,
     tables,
 )
-from pipeline.dataset.source.values import distinct, to_seeds
-from pipeline.shared.files import is_local, open_binary, read_many, reading
+from pipeline.dataset.source.values import as_text, distinct, to_seeds
+from pipeline.shared.files import is_local, open_binary, reading
 from schemas.columns import SEED_SCHEMA
 from schemas.errors import SourceError
-from stages.fetch.stored import of_file
+from stages.fetch.stored import of_file, read_many
 
 _ROWS = 1000
 """Images whose captions are read together."""
@@ -44,6 +44,11 @@ _DESCRIBED = (
 """Columns that metadata fills."""
 
 
+def is_image(path: str) -> bool:
+    """Whether a file is an image by its name."""
+    return path.lower().endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES))
+
+
 @dataclass(frozen=True)
 class Pictures:
     """A folder of images as it was listed."""
@@ -53,20 +58,22 @@ class Pictures:
     files: tuple[str, ...]
     """Those below it, relative to it, sorted; none that is hidden."""
     aliases: Aliases
+    left_out: int = 0
+    """Links that lead out of the folder."""
 
     @staticmethod
     def listed(folder: str, paths: Sequence[str], aliases: Aliases = FILE_ALIASES) -> "Pictures":
         """A folder, and the full paths of the files below it."""
-        folder = folder.rstrip("/")
+        folder, inside = folder.rstrip("/"), paths
         if is_local(folder):
             root = os.path.realpath(folder) + "/"
-            paths = [one for one in paths if not os.path.islink(one) or os.path.realpath(one).startswith(root)]
-        return Pictures(folder, tuple(one[len(folder) + 1 :] for one in paths), aliases)
+            inside = [one for one in paths if not os.path.islink(one) or os.path.realpath(one).startswith(root)]
+        files = tuple(one[len(folder) + 1 :] for one in inside)
+        return Pictures(folder, files, aliases, len(paths) - len(inside))
 
     @cached_property
     def images(self) -> tuple[str, ...]:
-        suffixes = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
-        return tuple(file for file in self.files if file.lower().endswith(suffixes))
+        return tuple(filter(is_image, self.files))
 
     @cached_property
     def metadata(self) -> tuple[str, ...]:
@@ -107,7 +114,7 @@ class Pictures:
             columns["text"] = pa.array(map(distinct, zip(*captions, strict=True)), pa.list_(pa.string()))
             del columns["text_alternatives"]
             # A name that is no text (in another encoding than this system's) is shown as near as can be, and not read.
-            shown = [image.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for image in images]
+            shown = [as_text(image) for image in images]
             refs = [of_file(self._path(one)) if one == image else "" for one, image in zip(shown, images, strict=True)]
             yield pa.table({**columns, "source_file": pa.array(shown), "image_ref": pa.array(refs)})
 
@@ -121,8 +128,14 @@ class Pictures:
             if name in self._names
         ]
         samples: list[dict[str, bytes]] = [{} for _ in images]
-        contents = read_many([self._path(name) for _, _, name in found], _BESIDE_BYTES)
-        for (index, suffix, _), content in zip(found, contents, strict=True):
+        paths = [self._path(name) for _, _, name in found]
+        for (index, suffix, _), path, content in zip(found, paths, read_many(paths, _BESIDE_BYTES), strict=True):
+            if isinstance(content, FileNotFoundError | PermissionError) and is_local(path):
+                samples[index]["json"] = b""  # which is no record: what it may have told is not passed over
+                continue
+            with reading(path):
+                if isinstance(content, Exception):
+                    raise content
             samples[index].setdefault(suffix, content)
         return samples
 

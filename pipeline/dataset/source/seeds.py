@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.dataset.source.parts import Part, SourceSettings
 from pipeline.dataset.source.values import to_seeds
@@ -33,6 +34,27 @@ class Seeds:
     def candidates(self) -> int:
         """Rows that their metadata lets live on."""
         return int(self.table.column("verdict").null_count)
+
+
+@dataclass
+class Captions:
+    """How many candidates have a caption, and how many have several."""
+
+    rows: int = 0
+    captions: int = 0
+    several: int = 0
+
+    def add(self, seeds: Seeds) -> None:
+        """Count a shard."""
+        table = seeds.table.filter(seeds.table.column("verdict").is_null())
+        self.rows += table.num_rows
+        self.captions += pc.sum(pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(table["text"])), 0)).as_py() or 0
+        self.several += table.num_rows - table["text_alternatives"].null_count
+
+    def __str__(self) -> str:
+        several = f"; {self.several:,} have several, of which the first counts" if self.several else ""
+        none = "; if a column holds them, name it: source.columns.text" if self.rows and not self.captions else ""
+        return f"Captions: {self.captions:,} of {self.rows:,} rows that pass the metadata filter{several}{none}"
 
 
 def iter_shards(part: Part, settings: SourceSettings, metadata: JudgeSeeds) -> Iterator[Seeds]:

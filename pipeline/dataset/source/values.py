@@ -67,6 +67,11 @@ def text(values: pa.Array) -> pa.Array:
     return strings
 
 
+def as_text(name: str) -> str:
+    """A file's name as valid Unicode; bytes that are none become U+FFFD."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def texts(values: pa.Array) -> pa.Array:
     """Values as strings, or lists of values as lists of strings."""
     if pa.types.is_null(values.type) or not hasattr(values.type, "value_type"):

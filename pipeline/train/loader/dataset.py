@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from pipeline.train.loader.decode import targets
+from pipeline.train.loader.decode import meta, targets
 from pipeline.train.loader.folders import (
     DatasetFolder,
     check_embedders,
@@ -32,6 +32,8 @@ from schemas.targets import Targets
 T = TypeVar("T")
 
 _HASHING_THREADS = 8
+_LOOKED_AT = 1000
+"""Samples without a caption after which it is believed that there is none."""
 _PEEKED = 4
 """Samples per plan whose files tell what its shards hold: a crop may be absent from one."""
 
@@ -97,7 +99,7 @@ def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
     ]
     suffixes = [as_npy(suffix for raw in raws for suffix in raw.files) for raws in peeked]
     made_by = [one for raws in peeked for raw in raws if (one := targets(raw))]
-    return Dataset(
+    dataset = Dataset(
         shards=tuple(shard for shard, _ in listed),
         manifests=tuple(manifests),
         profiles=tuple(sorted({manifest.profile for manifest in manifests})),
@@ -108,6 +110,14 @@ def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
         suffixes=frozenset.intersection(*suffixes),
         targets=_distinct(replace(one, latents={}) for one in made_by),
     )
+    looked_at = chain(*peeked, first_samples(dataset, _LOOKED_AT, {"json"}))
+    if not data.allow_no_captions and not any(str(meta(raw).get("text") or "").strip() for raw in looked_at):
+        raise SourceError(
+            f"None of the first {min(_LOOKED_AT, dataset.samples):,} samples of {dataset.folders} has a caption: make "
+            "the dataset again with the column that holds them (source.columns.text), or give --set "
+            "data.allow_no_captions=true."
+        )
+    return dataset
 
 
 def check_hashes(

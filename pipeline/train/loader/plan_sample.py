@@ -61,26 +61,34 @@ class Planner:
         self._reading = reading
         self._config = config
         self._draws = draws
+        # Drawn apart, so that what kind and caption need moves no other draw.
+        self._mixing = draws.spawn(1)[0]
         self._balance = Balance(config.data.crops)
         self._sizes = buckets(config.data.resolution)
 
     def __call__(self, raw: Raw) -> Planned | None:
-        """Decide for the next sample; None for one that has no crop, as its json says: the photo gave none.
+        """Decide for the next sample; None for one that is left out: by its kind, or since the photo gave no crop.
 
         Raises:
             CorruptShardError: when its json cannot be used, or it lacks a file that the json speaks of.
         """
         draws = _Draws(*self._draws.random(len(_Draws._fields)).tolist())
+        kind_draw, caption_draw, which = self._mixing.random(3).tolist()
         reading, guidance, content = self._reading, self._config.guidance, meta(raw)
         mirror = draws.flip < reading.flip
         try:
+            share = {"web": self._config.data.kinds.web, "made": self._config.data.kinds.made}
+            if kind_draw >= share[content.get("source_kind", "web")]:
+                return None
             there = self._crops(raw, content, draws)
             if not there:
                 return None
             name = self._balance.pick(there, draws.crop)
             crop = there[name]
             points = crop.on_target(np.asarray(content["kps"], np.float64).reshape(5, 2), mirror)
-            caption = str(content["text"])
+            caption, further = str(content["text"]), content.get("text_alternatives") or []
+            if further and caption_draw < reading.alternatives:
+                caption = str(further[int(which * len(further))])
         except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError) as error:
             raise raw.corrupt("json", f"lacks or misspells a field: {type(error).__name__}: {error}") from error
 

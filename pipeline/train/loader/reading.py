@@ -42,6 +42,8 @@ class Reading:
     """Probability of a mirrored target."""
     colour: float
     """Probability of changed colours."""
+    alternatives: float
+    """Probability of a further caption in place of the first."""
     notices: tuple[str, ...]
     """A sentence for each thing of the config that was switched off, and why."""
 
@@ -84,6 +86,9 @@ def plan_reading(dataset: Dataset, reads: Sequence[str], config: TrainConfig, ba
     if latents and not config.data.buckets:
         notices.append("data.buckets = false has no effect: precomputed latents are cut to buckets already.")
 
+    if texts and config.data.alternatives:
+        notices.append("data.alternatives is off: texts are precomputed, of the first captions (data.text = captions).")
+
     # The condition has to follow what is done to the target; what it cannot follow is left out.
     features = [suffix for each in (files, plain) for role, suffix in each.items() if role != _MIRRORS_FREELY]
     mirrored = {suffix: suffix.replace(".npy", "_mirror.npy") for suffix in features}
@@ -115,6 +120,7 @@ def plan_reading(dataset: Dataset, reads: Sequence[str], config: TrainConfig, ba
         text=texts,
         flip=flip,
         colour=0.0 if against_colour else augment.colour,
+        alternatives=0.0 if texts else config.data.alternatives,
         notices=tuple(notices),
     )
 

@@ -55,7 +55,10 @@ class Consumer:
                 if position >= before:
                     yield collate(group, self._reading, Position(self._worker, number, position))
             if empty == _EMPTY_EPOCHS:
-                raise SourceError(f"None of the samples that were read from {self._dataset.folders} has any crop.")
+                folders = self._dataset.folders
+                raise SourceError(
+                    f"None of the samples that were read from {folders} has any crop, or is of a kind in data.kinds."
+                )
 
     def _planned(self, epoch: int) -> Iterator[Planned]:
         """The consumer's samples of an epoch, planned and shuffled."""

@@ -5,12 +5,15 @@ Needs s3fs and moto's server (of the extra `dev`); skips, saying so, where they 
 
 import os
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 
+import pyarrow.parquet as pq
 import pytest
 from sample_runs import SHARDS, begun, command, contents, make
 
 from pipeline.dataset.finished.verify import verify
+from pipeline.dataset.source.sample_pictures import FILES
 from pipeline.shared.files import RemotePath, to_path
 from schemas.errors import ExitCode, OutputError
 from schemas.names import finished_shards
@@ -83,3 +86,20 @@ def test_a_bucket_that_is_not_there_is_one_sentence(endpoint):
     with pytest.raises(OutputError, match="OUT s3://no-such-bucket/faces cannot be written: ") as refused:
         make(to_path("s3://no-such-bucket/faces"))
     assert "\n" not in str(refused.value)
+
+
+def test_a_folder_of_images_in_a_bucket_is_read_as_a_local_one(out, tmp_path):
+    folder = tmp_path / "local" / "set"
+    (folder / "sub").mkdir(parents=True)
+    files = {"a.jpg": FILES["astronaut.jpg"](), "a.txt": b"a", "sub/b #1.jpg": FILES["admiral.jpg"](), "empty.jpg": b""}
+    for name, content in {**files, "sub/b #1.txt": b"", "metadata.csv": b"file_name,text\nempty.jpg,e\n"}.items():
+        (folder / name).write_bytes(content)
+        (out.parent / f"set/{name}").write_bytes(content)
+    for number, shards in enumerate((folder, out.parent / "set")):
+        code, text = make(tmp_path / str(number), shards=str(shards), profile="embedded")
+        assert code is ExitCode.OK, text
+    assert contents(tmp_path / "1") == contents(tmp_path / "0")
+    assert Counter(pq.read_table(tmp_path / "0/shards/set-00000.parquet")["verdict"].to_pylist()) == {
+        "kept": 2,
+        "empty_body": 1,
+    }

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import re
+import tarfile
 import warnings
 
 import pyarrow as pa
@@ -21,8 +23,11 @@ from pipeline.shared.tars import unpack
 from schemas.errors import ExitCode, SourceError
 from stages.base import DROP
 from stages.download import Download
+from stages.fetch import stored
 from stages.runtime import Runtime
 from stages.settings import FilterSettings, Settings
+
+EMBEDDED = ("--profile", "embedded", "--executor", "local")
 
 
 def encoded(value=0, format="PNG"):
@@ -103,8 +108,10 @@ def test_a_folder_becomes_a_dataset_that_knows_its_files(made, out):
     assert told(ledger, "source_kind", "source_file", "verdict")[1] == ("made", "bad.jpg", "bad_metadata")
 
 
-def test_a_second_run_gives_the_same_bytes(made, out, tmp_path):
-    assert make(tmp_path, "source.rows_per_shard=2", shards=f"made:{made}", profile="embedded")[0] is ExitCode.OK
+@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.long)])
+def test_a_second_run_gives_the_same_bytes(made, out, tmp_path, executor):
+    words = {"shards": f"made:{made}", "profile": "embedded", "executor": executor}
+    assert make(tmp_path, "source.rows_per_shard=2", **words)[0] is ExitCode.OK
     assert contents(tmp_path) == contents(out)
 
 
@@ -239,9 +246,147 @@ def test_links_and_names_lead_nowhere_outside(tmp_path):
     assert told(rows(tmp_path / "set")) == [("a.png", None, None), ("b.png", "b", None), ("d.png", None, None)]
 
 
+def test_what_is_meant_otherwise_is_refused_with_the_other_word(tmp_path, out):
+    put(tmp_path, **{"a.png": encoded()})
+    for spec, message in (
+        (tmp_path / "a.png", r"Of images, give the folder\."),
+        (tmp_path / "*.png", r"Of images, give the folder\."),
+        (out, r"is a finished dataset: give what it was made of\."),
+    ):
+        with pytest.raises(SourceError, match=message):
+            find_parts(str(spec), SourceSettings())
+
+
 def test_tables_that_name_nothing_there_are_refused(tmp_path):
     put(tmp_path, **{"a.png": encoded(), "metadata.csv": "file_name,text\nb.png,x\n"})
     with pytest.raises(SourceError, match=r"metadata\.csv names no file that lies in .*: the first is 'b\.png'"):
         find_parts(str(tmp_path), SourceSettings())
     with pytest.raises(SourceError, match="if file_name names files, give the folder of the files"):
         find_parts(str(tmp_path / "metadata.csv"), SourceSettings())
+
+
+# Parquet files with images
+
+
+def test_a_parquet_of_hugging_faces_datasets(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import datasets
+    features = datasets.Features({"photo": datasets.Image(), "prompt": datasets.Value("string")})
+    values = {"photo": [{"bytes": encoded(n), "path": f"{n}.png"} for n in (1, 2)] + [None], "prompt": ["a", "b", "c"]}
+    datasets.Dataset.from_dict(values, features=features).to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    found = rows(tmp_path)
+    assert told(found, "source_file", "text", DROP) == [
+        ("1.png", "a", None),
+        ("2.png", "b", None),
+        (None, "c", "not_in_tar"),
+    ]
+    assert [row["image"] for row in found[:2]] == [encoded(1), encoded(2)]
+    assert found[0]["key"] == "train-00000-of-00001-000000000"
+
+
+def test_cells_are_read_forwards_whoever_asks_for_them(tmp_path, monkeypatch):
+    path = str(tmp_path / "p q.parquet")
+    images = pa.array([encoded(n) for n in range(40)], pa.large_binary())
+    pq.write_table(pa.table({"jpg@ #": images, "n": range(40)}), path, row_group_size=10)
+    opened = []
+    monkeypatch.setattr(stored, "_Column", lambda *words, real=stored._Column: opened.append(words) or real(*words))
+    reader = stored.Stored(Settings(filter=FilterSettings(min_image_px=1)))
+
+    def read(*numbers):
+        assert reader.read([stored.of_cell(path, "jpg@ #", n) for n in numbers]) == [encoded(n) for n in numbers]
+        return len(opened)
+
+    assert [read(*range(n, n + 4)) for n in range(0, 24, 4)] == [1] * 6  # a shard, on through the groups
+    assert [read(35, 34), read(36), read(24, 25), read(37)] == [1, 1, 2, 2]  # on, and another shard before it
+    assert read(3) == 3
+    reader.close()
+
+
+# Tars of any origin
+
+
+def tar(path, **files):
+    with tarfile.open(path, "w") as out:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            out.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_tars_of_made_images(tmp_path):
+    meta = [json.dumps(one).encode() for one in ({"prompt": "p", "seed": 1}, {"seed": 2, "model": "m"})]
+    path = tar(
+        tmp_path / "t.tar",
+        **{"./0.jpg": encoded(1), "./0.json": meta[0], "./0.txt": b"t", "d/1.png": encoded(2), "d/1.json": meta[1]},
+        **{"d/1.txt": b"from the txt", "2.v1.jpg": encoded(3)},
+    )
+    found = rows(f"made:{path}")
+    assert told(found) == [("0.jpg", "p", ["t"]), (None, None, None), ("d/1.png", "from the txt", None)]
+    assert told(found, "source_kind", DROP) == [("made", None), ("made", "not_in_tar"), ("made", None)]
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        (("a.v1.jpg", "a.txt"), "in a.v1.jpg, the suffix is all behind the first dot"),
+        (("x-0.arcface.npy", "x-0.face.jpg"), "x-0.face.jpg is a finished dataset's: give what that was made of"),
+        (("a.wav", "a.txt", "b.wav", "b.txt"), "there are a.wav, a.txt, b.wav, …"),
+    ],
+)
+def test_a_tar_without_samples_is_refused(tmp_path, names, why):
+    path = tar(tmp_path / "Set.tar", **dict.fromkeys(names, b"x"))
+    for command in ("plan", "dataset"):
+        done = CliRunner().invoke(app, [command, "--shards", str(path), "--out", str(tmp_path / "out"), *EMBEDDED])
+        assert isinstance(done.exception, SourceError)
+        assert str(done.exception).startswith(f"{path} holds no image that is one of a sample: ")
+        assert why in str(done.exception)
+
+
+# Captions and columns
+
+
+def test_captions_of_other_names_and_lists(tmp_path):
+    table = {"url": ["http://a.org/1", "http://a.org/2"], "top_caption": ["t", ""], "all_captions": [["l", "m"], None]}
+    pq.write_table(pa.table({**table, "laion_caption": ["t", "laion"]}), tmp_path / "p.parquet")
+    assert told(rows(tmp_path / "p.parquet"), "text", "text_alternatives") == [("t", ["l", "m"]), ("laion", None)]
+    found = rows(tmp_path / "p.parquet", columns={"text": "all captions"})
+    assert told(found, "text", "text_alternatives") == [("l", ["m"]), (None, None)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "source", "message"),
+    [
+        ({"url": ["u"], "text": pa.array([{"en": "x"}])}, {}, r"has struct<en: string> in the column for text"),
+        ({"url": ["u"], "width": [[1]]}, {}, r"has list<\w+: int64> in the column for meta_width"),
+        ({"url": ["u"], "caption1": ["x"]}, {"text": "caption"}, r"does not have, did you mean caption1\?"),
+        ({"link": ["u"]}, {"url": "lnk"}, r"source.columns.url is 'lnk', which .*p.parquet does not have"),
+        ({"image": ["u"], "t": ["x"]}, {}, r"if it holds URLs, --set source.columns.url=image"),
+    ],
+)
+def test_columns_that_cannot_be_read_are_refused_before_anything_is_written(tmp_path, columns, source, message):
+    pq.write_table(pa.table(columns), tmp_path / "p.parquet")
+    words = [word for name, column in source.items() for word in ("--set", f"source.columns.{name}={column}")]
+    for command in ("plan", "dataset"):
+        given = [command, "--shards", str(tmp_path), "--out", str(tmp_path / "out"), *EMBEDDED, *words]
+        done = CliRunner().invoke(app, given)
+        assert isinstance(done.exception, SourceError)
+        assert re.search(message, str(done.exception))
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_and_run_count_captions_and_links(tmp_path):
+    put(
+        tmp_path,
+        **{"x.txt": "x", "set/a.png": encoded(), "set/b.png": encoded(), "set/b.json": '{"captions": ["1", "2"]}'},
+    )
+    (tmp_path / "set/a.txt").symlink_to("../x.txt")
+    for command in ("plan", "dataset"):
+        done = CliRunner().invoke(
+            app, [command, "--shards", str(tmp_path / "set"), "--out", str(tmp_path / "out"), *EMBEDDED]
+        )
+        assert done.exit_code == 0
+        text = " ".join(done.output.split())
+        assert "Captions: 1 of 2 rows that pass the metadata filter; 1 have several, of which the first counts" in text
+        assert "links that lead out of it are left out: 1" in text

@@ -292,8 +292,10 @@ def test_a_ragged_csv(tmp_path):
 
 def test_jsonl_with_a_line_that_is_no_object(tmp_path):
     path = tmp_path / "x.jsonl"
-    path.write_text('[1]\n{"url": "http://a.org"}\n{"url": "http://b')
+    path.write_text('[1]\n{"url": "http://a.org"}\n{"url": "http://b\n')
     assert [row["verdict"] for row in rows(path)] == ["bad_metadata", None, "bad_metadata"]
+    path.write_text('{"url": "http://a.org"}\n' * 150 + '{"url": "http://b')
+    assert complaint(path) == f"{path} is cut off: its last line is no whole JSON object."
     path.write_text('[\n  {"url": "http://a.org"},\n]\n'.replace("  {", "{"))
     assert complaint(path) == f"{path} holds no JSON objects, one a line."
 

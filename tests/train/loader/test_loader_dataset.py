@@ -54,6 +54,16 @@ def test_what_a_dataset_tells(out: Path) -> None:
     np.testing.assert_array_equal(dataset.unconditional["clip_hidden"], fake.EMPTY["clip_hidden"])
 
 
+def test_shards_without_any_caption_are_refused_unless_that_is_meant(tmp_path: Path) -> None:
+    blank = [fake.sample(number, text=" ") for number in range(6)]
+    out = fake.write(tmp_path / "out", {"a-00000": blank, "a-00001": blank})
+    with pytest.raises(SourceError, match=r"None of the first 12 samples of .*/out has a caption: .*allow_no_captions"):
+        open_dataset([out], DATA)
+    assert open_dataset([out], DataSettings(allow_no_captions=True)).samples == 12
+    one = fake.write(tmp_path / "one", {"a-00000": blank, "a-00001": [*blank, fake.sample(6)]})
+    assert open_dataset([one], DATA).samples == 13
+
+
 def test_the_shards_folder_is_as_good_as_out(out: Path) -> None:
     assert open_dataset([str(out / "shards")], DATA).digest == open_dataset([f"{out}/"], DATA).digest
     assert "dino" in open_dataset([str(out / "shards")], DATA).unconditional

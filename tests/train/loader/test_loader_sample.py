@@ -1,6 +1,7 @@
 """What is drawn for a sample: crops in balance, places that hold the face, points that follow."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +121,16 @@ READING = Reading(
     text=(),
     flip=0.5,
     colour=0.0,
+    alternatives=0.0,
     notices=(),
 )
 
 
-def planned(files: dict[str, bytes] | None = None, count: int = 1, **config: Any) -> list[Planned]:
+def planned(
+    files: dict[str, bytes] | None = None, count: int = 1, reading: Reading = READING, **config: Any
+) -> list[Planned]:
     told = TrainConfig.model_validate({"data": {"resolution": 64}, **config})
-    planner = Planner(READING, told, np.random.default_rng(3))
+    planner = Planner(reading, told, np.random.default_rng(3))
     return [planner(Raw(SHARD, "a-00000-000", dict(files or fake.sample(0)))) for _ in range(count)]
 
 
@@ -164,6 +168,19 @@ def test_one_draw_decides_what_is_unconditional() -> None:
         assert abs(found[which] / count - share) < 0.03, which
     mirrored = sum(one.mirror for one in planned(count=count))
     assert abs(mirrored / count - 0.5) < 0.04
+
+
+def test_kinds_and_captions_are_mixed_by_their_weights() -> None:
+    count, data = 2000, {"resolution": 64, "kinds": {"web": 0.25}}
+    web, made = fake.sample(0), fake.sample(0, source_kind="made", text_alternatives=["b", "c"])
+    mixing = replace(READING, alternatives=0.4)
+    assert abs(sum(one is not None for one in planned(web, count, data=data)) / count - 0.25) < 0.03
+    found = planned(made, count, mixing, data=data)
+    captions = Counter(one.caption for one in found)
+    assert captions.total() == count
+    for caption, share in {"caption 0": 0.6, "b": 0.2, "c": 0.2}.items():
+        assert abs(captions[caption] / count - share) < 0.03, caption
+    assert [one.mirror for one in found] == [one.mirror for one in planned(web, count)]
 
 
 def test_one_setting_does_not_move_the_draws_of_another() -> None:
