@@ -155,6 +155,7 @@ _ALL = (
     ),
     # pack
     _payload("json", "the sample's metadata as UTF-8 JSON"),
+    _payload("txt", "the caption, UTF-8; only with pack.layout = plain", optional=True),
     Column("sample_sha256", pa.string(), "of the sample's files, as schemas.shard.sample_sha256 takes it, hex"),
     # the runner
     Column("verdict", pa.string(), "`kept`, or the reason of the drop"),

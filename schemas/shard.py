@@ -39,10 +39,14 @@ SUFFIXES: dict[str, str] = dict(
             "portrait.jpg": "portrait",
             "text.npy": "text_embeds",
             "text_pooled.npy": "text_pooled",
+            "txt": "txt",
         }.items()
     )
 )
 """Suffix in the tar -> column that holds the file's bytes, in the order in which they are written."""
+
+PLAIN = {"full.jpg": "jpg"}
+"""With pack.layout = plain, this file has the name by which most tools look for the image, and `txt` is beside it."""
 
 INT8 = {suffix.replace(".safetensors", ".npy"): suffix for suffix in SUFFIXES if suffix.endswith(".safetensors")}
 """Suffix of features in float16 -> suffix of the same in int8 (schemas.int8): a sample holds either."""

@@ -46,8 +46,8 @@ class Pack(RowStage):
     """Writes the json of a sample, and the hash of all its files; drops nothing."""
 
     name = "pack"
-    reads = (*_REPEATED, *(column for column in SUFFIXES.values() if column != "json"))
-    writes = ("json", "sample_sha256")
+    reads = (*_REPEATED, *(column for column in SUFFIXES.values() if column not in ("json", "txt")))
+    writes = ("json", "txt", "sample_sha256")
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """One record as UTF-8 JSON; `crops` and `targets` (where there is one) become objects.
@@ -66,8 +66,10 @@ class Pack(RowStage):
                 del content[name]
         content["fill"] = list(self.settings.segment.fill)
         content["schema_version"] = SCHEMA_VERSION
-        text = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
-        return {"json": text, "sample_sha256": sample_sha256(sample_files({**record, "json": text}))}
+        written: dict[str, Any] = {"json": json.dumps(content, sort_keys=True, ensure_ascii=False).encode()}
+        if self.settings.pack.layout == "plain":
+            written["txt"] = content["text"].encode()
+        return {**written, "sample_sha256": sample_sha256(sample_files({**record, **written}))}
 
 
 def _rounded(value: Any) -> Any:

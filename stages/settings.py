@@ -137,6 +137,8 @@ class PackSettings(Section):
     """Write the ID vector and the image features; without them shards hold no biometric numbers, and train nothing."""
     hidden: Literal["fp16", "int8"] = "fp16"
     """Features of tokens (clip_hidden, dino) as float16, or at half the size as int8 with a scale per 64 channels."""
+    layout: Literal["native", "plain"] = "native"
+    """`plain`: `full.jpg` is called `jpg`, and the caption stands in `txt` too, for tools that look for these."""
 
 
 class ModelSettings(Section):

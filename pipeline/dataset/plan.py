@@ -136,6 +136,8 @@ class Plan:
         pack: dict[str, Any] = {"hidden": "int8"} if config.pack.hidden == "int8" else {}
         if not config.pack.embeddings:
             pack = {"embeddings": False}  # in whatever form
+        if config.pack.layout == "plain":
+            pack["layout"] = "plain"
         stages = [name for name in (step.stage().name for step in self.steps) if name not in idle]
         return {
             "schema_version": SCHEMA_VERSION,

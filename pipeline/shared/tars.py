@@ -13,9 +13,11 @@ from typing import IO, NamedTuple, cast
 
 from pipeline.shared.files import AnyPath
 from schemas.errors import CorruptShardError
+from schemas.shard import PLAIN
 
 BROKEN = (tarfile.TarError, EOFError, ValueError, OverflowError)
 """What tarfile raises for bytes that are no such tar."""
+_NATIVE = {plain: native for native, plain in PLAIN.items()}
 _LARGE = 64 << 20
 """Whether so many bytes are there at all is checked before they are read: their memory would be taken at once."""
 
@@ -66,7 +68,7 @@ def append(tar: tarfile.TarFile, key: str, files: Mapping[str, bytes]) -> None:
 
 
 def unpack(tar: AnyPath) -> Iterator[Sample]:
-    """The samples of a tar in its order, one in memory at a time.
+    """The samples of a tar in its order, one in memory at a time; those of the plain layout by their native names.
 
     Raises:
         CorruptShardError: when the tar cannot be read to its end, or holds other things than files of samples.
@@ -97,6 +99,7 @@ def samples(
                     return
             if not (info.isreg() and suffix):
                 raise CorruptShardError(f"{tar}: {info.name} is not a file of a sample")
+            suffix = _NATIVE.get(suffix, suffix)
             if suffix in seen:
                 raise CorruptShardError(f"{tar}: {info.name} occurs twice")
             seen.add(suffix)

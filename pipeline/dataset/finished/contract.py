@@ -278,6 +278,8 @@ def json_problems(sample: Sample, record: Mapping[str, Any]) -> Iterator[str]:
     for name in sorted(set(content) & set(record)):
         if COLUMNS[name].ledger and not _equal(content[name], record[name]):
             yield f"json and ledger differ in {name}"
+    if sample.files.get("txt", b"") not in (b"", str(content.get("text")).encode()):
+        yield "txt is not the text of json"
     crops = content.get("crops")
     for name in _CROPS:
         crop, suffix = crops.get(name) if isinstance(crops, dict) else None, f"{name}.jpg"

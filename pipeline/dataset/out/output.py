@@ -28,7 +28,7 @@ from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.digest import sha256_of_stream
 from schemas.errors import CorruptShardError, LostError, OutputError, ShardError, SourceError, first_line
 from schemas.names import finished_shards
-from schemas.shard import DATASET, SUFFIXES, Manifest, dataset_text, sample_files
+from schemas.shard import DATASET, PLAIN, SUFFIXES, Manifest, dataset_text, sample_files
 from stages.pixels.images import thumbnail
 
 _THUMBNAIL_PX = 256
@@ -263,9 +263,12 @@ class ShardWriter:
 
     def add(self, rows: Rows) -> None:
         """Append the samples of the living rows, and all rows to the ledger."""
+        names = PLAIN if self._plan.config.pack.layout == "plain" else {}
         for record in rows.alive.select(["key", *SUFFIXES.values()]).to_pylist():
             with lost_errors(self._output.root):
-                tars.append(self._tar, record["key"], sample_files(record))
+                tars.append(
+                    self._tar, record["key"], {names.get(name, name): d for name, d in sample_files(record).items()}
+                )
         verdicts = pa.array([KEPT] * rows.alive.num_rows, pa.string())
         self._ledgers += [rows.dead, tombstones(rows.alive, verdicts, self._plan.steps[-1].stage().name)]
         for record in rows.witnesses.to_pylist():

@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.dataset.finished.hub.about import About
 from schemas.columns import COLUMNS
-from schemas.shard import SUFFIXES
+from schemas.shard import PLAIN, SUFFIXES
 
 _CONTEXT = {
     "@language": "en",
@@ -40,6 +40,7 @@ BIASES = (
 )
 _FORMATS = {"jpg": "image/jpeg", "json": "application/json", "png": "image/png", "txt": "text/plain"}
 CONTENTS = {suffix: COLUMNS[column].doc for suffix, column in SUFFIXES.items()}
+CONTENTS |= {plain: CONTENTS[native] for native, plain in PLAIN.items()}
 
 
 def croissant(about: About, base: str = "") -> str:

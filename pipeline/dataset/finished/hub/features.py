@@ -11,7 +11,7 @@ import pyarrow as pa
 from pipeline.shared.files import AnyPath
 from pipeline.shared.tars import Sample, unpack
 from schemas.columns import COLUMNS
-from schemas.shard import Manifest, decode_npy
+from schemas.shard import PLAIN, Manifest, decode_npy
 
 CROPS = ("portrait", "half", "full")
 _PEEKED = 8
@@ -49,6 +49,8 @@ def features(samples: Sequence[Sample]) -> list[Feature]:
     for prefix, suffix in (("", ".jpg"), ("latents.", ".npy")):
         some = [data for crop in CROPS if (data := files.get(f"{prefix}{crop}{suffix}"))]
         files = {**{f"{prefix}{crop}{suffix}": some[0] for crop in CROPS if some}, **files}
+    if "txt" in files:
+        files = {PLAIN.get(name, name): data for name, data in files.items()}
     contents = [json.loads(sample.files["json"]) for sample in samples]
     return [
         *({"name": name, "dtype": "string"} for name in ("__key__", "__url__")),

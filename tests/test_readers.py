@@ -1,0 +1,41 @@
+"""Every block of docs/readers.md, executed on a dataset."""
+
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import datasets
+import pytest
+from mlcroissant._src.operation_graph.operations import extract
+
+TEXT = (Path(__file__).parent.parent / "docs/readers.md").read_text(encoding="utf-8")
+BLOCKS = {
+    f"{heading.lower()} {number}": code
+    for heading, text in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE)
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+}
+
+
+@pytest.fixture
+def folder(dataset, tmp_path, monkeypatch) -> Path:
+    """A folder in which `out` is a dataset, as the working directory."""
+    shutil.copytree(dataset, tmp_path / "out", ignore=shutil.ignore_patterns("drops", "report.html"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(extract, "EXTRACT_PATH", type(extract.EXTRACT_PATH)(tmp_path / "extracted"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name.startswith("ray") else []) for name in BLOCKS]
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # several leave files open
+def test_a_block_runs_as_it_stands(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for module in re.findall(r"^(?:import|from) ([\w, ]+?)(?: import.*|\.\w+.*)?$", BLOCKS[name], re.MULTILINE):
+        for one in module.split(", "):
+            pytest.importorskip(one, reason=f"{one} is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they say of each other
+        exec(compile(BLOCKS[name], f"docs/readers.md: {name}", "exec"), {})
+    assert capsys.readouterr().out.strip()
