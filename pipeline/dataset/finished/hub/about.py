@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline.dataset.finished.hub.features import Feature, features, peek
-from pipeline.dataset.out.ledger import Funnel, read_manifests
+from pipeline.dataset.out.ledger import Funnel
 from pipeline.shared.files import AnyPath, times
 from schemas.errors import CorruptShardError
 from schemas.names import shard_origin
@@ -35,8 +35,8 @@ class About:
     """When its first and its last shard were done."""
 
     @staticmethod
-    def of(out: AnyPath, counted: Funnel) -> "About":
-        """Read dataset.json, the manifests, and some samples.
+    def of(out: AnyPath, counted: Funnel, manifests: list[Manifest]) -> "About":
+        """Read dataset.json and some samples.
 
         Raises:
             CorruptShardError: names the file that cannot be read.
@@ -45,7 +45,6 @@ class About:
             dataset = dict(json.loads((out / DATASET).read_bytes()))
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise CorruptShardError(f"{DATASET}: cannot be read: {error}") from error
-        manifests = read_manifests(out)
         samples = list(peek(out, manifests))
         written = times(out / "shards")
         done = [datetime.fromtimestamp(written.get(f"{one.shard}.json", 0), UTC) for one in manifests]
@@ -59,10 +58,6 @@ class About:
         )
 
     @property
-    def plan(self) -> dict[str, Any]:
-        return dict(self.dataset.get("plan") or {})
-
-    @property
     def sources(self) -> list[str]:
         """Where the rows come from, as far as it is known."""
         return self.dataset.get("sources") or self.parts
@@ -70,11 +65,12 @@ class About:
     @property
     def name(self) -> str:
         """The folder's own name would say nothing: it is `out`."""
-        return f"Faces from {', '.join(one.rpartition('/')[2] for one in self.sources[:3]) or 'nowhere'}"
+        names = [one.removeprefix("made:").rpartition("/")[2] for one in self.sources[:3]]
+        return f"Faces from {', '.join(names) or 'nowhere'}"
 
     @property
     def profile(self) -> str:
-        return str(self.dataset.get("profile") or next((one.profile for one in self.manifests), ""))
+        return self.manifests[0].profile if self.manifests else ""
 
     @property
     def parts(self) -> list[str]:
@@ -94,8 +90,7 @@ class About:
 
     @property
     def models(self) -> list[dict[str, str]]:
-        distinct = {json.dumps(model, sort_keys=True): model for one in self.manifests for model in one.models}
-        return list(distinct.values())
+        return self.manifests[0].models if self.manifests else []
 
     @property
     def is_biometric(self) -> bool:
