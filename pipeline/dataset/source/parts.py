@@ -73,11 +73,12 @@ class Part:
 
     @property
     def origin(self) -> str:
-        """The folder that it lies in: the last name of a local one; of a URL, no user, password or signature."""
+        """The folder that it is or lies in: the last name of a local one; of a URL, no user, password or signature."""
         if self.name == SAMPLE:
             return SAMPLE
         url = urlsplit(self.path.rpartition("::")[2])
-        folder = PurePosixPath(url.path).parent
+        path = PurePosixPath(url.path)
+        folder = path if self.pictures else path.parent
         return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{folder}" if url.scheme else folder.name
 
     def probed(self) -> "Part":
