@@ -60,8 +60,7 @@ class Job:
     @property
     def notes(self) -> list[str]:
         """What the sources leave out."""
-        counts = {part.path: part.pictures.left_out for part in self.parts if part.pictures}
-        return [f"{path}: links that lead out of it are left out: {count:,}" for path, count in counts.items() if count]
+        return [note for part in self.parts if part.pictures for note in part.pictures.named.notes]
 
     def shards(self) -> Iterator[Seeds]:
         """Seed rows of every shard, part after part."""

@@ -38,12 +38,15 @@ STORED_ALIASES: Aliases = {
 }
 """The same for an existing download, where the size that counts is that of the stored file."""
 
+FILE_NAMES = (
+    *("file_name", "filename", "image_name", "img_path", "image_path"),
+    *("image_file", "file_path", "filepath", "file"),
+)
+"""What a column of file names is called, also beside one of URLs."""
+
 FILE_ALIASES: Aliases = {
     **{seed: names for seed, names in STORED_ALIASES.items() if seed != "image_key"},
-    "source_file": (
-        *("file_name", "filename", "image_name", "img_path", "image_path", "image_file", "file_path", "filepath"),
-        *("file", "img", "image", "path", *STORED_ALIASES["image_key"]),
-    ),
+    "source_file": (*FILE_NAMES, "img", "image", "path", *STORED_ALIASES["image_key"]),
 }
 """The same for metadata of image files, which it names; a name without a suffix will do."""
 

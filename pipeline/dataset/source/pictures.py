@@ -8,6 +8,7 @@ alone, so that none leads out of it; a link that does is left out.
 import json
 import os
 import posixpath
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from functools import cached_property
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset.source.aliases import FILE_ALIASES, Aliases, resolve
+from pipeline.dataset.source.aliases import FILE_ALIASES, FILE_NAMES, Aliases, resolve
 from pipeline.dataset.source.formats import (
     BESIDE,
     IMAGE_SUFFIXES,
@@ -77,14 +78,14 @@ class Pictures:
 
     @cached_property
     def metadata(self) -> tuple[str, ...]:
-        """The tables that name files, with no URLs, or with those of files that img2dataset put beside the table."""
+        """The tables that name files; beside a column of URLs, a key alone does so in what img2dataset wrote."""
         return tuple(file for file in self.files if format_of(file) and self._names_files(file))
 
     def _names_files(self, file: str) -> bool:
-        columns = resolve(probe(self._path(file))[0].names, self.aliases)
+        columns = resolve(probe(self._path(file))[0].names, {**self.aliases, "name": FILE_NAMES})
         folder = f"{posixpath.splitext(file)[0]}/"
-        beside = any(image.startswith(folder) for image in self.images)
-        return "source_file" in columns and (beside or "url" not in columns)
+        is_sure = "name" in columns or "url" not in columns or any(image.startswith(folder) for image in self.images)
+        return "source_file" in columns and is_sure
 
     def _path(self, file: str) -> str:
         return f"{self.folder}/{file}"
@@ -152,13 +153,14 @@ class Pictures:
         """
         records, rows, count = [SEED_SCHEMA.empty_table()], defaultdict(list), 0
         captioned: set[str] = set()
+        notes = [f"{self.folder}: links that lead out of it are left out: {self.left_out:,}"] if self.left_out else []
         for file in [*self.metadata, *self._lists()]:
-            first, hits = "", 0
+            first, names, hits = "", 0, 0
             for table in self._read(file):
                 seeds = to_seeds(table, path=self._path(file))
                 pairs = zip(seeds["source_file"].to_pylist(), seeds["text"].to_pylist(), strict=True)
                 for number, (name, text) in enumerate(pairs, count):
-                    first = first or name or ""
+                    first, names = first or name or "", names + 1
                     image = self._image(posixpath.dirname(file), name or "")
                     if image is not None:
                         hits += 1
@@ -170,7 +172,9 @@ class Pictures:
                 raise SourceError(
                     f"{self._path(file)} names no file that lies in {self.folder}: the first is {first!r}."
                 )
-        return Named(pa.concat_tables(records).select(_DESCRIBED), rows, captioned)
+            if hits < names:
+                notes.append(f"{self._path(file)}: of {names:,} rows, {names - hits:,} name no file that is there.")
+        return Named(pa.concat_tables(records).select(_DESCRIBED), rows, captioned, tuple(notes))
 
     def _lists(self) -> list[str]:
         """The JSON files that list images."""
@@ -196,28 +200,34 @@ class Pictures:
 
     def _image(self, base: str, name: str) -> str | None:
         """The image that metadata in a folder means: right there, or the only one below it whose name ends so."""
-        name = posixpath.normpath(name.replace("\\", "/"))
-        path = posixpath.normpath(posixpath.join(base, name))
-        if path in self._by_name.get(posixpath.basename(path), ()):
-            return path
-        below = f"{base}/" if base else ""
-        ending = [
-            one
-            for one in self._by_name.get(posixpath.basename(name), ())
-            if one.startswith(below)
-            and f"/{one}".endswith((f"/{name}", *(f"/{name}.{suffix}" for suffix in IMAGE_SUFFIXES)))
-        ]
+        name = posixpath.normpath(_normal(name))
+        ours = self._by_name.get(posixpath.basename(name), ())
+        path = posixpath.normpath(posixpath.join(_normal(base), name))
+        below = f"{_normal(base)}/" if base else ""
+        ends = tuple(f"/{name}{suffix}" for suffix in ("", *(f".{one}" for one in IMAGE_SUFFIXES)))
+        ending = []
+        for form, image in ours:
+            if form == path:
+                return image
+            if form.startswith(below) and f"/{form}".endswith(ends):
+                ending.append(image)
         return ending[0] if len(ending) == 1 else None
 
     @cached_property
-    def _by_name(self) -> Mapping[str, Sequence[str]]:
-        """Images by the last part of their names, with and without suffix."""
+    def _by_name(self) -> Mapping[str, Sequence[tuple[str, str]]]:
+        """Normal forms of images' names, and these, by the last part of the name, with and without suffix."""
         by_name = defaultdict(list)
         for image in self.images:
-            name = posixpath.basename(image)
-            for one in (name, posixpath.splitext(name)[0]):
-                by_name[one].append(image)
+            form = _normal(image)
+            last = posixpath.basename(form)
+            for one in (last, posixpath.splitext(last)[0]):
+                by_name[one].append((form, image))
         return by_name
+
+
+def _normal(name: str) -> str:
+    """As one writes names of files: some systems take accents apart."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/"))
 
 
 @dataclass(frozen=True)
@@ -230,3 +240,5 @@ class Named:
     """Image -> numbers of its rows."""
     captioned: Set[str]
     """Images of which a record has a caption."""
+    notes: tuple[str, ...]
+    """What was left out."""

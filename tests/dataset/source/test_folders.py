@@ -150,8 +150,8 @@ def test_a_folder_that_changed_mixes_no_shards(made, out, tmp_path):
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_an_imagefolder(tmp_path, kind):
-    table = {"file_name": ["b.png", "cats/a.png", "b.png"], "text": ["b", "a", "again b"], "width": [9, 8, 9]}
-    put(tmp_path, **{"train/b.png": encoded(1), "train/cats/a.png": encoded(2), "train/c.png": encoded(3)})
+    table = {"file_name": ["b.png", "cats/\u00e4.png", "b.png"], "text": ["b", "a", "again b"], "width": [9, 8, 9]}
+    put(tmp_path, **{"train/b.png": encoded(1), "train/cats/a\u0308.png": encoded(2), "train/c.png": encoded(3)})
     put(tmp_path, **{"train/c.txt": "c", "train/b.txt": "not read", "train/.hidden.png": encoded(), "notes.txt": "x"})
     lines = list(zip(*table.values(), strict=True))
     if kind == "csv":
@@ -168,7 +168,7 @@ def test_an_imagefolder(tmp_path, kind):
     assert told(found) == [
         ("train/b.png", "b", ["again b"]),
         ("train/c.png", "c", None),
-        ("train/cats/a.png", "a", None),
+        ("train/cats/a\u0308.png", "a", None),  # the same letter
     ]
     assert [row["image"] for row in found] == [encoded(1), encoded(3), encoded(2)]
     assert told(found, "key", "meta_width")[0] == (f"{found[0]['part']}-000000000", 9)
@@ -377,10 +377,9 @@ def test_columns_that_cannot_be_read_are_refused_before_anything_is_written(tmp_
 
 
 def test_plan_and_run_count_captions_and_links(tmp_path):
-    put(
-        tmp_path,
-        **{"x.txt": "x", "set/a.png": encoded(), "set/b.png": encoded(), "set/b.json": '{"captions": ["1", "2"]}'},
-    )
+    put(tmp_path, **{"x.txt": "x", "set/a.png": encoded(), "set/b.png": encoded(), "set/c.png": encoded()})
+    table = "file_name,url\nc.png,http://a.org\nd.png,\n"
+    put(tmp_path, **{"set/b.json": '{"captions": ["1", "2"]}', "set/m.csv": table})
     (tmp_path / "set/a.txt").symlink_to("../x.txt")
     for command in ("plan", "dataset"):
         done = CliRunner().invoke(
@@ -388,5 +387,6 @@ def test_plan_and_run_count_captions_and_links(tmp_path):
         )
         assert done.exit_code == 0
         text = " ".join(done.output.split())
-        assert "Captions: 1 of 2 rows that pass the metadata filter; 1 have several, of which the first counts" in text
+        assert "Captions: 1 of 3 rows that pass the metadata filter; 1 have several, of which the first counts" in text
         assert "links that lead out of it are left out: 1" in text
+        assert "m.csv: of 2 rows, 1 name no file that is there." in text
