@@ -20,7 +20,7 @@ from pipeline.shared.terminal import Screen
 from schemas.errors import OutputError, first_line
 
 _EVERY_S, _REMOTE_EVERY_S = 15.0, 60.0
-"""How often numbers are passed on, and how often where OUT is a store."""
+"""How often numbers are passed on, and how often where OUT is a store; in the first minutes more often."""
 
 
 class RunScreen(Screen):
@@ -140,7 +140,8 @@ class Watchers:
 
     def _pass_on(self, now: dict[str, Any]) -> None:
         now = {**now, "warnings": dict(self._warned)}
-        self._due = time.monotonic() + (_REMOTE_EVERY_S if isinstance(self._out, RemotePath) else _EVERY_S)
+        every_s = _REMOTE_EVERY_S if isinstance(self._out, RemotePath) else _EVERY_S
+        self._due = time.monotonic() + min(every_s, 1 + now["seconds"] / 4)
         self._emit("progress", **now)
         try:
             write(self._out / LIVE, json.dumps({"time": time.time(), **now}).encode())

@@ -109,7 +109,7 @@ def details(now: Mapping[str, Any]) -> list[str]:
         f"shards: {shards['made']:,} made, {shards['before']:,} done before, {shards['failed']:,} failed; "
         f"rows that the network failed: {failed:,} ({share})"
     ]
-    least = sum(stage["seconds"] for stage in stages.values()) / 50
+    least = max(0.5, sum(stage["seconds"] for stage in stages.values()) / 50)
     words = [
         f"{name} {stage['rows_out']:,}" + (f" ({stage['seconds']:,.0f} s)" if stage["seconds"] > least else "")
         for name, stage in stages.items()
