@@ -58,8 +58,9 @@ ON_RAY = ("--executor", "ray", "--set", "executor.workers=1")
 
 
 @pytest.mark.slow
-def test_a_driver_on_ray_killed_in_the_middle_leaves_only_whole_shards_and_a_rerun_finishes(out, whole):
-    process = begun(out, *ON_RAY)
+@pytest.mark.parametrize("words", [(), pytest.param(ON_RAY, marks=pytest.mark.long)], ids=["local", "ray"])
+def test_a_driver_killed_in_the_middle_leaves_only_whole_shards_and_a_rerun_finishes(out, whole, words):
+    process = begun(out, *words)
     process.kill()
     process.communicate()
     found, local = contents(out), contents(whole)

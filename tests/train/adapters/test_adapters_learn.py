@@ -81,7 +81,12 @@ def test_the_loss_of_one_sample_falls_by_a_third(name):
     assert any(loss < first * 2 / 3 for loss in losses)
 
 
-@pytest.mark.parametrize("name", DISTINCT)
+_QUICK = ("ip-adapter", "full-face", "faceid-plusv2")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in _QUICK else pytest.param(name, marks=pytest.mark.long) for name in DISTINCT]
+)
 def test_it_learns_from_the_condition_and_not_around_it(name):
     right, shuffled = Problem(name, "tiny", FACES), Problem(name, "tiny", FACES)
     orders = torch.Generator().manual_seed(2)
