@@ -73,12 +73,13 @@ class Part:
 
     @property
     def origin(self) -> str:
-        """The folder that it lies in: the last name of a local one; of a URL, no user, password or signature."""
+        """The folder of its files, `made:` before it: the last name of a local one; of a URL, no user or signature."""
         if self.name == SAMPLE:
             return SAMPLE
         url = urlsplit(self.path.rpartition("::")[2])
-        folder = PurePosixPath(url.path).parent
-        return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{folder}" if url.scheme else folder.name
+        folder = PurePosixPath(url.path) if self.pictures else PurePosixPath(url.path).parent
+        text = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{folder}" if url.scheme else folder.name
+        return f"made:{text}" if self.source_kind == "made" else text
 
     def probed(self) -> "Part":
         """The same, once it is opened to see that it can be read.

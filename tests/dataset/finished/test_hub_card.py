@@ -117,10 +117,12 @@ def test_a_readme_of_somebody_else_is_left_alone(tmp_path):
         ("/data/lists/part-00007-5b54c5d5-bbcf-484d-a2ce-0d6f73df1a36-c000.snappy.parquet", "lists", True),
         ("s3://key:secret@bucket/relaion2B-en/part-0.parquet?X-Signature=1", "s3://bucket/relaion2B-en", False),
         ("/data/coyo/part-0.parquet", "coyo", False),
+        ("made:/data/diffusiondb/0.parquet", "made:diffusiondb", False),
     ],
 )
 def test_old_lists_of_laion_are_warned_of_by_card_and_croissant(tmp_path, path, origin, warned):
-    part = Part(part_name(path.partition("?")[0]), path, None, "metadata")
+    is_made, path = path.startswith("made:"), path.removeprefix("made:")
+    part = Part(part_name(path.partition("?")[0]), path, None, "metadata", "made" if is_made else "web")
     assert part.origin == origin
     out = Path(fake_shards.write(tmp_path / "out", {f"{part.name}-00000": fake_shards.counted(0, 1)}))
     (out / "dataset.json").write_text(json.dumps({"sources": [origin], "profile": "insightface"}))

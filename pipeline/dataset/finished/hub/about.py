@@ -59,10 +59,6 @@ class About:
         )
 
     @property
-    def plan(self) -> dict[str, Any]:
-        return dict(self.dataset.get("plan") or {})
-
-    @property
     def sources(self) -> list[str]:
         """Where the rows come from, as far as it is known."""
         return self.dataset.get("sources") or self.parts
@@ -70,11 +66,12 @@ class About:
     @property
     def name(self) -> str:
         """The folder's own name would say nothing: it is `out`."""
-        return f"Faces from {', '.join(one.rpartition('/')[2] for one in self.sources[:3]) or 'nowhere'}"
+        names = [one.removeprefix("made:").rpartition("/")[2] for one in self.sources[:3]]
+        return f"Faces from {', '.join(names) or 'nowhere'}"
 
     @property
     def profile(self) -> str:
-        return str(self.dataset.get("profile") or next((one.profile for one in self.manifests), ""))
+        return self.manifests[0].profile if self.manifests else ""
 
     @property
     def parts(self) -> list[str]:
@@ -94,8 +91,7 @@ class About:
 
     @property
     def models(self) -> list[dict[str, str]]:
-        distinct = {json.dumps(model, sort_keys=True): model for one in self.manifests for model in one.models}
-        return list(distinct.values())
+        return self.manifests[0].models if self.manifests else []
 
     @property
     def is_biometric(self) -> bool:

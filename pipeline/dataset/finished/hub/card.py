@@ -86,7 +86,7 @@ def write_card(out: AnyPath, counted: Funnel) -> None:
 
 def card(about: About, yours: str = "") -> str:
     """The text of the card, at whose end stands what is the user's."""
-    settings = about.plan.get("settings", {})
+    settings = (about.dataset.get("plan") or {}).get("settings", {})
     thresholds = {f"{name}.{key}": value for name in _SECTIONS for key, value in settings.get(name, {}).items()}
     text = _TEMPLATE.get_template("card.md.jinja").render(
         about=about,

@@ -8,12 +8,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.dataset.finished.report_numbers import CROPS
 from pipeline.shared.files import AnyPath
 from pipeline.shared.tars import Sample, unpack
 from schemas.columns import COLUMNS
-from schemas.shard import PLAIN, Manifest, decode_npy
+from schemas.shard import PLAIN, SUFFIXES, Manifest, decode_npy
+from stages.pack import Pack
 
-CROPS = ("portrait", "half", "full")
 _PEEKED = 8
 """Samples of a shard, and shards of a plan, that are looked at."""
 _CROP = pa.struct(
@@ -77,15 +78,12 @@ def _of_file(name: str, data: bytes, contents: Sequence[Mapping[str, Any]]) -> F
 
 
 def _json_type(contents: Sequence[Mapping[str, Any]]) -> pa.DataType:
-    """Columns have their own types, also where no sample shown has a value; `pack` makes objects of some."""
-    fields = [
-        field.with_type(COLUMNS[field.name].type)
-        if field.name in COLUMNS and not pa.types.is_struct(field.type)
-        else field
-        for field in pa.array(contents).type
-        if field.name != "crops"
-    ]
-    return pa.struct([*fields, ("crops", pa.struct([(crop, _CROP) for crop in CROPS]))])
+    """What `pack` repeats has the types of its columns, also where no sample shown has it; the rest as it is seen."""
+    seen = {field.name: field.type for field in pa.array(contents).type}
+    columns = {*Pack.reads, *seen} & set(COLUMNS) - {*SUFFIXES.values(), "targets"}
+    crops = pa.struct([(crop, _CROP) for crop in CROPS])
+    types = {**seen, **{name: COLUMNS[name].type for name in columns}, "crops": crops}
+    return pa.struct(sorted(types.items()))
 
 
 def _of_type(type: pa.DataType) -> Feature:
