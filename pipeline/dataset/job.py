@@ -167,11 +167,12 @@ def _finish(output: Output, plan: Plan) -> Funnel:
     """Write the files beside the shards."""
     try:
         with lost_errors(output.root):
-            counts = summary(read_manifests(output.root), replaced(output.root))
+            manifests = read_manifests(output.root)
+            counts = summary(manifests, replaced(output.root))
             files = write_unconditional(output.root, plan) if counts["kept"] else {}
             output.describe(plan, {**counts, "files": files})
             counted = write_report(output.root)
-            write_card(output.root, counted)
+            write_card(output.root, counted, manifests)
             return counted
     except OutputError as error:
         raise LostError(f"The shards were made, but then: {error}") from error

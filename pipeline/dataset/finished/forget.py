@@ -157,9 +157,9 @@ def _take_down(out: AnyPath, takedowns: Takedowns) -> Gone:
     if "shards" in dataset:  # the run came to its end: what the manifests add up to stands there
         write(out / DATASET, dataset_text({**dataset, **summary(read_manifests(out), replaced(out))}))
     try:
-        counted = write_report(out) if (out / REPORT).exists() else funnel(out)
+        counted = write_report(out) if (out / REPORT).exists() else None
         if (out / CARD).exists():
-            write_card(out, counted)
+            write_card(out, counted or funnel(out), read_manifests(out))
     except CorruptShardError:  # it must not go on showing what is gone
         (out / REPORT).unlink(missing_ok=True)
     return gone

@@ -16,7 +16,7 @@ from pipeline.dataset.finished.forget import Wanted, forget
 from pipeline.dataset.finished.hub import about
 from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.verify import foreign_files
-from pipeline.dataset.out.ledger import Funnel, FunnelRow, read_ledger, shard_names
+from pipeline.dataset.out.ledger import Funnel, FunnelRow, read_ledger, read_manifests, shard_names
 from pipeline.dataset.source.parts import Part
 from pipeline.shared.tars import unpack
 from schemas.names import part_name
@@ -57,7 +57,7 @@ def test_what_is_computed_ahead_is_declared_and_large_rows_have_a_config_of_thei
     samples = [fake_shards.in_int8(fake_shards.encoded(n, mirror=True)) | mask for n in range(3)]
     out = Path(fake_shards.write(tmp_path / "out", {"part-00000": samples}))
     monkeypatch.setattr(about, "_VIEWED_BYTES", max(sum(map(len, files.values())) for files in samples) - 1)
-    write_card(out, counted(3))
+    write_card(out, counted(3), read_manifests(out))
     light, whole = (next(iter(load(out, name, streaming=True))) for name in ("default", "everything"))
     assert {"clip_hidden.safetensors", "latents.full.npy", "text.npy"} <= set(whole) - set(light)
     assert {"clip.npy", "portrait.jpg", "json"} <= set(light)
@@ -105,7 +105,7 @@ def test_forget_counts_anew_and_what_the_user_wrote_stays(whole, tmp_path):
 def test_a_readme_of_somebody_else_is_left_alone(tmp_path):
     out = Path(fake_shards.write(tmp_path / "out", {"part-00000": fake_shards.counted(0, 2)}))
     (out / "README.md").write_text("mine")
-    write_card(out, counted(2))
+    write_card(out, counted(2), read_manifests(out))
     assert (out / "README.md").read_text() == "mine"
     assert (out / "croissant.json").exists()
 
@@ -126,7 +126,7 @@ def test_old_lists_of_laion_are_warned_of_by_card_and_croissant(tmp_path, path, 
     assert part.origin == origin
     out = Path(fake_shards.write(tmp_path / "out", {f"{part.name}-00000": fake_shards.counted(0, 1)}))
     (out / "dataset.json").write_text(json.dumps({"sources": [origin], "profile": "insightface"}))
-    write_card(out, counted(1))
+    write_card(out, counted(1), read_manifests(out))
     for name in ("README.md", "croissant.json"):
         text = (out / name).read_text()
         assert ("2,236 links" in text) is warned

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline.dataset.finished.hub.features import Feature, features, peek
-from pipeline.dataset.out.ledger import Funnel, read_manifests
+from pipeline.dataset.out.ledger import Funnel
 from pipeline.shared.files import AnyPath, times
 from schemas.errors import CorruptShardError
 from schemas.names import shard_origin
@@ -35,8 +35,8 @@ class About:
     """When its first and its last shard were done."""
 
     @staticmethod
-    def of(out: AnyPath, counted: Funnel) -> "About":
-        """Read dataset.json, the manifests, and some samples.
+    def of(out: AnyPath, counted: Funnel, manifests: list[Manifest]) -> "About":
+        """Read dataset.json and some samples.
 
         Raises:
             CorruptShardError: names the file that cannot be read.
@@ -45,7 +45,6 @@ class About:
             dataset = dict(json.loads((out / DATASET).read_bytes()))
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise CorruptShardError(f"{DATASET}: cannot be read: {error}") from error
-        manifests = read_manifests(out)
         samples = list(peek(out, manifests))
         written = times(out / "shards")
         done = [datetime.fromtimestamp(written.get(f"{one.shard}.json", 0), UTC) for one in manifests]

@@ -15,7 +15,7 @@ from pipeline.dataset.finished.hub.croissant import BIASES, CONTENTS, OLD_LAION,
 from pipeline.dataset.out.ledger import Funnel
 from pipeline.shared.files import AnyPath, write
 from schemas.errors import OutputError
-from schemas.shard import CARD, CROISSANT
+from schemas.shard import CARD, CROISSANT, Manifest
 
 _YOURS = "<!-- What stands below this line is yours: it stays when the card is written anew. -->"
 _SIZES = {
@@ -64,7 +64,7 @@ def front_matter(about: About) -> str:
     return str(yaml.safe_dump(data, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120))
 
 
-def write_card(out: AnyPath, counted: Funnel) -> None:
+def write_card(out: AnyPath, counted: Funnel, manifests: list[Manifest]) -> About:
     """Write OUT/croissant.json and OUT/README.md of the finished shards. What the user added to the card stays.
 
     A README.md that is none of ours is left alone.
@@ -73,7 +73,7 @@ def write_card(out: AnyPath, counted: Funnel) -> None:
         OutputError: when OUT cannot be written.
         CorruptShardError: names the file that is damaged.
     """
-    about = About.of(out, counted)
+    about = About.of(out, counted, manifests)
     try:
         write(out / CROISSANT, croissant(about).encode())
         before = (out / CARD).read_bytes().decode("utf-8", "replace") if (out / CARD).exists() else _YOURS
@@ -82,6 +82,7 @@ def write_card(out: AnyPath, counted: Funnel) -> None:
             write(out / CARD, card(about, yours).encode())
     except OSError as error:
         raise OutputError(f"{out / CARD} cannot be written: {error.strerror or error}.") from error
+    return about
 
 
 def card(about: About, yours: str = "") -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from pipeline.dataset.finished.hub.about import About
 from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.hub.croissant import OLD_LAION, croissant
 from pipeline.dataset.finished.report import REPORT, write_report
@@ -57,8 +56,7 @@ def push(out: AnyPath, url: str, say: Callable[[str], None], *, gated: bool = Tr
     with Output(out).locked(), TemporaryDirectory(prefix="faceshards-push-") as folder, _hub_errors(url):
         report = Path(folder) / REPORT
         counted = write_report(out, drops=False, target=report)
-        write_card(out, counted)
-        about = About.of(out, counted)
+        about = write_card(out, counted, manifests)
         others = {name: (out / name).read_bytes() for name in (CARD, DATASET, UNCONDITIONAL) if (out / name).exists()}
         if about.is_old_laion:
             say(f"WARNING: {OLD_LAION}")
