@@ -210,7 +210,7 @@ def _parts_in(word: str, settings: SourceSettings) -> list[Part]:
     listed, folder = listing(word), full_path(*locate(word)).rstrip("/")
     if f"{folder}/{DATASET}" in listed and any(path.startswith(f"{folder}/shards/") for path in listed):
         raise SourceError(f"{word} is a finished dataset: give what it was made of.")
-    files = data_files(listed)
+    files = _rows_among(listed, folder)
     pictures = Pictures.listed(folder, listed, mapped(FILE_ALIASES, settings.columns))
     if pictures.images:
         naming = {f"{folder}/{file}" for file in pictures.metadata}
@@ -224,8 +224,13 @@ def _parts_in(word: str, settings: SourceSettings) -> list[Part]:
 
 
 def files_under(folder: str) -> list[str]:
-    """The metadata files and tars anywhere under a folder, in name order; none that are hidden."""
-    return data_files(listing(folder))
+    """The metadata files and tars anywhere under a folder, in name order; none that are hidden, or in a `_folder`."""
+    return _rows_among(listing(folder), full_path(*locate(folder)))
+
+
+def _rows_among(paths: list[str], folder: str) -> list[str]:
+    # Of images, `_MG_0001.jpg` is what cameras write.
+    return data_files([path for path in paths if "/_" not in path[len(folder.rstrip("/")) :]])
 
 
 def listing(folder: str) -> list[str]:
@@ -235,8 +240,7 @@ def listing(folder: str) -> list[str]:
         # fsspec passes over local folders that may not be looked into, unless this raises.
         paths = [str(path) for path in fs.find(inside, **({"on_error": _no_access} if is_local(folder) else {}))]
     depth = len(inside.rstrip("/"))
-    shown = [path for path in paths if not any(name[:1] in "._" for name in path[depth:].strip("/").split("/"))]
-    return sorted(full_path(fs, path) for path in shown)
+    return sorted(full_path(fs, path) for path in paths if "/." not in f"/{path[depth:].lstrip('/')}")
 
 
 def _no_access(error: OSError) -> None:

@@ -30,7 +30,7 @@ from pipeline.dataset.source.formats import (
 from pipeline.dataset.source.values import as_text, distinct, to_seeds
 from pipeline.shared.files import is_local, open_binary, reading
 from schemas.columns import SEED_SCHEMA
-from schemas.errors import SourceError
+from schemas.errors import SourceError, first_line
 from stages.fetch.stored import of_file, read_many
 
 _ROWS = 1000
@@ -50,6 +50,12 @@ def is_image(path: str) -> bool:
     return path.lower().endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES))
 
 
+def _is_below(path: str, folder: str) -> bool:
+    """Whether it is a file, or a link to one, below a folder; pipes and devices are none."""
+    is_link = os.path.islink(path)
+    return os.path.isfile(path) and (not is_link or os.path.realpath(path).startswith(f"{folder}/"))
+
+
 @dataclass(frozen=True)
 class Pictures:
     """A folder of images as it was listed."""
@@ -57,18 +63,17 @@ class Pictures:
     folder: str
     """Absolute path or fsspec URL, without a slash at its end."""
     files: tuple[str, ...]
-    """Those below it, relative to it, sorted; none that is hidden."""
+    """Those below it, relative to it, sorted; none with a dot before its name or that of a folder."""
     aliases: Aliases
     left_out: int = 0
-    """Links that lead out of the folder."""
+    """Links that lead out of the folder or nowhere, pipes, devices."""
 
     @staticmethod
     def listed(folder: str, paths: Sequence[str], aliases: Aliases = FILE_ALIASES) -> "Pictures":
         """A folder, and the full paths of the files below it."""
         folder, inside = folder.rstrip("/"), paths
         if is_local(folder):
-            root = os.path.realpath(folder) + "/"
-            inside = [one for one in paths if not os.path.islink(one) or os.path.realpath(one).startswith(root)]
+            inside = [path for path in paths if _is_below(path, os.path.realpath(folder))]
         files = tuple(one[len(folder) + 1 :] for one in inside)
         return Pictures(folder, files, aliases, len(paths) - len(inside))
 
@@ -153,7 +158,11 @@ class Pictures:
         """
         records, rows, count = [SEED_SCHEMA.empty_table()], defaultdict(list), 0
         captioned: set[str] = set()
-        notes = [f"{self.folder}: links that lead out of it are left out: {self.left_out:,}"] if self.left_out else []
+        notes = (
+            [f"{self.folder}: left out, as links that lead out of it or no files: {self.left_out:,}"]
+            if self.left_out
+            else []
+        )
         for file in [*self.metadata, *self._lists()]:
             first, names, hits = "", 0, 0
             for table in self._read(file):
@@ -189,7 +198,11 @@ class Pictures:
             yield from tables(path, self.aliases)
             return
         with reading(path), open_binary(path) as stream:
-            content = json.load(stream)
+            data = stream.read()
+        try:
+            content = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise SourceError(f"{path} cannot be read: {first_line(error)}.") from error
         if isinstance(content, dict):
             content = [
                 {"file_name": name, **(one if isinstance(one, dict) else {"text": one})}

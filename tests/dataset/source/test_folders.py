@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import tarfile
 import warnings
@@ -239,11 +240,15 @@ def test_what_img2dataset_wrote_is_not_fetched_again(tmp_path, layout, name, fai
 
 def test_links_and_names_lead_nowhere_outside(tmp_path):
     put(tmp_path, **{"secret.txt": "key", "secret.png": encoded(9), "set/a.png": encoded(1), "set/b.png": encoded(2)})
+    put(tmp_path, **{"set/_MG_1.png": encoded(3), "set/.thumbs/a.png": encoded(4)})
     for name, target in (("a.txt", "../secret.txt"), ("c.png", "../secret.png"), ("d.png", "b.png"), ("up", "..")):
         (tmp_path / "set" / name).symlink_to(target)
+    os.mkfifo(tmp_path / "set" / "pipe.png")
     lines = [["file_name", "text"], ["../secret.png", "x"], [str(tmp_path / "secret.png"), "y"], ["sub/../b.png", "b"]]
     put(tmp_path, **{"set/metadata.csv": "\n".join(map(",".join, lines))})
-    assert told(rows(tmp_path / "set")) == [("a.png", None, None), ("b.png", "b", None), ("d.png", None, None)]
+    assert told(rows(tmp_path / "set")) == [
+        ("_MG_1.png", None, None), ("a.png", None, None), ("b.png", "b", None), ("d.png", None, None),
+    ]  # fmt: skip
 
 
 def test_what_is_meant_otherwise_is_refused_with_the_other_word(tmp_path, out):
@@ -261,6 +266,9 @@ def test_tables_that_name_nothing_there_are_refused(tmp_path):
     put(tmp_path, **{"a.png": encoded(), "metadata.csv": "file_name,text\nb.png,x\n"})
     with pytest.raises(SourceError, match=r"metadata\.csv names no file that lies in .*: the first is 'b\.png'"):
         find_parts(str(tmp_path), SourceSettings())
+    put(tmp_path, **{"bomb/a.png": encoded(), "bomb/metadata.json": "[" * 200_000})
+    with pytest.raises(SourceError, match=r"metadata\.json cannot be read: "):
+        find_parts(str(tmp_path / "bomb"), SourceSettings())
     with pytest.raises(SourceError, match="if file_name names files, give the folder of the files"):
         find_parts(str(tmp_path / "metadata.csv"), SourceSettings())
 
@@ -388,5 +396,5 @@ def test_plan_and_run_count_captions_and_links(tmp_path):
         assert done.exit_code == 0
         text = " ".join(done.output.split())
         assert "Captions: 1 of 3 rows that pass the metadata filter; 1 have several, of which the first counts" in text
-        assert "links that lead out of it are left out: 1" in text
+        assert "set: left out, as links that lead out of it or no files: 1" in text
         assert "m.csv: of 2 rows, 1 name no file that is there." in text
