@@ -15,7 +15,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.dataset.source import embedded, formats
-from pipeline.dataset.source import img2dataset_tars as tars
+from pipeline.dataset.source import webdataset_tars as tars
 from pipeline.dataset.source.aliases import (
     ALIASES,
     FILE_ALIASES,
@@ -133,7 +133,7 @@ def find_parts(spec: str, settings: SourceSettings) -> list[Part]:
         kind, word = split_kind(whole_word)
         number = part_number(word)
         if number is None:
-            found = _parts_of(word, settings)
+            named = _parts_of(word, settings)
         else:
             numbered = numbered or _files_under_root(word, root)
             if number >= len(numbered):
@@ -145,8 +145,8 @@ def find_parts(spec: str, settings: SourceSettings) -> list[Part]:
                     f"{word} does not exist: the root {root} holds {files}, so the last part is "
                     f"laion-part-{len(numbered) - 1}."
                 )
-            found = [_part(numbered[number], settings, f"laion-part-{number}")]
-        for part in found:
+            named = [_part(numbered[number], settings, f"laion-part-{number}")]
+        for part in named:
             name, path = part.name, part.path
             if path in by_path:
                 raise SourceError(
