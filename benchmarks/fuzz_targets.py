@@ -13,7 +13,7 @@ import fuzz_inputs as inputs
 from pipeline.dataset.config import load_config
 from pipeline.dataset.finished import contract
 from pipeline.dataset.out import forgotten, ledger
-from pipeline.dataset.source import img2dataset_tars
+from pipeline.dataset.source import webdataset_tars
 from pipeline.dataset.source.parts import Part
 from pipeline.dataset.source.values import to_seeds
 from pipeline.shared import tars
@@ -98,8 +98,8 @@ def read_tar(data: bytes, folder: Path) -> str:
         for _ in shards.samples(shards.Shard("x", "a-00000", path, 3), 0, 3, lambda suffix: True):
             pass
     with contextlib.suppress(SourceError):
-        img2dataset_tars.rows_in(str(path))
-        for table in img2dataset_tars.tables(str(path)):
+        webdataset_tars.rows_in(str(path))
+        for table in webdataset_tars.tables(str(path)):
             to_seeds(table, "part", 0, str(path))
     for _ in tars.unpack(path):
         pass

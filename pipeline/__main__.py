@@ -91,7 +91,9 @@ def dataset(
     code = make_dataset(job, folder, console, replan=replan, retry=retry is not None)
     say(f"Shards: {folder / 'shards'}\nReport: {folder / REPORT}")
     if code is ExitCode.SHARDS_FAILED:
-        errors.print("Some shards failed; the others are done. The same command tries the failed ones again.")
+        errors.print(
+            "Some shards failed, for the reasons above; the others are done. The same command goes on from there."
+        )
     raise typer.Exit(code)
 
 

@@ -7,7 +7,7 @@ import pytest
 from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pipeline.dataset.source.img2dataset_tars import scan
+from pipeline.dataset.source.webdataset_tars import scan
 from pipeline.shared import tars
 from pipeline.shared.tars import Sample, append, created, unpack, unpack_one
 from pipeline.train.loader.shards import Shard, samples

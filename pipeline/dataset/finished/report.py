@@ -120,6 +120,7 @@ def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, tar
         tar_bytes=sum(manifest.files.get(f"{manifest.shard}.tar", {}).get("bytes", 0) for manifest in manifests),
         parts=_parts(manifests),
         given=numbers.given,
+        made=numbers.made,
         charts=list(report_numbers.charts(numbers.histograms)),
         hosts=numbers.largest_hosts(_HOSTS),
         all_hosts=len(numbers.hosts),

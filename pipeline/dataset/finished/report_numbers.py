@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float64]
 CROPS = ("portrait", "half", "full")
 
 COLUMNS = (
-    *("url", "stage", "width", "height", "bbox", "kps", "det_score", "face_px", "second_score"),
+    *("url", "source_kind", "stage", "width", "height", "bbox", "kps", "det_score", "face_px", "second_score"),
     *("sharpness", "brightness", "mask_share", "embedding_norm", "caption_chars", "crops_made"),
 )
 """Columns of the ledger, beside the verdict, that are counted."""
@@ -141,6 +141,9 @@ class Numbers:
     )
     """What rows may have -> (2, 2): of the kept those that have it and those of which it is known; of the dropped."""
 
+    made: int = 0
+    """Kept rows whose images a model made."""
+
     def add(self, ledger: pa.Table) -> None:
         """Count the rows of a ledger, which has COLUMNS and verdicts."""
         edges = {measure.name: measure.edges for measure in MEASURES}
@@ -149,6 +152,7 @@ class Numbers:
             at = np.clip(np.searchsorted(edges[name], values, "right") - 1, 0, bins - 1)
             self.histograms[name] += np.bincount(np.where(kept, at, at + bins), minlength=2 * bins).reshape(2, bins)
         kept = pc.equal(ledger["verdict"], KEPT).to_numpy()
+        self.made += pc.sum(pc.and_(pa.array(kept), pc.equal(ledger["source_kind"], "made"))).as_py() or 0
         lengths = floats(ledger["caption_chars"])
         given = {"captions": np.where(np.isfinite(lengths), lengths > 0, np.nan)}
         given |= {name: _holds(ledger["crops_made"].combine_chunks(), name) for name in CROPS}

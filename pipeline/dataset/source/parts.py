@@ -15,7 +15,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.dataset.source import embedded, formats
-from pipeline.dataset.source import img2dataset_tars as tars
+from pipeline.dataset.source import webdataset_tars as tars
 from pipeline.dataset.source.aliases import (
     ALIASES,
     FILE_ALIASES,
@@ -133,7 +133,7 @@ def find_parts(spec: str, settings: SourceSettings) -> list[Part]:
         kind, word = split_kind(whole_word)
         number = part_number(word)
         if number is None:
-            found = _parts_of(word, settings)
+            named = _parts_of(word, settings)
         else:
             numbered = numbered or _files_under_root(word, root)
             if number >= len(numbered):
@@ -145,8 +145,8 @@ def find_parts(spec: str, settings: SourceSettings) -> list[Part]:
                     f"{word} does not exist: the root {root} holds {files}, so the last part is "
                     f"laion-part-{len(numbered) - 1}."
                 )
-            found = [_part(numbered[number], settings, f"laion-part-{number}")]
-        for part in found:
+            named = [_part(numbered[number], settings, f"laion-part-{number}")]
+        for part in named:
             name, path = part.name, part.path
             if path in by_path:
                 raise SourceError(
@@ -210,7 +210,7 @@ def _parts_in(word: str, settings: SourceSettings) -> list[Part]:
     listed, folder = listing(word), full_path(*locate(word)).rstrip("/")
     if f"{folder}/{DATASET}" in listed and any(path.startswith(f"{folder}/shards/") for path in listed):
         raise SourceError(f"{word} is a finished dataset: give what it was made of.")
-    files = data_files(listed)
+    files = _rows_among(listed, folder)
     pictures = Pictures.listed(folder, listed, mapped(FILE_ALIASES, settings.columns))
     if pictures.images:
         naming = {f"{folder}/{file}" for file in pictures.metadata}
@@ -224,8 +224,13 @@ def _parts_in(word: str, settings: SourceSettings) -> list[Part]:
 
 
 def files_under(folder: str) -> list[str]:
-    """The metadata files and tars anywhere under a folder, in name order; none that are hidden."""
-    return data_files(listing(folder))
+    """The metadata files and tars anywhere under a folder, in name order; none that are hidden, or in a `_folder`."""
+    return _rows_among(listing(folder), full_path(*locate(folder)))
+
+
+def _rows_among(paths: list[str], folder: str) -> list[str]:
+    # Of images, `_MG_0001.jpg` is what cameras write.
+    return data_files([path for path in paths if "/_" not in path[len(folder.rstrip("/")) :]])
 
 
 def listing(folder: str) -> list[str]:
@@ -235,8 +240,7 @@ def listing(folder: str) -> list[str]:
         # fsspec passes over local folders that may not be looked into, unless this raises.
         paths = [str(path) for path in fs.find(inside, **({"on_error": _no_access} if is_local(folder) else {}))]
     depth = len(inside.rstrip("/"))
-    shown = [path for path in paths if not any(name[:1] in "._" for name in path[depth:].strip("/").split("/"))]
-    return sorted(full_path(fs, path) for path in shown)
+    return sorted(full_path(fs, path) for path in paths if "/." not in f"/{path[depth:].lstrip('/')}")
 
 
 def _no_access(error: OSError) -> None:

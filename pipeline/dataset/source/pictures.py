@@ -30,7 +30,7 @@ from pipeline.dataset.source.formats import (
 from pipeline.dataset.source.values import as_text, distinct, to_seeds
 from pipeline.shared.files import is_local, open_binary, reading
 from schemas.columns import SEED_SCHEMA
-from schemas.errors import SourceError
+from schemas.errors import SourceError, first_line
 from stages.fetch.stored import of_file, read_many
 
 _ROWS = 1000
@@ -50,6 +50,12 @@ def is_image(path: str) -> bool:
     return path.lower().endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES))
 
 
+def _is_below(path: str, folder: str) -> bool:
+    """Whether it is a file, or a link to one, below a folder; pipes and devices are none."""
+    is_link = os.path.islink(path)
+    return os.path.isfile(path) and (not is_link or os.path.realpath(path).startswith(f"{folder}/"))
+
+
 @dataclass(frozen=True)
 class Pictures:
     """A folder of images as it was listed."""
@@ -57,18 +63,18 @@ class Pictures:
     folder: str
     """Absolute path or fsspec URL, without a slash at its end."""
     files: tuple[str, ...]
-    """Those below it, relative to it, sorted; none that is hidden."""
+    """Those below it, relative to it, sorted; none with a dot before its name or that of a folder."""
     aliases: Aliases
     left_out: int = 0
-    """Links that lead out of the folder."""
+    """Links that lead out of the folder or nowhere, pipes, devices."""
 
     @staticmethod
     def listed(folder: str, paths: Sequence[str], aliases: Aliases = FILE_ALIASES) -> "Pictures":
         """A folder, and the full paths of the files below it."""
         folder, inside = folder.rstrip("/"), paths
         if is_local(folder):
-            root = os.path.realpath(folder) + "/"
-            inside = [one for one in paths if not os.path.islink(one) or os.path.realpath(one).startswith(root)]
+            root = os.path.realpath(folder)
+            inside = [path for path in paths if _is_below(path, root)]
         files = tuple(one[len(folder) + 1 :] for one in inside)
         return Pictures(folder, files, aliases, len(paths) - len(inside))
 
@@ -83,9 +89,12 @@ class Pictures:
 
     def _names_files(self, file: str) -> bool:
         columns = resolve(probe(self._path(file))[0].names, {**self.aliases, "name": FILE_NAMES})
-        folder = f"{posixpath.splitext(file)[0]}/"
-        is_sure = "name" in columns or "url" not in columns or any(image.startswith(folder) for image in self.images)
+        is_sure = "name" in columns or "url" not in columns or posixpath.splitext(file)[0] in self._folders
         return "source_file" in columns and is_sure
+
+    @cached_property
+    def _folders(self) -> frozenset[str]:
+        return frozenset(map(posixpath.dirname, self.images))
 
     def _path(self, file: str) -> str:
         return f"{self.folder}/{file}"
@@ -99,17 +108,16 @@ class Pictures:
         named = self.named
         for start in range(0, len(self.images), _ROWS):
             images = self.images[start : start + _ROWS]
-            numbers = [list(named.rows.get(image, ())) for image in images]
+            numbers = [named.rows.get(image, ()) for image in images]
             lacking = [index for index, image in enumerate(images) if image not in named.captioned]
-            for count, index in enumerate(lacking):
-                numbers[index].append(named.table.num_rows + count)
             beside = to_seeds(from_files(self._beside([images[index] for index in lacking]), self.aliases))
-            everything = pa.concat_tables([named.table, beside.select(_DESCRIBED)])
-            # All first records of the images, all second ones, …: of each column the first value counts.
+            # First records of all images, second ones, …, what lies beside: of each column the first value counts.
             layers = [
-                everything.take(pa.array([own[depth] if depth < len(own) else None for own in numbers], pa.int64()))
+                named.table.take(pa.array([own[depth] if depth < len(own) else None for own in numbers], pa.int64()))
                 for depth in range(max(map(len, numbers)))
             ]
+            at = {index: count for count, index in enumerate(lacking)}
+            layers.append(beside.take(pa.array(map(at.get, range(len(images))), pa.int64())))
             columns = {name: pc.coalesce(*(layer[name] for layer in layers)) for name in _DESCRIBED}
             captions = (layer[name].to_pylist() for layer in layers for name in ("text", "text_alternatives"))
             columns["text"] = pa.array(map(distinct, zip(*captions, strict=True)), pa.list_(pa.string()))
@@ -121,7 +129,7 @@ class Pictures:
 
     def _beside(self, images: Sequence[str]) -> Sequence[Mapping[str, bytes]]:
         """Of each image, suffix -> content of the files beside it that tell of it."""
-        found = [
+        files = [
             (index, suffix, name)
             for index, image in enumerate(images)
             for suffix in BESIDE
@@ -129,10 +137,10 @@ class Pictures:
             if name in self._names
         ]
         samples: list[dict[str, bytes]] = [{} for _ in images]
-        paths = [self._path(name) for _, _, name in found]
-        for (index, suffix, _), path, content in zip(found, paths, read_many(paths, _BESIDE_BYTES), strict=True):
+        paths = [self._path(name) for _, _, name in files]
+        for (index, suffix, _), path, content in zip(files, paths, read_many(paths, _BESIDE_BYTES), strict=True):
             if isinstance(content, FileNotFoundError | PermissionError) and is_local(path):
-                samples[index]["json"] = b""  # which is no record: what it may have told is not passed over
+                samples[index]["json"] = b""  # which is no record: whatever it holds is not passed over
                 continue
             with reading(path):
                 if isinstance(content, Exception):
@@ -153,7 +161,11 @@ class Pictures:
         """
         records, rows, count = [SEED_SCHEMA.empty_table()], defaultdict(list), 0
         captioned: set[str] = set()
-        notes = [f"{self.folder}: links that lead out of it are left out: {self.left_out:,}"] if self.left_out else []
+        notes = (
+            [f"{self.folder}: left out, as links that lead out of it or no files: {self.left_out:,}"]
+            if self.left_out
+            else []
+        )
         for file in [*self.metadata, *self._lists()]:
             first, names, hits = "", 0, 0
             for table in self._read(file):
@@ -174,7 +186,7 @@ class Pictures:
                 )
             if hits < names:
                 notes.append(f"{self._path(file)}: of {names:,} rows, {names - hits:,} name no file that is there.")
-        return Named(pa.concat_tables(records).select(_DESCRIBED), rows, captioned, tuple(notes))
+        return Named(pa.concat_tables(records).select(_DESCRIBED).combine_chunks(), rows, captioned, tuple(notes))
 
     def _lists(self) -> list[str]:
         """The JSON files that list images."""
@@ -189,7 +201,11 @@ class Pictures:
             yield from tables(path, self.aliases)
             return
         with reading(path), open_binary(path) as stream:
-            content = json.load(stream)
+            data = stream.read()
+        try:
+            content = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise SourceError(f"{path} cannot be read: {first_line(error)}.") from error
         if isinstance(content, dict):
             content = [
                 {"file_name": name, **(one if isinstance(one, dict) else {"text": one})}

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import tarfile
 import warnings
@@ -56,7 +57,7 @@ def rows(spec, **source):
     return found
 
 
-def told(found, *names):
+def picked(found, *names):
     return [tuple(row[name] for name in names or ("source_file", "text", "text_alternatives")) for row in found]
 
 
@@ -97,7 +98,7 @@ def samples(out):
 
 def test_a_folder_becomes_a_dataset_that_knows_its_files(made, out):
     assert verify(out) == []
-    found = told(samples(out).values(), "source_kind", "source_file", "text", "url")
+    found = picked(samples(out).values(), "source_kind", "source_file", "text", "url")
     assert found == [
         ("made", "a #1.jpg", "an astronaut", None),
         ("made", "sub/grüße\nx.jpg", "one", None),
@@ -105,7 +106,8 @@ def test_a_folder_becomes_a_dataset_that_knows_its_files(made, out):
     ]
     assert [json.get("text_alternatives") for json in samples(out).values()] == [None, ["two", "an admiral"], None]
     ledger = pa.concat_tables(map(pq.read_table, sorted((out / "shards").glob("*.parquet")))).to_pylist()
-    assert told(ledger, "source_kind", "source_file", "verdict")[1] == ("made", "bad.jpg", "bad_metadata")
+    assert picked(ledger, "source_kind", "source_file", "verdict")[1] == ("made", "bad.jpg", "bad_metadata")
+    assert "3 made by a model" in (out / "report.html").read_text()
 
 
 @pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.long)])
@@ -122,13 +124,13 @@ def test_a_file_is_forgotten_by_its_name(made, out, tmp_path):
     files = ["--file", "a #1.jpg", "--file", f"{made.name.replace(' ', '-')}/sub/warm.webp", "--file", "no/such.jpg"]
     done = CliRunner().invoke(app, ["forget", str(tmp_path), *files])
     assert "Forgotten: 2 rows, 2 of them samples, in 2 shards." in done.output
-    assert told(samples(tmp_path).values(), "source_file") == [("sub/grüße\nx.jpg",)]
+    assert picked(samples(tmp_path).values(), "source_file") == [("sub/grüße\nx.jpg",)]
     assert verify(tmp_path) == []
     assert b"warm" not in b"".join(contents(tmp_path).values())
     for path in (tmp_path / "shards").glob("*.json"):
         path.unlink()  # all is made anew, without what was forgotten
     assert CliRunner().invoke(app, words).exit_code == 0
-    assert told(samples(tmp_path).values(), "source_file") == [("sub/grüße\nx.jpg",)]
+    assert picked(samples(tmp_path).values(), "source_file") == [("sub/grüße\nx.jpg",)]
 
 
 def test_a_folder_that_changed_mixes_no_shards(made, out, tmp_path):
@@ -165,13 +167,13 @@ def test_an_imagefolder(tmp_path, kind):
     else:
         pq.write_table(pa.table(table), tmp_path / "train/metadata.parquet")
     found = rows(tmp_path)
-    assert told(found) == [
+    assert picked(found) == [
         ("train/b.png", "b", ["again b"]),
         ("train/c.png", "c", None),
         ("train/cats/a\u0308.png", "a", None),  # the same letter
     ]
     assert [row["image"] for row in found] == [encoded(1), encoded(3), encoded(2)]
-    assert told(found, "key", "meta_width")[0] == (f"{found[0]['part']}-000000000", 9)
+    assert picked(found, "key", "meta_width")[0] == (f"{found[0]['part']}-000000000", 9)
 
 
 def test_diffusiondb(tmp_path):
@@ -180,11 +182,11 @@ def test_diffusiondb(tmp_path):
         records = {f"{name}.png": {"p": f"prompt {name}", "se": 1, "sa": "k_lms"} for name in names}
         put(tmp_path, **{f"{folder}/{name}.png": encoded(ord(name)) for name in names})
         put(tmp_path, **{f"{folder}/part-{part:06d}.json": json.dumps(records)})
-    assert told(rows(tmp_path / "images/part-000001"))[0] == ("a.png", "prompt a", None)
+    assert picked(rows(tmp_path / "images/part-000001"))[0] == ("a.png", "prompt a", None)
     expected = [
         (f"images/part-00000{n}/{name}.png", f"prompt {name}", None) for n, name in ((1, "a"), (1, "b"), (2, "c"))
     ]
-    assert told(rows(tmp_path)) == expected
+    assert picked(rows(tmp_path)) == expected
     for path in tmp_path.rglob("*.json"):
         path.unlink()
     table = {
@@ -195,15 +197,15 @@ def test_diffusiondb(tmp_path):
         pa.table({**table, "part_id": [7, 2, 1, 1], "image_nsfw": [0.1, 0.2, 0.9, 0.1]}), tmp_path / "metadata.parquet"
     )
     found = rows(tmp_path)
-    assert told(found) == expected
-    assert told(found, "punsafe") == [(pytest.approx(0.1),), (pytest.approx(0.9),), (pytest.approx(0.2),)]
+    assert picked(found) == expected
+    assert picked(found, "punsafe") == [(pytest.approx(0.1),), (pytest.approx(0.9),), (pytest.approx(0.2),)]
 
 
 def test_journeydb(tmp_path):
     put(tmp_path, **{"imgs/000/a.jpg": encoded(1, "JPEG"), "imgs/001/a.jpg": encoded(2, "JPEG")})
     records = [{"img_path": f"./00{n}/a.jpg", "prompt": f"p{n}", "Task2": {"Caption": "x"}} for n in (1, 0)]
     put(tmp_path, **{"train_anno.jsonl": "\n".join(map(json.dumps, records))})
-    assert told(rows(tmp_path)) == [("imgs/000/a.jpg", "p0", None), ("imgs/001/a.jpg", "p1", None)]
+    assert picked(rows(tmp_path)) == [("imgs/000/a.jpg", "p0", None), ("imgs/001/a.jpg", "p1", None)]
 
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "status", "url", "caption")])
@@ -230,20 +232,24 @@ def test_what_img2dataset_wrote_is_not_fetched_again(tmp_path, layout, name, fai
     img2dataset(layout, tmp_path)
     found = rows(tmp_path)
     images = [row for row in found if row[DROP] is None]
-    assert told(images, "url", "text", "source_file", "text_alternatives") == [
+    assert picked(images, "url", "text", "source_file", "text_alternatives") == [
         (f"http://a.org/{n}", f"caption {n}", name.format(f"00000000{n}"), None) for n in (0, 2)
     ]
     assert [row["image"] for row in images] == [encoded(1), encoded(2)]
-    assert told((row for row in found if row[DROP]), DROP, "url") == [("not_in_tar", "http://a.org/1")] * failures
+    assert picked((row for row in found if row[DROP]), DROP, "url") == [("not_in_tar", "http://a.org/1")] * failures
 
 
 def test_links_and_names_lead_nowhere_outside(tmp_path):
     put(tmp_path, **{"secret.txt": "key", "secret.png": encoded(9), "set/a.png": encoded(1), "set/b.png": encoded(2)})
+    put(tmp_path, **{"set/_MG_1.png": encoded(3), "set/.thumbs/a.png": encoded(4)})
     for name, target in (("a.txt", "../secret.txt"), ("c.png", "../secret.png"), ("d.png", "b.png"), ("up", "..")):
         (tmp_path / "set" / name).symlink_to(target)
+    os.mkfifo(tmp_path / "set" / "pipe.png")
     lines = [["file_name", "text"], ["../secret.png", "x"], [str(tmp_path / "secret.png"), "y"], ["sub/../b.png", "b"]]
     put(tmp_path, **{"set/metadata.csv": "\n".join(map(",".join, lines))})
-    assert told(rows(tmp_path / "set")) == [("a.png", None, None), ("b.png", "b", None), ("d.png", None, None)]
+    assert picked(rows(tmp_path / "set")) == [
+        ("_MG_1.png", None, None), ("a.png", None, None), ("b.png", "b", None), ("d.png", None, None),
+    ]  # fmt: skip
 
 
 def test_what_is_meant_otherwise_is_refused_with_the_other_word(tmp_path, out):
@@ -261,6 +267,9 @@ def test_tables_that_name_nothing_there_are_refused(tmp_path):
     put(tmp_path, **{"a.png": encoded(), "metadata.csv": "file_name,text\nb.png,x\n"})
     with pytest.raises(SourceError, match=r"metadata\.csv names no file that lies in .*: the first is 'b\.png'"):
         find_parts(str(tmp_path), SourceSettings())
+    put(tmp_path, **{"bomb/a.png": encoded(), "bomb/metadata.json": "[" * 200_000})
+    with pytest.raises(SourceError, match=r"metadata\.json cannot be read: "):
+        find_parts(str(tmp_path / "bomb"), SourceSettings())
     with pytest.raises(SourceError, match="if file_name names files, give the folder of the files"):
         find_parts(str(tmp_path / "metadata.csv"), SourceSettings())
 
@@ -276,7 +285,7 @@ def test_a_parquet_of_hugging_faces_datasets(tmp_path):
     values = {"photo": [{"bytes": encoded(n), "path": f"{n}.png"} for n in (1, 2)] + [None], "prompt": ["a", "b", "c"]}
     datasets.Dataset.from_dict(values, features=features).to_parquet(tmp_path / "train-00000-of-00001.parquet")
     found = rows(tmp_path)
-    assert told(found, "source_file", "text", DROP) == [
+    assert picked(found, "source_file", "text", DROP) == [
         ("1.png", "a", None),
         ("2.png", "b", None),
         (None, "c", "not_in_tar"),
@@ -323,8 +332,8 @@ def test_tars_of_made_images(tmp_path):
         **{"d/1.txt": b"from the txt", "2.v1.jpg": encoded(3)},
     )
     found = rows(f"made:{path}")
-    assert told(found) == [("0.jpg", "p", ["t"]), (None, None, None), ("d/1.png", "from the txt", None)]
-    assert told(found, "source_kind", DROP) == [("made", None), ("made", "not_in_tar"), ("made", None)]
+    assert picked(found) == [("0.jpg", "p", ["t"]), (None, None, None), ("d/1.png", "from the txt", None)]
+    assert picked(found, "source_kind", DROP) == [("made", None), ("made", "not_in_tar"), ("made", None)]
 
 
 @pytest.mark.parametrize(
@@ -350,9 +359,9 @@ def test_a_tar_without_samples_is_refused(tmp_path, names, why):
 def test_captions_of_other_names_and_lists(tmp_path):
     table = {"url": ["http://a.org/1", "http://a.org/2"], "top_caption": ["t", ""], "all_captions": [["l", "m"], None]}
     pq.write_table(pa.table({**table, "laion_caption": ["t", "laion"]}), tmp_path / "p.parquet")
-    assert told(rows(tmp_path / "p.parquet"), "text", "text_alternatives") == [("t", ["l", "m"]), ("laion", None)]
+    assert picked(rows(tmp_path / "p.parquet"), "text", "text_alternatives") == [("t", ["l", "m"]), ("laion", None)]
     found = rows(tmp_path / "p.parquet", columns={"text": "all captions"})
-    assert told(found, "text", "text_alternatives") == [("l", ["m"]), (None, None)]
+    assert picked(found, "text", "text_alternatives") == [("l", ["m"]), (None, None)]
 
 
 @pytest.mark.parametrize(
@@ -388,5 +397,5 @@ def test_plan_and_run_count_captions_and_links(tmp_path):
         assert done.exit_code == 0
         text = " ".join(done.output.split())
         assert "Captions: 1 of 3 rows that pass the metadata filter; 1 have several, of which the first counts" in text
-        assert "links that lead out of it are left out: 1" in text
+        assert "set: left out, as links that lead out of it or no files: 1" in text
         assert "m.csv: of 2 rows, 1 name no file that is there." in text
