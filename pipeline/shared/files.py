@@ -183,9 +183,9 @@ class RemotePath:
         """What lies right in this folder under a name that matches `pattern`, which holds no slash."""
         return (self / name for name in self.listing() if fnmatchcase(name, pattern))
 
-    def open(self, mode: str = "rb") -> Any:
-        """Open for reading and seeking."""
-        return self._call("open", mode, block_size=_BLOCK_BYTES)
+    def open(self, mode: str = "rb", buffering: int = _BLOCK_BYTES) -> Any:
+        """Open for reading and seeking; each request asks for `buffering` bytes at least."""
+        return self._call("open", mode, block_size=buffering)
 
     def read_bytes(self) -> bytes:
         return bytes(self._call("cat_file"))

@@ -7,7 +7,7 @@ Headers may claim anything: no more memory is taken than there are bytes.
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from typing import IO, NamedTuple, cast
 
@@ -20,6 +20,10 @@ BROKEN = (tarfile.TarError, EOFError, ValueError, OverflowError)
 _NATIVE = {plain: native for native, plain in PLAIN.items()}
 _LARGE = 64 << 20
 """Whether so many bytes are there at all is checked before they are read: their memory would be taken at once."""
+
+
+_PROBE, _CLOSE = 1 << 18, 2 << 20
+"""Bytes of a request where a sample is looked for, and how near to it the tar is read rather than halved."""
 
 
 class Span(NamedTuple):
@@ -77,6 +81,39 @@ def unpack(tar: AnyPath) -> Iterator[Sample]:
         yield Sample(key, cast(dict[str, bytes], files))
 
 
+def unpack_one(tar: AnyPath, key: str, wish: Wish = lambda suffix: True) -> Sample | None:
+    """A sample of a tar whose keys are sorted, without a walk through it: some MB are read, however large it is.
+
+    Raises:
+        CorruptShardError: when the tar cannot be read there.
+    """
+    with corrupt_errors(tar), tar.open("rb", _PROBE) as stream:
+        low, high = 0, stream.seek(0, os.SEEK_END)
+        while high - low > _CLOSE:
+            middle = (low + high) // 2 // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+            at, name = _next_member(stream, middle, high)
+            if name and name.partition(".")[0] < key:
+                low = at
+            else:
+                high = middle
+        stream.seek(low)
+        for known, files in _samples(tar, stream, 0, None, wish):
+            if known >= key:
+                return Sample(known, cast(dict[str, bytes], files)) if known == key else None
+    return None
+
+
+def _next_member(stream: IO[bytes], start: int, end: int) -> tuple[int, str]:
+    """Where the first member from `start` on begins, and its name; the end and nothing where there is none."""
+    stream.seek(start)
+    for offset in range(start, end, tarfile.BLOCKSIZE):
+        block = stream.read(tarfile.BLOCKSIZE)
+        if block[257:262] == b"ustar":
+            with suppress(tarfile.TarError):  # no header: its checksum is wrong
+                return offset, tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape").name
+    return end, ""
+
+
 def samples(
     tar: AnyPath, start: int = 0, stop: int | None = None, wish: Wish = lambda suffix: True
 ) -> Iterator[tuple[str, dict[str, bytes | Span]]]:
@@ -85,31 +122,37 @@ def samples(
     Raises:
         CorruptShardError: when the tar cannot be read so far, or holds other things than files of samples.
     """
+    with corrupt_errors(tar), tar.open("rb") as stream:
+        yield from _samples(tar, stream, start, stop, wish)
+
+
+def _samples(
+    tar: AnyPath, stream: IO[bytes], start: int, stop: int | None, wish: Wish
+) -> Iterator[tuple[str, dict[str, bytes | Span]]]:
     number, current = -1, None
     seen: set[str] = set()
     files: dict[str, bytes | Span] = {}
-    with corrupt_errors(tar), tar.open("rb") as stream:
-        for info in members(stream):
-            key, _, suffix = info.name.partition(".")
-            if key != current:
-                if number >= start and current is not None:
-                    yield current, files
-                number, current, seen, files = number + 1, key, set(), {}
-                if number == stop:
-                    return
-            if not (info.isreg() and suffix):
-                raise CorruptShardError(f"{tar}: {info.name} is not a file of a sample")
-            suffix = _NATIVE.get(suffix, suffix)
-            if suffix in seen:
-                raise CorruptShardError(f"{tar}: {info.name} occurs twice")
-            seen.add(suffix)
-            wanted = wish(suffix) if number >= start else None
-            if wanted:
-                files[suffix] = read(stream, info.offset_data, info.size)
-            elif wanted is not None:
-                files[suffix] = Span(tar, info.offset_data, info.size)
-        if number >= start and current is not None:
-            yield current, files
+    for info in members(stream):
+        key, _, suffix = info.name.partition(".")
+        if key != current:
+            if number >= start and current is not None:
+                yield current, files
+            number, current, seen, files = number + 1, key, set(), {}
+            if number == stop:
+                return
+        if not (info.isreg() and suffix):
+            raise CorruptShardError(f"{tar}: {info.name} is not a file of a sample")
+        suffix = _NATIVE.get(suffix, suffix)
+        if suffix in seen:
+            raise CorruptShardError(f"{tar}: {info.name} occurs twice")
+        seen.add(suffix)
+        wanted = wish(suffix) if number >= start else None
+        if wanted:
+            files[suffix] = read(stream, info.offset_data, info.size)
+        elif wanted is not None:
+            files[suffix] = Span(tar, info.offset_data, info.size)
+    if number >= start and current is not None:
+        yield current, files
 
 
 @contextmanager

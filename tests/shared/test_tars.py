@@ -1,4 +1,5 @@
 import io
+import random
 import tarfile
 import tracemalloc
 
@@ -8,7 +9,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline.dataset.source.img2dataset_tars import scan
 from pipeline.shared import tars
-from pipeline.shared.tars import unpack
+from pipeline.shared.tars import Sample, append, created, unpack, unpack_one
 from pipeline.train.loader.shards import Shard, samples
 from schemas.errors import CorruptShardError, SourceError
 
@@ -125,6 +126,41 @@ def test_some_samples_with_some_of_their_files(tmp_path):
         ("k1", b"1", b"1", ["a", "b"]),
         ("k2", b"2", b"2", ["a", "b"]),
     ]
+
+
+def test_one_sample_of_many_is_read_without_the_others(tmp_path):
+    noise, path = random.Random(0), tmp_path / "a.tar"
+    keys = [f"a-{number:09d}" for number in range(0, 4000, 2)]
+    files = {key: {"json": key.encode(), "jpg": noise.randbytes(noise.choice([10, 600, 99_999]))} for key in keys}
+    with path.open("wb") as stream, created(stream) as tar:
+        for key in keys:
+            append(tar, key, files[key])
+    for key in (keys[0], keys[1], keys[999], keys[-1], *noise.sample(keys, 20)):
+        assert unpack_one(path, key) == Sample(key, files[key])
+    assert unpack_one(path, keys[500], lambda suffix: suffix == "json" or None) == Sample(
+        keys[500], {"json": keys[500].encode()}
+    )
+    assert [unpack_one(path, key) for key in ("a-000000001", "a-000001001", "a-000009999", "A")] == [None] * 4
+
+    counted = []
+
+    class Counting(io.FileIO):
+        def readinto(self, buffer):
+            counted.append(super().readinto(buffer))
+            return counted[-1]
+
+    class Remote(type(path)):
+        def open(self, mode, buffering):
+            return io.BufferedReader(Counting(self), buffering)
+
+    assert unpack_one(Remote(path), keys[1500]) == Sample(keys[1500], files[keys[1500]])
+    assert path.stat().st_size > 60e6 > 10 * sum(counted)
+
+
+def test_one_sample_of_a_tar_that_is_none(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"junk" * 1_000_000)
+    with pytest.raises(CorruptShardError, match=r"a\.tar"):
+        unpack_one(tmp_path / "a.tar", "a")
 
 
 def test_a_tar_that_is_not_there(tmp_path):

@@ -23,7 +23,7 @@ from pipeline.shared import files as storage
 from pipeline.shared.configfile import leaves
 from pipeline.shared.files import AnyPath, RemotePath
 from pipeline.shared.page import rendered
-from pipeline.shared.tars import Sample, samples, unpack
+from pipeline.shared.tars import Sample, samples, unpack_one
 from schemas.columns import KEPT
 from schemas.drops import DropReason
 from schemas.errors import CorruptShardError, OutputError
@@ -171,17 +171,19 @@ def quotas(manifests: Sequence[Manifest], wanted: int) -> Counter[str]:
 
 
 def _kept_cards(out: AnyPath, manifests: list[Manifest], limits: FilterSettings) -> Iterator[Card]:
-    """Kept samples from all over the dataset, and, of an OUT that can be skipped through, some that are barely so."""
+    """Kept samples from all over the dataset, and some that are barely so; of tars behind a network few of these."""
     length, kept = 0, {manifest.shard: manifest.kept for manifest in manifests}
     chosen = quotas(manifests, _SAMPLES)
-    barely = 0 if isinstance(out, RemotePath) else -(-_BARELY // max(len(chosen), 1))
+    barely, left = -(-_BARELY // max(len(chosen), 1)), _BARELY if isinstance(out, RemotePath) else _SAMPLES + _BARELY
     for shard, quota in sorted(chosen.items()):
         path, stride = out / "shards" / f"{shard}.tar", min(_STRIDE, kept[shard] // quota)
         rows = _judged(read_ledger(out, shard, _JUDGED, KEPT), limits)
         seen = range((quota - 1) * stride + 1)
-        near = sorted((far, number) for number, (_, _, far) in enumerate(rows) if far < _NEAR and number not in seen)
-        others = (samples(path, number, number + 1) for _, number in near[:barely])
-        tar = chain(islice(unpack(path), len(seen)), starmap(Sample, chain.from_iterable(others)))
+        near = sorted((far, key) for number, (key, _, far) in enumerate(rows) if far < _NEAR and number not in seen)
+        near = near[: min(barely, left)]
+        left -= len(near)
+        others = (unpack_one(path, key, _is_shown) for _, key in near)
+        tar = chain(islice(starmap(Sample, samples(path, wish=_is_shown)), len(seen)), filter(None, others))
         judged = {key: row for key, row, _ in rows}
         for number, sample in enumerate(tar):
             if number % stride and number in seen:
@@ -194,6 +196,11 @@ def _kept_cards(out: AnyPath, manifests: list[Manifest], limits: FilterSettings)
             if length > _PICTURE_BYTES:
                 return
             yield replace(card, row=judged.get(sample.key, []))
+
+
+def _is_shown(suffix: str) -> bool | None:
+    """What of a sample is read."""
+    return suffix.endswith(("json", "jpg", "png")) or None
 
 
 def _judged(ledger: pa.Table, limits: FilterSettings) -> list[tuple[str, list[float], float]]:

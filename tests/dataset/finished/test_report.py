@@ -10,10 +10,12 @@ from pathlib import Path
 import fake_dataset as fake
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.dataset.finished import report
 from pipeline.dataset.finished.report import quotas, spread, write_report
 from pipeline.dataset.out.ledger import read_manifests
+from pipeline.shared.files import to_path
 from schemas.drops import DropReason
 from schemas.errors import CorruptShardError, OutputError
 from schemas.shard import Manifest
@@ -283,8 +285,8 @@ def test_only_the_first_samples_of_a_few_shards_are_read(tmp_path, monkeypatch):
         stream.write(b"\xff" * 10_000)
     assert len(page_of(out).values("img", "src")) == 24 * 4
     opened = []
-    real = report.unpack
-    monkeypatch.setattr(report, "unpack", lambda path: opened.append(path.name) or real(path))
+    real = report.samples
+    monkeypatch.setattr(report, "samples", lambda path, **words: opened.append(path.name) or real(path, **words))
     for number in range(1, 100):
         fields = json.loads((out / "shards" / "p-00000.json").read_text()) | {"shard": f"p-{number:05d}"}
         (out / "shards" / f"p-{number:05d}.json").write_text(json.dumps(fields))
@@ -301,10 +303,14 @@ def test_what_is_barely_kept_or_dropped_is_shown_wherever_it_lies(tmp_path):
     photo = encode_jpeg(fake.drawn(1280, 1024), 90)
     sizes = {200: 50.0, 201: 127.0, 202: 90.0}
     rows += [fake.dead("a", row, "filter", "small_face", photo, **face, face_px=size) for row, size in sizes.items()]
-    page = page_of(fake.write(tmp_path, {"a-00000": rows}))
+    out = fake.write(tmp_path, {"a-00000": rows})
+    page = page_of(out)
     assert page.tags.count("article") == 24 + 2
     assert re.findall(r"a-000000(1\d\d)", page.text) == ["100", "105"]
     assert re.findall(r"a-000000(2\d\d)", page.text) == ["201", "200", "202"], "the last has no picture"
+    MemoryFileSystem().put(str(out), "/barely", recursive=True)
+    write_report(to_path("memory://barely"))
+    assert MemoryFileSystem().cat_file("/barely/report.html") == (out / "report.html").read_bytes()
 
 
 def test_noisy_pictures_do_not_make_an_endless_page(tmp_path):
