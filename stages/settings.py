@@ -60,7 +60,7 @@ class FilterSettings(Section):
     """Both sides of the image must have at least this many pixels."""
     max_pixels: int = Field(100_000_000, ge=1)
     """Images with more pixels are never decoded (decompression bombs)."""
-    min_face_px: float = Field(128, ge=0)
+    min_face_px: float = Field(128, ge=0, allow_inf_nan=False)
     """Short side of the face box, pixels of the original."""
     max_second_score: float = Field(0.4, ge=0, le=1)
     """A further box with a score above this counts as a second face, even under models.det_thresh."""
@@ -72,13 +72,13 @@ class FilterSettings(Section):
     """Farthest look up or down, degrees, likewise; 90: any."""
     max_roll: float = Field(180.0, gt=0, le=180)
     """Farthest tilt of the eye line, degrees; 180: any."""
-    min_sharpness: float = Field(0.0, ge=0)
+    min_sharpness: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Least variance of the Laplacian of the face crop, grey levels squared; 0: any."""
     min_brightness: float = Field(0.0, ge=0, le=255)
     """Least mean grey level of the face crop; 0: any."""
     max_brightness: float = Field(255.0, ge=0, le=255)
     """Most mean grey level of the face crop; 255: any."""
-    min_embedding_norm: float = Field(0.0, ge=0)
+    min_embedding_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Least norm of the raw face embedding, which is low for faces that are hard to tell; 0: any."""
 
 

@@ -109,6 +109,8 @@ def test_the_command_says_what_changes_and_what_has_to_be_fetched_again(tmp_path
         (["--set", "filter.min_face=3"], "filter.min_face_px"),
         (["--set", "models.det_thresh=0.3"], "models needs a new run"),
         (["--set", "filter.min_face_px=big"], "filter.min_face_px"),
+        (["--set", "filter.min_sharpness=inf"], "should be a finite number"),
+        (["--set", "filter.max_yaw=91"], "less than or equal to 90"),
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path, words, named):
