@@ -131,7 +131,7 @@ def test_some_samples_with_some_of_their_files(tmp_path):
 def test_one_sample_of_many_is_read_without_the_others(tmp_path):
     noise, path = random.Random(0), tmp_path / "a.tar"
     keys = [f"a-{number:09d}" for number in range(0, 4000, 2)]
-    files = {key: {"json": key.encode(), "jpg": noise.randbytes(noise.choice([10, 600, 99_999]))} for key in keys}
+    files = {key: {"json": key.encode(), "face.jpg": noise.randbytes(noise.choice([10, 600, 99_999]))} for key in keys}
     with path.open("wb") as stream, created(stream) as tar:
         for key in keys:
             append(tar, key, files[key])
