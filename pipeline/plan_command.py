@@ -73,10 +73,9 @@ def show(job: "Job", out: str, sample: int | None, seed: int, cost_per_hour: flo
 
 
 def _show_steps(job: "Job") -> None:
-    steps = Table("step", "runs", "reads", "writes", "drops for", title="Steps", title_justify="left")
+    steps = Table("step", "runs", "drops for", title="Steps", title_justify="left", box=box.ASCII)
     for step in job.plan.steps:
-        stage = step.stage()
-        steps.add_row(stage.name, step.at, *map(", ".join, (stage.reads, stage.writes, stage.drops)))
+        steps.add_row(step.stage().name, step.at, ", ".join(step.stage().drops))
     console.print(steps)
     if job.plan.config.executor.name == "local":
         console.print("Executor: local, in this process")
@@ -84,7 +83,7 @@ def _show_steps(job: "Job") -> None:
         pool = job.plan.pool
         console.print(f"Executor: ray, models: {pool.workers} x {pool.cpus:g} CPU, {pool.gpus:g} GPU")
     names = (Column(name, overflow="fold") for name in ("task", "model", "licence", "sha256"))
-    models = Table(*names, title="Models", title_justify="left")
+    models = Table(*names, title="Models", title_justify="left", box=box.ASCII)
     for card in job.plan.cards:
         models.add_row(card.task, card.name, card.licence, card.sha256[:16] or "no weights")
     console.print(models)
