@@ -52,7 +52,7 @@ def in_a_process(out, *words: str) -> list[str]:
 
 
 def test_threads_that_share_the_models_change_no_byte(whole, tmp_path, threads):
-    assert make(tmp_path, "executor.batch_rows=1")[0] is ExitCode.OK
+    assert make(tmp_path, "executor.batch_rows=1", afresh=True)[0] is ExitCode.OK
     assert contents(tmp_path) == contents(whole)
 
 
