@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 Shards = Annotated[
-    str, typer.Option(help="`sample`, `laion-part-0..99`, or paths, globs, URLs; comma-separated.", show_default=True)
+    str,
+    typer.Option(
+        help="`sample`, `laion-part-0..99`, or paths, globs, URLs of metadata, tars or folders of images; "
+        "comma-separated; `made:` before a word: its images were made by a model.",
+        show_default=True,
+    ),
 ]
 Executor = Annotated[str | None, typer.Option("--executor", help="ray or local.")]
 RayAddress = Annotated[str | None, typer.Option("--ray-address", help="Join this Ray cluster.")]

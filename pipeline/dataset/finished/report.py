@@ -50,7 +50,7 @@ _PICTURE_BYTES = 3_000_000
 _DROP_BYTES = 1_000_000
 """Bounds on the length of all pictures, as text."""
 _DROP_COLUMNS = (
-    *("key", "url", "width", "height", "n_faces", "face_px", "det_score", "second_score", "bbox", "kps"),
+    *("key", "url", "source_file", "width", "height", "n_faces", "face_px", "det_score", "second_score", "bbox", "kps"),
     *("sharpness", "brightness", "embedding_norm"),
 )
 

@@ -44,6 +44,7 @@ class Card:
     key: str
     text: str
     url: str
+    """Or the name of its file, where it was not fetched."""
     facts: list[str]
     pictures: list[Picture] = field(default_factory=list)
     labels: frozenset[int] = frozenset()
@@ -84,14 +85,20 @@ class Card:
                 pictures.append(Picture(title, data_uri(reduced(crops[name], _CROP_PX))))
             else:
                 pictures.append(Picture(name, absent=_shortened(described[name]["absent"])))
-        text, url = _shortened(content["text"]), _shortened(content["url"])
+        text, url = _shortened(content["text"]), _shortened(content["url"] or content.get("source_file"))
         labels = frozenset(np.unique(mask).tolist())
         return Card(sample.key, text, url, _facts(content), pictures, labels, _values(content))
 
     @staticmethod
     def of_drop(record: Mapping[str, Any], thumbnail: bytes | None) -> "Card":
         """A dropped row from its ledger columns; its picture, if there is one, with box and points if known."""
-        card = Card(record["key"], "", _shortened(record["url"]), _facts(record), values=_values(record))
+        card = Card(
+            record["key"],
+            "",
+            _shortened(record["url"] or record.get("source_file")),
+            _facts(record),
+            values=_values(record),
+        )
         try:
             image = decode_jpeg(thumbnail or b"")
         except ValueError:  # thumbnails are disposable: a damaged one is as good as none
