@@ -154,9 +154,10 @@ def group(
                     _write_shard(output, plan, photos, laid, numbers, shard)
             with lost_errors(out):
                 files = _copied(folders, sources, out)
-                output.describe(plan, {**summary(read_manifests(out)), "files": files})
+                manifests = read_manifests(out)
+                output.describe(plan, {**summary(manifests), "files": files})
                 counted = write_report(out)
-                write_card(out, counted)
+                write_card(out, counted, manifests)
             return counted
 
 
