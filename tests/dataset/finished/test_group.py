@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.dataset.finished.forget import Wanted, forget
 from pipeline.dataset.finished.group.grouping import Wish, group
-from pipeline.dataset.finished.group.near_copies import without_copies
+from pipeline.dataset.finished.group.near_copies import hashes, without_copies
 from pipeline.dataset.finished.group.persons import SIMILARITY, persons
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.out.ledger import read_manifests
@@ -168,6 +168,27 @@ def test_a_sample_that_rotted_is_not_signed_as_whole(made, tmp_path):
     tar.write_bytes(data[:at] + data[at:].replace(b"0.5", b"0.6", 1))
     with pytest.raises(CorruptShardError, match="part-000000003 are not those"):
         grouped(tmp_path / "out", folder)
+
+
+def test_copies_are_those_of_the_best_photo_however_they_were_found_out():
+    """Mirrored, cut so that only the face is the same, of one hash; a look-alike in another photo is none."""
+    image = np.random.default_rng(0).integers(0, 255, (9, 9)).astype(np.uint8).repeat(20, 0).repeat(20, 1)
+    photo, mirrored = hashes(image)
+    assert hashes(np.ascontiguousarray(image[:, ::-1]))[0] == mirrored
+    other = ~photo
+    rows = [
+        (photo, mirrored, photo, mirrored),
+        (photo ^ np.uint64(0b11), mirrored, other, other),
+        (photo ^ np.uint64(0b11), mirrored, photo, mirrored),
+        (mirrored, photo, other, other),
+        (other ^ np.uint64(0xFF00), other, photo, mirrored),
+        (other ^ np.uint64(0xFF0000), other, other, other),
+    ]
+    vectors = planted_persons.unit(np.ones((6, 512), np.float32) + np.eye(6, 512, dtype=np.float32))
+    worth = np.array([9, 5, 1, 1, 1, 9], np.float32)
+    copy_of, pairs = without_copies(vectors, np.array(rows, np.uint64), worth, SIMILARITY)
+    assert copy_of.tolist() == [0, 0, 0, 0, 0, 5]
+    assert list(zip(pairs.one, pairs.other, strict=True)) == [(0, 5)]
 
 
 def test_planted_persons_are_found_and_look_alikes_make_no_chain():

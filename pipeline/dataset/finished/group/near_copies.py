@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.finished.group.persons import Numbers, Pairs, Vectors, mutual_neighbours
+from pipeline.dataset.finished.group.persons import NEIGHBOURS, Numbers, Pairs, Vectors, mutual_neighbours
 from stages.models.backends import Image
 
 HASHES = 4
@@ -46,20 +46,35 @@ def without_copies(
     Of copies the one of most worth stays, of equals the first. No chains: a copy of a copy is one of what stays only
     if it is so itself.
     """
-    original = np.arange(len(vectors))
-    rank = np.empty(len(vectors), np.int64)
-    rank[np.lexsort((original, -worth))] = original
+    numbers = np.arange(len(vectors))
+    ranked = np.lexsort((numbers, -worth))
+    rank = np.empty_like(ranked)
+    rank[ranked] = numbers
+    original = _of_one_hash(vectors, hashed[:, 0], rank)
     while True:
-        alive = np.flatnonzero(original == np.arange(len(vectors)))
+        alive = np.flatnonzero(original == numbers)
         pairs, full = mutual_neighbours(vectors, alive, least)
         same = pairs.where(copies(hashed, pairs))
         best, worse = (pick(rank[same.one], rank[same.other]) for pick in (np.minimum, np.maximum))
-        by_rank = np.argsort(rank)
-        for first, second in sorted(set(zip(best.tolist(), worse.tolist(), strict=True))):
-            one, other = by_rank[first], by_rank[second]
+        for at in np.lexsort((worse, best)):
+            one, other = ranked[best[at]], ranked[worse[at]]
             if original[one] == one and original[other] == other:
                 original[other] = one
-        lost = np.isin(alive[full], np.concatenate([same.one, same.other]))
-        stays = original == np.arange(len(vectors))
-        if not lost.any():  # else copies stood before further neighbours
+        stays = original == numbers
+        crowd = np.bincount(np.concatenate([same.one, same.other]), minlength=len(numbers))[alive]
+        if not (full & (crowd > NEIGHBOURS / 2)).any():  # else copies stood before further neighbours
+            while (original[original] != original).any():  # what a copy was one of turned out to be one itself
+                original = original[original]
             return original, pairs.where(stays[pairs.one] & stays[pairs.other])
+
+
+def _of_one_hash(vectors: Vectors, photo: Hashes, rank: Numbers) -> Numbers:
+    """(N,) as `without_copies` has it, of photos with one hash (N,) alone: some lie in the web a thousand times."""
+    original = np.arange(len(photo))
+    order = np.lexsort((rank, photo))
+    begins = np.diff(photo[order], prepend=~photo[order[:1]]) != 0
+    first = order[np.flatnonzero(begins)[np.cumsum(begins) - 1]]
+    for at in np.flatnonzero(~begins):
+        if vectors[order[at]] @ vectors[first[at]] >= _COPY:
+            original[order[at]] = first[at]
+    return original
