@@ -24,6 +24,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "gpu"), 
 
 import faces
 import many_rows
+import planted_persons
 import report
 import runs
 import scaling_costs
@@ -170,6 +171,7 @@ CASES = {
     "ledgers": ledgers,
     "loader": loader,
     "scaling": scaling_costs.check,
+    "group": planted_persons.check,
 }
 NEED_DATA = ("whole", "whole-10g", "stages")
 

@@ -265,6 +265,33 @@ def forget(
 
 
 @app.command()
+def group(
+    folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="The OUTs of runs.")],
+    out: Annotated[str, typer.Option("--out", help="Where the new dataset goes: a folder, or a URL.")],
+    similarity: Annotated[
+        float, typer.Option(min=0.2, max=1, help="Least mean cosine of the ID vectors of one person.")
+    ] = 0.48,
+    singles: Annotated[
+        bool, typer.Option("--singles/--no-singles", help="Keep photos of which no other shows the same person.")
+    ] = True,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="About how many; persons stay whole.")] = 1000,
+    replan: Annotated[bool, typer.Option(help="Go on in an OUT of another plan; its shards are removed.")] = False,
+) -> None:
+    """Make a dataset of DIRs in which the photos of one person lie side by side, and near-copies are left out.
+
+    Each sample's json has `person`, a random number of this dataset alone. The same call goes on where it stopped.
+    """
+    from pipeline.dataset.finished.group.grouping import Wish
+    from pipeline.dataset.finished.group.grouping import group as grouped
+    from pipeline.dataset.out.ledger import funnel_table
+    from pipeline.shared.files import to_path
+
+    sources = [to_path(folder) for folder in dict.fromkeys(folders)]
+    counted = grouped(sources, to_path(out), Wish(similarity, singles, samples_per_shard), say, replan=replan)
+    console.print(funnel_table(counted))
+
+
+@app.command()
 def push(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="The OUT of a run.")],
     url: Annotated[str, typer.Argument(metavar="URL", help="hf://datasets/OWNER/NAME; made where it is not there.")],

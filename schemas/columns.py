@@ -157,6 +157,8 @@ _ALL = (
     _payload("json", "the sample's metadata as UTF-8 JSON"),
     _payload("txt", "the caption, UTF-8; only with pack.layout = plain", optional=True),
     Column("sample_sha256", pa.string(), "of the sample's files, as schemas.shard.sample_sha256 takes it, hex"),
+    # `group`: of datasets that it made
+    Column("person", pa.int64(), "number of the person, random and of this dataset alone", optional=True),
     # the runner
     Column("verdict", pa.string(), "`kept`, or the reason of the drop"),
     Column("stage", pa.string(), "the stage that dropped it; `pack` for kept rows"),
@@ -182,7 +184,7 @@ def schema(names: tuple[str, ...]) -> pa.Schema:
 LEDGER_SCHEMA = schema(LEDGER)
 SEED_SCHEMA = schema(SEED)
 
-LATER = ("source_kind", "source_file", "caption_chars", "screen_score", "crops_made")
+LATER = ("source_kind", "source_file", "caption_chars", "screen_score", "crops_made", "person")
 """Columns that ledgers of earlier releases lack: nothing that decides reads them there, so SCHEMA_VERSION stays."""
 
 

@@ -65,5 +65,8 @@ class DropReason(StrEnum):
     TOO_DARK = "too_dark", "the brightness of the face crop is under filter.min_brightness"
     TOO_BRIGHT = "too_bright", "the brightness of the face crop is over filter.max_brightness"
     WEAK_EMBEDDING = "weak_embedding", "the norm of the raw face embedding is under filter.min_embedding_norm"
+    # grouping by person (`group`)
+    NEAR_COPY = "near_copy", "it is a copy of another photo: the same photo by its hashes and its ID vector"
+    SINGLE_PHOTO = "single_photo", "no other photo of its person is in the dataset (`group --no-singles`)"
     # take-downs
     FORGOTTEN = "forgotten", "it was to be forgotten (`forget`): nothing is known of it any more"

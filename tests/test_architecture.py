@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from pipeline.dataset.config import load_config
+from pipeline.dataset.finished.group import grouping
 from pipeline.dataset.finished.report_numbers import MEASURES
 from pipeline.dataset.out import takedowns
 from pipeline.dataset.plan import make_plan
@@ -350,10 +351,11 @@ def test_backend_has_its_protocols_methods(task: str, name: str) -> None:
         assert list(inspect.signature(getattr(backend, method)).parameters) == list(expected.parameters)
 
 
-def test_every_reason_is_declared_by_a_stage_or_by_take_downs() -> None:
+def test_every_reason_is_declared_by_a_stage_by_take_downs_or_by_group() -> None:
     declared = {reason for step in STAGES.values() for reason in step.stage().drops}
-    assert not declared & set(takedowns.DROPS)
-    assert declared | set(takedowns.DROPS) == set(DropReason)
+    others = [*takedowns.DROPS, *grouping.DROPS]
+    assert not declared & set(others)
+    assert declared | set(others) == set(DropReason)
 
 
 def test_qualities_are_measured_where_they_are_judged_and_in_the_report() -> None:
@@ -372,9 +374,10 @@ def functions(path: Path) -> set[str]:
     return {node.name for node in ast.walk(tree(path)) if isinstance(node, defined)}
 
 
-@pytest.mark.parametrize("name", [*STAGES, "takedowns"])
+@pytest.mark.parametrize("name", [*STAGES, "takedowns", "group"])
 def test_every_reason_of_a_stage_has_a_witness(name: str) -> None:
-    drops = takedowns.DROPS if name == "takedowns" else STAGES[name].stage().drops
+    others = {"takedowns": takedowns.DROPS, "group": grouping.DROPS}
+    drops = others[name] if name in others else STAGES[name].stage().drops
     tests = {test for path in (ROOT / "tests").rglob(f"test_{name}*.py") for test in functions(path)}
     missing = {f"test_drops_{reason.value}" for reason in drops} - tests
     assert not missing, f"tests/test_{name}.py lacks {sorted(missing)}"
@@ -382,8 +385,9 @@ def test_every_reason_of_a_stage_has_a_witness(name: str) -> None:
 
 def test_every_column_is_written() -> None:
     written = {column for step in STAGES.values() for column in step.stage().writes}
-    assert not set(COLUMNS) - written - {*SEED, "verdict", "stage"}
-    assert not written & {*SEED, "verdict", "stage"}
+    others = {*SEED, "person", "verdict", "stage"}
+    assert not set(COLUMNS) - written - others
+    assert not written & others
 
 
 @functools.cache

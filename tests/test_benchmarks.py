@@ -11,7 +11,7 @@ import report
 import scaling
 
 ROOT = Path(__file__).resolve().parent.parent
-CASES = ("whole", "whole-10g", "stages", "executors", "sizes", "ledgers", "loader", "scaling")
+CASES = ("whole", "whole-10g", "stages", "executors", "sizes", "ledgers", "loader", "scaling", "group")
 
 
 def bench(*words, data=""):

@@ -24,7 +24,8 @@ from stages.runtime import EncoderSource, Runtime
 from stages.screen import Screen
 from stages.screen import factor as screen_factor
 
-_RUNNER_COLUMNS = {"verdict", "stage"}
+_NO_STAGE = {"person", "verdict", "stage"}
+"""Columns that no stage writes: `group` and the runner do."""
 _CPU_ROWS, _GPU_ROWS = 8, 32
 _GPU_THREADS_PER_CPU = 2
 """One decodes while the other's batch is in the models."""
@@ -272,6 +273,6 @@ def prove(stages: Iterable[type[Stage]]) -> None:
             if name not in COLUMNS:
                 raise PlanError(f"Stage {stage.name} writes {name!r}, which schemas/columns.py does not define.")
         available.update(stage.writes)
-    missing = ({*LEDGER, *SUFFIXES.values()} - _RUNNER_COLUMNS) - available
+    missing = ({*LEDGER, *SUFFIXES.values()} - _NO_STAGE) - available
     if missing:
         raise PlanError(f"No stage writes the columns {sorted(missing)}.")

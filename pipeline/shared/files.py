@@ -190,6 +190,9 @@ class RemotePath:
     def read_bytes(self) -> bytes:
         return bytes(self._call("cat_file"))
 
+    def read_range(self, start: int, stop: int) -> bytes:
+        return bytes(self._call("cat_file", start=start, end=stop))
+
     def write_bytes(self, data: bytes) -> None:
         """Put the whole content: whoever reads finds the old one or the new."""
         self._call("pipe_file", data)
@@ -300,6 +303,15 @@ def parquet(file: AnyPath) -> pq.ParquetFile:
 def forget_network_loops() -> None:
     """To be called in a forked child, in which the loops of fsspec's network file systems do not run."""
     reset_lock()
+
+
+def read_range(file: AnyPath, start: int, stop: int) -> bytes:
+    """The bytes [start, stop) of a file, fewer where it ends before."""
+    if isinstance(file, RemotePath):
+        return file.read_range(start, stop)
+    with file.open("rb") as stream:
+        stream.seek(start)
+        return stream.read(stop - start)
 
 
 def write(file: AnyPath, data: bytes) -> None:

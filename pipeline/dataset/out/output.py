@@ -136,9 +136,8 @@ class Output:
             raise OutputError(f"{self.root / DATASET} cannot be read ({error}); choose another OUT.") from error
         if before.get("plan_digest") == plan.digest or replan:
             return
-        differences = "; ".join(_differences(identity, plan.identity))
         raise OutputError(
-            f"{self.root} holds a dataset of another plan ({differences}): "
+            f"{self.root} holds a dataset of another plan ({'; '.join(differences(identity, plan.identity))}): "
             "choose another OUT, or give --replan to make its shards anew."
         )
 
@@ -211,11 +210,12 @@ class Output:
                 )
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Where two plans differ."""
     for name in sorted({*before, *now}):
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict | None) and isinstance(new, dict | None):  # None where a plan has no such section
-            yield from _differences(old or {}, new or {}, f"{prefix}{name}.")
+            yield from differences(old or {}, new or {}, f"{prefix}{name}.")
         elif old != new:
             label = f"{prefix}{name}".removeprefix("settings.")
             yield label if isinstance(old, list) or isinstance(new, list) else f"{label} was {old!r}, is now {new!r}"

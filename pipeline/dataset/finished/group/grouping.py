@@ -1,0 +1,269 @@
+"""`group`: a dataset whose photos of one person lie side by side, made of other datasets.
+
+Its rows are their kept samples. Their keys are new, since keys sort as rows do; the json has the old one as `origin`.
+There is no search for a person, and the numbers of persons are those of one dataset alone.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.dataset.config import Config
+from pipeline.dataset.finished.group.near_copies import without_copies
+from pipeline.dataset.finished.group.persons import SIMILARITY, Numbers, persons
+from pipeline.dataset.finished.group.photos import Photos, read_photos
+from pipeline.dataset.finished.hub.card import write_card
+from pipeline.dataset.finished.report import write_report
+from pipeline.dataset.out.ledger import Funnel, read_manifests, summary
+from pipeline.dataset.out.lost import lost_errors
+from pipeline.dataset.out.output import Output, ShardWriter, differences, fingerprint
+from pipeline.dataset.out.takedowns import blank
+from pipeline.dataset.plan import Plan
+from pipeline.dataset.rows import WITNESS_SCHEMA, Rows, put
+from pipeline.shared.files import AnyPath, sizes, write
+from schemas.columns import KEPT
+from schemas.digest import sha256
+from schemas.drops import DropReason
+from schemas.errors import CorruptShardError, OutputError
+from schemas.names import sample_key, shard_name
+from schemas.shard import DATASET, SUFFIXES, UNCONDITIONAL, dataset_digest, sample_sha256
+from stages import STAGES
+from stages.runtime import Runtime
+
+PART = "persons"
+"""The part that rows of grouped datasets belong to."""
+DROPS = (DropReason.NEAR_COPY, DropReason.SINGLE_PHOTO)
+"""The reasons that are given here, in the name of the last stage: samples were made, and then left out."""
+_TOGETHER = 16
+_SAMPLE_WEIGHT = 10
+"""A sample counts as so many dropped rows where shards are cut."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How to group."""
+
+    similarity: float = SIMILARITY
+    """Least mean cosine within a person."""
+    singles: bool = True
+    """Whether to keep photos of which no other shows the same person."""
+    samples_per_shard: int = 1000
+
+
+@dataclass(frozen=True)
+class GroupPlan(Plan):
+    """The plan of the source datasets, and how they were grouped."""
+
+    described: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        return self.described
+
+    @cached_property
+    def reasons(self) -> tuple[str, ...]:
+        return DROPS
+
+    @property
+    def model_list(self) -> list[dict[str, str]]:
+        models: list[dict[str, str]] = self.described["models"]
+        return models
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What becomes of N photos, in the order in which their rows stand in the new dataset."""
+
+    photos: Numbers
+    """Their numbers in the source."""
+    person: Numbers
+    """From 0, in order of appearance."""
+    verdict: npt.NDArray[np.object_]
+    shard: Numbers
+
+    @property
+    def digest(self) -> str:
+        arrays = (self.photos, self.person, self.verdict.astype("U"), self.shard)
+        return sha256(b"".join(np.ascontiguousarray(one).tobytes() for one in arrays))
+
+
+def layout(copy_of: Numbers, person_of: Numbers, wish: Wish) -> Layout:
+    """Members beside each other, persons in the order of their first photos, copies among the photos of the person."""
+    person_of = person_of[copy_of]
+    own = copy_of == np.arange(len(copy_of))
+    _, person, members = np.unique(person_of, return_inverse=True, return_counts=True)
+    others = np.bincount(person, own)[person]
+    verdict = np.full(len(own), KEPT, object)
+    if not wish.singles:
+        verdict[others < 2] = DropReason.SINGLE_PHOTO.value
+    verdict[~own] = DropReason.NEAR_COPY.value
+    first = np.full(len(members), len(own))
+    np.minimum.at(first, person, np.arange(len(own)))
+    order = np.lexsort((np.arange(len(own)), first[person]))
+
+    # A shard takes whole persons, unless one has more photos than fit.
+    person, verdict = np.unique(first[person][order], return_inverse=True)[1], verdict[order]
+    weight = np.where(verdict == KEPT, _SAMPLE_WEIGHT, 1)
+    begin, most = np.cumsum(weight) - weight, wish.samples_per_shard * _SAMPLE_WEIGHT
+    starts = np.flatnonzero(np.diff(person, prepend=-1))
+    small = np.add.reduceat(weight, starts) <= most
+    cut = np.where(small[person], begin[starts][person], begin) // most
+    return Layout(order, person, verdict, np.unique(cut, return_inverse=True)[1])
+
+
+def group(
+    folders: Sequence[AnyPath], out: AnyPath, wish: Wish, say: Callable[[str], None], *, replan: bool = False
+) -> Funnel:
+    """Make OUT of the finished shards of other datasets. The same call goes on where it stopped.
+
+    Raises:
+        UserError: when a folder is no dataset with ID vectors, they do not fit together, or OUT cannot be written.
+        CorruptShardError: when a file of theirs is damaged; finished shards of OUT are kept.
+        LostError: when OUT cannot be written any more.
+    """
+    if out in folders:
+        raise OutputError(f"{out} is what is to be grouped: give another --out.")
+    sources = [_dataset(folder) for folder in folders]
+    for folder, source in zip(folders, sources, strict=True):
+        _require_same(folders[0], sources[0], folder, source)
+    with TemporaryDirectory(prefix="faceshards-group-") as scratch:
+        photos = read_photos(folders, Path(scratch))
+        say(f"{len(photos):,} photos are read; their nearest neighbours are looked for.")
+        copy_of, pairs = without_copies(photos.vectors, photos.hashes, photos.worth(), wish.similarity)
+        laid = layout(copy_of, persons(photos.vectors, pairs, wish.similarity), wish)
+        plan = _plan(folders, sources, wish, laid)
+        output = Output(out)
+        with output.prepared(plan, replan=replan):
+            output.sources = sorted({name for source in sources for name in source.get("sources", ())})
+            output.describe(plan, {"planned": {PART: len(photos)}})
+            numbers = np.random.default_rng(int(plan.digest, 16)).permutation(int(laid.person.max()) + 1)
+            listed = sizes(output.shards)
+            for shard in range(int(laid.shard.max()) + 1):
+                if not output.is_done(shard_name(PART, shard), plan, listed):
+                    _write_shard(output, plan, photos, laid, numbers, shard)
+            with lost_errors(out):
+                files = _copied(folders, sources, out)
+                manifests = read_manifests(out)
+                output.describe(plan, {**summary(manifests), "files": files})
+                counted = write_report(out)
+                write_card(out, counted, manifests)
+            return counted
+
+
+def _dataset(folder: AnyPath) -> dict[str, Any]:
+    """dataset.json of a dataset that has ID vectors."""
+    try:
+        content = dict(json.loads((folder / DATASET).read_bytes()))
+        embeddings = content["plan"]["settings"].get("pack", {}).get("embeddings", True)
+    except FileNotFoundError:
+        raise OutputError(f"{folder} holds no dataset: give the OUT of a `dataset` run.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise OutputError(f"{folder / DATASET} cannot be read ({error}): `verify` tells more.") from error
+    if not embeddings:
+        raise OutputError(f"{folder} was made without ID vectors (pack.embeddings = false): it cannot be grouped.")
+    return content
+
+
+def _require_same(first: AnyPath, one: dict[str, Any], folder: AnyPath, other: dict[str, Any]) -> None:
+    """Rows of one dataset were made in one way: their plans may differ in what they were made of alone."""
+    names = ("schema_version", "profile", "settings", "models")
+    before, now = ({name: each["plan"].get(name) for name in names} for each in (one, other))
+    if before != now:
+        raise OutputError(
+            f"{first} and {folder} were made in different ways ({'; '.join(differences(before, now))}): "
+            "group datasets that were made with the same models and settings."
+        )
+
+
+def _plan(folders: Sequence[AnyPath], sources: Sequence[dict[str, Any]], wish: Wish, laid: Layout) -> GroupPlan:
+    """What decides the bytes of the new shards: what they are made of, and which photos are whose."""
+    source = sources[0]["plan"]
+    grouped = {
+        "of": sorted(dataset_digest(read_manifests(folder)) for folder in folders),
+        "similarity": wish.similarity,
+        "singles": wish.singles,
+        "layout": laid.digest,
+    }
+    described = {
+        **{name: value for name, value in source.items() if name != "source"},
+        "rows_per_shard": wish.samples_per_shard,
+        "settings": {**source["settings"], "group": grouped},
+    }
+    config = Config().model_copy(update={"profile": source["profile"]})
+    return GroupPlan(config, Runtime(), tuple(STAGES.values()), (), described=described)
+
+
+def _write_shard(output: Output, plan: Plan, photos: Photos, laid: Layout, numbers: Numbers, shard: int) -> None:
+    rows = np.flatnonzero(laid.shard == shard)
+    with ShardWriter(output, shard_name(PART, shard), plan) as writer:
+        for start in range(0, len(rows), _TOGETHER):
+            some = rows[start : start + _TOGETHER]
+            ledger = photos.rows(laid.photos[some])
+            origins = ledger["key"].to_pylist()
+            new = {
+                "key": pa.array([sample_key(PART, row) for row in some.tolist()]),
+                "part": pa.array([PART] * len(some)),
+                "row": pa.array(some),
+                "person": pa.array(numbers[laid.person[some]]),
+                "verdict": pa.array(laid.verdict[some].tolist()),
+            }
+            for name, values in new.items():
+                ledger = put(ledger, name, values)
+            ledger = blank(ledger, output.takedowns.reasons(ledger)).combine_chunks()
+            lives = pc.equal(ledger["verdict"], KEPT).to_numpy()
+            samples = [
+                _sample(photos, photo, record, origin)
+                for photo, record, origin, alive in zip(
+                    laid.photos[some].tolist(), ledger.to_pylist(), origins, lives, strict=True
+                )
+                if alive
+            ]
+            alive = ledger.filter(pa.array(lives)).drop_columns(["verdict", "stage", "sample_sha256"])
+            alive = alive.append_column(
+                "sample_sha256", pa.array([sample_sha256(files) for files in samples], pa.string())
+            )
+            for suffix, column in SUFFIXES.items():
+                payload = pa.array([files.get(suffix) for files in samples], pa.binary())
+                alive = alive.append_column(column, payload)
+            writer.add(Rows(alive, ledger.filter(pa.array(~lives)), WITNESS_SCHEMA.empty_table()))
+        writer.publish(len(rows))
+
+
+def _sample(photos: Photos, number: int, record: dict[str, Any], origin: str) -> dict[str, bytes]:
+    """The files of a sample, with its new json.
+
+    Raises:
+        CorruptShardError: when they are not those that its ledger stands for.
+    """
+    tar, data = photos.files(number)
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as members:
+            files = {one.name.partition(".")[2]: members.extractfile(one).read() for one in members}  # type: ignore[union-attr]
+        content = json.loads(files["json"])
+    except (tarfile.TarError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise CorruptShardError(f"{tar}: {origin}: {error}") from error
+    if sample_sha256(files) != record["sample_sha256"]:
+        raise CorruptShardError(f"{tar}: the files of {origin} are not those that its ledger stands for")
+    content.setdefault("origin", origin)
+    content.update({name: record[name] for name in ("key", "part", "row", "person")})
+    return {**files, "json": json.dumps(content, sort_keys=True, ensure_ascii=False).encode()}
+
+
+def _copied(folders: Sequence[AnyPath], sources: Sequence[dict[str, Any]], out: AnyPath) -> dict[str, Any]:
+    """The features of "no face", which are those of the models, and dataset.json's entry of them."""
+    for folder, source in zip(folders, sources, strict=True):
+        if source.get("files", {}).get(UNCONDITIONAL):
+            write(out / UNCONDITIONAL, (folder / UNCONDITIONAL).read_bytes())
+            return {UNCONDITIONAL: fingerprint(out / UNCONDITIONAL)}
+    return {}

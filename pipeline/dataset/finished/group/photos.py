@@ -1,0 +1,158 @@
+"""The kept samples of some datasets as `group` sees them: ID vectors, hashes, ledger rows, and where their files lie.
+
+No picture stays in memory: vectors and ledger rows lie in scratch files, of a photo there are some 60 bytes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from tarfile import BLOCKSIZE
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.dataset.execute.make_shard import windowed
+from pipeline.dataset.finished.group.near_copies import HASHES, Hashes, hashes
+from pipeline.dataset.finished.group.persons import Numbers, Vectors
+from pipeline.dataset.out.forgotten import load
+from pipeline.dataset.out.ledger import read_ledger, shard_names
+from pipeline.dataset.out.takedowns import Takedowns
+from pipeline.dataset.rows import filtered
+from pipeline.shared.files import AnyPath, read_range
+from pipeline.shared.tars import corrupt_errors, members, read
+from schemas.columns import KEPT, LEDGER, LEDGER_SCHEMA
+from schemas.errors import CorruptShardError, OutputError
+from schemas.shard import decode_npy
+
+_WIDTH = 512
+_PICTURES = ("full.jpg", "half.jpg", "portrait.jpg", "face.jpg")
+"""The first of these that there is stands for the photo."""
+_AHEAD = 64
+
+
+@dataclass(frozen=True)
+class Photos:
+    """N kept samples, in the order of the datasets."""
+
+    vectors: Vectors
+    """(N, 512) of unit length, on disk."""
+    hashes: Hashes
+    """(N, HASHES)."""
+    spans: Numbers
+    """(N, 4): number in `tars`, number in its batch of `ledgers`, first byte and end of its files in the tar."""
+    tars: list[AnyPath]
+    ledgers: pa.RecordBatchFileReader
+    """A batch of LEDGER columns per tar, on disk."""
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def rows(self, numbers: Numbers) -> pa.Table:
+        """The ledger rows of some photos, in this order."""
+        tars = self.spans[numbers, 0]
+        order = np.argsort(tars, kind="stable")
+        batches = [
+            self.ledgers.get_batch(int(tar)).take(pa.array(self.spans[numbers[order[tars[order] == tar]], 1]))
+            for tar in np.unique(tars)
+        ]
+        table = pa.Table.from_batches(batches, LEDGER_SCHEMA).combine_chunks()
+        return table.take(pa.array(np.argsort(order)))
+
+    def worth(self) -> npt.NDArray[np.float32]:
+        """(N,) the size of the face, pixels: of copies the largest stays."""
+        sizes = [self.ledgers.get_batch(tar)["face_px"].to_numpy(False) for tar in range(len(self.tars))]
+        starts = np.cumsum([0, *map(len, sizes)])
+        return np.concatenate(sizes)[starts[self.spans[:, 0]] + self.spans[:, 1]]
+
+    def files(self, number: int) -> tuple[AnyPath, bytes]:
+        """The tar of a photo, and the bytes of its members in it."""
+        tar, _, start, stop = self.spans[number].tolist()
+        return self.tars[tar], read_range(self.tars[tar], start, stop)
+
+
+def read_photos(folders: Sequence[AnyPath], scratch: Path) -> Photos:
+    """Read all kept samples of finished shards, but for what their datasets are to forget.
+
+    Raises:
+        OutputError: when there are none.
+        CorruptShardError: names a file that is damaged, or contradicts another.
+    """
+    tars: list[AnyPath] = []
+    spans: list[tuple[int, int, int, int]] = []
+    hashed: list[tuple[np.uint64, ...]] = []
+    rows = pa.OSFile(str(scratch / "ledgers.arrow"), "wb")
+    with (
+        rows,
+        pa.ipc.new_file(rows, LEDGER_SCHEMA) as ledgers,
+        (scratch / "vectors").open("wb") as vectors,
+        ThreadPoolExecutor() as pool,
+    ):
+        for folder in folders:
+            takedowns = Takedowns(load(folder))
+            for shard in shard_names(folder):
+                ledger = read_ledger(folder, shard, LEDGER)
+                stays = pc.and_(pc.equal(ledger["verdict"], KEPT), pc.is_null(takedowns.reasons(ledger)))
+                ledger = filtered(ledger, stays).cast(LEDGER_SCHEMA).combine_chunks()
+                if not ledger.num_rows:
+                    continue
+                tar = folder / "shards" / f"{shard}.tar"
+                numbers = {key: number for number, key in enumerate(ledger["key"].to_pylist())}
+                begun = (
+                    (key, span, pool.submit(_measured, tar, key, files))
+                    for key, span, files in _samples(tar)
+                    if key in numbers
+                )
+                for key, span, measured in windowed(begun, lambda one: one, _AHEAD):
+                    vector, codes = measured.result()
+                    vectors.write(vector)
+                    hashed.append(codes)
+                    spans.append((len(tars), numbers.pop(key), *span))
+                if numbers:
+                    raise CorruptShardError(f"{tar}: it lacks {min(numbers)}, which its ledger keeps")
+                ledgers.write_batch(ledger.to_batches()[0])
+                tars.append(tar)
+    if not spans:
+        raise OutputError(f"{' and '.join(map(str, folders))} hold no photo that was kept: there is nothing to group.")
+    return Photos(
+        np.memmap(scratch / "vectors", np.float32, "r", shape=(len(spans), _WIDTH)),
+        np.array(hashed, np.uint64).reshape(-1, HASHES),
+        np.array(spans, np.int64).reshape(-1, 4),
+        tars,
+        pa.ipc.open_file(pa.memory_map(str(scratch / "ledgers.arrow"))),
+    )
+
+
+def _samples(tar: AnyPath) -> Iterator[tuple[str, tuple[int, int], dict[str, bytes]]]:
+    """Key, first byte and end, and those files that are looked at, of each sample of a tar."""
+    with corrupt_errors(tar), tar.open("rb") as stream:
+        for key, group in groupby(members(stream), lambda info: info.name.partition(".")[0]):
+            infos = {info.name.partition(".")[2]: info for info in group}
+            picture = next((suffix for suffix in _PICTURES if suffix in infos), "")
+            wanted = {"arcface.npy", "face.jpg", picture} & infos.keys()
+            files = {suffix: read(stream, infos[suffix].offset_data, infos[suffix].size) for suffix in wanted}
+            every = list(infos.values())
+            stop = every[-1].offset_data + every[-1].size
+            yield key, (every[0].offset, stop + -stop % BLOCKSIZE), files
+
+
+def _measured(tar: AnyPath, key: str, files: Mapping[str, bytes]) -> tuple[bytes, tuple[np.uint64, ...]]:
+    try:
+        vector = decode_npy(files["arcface.npy"])
+        if vector.shape != (_WIDTH,) or vector.dtype != np.float32 or not np.isfinite(vector).all():
+            raise ValueError("arcface.npy is no ID vector")
+        picture = next(suffix for suffix in _PICTURES if suffix in files)
+        grey = (cv2.IMREAD_REDUCED_GRAYSCALE_8 if picture != "face.jpg" else cv2.IMREAD_GRAYSCALE, cv2.IMREAD_GRAYSCALE)
+        codes: list[np.uint64] = []
+        for suffix, mode in zip((picture, "face.jpg"), grey, strict=True):
+            image = cv2.imdecode(np.frombuffer(files[suffix], np.uint8), mode)
+            if image is None:
+                raise ValueError(f"{suffix} cannot be decoded")
+            codes += hashes(image)
+    except (KeyError, ValueError, StopIteration, cv2.error, CorruptShardError) as error:
+        raise CorruptShardError(f"{tar}: {key}: {error}") from error
+    return vector.tobytes(), tuple(codes)

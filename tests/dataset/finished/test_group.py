@@ -1,0 +1,204 @@
+import json
+from pathlib import Path
+
+import fake_dataset
+import numpy as np
+import planted_persons
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.dataset.finished.forget import Wanted, forget
+from pipeline.dataset.finished.group.grouping import Wish, group
+from pipeline.dataset.finished.group.near_copies import hashes, without_copies
+from pipeline.dataset.finished.group.persons import SIMILARITY, persons
+from pipeline.dataset.finished.verify import verify
+from pipeline.dataset.out.ledger import read_manifests
+from pipeline.shared.files import RemotePath
+from pipeline.shared.tars import unpack
+from schemas.errors import CorruptShardError, OutputError
+from schemas.shard import encode_npy
+from stages.pixels.images import encode_jpeg
+
+ROWS = "abacdbaa"
+"""The person of each row of the source; row 7 is a copy of row 0."""
+
+
+def picture(seed: int, width: int, height: int, quality: int = 90) -> bytes:
+    noise = np.random.default_rng(seed).integers(0, 255, (9, 9, 3)).astype(np.uint8)
+    rows, columns = np.arange(height) * 9 // height, np.arange(width) * 9 // width
+    return encode_jpeg(noise[rows][:, columns], quality)
+
+
+def record(part: str, row: int, seed: int, person: str, **changes):
+    """A photo whose cosine with others of its person is about 0.7; copies have one seed."""
+    own, of_person = (np.random.default_rng(one).normal(size=512) for one in (seed, 1000 + ord(person)))
+    own, of_person = own / np.linalg.norm(own), of_person / np.linalg.norm(of_person)
+    vector = np.sqrt(0.7) * of_person + np.sqrt(0.3) * own + 1e-3 * row
+    quality = 90 - 5 * row
+    crops = {"portrait": (600, 600), "full": (1280, 1024), "face": (224, 224)}
+    pictures = {name: picture(seed, *size, quality) for name, size in crops.items()}
+    vector = (vector / np.linalg.norm(vector)).astype(np.float32)
+    return fake_dataset.record(part, row, arcface=encode_npy(vector), **pictures, **changes)
+
+
+def source(out: Path, rows: str = ROWS) -> Path:
+    """Two shards; of the first photo and its copy the copy's face is larger."""
+    records = [
+        record("part", n, n % 7, person, face_px=300.0 + n, text=f"{person}{n}") for n, person in enumerate(rows)
+    ]
+    half = len(rows) // 2
+    return fake_dataset.write(out, {"part-00000": records[:half], "part-00001": records[half:]})
+
+
+def grouped(out, *folders, **wish):
+    group(folders, out, Wish(**{"samples_per_shard": 3, **wish}), lambda line: None)
+    return [
+        (json.loads(sample.files["json"]), name)
+        for name in (manifest.shard for manifest in read_manifests(out))
+        for sample in unpack(out / "shards" / f"{name}.tar")
+    ]
+
+
+def ledger(out: Path) -> list[dict]:
+    return [row for path in sorted((out / "shards").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("group")
+    grouped(folder / "out", source(folder / "source"))
+    return folder
+
+
+def contents(out) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((out / "shards").iterdir())}
+
+
+def test_photos_of_a_person_lie_side_by_side_and_the_rest_is_as_of_any_dataset(made, tmp_path):
+    out = made / "out"
+    assert verify(out) == []
+    samples = grouped(tmp_path / "again", made / "source")
+    assert [sample["text"] for sample, _ in samples] == ["a2", "a6", "a7", "b1", "b5", "c3", "d4"]
+    of_person = {}
+    for sample, shard in samples:
+        of_person.setdefault(sample["text"][0], set()).add((sample["person"], shard))
+    assert all(len(known) == 1 for known in of_person.values()), "one number and one shard each"
+    assert len(set.union(*of_person.values())) == 4
+    assert samples[0][0]["origin"] == "part-000000002"
+    assert contents(out) == contents(tmp_path / "again"), "same input, same bytes"
+    assert sum(manifest.rows_in for manifest in read_manifests(out)) == len(ROWS)
+
+
+def test_drops_near_copy(made):
+    (row,) = [row for row in ledger(made / "out") if row["verdict"] == "near_copy"]
+    assert row["url"].endswith("/0.jpg"), "of copies the one with the largest face stays"
+    assert row["person"] in {other["person"] for other in ledger(made / "out") if other["verdict"] == "kept"}
+
+
+def test_drops_single_photo(made, tmp_path):
+    samples = grouped(tmp_path, made / "source", singles=False)
+    assert [sample["text"] for sample, _ in samples] == ["a2", "a6", "a7", "b1", "b5"]
+    assert [row["url"][-5:] for row in ledger(tmp_path) if row["verdict"] == "single_photo"] == ["3.jpg", "4.jpg"]
+    assert verify(tmp_path) == []
+
+
+def test_numbers_of_persons_say_nothing_about_other_datasets(made, tmp_path):
+    other = source(tmp_path / "source", f"{ROWS[:-1]}b")
+    ours = {sample["text"][0]: sample["person"] for sample, _ in grouped(tmp_path / "out", other)}
+    theirs = {row["text"][0]: row["person"] for row, _ in grouped(made / "out", made / "source")}
+    assert ours != theirs
+
+
+def test_a_run_that_was_killed_goes_on_and_remembers_what_is_to_be_forgotten(made, tmp_path):
+    out = tmp_path / "out"
+    grouped(out, made / "source")
+    whole = contents(out)
+    forget(out, Wanted(urls=("http://photos.example/part/1.jpg", "http://photos.example/part/2.jpg")))
+    assert verify(out) == []
+    for name in ("json", "tar"):
+        (out / "shards" / f"persons-00000.{name}").unlink()  # that of row 2
+    texts = [sample["text"] for sample, _ in grouped(out, made / "source")]
+    assert texts == ["a6", "a7", "b5", "c3", "d4"]
+    assert verify(out) == []
+    blanked = [row for row in ledger(out) if row["verdict"] == "forgotten"]
+    assert [(row["url"], row["person"]) for row in blanked] == [(None, None)] * 2
+    untouched = set(whole) - {name for name in whole if name.startswith(("persons-00000", "persons-00001"))}
+    assert all(contents(out)[name] == whole[name] for name in untouched)
+
+
+def test_what_a_source_is_to_forget_is_not_read_from_it(made, tmp_path):
+    folder = source(tmp_path / "source")
+    forget(folder, Wanted(urls=("http://photos.example/part/5.jpg",)))
+    assert "b5" not in [sample["text"] for sample, _ in grouped(tmp_path / "out", folder)]
+    assert len(ledger(tmp_path / "out")) == len(ROWS) - 1
+
+
+def test_datasets_elsewhere_are_grouped_to_elsewhere(made):
+    """Over fsspec's file system in memory; several datasets become one."""
+    remote = RemotePath("memory://grouped-sources")
+    for path in (made / "source").rglob("*"):
+        if path.is_file():
+            (remote / str(path.relative_to(made / "source"))).write_bytes(path.read_bytes())
+    out = RemotePath("memory://grouped")
+    samples = grouped(out, remote, made / "source")
+    assert [sample["text"] for sample, _ in samples] == ["a2", "a6", "a7", "b1", "b5", "c3", "d4"]
+    assert verify(out) == []
+
+
+def test_other_wishes_in_the_same_out_are_refused(made):
+    with pytest.raises(OutputError, match=r"group\.singles was True, is now False.*--replan"):
+        grouped(made / "out", made / "source", singles=False)
+
+
+def test_what_cannot_be_grouped_is_said_in_a_sentence(made, tmp_path):
+    with pytest.raises(OutputError, match="holds no dataset"):
+        grouped(tmp_path / "out", tmp_path)
+    with pytest.raises(OutputError, match="give another --out"):
+        grouped(made / "source", made / "source")
+    empty = fake_dataset.write(tmp_path / "empty", {"part-00000": [fake_dataset.dead("part", 0, "metadata", "unsafe")]})
+    with pytest.raises(OutputError, match="nothing to group"):
+        grouped(tmp_path / "out", empty)
+
+
+def test_a_sample_that_rotted_is_not_signed_as_whole(made, tmp_path):
+    folder = source(tmp_path / "source")
+    tar = folder / "shards/part-00000.tar"
+    data = tar.read_bytes()
+    at = data.rindex(b'"mask_share": 0.5')
+    tar.write_bytes(data[:at] + data[at:].replace(b"0.5", b"0.6", 1))
+    with pytest.raises(CorruptShardError, match="part-000000003 are not those"):
+        grouped(tmp_path / "out", folder)
+
+
+def test_copies_are_those_of_the_best_photo_however_they_were_found_out():
+    """Mirrored, cut so that only the face is the same, of one hash; a look-alike in another photo is none."""
+    image = np.random.default_rng(0).integers(0, 255, (9, 9)).astype(np.uint8).repeat(20, 0).repeat(20, 1)
+    photo, mirrored = hashes(image)
+    assert hashes(np.ascontiguousarray(image[:, ::-1]))[0] == mirrored
+    other = ~photo
+    rows = [
+        (photo, mirrored, photo, mirrored),
+        (photo ^ np.uint64(0b11), mirrored, other, other),
+        (photo ^ np.uint64(0b11), mirrored, photo, mirrored),
+        (mirrored, photo, other, other),
+        (other ^ np.uint64(0xFF00), other, photo, mirrored),
+        (other ^ np.uint64(0xFF0000), other, other, other),
+    ]
+    vectors = planted_persons.unit(np.ones((6, 512), np.float32) + np.eye(6, 512, dtype=np.float32))
+    worth = np.array([9, 5, 1, 1, 1, 9], np.float32)
+    copy_of, pairs = without_copies(vectors, np.array(rows, np.uint64), worth, SIMILARITY)
+    assert copy_of.tolist() == [0, 0, 0, 0, 0, 5]
+    assert list(zip(pairs.one, pairs.other, strict=True)) == [(0, 5)]
+
+
+def test_planted_persons_are_found_and_look_alikes_make_no_chain():
+    """In small what `python benchmarks group` measures."""
+    given = planted_persons.planted(9000)
+    copy_of, pairs = without_copies(given.vectors, given.hashes, np.zeros(len(given.person), np.float32), SIMILARITY)
+    stays = copy_of == np.arange(len(copy_of))
+    assert (~stays).sum() == given.copies
+    assert (given.person[copy_of] == given.person).all()
+    got = persons(given.vectors, pairs, SIMILARITY)[stays]
+    precision, recall = planted_persons.quality(given.vectors[stays], given.person[stays], got)
+    assert precision >= 0.995
+    assert recall >= 0.95
