@@ -23,7 +23,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup dataset train plan report verify models test lint bench bench-gpu bench-gpu-wheels image clean
+.PHONY: help setup dataset train plan report verify models test lint bench bench-gpu bench-gpu-wheels docs image clean
 
 PY    := .venv/bin/python
 STAMP  = .venv/.setup-$(EXTRA)
@@ -56,7 +56,7 @@ $(STAMP): pyproject.toml constraints.txt docker/torchvision_beside_cpu_torch.py
 	@set -e; index=$$($(PY) -m pip config list | sed -nE "s/^(global|install|:env:)\.index-url='(.*)'$$/\2/p" | tail -n 1); \
 	export UV_DEFAULT_INDEX=$${UV_DEFAULT_INDEX:-$$index}; [ -n "$$UV_DEFAULT_INDEX" ] || unset UV_DEFAULT_INDEX; \
 	uv="$(PY) -m uv pip"; set -x; \
-	$$uv install --quiet --python $(PY) --constraint constraints.txt --editable '.[$(EXTRA),dev]'; \
+	$$uv install --quiet --python $(PY) --constraint constraints.txt --editable '.[$(EXTRA),dev,docs]'; \
 	$$uv uninstall --quiet --python $(PY) onnxruntime onnxruntime-gpu; \
 	$$uv install --quiet --python $(PY) --constraint constraints.txt --no-deps $(ONNXRUNTIME)
 	$(PY) docker/torchvision_beside_cpu_torch.py
@@ -102,11 +102,17 @@ bench-gpu-wheels: $(STAMP) ## gather in build/wheels what a bare machine with a 
 	@du -sh build/wheels
 	@echo 'there: python -m pip install --no-index --no-deps --target site build/wheels/*.whl; PYTHONPATH=site python benchmarks/gpu'
 
+docs: $(STAMP) ## build the site of docs/ into build/site, and run its notebook: no network
+	$(PY) -m zensical build --strict --clean --config-file .zensical.toml
+	rm -rf build/notebook; mkdir -p build/notebook; cp docs/notebook.ipynb build/notebook
+	.venv/bin/jupyter-execute --inplace build/notebook/notebook.ipynb
+	cp build/notebook/notebook.ipynb build/site
+
 image: ## build the Docker image faceshards:cpu or faceshards:gpu [EXTRA= TORCH_INDEX=]
 	@command -v docker >/dev/null || { echo "docker is not installed; make image needs it, no other target does." >&2; exit 1; }
 	@docker info >/dev/null 2>&1 || { echo "docker is installed, but no engine answers; start it (or set DOCKER_HOST)." >&2; exit 1; }
 	docker build --file docker/Dockerfile --target "$(EXTRA)" --build-arg TORCH_INDEX="$(TORCH_INDEX)" --tag "faceshards:$(EXTRA)" .
 
 clean: ## remove .venv, caches and build leftovers; never OUT
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

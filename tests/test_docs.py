@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-PROOFS = [ROOT / "SECURITY.md", ROOT / "docs" / "reliability.md"]
+PROOFS = [ROOT / "docs" / "SECURITY.md", ROOT / "docs" / "reliability.md"]
 FILES = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
 TESTS = {
     name
