@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import fake_dataset
@@ -11,6 +12,7 @@ from pipeline.dataset.finished.forget import Wanted, forget
 from pipeline.dataset.finished.group.grouping import Wish, group
 from pipeline.dataset.finished.group.near_copies import hashes, without_copies
 from pipeline.dataset.finished.group.persons import SIMILARITY, persons
+from pipeline.dataset.finished.report import write_report
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.out.ledger import read_manifests
 from pipeline.shared.files import RemotePath
@@ -100,6 +102,31 @@ def test_drops_single_photo(made, tmp_path):
     assert [sample["text"] for sample, _ in samples] == ["a2", "a6", "a7", "b1", "b5"]
     assert [row["url"][-5:] for row in ledger(tmp_path) if row["verdict"] == "single_photo"] == ["3.jpg", "4.jpg"]
     assert verify(tmp_path) == []
+
+
+def test_the_report_shows_sizes_of_groups_and_faces_to_judge_them_by(made):
+    """One person has three photos, one two, two have one; farthest and closest come in the order of their cosines."""
+    out = made / "out"
+    page = (out / "report.html").read_text()
+    section = page[page.index('id="persons"') : page.index('id="kept"')]
+    cells = re.findall(r"<td>(.*?)</td><td class=\"n\">(\d+)</td><td class=\"n\">(\d+)</td>", section)
+    assert cells == [("1", "2", "2"), ("2", "1", "2"), ("3 to 5", "1", "3")]
+    assert "Of 5 photos of persons with several, half have a mean cosine of 0.7" in section
+    assert "0 (0.0 %) are nearer to another" in section
+    groups, farthest, strangers = (re.findall(r"<figure>.*?</figure>", one, re.S) for one in section.split("<h3>")[1:])
+    assert (
+        sorted(figure.count("<img") for figure in groups)
+        == sorted(figure.count("<img") for figure in farthest)
+        == [2, 3]
+    )
+    assert [figure.count("<img") for figure in strangers] == [2] * len(strangers)
+    cosines = [float(re.search(r"cosine (-?[\d.]+)", figure)[1]) for figure in strangers]
+    assert cosines == sorted(cosines, reverse=True)
+    assert max(cosines) < 0.3
+    write_report(out, pictures=False, target=made / "bare.html")
+    assert "<img src" not in (made / "bare.html").read_text()
+    write_report(made / "source", target=made / "bare.html")
+    assert 'id="persons"' not in (made / "bare.html").read_text()
 
 
 def test_numbers_of_persons_say_nothing_about_other_datasets(made, tmp_path):
