@@ -7,6 +7,7 @@ import numpy as np
 import planted_persons
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from pipeline.dataset.finished.forget import Wanted, forget
 from pipeline.dataset.finished.group.grouping import Wish, group
@@ -53,7 +54,7 @@ def source(out: Path, rows: str = ROWS) -> Path:
 
 
 def grouped(out, *folders, **wish):
-    group(folders, out, Wish(**{"samples_per_shard": 3, **wish}), lambda line: None)
+    group(folders, out, Wish(**{"samples_per_shard": 3, **wish}), Console(quiet=True))
     return [
         (json.loads(sample.files["json"]), name)
         for name in (manifest.shard for manifest in read_manifests(out))
