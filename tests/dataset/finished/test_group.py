@@ -2,23 +2,27 @@ import json
 import re
 from pathlib import Path
 
+import cv2
 import fake_dataset
 import numpy as np
 import planted_persons
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
+from sample_runs import make
 
 from pipeline.dataset.finished.forget import Wanted, forget
+from pipeline.dataset.finished.group import grouping
+from pipeline.dataset.finished.group import persons as linkage
 from pipeline.dataset.finished.group.grouping import Wish, group
 from pipeline.dataset.finished.group.near_copies import hashes, without_copies
-from pipeline.dataset.finished.group.persons import SIMILARITY, persons
+from pipeline.dataset.finished.group.persons import SIMILARITY, mutual_neighbours, persons
 from pipeline.dataset.finished.report import write_report
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.out.ledger import read_manifests
 from pipeline.shared.files import RemotePath
 from pipeline.shared.tars import unpack
-from schemas.errors import CorruptShardError, OutputError
+from schemas.errors import CorruptShardError, ExitCode, OutputError
 from schemas.shard import encode_npy
 from stages.pixels.images import encode_jpeg
 
@@ -178,6 +182,13 @@ def test_other_wishes_in_the_same_out_are_refused(made):
         grouped(made / "out", made / "source", singles=False)
 
 
+def test_other_neighbours_are_another_plan(made, monkeypatch):
+    """As another machine might find them, on which a run is gone on with."""
+    monkeypatch.setattr(grouping, "persons", lambda vectors, pairs, least: np.arange(len(vectors)))
+    with pytest.raises(OutputError, match=r"group\.layout was"):
+        grouped(made / "out", made / "source")
+
+
 def test_what_cannot_be_grouped_is_said_in_a_sentence(made, tmp_path):
     with pytest.raises(OutputError, match="holds no dataset"):
         grouped(tmp_path / "out", tmp_path)
@@ -230,3 +241,43 @@ def test_planted_persons_are_found_and_look_alikes_make_no_chain():
     precision, recall = planted_persons.quality(given.vectors[stays], given.person[stays], got)
     assert precision >= 0.995
     assert recall >= 0.95
+
+
+@pytest.mark.parametrize("most", [4000, 20])
+def test_a_chain_of_look_alikes_is_no_person(most, monkeypatch):
+    """Each has a cosine of 0.7 with the next, of 0.49 with the one behind it, and so on; `most` parts it beforehand."""
+    monkeypatch.setattr(linkage, "_MOST", most)
+    rng = np.random.default_rng(0)
+    chain = [planted_persons.unit(rng.normal(size=512))]
+    for _ in range(199):
+        chain.append(planted_persons.unit(0.7 * chain[-1] + 0.51**0.5 * planted_persons.unit(rng.normal(size=512))))
+    vectors = np.array(chain, np.float32)
+    pairs, _ = mutual_neighbours(vectors, np.arange(200), SIMILARITY)
+    assert len(pairs.one) >= 199, "all hang together"
+    assert np.unique(persons(vectors, pairs, SIMILARITY), return_counts=True)[1].max() <= 4
+
+
+@pytest.mark.real_data
+def test_labelled_photos_are_grouped_as_labelled(data, labels, tmp_path):
+    """With a real recogniser, through the whole pipeline: all true pairs of a cosine of at least 0.5, and no other."""
+    person = {row["file"]: row["identity_group"] for row in labels if row["identity_group"]}
+    (tmp_path / "photos").mkdir()
+    for name in person:
+        (tmp_path / "photos" / name).write_bytes((data / "photos" / name).read_bytes())
+        photo = cv2.imread(str(data / "photos" / name))
+        if photo.shape[0] > 1500:
+            mirrored = cv2.resize(photo, None, fx=0.5, fy=0.5)[:, ::-1]
+            cv2.imwrite(str(tmp_path / "photos" / f"copy-{name}"), mirrored)
+    sets = [f"models.pack={data / 'models' / 'real'}", "models.accept_noncommercial=true"]
+    sets += ["models.segmenter=grabcut", "models.image_embedder=patches", "filter.min_image_px=100"]
+    code, _ = make(tmp_path / "source", *sets, "filter.min_face_px=40", shards=str(tmp_path / "photos"))
+    assert code is ExitCode.OK
+    samples = grouped(tmp_path / "out", tmp_path / "source")
+    assert verify(tmp_path / "out") == []
+    files = {sample["source_file"]: sample["person"] for sample, _ in samples}
+    copies = [row["source_file"] for row in ledger(tmp_path / "out") if row["verdict"] == "near_copy"]
+    assert len(copies) >= 4
+    assert all(name.startswith("copy-") for name in copies), "the larger face stays"
+    pairs = [(one, other) for one in files for other in files if one < other]
+    assert sum(person[one] == person[other] for one, other in pairs) == 3
+    assert all((files[one] == files[other]) == (person[one] == person[other]) for one, other in pairs)
