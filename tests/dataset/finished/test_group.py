@@ -9,7 +9,7 @@ import planted_persons
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
-from sample_runs import make
+from sample_runs import make, without
 
 from pipeline.dataset.finished.forget import Wanted, forget
 from pipeline.dataset.finished.group import grouping
@@ -182,11 +182,18 @@ def test_other_wishes_in_the_same_out_are_refused(made):
         grouped(made / "out", made / "source", singles=False)
 
 
-def test_other_neighbours_are_another_plan(made, monkeypatch):
+def test_other_neighbours_are_another_plan(made, tmp_path, monkeypatch):
     """As another machine might find them, on which a run is gone on with."""
     monkeypatch.setattr(grouping, "persons", lambda vectors, pairs, least: np.arange(len(vectors)))
     with pytest.raises(OutputError, match=r"group\.layout was"):
-        grouped(made / "out", made / "source")
+        grouped(without(made / "out", tmp_path, "persons-00001"), made / "source")
+
+
+def test_what_is_done_is_not_read_again(made, monkeypatch):
+    monkeypatch.delattr(grouping, "read_photos")
+    before = contents(made / "out")
+    grouped(made / "out", made / "source")
+    assert contents(made / "out") == before
 
 
 def test_what_cannot_be_grouped_is_said_in_a_sentence(made, tmp_path):
