@@ -287,7 +287,7 @@ def group(
     from pipeline.shared.files import to_path
 
     sources = [to_path(folder) for folder in dict.fromkeys(folders)]
-    counted = grouped(sources, to_path(out), Wish(similarity, singles, samples_per_shard), say, replan=replan)
+    counted = grouped(sources, to_path(out), Wish(similarity, singles, samples_per_shard), console, replan=replan)
     console.print(funnel_table(counted))
 
 

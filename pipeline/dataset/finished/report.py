@@ -17,6 +17,7 @@ from pipeline.dataset.finished.replay import evidence, ledgers, thresholds
 from pipeline.dataset.finished.report_cards import Card
 from pipeline.dataset.finished.report_explorer import Explorer, distances, row_data
 from pipeline.dataset.finished.report_numbers import Numbers
+from pipeline.dataset.finished.report_persons import persons
 from pipeline.dataset.finished.report_pictures import LABEL_COLOURS
 from pipeline.dataset.out.ledger import UNREADABLE, Funnel, funnel, read_ledger, read_manifests, shards_folder
 from pipeline.shared import files as storage
@@ -46,6 +47,7 @@ _NEAR = 0.15
 """Share of a threshold."""
 _BY_THRESHOLD = (DropReason.SEVERAL_FACES, DropReason.SMALL_FACE, *(quality.reason for quality in QUALITIES))
 _HOSTS = 15
+_PERSON_SHARDS = 4
 _PICTURE_BYTES = 3_000_000
 _DROP_BYTES = 1_000_000
 """Bounds on the length of all pictures, as text."""
@@ -100,6 +102,7 @@ def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, tar
         numbers.add(ledger)
         if explorer:
             explorer.add(evidence(ledger))
+    grouped = "group" in dataset.get("plan", {}).get("settings", {})
     kept = _numbered(_kept_cards(out, manifests, limits), 0, pictures)
     cards, reasons = list(kept), []
     for reason in _reasons(out, manifests, limits, counted):
@@ -122,6 +125,7 @@ def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, tar
         given=numbers.given,
         made=numbers.made,
         charts=list(report_numbers.charts(numbers.histograms)),
+        persons=persons(out, spread(manifests, _PERSON_SHARDS), manifests, pictures=pictures) if grouped else None,
         hosts=numbers.largest_hosts(_HOSTS),
         all_hosts=len(numbers.hosts),
         fates=report_numbers.FATES,

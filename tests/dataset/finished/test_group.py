@@ -1,21 +1,28 @@
 import json
+import re
 from pathlib import Path
 
+import cv2
 import fake_dataset
 import numpy as np
 import planted_persons
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
+from sample_runs import make, without
 
 from pipeline.dataset.finished.forget import Wanted, forget
+from pipeline.dataset.finished.group import grouping
+from pipeline.dataset.finished.group import persons as linkage
 from pipeline.dataset.finished.group.grouping import Wish, group
 from pipeline.dataset.finished.group.near_copies import hashes, without_copies
-from pipeline.dataset.finished.group.persons import SIMILARITY, persons
+from pipeline.dataset.finished.group.persons import SIMILARITY, mutual_neighbours, persons
+from pipeline.dataset.finished.report import write_report
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.out.ledger import read_manifests
 from pipeline.shared.files import RemotePath
 from pipeline.shared.tars import unpack
-from schemas.errors import CorruptShardError, OutputError
+from schemas.errors import CorruptShardError, ExitCode, OutputError
 from schemas.shard import encode_npy
 from stages.pixels.images import encode_jpeg
 
@@ -51,7 +58,7 @@ def source(out: Path, rows: str = ROWS) -> Path:
 
 
 def grouped(out, *folders, **wish):
-    group(folders, out, Wish(**{"samples_per_shard": 3, **wish}), lambda line: None)
+    group(folders, out, Wish(**{"samples_per_shard": 3, **wish}), Console(quiet=True))
     return [
         (json.loads(sample.files["json"]), name)
         for name in (manifest.shard for manifest in read_manifests(out))
@@ -102,6 +109,31 @@ def test_drops_single_photo(made, tmp_path):
     assert verify(tmp_path) == []
 
 
+def test_the_report_shows_sizes_of_groups_and_faces_to_judge_them_by(made):
+    """One person has three photos, one two, two have one; farthest and closest come in the order of their cosines."""
+    out = made / "out"
+    page = (out / "report.html").read_text()
+    section = page[page.index('id="persons"') : page.index('id="kept"')]
+    cells = re.findall(r"<td>(.*?)</td><td class=\"n\">(\d+)</td><td class=\"n\">(\d+)</td>", section)
+    assert cells == [("1", "2", "2"), ("2", "1", "2"), ("3 to 5", "1", "3")]
+    assert "Of 5 photos of persons with several, half have a mean cosine of 0.7" in section
+    assert "0 (0.0 %) are nearer to another" in section
+    groups, farthest, strangers = (re.findall(r"<figure>.*?</figure>", one, re.S) for one in section.split("<h3>")[1:])
+    assert (
+        sorted(figure.count("<img") for figure in groups)
+        == sorted(figure.count("<img") for figure in farthest)
+        == [2, 3]
+    )
+    assert [figure.count("<img") for figure in strangers] == [2] * len(strangers)
+    cosines = [float(re.search(r"cosine (-?[\d.]+)", figure)[1]) for figure in strangers]
+    assert cosines == sorted(cosines, reverse=True)
+    assert max(cosines) < 0.3
+    write_report(out, pictures=False, target=made / "bare.html")
+    assert "<img src" not in (made / "bare.html").read_text()
+    write_report(made / "source", target=made / "bare.html")
+    assert 'id="persons"' not in (made / "bare.html").read_text()
+
+
 def test_numbers_of_persons_say_nothing_about_other_datasets(made, tmp_path):
     other = source(tmp_path / "source", f"{ROWS[:-1]}b")
     ours = {sample["text"][0]: sample["person"] for sample, _ in grouped(tmp_path / "out", other)}
@@ -148,6 +180,20 @@ def test_datasets_elsewhere_are_grouped_to_elsewhere(made):
 def test_other_wishes_in_the_same_out_are_refused(made):
     with pytest.raises(OutputError, match=r"group\.singles was True, is now False.*--replan"):
         grouped(made / "out", made / "source", singles=False)
+
+
+def test_other_neighbours_are_another_plan(made, tmp_path, monkeypatch):
+    """As another machine might find them, on which a run is gone on with."""
+    monkeypatch.setattr(grouping, "persons", lambda vectors, pairs, least: np.arange(len(vectors)))
+    with pytest.raises(OutputError, match=r"group\.layout was"):
+        grouped(without(made / "out", tmp_path, "persons-00001"), made / "source")
+
+
+def test_what_is_done_is_not_read_again(made, monkeypatch):
+    monkeypatch.delattr(grouping, "read_photos")
+    before = contents(made / "out")
+    grouped(made / "out", made / "source")
+    assert contents(made / "out") == before
 
 
 def test_what_cannot_be_grouped_is_said_in_a_sentence(made, tmp_path):
@@ -202,3 +248,43 @@ def test_planted_persons_are_found_and_look_alikes_make_no_chain():
     precision, recall = planted_persons.quality(given.vectors[stays], given.person[stays], got)
     assert precision >= 0.995
     assert recall >= 0.95
+
+
+@pytest.mark.parametrize("most", [4000, 20])
+def test_a_chain_of_look_alikes_is_no_person(most, monkeypatch):
+    """Each has a cosine of 0.7 with the next, of 0.49 with the one behind it, and so on; `most` parts it beforehand."""
+    monkeypatch.setattr(linkage, "_MOST", most)
+    rng = np.random.default_rng(0)
+    chain = [planted_persons.unit(rng.normal(size=512))]
+    for _ in range(199):
+        chain.append(planted_persons.unit(0.7 * chain[-1] + 0.51**0.5 * planted_persons.unit(rng.normal(size=512))))
+    vectors = np.array(chain, np.float32)
+    pairs, _ = mutual_neighbours(vectors, np.arange(200), SIMILARITY)
+    assert len(pairs.one) >= 199, "all hang together"
+    assert np.unique(persons(vectors, pairs, SIMILARITY), return_counts=True)[1].max() <= 4
+
+
+@pytest.mark.real_data
+def test_labelled_photos_are_grouped_as_labelled(data, labels, tmp_path):
+    """With a real recogniser, through the whole pipeline: all true pairs of a cosine of at least 0.5, and no other."""
+    person = {row["file"]: row["identity_group"] for row in labels if row["identity_group"]}
+    (tmp_path / "photos").mkdir()
+    for name in person:
+        (tmp_path / "photos" / name).write_bytes((data / "photos" / name).read_bytes())
+        photo = cv2.imread(str(data / "photos" / name))
+        if photo.shape[0] > 1500:
+            mirrored = cv2.resize(photo, None, fx=0.5, fy=0.5)[:, ::-1]
+            cv2.imwrite(str(tmp_path / "photos" / f"copy-{name}"), mirrored)
+    sets = [f"models.pack={data / 'models' / 'real'}", "models.accept_noncommercial=true"]
+    sets += ["models.segmenter=grabcut", "models.image_embedder=patches", "filter.min_image_px=100"]
+    code, _ = make(tmp_path / "source", *sets, "filter.min_face_px=40", shards=str(tmp_path / "photos"))
+    assert code is ExitCode.OK
+    samples = grouped(tmp_path / "out", tmp_path / "source")
+    assert verify(tmp_path / "out") == []
+    files = {sample["source_file"]: sample["person"] for sample, _ in samples}
+    copies = [row["source_file"] for row in ledger(tmp_path / "out") if row["verdict"] == "near_copy"]
+    assert len(copies) >= 4
+    assert all(name.startswith("copy-") for name in copies), "the larger face stays"
+    pairs = [(one, other) for one in files for other in files if one < other]
+    assert sum(person[one] == person[other] for one, other in pairs) == 3
+    assert all((files[one] == files[other]) == (person[one] == person[other]) for one, other in pairs)

@@ -16,7 +16,6 @@ from pipeline.dataset.finished import report
 from pipeline.dataset.finished.report import quotas, spread, write_report
 from pipeline.dataset.out.ledger import read_manifests
 from pipeline.shared.files import to_path
-from schemas.drops import DropReason
 from schemas.errors import CorruptShardError, OutputError
 from schemas.shard import Manifest
 from stages.pixels.images import encode_jpeg
@@ -318,7 +317,7 @@ def test_noisy_pictures_do_not_make_an_endless_page(tmp_path):
     noisy = {"full": encode_jpeg(noise, 95), "portrait": encode_jpeg(noise[:600, :600], 95)}
     photo = encode_jpeg(noise[:300, :300], 95)
     rows = [fake.record("a", row, **noisy) for row in range(24)]
-    reasons = [str(reason) for reason in DropReason for _ in range(2)]
+    reasons = [reason for reason in fake.plan().reasons for _ in range(2)]
     rows += [fake.dead("a", 24 + n, "detect", reason, photo) for n, reason in enumerate(reasons)]
     out = fake.write(tmp_path, {"a-00000": rows})
     page = page_of(out)

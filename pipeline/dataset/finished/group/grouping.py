@@ -7,17 +7,18 @@ There is no search for a person, and the numbers of persons are those of one dat
 import io
 import json
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from rich.console import Console
+from rich.progress import track
 
 from pipeline.dataset.config import Config
 from pipeline.dataset.finished.group.near_copies import without_copies
@@ -25,7 +26,7 @@ from pipeline.dataset.finished.group.persons import SIMILARITY, Numbers, persons
 from pipeline.dataset.finished.group.photos import Photos, read_photos
 from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.report import write_report
-from pipeline.dataset.out.ledger import Funnel, read_manifests, summary
+from pipeline.dataset.out.ledger import Funnel, read_manifests, shard_names, summary
 from pipeline.dataset.out.lost import lost_errors
 from pipeline.dataset.out.output import Output, ShardWriter, differences, fingerprint
 from pipeline.dataset.out.takedowns import blank
@@ -97,6 +98,16 @@ class Layout:
         arrays = (self.photos, self.person, self.verdict.astype("U"), self.shard)
         return sha256(b"".join(np.ascontiguousarray(one).tobytes() for one in arrays))
 
+    @property
+    def summary(self) -> str:
+        photos = np.bincount(self.person[self.verdict != DropReason.NEAR_COPY.value])
+        copies = len(self.person) - int(photos.sum())
+        several = photos[photos > 1]
+        return (
+            f"{copies:,} near-copies; {len(several):,} persons with several photos, {several.sum():,} in all; "
+            f"{(photos == 1).sum():,} photos alone."
+        )
+
 
 def layout(copy_of: Numbers, person_of: Numbers, wish: Wish) -> Layout:
     """Members beside each other, persons in the order of their first photos, copies among the photos of the person."""
@@ -122,9 +133,7 @@ def layout(copy_of: Numbers, person_of: Numbers, wish: Wish) -> Layout:
     return Layout(order, person, verdict, np.unique(cut, return_inverse=True)[1])
 
 
-def group(
-    folders: Sequence[AnyPath], out: AnyPath, wish: Wish, say: Callable[[str], None], *, replan: bool = False
-) -> Funnel:
+def group(folders: Sequence[AnyPath], out: AnyPath, wish: Wish, console: Console, *, replan: bool = False) -> Funnel:
     """Make OUT of the finished shards of other datasets. The same call goes on where it stopped.
 
     Raises:
@@ -137,28 +146,46 @@ def group(
     sources = [_dataset(folder) for folder in folders]
     for folder, source in zip(folders, sources, strict=True):
         _require_same(folders[0], sources[0], folder, source)
-    with TemporaryDirectory(prefix="faceshards-group-") as scratch:
-        photos = read_photos(folders, Path(scratch))
-        say(f"{len(photos):,} photos are read; their nearest neighbours are looked for.")
+    if sources[0]["profile"] == "embedded":
+        console.print("The profile embedded is for trying out: its ID vectors tell no persons apart.")
+    output = Output(out)
+    outcome, done = _outcome(out)
+    plan = _plan(folders, sources, wish, outcome)
+    if outcome and not replan:
+        output.refuse_other_plan(plan)  # before hours of reading
+    shown = partial(track, console=console, transient=True, disable=not console.is_terminal)
+    photos, listed = None, sizes(output.shards)
+    if replan or not (done and all(output.is_done(shard, plan, listed) for shard in done)):
+        photos = read_photos(shown([(folder, shard) for folder in folders for shard in shard_names(folder)], "reading"))
+        console.print(f"{len(photos):,} photos are read; who is whose is looked for among their nearest neighbours.")
         copy_of, pairs = without_copies(photos.vectors, photos.hashes, photos.worth(), wish.similarity)
         laid = layout(copy_of, persons(photos.vectors, pairs, wish.similarity), wish)
-        plan = _plan(folders, sources, wish, laid)
-        output = Output(out)
-        with output.prepared(plan, replan=replan):
-            output.sources = sorted({name for source in sources for name in source.get("sources", ())})
+        plan = _plan(folders, sources, wish, laid.digest)
+        console.print(laid.summary)
+    with output.prepared(plan, replan=replan):
+        output.sources = sorted({name for source in sources for name in source.get("sources", ())})
+        if photos:
+            listed = sizes(output.shards)
             output.describe(plan, {"planned": {PART: len(photos)}})
             numbers = np.random.default_rng(int(plan.digest, 16)).permutation(int(laid.person.max()) + 1)
-            listed = sizes(output.shards)
-            for shard in range(int(laid.shard.max()) + 1):
+            for shard in shown(range(int(laid.shard.max()) + 1), "writing"):
                 if not output.is_done(shard_name(PART, shard), plan, listed):
                     _write_shard(output, plan, photos, laid, numbers, shard)
-            with lost_errors(out):
-                files = _copied(folders, sources, out)
-                manifests = read_manifests(out)
-                output.describe(plan, {**summary(manifests), "files": files})
-                counted = write_report(out)
-                write_card(out, counted, manifests)
-            return counted
+        with lost_errors(out):
+            files = _copied(folders, sources, out)
+            manifests = read_manifests(out)
+            output.describe(plan, {**summary(manifests), "files": files})
+            counted = write_report(out)
+            write_card(out, counted, manifests)
+        return counted
+
+
+def _outcome(out: AnyPath) -> tuple[str, list[str]]:
+    """Who is whose in OUT, as the digest of its layout, and its shards, where a run came to its end; nothing else."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        content = json.loads((out / DATASET).read_bytes())
+        return str(content["plan"]["settings"]["group"]["layout"]), list(content.get("shards", ()))
+    return "", []
 
 
 def _dataset(folder: AnyPath) -> dict[str, Any]:
@@ -186,14 +213,14 @@ def _require_same(first: AnyPath, one: dict[str, Any], folder: AnyPath, other: d
         )
 
 
-def _plan(folders: Sequence[AnyPath], sources: Sequence[dict[str, Any]], wish: Wish, laid: Layout) -> GroupPlan:
+def _plan(folders: Sequence[AnyPath], sources: Sequence[dict[str, Any]], wish: Wish, outcome: str) -> GroupPlan:
     """What decides the bytes of the new shards: what they are made of, and which photos are whose."""
     source = sources[0]["plan"]
     grouped = {
         "of": sorted(dataset_digest(read_manifests(folder)) for folder in folders),
         "similarity": wish.similarity,
         "singles": wish.singles,
-        "layout": laid.digest,
+        "layout": outcome,
     }
     described = {
         **{name: value for name, value in source.items() if name != "source"},

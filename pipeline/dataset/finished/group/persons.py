@@ -113,6 +113,6 @@ def _connected(pairs: Pairs, count: int) -> Iterator[Numbers]:
     """The sets of at least two vectors that pairs connect, each sorted."""
     graph = coo_array((np.ones(len(pairs.one), bool), (pairs.one, pairs.other)), shape=(count, count))
     _, component = connected_components(graph, directed=False)
-    order = np.argsort(component, kind="stable")
-    borders = np.flatnonzero(np.diff(component[order])) + 1
-    yield from (members for members in np.split(order, borders) if len(members) > 1)
+    several = np.flatnonzero((np.bincount(component) > 1)[component])
+    order = several[np.argsort(component[several], kind="stable")]
+    yield from np.split(order, np.flatnonzero(np.diff(component[order])) + 1) if len(order) else ()

@@ -1,14 +1,14 @@
 """The kept samples of some datasets as `group` sees them: ID vectors, hashes, ledger rows, and where their files lie.
 
-No picture stays in memory: vectors and ledger rows lie in scratch files, of a photo there are some 60 bytes.
+No picture stays in memory: vectors and ledger rows lie in scratch files; of a photo some 100 bytes are held.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from tarfile import BLOCKSIZE
+from tempfile import TemporaryFile
 
 import cv2
 import numpy as np
@@ -20,7 +20,7 @@ from pipeline.dataset.execute.make_shard import windowed
 from pipeline.dataset.finished.group.near_copies import HASHES, Hashes, hashes
 from pipeline.dataset.finished.group.persons import Numbers, Vectors
 from pipeline.dataset.out.forgotten import load
-from pipeline.dataset.out.ledger import read_ledger, shard_names
+from pipeline.dataset.out.ledger import read_ledger
 from pipeline.dataset.out.takedowns import Takedowns
 from pipeline.dataset.rows import filtered
 from pipeline.shared.files import AnyPath, read_range
@@ -75,28 +75,23 @@ class Photos:
         return self.tars[tar], read_range(self.tars[tar], start, stop)
 
 
-def read_photos(folders: Sequence[AnyPath], scratch: Path) -> Photos:
-    """Read all kept samples of finished shards, but for what their datasets are to forget.
+def read_photos(shards: Iterable[tuple[AnyPath, str]]) -> Photos:
+    """Read the kept samples of some finished shards of datasets, but for what these are to forget.
+
+    What is held on disk has no name: nothing is left of it, whoever is killed.
 
     Raises:
         OutputError: when there are none.
         CorruptShardError: names a file that is damaged, or contradicts another.
     """
     tars: list[AnyPath] = []
-    spans: list[tuple[int, int, int, int]] = []
-    hashed: list[tuple[np.uint64, ...]] = []
-    rows = pa.OSFile(str(scratch / "ledgers.arrow"), "wb")
-    with (
-        rows,
-        pa.ipc.new_file(rows, LEDGER_SCHEMA) as ledgers,
-        (scratch / "vectors").open("wb") as vectors,
-        ThreadPoolExecutor() as pool,
-    ):
-        for folder in folders:
-            takedowns = Takedowns(load(folder))
-            for shard in shard_names(folder):
+    spans, hashed = [np.zeros((0, 4), np.int64)], [np.zeros((0, HASHES), np.uint64)]
+    with TemporaryFile() as vectors, TemporaryFile() as rows, ThreadPoolExecutor() as pool:
+        with pa.ipc.new_file(rows, LEDGER_SCHEMA) as ledgers:
+            for folder, shard in shards:
                 ledger = read_ledger(folder, shard, LEDGER)
-                stays = pc.and_(pc.equal(ledger["verdict"], KEPT), pc.is_null(takedowns.reasons(ledger)))
+                reasons = Takedowns(load(folder)).reasons(ledger)
+                stays = pc.and_(pc.equal(ledger["verdict"], KEPT), pc.is_null(reasons))
                 ledger = filtered(ledger, stays).cast(LEDGER_SCHEMA).combine_chunks()
                 if not ledger.num_rows:
                     continue
@@ -107,24 +102,30 @@ def read_photos(folders: Sequence[AnyPath], scratch: Path) -> Photos:
                     for key, span, files in _samples(tar)
                     if key in numbers
                 )
+                own: list[tuple[int, ...]] = []
+                codes: list[tuple[np.uint64, ...]] = []
                 for key, span, measured in windowed(begun, lambda one: one, _AHEAD):
-                    vector, codes = measured.result()
+                    vector, code = measured.result()
                     vectors.write(vector)
-                    hashed.append(codes)
-                    spans.append((len(tars), numbers.pop(key), *span))
+                    codes.append(code)
+                    own.append((len(tars), numbers.pop(key), *span))
                 if numbers:
                     raise CorruptShardError(f"{tar}: it lacks {min(numbers)}, which its ledger keeps")
+                spans.append(np.array(own, np.int64))
+                hashed.append(np.array(codes, np.uint64))
                 ledgers.write_batch(ledger.to_batches()[0])
                 tars.append(tar)
-    if not spans:
-        raise OutputError(f"{' and '.join(map(str, folders))} hold no photo that was kept: there is nothing to group.")
-    return Photos(
-        np.memmap(scratch / "vectors", np.float32, "r", shape=(len(spans), _WIDTH)),
-        np.array(hashed, np.uint64).reshape(-1, HASHES),
-        np.array(spans, np.int64).reshape(-1, 4),
-        tars,
-        pa.ipc.open_file(pa.memory_map(str(scratch / "ledgers.arrow"))),
-    )
+        if not tars:
+            raise OutputError("No photo was kept in what is to be grouped: there is nothing to group.")
+        rows.flush()
+        vectors.flush()
+        return Photos(
+            np.memmap(vectors, np.float32, "r").reshape(-1, _WIDTH),
+            np.concatenate(hashed),
+            np.concatenate(spans),
+            tars,
+            pa.ipc.open_file(pa.memory_map(f"/proc/self/fd/{rows.fileno()}")),
+        )
 
 
 def _samples(tar: AnyPath) -> Iterator[tuple[str, tuple[int, int], dict[str, bytes]]]:
