@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import pipeline.__main__ as datasets
 import pipeline.train.__main__ as trainer
 from pipeline.dataset.config import Config, load_config
-from pipeline.shared.configfile import read_values
+from pipeline.shared.configfile import keys, read_values
 from pipeline.train.adapters.variants import VARIANTS
 from pipeline.train.settings import TrainConfig
 
@@ -44,6 +44,7 @@ OTHER_PROGRAMS = {
     "source",
     "tensorboard",
 }
+NO_KEYS = (".csv", ".html", ".json", ".parquet", ".py", ".safetensors")
 SHORT = {"run": ["--steps", "2", "--set", "adapter.lora_rank=4", "--set", "data.workers=0"]}
 LOCAL = {"dataset": ["--executor", "local"], "plan": ["--executor", "local"]}
 
@@ -78,10 +79,16 @@ def folder(dataset, tmp_path_factory) -> Path:
     return folder
 
 
+def words_of(line: str) -> list[str]:
+    """The words of a command, without the `…` that stands for further ones (it may stand for an option's value)."""
+    words = shlex.split(line, comments=True)
+    pairs = zip(["", *words], words, strict=False)
+    return [word for before, word in pairs if "…" not in word or before.startswith("--")]
+
+
 def commands(code: str) -> list[list[str]]:
-    """The words of each line, without what stands for further ones."""
-    lines = (shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines())
-    return [[word for word in words if "…" not in word] for words in lines if words]
+    """The words of each line."""
+    return [words for line in code.replace("\\\n", " ").splitlines() if (words := words_of(line))]
 
 
 def made(words: list[str]) -> list[list[str]]:
@@ -108,10 +115,10 @@ def parse(app: typer.Typer, words: list[str]) -> None:
     """Options, their values, and config keys are known ones."""
     command, rest = leaf(app, words)
     given = command.make_context(words[0], list(rest)).params
-    sets = given.get("sets") or []
+    sets = [pair for pair in given.get("sets") or [] if "…" not in pair]
     if app is trainer.app:
         TrainConfig.model_validate(read_values(None, sets))
-        assert given.get("name", "") in {*VARIANTS, ""}
+        assert given.get("name", "") in {*VARIANTS, "NAME", ""}
     else:
         load_config(None, sets, profile=given.get("profile"), extras=given.get("extras"))
 
@@ -159,6 +166,18 @@ def done() -> set[tuple[str, ...]]:
 def test_every_block_says_what_it_is():
     assert {block.language for block in BLOCKS} <= {"sh", "python", "toml", "text", "yaml"}
     assert len([block for block in BLOCKS if block.why is None and block.language in ("sh", "python")]) > 5
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "LOG.md"], ids=lambda page: page.name)
+def test_commands_and_keys_in_sentences_are_known(page):
+    known = {key for model in (Config, TrainConfig) for key, _ in keys(model)}
+    sections = {key.split(".")[0] for key in known}
+    for span in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
+        if span.startswith(("python -m pipeline", "make ")) and " --" in span and "[" not in span:
+            call(words_of(span), run=False, done=set())
+        key = re.fullmatch(r"(?:--set )?([a-z]+\.[a-z_.]+[a-z])(?: ?=.*)?", span)
+        if key and key[1].split(".")[0] in sections and not key[1].endswith(NO_KEYS):
+            assert any(f"{one}.".startswith(f"{key[1]}.") or key[1].startswith(f"{one}.") for one in known), span
 
 
 @pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS}))
