@@ -54,6 +54,7 @@ class Session:
             rank=rank,
             world=accelerator.num_processes,
             base=job.base.folder,
+            faces=job.variant.faces,
             pin_memory=accelerator.device.type == "cuda",
         )
         self.prepare = Preparer(base, self.generator)
@@ -189,7 +190,8 @@ def _model(job: TrainJob, base: Base) -> AdapterModel:
         base.unet.enable_gradient_checkpointing()
     is_compiled = settings.compile
     if is_compiled == "auto":
-        has_one_shape = not (job.config.data.buckets and job.config.data.crops.full)
+        data = job.config.data
+        has_one_shape = not (data.buckets and data.crops.full) and not (data.pairs and job.variant.faces > 1)
         is_worth_it = job.config.steps >= _WORTH_COMPILING and has_one_shape
         is_compiled = base.device.type == "cuda" and is_worth_it and find_spec("triton") is not None
     if is_compiled:

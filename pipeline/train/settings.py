@@ -54,6 +54,13 @@ class DataSettings(Section):
     """Which crop is the target."""
     kinds: KindShares = KindShares()
     """How much of each source kind is read."""
+    pairs: float = Field(0.0, ge=0, le=1)
+    """Probability that the condition is of another photo of the person, never of the target itself; `faceid-portrait`
+    takes one to five others. For datasets that `python -m pipeline group` made."""
+    pair_features: Literal["both", "id", "image"] = "both"
+    """What is of the other photo then: the ID vector, the image features, or both."""
+    balance: Literal["photo", "person"] = "photo"
+    """What is as likely as another: each photo, or each person, of whom an epoch takes one photo, another each time."""
     alternatives: float = Field(0.0, ge=0, le=1)
     """Probability that one of a sample's further captions (text_alternatives) stands in for the first."""
     allow_no_captions: bool = False

@@ -134,6 +134,8 @@ class Variant:
     """A new projection with PyTorch's initial values: its features, batch first -> (B, tokens, text)."""
     lora: bool = False
     """Whether a LoRA on every attention is trained along."""
+    faces: int = 1
+    """Most ID vectors side by side, (B, F, 512): at inference, and of F other photos of the person in training."""
     sidecar: Mapping[str, Any] = field(default_factory=lambda: {"shortcut": False})
     """What no file can say of itself: `shortcut`, whether the ID tokens are added to the image branch."""
 
@@ -164,8 +166,8 @@ _TABLE = (
     Variant("full-face", ("hidden",), lambda widths, _: TokenMlp(widths)),
     # With a LoRA, since ID vectors alone are slow to learn from.
     Variant("faceid", ("arcface",), lambda widths, _: IdMlp(widths), lora=True),
-    # Trained on one face per sample; up to five are put side by side at inference.
-    Variant("faceid-portrait", ("arcface",), lambda widths, _: IdMlp(widths, 16)),
+    # Up to five faces are put side by side at inference; trained so too with data.pairs.
+    Variant("faceid-portrait", ("arcface",), lambda widths, _: IdMlp(widths, 16), faces=5),
     # The image features dominate. Released for SD1.5 only.
     Variant("faceid-plus", ("arcface", "hidden"), lambda widths, _: IdQueries(widths), lora=True),
     # The ID first, structure beside it.

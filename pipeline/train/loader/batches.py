@@ -47,8 +47,8 @@ class Batch:
     text_pooled: Tensor | None
     """(B, P) float16, SDXL only."""
     condition: dict[str, Tensor | MixedTokens]
-    """Role -> features: arcface (B, 512) and pooled (B, P) float32, hidden (B, 257, D) float16, or MixedTokens where
-    shards hold any in int8; where uncond_image is set, those of "no face"."""
+    """Role -> features: arcface (B, 512), or (B, F, 512) of F photos each, and pooled (B, P) float32, hidden
+    (B, 257, D) float16, or MixedTokens where shards hold any in int8; where uncond_image is set, those of "no face"."""
     uncond_image: Tensor
     """(B,) bool."""
     uncond_text: Tensor
@@ -82,7 +82,7 @@ class Batch:
 
 
 def collate(group: Sequence[Planned], reading: Reading, position: Position) -> Batch:
-    """Decode samples whose targets have one size.
+    """Decode samples whose targets have one size, and whose conditions are of equally many photos.
 
     Raises:
         CorruptShardError: names shard and key of the first that cannot be decoded.
@@ -104,12 +104,7 @@ def collate(group: Sequence[Planned], reading: Reading, position: Position) -> B
     }
     condition: dict[str, Tensor | MixedTokens] = {}
     for role in reading.files:
-        rows = [
-            reading.unconditional[role]
-            if one.uncond_image
-            else stored_row(one.raw, role, *reading.condition_file(role, plain=one.plain, mirror=one.mirror))
-            for one in group
-        ]
+        rows = [_condition(one, role, reading) for one in group]
         arrays = [row for row in rows if not isinstance(row, Quantised)]
         if len(arrays) == len(rows):
             condition[role] = _stacked(arrays, np.float16 if role == "hidden" else np.float32)
@@ -131,6 +126,21 @@ def collate(group: Sequence[Planned], reading: Reading, position: Position) -> B
         kps=torch.from_numpy(np.stack([one.kps for one in group])),
         position=position,
     )
+
+
+def _condition(planned: Planned, role: str, reading: Reading) -> npt.NDArray[Any] | Quantised:
+    """The features of a sample's role, those of several photos side by side.
+
+    Features of another photo are mirrored with the target: two mirrored photos are two photos of the mirrored person,
+    whose parting is on the same side in both.
+    """
+    sources = planned.id_from if role == "arcface" else (planned.image_from,)
+    if planned.uncond_image:
+        rows: list[Any] = [reading.unconditional[role]] * len(sources)
+    else:
+        file = reading.condition_file(role, plain=planned.plain, mirror=planned.mirror)
+        rows = [stored_row(source, role, *file) for source in sources]
+    return rows[0] if len(rows) == 1 else np.stack(rows)
 
 
 def _stacked(rows: Sequence[npt.NDArray[Any]], dtype: type[np.floating[Any]]) -> Tensor:

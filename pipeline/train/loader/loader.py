@@ -38,6 +38,7 @@ class ShardLoader:
         rank: int = 0,
         world: int = 1,
         base: Path | None = None,
+        faces: int = 1,
         pin_memory: bool = False,
     ) -> None:
         """Prove that the shards hold what is read; nothing is started yet.
@@ -49,6 +50,7 @@ class ShardLoader:
             rank: this process, from 0.
             world: training processes.
             base: diffusers folder of the base, whose encoders precomputed targets must be of; None is trust.
+            faces: most ID vectors side by side that the variant takes, where data.pairs draws several photos.
             pin_memory: put batches into page-locked memory, for a GPU.
 
         Raises:
@@ -56,7 +58,7 @@ class ShardLoader:
         """
         if dataset.samples < world:
             raise SourceError(f"{dataset.folders} holds {dataset.samples} samples, too few for {world} processes.")
-        self.reading = reading = plan_reading(dataset, variant_reads, config, base)
+        self.reading = reading = plan_reading(dataset, variant_reads, config, base, faces)
         self.notices = reading.notices
         # A worker without samples would have nothing to wait for.
         self.workers = min(config.data.workers, dataset.samples // world)

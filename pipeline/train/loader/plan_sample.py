@@ -1,6 +1,6 @@
 """What becomes of a sample: its crop, cut, mirroring, colours and unconditional parts, drawn before any decoding."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +37,10 @@ class Planned(NamedTuple):
 
     raw: Raw
     """Of the targets, that of the crop alone."""
+    id_from: tuple[Raw, ...]
+    """Photos whose ID vectors are the condition: the sample itself, or others of the person."""
+    image_from: Raw
+    """The photo whose image features are."""
     caption: str
     crop: str
     size: Size
@@ -61,19 +65,24 @@ class Planner:
         self._reading = reading
         self._config = config
         self._draws = draws
-        # Drawn apart, so that what kind and caption need moves no other draw.
-        self._mixing = draws.spawn(1)[0]
+        # Drawn apart, so that what kind, caption and pairs need moves no other draw.
+        self._mixing, self._pairing = draws.spawn(2)
         self._balance = Balance(config.data.crops)
         self._sizes = buckets(config.data.resolution)
 
-    def __call__(self, raw: Raw) -> Planned | None:
+    def __call__(self, raw: Raw, others: Sequence[Raw] = ()) -> Planned | None:
         """Decide for the next sample; None for one that is left out: by its kind, or since the photo gave no crop.
+
+        Args:
+            raw: the sample.
+            others: photos of the same person, of which the condition's files are read.
 
         Raises:
             CorruptShardError: when its json cannot be used, or it lacks a file that the json speaks of.
         """
         draws = _Draws(*self._draws.random(len(_Draws._fields)).tolist())
         kind_draw, caption_draw, which = self._mixing.random(3).tolist()
+        pair_draw, count_draw, *which_others = self._pairing.random(2 + self._reading.faces).tolist()
         reading, guidance, content = self._reading, self._config.guidance, meta(raw)
         mirror = draws.flip < reading.flip
         try:
@@ -103,9 +112,21 @@ class Planner:
         both_from = text_from + guidance.p_uncond_text
         end = both_from + guidance.p_uncond_both
         # Without the targets that were not picked: a buffer of samples is to be small.
-        others = {reading.target(other) for other in CROPS if other != name}
+        unused = {reading.target(other) for other in CROPS if other != name}
+        own = raw._replace(files={suffix: data for suffix, data in raw.files.items() if suffix not in unused})
+        id_from: tuple[Raw, ...] = (own,)
+        image_from = own
+        if others and pair_draw < self._config.data.pairs:
+            left, count = list(others), 1 + int(count_draw * min(reading.faces, len(others)))
+            drawn = [left.pop(int(draw * len(left))) for draw in which_others[:count]]
+            if self._config.data.pair_features != "image":
+                id_from = tuple(drawn)
+            if self._config.data.pair_features != "id":
+                image_from = drawn[0]
         return Planned(
-            raw=raw._replace(files={suffix: data for suffix, data in raw.files.items() if suffix not in others}),
+            raw=own,
+            id_from=id_from,
+            image_from=image_from,
             caption=caption,
             crop=name,
             size=crop.size,

@@ -10,8 +10,9 @@ import numpy.typing as npt
 from pipeline.train.loader.condition import first_shapes, require, unconditional
 from pipeline.train.loader.crops import CROPS
 from pipeline.train.loader.dataset import Dataset
+from pipeline.train.loader.pairs import lonely
 from pipeline.train.settings import DataSettings, TrainConfig
-from schemas.errors import SourceError
+from schemas.errors import ConfigError, SourceError
 from schemas.shard import either_form
 from schemas.targets import text_sha256, vae_sha256
 
@@ -44,15 +45,20 @@ class Reading:
     """Probability of changed colours."""
     alternatives: float
     """Probability of a further caption in place of the first."""
+    faces: int
+    """Most photos of a person whose ID vectors are one condition, side by side."""
     notices: tuple[str, ...]
     """A sentence for each thing of the config that was switched off, and why."""
 
     @property
     def wanted(self) -> frozenset[str]:
         """Suffixes that are read."""
-        targets = map(self.target, CROPS)
-        condition = {*self.files.values(), *self.plain.values(), *self.mirrored.values()}
-        return either_form({"json", *condition, *self.text, *targets})
+        return either_form({"json", *self.text, *map(self.target, CROPS)}) | self.condition
+
+    @property
+    def condition(self) -> frozenset[str]:
+        """Those of the condition."""
+        return either_form({*self.files.values(), *self.plain.values(), *self.mirrored.values()})
 
     def condition_file(self, role: str, *, plain: bool, mirror: bool) -> tuple[str, tuple[int, ...]]:
         """Suffix and shape of what a sample's condition is read from."""
@@ -64,7 +70,9 @@ class Reading:
         return f"latents.{crop}.npy" if self.latents else f"{crop}.jpg"
 
 
-def plan_reading(dataset: Dataset, reads: Sequence[str], config: TrainConfig, base: Path | None = None) -> Reading:
+def plan_reading(
+    dataset: Dataset, reads: Sequence[str], config: TrainConfig, base: Path | None = None, faces: int = 1
+) -> Reading:
     """Decide what is read of each sample.
 
     Args:
@@ -72,8 +80,10 @@ def plan_reading(dataset: Dataset, reads: Sequence[str], config: TrainConfig, ba
         reads: roles that the variant reads.
         config: of the run.
         base: diffusers folder of the base; precomputed targets must be of its encoders. None takes them on trust.
+        faces: most ID vectors side by side that the variant takes.
 
     Raises:
+        ConfigError: when there is nothing of another photo that the variant reads.
         SourceError: when the shards lack what the config or the variant asks for.
         CorruptShardError: when the first sample is damaged.
     """
@@ -88,6 +98,18 @@ def plan_reading(dataset: Dataset, reads: Sequence[str], config: TrainConfig, ba
 
     if texts and config.data.alternatives:
         notices.append("data.alternatives is off: texts are precomputed, of the first captions (data.text = captions).")
+
+    if config.data.pairs and not any(_is_paired(role, config.data.pair_features) for role in reads):
+        raise ConfigError(
+            f"The variant reads {' and '.join(reads)} alone, so that data.pair_features = {config.data.pair_features} "
+            "pairs nothing: give --set data.pair_features=both."
+        )
+    if config.data.pairs or config.data.balance == "person":
+        photos, alone = lonely(dataset)
+        notices.append(
+            f"of {photos:,} photos that were looked at, {alone:,} ({alone / photos:.0%}) are the only one of their "
+            "person: their condition is always their own."
+        )
 
     # The condition has to follow what is done to the target; what it cannot follow is left out.
     features = [suffix for each in (files, plain) for role, suffix in each.items() if role != _MIRRORS_FREELY]
@@ -121,8 +143,13 @@ def plan_reading(dataset: Dataset, reads: Sequence[str], config: TrainConfig, ba
         flip=flip,
         colour=0.0 if against_colour else augment.colour,
         alternatives=0.0 if texts else config.data.alternatives,
+        faces=faces,
         notices=tuple(notices),
     )
+
+
+def _is_paired(role: str, features: Literal["both", "id", "image"]) -> bool:
+    return features == "both" or (role == "arcface") == (features == "id")
 
 
 def _precomputed(

@@ -4,11 +4,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from random import Random
 
+import numpy as np
 from webdataset.filters import shuffle
 
+from pipeline.shared.tars import Wish
 from pipeline.train.loader.batches import Batch, Position, collate
 from pipeline.train.loader.dataset import Dataset
-from pipeline.train.loader.order import draws_generator, sample_ranges
+from pipeline.train.loader.order import SampleRange, draws_generator, sample_ranges
+from pipeline.train.loader.pairs import PAD, one_of, persons
 from pipeline.train.loader.plan_sample import Planned, Planner
 from pipeline.train.loader.reading import Reading
 from pipeline.train.loader.shards import samples
@@ -74,19 +77,39 @@ class Consumer:
 
         kept = [shard.kept for shard in shards]
         ranges = sample_ranges(kept, config.seed, epoch, self._consumer, self._consumers)
-        raws = (raw for shard, start, stop in ranges for raw in samples(shards[shard], start, stop, wish))
-        planned = (one for raw in raws if (one := plan(raw)) is not None)
+        if config.data.pairs or config.data.balance == "person":
+            planned = self._by_person(ranges, wish, plan, draws.spawn(1)[0])
+        else:
+            raws = (raw for shard, start, stop in ranges for raw in samples(shards[shard], start, stop, wish))
+            planned = (one for raw in raws if (one := plan(raw)) is not None)
         shuffled: Iterator[Planned] = shuffle(config.data.shuffle, rng=shuffling)(planned)
         return shuffled
 
+    def _by_person(
+        self, ranges: Iterable[SampleRange], wish: Wish, plan: Planner, draws: np.random.Generator
+    ) -> Iterator[Planned]:
+        """All samples of the ranges, each planned with others of its person; or one of each person."""
+        for index, start, stop in ranges:
+            shard = self._dataset.shards[index]
+            first, last = max(0, start - PAD), min(shard.kept, stop + PAD)
+            numbered = enumerate(samples(shard, first, last, wish), first)
+            raws = ((start <= number < stop, raw) for number, raw in numbered)
+            for members in persons(raws, self._reading.condition):
+                planned = (one for raw, others in members if (one := plan(raw, others)) is not None)
+                yield from one_of(planned, draws) if self._config.data.balance == "person" else planned
+
 
 def grouped(planned: Iterable[Planned], size: int) -> Iterator[Sequence[Planned]]:
-    """Groups of `size` samples whose targets have one size; smaller ones at the end, so that none is lost."""
-    waiting: dict[Size, list[Planned]] = {}
+    """Groups of `size` samples whose targets have one size, and whose conditions are of equally many photos.
+
+    Smaller ones come at the end, so that none is lost.
+    """
+    waiting: dict[tuple[Size, int], list[Planned]] = {}
     for one in planned:
-        group = waiting.setdefault(one.fit.size, [])
+        key = one.fit.size, len(one.id_from)
+        group = waiting.setdefault(key, [])
         group.append(one)
         if len(group) == size:
-            yield waiting.pop(one.fit.size)
+            yield waiting.pop(key)
     for key in sorted(waiting):
         yield waiting[key]

@@ -122,6 +122,7 @@ READING = Reading(
     flip=0.5,
     colour=0.0,
     alternatives=0.0,
+    faces=1,
     notices=(),
 )
 
