@@ -17,7 +17,8 @@ from schemas.shard import PLAIN
 
 BROKEN = (tarfile.TarError, EOFError, ValueError, OverflowError)
 """What tarfile raises for bytes that are no such tar."""
-_NATIVE = {plain: native for native, plain in PLAIN.items()}
+NATIVE = {plain: native for native, plain in PLAIN.items()}
+"""Suffix in the plain layout -> the native one."""
 _LARGE = 64 << 20
 """Whether so many bytes are there at all is checked before they are read: their memory would be taken at once."""
 
@@ -142,7 +143,7 @@ def _samples(
                 return
         if not (info.isreg() and suffix):
             raise CorruptShardError(f"{tar}: {info.name} is not a file of a sample")
-        suffix = _NATIVE.get(suffix, suffix)
+        suffix = NATIVE.get(suffix, suffix)
         if suffix in seen:
             raise CorruptShardError(f"{tar}: {info.name} occurs twice")
         seen.add(suffix)

@@ -1,5 +1,6 @@
 import json
 import re
+import tarfile
 from pathlib import Path
 
 import cv2
@@ -288,3 +289,13 @@ def test_labelled_photos_are_grouped_as_labelled(data, labels, tmp_path):
     pairs = [(one, other) for one in files for other in files if one < other]
     assert sum(person[one] == person[other] for one, other in pairs) == 3
     assert all((files[one] == files[other]) == (person[one] == person[other]) for one, other in pairs)
+
+
+def test_a_dataset_in_the_plain_layout_stays_in_it(tmp_path):
+    assert make(tmp_path / "plain", "pack.layout=plain")[0] is ExitCode.OK
+    grouped(tmp_path / "out", tmp_path / "plain")
+    assert verify(tmp_path / "out") == []
+    with tarfile.open(tmp_path / "out" / "shards" / "persons-00000.tar") as tar:
+        suffixes = {name.partition(".")[2] for name in tar.getnames()}
+    assert {"jpg", "txt", "json"} < suffixes
+    assert "full.jpg" not in suffixes

@@ -33,6 +33,7 @@ from pipeline.dataset.out.takedowns import blank
 from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import WITNESS_SCHEMA, Rows, put
 from pipeline.shared.files import AnyPath, sizes, write
+from pipeline.shared.tars import NATIVE
 from schemas.columns import KEPT
 from schemas.digest import sha256
 from schemas.drops import DropReason
@@ -41,6 +42,7 @@ from schemas.names import sample_key, shard_name
 from schemas.shard import DATASET, SUFFIXES, UNCONDITIONAL, dataset_digest, sample_sha256
 from stages import STAGES
 from stages.runtime import Runtime
+from stages.settings import PackSettings
 
 PART = "persons"
 """The part that rows of grouped datasets belong to."""
@@ -227,7 +229,8 @@ def _plan(folders: Sequence[AnyPath], sources: Sequence[dict[str, Any]], wish: W
         "rows_per_shard": wish.samples_per_shard,
         "settings": {**source["settings"], "group": grouped},
     }
-    config = Config().model_copy(update={"profile": source["profile"]})
+    layout = PackSettings(layout=source["settings"].get("pack", {}).get("layout", "native"))
+    config = Config().model_copy(update={"profile": source["profile"], "pack": layout})
     return GroupPlan(config, Runtime(), tuple(STAGES.values()), (), described=described)
 
 
@@ -276,7 +279,8 @@ def _sample(photos: Photos, number: int, record: dict[str, Any], origin: str) ->
     tar, data = photos.files(number)
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as members:
-            files = {one.name.partition(".")[2]: members.extractfile(one).read() for one in members}  # type: ignore[union-attr]
+            read = {one.name.partition(".")[2]: members.extractfile(one).read() for one in members}  # type: ignore[union-attr]
+        files = {NATIVE.get(suffix, suffix): content for suffix, content in read.items()}
         content = json.loads(files["json"])
     except (tarfile.TarError, OSError, ValueError, KeyError, AttributeError) as error:
         raise CorruptShardError(f"{tar}: {origin}: {error}") from error

@@ -24,7 +24,7 @@ from pipeline.dataset.out.ledger import read_ledger
 from pipeline.dataset.out.takedowns import Takedowns
 from pipeline.dataset.rows import filtered
 from pipeline.shared.files import AnyPath, read_range
-from pipeline.shared.tars import corrupt_errors, members, read
+from pipeline.shared.tars import NATIVE, corrupt_errors, members, read
 from schemas.columns import KEPT, LEDGER, LEDGER_SCHEMA
 from schemas.errors import CorruptShardError, OutputError
 from schemas.shard import decode_npy
@@ -132,11 +132,12 @@ def _samples(tar: AnyPath) -> Iterator[tuple[str, tuple[int, int], dict[str, byt
     """Key, first byte and end, and those files that are looked at, of each sample of a tar."""
     with corrupt_errors(tar), tar.open("rb") as stream:
         for key, group in groupby(members(stream), lambda info: info.name.partition(".")[0]):
-            infos = {info.name.partition(".")[2]: info for info in group}
+            every = list(group)
+            suffixes = (info.name.partition(".")[2] for info in every)
+            infos = {NATIVE.get(suffix, suffix): info for suffix, info in zip(suffixes, every, strict=True)}
             picture = next((suffix for suffix in _PICTURES if suffix in infos), "")
             wanted = {"arcface.npy", "face.jpg", picture} & infos.keys()
             files = {suffix: read(stream, infos[suffix].offset_data, infos[suffix].size) for suffix in wanted}
-            every = list(infos.values())
             stop = every[-1].offset_data + every[-1].size
             yield key, (every[0].offset, stop + -stop % BLOCKSIZE), files
 
