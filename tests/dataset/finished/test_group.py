@@ -201,7 +201,7 @@ def test_what_cannot_be_grouped_is_said_in_a_sentence(made, tmp_path):
     with pytest.raises(OutputError, match="holds no dataset"):
         grouped(tmp_path / "out", tmp_path)
     with pytest.raises(OutputError, match="give another --out"):
-        grouped(made / "source", made / "source")
+        grouped(made / "out/../source", made / "source")
     empty = fake_dataset.write(tmp_path / "empty", {"part-00000": [fake_dataset.dead("part", 0, "metadata", "unsafe")]})
     with pytest.raises(OutputError, match="nothing to group"):
         grouped(tmp_path / "out", empty)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,10 @@ PART = "persons"
 """The part that rows of grouped datasets belong to."""
 DROPS = (DropReason.NEAR_COPY, DropReason.SINGLE_PHOTO)
 """The reasons that are given here, in the name of the last stage: samples were made, and then left out."""
+_SAME = ("schema_version", "profile", "settings", "models")
+"""What the plans of the sources must agree in."""
 _TOGETHER = 16
+"""Samples in memory at a time."""
 _SAMPLE_WEIGHT = 10
 """A sample counts as so many dropped rows where shards are cut."""
 
@@ -143,11 +147,10 @@ def group(folders: Sequence[AnyPath], out: AnyPath, wish: Wish, console: Console
         CorruptShardError: when a file of theirs is damaged; finished shards of OUT are kept.
         LostError: when OUT cannot be written any more.
     """
-    if out in folders:
+    given = [one.resolve() if isinstance(one, Path) else one for one in (*folders, out)]
+    if given[-1] in given[:-1]:
         raise OutputError(f"{out} is what is to be grouped: give another --out.")
-    sources = [_dataset(folder) for folder in folders]
-    for folder, source in zip(folders, sources, strict=True):
-        _require_same(folders[0], sources[0], folder, source)
+    sources = _sources(folders)
     if sources[0]["profile"] == "embedded":
         console.print("The profile embedded is for trying out: its ID vectors tell no persons apart.")
     output = Output(out)
@@ -156,7 +159,9 @@ def group(folders: Sequence[AnyPath], out: AnyPath, wish: Wish, console: Console
     if outcome and not replan:
         output.refuse_other_plan(plan)  # before hours of reading
     shown = partial(track, console=console, transient=True, disable=not console.is_terminal)
-    photos, listed = None, sizes(output.shards)
+    photos = None
+    with lost_errors(out):
+        listed = sizes(output.shards)
     if replan or not (done and all(output.is_done(shard, plan, listed) for shard in done)):
         photos = read_photos(shown([(folder, shard) for folder in folders for shard in shard_names(folder)], "reading"))
         console.print(f"{len(photos):,} photos are read; who is whose is looked for among their nearest neighbours.")
@@ -190,29 +195,27 @@ def _outcome(out: AnyPath) -> tuple[str, list[str]]:
     return "", []
 
 
-def _dataset(folder: AnyPath) -> dict[str, Any]:
-    """dataset.json of a dataset that has ID vectors."""
-    try:
-        content = dict(json.loads((folder / DATASET).read_bytes()))
-        embeddings = content["plan"]["settings"].get("pack", {}).get("embeddings", True)
-    except FileNotFoundError:
-        raise OutputError(f"{folder} holds no dataset: give the OUT of a `dataset` run.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise OutputError(f"{folder / DATASET} cannot be read ({error}): `verify` tells more.") from error
-    if not embeddings:
-        raise OutputError(f"{folder} was made without ID vectors (pack.embeddings = false): it cannot be grouped.")
-    return content
-
-
-def _require_same(first: AnyPath, one: dict[str, Any], folder: AnyPath, other: dict[str, Any]) -> None:
-    """Rows of one dataset were made in one way: their plans may differ in what they were made of alone."""
-    names = ("schema_version", "profile", "settings", "models")
-    before, now = ({name: each["plan"].get(name) for name in names} for each in (one, other))
-    if before != now:
-        raise OutputError(
-            f"{first} and {folder} were made in different ways ({'; '.join(differences(before, now))}): "
-            "group datasets that were made with the same models and settings."
-        )
+def _sources(folders: Sequence[AnyPath]) -> list[dict[str, Any]]:
+    """dataset.json of each dataset, all of which must have ID vectors and have been made in one way."""
+    sources: list[dict[str, Any]] = []
+    for folder in folders:
+        try:
+            content = dict(json.loads((folder / DATASET).read_bytes()))
+            embeddings = content["plan"]["settings"].get("pack", {}).get("embeddings", True)
+        except FileNotFoundError:
+            raise OutputError(f"{folder} holds no dataset: give the OUT of a `dataset` run.") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise OutputError(f"{folder / DATASET} cannot be read ({error}): `verify` tells more.") from error
+        if not embeddings:
+            raise OutputError(f"{folder} was made without ID vectors (pack.embeddings = false): it cannot be grouped.")
+        sources.append(content)
+        first, now = ({name: one["plan"].get(name) for name in _SAME} for one in (sources[0], content))
+        if first != now:
+            raise OutputError(
+                f"{folders[0]} and {folder} were made in different ways ({'; '.join(differences(first, now))}): "
+                "group datasets that were made with the same models and settings."
+            )
+    return sources
 
 
 def _plan(folders: Sequence[AnyPath], sources: Sequence[dict[str, Any]], wish: Wish, outcome: str) -> GroupPlan:

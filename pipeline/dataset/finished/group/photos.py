@@ -71,8 +71,9 @@ class Photos:
 
     def files(self, number: int) -> tuple[AnyPath, bytes]:
         """The tar of a photo, and the bytes of its members in it."""
-        tar, _, start, stop = self.spans[number].tolist()
-        return self.tars[tar], read_range(self.tars[tar], start, stop)
+        number, _, start, stop = self.spans[number].tolist()
+        with corrupt_errors(self.tars[number]):
+            return self.tars[number], read_range(self.tars[number], start, stop)
 
 
 def read_photos(shards: Iterable[tuple[AnyPath, str]]) -> Photos:
