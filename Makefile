@@ -23,7 +23,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup dataset train plan report verify models test lint bench bench-gpu bench-gpu-wheels docs image clean
+.PHONY: help setup dataset train plan report verify models test lint bench bench-gpu bench-gpu-wheels docs cluster-demo image clean
 
 PY    := .venv/bin/python
 STAMP  = .venv/.setup-$(EXTRA)
@@ -107,6 +107,9 @@ docs: $(STAMP) ## build the site of docs/ into build/site, and run its notebook:
 	rm -rf build/notebook; mkdir -p build/notebook; cp docs/notebook.ipynb build/notebook
 	.venv/bin/jupyter-execute --inplace build/notebook/notebook.ipynb
 	cp build/notebook/notebook.ipynb build/site
+
+cluster-demo: $(STAMP) ## a Ray cluster on this machine, of which a node dies and another joins: same bytes as local [ARGS=]
+	$(PY) benchmarks/cluster_demo.py $(ARGS)
 
 image: ## build the Docker image faceshards:cpu or faceshards:gpu [EXTRA= TORCH_INDEX=]
 	@command -v docker >/dev/null || { echo "docker is not installed; make image needs it, no other target does." >&2; exit 1; }

@@ -8,6 +8,7 @@ is published whole or not at all, so that another attempt is harmless.
 """
 
 import time
+from collections import Counter, defaultdict
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from ray.exceptions import (
     RayError,
     WorkerCrashedError,
 )
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.dataset.execute.cluster_node import NODE_DIED, TICK_S, NodeGuard, joined
 from pipeline.dataset.execute.make_shard import Event, Execute, Finished, Worker, load_models, make_shard, windowed
@@ -49,7 +51,7 @@ _DEATHS = (NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, Work
 @contextmanager
 def started(plan: Plan) -> Iterator[Execute]:
     """Ray for the time of a run; see `joined`."""
-    with joined(plan.config.executor, plan.pool) as guard:
+    with joined(plan) as guard:
         yield lambda plan, shards, output: run(plan, shards, output, guard)
 
 
@@ -173,6 +175,8 @@ class _Attempt:
     overdue_left: int = _OVERDUE_RETRIES
     maker: Any = None
     """Handle of the `_Maker` that makes it."""
+    node: str = ""
+    """Id of the node on which that was started."""
     actor: _Actor = field(init=False)
     """With the models that compute it."""
     progress: float = field(default_factory=time.monotonic)
@@ -186,8 +190,8 @@ class _Crew:
         self._plan, self._output, self._guard = plan, output, guard
         self._actors = _Actors(plan)
         self._patience = plan.config.executor.shard_timeout_s
-        self._idle: list[Any] = []
-        """Handles of the makers without a shard."""
+        self._idle: defaultdict[str, list[Any]] = defaultdict(list)
+        """Node -> handles of its makers without a shard."""
         # A few shards alone keep a GPU's threads at work; of many, no more rows lie ready than these need.
         self._ahead = max(_IN_FLIGHT_PER_SHARD, plan.pool.threads // 4)
         self.running: dict[Any, _Attempt] = {}
@@ -197,26 +201,30 @@ class _Crew:
         """Have a shard made, with the models' actor that has the least to do."""
         attempt.actor = self._actors.choose()
         attempt.actor.shards += 1
-        attempt.maker = self._idle.pop() if self._idle else self._new_maker()
+        # Where fewest shards are made, such as on a node that just joined; there by a maker that idles, if any does.
+        busy = Counter(other.node for other in self.running.values())
+        attempt.node = min(sorted(self._guard.live_nodes), key=lambda node: (busy[node], not self._idle[node]))
+        idle = self._idle[attempt.node]
+        attempt.maker = idle.pop() if idle else self._new_maker(attempt.node)
         attempt.progress = time.monotonic()
         self.running[attempt.maker.make.remote(attempt.seeds, attempt.actor.handle, self._ahead)] = attempt
 
-    def _new_maker(self) -> Any:
-        options = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")
-        handle: Any = options(_Maker).remote(self._plan, self._output)
+    def _new_maker(self, node: str) -> Any:
+        options: dict[str, Any] = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
+        handle: Any = ray.remote(num_cpus=0, **options)(_Maker).remote(self._plan, self._output)
         return handle
 
     def _end(self, stream: Any) -> _Attempt:
         """Take a shard from its maker, which is free for another one."""
         attempt = self.running.pop(stream)
         attempt.actor.shards -= 1
-        self._idle.append(attempt.maker)
+        self._idle[attempt.node].append(attempt.maker)
         return attempt
 
     def _kill(self, stream: Any) -> _Attempt:
         """Take a shard from its maker, which ends."""
         attempt = self._end(stream)
-        ray.kill(self._idle.pop())
+        ray.kill(self._idle[attempt.node].pop())
         return attempt
 
     def news(self) -> Iterator[Event]:

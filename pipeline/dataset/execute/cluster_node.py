@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayError
 
 from pipeline.dataset.config import ExecutorSettings
-from pipeline.dataset.plan import Pool
+from pipeline.dataset.plan import Plan
 from schemas.errors import ExitCode, LostError, PlanError, first_line
 
 _REACH_S = 10.0
@@ -32,22 +32,24 @@ NODE_DIED = (
 
 
 @contextmanager
-def joined(executor: ExecutorSettings, pool: Pool) -> Iterator["NodeGuard"]:
+def joined(plan: Plan) -> Iterator["NodeGuard"]:
     """Ray for the time of a run: a local one for as many workers as the plan asks, or the cluster at ray_address.
 
     Raises:
-        PlanError: when the cluster cannot be reached, or has fewer CPUs or GPUs than the plan needs.
+        PlanError: when the cluster cannot be reached, or cannot do it; see `require_fit`.
         LostError: when a local one cannot be started.
     """
+    executor = plan.config.executor
     try:
         _start(executor)
         context = ray.get_runtime_context()
-        node = next(node for node in _nodes() if node["NodeID"] == context.get_node_id())
+        nodes = _nodes()
+        node = next(node for node in nodes if node["NodeID"] == context.get_node_id())
         head, _, port = context.gcs_address.rpartition(":")
         listening = (head.strip("[]"), int(port)), (node["NodeManagerAddress"], int(node["NodeManagerPort"]))
         guard = NodeGuard(listening, _nodes, _CLUSTER_PATIENCE_S if executor.ray_address else 0)
         try:
-            _require_resources(pool)
+            require_fit(plan, nodes)
             yield guard
         finally:
             guard.stop()
@@ -92,15 +94,31 @@ def require_reachable(address: str) -> None:
         socket.create_connection((url.hostname, url.port), _REACH_S).close()
 
 
-def _require_resources(pool: Pool) -> None:
+def require_fit(plan: Plan, nodes: Iterable[dict[str, Any]]) -> None:
+    """See that Ray has room for all workers; on a cluster, which may grow, for one, while the others wait for nodes.
+
+    Raises:
+        PlanError: when it has not, or when the bundled sample's server is out of reach of a node.
+    """
+    if plan.runtime.sample_port and len({node["NodeManagerAddress"] for node in nodes if node["Alive"]}) > 1:
+        raise PlanError(
+            "The sample's pictures are served on this machine alone, but Ray has nodes on others: "
+            "give other --shards, or leave --ray-address away."
+        )
+    pool = plan.pool
     have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    room = pool.workers
     for resource, per_worker in (("CPU", pool.cpus), ("GPU", pool.gpus)):
-        need = pool.workers * per_worker
+        need = per_worker * (1 if plan.config.executor.ray_address else pool.workers)
         if need > have.get(resource, 0) + 1e-6:
             raise PlanError(
                 f"The plan needs {need:g} {resource}, but Ray has {have.get(resource, 0):g}: "
                 "lower executor.workers or executor.gpus."
             )
+        if per_worker:
+            room = min(room, int((have[resource] + 1e-6) / per_worker))
+    if room < pool.workers:
+        sys.stderr.write(f"Ray has room for {room} of {pool.workers} workers; the others wait for nodes that join.\n")
 
 
 class NodeGuard:
@@ -120,8 +138,11 @@ class NodeGuard:
         self._listening, self._nodes, self._patience = tuple(listening), nodes, patience_s
         self._over = threading.Event()
         self.is_lost = False
+        self.live_nodes: frozenset[str] = frozenset()
+        """Ids of the cluster's nodes."""
         self.dead_nodes: frozenset[str] = frozenset()
-        """Ids of the cluster's nodes that died."""
+        """Of those that died."""
+        self._list_nodes()
         self._thread = threading.Thread(target=self._watch, name="node guard", daemon=True)
         self._thread.start()
 
@@ -129,6 +150,11 @@ class NodeGuard:
         """End, before Ray does."""
         self._over.set()
         self._thread.join(_REACH_S)
+
+    def _list_nodes(self) -> None:
+        lives = {node["NodeID"]: node["Alive"] for node in self._nodes()}
+        self.live_nodes = frozenset(node for node, is_live in lives.items() if is_live)
+        self.dead_nodes = frozenset(lives) - self.live_nodes
 
     def _watch(self) -> None:
         seen = nodes_seen = time.monotonic()
@@ -138,7 +164,7 @@ class NodeGuard:
                     socket.create_connection(address, _REACH_S).close()
                 seen = time.monotonic()
                 if seen - nodes_seen > _NODES_EVERY_S:
-                    self.dead_nodes = frozenset(node["NodeID"] for node in self._nodes() if not node["Alive"])
+                    self._list_nodes()
                     nodes_seen = seen
             except RayError:
                 continue  # Ray is going, as the run is

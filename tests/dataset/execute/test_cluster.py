@@ -2,10 +2,21 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sample_runs import begun, contents
+
+from pipeline.dataset.config import Config, ExecutorSettings
+from pipeline.dataset.execute import cluster_node
+from schemas.errors import PlanError
+from stages.base import Runtime
+
+DEMO = Path(__file__).resolve().parents[3] / "benchmarks" / "cluster_demo.py"
 
 FAST = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 5}
 """How soon the head sees that a node is dead."""
@@ -38,3 +49,35 @@ def test_two_workers_make_the_same_bytes_and_go_on_when_the_node_of_one_is_gone(
     # what stages took in the processes of the models and of the fetching, and the hosts there
     assert min(now["stages"][name]["seconds"] for name in ("download", "detect", "embed_face", "pack")) > 0
     assert now["slowest_hosts"].keys() == {"sample.localhost"}
+
+
+def test_a_cluster_may_still_lack_nodes_but_not_for_the_first_worker_nor_reach_out_for_the_sample(monkeypatch, capsys):
+    def required(address: str, nodes=("here",), sample_port=None, **have: float) -> str:
+        monkeypatch.setattr("ray.cluster_resources", lambda: have)
+        plan = SimpleNamespace(
+            pool=SimpleNamespace(workers=3, cpus=2.0, gpus=1.0),
+            runtime=Runtime(sample_port=sample_port),
+            config=Config(executor=ExecutorSettings(ray_address=address)),
+        )
+        cluster_node.require_fit(plan, [{"NodeManagerAddress": node, "Alive": node != "gone"} for node in nodes])
+        return capsys.readouterr().err
+
+    enough = {"CPU": 16, "GPU": 3}
+    assert required("head:6379", nodes=("here", "there"), **enough) == ""
+    assert required("head:6379", nodes=("here", "here", "gone"), sample_port=1, **enough) == ""
+    assert "room for 2 of 3 workers" in required("head:6379", CPU=16, GPU=2)
+    assert "room for 1 of 3 workers" in required("head:6379", CPU=3, GPU=3)
+    for address, have in {"head:6379": {"CPU": 16}, "": {"CPU": 16, "GPU": 2}}.items():
+        with pytest.raises(PlanError, match="GPU, but Ray has"):
+            required(address, **have)
+    with pytest.raises(PlanError, match="served on this machine alone"):
+        required("head:6379", nodes=("here", "there"), sample_port=1, **enough)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("words", [[], ["--loopback"]], ids=["namespaces", "loopback"])
+def test_nodes_with_addresses_of_their_own_die_and_join_and_no_byte_changes(words):
+    done = subprocess.run([sys.executable, str(DEMO), *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("  ok   ") == 7  # three a run, and a node that joined
+    assert "FAILED" not in done.stdout
