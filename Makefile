@@ -105,7 +105,7 @@ bench-gpu-wheels: $(STAMP) ## gather in build/wheels what a bare machine with a 
 docs: $(STAMP) ## build the site of docs/ into build/site, and run its notebook: no network
 	$(PY) -m zensical build --strict --clean --config-file .zensical.toml
 	rm -rf build/notebook; mkdir -p build/notebook; cp docs/notebook.ipynb build/notebook
-	.venv/bin/jupyter-execute --inplace build/notebook/notebook.ipynb
+	OMP_NUM_THREADS=1 .venv/bin/jupyter-execute --inplace build/notebook/notebook.ipynb
 	cp build/notebook/notebook.ipynb build/site
 
 cluster-demo: $(STAMP) ## a Ray cluster on this machine, of which a node dies and another joins: same bytes as local [ARGS=]
