@@ -152,7 +152,7 @@ def ledgers(material: Material, rounds: int) -> Iterator[Row]:
 
 
 def loader(material: Material, rounds: int) -> Iterator[Row]:
-    """Reading samples to train on, against webdataset's own reader and decoders; int8 against fp16."""
+    """Reading samples to train on: against webdataset, int8 against fp16, pairs against none."""
     import train_loader
 
     with tempfile.TemporaryDirectory() as folder:
@@ -160,6 +160,7 @@ def loader(material: Material, rounds: int) -> Iterator[Row]:
     part = "loader: ID, hidden states, latents"
     yield row(f"{part}, against webdataset", costs["fp16"], costs["webdataset"], "ms a sample")
     yield row(f"{part}, int8 against fp16", costs["int8"], costs["fp16"], "ms a sample")
+    yield row(f"{part}, paired against unpaired", costs["paired"], costs["fp16"], "ms a sample", "1.3")
 
 
 CASES = {

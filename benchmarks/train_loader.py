@@ -21,8 +21,8 @@ RESOLUTION = 512
 def in_turn(folder: Path, samples: int, rounds: int) -> dict[str, list[float]]:
     """Milliseconds per sample for ID vector, CLIP hidden states and latents as batches, by who reads.
 
-    `webdataset` and `fp16` read the same files, `int8` those of pack.hidden = int8. All read everything once before,
-    to warm the page cache, and work in this process.
+    `webdataset`, `fp16` and `paired` read the same files, `int8` those of pack.hidden = int8; the condition of `paired`
+    is always of another photo. All read everything once before, to warm the page cache, and work in this process.
     """
     torch.set_num_threads(1)
     for hidden in ("fp16", "int8"):
@@ -31,6 +31,7 @@ def in_turn(folder: Path, samples: int, rounds: int) -> dict[str, list[float]]:
         "webdataset": lambda: webdataset(folder / "fp16"),
         "fp16": lambda: ours(folder / "fp16", samples),
         "int8": lambda: ours(folder / "int8", samples),
+        "paired": lambda: ours(folder / "fp16", samples, pairs=1.0),
     }
     costs: dict[str, list[float]] = {name: [] for name in readers}
     for _ in range(rounds):
@@ -39,10 +40,10 @@ def in_turn(folder: Path, samples: int, rounds: int) -> dict[str, list[float]]:
     return costs
 
 
-def ours(out: Path, samples: int) -> float:
+def ours(out: Path, samples: int, pairs: float = 0.0) -> float:
     """CPU seconds."""
     data = {"verify": "size", "workers": 0, "shuffle": SHUFFLED, "batch_size": BATCH, "text": "captions"}
-    config = TrainConfig.model_validate({"data": data})
+    config = TrainConfig.model_validate({"data": {**data, "pairs": pairs}})
     batches = iter(ShardLoader(open_dataset([str(out)], config.data), ("arcface", "hidden"), config))
     for _ in ("warm", "counted"):
         start, read = time.process_time(), 0

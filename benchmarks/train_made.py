@@ -28,6 +28,8 @@ from schemas.shard import Manifest, decode_npy, encode_npy
 from schemas.targets import BaseKind, Targets, text_sha256, vae_sha256
 
 SHARD = 200
+PHOTOS = 5
+"""Of each person, side by side."""
 CROPS = {"portrait": (1024, 1024, 90), "half": (1024, 1024, 95), "full": (1536, 1024, 95)}
 """Width, height and JPEG quality."""
 UNETS: dict[BaseKind, dict[str, Any]] = {
@@ -168,7 +170,8 @@ def write_shards(
         path, kept = out / "shards" / f"part-{start // SHARD:05d}.tar", min(SHARD, samples - start)
         with TarWriter(str(path), encoder=False) as tar:
             for number in range(start, start + kept):
-                files = {"json": told, **_pictures(), **_arrays(rng, base, resolution, vision)}
+                described = json.dumps({**told, "person": number // PHOTOS}).encode()
+                files = {"json": described, **_pictures(), **_arrays(rng, base, resolution, vision)}
                 if hidden == "int8":
                     tokens = decode_npy(files.pop("clip_hidden.npy"))
                     files["clip_hidden.safetensors"] = encode_int8(quantise(tokens))
@@ -182,20 +185,18 @@ def write_shards(
     (out / "dataset.json").write_text(json.dumps({"files": {"unconditional.safetensors": fingerprint}}))
 
 
-def _described(base: BaseSource, resolution: int) -> bytes:
-    """The json of a sample."""
+def _described(base: BaseSource, resolution: int) -> dict[str, Any]:
+    """The json of a sample, but for the person."""
     square = (resolution, resolution)
     cuts = {crop: Fit(square, (0, 0), square) for crop in CROPS}
     targets = Targets(base.name, base.kind, vae_sha256(base.folder), text_sha256(base.folder), resolution, cuts)
-    return json.dumps(
-        {
-            "text": "a photo of a person",
-            "bbox": [300, 200, 700, 800],
-            "kps": [[400, 400], [600, 400], [500, 500], [420, 600], [580, 600]],
-            "crops": {crop: {"box": [0, 0, *size], "size": size} for crop, (*size, _) in CROPS.items()},
-            "targets": json.loads(targets.to_json()),
-        }
-    ).encode()
+    return {
+        "text": "a photo of a person",
+        "bbox": [300, 200, 700, 800],
+        "kps": [[400, 400], [600, 400], [500, 500], [420, 600], [580, 600]],
+        "crops": {crop: {"box": [0, 0, *size], "size": size} for crop, (*size, _) in CROPS.items()},
+        "targets": json.loads(targets.to_json()),
+    }
 
 
 def _pictures() -> dict[str, bytes]:

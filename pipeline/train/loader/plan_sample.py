@@ -62,7 +62,7 @@ class Planner:
 
     def __init__(self, reading: Reading, config: TrainConfig, draws: np.random.Generator) -> None:
         """`draws` is used up by _Draws per sample."""
-        self._reading = reading
+        self._reading, self._condition = reading, reading.condition
         self._config = config
         self._draws = draws
         # Drawn apart, so that what kind, caption and pairs need moves no other draw.
@@ -111,22 +111,19 @@ class Planner:
         text_from = guidance.p_uncond_image
         both_from = text_from + guidance.p_uncond_text
         end = both_from + guidance.p_uncond_both
-        # Without the targets that were not picked: a buffer of samples is to be small.
+        # Without other targets, and without its features where another's are the condition: buffers are to be small.
         unused = {reading.target(other) for other in CROPS if other != name}
-        own = raw._replace(files={suffix: data for suffix, data in raw.files.items() if suffix not in unused})
-        id_from: tuple[Raw, ...] = (own,)
-        image_from = own
+        drawn, features = [], self._config.data.pair_features
         if others and pair_draw < self._config.data.pairs:
             left, count = list(others), 1 + int(count_draw * min(reading.faces, len(others)))
             drawn = [left.pop(int(draw * len(left))) for draw in which_others[:count]]
-            if self._config.data.pair_features != "image":
-                id_from = tuple(drawn)
-            if self._config.data.pair_features != "id":
-                image_from = drawn[0]
+            if features == "both":
+                unused |= self._condition
+        own = raw._replace(files={suffix: data for suffix, data in raw.files.items() if suffix not in unused})
         return Planned(
             raw=own,
-            id_from=id_from,
-            image_from=image_from,
+            id_from=tuple(drawn) if drawn and features != "image" else (own,),
+            image_from=drawn[0] if drawn and features != "id" else own,
             caption=caption,
             crop=name,
             size=crop.size,
