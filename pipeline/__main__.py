@@ -1,4 +1,4 @@
-"""The command line: `python -m pipeline dataset | plan | status | report | replay | verify | forget | models | …`."""
+"""The command line: `python -m pipeline dataset | plan | status | report | replay | quality | verify | forget | …`."""
 
 import inspect
 import json
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from pipeline import models_command
+from pipeline import ledger_commands, models_command
 from pipeline.dataset.execute.watchdog import is_hanging
-from pipeline.options import ConfigFile, ProfileName, Sets, console, errors, say
+from pipeline.options import ConfigFile, Folder, ProfileName, Sets, console, errors, say
 from schemas.errors import CorruptShardError, ExitCode, LostError, UserError, WeightsError
 from schemas.names import SAMPLE
 
@@ -41,7 +41,6 @@ With = Annotated[str | None, typer.Option("--with", help="Computed ahead for tra
 Out = Annotated[
     str, typer.Option("--out", help="Where the dataset goes: a folder, or a URL such as s3://bucket/faces.")
 ]
-Folder = Annotated[str, typer.Argument(metavar="DIR", help="The OUT of a run.")]
 
 
 def for_job(command: Callable[..., None], *, dry_run: bool = False) -> Callable[..., None]:
@@ -194,14 +193,8 @@ def status(
         say(text_of(now, to_path(folder), time.time()))
 
 
-@app.command()
-def replay(folder: Folder = "out", config: ConfigFile = None, sets: Sets = None) -> None:
-    """Judge the ledgers of DIR by other thresholds (--set filter.…), without an image; nothing is written."""
-    from pipeline.dataset.finished import replay as finished
-    from pipeline.shared.files import to_path
-
-    for line in finished.lines(to_path(folder), config, sets or []):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+app.command()(ledger_commands.replay)
+app.command()(ledger_commands.quality)
 
 
 @app.command()

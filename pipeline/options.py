@@ -9,6 +9,7 @@ from rich.console import Console
 console = Console()
 errors = Console(stderr=True)
 
+Folder = Annotated[str, typer.Argument(metavar="DIR", help="The OUT of a run.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with the keys that --set takes.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="One config key, such as filter.min_face_px=160.")]
 ProfileName = Annotated[str | None, typer.Option("--profile", help="embedded, insightface or permissive.")]

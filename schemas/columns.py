@@ -69,6 +69,15 @@ _ALL = (
     Column("n_bytes", pa.int64(), "length of the image file, bytes"),
     # size
     Column("format", pa.string(), "container of the image file as Pillow names it (JPEG, PNG, WEBP, …)"),
+    Column(
+        "jpeg_quality",
+        pa.int32(),
+        "quality at which libjpeg takes the nearest table, 1..100; 0: no table; 100: another format",
+        optional=True,
+    ),
+    Column(
+        "ai_mark", pa.string(), "by what the file says that a model made it; empty where it does not", optional=True
+    ),
     # size; download knows them only of the rows that it drops for their header
     Column("width", pa.int32(), "width after the EXIF turn, pixels; the frame of all boxes and points", optional=True),
     Column("height", pa.int32(), "height after the EXIF turn, pixels", optional=True),
@@ -105,6 +114,7 @@ _ALL = (
     # segment
     _payload("mask", "224x224 uint8 label map aligned with face, 19 CelebAMask classes in BiSeNet order, PNG"),
     Column("mask_share", pa.float32(), "share of the face crop that is kept as foreground, 0..1"),
+    Column("occlusion", pa.float32(), "share of the hull of the five points that shows no skin, 0..1", optional=True),
     # crop
     _payload(
         "portrait", "square crop, the face fills crop.face_share.portrait of its height, RGB, JPEG", optional=True
@@ -184,7 +194,10 @@ def schema(names: tuple[str, ...]) -> pa.Schema:
 LEDGER_SCHEMA = schema(LEDGER)
 SEED_SCHEMA = schema(SEED)
 
-LATER = ("source_kind", "source_file", "caption_chars", "screen_score", "crops_made", "person")
+LATER = (
+    *("source_kind", "source_file", "caption_chars", "jpeg_quality", "ai_mark", "screen_score", "occlusion"),
+    *("crops_made", "person"),
+)
 """Columns that ledgers of earlier releases lack: nothing that decides reads them there, so SCHEMA_VERSION stays."""
 
 

@@ -64,6 +64,10 @@ class DropReason(StrEnum):
     BLURRED = "blurred", "the sharpness of the face crop is under filter.min_sharpness"
     TOO_DARK = "too_dark", "the brightness of the face crop is under filter.min_brightness"
     TOO_BRIGHT = "too_bright", "the brightness of the face crop is over filter.max_brightness"
+    FEW_EYE_PIXELS = "few_eye_pixels", "the eyes are nearer to each other than filter.min_eye_px"
+    LOW_JPEG_QUALITY = "low_jpeg_quality", "the quality of the JPEG file is under filter.min_jpeg_quality"
+    AI_MARKED = "ai_marked", "the file says that a model made it (filter.max_ai_marks)"
+    OCCLUDED = "occluded", "more of the face is covered than filter.max_occlusion"
     WEAK_EMBEDDING = "weak_embedding", "the norm of the raw face embedding is under filter.min_embedding_norm"
     # grouping by person (`group`)
     NEAR_COPY = "near_copy", "it is a copy of another photo: the same photo by its hashes and its ID vector"

@@ -33,7 +33,7 @@ class Quality:
     key: str
     """Of `filter`: `min_…` is the least, `max_…` the most. Its default is no threshold."""
     measure: str
-    """A column of the ledger, or a name in POSE."""
+    """A column of the ledger, or a name in FROM_POINTS."""
     reason: DropReason
     stage: str
     """That judges it."""
@@ -49,7 +49,9 @@ class Quality:
 
 
 POSE = ("yaw", "pitch", "roll")
-"""What is no column of its own, but comes of `kps`, in the order of `pose`."""
+"""Angles, in the order of `pose`."""
+FROM_POINTS = (*POSE, "eye_px")
+"""What is no column of its own, but comes of `kps`, in the order of `from_points`."""
 _DEPTH = 0.5
 """How far the tip of a nose stands out, in distances between the eyes."""
 
@@ -58,9 +60,13 @@ QUALITIES = (
     Quality("max_yaw", "yaw", DropReason.LARGE_YAW, "filter"),
     Quality("max_pitch", "pitch", DropReason.LARGE_PITCH, "filter"),
     Quality("max_roll", "roll", DropReason.LARGE_ROLL, "filter"),
+    Quality("min_eye_px", "eye_px", DropReason.FEW_EYE_PIXELS, "filter"),
+    Quality("min_jpeg_quality", "jpeg_quality", DropReason.LOW_JPEG_QUALITY, "filter"),
+    Quality("max_ai_marks", "ai_mark", DropReason.AI_MARKED, "filter"),
     Quality("min_sharpness", "sharpness", DropReason.BLURRED, "align"),
     Quality("min_brightness", "brightness", DropReason.TOO_DARK, "align"),
     Quality("max_brightness", "brightness", DropReason.TOO_BRIGHT, "align"),
+    Quality("max_occlusion", "occlusion", DropReason.OCCLUDED, "segment"),
     Quality("min_embedding_norm", "embedding_norm", DropReason.WEAK_EMBEDDING, "embed_face"),
 )
 """In the order in which they decide: that of the stages."""
@@ -75,7 +81,10 @@ class Filter(RowStage):
     """Keeps photos with exactly one face that is large enough, and good enough where thresholds are set."""
 
     name: ClassVar[str] = "filter"
-    reads: ClassVar[tuple[str, ...]] = ("n_faces", "bbox", "kps", "face_px", "second_score", "det_score")
+    reads: ClassVar[tuple[str, ...]] = (
+        *("n_faces", "bbox", "kps", "face_px", "second_score", "det_score"),
+        *("jpeg_quality", "ai_mark"),
+    )
     writes: ClassVar[tuple[str, ...]] = ()
     drops: ClassVar[tuple[DropReason, ...]] = (
         DropReason.NO_FACE,
@@ -126,16 +135,20 @@ def spans_a_face(bbox: npt.ArrayLike | None, kps: npt.ArrayLike | None) -> bool:
 def poor(stage: str, measured: Mapping[str, Any], limits: FilterSettings) -> DropReason | None:
     """The first threshold of a stage that is on and not met. What is missing or undefined meets none.
 
-    Numbers count as ledgers hold them, in single precision; of angles their size does, whatever the side.
+    Numbers count as ledgers hold them, in single precision; of angles their size does, whatever the side; a text
+    counts as one unless it is empty.
     """
     for quality in QUALITIES:
         limit = getattr(limits, quality.key)
         if quality.stage != stage or limit == quality.off:
             continue
-        if quality.measure in POSE:
-            value = abs(pose(np.array([measured["kps"]], np.float64))[POSE.index(quality.measure)][0])
+        if quality.measure in FROM_POINTS:
+            points = np.array([measured["kps"]], np.float64)
+            value = abs(from_points(points)[FROM_POINTS.index(quality.measure)][0])
         else:
             value = measured[quality.measure]
+        if isinstance(value, str):
+            value = value != ""
         number = np.nan if value is None else float(np.float32(value))
         if not (number >= limit if quality.is_least else number <= limit):
             return quality.reason
@@ -174,3 +187,8 @@ def pose(kps: Floats) -> tuple[Floats, Floats, Floats]:
         pitch = np.arctan2((to_nose * down).sum(axis=1) / length * mouth - nose, _DEPTH)
         roll = np.where(distance > 0, np.arctan2(across[:, 1], across[:, 0]), np.nan)
     return np.degrees(yaw), np.degrees(pitch), np.degrees(roll)
+
+
+def from_points(kps: Floats) -> Floats:
+    """(4, N): yaw, pitch and roll as `pose` has them, and the distance of the eyes, of five points (N, 5, 2)."""
+    return np.stack([*pose(kps), np.hypot(*(kps[:, 1] - kps[:, 0]).T)])

@@ -3,19 +3,23 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
 from schemas.drops import DropReason
 from stages.align import FACE_SIZE
 from stages.base import BatchStage, Dropped
+from stages.filter import reasons, require
 from stages.models.backends import Floats, Image, backend
-from stages.pixels.geometry import ffhq_crop, ffhq_matrix, inside_photo, transform_points, warp_labels
+from stages.pixels.geometry import ffhq_crop, ffhq_matrix, inside_photo, norm_matrix, transform_points, warp_labels
 from stages.pixels.images import encode_png, photo_of
 from stages.runtime import Runtime
 from stages.settings import Settings
 
 _GPU_BATCH = 16
+_BARE = (1, 2, 3, 4, 5, 10, 11, 12, 13)
+"""CelebAMask labels between eyes and mouth where nothing covers them: skin, brows, eyes, nose, mouth, lips."""
 
 
 class Segment(BatchStage):
@@ -23,8 +27,8 @@ class Segment(BatchStage):
 
     name: ClassVar[str] = "segment"
     reads: ClassVar[tuple[str, ...]] = ("image", "sha256", "kps")
-    writes: ClassVar[tuple[str, ...]] = ("mask", "mask_share")
-    drops: ClassVar[tuple[DropReason, ...]] = (DropReason.EMPTY_MASK,)
+    writes: ClassVar[tuple[str, ...]] = ("mask", "mask_share", "occlusion")
+    drops: ClassVar[tuple[DropReason, ...]] = (DropReason.EMPTY_MASK, *reasons("segment"))
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
         """Load the segmenter."""
@@ -54,4 +58,18 @@ class Segment(BatchStage):
         share = float(np.isin(mask, self.settings.segment.keep).mean())
         if share < self.settings.segment.min_share:
             raise Dropped(DropReason.EMPTY_MASK, mask_share=share)
-        return {"mask": encode_png(mask), "mask_share": share}
+        measured = {
+            "mask_share": share,
+            "occlusion": occlusion(mask, transform_points(norm_matrix(kps, FACE_SIZE), kps)),
+        }
+        require(self.name, measured, self.settings.filter)
+        return {"mask": encode_png(mask), **measured}
+
+
+def occlusion(mask: npt.NDArray[np.uint8], kps: Floats) -> float:
+    """Share of the convex hull of five points (5, 2) in a label map that is labelled as none of _BARE, 0..1.
+
+    Glasses, hair, hats, cloth, hands (background, to face parsers), and what lies beyond the photo.
+    """
+    hull = cv2.fillConvexPoly(np.zeros_like(mask), cv2.convexHull(kps).round().astype(np.int32), 1)
+    return float(1 - np.isin(mask[hull > 0], _BARE).mean())

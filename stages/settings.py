@@ -72,12 +72,20 @@ class FilterSettings(Section):
     """Farthest look up or down, degrees, likewise; 90: any."""
     max_roll: float = Field(180.0, gt=0, le=180)
     """Farthest tilt of the eye line, degrees; 180: any."""
+    min_eye_px: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Least distance of the eyes, pixels of the original; 0: any."""
+    min_jpeg_quality: float = Field(0.0, ge=0, le=100)
+    """Least quality of the JPEG file, by its tables; files of other formats count as 100; 0: any."""
+    max_ai_marks: float = Field(1.0, ge=0, le=1)
+    """0: drop files that say in EXIF, XMP, C2PA or PNG texts that a model made them; 1: any."""
     min_sharpness: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Least variance of the Laplacian of the face crop, grey levels squared; 0: any."""
     min_brightness: float = Field(0.0, ge=0, le=255)
     """Least mean grey level of the face crop; 0: any."""
     max_brightness: float = Field(255.0, ge=0, le=255)
     """Most mean grey level of the face crop; 255: any."""
+    max_occlusion: float = Field(1.0, ge=0, le=1)
+    """Most of the area between eyes and mouth that may be no skin, by the face mask; 1: any."""
     min_embedding_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Least norm of the raw face embedding, which is low for faces that are hard to tell; 0: any."""
 

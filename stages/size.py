@@ -5,15 +5,20 @@ from typing import Any, ClassVar
 
 from schemas.drops import DropReason
 from stages.base import Dropped, RowStage
+from stages.pixels import jpeg
 from stages.pixels.headers import check_whole, read_header
+from stages.pixels.marks import ai_mark
 
 
 class Size(RowStage):
-    """Measures format, width and height from the header, and drops what later stages could not use."""
+    """Measures format, width and height from the header, and drops what later stages could not use.
+
+    Also how strongly a JPEG was compressed, and whether a file says that a model made it: `filter` judges both.
+    """
 
     name: ClassVar[str] = "size"
     reads: ClassVar[tuple[str, ...]] = ("image",)
-    writes: ClassVar[tuple[str, ...]] = ("format", "width", "height")
+    writes: ClassVar[tuple[str, ...]] = ("format", "width", "height", "jpeg_quality", "ai_mark")
     drops: ClassVar[tuple[DropReason, ...]] = (
         DropReason.NOT_AN_IMAGE,
         DropReason.UNSUPPORTED_FORMAT,
@@ -37,4 +42,5 @@ class Size(RowStage):
             check_whole(record["image"], header)
         except Dropped as dropped:
             raise Dropped(dropped.reason, **measured) from dropped
-        return measured
+        quality = jpeg.quality(record["image"]) if header.format == "JPEG" else 100
+        return {**measured, "jpeg_quality": quality, "ai_mark": ai_mark(header.format, record["image"])}

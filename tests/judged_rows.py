@@ -22,8 +22,9 @@ FACTOR = 4
 LINE = [[480.0 + 30 * i, 350.0 + 30 * i] for i in range(5)]
 SINGLE = lambda value: float(np.float32(value))  # noqa: E731 (stages read measurements from columns of float32)
 FACE = ("n_faces", "bbox", "kps", "face_px", "second_score", "det_score")
-AFTERWARDS = {"align": ("sharpness", "brightness"), "segment": (), "embed_face": ("embedding_norm",)}
+AFTERWARDS = {"align": ("sharpness", "brightness"), "segment": ("occlusion",), "embed_face": ("embedding_norm",)}
 """Stage behind filter -> what it measures."""
+LATEST = ("jpeg_quality", "ai_mark", "occlusion")
 
 
 def photo(rng: random.Random) -> dict:
@@ -31,6 +32,7 @@ def photo(rng: random.Random) -> dict:
     # Few values, on and beside the thresholds below, so that ties are frequent.
     size = lambda: rng.choice([600, 1000, 1001, *[1024, 1200, 3000] * 5])  # noqa: E731
     return {
+        "old": rng.random() < 0.2,
         "meta_width": rng.choice([None, size()]),
         "meta_height": rng.choice([None, size()]),
         "metadata": rng.choice([None] * 24 + ["bad_url", "unsafe", "duplicate_url", "removed"]),
@@ -39,6 +41,8 @@ def photo(rng: random.Random) -> dict:
         "width": size(),
         "height": size(),
         "size": rng.choice([None] * 16 + ["truncated_image", "not_an_image"]),
+        "jpeg_quality": rng.choice([0, 50, 75, 76, 95, 100]),
+        "ai_mark": rng.choice(["", "", "", "comfyui"]),
         "screen": rng.choice([None] * 12 + ["no_face"]),
         "detect": rng.choice([None] * 9 + ["corrupt_image"]),
         "n_faces": rng.choice([0, *[1] * 12, 2, None]),
@@ -49,6 +53,7 @@ def photo(rng: random.Random) -> dict:
         "det_score": rng.choice([None, math.nan, *[0.5, SINGLE(0.7), 0.75, SINGLE(0.9)] * 5]),
         "sharpness": SINGLE(rng.choice([0, 25.2, 99.99, 100, rng.uniform(0, 300)])),
         "brightness": SINGLE(rng.choice([0, 15, 60, 127.5, 240, 255, rng.uniform(0, 255)])),
+        "occlusion": SINGLE(rng.choice([0, 0.125, 0.3, 1, rng.uniform(0, 1)])),
         "segment": rng.choice([None] * 5 + ["empty_mask"]),
         "embed_face": rng.choice([None] * 3 + ["bad_embedding"]),
         "embedding_norm": SINGLE(rng.choice([5, 13.5, 16, rng.uniform(4, 30)])),
@@ -57,7 +62,8 @@ def photo(rng: random.Random) -> dict:
 
 def truth(record: dict) -> dict:
     """A kept row as a photo."""
-    nothing = dict.fromkeys(("meta_width", "meta_height", "metadata", "download", "early", "size", "screen", "detect"))
+    names = ("meta_width", "meta_height", "metadata", "download", "early", "size", "screen", "detect", "old")
+    nothing = dict.fromkeys(names)
     return {**nothing, "segment": None, "embed_face": None, **record}
 
 
@@ -70,6 +76,7 @@ def some_qualities(rng: random.Random, share: float = 0.15) -> dict[str, float]:
     """A few of the thresholds that are off by default."""
     on = [quality for quality in QUALITIES if rng.random() < share]
     values = {"det_score": (0.5, 0.7, 0.8), "yaw": (5, 20, 40), "pitch": (5, 20, 40), "roll": (5, 20, 90)}
+    values |= {"eye_px": (100, 140, 160), "jpeg_quality": (50, 76, 90), "ai_mark": (0,), "occlusion": (0, 0.125, 0.5)}
     values |= {"sharpness": (25.2, 100, 250), "brightness": (15, 60, 127.5, 240), "embedding_norm": (13.5, 16, 20)}
     return {quality.key: rng.choice(values[quality.measure]) for quality in on}
 
@@ -97,6 +104,7 @@ def run(truth: dict, limits: FilterSettings) -> dict:
     for stage in ("size", "screen", "detect"):
         if truth[stage]:
             return row | {"stage": stage, "verdict": truth[stage]}
+        row |= {name: truth[name] for name in ("jpeg_quality", "ai_mark")}
     row |= {name: truth[name] for name in FACE}
     if reason := judge(row, limits):
         return row | {"stage": "filter", "verdict": str(reason)}
@@ -109,6 +117,12 @@ def run(truth: dict, limits: FilterSettings) -> dict:
     return row | {"stage": "pack", "verdict": KEPT}
 
 
+def recorded(truth: dict, limits: FilterSettings) -> dict:
+    """The row as its ledger has it: some are of a release that did not measure LATEST, nor judge by it."""
+    row, on = run(truth, limits), {one.measure for one in QUALITIES if getattr(limits, one.key) != one.off}
+    return {**row, **dict.fromkeys(LATEST)} if truth["old"] and not on & {*LATEST} else row
+
+
 def write(out: Path, photos: list[dict]) -> Path:
     """An OUT whose ledgers hold these photos under the default thresholds; its one tar holds other samples."""
     fake.write(out, {"a-00000": [fake.record("a", row) for row in range(3)]})
@@ -116,7 +130,8 @@ def write(out: Path, photos: list[dict]) -> Path:
     for number, start in enumerate(range(0, len(photos), 200)):
         shard = f"b-{number:05d}"
         rows = [
-            run(truth, FilterSettings()) | {"key": sample_key("b", row), "part": "b", "row": row, "url": "http://x/y"}
+            recorded(truth, FilterSettings())
+            | {"key": sample_key("b", row), "part": "b", "row": row, "url": "http://x/y"}
             for row, truth in enumerate(photos[start : start + 200], start)
         ]
         pq.write_table(pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA), out / "shards" / f"{shard}.parquet")

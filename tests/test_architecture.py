@@ -27,7 +27,7 @@ from schemas.columns import COLUMNS, SEED
 from schemas.drops import DropReason
 from stages import STAGES
 from stages.base import Stage
-from stages.filter import POSE, QUALITIES
+from stages.filter import FROM_POINTS, QUALITIES
 from stages.models import backends as models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -365,7 +365,7 @@ def test_qualities_are_measured_where_they_are_judged_and_in_the_report() -> Non
     for quality in QUALITIES:
         stage = STAGES[quality.stage].stage()
         assert quality.reason in stage.drops
-        assert ("kps" if quality.measure in POSE else quality.measure) in {*stage.reads, *stage.writes}
+        assert ("kps" if quality.measure in FROM_POINTS else quality.measure) in {*stage.reads, *stage.writes}
         assert quality.key in sliders
 
 

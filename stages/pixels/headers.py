@@ -153,7 +153,7 @@ def check_whole(data: bytes, header: Header) -> None:
         raise Dropped(DropReason.TRUNCATED_IMAGE)
     # a decoder would take minutes for what has few pixels
     scans = jpeg.count_scans(data) if header.format == "JPEG" else 0
-    chunks = sum(1 for _ in islice(_png_chunks(data), _CHUNKS)) if header.format == "PNG" else 0
+    chunks = sum(1 for _ in islice(png_chunks(data), _CHUNKS)) if header.format == "PNG" else 0
     if scans > jpeg.MAX_SCANS or chunks == _CHUNKS:
         raise Dropped(DropReason.CORRUPT_IMAGE)
 
@@ -221,7 +221,7 @@ def _png(data: bytes) -> Stored:
     if kind != b"IHDR" or checksum != zlib.crc32(data[12:29]):
         raise ValueError("a PNG that does not begin with its size")
     exif = b""
-    for name, start, size in _png_chunks(data):
+    for name, start, size in png_chunks(data):
         if name == b"eXIf":
             exif = data[start : start + size]
         elif name == b"IDAT":
@@ -229,7 +229,7 @@ def _png(data: bytes) -> Stored:
     raise ValueError("the PNG ends before its pixels")
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """Name, start and size of the content of each chunk whose head is there."""
     position = 8
     for _ in range(_CHUNKS):
@@ -274,13 +274,21 @@ def _webp_exif(data: bytes) -> bytes:
     """The EXIF chunk of a WebP file, empty when its header announces none; raises while it has not arrived."""
     if data[12:16] != b"VP8X" or not data[20] & 0x08:
         return b""
+    exif = next((data[start : start + size] for kind, start, size in webp_chunks(data) if kind == b"EXIF"), None)
+    if exif is None:
+        raise ValueError("the WebP file ends before its EXIF chunk, or has too many others")
+    return exif
+
+
+def webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Name, start and size of the content of each chunk whose head is there, of no more than _CHUNKS."""
     position = 12
     for _ in range(_CHUNKS):
+        if position + 8 > len(data):
+            return
         kind, size = struct.unpack_from("<4sI", data, position)
-        if kind == b"EXIF":
-            return data[position + 8 : position + 8 + size]
+        yield kind, position + 8, size
         position += 8 + size + size % 2
-    raise ValueError("too many chunks")
 
 
 def undecodable(format: str, data: bytes, error: Exception) -> Dropped:
@@ -307,6 +315,6 @@ def _ends_early(format: str, data: bytes) -> bool:
 def has_png_end(data: bytes) -> bool:
     """Whether the chunks of a PNG lead to its last one."""
     try:
-        return any(name == b"IEND" for name, _, _ in _png_chunks(data))
+        return any(name == b"IEND" for name, _, _ in png_chunks(data))
     except ValueError:  # likewise
         return True

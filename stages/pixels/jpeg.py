@@ -3,16 +3,22 @@
 A hostile file may consist of millions of empty segments, or of scans: whoever walks over them is stopped.
 """
 
+import io
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image as Pillow
 
 _SEGMENTS = 4096
 """Steps of a walk; 50 MB of full segments are 800."""
 MAX_SCANS = 100
 """Usual progressive files have about 10; each further one costs a walk over all blocks, however short it is."""
 
-_APP1, _SOS, _EOI = 0xE1, 0xDA, 0xD9
+_DQT, _APP1, _SOS, _EOI = 0xDB, 0xE1, 0xDA, 0xD9
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _BARE = frozenset({0x01, *range(0xD0, 0xD9)})
 """Markers without a length."""
@@ -106,3 +112,30 @@ def count_scans(data: bytes) -> int:
     """How many scans there are at most: in scans themselves the marker's bytes cannot occur."""
     start = first_scan(data)
     return 0 if start is None else data.count(b"\xff\xda", start)
+
+
+def quality(data: bytes) -> int:
+    """The quality, 1 to 100, at which libjpeg takes the table that is nearest to a file's first; 0 without a table."""
+    table = _table(data)
+    return 0 if table is None else 1 + int(np.abs(_tables() - table).sum(axis=1).argmin())
+
+
+def _table(data: bytes) -> npt.NDArray[np.int64] | None:
+    """(64,) the first quantisation table, in the order of the file (ITU T.81, B.2.4.1)."""
+    for marker, _, start, end in segments(data):
+        if marker == _DQT and start < end:
+            kind = ">u2" if data[start] >> 4 else "u1"
+            table = np.frombuffer(data[start + 1 : end], kind, min(64, (end - start - 1) // np.dtype(kind).itemsize))
+            return table.astype(np.int64) if len(table) == 64 else None
+    return None
+
+
+@cache
+def _tables() -> npt.NDArray[np.int64]:
+    """(100, 64): those of libjpeg by quality."""
+    tables = []
+    for level in range(1, 101):
+        file = io.BytesIO()
+        Pillow.new("L", (8, 8)).save(file, "JPEG", quality=level)
+        tables.append(_table(file.getvalue()))
+    return np.array(tables)

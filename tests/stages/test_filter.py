@@ -91,6 +91,22 @@ def test_drops_large_roll() -> None:
     assert verdicts(*turned, {}, max_roll=80) == [DropReason.LARGE_ROLL] * 2 + [None]
 
 
+def test_drops_few_eye_pixels() -> None:
+    assert verdicts({}, min_eye_px=100.01) + verdicts({}, min_eye_px=100.03) == [None, DropReason.FEW_EYE_PIXELS]
+
+
+def test_drops_low_jpeg_quality() -> None:
+    changes = {"jpeg_quality": 74}, {"jpeg_quality": 75}, {"jpeg_quality": None}
+    assert verdicts(*changes) == [None] * 3
+    assert verdicts(*changes, min_jpeg_quality=75) == [DropReason.LOW_JPEG_QUALITY, None, DropReason.LOW_JPEG_QUALITY]
+
+
+def test_drops_ai_marked() -> None:
+    changes = {"ai_mark": "comfyui"}, {"ai_mark": ""}, {"ai_mark": None}
+    assert verdicts(*changes) == [None] * 3
+    assert verdicts(*changes, max_ai_marks=0) == [DropReason.AI_MARKED, None, DropReason.AI_MARKED]
+
+
 def test_thresholds_are_the_configured_ones() -> None:
     assert verdicts({"face_px": 150.0}, {"second_score": 0.3}, min_face_px=151, max_second_score=0.2) == [
         DropReason.SMALL_FACE,
@@ -136,6 +152,8 @@ records = st.fixed_dictionaries(
         "face_px": number,
         "second_score": number,
         "det_score": number,
+        "jpeg_quality": st.one_of(st.none(), st.integers(0, 100)),
+        "ai_mark": st.sampled_from([None, "", "comfyui"]),
     }
 )
 

@@ -14,8 +14,8 @@ from stages.models.segmenters.grabcut import GrabCut
 from stages.pixels import geometry
 from stages.pixels.images import decode_png
 from stages.runtime import Runtime
-from stages.segment import Segment
-from stages.settings import ModelSettings, SegmentSettings, Settings
+from stages.segment import Segment, occlusion
+from stages.settings import FilterSettings, ModelSettings, SegmentSettings, Settings
 
 KPS = [[204.4, 100.8], [247.3, 103.1], [223.5, 128.4], [201.2, 138.5], [246.4, 140.6]]
 """The astronaut's face, as SCRFD finds it."""
@@ -23,12 +23,14 @@ KPS = [[204.4, 100.8], [247.3, 103.1], [223.5, 128.4], [201.2, 138.5], [246.4, 1
 MODELS = ModelSettings(segmenter="grabcut")
 
 
-def segment(pixels: np.ndarray, kps: object = KPS, **options: Any) -> dict[str, Any]:
+def segment(pixels: np.ndarray, kps: object = KPS, max_occlusion: float = 1, **options: Any) -> dict[str, Any]:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     data = buffer.getvalue()
     table = pa.table({"image": [data], "sha256": [hashlib.sha256(data).hexdigest()], "kps": [kps]})
-    return Segment(Settings(models=MODELS, segment=SegmentSettings(**options)), Runtime())(table).to_pylist()[0]
+    limits = FilterSettings(max_occlusion=max_occlusion)
+    settings = Settings(models=MODELS, segment=SegmentSettings(**options), filter=limits)
+    return Segment(settings, Runtime())(table).to_pylist()[0]
 
 
 def test_a_real_face_is_foreground_and_the_mask_says_how_much() -> None:
@@ -78,7 +80,29 @@ def test_beyond_the_photo_there_is_only_background(monkeypatch: pytest.MonkeyPat
 
 def test_drops_empty_mask() -> None:
     row = segment(samples.astronaut(), keep=(16,))
-    assert row == {"mask": None, "mask_share": 0, DROP: DropReason.EMPTY_MASK}
+    assert row == {"mask": None, "mask_share": 0, "occlusion": None, DROP: DropReason.EMPTY_MASK}
     share = segment(samples.astronaut())["mask_share"]
     assert segment(samples.astronaut(), min_share=share + 0.01)[DROP] == DropReason.EMPTY_MASK
     assert segment(samples.astronaut(), min_share=share - 0.01)[DROP] is None
+
+
+def test_drops_occluded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Glasses over the upper half of the face, hair over all of it, nothing."""
+    glasses = np.where(np.indices((512, 512))[0] < 285, 6, 1).astype(np.uint8)
+    for labels, low, high in ((glasses, 0.3, 0.7), (np.full_like(glasses, 17), 1, 1), (np.ones_like(glasses), 0, 0)):
+        monkeypatch.setattr(GrabCut, "segment", lambda *_, labels=labels: labels)
+        covered = segment(samples.astronaut())["occlusion"]
+        assert low <= covered <= high
+        for limit, reason in ((covered, None), (covered - 0.01, DropReason.OCCLUDED)):
+            if limit >= 0:
+                row = segment(samples.astronaut(), max_occlusion=limit)
+                assert (row[DROP], row["occlusion"]) == (reason, covered)
+
+
+def test_what_is_beside_the_five_points_occludes_nothing() -> None:
+    mask = np.zeros((224, 224), np.uint8)
+    kps = np.float32([[80, 100], [140, 100], [110, 130], [90, 160], [130, 160]])
+    mask[98:163, 78:143] = 1
+    assert occlusion(mask, kps) == 0
+    mask[:130] = 18
+    assert 0.4 < occlusion(mask, kps) < 0.6

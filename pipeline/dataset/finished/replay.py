@@ -22,13 +22,13 @@ from rich.table import Table
 from pipeline.dataset.out.ledger import Rounds, read_ledger, shard_names
 from pipeline.shared.configfile import explain, merge, read_values
 from pipeline.shared.files import AnyPath
-from schemas.columns import KEPT
+from schemas.columns import KEPT, LATER
 from schemas.drops import DropReason
 from schemas.errors import ConfigError, CorruptShardError, OutputError
 from schemas.names import shard_origin
 from schemas.shard import DATASET
 from stages import STAGES
-from stages.filter import POSE, QUALITIES, Filter, pose, spans_a_face
+from stages.filter import FROM_POINTS, QUALITIES, Filter, from_points, spans_a_face
 from stages.metadata import Metadata
 from stages.screen import SEEN_PX, Screen
 from stages.settings import FilterSettings, Settings
@@ -36,6 +36,7 @@ from stages.settings import FilterSettings, Settings
 UNJUDGED = {
     "passes": "pass the thresholds by which they had been dropped; later stages may still drop some",
     "unseen": "had been dropped for their size: no face was ever looked for in them",
+    "unmeasured": "are in ledgers of an earlier release, which did not measure what is judged now",
     "unsure": "showed nothing at the reduced size, at which faces as small as these cannot be seen",
 }
 """What may become of a row that is no verdict, and why; all these rows have to be fetched again."""
@@ -51,11 +52,14 @@ THRESHOLDS = {
 }
 """Key of `filter` -> the reason of a row that fails it: of several, the first of these. `min_…` is a least value."""
 
+OFF = {quality.key: quality.off for quality in QUALITIES}
+"""Key of a quality -> the threshold that lets everything pass."""
+
 COLUMNS = tuple(
     dict.fromkeys(
         (
             *("stage", "meta_width", "meta_height", "width", "height", *Filter.reads),
-            *(quality.measure for quality in QUALITIES if quality.measure not in POSE),
+            *(quality.measure for quality in QUALITIES if quality.measure not in FROM_POINTS),
         )
     )
 )
@@ -75,7 +79,10 @@ class Evidence:
     """What thresholds judge of N rows, and what becomes of those that pass them all."""
 
     values: Mapping[str, Floats]
-    """Each of THRESHOLDS -> (N,) what it judges; infinite: the row passes, or fails, any."""
+    """Each of THRESHOLDS -> (N,) what it judges; infinite: the row passes, or fails, any.
+
+    Worse than the threshold that lets everything pass: what earlier releases did not measure.
+    """
     outcome: Codes
     """(N,) numbers in OUTCOMES."""
 
@@ -83,8 +90,11 @@ class Evidence:
         """(N,) numbers in OUTCOMES under these thresholds; `factor` is what the screen had reduced photos by."""
         verdicts = self.outcome.copy()
         for key, reason in reversed(THRESHOLDS.items()):
-            values, limit = self.values[key], getattr(limits, key)
-            verdicts[values < limit if is_least(key) else values > limit] = code(reason)
+            values, limit, off = self.values[key], getattr(limits, key), OFF.get(key)
+            if limit != off:
+                verdicts[values < limit if is_least(key) else values > limit] = code(reason)
+                if off is not None:
+                    verdicts[values < off if is_least(key) else values > off] = code("unmeasured")
         if factor and limits.min_face_px / factor >= SEEN_PX:
             verdicts[verdicts == code("unsure")] = code(DropReason.NO_FACE)
         return verdicts
@@ -135,23 +145,27 @@ def evidence(ledger: pa.Table) -> Evidence:
     outcome[dropped] = np.where(spans, code("passes"), code(DropReason.BAD_LANDMARKS))
     one[dropped[~spans]] = False
 
-    angles = dict(zip(POSE, _angles(ledger["kps"], one), strict=True))
+    known_by_points = dict(zip(FROM_POINTS, _from_points(ledger["kps"], one), strict=True))
     for quality in QUALITIES:
-        measured = angles[quality.measure] if quality.measure in POSE else floats(ledger[quality.measure])
+        name = quality.measure
+        measured = known_by_points[name] if name in FROM_POINTS else floats(ledger[name])
         limited = np.fmax(measured, quality.off) if quality.is_least else np.fmin(measured, quality.off)
+        if name in LATER:
+            limited[np.isnan(measured)] = quality.off + (-1 if quality.is_least else 1)
         # Of those that a stage dropped for what comes before its thresholds, they judged none.
-        reached = one & (stage >= at[quality.stage]) & ~(drops[DropReason.BAD_EMBEDDING] & (stage == at[quality.stage]))
+        earlier = drops[DropReason.BAD_EMBEDDING] | drops[DropReason.EMPTY_MASK]
+        reached = one & (stage >= at[quality.stage]) & ~(earlier & (stage == at[quality.stage]))
         values[quality.key] = np.where(reached, limited, np.inf if quality.is_least else -np.inf)
     return Evidence(values, outcome)
 
 
-def _angles(kps: pa.ChunkedArray, chosen: npt.NDArray[np.bool_]) -> Floats:
-    """(3, N) sizes of yaw, pitch and roll, in single precision, where chosen and known; NaN elsewhere."""
+def _from_points(kps: pa.ChunkedArray, chosen: npt.NDArray[np.bool_]) -> Floats:
+    """(4, N) sizes of FROM_POINTS, in single precision, where chosen and known; NaN elsewhere."""
     rows = np.flatnonzero(chosen & pc.is_valid(kps).to_numpy())
     faces = points(kps.combine_chunks().take(pa.array(rows))).reshape(-1, 5, 2)
-    angles = np.full((len(POSE), len(chosen)), np.nan)
-    angles[:, rows] = np.abs(pose(faces)).astype(np.float32)
-    return angles
+    values = np.full((len(FROM_POINTS), len(chosen)), np.nan)
+    values[:, rows] = np.abs(from_points(faces)).astype(np.float32)
+    return values
 
 
 def points(values: pa.FixedSizeListArray) -> Floats:
@@ -163,7 +177,9 @@ def points(values: pa.FixedSizeListArray) -> Floats:
 
 
 def floats(column: pa.ChunkedArray) -> Floats:
-    """(N,) with NaN for null: exactly the numbers that a stage sees."""
+    """(N,) with NaN for null: exactly the numbers that a stage sees; a text counts as one unless it is empty."""
+    if pa.types.is_string(column.type):
+        column = pc.not_equal(column, "")
     values: Floats = pc.cast(column, pa.float64()).to_numpy()
     return values
 

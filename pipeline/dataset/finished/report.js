@@ -29,7 +29,7 @@ function explore(explorer, bytes) {
   const bins = names.map((_, n) => column(n)), outcomes = column(names.length);
   const counts = new DataView(bytes.buffer, (names.length + 1) * rows);
   const code = Object.fromEntries(explorer.outcomes.map((name, n) => [name, n]));
-  const verdicts = thresholds.map((one) => code[one.reason]), face = names.indexOf("min_face_px");
+  const verdicts = thresholds.map((one) => code[one.reason]), isOn = (limits, n) => limits[n] !== thresholds[n].off, face = names.indexOf("min_face_px");
   const seen = (limit) => explorer.factor && limit / explorer.factor >= explorer.seen_px;
   const inputs = names.map((name) => $(`s-${name}`));
   const start = thresholds.map((one) => one.stops.indexOf(one.limit));
@@ -41,10 +41,11 @@ function explore(explorer, bytes) {
   function count(stops) {
     const sums = new Array(explorer.outcomes.length).fill(0), limits = chosen(stops), undecided = 255;
     const judged = new Uint8Array(rows).fill(undecided);
-    thresholds.forEach(({ least }, n) => {
-      const column = bins[n], stop = stops[n], verdict = verdicts[n];
+    thresholds.forEach(({ least, off, stops: all }, n) => {
+      if (!isOn(limits, n)) return;
+      const column = bins[n], stop = stops[n], verdict = verdicts[n], unmeasured = off === null ? -1 : least ? 0 : all.length;
       for (let row = 0; row < rows; row++) {
-        if (judged[row] === undecided && (least ? stop >= column[row] : stop < column[row])) judged[row] = verdict;
+        if (judged[row] === undecided && (least ? stop >= column[row] : stop < column[row])) judged[row] = column[row] === unmeasured ? code.unmeasured : verdict;
       }
     });
     for (let row = 0; row < rows; row++) {
@@ -52,10 +53,12 @@ function explore(explorer, bytes) {
     }
     return sums;
   }
-  const fails = (row, limits, n) => (thresholds[n].least ? row[n] < limits[n] : row[n] > limits[n]);
+  const isWorse = (value, limit, n) => (thresholds[n].least ? value < limit : value > limit);
+  const fails = (row, limits, n) => isOn(limits, n) && isWorse(row[n], limits[n], n);
+  const verdict = (row, n) => (thresholds[n].off !== null && isWorse(row[n], thresholds[n].off, n) ? code.unmeasured : verdicts[n]);
   function judged(row, limits) {
     for (let n = 0; n < names.length; n++) {
-      if (fails(row, limits, n)) return verdicts[n];
+      if (fails(row, limits, n)) return verdict(row, n);
     }
     return settled(row[names.length], limits);
   }
@@ -76,7 +79,7 @@ function explore(explorer, bytes) {
   }
 
   const before = count(start), total = before.reduce((sum, one) => sum + one, 0);
-  const unjudged = ["passes", "unseen", "unsure"];
+  const unjudged = ["passes", "unseen", "unmeasured", "unsure"];
   const percent = (value) => (total ? (100 * value / total).toFixed(1) : "0.0") + " %";
   const cell = (row, text, kind) => { const one = row.insertCell(); one.textContent = text; one.className = kind || ""; };
 

@@ -53,7 +53,7 @@ _DROP_BYTES = 1_000_000
 """Bounds on the length of all pictures, as text."""
 _DROP_COLUMNS = (
     *("key", "url", "source_file", "width", "height", "n_faces", "face_px", "det_score", "second_score", "bbox", "kps"),
-    *("sharpness", "brightness", "embedding_norm"),
+    *("sharpness", "brightness", "embedding_norm", "jpeg_quality", "occlusion"),
 )
 
 _JUDGED = ("key", "verdict", *replay.COLUMNS)

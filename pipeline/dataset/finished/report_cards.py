@@ -10,7 +10,7 @@ from pipeline.dataset.finished.report_numbers import CROPS
 from pipeline.dataset.finished.report_pictures import marked, masked, reduced
 from pipeline.shared.page import data_uri
 from pipeline.shared.tars import Sample
-from stages.filter import POSE, pose
+from stages.filter import FROM_POINTS, POSE, from_points
 from stages.pixels.images import decode_jpeg, decode_png
 
 _PHOTO_PX, _CROP_PX, _DROP_PX = 448, 192, 192
@@ -23,7 +23,10 @@ _FACTS = {
     "sharpness": "sharpness {:.0f}",
     "brightness": "brightness {:.0f}",
     **{angle: f"{angle} {{:z.0f}}°" for angle in POSE},
+    "eye_px": "eyes {:.0f} px",
+    "jpeg_quality": "JPEG {:.0f}",
     "mask_share": "mask {:.0%}",
+    "occlusion": "covered {:.0%}",
     "embedding_norm": "norm {:.1f}",
 }
 
@@ -120,8 +123,8 @@ def _posed(record: Mapping[str, Any]) -> dict[str, Any]:
     """A row with the angles that its five points suggest."""
     if not record.get("kps"):
         return dict(record)
-    angles = (float(angle[0]) for angle in pose(np.array([record["kps"]], np.float64)))
-    return {**record, **{name: angle for name, angle in zip(POSE, angles, strict=True) if np.isfinite(angle)}}
+    values = from_points(np.array([record["kps"]], np.float64))[:, 0].tolist()
+    return {**record, **{name: value for name, value in zip(FROM_POINTS, values, strict=True) if np.isfinite(value)}}
 
 
 def _values(record: Mapping[str, Any]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from pipeline.dataset.finished.replay import floats, points
 from schemas.columns import KEPT
 from schemas.drops import DropReason
 from stages.download import Download
-from stages.filter import POSE, QUALITIES, pose
+from stages.filter import FROM_POINTS, POSE, QUALITIES, from_points
 from stages.metadata import Metadata
 
 Floats = npt.NDArray[np.float64]
@@ -22,6 +22,7 @@ CROPS = ("portrait", "half", "full")
 COLUMNS = (
     *("url", "source_kind", "stage", "width", "height", "bbox", "kps", "det_score", "face_px", "second_score"),
     *("sharpness", "brightness", "mask_share", "embedding_norm", "caption_chars", "crops_made"),
+    *("jpeg_quality", "ai_mark", "occlusion"),
 )
 """Columns of the ledger, beside the verdict, that are counted."""
 
@@ -76,9 +77,13 @@ MEASURES = (
     Measure("yaw", "Yaw, from the five points", "°", _even(-90, 90, 36)),
     Measure("pitch", "Pitch, from the five points", "°", _even(-90, 90, 36)),
     Measure("roll", "Roll", "°", _even(-90, 90, 36)),
+    Measure("eye_px", "Distance of the eyes", "px", _doubling(4, 1024)),
+    Measure("jpeg_quality", "Quality of the JPEG file (100: or another format)", "", _even(0, 100, 40)),
+    Measure("ai_mark", "Says that a model made it (1: it does)", "", _even(0, 1, 2)),
     Measure("sharpness", "Sharpness of the face crop", "", _doubling(1, 16384, 3)),
     Measure("brightness", "Brightness of the face crop", "", _even(0, 255, 34)),
     Measure("mask_share", "Share of the face crop in the mask", "", _even(0, 1, 40)),
+    Measure("occlusion", "Share of the face that is covered", "", _even(0, 1, 40)),
     Measure("embedding_norm", "Norm of the face embedding", "", _doubling(1, 256)),
     Measure("caption_chars", "Length of the caption, where there is one", "characters", _doubling(1, 2048, 3)),
 )
@@ -103,7 +108,7 @@ def measured(ledger: pa.Table) -> Iterator[tuple[str, Floats, npt.NDArray[np.boo
     share = (boxes[:, 3] - boxes[:, 1]) / height[known]
     yield "face_share", share[np.isfinite(share)], kept[np.isfinite(share)]
     kps = points(faces["kps"].combine_chunks()).reshape(-1, 5, 2)
-    for name, values in zip(POSE, pose(kps), strict=True):
+    for name, values in zip(FROM_POINTS, from_points(kps), strict=True):
         yield name, values[np.isfinite(values)], kept[np.isfinite(values)]
 
 

@@ -36,7 +36,7 @@ def test_ledgers_are_judged_as_the_stages_would_judge_the_photos():
     seen = Counter()
     for _ in range(200):
         before, after = drawn_limits(rng), drawn_limits(rng)
-        rows = [judged_rows.run(truth, before) for truth in photos]
+        rows = [judged_rows.recorded(truth, before) for truth in photos]
         measured = evidence(pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA))
         assert [OUTCOMES[n] for n in measured.judged(before, judged_rows.FACTOR)] == [
             "unsure" if row["stage"] == "screen" and before.min_face_px < 16 * judged_rows.FACTOR else row["verdict"]
@@ -51,8 +51,11 @@ def test_ledgers_are_judged_as_the_stages_would_judge_the_photos():
             elif outcome == "unsure":
                 assert (row["stage"], row["verdict"]) == ("screen", "no_face")
                 assert after.min_face_px < 16 * judged_rows.FACTOR
+            elif outcome == "unmeasured":
+                assert truth["old"]
+                assert None in [row.get(name) for name in judged_rows.LATEST]
             elif outcome == "passes":
-                assert row["stage"] in ("filter", "align", "embed_face")
+                assert row["stage"] in ("filter", "align", "segment", "embed_face")
                 assert judged_rows.run(truth, after)["stage"] in ("align", "segment", "embed_face", "pack")
             else:
                 assert outcome == judged_rows.run(truth, after)["verdict"]

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from pipeline.dataset.finished.report_numbers import MEASURES, charts, pose
+from pipeline.dataset.finished.report_numbers import MEASURES, charts
 from schemas.arcface import ARCFACE_TEMPLATE
+from stages.filter import pose
 
 FRONT = np.array(ARCFACE_TEMPLATE)
 

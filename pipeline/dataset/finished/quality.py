@@ -1,0 +1,148 @@
+"""Which measure of quality earns its place: errors of recognition after the worst photos by it were discarded.
+
+Error-versus-discard curves (Grother and Tabassi, TPAMI 2007) where persons are known, which `group` writes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich import box
+from rich.table import Table
+
+from pipeline.dataset.finished.replay import floats, ledgers, points
+from pipeline.dataset.out.ledger import shard_names
+from pipeline.shared.files import AnyPath
+from pipeline.shared.tars import samples
+from schemas.columns import KEPT
+from schemas.errors import OutputError
+from schemas.shard import decode_npy
+from stages.filter import FROM_POINTS, QUALITIES, from_points
+
+DISCARDED = (0.0, 0.1, 0.3)
+_FACE_SIZE = "face_px"
+"""What every photo is judged by already: other measures have to say more."""
+_MEASURES = tuple(dict.fromkeys([_FACE_SIZE, *(one.measure for one in QUALITIES if one.measure != "ai_mark")]))
+_SIDES = {name: {one.is_least for one in QUALITIES if one.measure == name} or {True} for name in _MEASURES}
+_MOST = 3000
+"""Photos that are compared, each with each."""
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Faces:
+    """N photos of known persons, in random order."""
+
+    persons: npt.NDArray[np.int64]
+    vectors: npt.NDArray[np.float32]
+    """(N, 512), of unit length."""
+    goodness: dict[str, Floats]
+    """Measure -> (N,), larger is better; NaN where it was not measured."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Errors after DISCARDED shares of the photos were left out, the worst first."""
+
+    missed: list[float]
+    """Share of pairs of one person under the similarity."""
+    mistaken: list[float]
+    """Share of pairs of two persons at or over it."""
+    photos: int
+
+
+def read_faces(out: AnyPath) -> Faces:
+    """The first 3,000 or so photos of the dataset.
+
+    Raises:
+        OutputError: when persons or ID vectors are not known, or no person has two photos.
+        CorruptShardError: names a file that cannot be read.
+    """
+    columns = ("key", "person", "kps", *(name for name in _MEASURES if name not in FROM_POINTS))
+    tables: list[pa.Table] = []
+    vectors: list[npt.NDArray[np.float32]] = []
+    for shard, ledger in zip(shard_names(out), ledgers(out, columns), strict=True):
+        rows = ledger.filter(pc.and_(pc.equal(ledger["verdict"], KEPT), pc.is_valid(ledger["person"])))
+        if rows.num_rows:
+            tar = out / "shards" / f"{shard}.tar"
+            files = dict(samples(tar, wish=lambda suffix: suffix == "arcface.npy"))
+            try:
+                vectors += [decode_npy(cast(bytes, files[key]["arcface.npy"])) for key in rows["key"].to_pylist()]
+            except KeyError as error:
+                raise OutputError(f"{tar} has no ID vectors (pack.embeddings = false).") from error
+            tables.append(rows)
+        if len(vectors) >= _MOST:
+            break
+    if not tables:
+        raise OutputError(f"{out} has no photos of known persons: `python -m pipeline group` makes such a dataset.")
+    table = pa.concat_tables(tables).take(pa.array(np.random.default_rng(0).permutation(len(vectors))))
+    order = np.random.default_rng(0).permutation(len(vectors))
+    persons = table["person"].to_numpy()
+    if len(set(persons.tolist())) == len(persons):
+        raise OutputError(f"No person in {out} has two photos, so nothing can be compared.")
+    by_points = from_points(points(table["kps"].combine_chunks()).reshape(-1, 5, 2))
+    values = {
+        name: by_points[FROM_POINTS.index(name)] if name in FROM_POINTS else floats(table[name]) for name in _MEASURES
+    }
+    return Faces(persons, np.stack(vectors)[order], {name: _goodness(name, one) for name, one in values.items()})
+
+
+def _goodness(name: str, values: Floats) -> Floats:
+    """Larger is better: as thresholds have it; of what has a least and a most, nearness to the median."""
+    if len(_SIDES[name]) == 2:
+        return -abs(values - np.nanmedian(values)) if np.isfinite(values).any() else values
+    return values if _SIDES[name] == {True} else -abs(values)
+
+
+def curve(faces: Faces, name: str, similarity: float) -> Curve | None:
+    """The errors by one measure, over the photos of which it is known; None where that leaves no pair."""
+    known = np.flatnonzero(np.isfinite(faces.goodness[name]))
+    order = known[np.argsort(faces.goodness[name][known], kind="stable")]
+    missed, mistaken = [], []
+    for share in DISCARDED:
+        stay = order[round(share * len(order)) :]
+        one, other = np.triu_indices(len(stay), 1)
+        same = faces.persons[stay][one] == faces.persons[stay][other]
+        alike = (faces.vectors[stay] @ faces.vectors[stay].T)[one, other] >= similarity
+        if same.all() or not same.any():
+            return None
+        missed.append(float(1 - alike[same].mean()))
+        mistaken.append(float(alike[~same].mean()))
+    return Curve(missed, mistaken, len(known))
+
+
+def judgement(one: Curve, size: Curve) -> str:
+    """Whether a measure leaves fewer pairs missed than the size of the face, by more than twice the standard error."""
+    mean, least = (float(np.mean(which.missed[1:])) for which in (one, size))
+    spread = 2 * np.sqrt(max(least * (1 - least), 1e-12) / one.photos)
+    return "better" if mean < least - spread else "worse" if mean > least + spread else "no better"
+
+
+def lines(out: AnyPath, similarity: float) -> Iterator[str | Table]:
+    """What `quality` says of OUT; raises what `read_faces` raises."""
+    faces = read_faces(out)
+    yield f"{len(faces.persons):,} photos of {len(set(faces.persons.tolist())):,} persons."
+    yield (
+        f"% of the pairs of one person under a cosine of {similarity:g} / of those of two persons from there on, of all"
+        " photos and without the worst by each measure:"
+    )
+    table = Table("measure", *(f"-{100 * share:.0f} %" for share in DISCARDED), "vs. size", box=box.ASCII)
+    curves = {name: curve(faces, name, similarity) for name in _MEASURES}
+    size = curves[_FACE_SIZE]
+    better = []
+    for name, one in curves.items():
+        if one is None or size is None:
+            table.add_row(name, "too few")
+            continue
+        cells = [f"{100 * a:.2f} / {100 * b:.3f}" for a, b in zip(one.missed, one.mistaken, strict=True)]
+        word = "" if name == _FACE_SIZE else judgement(one, size)
+        better += [name] if word == "better" else []
+        table.add_row(name, *cells, word)
+    yield table
+    yield f"Of more use than the size of the face, by two standard errors: {', '.join(better) or 'none'}."
+    yield "Persons that `group` made are groups by these vectors: photos that it did not recognise are missing here."

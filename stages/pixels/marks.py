@@ -1,0 +1,42 @@
+"""By what an image file says that a model made it: texts that generators leave in its metadata. No pixel is decoded.
+
+A file that says nothing proves nothing; and a C2PA manifest alone does not count, since cameras sign photos by it too.
+"""
+
+import re
+from collections.abc import Iterator
+
+from stages.pixels import jpeg
+from stages.pixels.headers import png_chunks, webp_chunks
+
+_MARKS = re.compile(
+    rb"(?P<trainedAlgorithmicMedia>digitalsourcetype/trainedAlgorithmicMedia)"
+    rb"|(?P<stable_diffusion>Steps: \d+, Sampler: |Stable ?Diffusion)"
+    rb"|(?P<comfyui>ComfyUI|\"class_type\": ?\")"
+    rb"|(?P<invokeai>InvokeAI|invokeai_metadata|sd-metadata)"
+    rb"|(?P<novelai>NovelAI)|(?P<midjourney>Midjourney)|(?P<firefly>Adobe Firefly)|(?P<dall_e>DALL.{1,2}E\b)"
+    rb"|(?P<google_ai>Made with Google AI)"
+)
+"""IPTC's digital source type, in XMP or in a C2PA manifest, and the names and settings that generators write."""
+_MOST = 4_000_000
+"""Bytes of metadata that are searched."""
+_OF_JPEG = frozenset({*range(0xE1, 0xF0), 0xFE})
+_OF_PNG = frozenset({b"tEXt", b"iTXt", b"eXIf", b"caBX"})
+_OF_WEBP = frozenset({b"EXIF", b"XMP ", b"C2PA"})
+
+
+def ai_mark(format: str, data: bytes) -> str:
+    """The name of the first mark in a whole file (a group of _MARKS), empty without one; of JPEG, PNG and WebP only."""
+    texts = bytearray()
+    for text in _metadata(format, data):
+        texts += text[: _MOST - len(texts)]
+    found = _MARKS.search(texts.replace(b"\0", b""))  # UserComment may be UTF-16
+    return found.lastgroup or "" if found else ""
+
+
+def _metadata(format: str, data: bytes) -> Iterator[bytes]:
+    if format == "JPEG":
+        yield from (data[one.start : one.end] for one in jpeg.segments(data) if one.marker in _OF_JPEG)
+    elif format in ("PNG", "WEBP"):
+        walk, names = (png_chunks, _OF_PNG) if format == "PNG" else (webp_chunks, _OF_WEBP)
+        yield from (data[start : start + min(size, _MOST)] for name, start, size in walk(data) if name in names)

@@ -1,0 +1,83 @@
+"""Of planted persons, a measure on which recognition depends earns its place, and others do not."""
+
+import re
+
+import fake_dataset as fake
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.__main__ import app
+from pipeline.dataset.finished.quality import DISCARDED, curve, judgement, read_faces
+from schemas.columns import LATER
+from schemas.errors import OutputError
+from schemas.names import sample_key
+from schemas.shard import encode_npy
+
+
+def photos(persons: int, each: int, **changes) -> list[dict]:
+    """Rows of persons whose vectors are noisier the less sharp a photo is; no other measure says anything of that."""
+    rng, base = np.random.default_rng(0), fake.record("a", 0)
+    rows = []
+    for number in range(persons * each):
+        person, sharpness = number // each, float(rng.uniform(1, 100))
+        vector = np.random.default_rng(person).normal(size=512) + rng.normal(size=512) * (60 / (20 + sharpness))
+        measured = {"sharpness": sharpness, "face_px": rng.uniform(100, 500), "brightness": rng.uniform(0, 255)}
+        vector = encode_npy((vector / np.linalg.norm(vector)).astype(np.float32))
+        known = {"key": sample_key("a", number), "row": number, "person": person * 7 + 1, "arcface": vector}
+        rows.append({**base, **known, **measured, **changes})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    rows = photos(60, 5)
+    return fake.write(tmp_path_factory.mktemp("quality"), {"a-00000": rows[:150], "a-00001": rows[150:]})
+
+
+def test_the_measure_on_which_recognition_depends_earns_its_place(planted):
+    faces = read_faces(planted)
+    assert faces.vectors.shape == (300, 512)
+    size, sharpness, brightness = (curve(faces, name, 0.5) for name in ("face_px", "sharpness", "brightness"))
+    assert sharpness.missed[0] == size.missed[0], "nothing is discarded yet"
+    assert sharpness.missed == sorted(sharpness.missed, reverse=True)
+    assert sharpness.missed[-1] < 0.7 * size.missed[-1]
+    assert (judgement(sharpness, size), judgement(brightness, size)) == ("better", "no better")
+
+
+def test_errors_are_those_of_all_pairs(planted):
+    faces = read_faces(planted)
+    found = curve(faces, "sharpness", 0.5)
+    for share, missed, mistaken in zip(DISCARDED, found.missed, found.mistaken, strict=True):
+        goodness = faces.goodness["sharpness"]
+        stay = [n for n in range(300) if goodness[n] >= sorted(goodness)[round(300 * share)]]
+        pairs = [(a, b) for n, a in enumerate(stay) for b in stay[:n]]
+        same = [a_b for a_b in pairs if faces.persons[a_b[0]] == faces.persons[a_b[1]]]
+        under = sum(faces.vectors[a] @ faces.vectors[b] < 0.5 for a, b in same)
+        others = {*pairs} - {*same}
+        assert missed == pytest.approx(under / len(same))
+        assert mistaken == pytest.approx(
+            sum(faces.vectors[a] @ faces.vectors[b] >= 0.5 for a, b in others) / len(others)
+        )
+
+
+def test_the_table_names_what_earns_its_place_and_what_was_not_measured(planted, tmp_path):
+    result = CliRunner().invoke(app, ["quality", str(planted), "--similarity", "0.5"])
+    assert result.exit_code == 0, result.output
+    assert "300 photos of 60 persons" in result.output
+    words = " ".join(result.output.split())
+    assert re.search(r"\| sharpness [^a-z]* better", words)
+    assert "by two standard errors: sharpness." in words
+    assert re.search(r"\| brightness [^a-z]* no better", words)
+    old = fake.write(tmp_path, {"a-00000": photos(3, 4, **{name: None for name in LATER if name != "person"})})
+    result = CliRunner().invoke(app, ["quality", str(old)])
+    assert "| jpeg_quality | too few" in " ".join(result.output.split())
+
+
+def test_a_dataset_without_persons_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(OutputError, match="no photos of known persons: `python -m pipeline group`"):
+        read_faces(fake.write(tmp_path / "ungrouped", {"a-00000": photos(2, 2, person=None)}))
+    with pytest.raises(OutputError, match=r"No person in .* has two photos"):
+        read_faces(fake.write(tmp_path / "single", {"a-00000": photos(3, 1)}))
+    with pytest.raises(OutputError, match="no ID vectors"):
+        read_faces(fake.write(tmp_path / "bare", {"a-00000": photos(2, 2, arcface=None)}))
