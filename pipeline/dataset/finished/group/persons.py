@@ -17,7 +17,7 @@ SIMILARITY = 0.48
 NEIGHBOURS = 32
 _EXACT = 10_000
 """So few vectors are compared each with each."""
-_CELLS, _PROBED, _TRAINED = 4, 8, 48
+_CELLS, _PROBED, _TRAINED = 4, 24, 48
 """Cells of the index: 4 x the square root of the number of vectors; how many of them are searched; vectors per cell
 that decide where it lies."""
 _QUERIES = 1 << 14
