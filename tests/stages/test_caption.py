@@ -138,7 +138,7 @@ BAD: dict[str, Reply] = {
     "deep JSON": DEEP,
     "another JSON": (200, {}, b'{"choices": [{"message": {"content": {"a": 1}}}]}'),
     "no choices": (200, {}, b'{"choices": []}'),
-    "huge": (200, {}, b" " * (8 << 20)),
+    "huge": (200, {}, GOOD[2] + b" " * (8 << 20)),
     "nothing": (200, {}, b""),
 }
 
