@@ -163,6 +163,9 @@ _ALL = (
         optional=True,
         type=pa.string(),
     ),
+    # caption: only with models.captioner
+    _payload("further_caption", "caption by models.captioner", optional=True, type=pa.string()),
+    Column("further_chars", pa.int32(), "length of that caption, 0 where the model gave none", optional=True),
     # pack
     _payload("json", "the sample's metadata as UTF-8 JSON"),
     _payload("txt", "the caption, UTF-8; only with pack.layout = plain", optional=True),
@@ -196,7 +199,7 @@ SEED_SCHEMA = schema(SEED)
 
 LATER = (
     *("source_kind", "source_file", "caption_chars", "jpeg_quality", "ai_mark", "screen_score", "occlusion"),
-    *("crops_made", "person"),
+    *("crops_made", "further_chars", "person"),
 )
 """Columns that ledgers of earlier releases lack: nothing that decides reads them there, so SCHEMA_VERSION stays."""
 

@@ -49,6 +49,8 @@ STAGES: dict[str, Step] = {
     "embed_image": Step("stages.embed_image:EmbedImage", at="models"),
     # only where `--with` names them: latents and text embeddings, ready for training
     "encode": Step("stages.encode:Encode", at="models"),
+    # only with `models.captioner`: a further caption of what is kept
+    "caption": Step("stages.caption.stage:Caption", at="models"),
     # the sample's json
     "pack": Step("stages.pack:Pack", at="write"),
 }

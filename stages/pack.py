@@ -46,7 +46,7 @@ class Pack(RowStage):
     """Writes the json of a sample, and the hash of all its files; drops nothing."""
 
     name = "pack"
-    reads = (*_REPEATED, *(column for column in SUFFIXES.values() if column not in ("json", "txt")))
+    reads = (*_REPEATED, "further_caption", *(column for column in SUFFIXES.values() if column not in ("json", "txt")))
     writes = ("json", "txt", "sample_sha256")
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,6 +61,8 @@ class Pack(RowStage):
         content["text"] = record["text"] or ""
         if content["source_kind"] != "made":
             del content["source_kind"]
+        if record["further_caption"]:
+            content["text_alternatives"] = [*(record["text_alternatives"] or []), record["further_caption"]]
         for name in ("source_file", "text_alternatives"):
             if not content[name]:
                 del content[name]

@@ -1,6 +1,7 @@
 """The settings of the stages, a section per topic. The run's config (pipeline.dataset.config) extends them."""
 
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -180,6 +181,9 @@ class ModelSettings(Section):
     screen_thresh: float = Field(0.2, ge=0, lt=1)
     """Smallest score of any box there (between 0.1 and 0.3: in a closer look at it) that earns a photo the full look;
     `python -m pipeline screen` fits it."""
+    captioner: str = ""
+    """Who writes a further caption: the folder of an image-text model of transformers, or the URL of an
+    OpenAI-compatible endpoint, such as http://localhost:8000/v1; empty: nobody. See `caption`."""
     det_size: int = Field(640, ge=32, multiple_of=32)
     """Side of the square that the detector sees, pixels."""
     det_thresh: float = Field(0.5, gt=0, lt=1)
@@ -193,6 +197,28 @@ class ModelSettings(Section):
     """Needed once for weights whose licence forbids commercial use; the licence is stamped into every manifest."""
     allow_download: bool = False
     """Fetch missing weights during a run; otherwise only `models fetch` does."""
+
+
+class CaptionSettings(Section):
+    """A further caption, by `models.captioner`."""
+
+    prompt: str = "Describe this photo in one sentence."
+    """What chat models and endpoints are asked; models that only caption (BLIP, GIT) take none."""
+    max_tokens: int = Field(77, ge=1)
+    """Most tokens of an answer; what exceeds them is cut off."""
+    max_side: int = Field(1024, ge=16)
+    """Long side of the picture that the model gets, pixels: larger ones are reduced."""
+    model: str = ""
+    """The endpoint's name of the model."""
+    api_key_env: str = Field("", pattern=r"^([A-Za-z_]\w*)?$")
+    """Environment variable that holds the endpoint's key, on each machine that computes; the key itself is stored
+    nowhere."""
+    concurrency: int = Field(8, ge=1)
+    """Requests at a time, per process; those of a batch (executor.batch_rows) go together."""
+    timeout_s: float = Field(120.0, gt=0, allow_inf_nan=False)
+    """Total deadline per picture, retries included, seconds."""
+    retries: int = Field(5, ge=0)
+    """Further attempts after a transient failure, within the deadline. Then the shard fails; a rerun tries it again."""
 
 
 class EncodeSettings(Section):
@@ -219,6 +245,7 @@ class Settings(Section):
     segment: SegmentSettings = SegmentSettings()
     crop: CropSettings = CropSettings()
     encode: EncodeSettings = EncodeSettings()
+    caption: CaptionSettings = CaptionSettings()
     pack: PackSettings = PackSettings()
     models: ModelSettings = ModelSettings()
 
@@ -229,4 +256,17 @@ class Settings(Section):
                 f"encode.resolution = {self.encode.resolution} would enlarge crops of crop.size = {self.crop.size}: "
                 "raise crop.size, or lower encode.resolution"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _an_endpoint_is_complete(self) -> "Settings":
+        if "://" in self.models.captioner:
+            url = urlsplit(self.models.captioner)
+            if url.scheme not in ("http", "https") or not url.hostname or url.username or url.query or url.fragment:
+                raise ValueError(
+                    "models.captioner must be http(s)://HOST[:PORT]/PATH and no more: name the environment variable of "
+                    "a key in caption.api_key_env"
+                )
+            if not self.caption.model:
+                raise ValueError("models.captioner is an endpoint: name its model in caption.model")
         return self

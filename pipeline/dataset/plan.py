@@ -16,6 +16,7 @@ from schemas.shard import SUFFIXES
 from schemas.targets import text_sha256, vae_sha256
 from stages import STAGES, Step, Where
 from stages.base import Stage
+from stages.caption.stage import Caption, captioner_class
 from stages.encode import Encode
 from stages.filter import unused
 from stages.models.backends import PACK_TASKS, ModelCard, backends, runtime_of
@@ -111,6 +112,7 @@ class Plan:
         models = config.models.model_dump(
             mode="json",
             exclude={
+                "captioner",
                 "paths",
                 "licences",
                 "accept_noncommercial",
@@ -133,7 +135,12 @@ class Plan:
             encode |= {"latents": "moments", "resolution": config.encode.resolution}
         if encoders is not None:
             encode["source"] = {name: value for name, value in asdict(encoders).items() if name != "folder"}
-        idle = {name for name, works in ((Encode.name, encoders), (Screen.name, reduced)) if not works}
+        captioner = config.models.captioner
+        works = {Encode.name: encoders, Screen.name: reduced, Caption.name: captioner}
+        idle = {name for name in works if not works[name]}
+        caption = (
+            {"caption": config.caption.model_dump(include={"prompt", "max_tokens", "max_side"})} if captioner else {}
+        )
         pack: dict[str, Any] = {"hidden": "int8"} if config.pack.hidden == "int8" else {}
         if not config.pack.embeddings:
             pack = {"embeddings": False}  # in whatever form
@@ -164,6 +171,7 @@ class Plan:
                     **screen,
                 },
                 **({"encode": encode} if encode else {}),
+                **caption,
                 **({"pack": pack} if pack else {}),
             },
             "models": self.model_list,
@@ -223,6 +231,8 @@ def make_plan(config: Config, runtime: Runtime | None = None, *, dry_run: bool =
             "models.decoding is gpu, but executor.gpus is 0: set that to 1 or more, or models.decoding = cpu."
         )
     cards = [card for cls in backends(config) for card in cls.cards(config.models)]
+    if config.models.captioner:
+        cards.append(captioner_class(config.models).card(config))
     if config.encode.latents or config.encode.text:
         encoders, encoder_cards = _encoders(config)
         runtime, cards = replace(runtime, encoders=encoders), cards + encoder_cards

@@ -25,7 +25,7 @@ class ModelCard:
 
     name: str
     task: str
-    """detector, segmenter, face_embedder, image_embedder, or encoder (of a diffusion base)."""
+    """detector, segmenter, face_embedder, image_embedder, captioner, or encoder (of a diffusion base)."""
     sha256: str
     """Of the weight file, hex, by its papers while that is lacking; empty for a method without weights."""
     licence: str

@@ -99,8 +99,8 @@ class Tower:
                     raise PlanError(f"{name} mixes the images of a batch ({column}): set executor.gpus = 0.")
 
 
-def load_folder(model_class: Any, folder: Path, device: str) -> Any:
-    """A transformers model of a local folder (config.json, model.safetensors): float32 on the CPU, float16 on a GPU.
+def load_folder(model_class: Any, folder: Path, device: str, gpu_dtype: str = "float16") -> Any:
+    """A transformers model of a local folder (config.json, model.safetensors): float32 on the CPU.
 
     Pickled weights are never read, nothing is looked up on the hub, and every parameter must be in the file.
 
@@ -113,7 +113,7 @@ def load_folder(model_class: Any, folder: Path, device: str) -> Any:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    dtype = torch.float16 if device == "cuda" else torch.float32
+    dtype = getattr(torch, gpu_dtype) if device == "cuda" else torch.float32
     options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, "dtype": dtype}
     try:
         model, info = model_class.from_pretrained(str(folder), **options)

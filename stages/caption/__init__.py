@@ -1,0 +1,1 @@
+"""A further caption by a model: the stage, and the two kinds of models that it can have."""

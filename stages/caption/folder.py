@@ -1,0 +1,74 @@
+"""An image-text model of transformers, from a local folder: BLIP, GIT, and those that chat, such as Qwen-VL, LLaVA."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from schemas.digest import sha256_of_file, sha256_of_json
+from schemas.errors import WeightsError
+from stages.models.backends import Image, ModelCard
+from stages.models.torch_backend import DEVICE, prepare
+from stages.models.tower import load_folder
+from stages.runtime import Device
+from stages.settings import ModelSettings, Settings
+
+_GPU_BATCH = 8
+_READ = {".safetensors", ".json", ".jinja", ".model", ".txt"}
+"""Suffixes of what decides a caption: weights, configs, template and words."""
+
+
+class Folder:
+    """Always takes the likeliest word. A CPU takes one picture at a time; a GPU computes batches, in bfloat16."""
+
+    def __init__(self, settings: Settings, device: Device) -> None:
+        prepare(device)
+        import transformers
+
+        folder, options = _folder(settings.models), {"local_files_only": True, "trust_remote_code": False}
+        self.batch = 1 if device == "cpu" else _GPU_BATCH
+        try:
+            self._processor = transformers.AutoProcessor.from_pretrained(folder, **options)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise WeightsError(f"{folder} has no processor that transformers can load ({error}).") from error
+        self._model = load_folder(transformers.AutoModelForImageTextToText, folder, device, "bfloat16")
+        self._words: dict[str, Any] = {}
+        if getattr(self._processor, "chat_template", None):
+            content = [{"type": "image"}, {"type": "text", "text": settings.caption.prompt}]
+            turn = [{"role": "user", "content": content}]
+            self._words["text"] = self._processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            self._processor.tokenizer.padding_side = "left"
+        self._most = settings.caption.max_tokens
+
+    @classmethod
+    def card(cls, settings: Settings) -> ModelCard:
+        folder = _folder(settings.models)
+        files = sorted(path for path in folder.iterdir() if path.suffix in _READ)
+        sha256 = sha256_of_json({path.name: sha256_of_file(path) for path in files})
+        return ModelCard(folder.resolve().name, "captioner", sha256, "not known; see its card", commercial=True)
+
+    def caption(self, images: Sequence[Image]) -> list[str]:
+        import torch
+
+        words = {"text": [self._words["text"]] * len(images), "padding": True} if self._words else {}
+        # A picture of its own list each: so the processors of chat models know whose it is.
+        pictures = [[image] for image in images] if self._words else list(images)
+        given = self._processor(images=pictures, return_tensors="pt", **words)
+        with DEVICE, torch.inference_mode():
+            given = given.to(self._model.device, self._model.dtype)
+            tokens = self._model.generate(**given, max_new_tokens=self._most, do_sample=False, num_beams=1)
+        if self._words:  # those that chat repeat the question, those with an encoder do not
+            asked = given["input_ids"]
+            if torch.equal(tokens[:, : asked.shape[1]], asked):
+                tokens = tokens[:, asked.shape[1] :]
+        captions: list[str] = self._processor.batch_decode(tokens, skip_special_tokens=True)
+        return captions
+
+
+def _folder(models: ModelSettings) -> Path:
+    folder = Path(models.captioner).expanduser()
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise WeightsError(
+            f"models.captioner = {models.captioner!r} is neither a folder of transformers (config.json, *.safetensors) "
+            "nor the URL of an endpoint."
+        )
+    return folder
