@@ -16,6 +16,7 @@ from schemas.shard import SUFFIXES
 from schemas.targets import text_sha256, vae_sha256
 from stages import STAGES, Step, Where
 from stages.base import Stage
+from stages.detect import looks_again
 from stages.encode import Encode
 from stages.filter import unused
 from stages.models.backends import PACK_TASKS, ModelCard, backends, runtime_of
@@ -121,12 +122,14 @@ class Plan:
                 "decoding",
                 "screen",
                 "screen_thresh",
+                "second_look",
             },
         )
         # torch rounds otherwise than onnxruntime; what the latter computes is called as before there was a choice
         compiled = {"compile": True} if config.models.compile and self.runtime.device == "cuda" else {}
         reduced = screen_factor(config.models, config.filter)
         screen = {"screen": {"factor": reduced, "thresh": config.models.screen_thresh}} if reduced else {}
+        second_look = {"second_look": list(config.models.second_look)} if looks_again(config.models) else {}
         on_torch = [task for task in PACK_TASKS if self._runtime_of(task) == "torch"]
         encode: dict[str, Any] = {name: True for name in EXTRAS if getattr(config.encode, name)}
         if config.encode.latents:
@@ -162,6 +165,7 @@ class Plan:
                     **compiled,
                     **({"decoding": "gpu"} if config.models.decoding == "gpu" else {}),
                     **screen,
+                    **second_look,
                 },
                 **({"encode": encode} if encode else {}),
                 **({"pack": pack} if pack else {}),
