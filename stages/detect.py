@@ -13,7 +13,7 @@ from stages.models.backends import Faces, Image, backend
 from stages.models.boxes import apart, areas
 from stages.pixels.images import photo_of
 from stages.runtime import Runtime
-from stages.settings import ModelSettings, Settings
+from stages.settings import Settings
 
 _GPU_BATCH = 16
 """Photos that a thread decodes before they are looked at; the detector's own batches take from several threads."""
@@ -58,12 +58,6 @@ class Detect(BatchStage):
 
     def written(self, record: Mapping[str, Any], output: Faces) -> dict[str, Any]:
         return measure(output, self.settings.models.det_thresh)
-
-
-def looks_again(models: ModelSettings) -> bool:
-    """Whether doubtful boxes beside a face are looked at closer: where the range is not empty and the detector can."""
-    low, high = models.second_look
-    return low < high and hasattr(backend("detector", models.detector), "screen")
 
 
 def measure(faces: Faces, det_thresh: float) -> dict[str, Any]:

@@ -16,10 +16,9 @@ from schemas.shard import SUFFIXES
 from schemas.targets import text_sha256, vae_sha256
 from stages import STAGES, Step, Where
 from stages.base import Stage
-from stages.detect import looks_again
 from stages.encode import Encode
 from stages.filter import unused
-from stages.models.backends import PACK_TASKS, ModelCard, backends, runtime_of
+from stages.models.backends import PACK_TASKS, ModelCard, backend, backends, runtime_of
 from stages.models.weights import WeightState, fetch, known, unaccepted
 from stages.runtime import EncoderSource, Runtime
 from stages.screen import Screen
@@ -129,7 +128,9 @@ class Plan:
         compiled = {"compile": True} if config.models.compile and self.runtime.device == "cuda" else {}
         reduced = screen_factor(config.models, config.filter)
         screen = {"screen": {"factor": reduced, "thresh": config.models.screen_thresh}} if reduced else {}
-        second_look = {"second_look": list(config.models.second_look)} if looks_again(config.models) else {}
+        low, high = config.models.second_look
+        looks_again = low < high and hasattr(backend("detector", config.models.detector), "screen")
+        second_look = {"second_look": [low, high]} if looks_again else {}
         on_torch = [task for task in PACK_TASKS if self._runtime_of(task) == "torch"]
         encode: dict[str, Any] = {name: True for name in EXTRAS if getattr(config.encode, name)}
         if config.encode.latents:
