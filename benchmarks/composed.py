@@ -33,9 +33,7 @@ def cut(photo: np.ndarray, bbox: list[float]) -> Face:
 
 def degraded(face: Face, rng: np.random.Generator) -> Face:
     """The face turned by up to 40 degrees, darker or lighter, and at times grey, blurred or noisy."""
-    height, width = face.pixels.shape[:2]
-    turn = cv2.getRotationMatrix2D((width / 2, height / 2), rng.uniform(-40, 40), 1.0)
-    pixels = cv2.warpAffine(face.pixels, turn, (width, height), borderMode=cv2.BORDER_REFLECT).astype(np.float32)
+    pixels = _turned(face.pixels, rng.uniform(-40, 40)).astype(np.float32)
     pixels = (pixels / 255) ** rng.uniform(0.5, 2.2) * 255 * rng.uniform(0.35, 1.1)
     if rng.random() < 0.3:
         pixels = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
@@ -62,11 +60,27 @@ def compose(
         taken: list[tuple[int, int, int, int]] = []
         for _ in range(wanted[number % len(wanted)]):
             _paste(picture, faces[rng.integers(len(faces))], float(rng.uniform(128, 400)), taken, rng)
-        noisy = picture + rng.normal(0, NOISE, picture.shape[:2])[..., None]
-        pixels = np.clip(noisy, 0, 255).astype(np.uint8)
-        done, data = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(75, 96))])
-        assert done
-        yield len(taken), data.tobytes()
+        yield len(taken), _jpeg(picture, rng)
+
+
+def _jpeg(picture: np.ndarray, rng: np.random.Generator) -> bytes:
+    noisy = picture + rng.normal(0, NOISE, picture.shape[:2])[..., None]
+    pixels = np.clip(noisy, 0, 255).astype(np.uint8)
+    done, data = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(75, 96))])
+    assert done
+    return data.tobytes()
+
+
+def _turned(pixels: np.ndarray, degrees: float) -> np.ndarray:
+    height, width = pixels.shape[:2]
+    turn = cv2.getRotationMatrix2D((width / 2, height / 2), degrees, 1.0)
+    return cv2.warpAffine(pixels, turn, (width, height), borderMode=cv2.BORDER_REFLECT)
+
+
+def _at_most(face: Face, px: float) -> Face:
+    """The face reduced to `px` where it is larger."""
+    factor = min(1.0, px / face.px)
+    return Face(cv2.resize(face.pixels, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA), face.px * factor)
 
 
 def _ground(photo: np.ndarray, width: int, height: int, rng: np.random.Generator) -> np.ndarray:
@@ -118,3 +132,32 @@ def with_a_large_face(faces: list[Face], grounds: list[np.ndarray], count: int, 
             done, data = cv2.imencode(".jpg", np.clip(picture, 0, 255).astype(np.uint8)[..., ::-1])
             assert done
             yield data.tobytes()
+
+
+def with_others(
+    faces: list[Face], grounds: list[np.ndarray], others: list[Face], count: int, seed: int, each: int = 1
+) -> Iterator[bytes]:
+    """JPEGs of a face and of `each` others, turned, blurred, dark, of 25 to 250 px; some are cut off by the edge.
+
+    `others` may be faces, or what looks like one.
+    """
+    rng = np.random.default_rng(seed)
+    while count:
+        width, height = (int(length) for length in rng.integers(1100, 2600, 2, endpoint=True))
+        picture = _ground(grounds[rng.integers(len(grounds))], width, height, rng)
+        taken: list[tuple[int, int, int, int]] = []
+        _paste(picture, faces[rng.integers(len(faces))], float(rng.uniform(140, 400)), taken, rng)
+        for _ in range(each):
+            px = float(rng.uniform(25, 250))
+            other = degraded(_at_most(others[rng.integers(len(others))], px), rng)
+            if rng.random() < 0.3:
+                other = Face(_turned(other.pixels, rng.uniform(-180, 180)), other.px)
+            if rng.random() < 0.5:
+                other = Face(cv2.GaussianBlur(other.pixels, (0, 0), rng.uniform(0.01, 0.12) * other.px), other.px)
+            _paste(picture, other, px, taken, rng)
+        if len(taken) > 1:
+            count -= 1
+            x1, _, x2, _ = taken[-1]
+            if rng.random() < 0.3 and x1 > taken[0][2]:  # of a face, in its middle, 40 to 90 % is left
+                picture = picture[:, : round((x1 + x2) / 2 + rng.uniform(-0.1, 0.4) * px)]
+            yield _jpeg(picture, rng)

@@ -102,7 +102,7 @@ _ALL = (
     ),
     Column("det_score", pa.float32(), "detector score of the largest face, 0..1", optional=True),
     Column("face_px", pa.float32(), "short side of bbox, pixels of the original", optional=True),
-    Column("second_score", pa.float32(), "best score among the other boxes, 0 when there is none"),
+    Column("second_score", pa.float32(), "best score (a closer look's, where it decided) of the other boxes, or 0"),
     # align
     _payload("face", "224x224 norm_crop of the photo (ArcFace template x 2), RGB, JPEG"),
     _payload(

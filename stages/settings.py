@@ -1,6 +1,6 @@
 """The settings of the stages, a section per topic. The run's config (pipeline.dataset.config) extends them."""
 
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
@@ -150,6 +150,9 @@ class PackSettings(Section):
     """`plain`: `full.jpg` is called `jpg`, and the caption stands in `txt` too, for tools that look for these."""
 
 
+Score = Annotated[float, Field(ge=0, le=1)]
+
+
 class ModelSettings(Section):
     """Which models do the work. Names are registry names; backends of different profiles can be mixed."""
 
@@ -188,6 +191,9 @@ class ModelSettings(Section):
     """Side of the square that the detector sees, pixels."""
     det_thresh: float = Field(0.5, gt=0, lt=1)
     """Smallest detector score of a face."""
+    second_look: tuple[Score, Score] = (0.4, 0.7)
+    """Scores, from and below, of boxes beside a face that are looked at closer before they count as a second face
+    (where the detector can: scrfd); [0, 0]: none."""
     paths: dict[str, str] = Field(default_factory=dict)
     """Weight name -> file or folder, looked at before all else, such as {yunet = "/models/yunet.onnx"}."""
     licences: tuple[str, ...] = ()

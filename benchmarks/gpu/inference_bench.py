@@ -98,6 +98,7 @@ def three_looks(network: Any, side: int) -> Any:
 
     scrfd = Scrfd.__new__(Scrfd)
     scrfd._model, scrfd._size, scrfd._threshold = network, side, 0.5
+    scrfd._second_look = (0.0, 0.0)
     scrfd._screen_size = side * 3 // 10 // 32 * 32
     return scrfd
 

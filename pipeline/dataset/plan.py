@@ -19,7 +19,7 @@ from stages.base import Stage
 from stages.caption.stage import Caption, captioner_class
 from stages.encode import Encode
 from stages.filter import unused
-from stages.models.backends import PACK_TASKS, ModelCard, backends, runtime_of
+from stages.models.backends import PACK_TASKS, ModelCard, backend, backends, runtime_of
 from stages.models.weights import WeightState, fetch, known, unaccepted
 from stages.runtime import EncoderSource, Runtime
 from stages.screen import Screen
@@ -123,12 +123,16 @@ class Plan:
                 "decoding",
                 "screen",
                 "screen_thresh",
+                "second_look",
             },
         )
         # torch rounds otherwise than onnxruntime; what the latter computes is called as before there was a choice
         compiled = {"compile": True} if config.models.compile and self.runtime.device == "cuda" else {}
         reduced = screen_factor(config.models, config.filter)
         screen = {"screen": {"factor": reduced, "thresh": config.models.screen_thresh}} if reduced else {}
+        low, high = config.models.second_look
+        looks_again = low < high and hasattr(backend("detector", config.models.detector), "screen")
+        second_look = {"second_look": [low, high]} if looks_again else {}
         on_torch = [task for task in PACK_TASKS if self._runtime_of(task) == "torch"]
         encode: dict[str, Any] = {name: True for name in EXTRAS if getattr(config.encode, name)}
         if config.encode.latents:
@@ -169,6 +173,7 @@ class Plan:
                     **compiled,
                     **({"decoding": "gpu"} if config.models.decoding == "gpu" else {}),
                     **screen,
+                    **second_look,
                 },
                 **({"encode": encode} if encode else {}),
                 **caption,

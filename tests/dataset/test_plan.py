@@ -85,6 +85,21 @@ def test_the_form_of_hidden_states_belongs_to_the_plan_where_it_is_not_the_usual
         plan_of("pack.hidden=int4")
 
 
+def test_the_closer_look_belongs_to_the_plan_where_the_detector_can():
+    never = "models.second_look=[0,0]"
+    assert plan_of("models.detector=haar", never).digest == plan_of("models.detector=haar").digest
+    with pytest.raises(ConfigError, match=r"second_look"):
+        plan_of("models.second_look=[0.4,1.5]")
+
+
+@pytest.mark.real_data
+def test_a_plan_without_the_closer_look_is_as_before_there_was_one(data):
+    pack = f"models.pack={data / 'models' / 'real'}", "models.accept_noncommercial=true", "models.detector=scrfd"
+    usual, never = plan_of(*pack), plan_of(*pack, "models.second_look=[0,0]")
+    assert usual.identity["settings"]["models"].pop("second_look") == [0.4, 0.7]
+    assert usual.identity == never.identity
+
+
 def test_an_unknown_backend_names_the_known_ones():
     with pytest.raises(ConfigError, match=r"did you mean 'scrfd'.*yunet"):
         plan_of("models.detector=scrfdd")
