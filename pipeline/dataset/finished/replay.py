@@ -284,7 +284,7 @@ def lines(out: AnyPath, path: Path | None, pairs: Sequence[str]) -> Iterator[str
     yield replay_table(replayed)
     yield f"Kept for certain: {replayed.after(KEPT):,}; their samples are there."
     again = sum(map(replayed.after, UNJUDGED))
-    yield f"To be fetched again: {again:,} rows that may be wanted, of which no sample was kept{':' if again else '.'}"
+    yield f"To be fetched again: {again:,} rows that may be wanted, which ledgers cannot judge{':' if again else '.'}"
     for outcome, meaning in UNJUDGED.items():
         if count := replayed.after(outcome):
             yield f"  {count:,} ({outcome}) {meaning}."

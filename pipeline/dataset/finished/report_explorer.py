@@ -23,6 +23,7 @@ _STOPS: dict[str, Sequence[float]] = {
         *(2304, 2560, 3072, 4096),
     ),
     "max_pixels": [million * 10**6 for million in (1, 2, 4, 6, 8, 12, 16, 24, 32, 50, 64, 100, 150, 200, 300, 500)],
+    "max_ai_marks": (0, 1),
     "max_second_score": [step / 20 for step in range(21)],
     "min_face_px": (
         *(0, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256, 288, 320, 384, 448, 512),
@@ -50,7 +51,7 @@ class Explorer:
     def __init__(self, limits: FilterSettings, factor: int) -> None:
         """Take the thresholds of the run, and what its screen had reduced photos by."""
         self.limits, self.factor = limits, factor
-        stops = {**_STOPS, **{quality.key: _stops(quality) for quality in QUALITIES}}
+        stops = {**{quality.key: _stops(quality) for quality in QUALITIES}, **_STOPS}
         self.stops = {key: sorted({*stops[key], getattr(limits, key)}) for key in THRESHOLDS}
         self._cells: list[pa.Table] = []
 
