@@ -53,16 +53,13 @@ class Endpoint:
     def __init__(self, settings: Settings, device: Device) -> None:
         self._settings = settings.caption
         self._url = settings.models.captioner.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        self._key = ""
-        if name := settings.caption.api_key_env:
-            self._key = os.environ.get(name, "").strip()
-            if not self._key.isprintable() or not self._key.isascii() or not self._key:
-                raise PlanError(f"The environment variable {name} (caption.api_key_env) holds no key: set it.")
+        self._key = _key(settings)
         # threads share what may be under way at a time
         self._together = Together(lambda _, images: asyncio.run(self._captions(images)))
 
     @classmethod
     def card(cls, settings: Settings) -> ModelCard:
+        _key(settings)  # a key that is not there is no surprise for the workers
         return ModelCard(settings.caption.model, "captioner", "", "as its provider says", commercial=True)
 
     def caption(self, images: Sequence[Image]) -> list[str]:
@@ -140,3 +137,12 @@ class Endpoint:
     def _error(self, failure: str) -> ShardError:
         text = failure.replace(self._key, "***") if self._key else failure
         return ShardError(f"The endpoint of models.captioner gave no caption ({text}): a rerun asks it again.")
+
+
+def _key(settings: Settings) -> str:
+    """The key, empty where none is needed."""
+    name = settings.caption.api_key_env
+    key = os.environ.get(name, "").strip() if name else ""
+    if name and not (key and key.isascii() and key.isprintable()):
+        raise PlanError(f"The environment variable {name} (caption.api_key_env) holds no key: set it.")
+    return key

@@ -116,6 +116,8 @@ def test_wrong_settings_are_one_sentence_without_secrets(sets, error, words):
 def test_a_key_that_is_not_there(monkeypatch):
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     with pytest.raises(PlanError, match="NO_SUCH_KEY"):
+        plan_of("models.captioner=http://127.0.0.1:1/v1", "caption.model=m", "caption.api_key_env=NO_SUCH_KEY")
+    with pytest.raises(PlanError, match="NO_SUCH_KEY"):
         captioned(settings_of("http://127.0.0.1:1/v1", api_key_env="NO_SUCH_KEY"))
 
 
