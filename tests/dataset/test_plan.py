@@ -86,8 +86,8 @@ def test_the_form_of_hidden_states_belongs_to_the_plan_where_it_is_not_the_usual
 
 
 def test_the_closer_look_belongs_to_the_plan_where_the_detector_can():
-    never = "models.second_look=[0,0]"
-    assert plan_of("models.detector=haar", never).digest == plan_of("models.detector=haar").digest
+    closer = "models.second_look=[0.4,0.7]"
+    assert plan_of("models.detector=haar", closer).digest == plan_of("models.detector=haar").digest
     with pytest.raises(ConfigError, match=r"second_look"):
         plan_of("models.second_look=[0.4,1.5]")
 
@@ -95,9 +95,9 @@ def test_the_closer_look_belongs_to_the_plan_where_the_detector_can():
 @pytest.mark.real_data
 def test_a_plan_without_the_closer_look_is_as_before_there_was_one(data):
     pack = f"models.pack={data / 'models' / 'real'}", "models.accept_noncommercial=true", "models.detector=scrfd"
-    usual, never = plan_of(*pack), plan_of(*pack, "models.second_look=[0,0]")
-    assert usual.identity["settings"]["models"].pop("second_look") == [0.4, 0.7]
-    assert usual.identity == never.identity
+    usual, closer = plan_of(*pack), plan_of(*pack, "models.second_look=[0.4,0.7]")
+    assert closer.identity["settings"]["models"].pop("second_look") == [0.4, 0.7]
+    assert usual.identity == closer.identity
 
 
 def test_an_unknown_backend_names_the_known_ones():
