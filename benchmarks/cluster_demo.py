@@ -42,7 +42,7 @@ from pipeline.dataset.source.sample import write_sample
 from pipeline.shared.files import AnyPath, names, to_path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIES = 4
+COPIES = 6
 """Of each row of the sample, so that a run lasts."""
 PATIENCE_S = 300.0
 """For anything to happen, on a machine that does much else."""
@@ -53,6 +53,7 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
     "AWS_ACCESS_KEY_ID": "nobody",
     "AWS_SECRET_ACCESS_KEY": "nothing",
     "AWS_DEFAULT_REGION": "us-east-1",
@@ -133,19 +134,19 @@ class Node:
             return [root, *root.children(recursive=True)]
         return []
 
-    def work(self) -> set[str]:
-        """What its processes do at this moment: `apply` of the models, `make` of a shard."""
-        titles = [title(process) for process in self.processes()]
-        return {name for name in ("_Models.apply", "_Maker.make") if any(f"ray::{name}" in one for one in titles)}
+    def actors(self, name: str) -> list[psutil.Process]:
+        return [process for process in self.processes() if title(process).startswith(f"ray::{name}")]
+
+    def models_seconds(self) -> float:
+        """CPU time of the models."""
+        return sum(process.cpu_times().user for process in self.actors("_Models"))
 
     def has_models(self) -> bool:
-        """Whether an actor of the models is there that neither loads them nor works: Ray's titles do not tell."""
-        for process in self.processes():
-            if title(process).strip() == "ray::_Models":
-                before = process.cpu_times().user
-                time.sleep(3)
-                return process.is_running() and process.cpu_times().user - before < 0.1
-        return False
+        """Whether models are there and wait: Ray's titles do not tell this from models that are loaded."""
+        before = self.models_seconds()
+        if before:
+            time.sleep(3)
+        return 0 < self.models_seconds() < before + 0.1
 
     def kill(self) -> None:
         """As if its plug were pulled."""
@@ -156,13 +157,13 @@ class Node:
 
 
 class Pictures(SimpleHTTPRequestHandler):
-    """Serves the sample's pictures, the second half of them only once the gate is open; remembers who got them."""
+    """Serves the sample's pictures, two thirds of them only once the gate is open; remembers who got them."""
 
     gate = threading.Event()
     fetched: ClassVar[Counter[str]] = Counter()
 
     def do_GET(self) -> None:
-        if self.path.partition("=")[2] >= str(COPIES // 2):
+        if self.path.partition("=")[2] >= str(COPIES // 3):
             self.gate.wait(PATIENCE_S)
         self.fetched[self.client_address[0]] += 1
         with contextlib.suppress(ConnectionError):  # who has seen enough of a picture hangs up
@@ -231,6 +232,15 @@ class Run:
         if self.process.poll() is not None:
             sys.exit(f"error: the run ended before this: {what}\n{self.log.read_text()}")
 
+    def goes_on_until_it_works_on(self, node: Node) -> None:
+        """Until a shard is made there, and models compute; the gate opens when they are ready to."""
+        made: list[psutil.Process] = []
+        self.goes_on_until(lambda: made.extend(node.actors("_Maker.make")) or node.has_models(), "models are loaded")
+        before = node.models_seconds()
+        Pictures.gate.set()
+        works = lambda: made.extend(node.actors("_Maker.make")) or (made and node.models_seconds() > before + 0.1)  # noqa: E731
+        self.goes_on_until(works, f"{node.name} works")
+
 
 def ends_alike(story: Story, run: Run, local: AnyPath, rows: int, survivor: str) -> None:
     """Wait for the end of a run, and look at what it made."""
@@ -280,10 +290,8 @@ def demo(network: Network, folder: Path, stack: contextlib.ExitStack, story: Sto
     Pictures.gate.clear()
     run = Run(command, str(folder / "shared"), head, network, folder / "run1.log")
     story.tell("a run on both workers, into a shared folder")
-    run.goes_on_until(two.has_models, "models on worker2")
-    Pictures.gate.set()
-    work: set[str] = set()
-    run.goes_on_until(lambda: work.update(two.work()) or (len(work) == 2 and finished(run.out)), "work of worker2")
+    run.goes_on_until_it_works_on(two)
+    wait(lambda: finished(run.out), "the first shard")
     two.kill()
     done = finished(run.out)
     story.tell(f"worker2 is killed as it computes, with {done} of {shards} shards done, and not replaced")
@@ -297,10 +305,7 @@ def demo(network: Network, folder: Path, stack: contextlib.ExitStack, story: Sto
     story.tell("a run for two workers on the one that is left, into a bucket")
     run.goes_on_until(lambda: finished(run.out) >= 1, "a shard of worker1")
     three = node("worker3", 4)
-    run.goes_on_until(three.has_models, "models on worker3")
-    Pictures.gate.set()
-    work.clear()
-    run.goes_on_until(lambda: work.update(three.work()) or len(work) == 2, "work of worker3")
+    run.goes_on_until_it_works_on(three)
     story.check("worker3, which joined later, computes and makes shards", True)
     one.kill()
     story.tell(f"worker1 is killed, with {finished(run.out)} of {shards} shards done, and not replaced")

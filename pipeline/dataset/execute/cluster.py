@@ -192,6 +192,8 @@ class _Crew:
         self._patience = plan.config.executor.shard_timeout_s
         self._idle: defaultdict[str, list[Any]] = defaultdict(list)
         """Node -> handles of its makers without a shard."""
+        self._begun: Counter[str] = Counter()
+        """Node -> shards that were begun there."""
         # A few shards alone keep a GPU's threads at work; of many, no more rows lie ready than these need.
         self._ahead = max(_IN_FLIGHT_PER_SHARD, plan.pool.threads // 4)
         self.running: dict[Any, _Attempt] = {}
@@ -201,9 +203,10 @@ class _Crew:
         """Have a shard made, with the models' actor that has the least to do."""
         attempt.actor = self._actors.choose()
         attempt.actor.shards += 1
-        # Where fewest shards are made, such as on a node that just joined; there by a maker that idles, if any does.
+        # Where fewest are made, and were, such as on a node that just joined; by a maker that idles there, if any does.
         busy = Counter(other.node for other in self.running.values())
-        attempt.node = min(sorted(self._guard.live_nodes), key=lambda node: (busy[node], not self._idle[node]))
+        attempt.node = min(sorted(self._guard.live_nodes), key=lambda node: (busy[node], self._begun[node]))
+        self._begun[attempt.node] += 1
         idle = self._idle[attempt.node]
         attempt.maker = idle.pop() if idle else self._new_maker(attempt.node)
         attempt.progress = time.monotonic()
