@@ -26,7 +26,7 @@ def test_damaged_bytes_end_in_what_the_reader_may_raise(name, tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("number", [500041, 502020])
+@pytest.mark.parametrize("number", [500041, pytest.param(502020, marks=pytest.mark.long)])
 def test_statistics_of_another_schema_do_not_end_the_process(number):
     """pyarrow calls std::terminate when it is asked for such a column's metadata."""
     words = [sys.executable, fuzz.__file__, "--target", "parquet", "--only", str(number)]

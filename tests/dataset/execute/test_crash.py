@@ -93,6 +93,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_a_rerun_with_more_room_goe
     assert contents(tmp_path / "copy") == contents(whole)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not shutil.which("unshare"), reason="there is no unshare here")
 def test_an_out_that_turns_read_only_ends_the_run_with_a_sentence_and_goes_on_later(whole, tmp_path):
     mounts(

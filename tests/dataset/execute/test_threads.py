@@ -99,7 +99,7 @@ def test_an_interrupted_run_leaves_no_decoder(tmp_path):
     assert len(children) > 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.real_data
 def test_batches_of_16_on_torch_keep_what_onnx_runtime_keeps(
     data, labels, photo_server, tmp_path, threads, monkeypatch

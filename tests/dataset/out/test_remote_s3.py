@@ -57,8 +57,8 @@ def out(endpoint: str, request: pytest.FixtureRequest) -> RemotePath:
 ON_RAY = ("--executor", "ray", "--set", "executor.workers=1")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("words", [(), pytest.param(ON_RAY, marks=pytest.mark.long)], ids=["local", "ray"])
+@pytest.mark.long
+@pytest.mark.parametrize("words", [(), ON_RAY], ids=["local", "ray"])
 def test_a_driver_killed_in_the_middle_leaves_only_whole_shards_and_a_rerun_finishes(out, whole, words):
     process = begun(out, *words)
     process.kill()

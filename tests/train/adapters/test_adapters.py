@@ -313,7 +313,8 @@ def test_adapter_trains_in_float32_over_a_bfloat16_base_under_autocast(tiny):
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
 @pytest.mark.filterwarnings("ignore:Dynamo detected:UserWarning")
-@pytest.mark.parametrize("kind", ["sd15", pytest.param("sdxl", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_compiled_it_is_one_graph_that_computes_the_same(tiny, kind, monkeypatch):
     # Traced, not generated, which takes minutes on a CPU; a second graph would be an error.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, fullgraph=True, backend="eager"))

@@ -81,7 +81,7 @@ def test_the_loss_of_one_sample_falls_by_a_third(name):
     assert any(loss < first * 2 / 3 for loss in losses)
 
 
-_QUICK = ("ip-adapter", "full-face", "faceid-plusv2")
+_QUICK = ("ip-adapter", "faceid-plusv2")
 
 
 @pytest.mark.parametrize(
