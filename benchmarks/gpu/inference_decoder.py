@@ -106,6 +106,7 @@ def serve(options: dict[str, Any]) -> None:
     link = Client(options["address"], family="AF_UNIX")
     remote = Remote(link, [rows[i] for i in range(options["chunk"])])
     detector = Scrfd.__new__(Scrfd)
+    detector._second_look = (0.0, 0.0)
     detector._model, detector._size, detector._screen_size, detector._threshold = remote, options["look"], BORDER, 0.5
     link.send(("ready", options["index"]))
     try:

@@ -139,8 +139,10 @@ class _Batches:
         import pyarrow as pa
 
         from pipeline.dataset.rows import Rows
+        from schemas.columns import schema
 
         numbers = [next(self._numbers) for _ in range(self._rows)]
         photos = [self._contents[number % len(self._contents)] for number in numbers]
-        columns = {"key": [f"p-{number:09}" for number in numbers], "sha256": [str(number) for number in numbers]}
-        return Rows.living(pa.table({**columns, "image": pa.array(photos, pa.binary())}))
+        columns: dict[str, Any] = {"key": [f"p-{number:09}" for number in numbers], "image": photos}
+        columns |= {"sha256": list(map(str, numbers)), "jpeg_quality": [95] * self._rows, "ai_mark": [""] * self._rows}
+        return Rows.living(pa.table(columns, schema=schema(tuple(columns))))

@@ -43,7 +43,7 @@ PEAKS = {"H100": 989, "H200": 989, "A100": 312}
 
 def parts(args: argparse.Namespace) -> Iterator[tuple[str, Callable[..., None]]]:
     """Name and function of each part."""
-    for case in CASES:
+    for case in CASES[::2] if args.smoke else CASES:  # tiny models have one resolution, and differ by their base
         yield case.name, lambda device, record, left, case=case: run(case, device, record, left, args)
 
 

@@ -247,7 +247,8 @@ def test_tight_portraits_pass(material, real, detector):
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize("pack", ["detector", pytest.param("extra", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("pack", ["detector", "extra"])
 def test_the_look_for_a_larger_face_is_left_out_only_where_it_changes_nothing(material, data, detector, real, pack):
     """One of these eight photos has a face that only that look finds."""
     screen = Screen(settings(data, screen=pack if pack == "detector" else str(data / "models" / pack)), Runtime())

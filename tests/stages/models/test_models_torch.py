@@ -314,7 +314,7 @@ def photos(data: Path, labels: list[dict[str, str]]) -> list[Image]:
 
 
 @pytest.mark.real_data
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("size", [4])
 def test_the_real_detector_gives_the_same_boxes_in_batches_on_torch(size: int, data: Path, photos: list[Image]) -> None:
     pack = str(data / "models" / "real")
