@@ -12,7 +12,7 @@ from stages.fetch.status import SECOND_CHANCE
 from stages.fetch.times import RESOLVER, FetchTimes
 
 _MOST_HOSTS = 2_000
-"""Hosts that are remembered; of twice as many, those that took the least time in all are let go."""
+"""Hosts that are remembered; of twice as many, those that spent the least time in all are let go."""
 _SHOWN_HOSTS, _FEWEST_FETCHES, _SLOW_S = 5, 10, 1.0
 """How many hosts are listed, after how many fetches of one their mean says anything, and when people hear of it."""
 
@@ -72,8 +72,8 @@ class Tally:
                 stages[name]["dropped"][verdict] = count
         left = rows
         for name, stage in stages.items():
-            took = round(self._microseconds[name] / 1e6, 3)
-            stage.update(rows_in=left, rows_out=left - sum(stage["dropped"].values()), seconds=took)
+            spent = round(self._microseconds[name] / 1e6, 3)
+            stage.update(rows_in=left, rows_out=left - sum(stage["dropped"].values()), seconds=spent)
             left = stage["rows_out"]
         left = 0 if self._total_rows is None else max(0, self._total_rows - self.rows_before - rows)
         means = {

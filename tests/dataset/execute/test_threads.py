@@ -85,6 +85,7 @@ def test_batches_come_back_in_order_and_few_are_begun_ahead(threads, monkeypatch
     desk.close()
 
 
+@pytest.mark.long
 def test_an_interrupted_run_leaves_no_decoder(tmp_path):
     process = subprocess.Popen(in_a_process(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while len(manifests(tmp_path)) < 3 and process.poll() is None:
