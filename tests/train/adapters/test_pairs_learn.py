@@ -16,7 +16,7 @@ from pipeline.train.loader import Dataset, ShardLoader, open_dataset
 from pipeline.train.settings import TrainConfig
 from schemas.shard import encode_npy
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 PERSONS, PHOTOS, WIDTH, SIDE = 6, 8, 32, 8
 STEPS = 30
