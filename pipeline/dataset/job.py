@@ -2,7 +2,6 @@
 
 import os
 import secrets
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -149,13 +148,12 @@ def make_dataset(
             elif not work.failed:
                 screen.say("Second chances: no row failed for a reason that may have passed.")
         counted = _finish(output, plan)
-        dropped: Counter[str] = Counter()
-        for row in counted.rows:
-            dropped.update(row.dropped)
         silent = counted.kept or (work.failed and not counted.rows_in)  # that all failed was said
-        nothing = "" if silent else why_nothing(f"{counted.rows_in:,} rows", dropped)
+        nothing = "" if silent else why_nothing(f"{counted.rows_in:,} rows", counted.dropped)
         code = ExitCode.SHARDS_FAILED if work.failed else ExitCode.OK
-        watchers.end(rows=counted.rows_in, kept=counted.kept, dropped=dropped, exit_code=code, nothing_kept=nothing)
+        watchers.end(
+            rows=counted.rows_in, kept=counted.kept, dropped=counted.dropped, exit_code=code, nothing_kept=nothing
+        )
     console.print(funnel_table(counted))
     if nothing:
         screen.say(nothing)

@@ -221,10 +221,7 @@ def _reasons(out: AnyPath, manifests: list[Manifest], limits: FilterSettings, co
     Of what a threshold dropped there are more, and those that it barely dropped come first.
     """
     left = _DROP_BYTES
-    totals: Counter[str] = Counter()
-    for stage in counted.rows:
-        totals.update(stage.dropped)
-    for name, count in totals.items():
+    for name, count in counted.dropped.items():
         wanted = _BARELY if name in _BY_THRESHOLD else _DROPS
         ranked: list[tuple[bool, float, int, Card]] = []
         for manifest in spread([manifest for manifest in manifests if manifest.dropped.get(name)], wanted):

@@ -56,6 +56,11 @@ class Funnel:
         """Rows that no stage dropped."""
         return self.rows[-1].rows_left
 
+    @property
+    def dropped(self) -> Counter[str]:
+        """Reason -> rows, whichever stages gave it."""
+        return sum((Counter(row.dropped) for row in self.rows), Counter())
+
     def share(self, count: int) -> float:
         """A number of rows as a share of all rows in, 0 when there are none."""
         return count / self.rows_in if self.rows_in else 0.0
