@@ -100,7 +100,7 @@ def make_dataset(
     *,
     replan: bool = False,
     retry: bool = False,
-    watch: Callable[[Event], None] = lambda event: None,
+    watch: Callable[[Event], None] | None = None,
 ) -> ExitCode:
     """Make all shards that are not done yet, then the summary and the report, whose funnel is shown.
 
@@ -117,7 +117,7 @@ def make_dataset(
         raise OutputError(f"OUT {out} exists in one process alone: give --executor local, or another OUT.")
     start, screen = executor_of(plan.config), RunScreen(console, job.rows)
     with (
-        Watchers(screen, out, plan.config.watch) as watchers,
+        Watchers(screen, out, plan.config.watch, watch) as watchers,
         start(plan) as execute,
         output.prepared(plan, replan=replan),
         screen,
@@ -131,7 +131,7 @@ def make_dataset(
         for note in job.notes:
             screen.say(note)
         watchers.begin(parts=len(job.parts), input_rows=job.rows, plan_digest=plan.digest)
-        work = _Work(output, plan, screen, watchers, watch)
+        work = _Work(output, plan, screen, watchers)
         # A shard that is made anew takes those along that gave its rows a second chance.
         further = [name for name in shard_names(out) if shard_origin(name)[1]]
         work.make(execute, work.pending(job.shards(), further))
@@ -183,7 +183,6 @@ class _Work:
     plan: Plan
     screen: RunScreen
     watchers: Watchers
-    watch: Callable[[Event], None]
     failed: list[str] = field(default_factory=list)
     captions: Captions = field(default_factory=Captions)
 
@@ -196,7 +195,6 @@ class _Work:
         with closing(execute(self.plan, pending, self.output)) as events:
             for event in events:
                 self.watchers.take(event)
-                self.watch(event)
                 if isinstance(event, Finished) and event.manifest is None:
                     self.failed.append(event.shard)
                     if event.lost:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
@@ -72,13 +73,19 @@ class RunScreen(Screen):
 class Watchers:
     """Passes on how a run goes, with early words; a context manager. No trouble of theirs stops a run."""
 
-    def __init__(self, screen: RunScreen, out: AnyPath, settings: WatchSettings) -> None:
-        """Open what the settings name.
+    def __init__(
+        self,
+        screen: RunScreen,
+        out: AnyPath,
+        settings: WatchSettings,
+        watch: Callable[[Event], None] | None = None,
+    ) -> None:
+        """Open what the settings name; `watch` is called with each event as it is.
 
         Raises:
             UserError: when a file cannot be written, or the hook is not there.
         """
-        self._screen, self._out, self._metrics = screen, out, settings.metrics
+        self._screen, self._out, self._metrics, self._watch = screen, out, settings.metrics, watch
         self._due, self._is_open = 0.0, False
         self._words = EarlyWords()
         self._warned: dict[str, str] = {}
@@ -111,6 +118,8 @@ class Watchers:
     def take(self, event: Event) -> None:
         """Show an event, and pass on what it means."""
         now = self._screen.show(event)
+        if self._watch is not None:
+            self._watch(event)
         if isinstance(event, Finished) and event.manifest is None:
             self._emit("failed", shard=event.shard, error=event.error)
         elif isinstance(event, Finished) and event.manifest is not None:
