@@ -72,11 +72,19 @@ class Together:
                 gathered = dict.fromkeys(missing)
                 while self._waiting:
                     gathered[self._waiting.popleft()] = None
-                for kind in dict.fromkeys(each.kind for each in gathered):
-                    alike = [each for each in gathered if each.kind == kind]
-                    for each, result in zip(alike, self._compute(kind, [each.value for each in alike]), strict=True):
-                        each.result, each.is_done = result, True
+                try:
+                    self._fill(list(gathered))
+                except Exception:
+                    if len(gathered) == len(missing):
+                        raise
+                    self._fill(missing)  # it may have been another thread's that failed
         return [each.result for each in own]
+
+    def _fill(self, given: Sequence["_Given"]) -> None:
+        for kind in dict.fromkeys(each.kind for each in given):
+            alike = [each for each in given if each.kind == kind]
+            for each, result in zip(alike, self._compute(kind, [each.value for each in alike]), strict=True):
+                each.result, each.is_done = result, True
 
 
 @dataclass(eq=False)

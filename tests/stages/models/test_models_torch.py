@@ -236,7 +236,8 @@ def test_threads_share_batches_of_any_shapes_in_the_order_of_each() -> None:
     assert len(sizes) < 12 * 11, "nobody shared a batch"
 
 
-def test_what_fails_for_one_thread_fails_for_no_other() -> None:
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_what_fails_for_one_thread_fails_for_no_other(order: tuple[int, int]) -> None:
     enter, gathered = threading.Barrier(2), threading.Event()
 
     def compute(kind: None, values: list[int]) -> list[int]:
@@ -251,13 +252,16 @@ def test_what_fails_for_one_thread_fails_for_no_other() -> None:
     with ThreadPoolExecutor(3) as threads:
         first = threads.submit(together, [(None, 0)])
         enter.wait(60)
-        bad, good = (threads.submit(together, [(None, value)]) for value in (1, 2))
-        while len(together._waiting) < 2:
-            time.sleep(0.001)
+        others = {}
+        for number, value in enumerate(order, 1):  # one after the other, so that mostly the first has its turn first
+            others[value] = threads.submit(together, [(None, value)])
+            while len(together._waiting) < number:
+                time.sleep(0.001)
+            time.sleep(0.01)
         gathered.set()
-        assert (first.result(), good.result()) == ([0], [20])
+        assert (first.result(), others[2].result()) == ([0], [20])
         with pytest.raises(RuntimeError, match="of 1"):
-            bad.result()
+            others[1].result()
 
 
 def test_the_next_batch_lies_ready_before_the_last_is_read() -> None:
