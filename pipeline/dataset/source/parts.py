@@ -94,12 +94,13 @@ class Part:
             return replace(self, rows=tars.rows_in(self.path))
         columns, rows = formats.probe(self.path)
         require(self.path, columns.names, self.columns)
-        names = (self.columns["image"],) if "image" in self.columns else embedded.NAMES
-        image = embedded.image_column(columns, names)
+        usual = (self.columns["image"],) if "image" in self.columns else embedded.NAMES
+        image = embedded.image_column(columns, usual)
         aliases = mapped(FILE_ALIASES if image else ALIASES, self.columns)
         if image is None:
             require_url(self.path, columns.names, aliases)
-        first = {seed: columns.get_all_field_indices(name)[0] for seed, name in resolve(columns.names, aliases).items()}
+        names = [name for name in columns.names if image is None or name != image.name]
+        first = {seed: columns.get_all_field_indices(name)[0] for seed, name in resolve(names, aliases).items()}
         # Types that cannot be read show without a row.
         to_seeds(pa.table({seed: pa.array([], columns.field(i).type) for seed, i in first.items()}), path=self.path)
         return replace(self, rows=rows, kind="embedded" if image else "metadata", image=image)

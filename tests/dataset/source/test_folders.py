@@ -278,12 +278,13 @@ def test_tables_that_name_nothing_there_are_refused(tmp_path):
 # Parquet files with images
 
 
-def test_a_parquet_of_hugging_faces_datasets(tmp_path):
+@pytest.mark.parametrize("image", ["image", "photo"])
+def test_a_parquet_of_hugging_faces_datasets(tmp_path, image):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import datasets
-    features = datasets.Features({"photo": datasets.Image(), "prompt": datasets.Value("string")})
-    values = {"photo": [{"bytes": encoded(n), "path": f"{n}.png"} for n in (1, 2)] + [None], "prompt": ["a", "b", "c"]}
+    features = datasets.Features({image: datasets.Image(), "prompt": datasets.Value("string")})
+    values = {image: [{"bytes": encoded(n), "path": f"{n}.png"} for n in (1, 2)] + [None], "prompt": ["a", "b", "c"]}
     datasets.Dataset.from_dict(values, features=features).to_parquet(tmp_path / "train-00000-of-00001.parquet")
     found = rows(tmp_path)
     assert picked(found, "source_file", "text", DROP) == [
