@@ -276,4 +276,8 @@ def _hint(word: str, fs: Any, inside: str) -> str:
     near = [word[: -len(inside)] + path if word.endswith(inside) else path for path in paths]
     numbers = re.findall(r"[0-9]+", word)
     near += difflib.get_close_matches(word, [SAMPLE, f"laion-part-{numbers[0] if numbers else 0}"], n=1)
-    return f"did you mean {' or '.join(near)}?" if near else "give sample, laion-part-0..99, or a path, glob or URL."
+    return (
+        f"did you mean {' or '.join(near)}?"
+        if near
+        else r"give sample, laion-part-0..99, or a path, glob or URL; a comma in one is written \,."
+    )

@@ -202,6 +202,12 @@ def test_diffusiondb(tmp_path):
     assert picked(found, "punsafe") == [(pytest.approx(0.1),), (pytest.approx(0.9),), (pytest.approx(0.2),)]
 
 
+def test_the_list_of_the_published_tutorials_which_export_json_writes(tmp_path):
+    record = {"image_file": "images/a.png", "face_image_file": "faces/a.png", "text": "t", "id_embed_file": "ids/a.npy"}
+    put(tmp_path, **{"images/a.png": encoded(1), "faces/a.png": encoded(2), "data.json": json.dumps([record])})
+    assert picked(rows(tmp_path)) == [("faces/a.png", None, None), ("images/a.png", "t", None)]
+
+
 def test_journeydb(tmp_path):
     put(tmp_path, **{"imgs/000/a.jpg": encoded(1, "JPEG"), "imgs/001/a.jpg": encoded(2, "JPEG")})
     records = [{"img_path": f"./00{n}/a.jpg", "prompt": f"p{n}", "Task2": {"Caption": "x"}} for n in (1, 0)]
