@@ -18,9 +18,9 @@ _SHARD_DIGITS = 5
 
 
 def split_spec(spec: str) -> list[str]:
-    """Split SHARDS at commas, and expand each inclusive range `laion-part-A..B`, in the given order.
+    r"""Split SHARDS at commas, and expand each inclusive range `laion-part-A..B`, in the given order.
 
-    `\\,` is a comma of a path; a local path that exists as SHARDS has it is one word.
+    `\,` is a comma of a path; a local path that exists as SHARDS has it is one word.
 
     Raises:
         SourceError: when SHARDS is empty or a range runs backwards.
