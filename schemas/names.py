@@ -1,5 +1,6 @@
 """Names: SHARDS ranges, sample keys, shard names. No name ever holds a dot (webdataset splits there)."""
 
+import os
 import re
 from collections.abc import Iterable
 
@@ -17,13 +18,17 @@ _SHARD_DIGITS = 5
 
 
 def split_spec(spec: str) -> list[str]:
-    """Split SHARDS at commas, and expand each inclusive range `laion-part-A..B`, in the given order.
+    r"""Split SHARDS at commas, and expand each inclusive range `laion-part-A..B`, in the given order.
+
+    `\,` is a comma of a path; a local path that exists as SHARDS has it is one word.
 
     Raises:
         SourceError: when SHARDS is empty or a range runs backwards.
     """
+    is_path = os.path.exists(os.path.expanduser(split_kind(spec.strip())[1]))
+    split = [spec] if is_path else re.split(r"(?<!\\),", spec)
     words: list[str] = []
-    for word in filter(None, map(str.strip, spec.split(","))):
+    for word in filter(None, (one.strip().replace("\\,", ",") for one in split)):
         match = _RANGE.fullmatch(word)
         first, last = (int(match[2]), int(match[3] or match[2])) if match else (0, 0)
         if last < first:

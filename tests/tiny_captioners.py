@@ -47,4 +47,5 @@ def write(folder: Path, kind: str, seed: int = 0) -> Path:
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nA card as the hub has it.\n")
     return folder

@@ -11,7 +11,8 @@ import numpy as np
 from pipeline.dataset.config import Config
 from pipeline.dataset.inventory import Use, needed, state_of, uses
 from pipeline.shared.bases import BASES
-from schemas.errors import UserError
+from schemas.errors import ShardError, UserError
+from stages.caption.stage import captioner_class
 from stages.models.backends import REGISTRIES, backend
 from stages.models.papers import Weight
 from stages.runtime import Device
@@ -19,7 +20,7 @@ from stages.settings import ModelSettings
 
 _TOLERANCE = 0.02
 """Of the largest value. On a CPU batches change nothing; on a GPU the last bits of float16, which loading proves."""
-_SIDE = {"detector": 1024, "segmenter": 512, "face_embedder": 112, "image_embedder": 224}
+_SIDE = {"detector": 1024, "segmenter": 512, "face_embedder": 112, "image_embedder": 224, "captioner": 512}
 _KPS = np.array([[193, 240], [319, 240], [257, 314], [201, 371], [313, 371]], np.float32)
 """Five points where an FFHQ-style crop of 512 px has them."""
 
@@ -59,6 +60,8 @@ def checks(config: Config, weights: Iterable[Weight] | None) -> Iterator[Check]:
         for task in tasks:
             use = Use(task, getattr(config.models, task), {})
             yield from _checked(backend(task, use.backend).weights(config.models), [use], config.models, device)
+        if config.models.captioner:
+            yield _captioner(config, device)
         weights = [weight for weight in needed(config) if weight.name in BASES]
     for weight in weights:
         yield from _checked([weight], list(uses(weight, config.models)), config.models, device)
@@ -86,6 +89,26 @@ def _checked(
             continue
         problem = "an image's result depends on the others of its batch" if difference > _TOLERANCE else ""
         yield Check(label, state or "here", use.task, use.backend, model.runtime, milliseconds, difference, problem)
+
+
+def _captioner(config: Config, device: Device) -> Check:
+    """What comes of `models.captioner`; an endpoint gets the photos. The difference is the share of other captions."""
+    named = config.models.captioner
+    try:
+        chosen = captioner_class(config.models)
+        name, model = chosen.card(config).name, chosen(config, device)
+        photos, alone, times = list(_photos(_SIDE["captioner"])), [], []
+        for photo in photos:
+            begun = time.perf_counter()
+            alone += model.caption([photo])
+            times.append(time.perf_counter() - begun)
+        batches = [photos[start : start + model.batch] for start in range(0, len(photos), model.batch)]
+        together = [caption for batch in batches for caption in model.caption(batch)]
+    except (UserError, ShardError) as error:
+        return Check(named, "", "captioner", "", "", None, None, str(error))
+    differing = sum(map(str.__ne__, together, alone)) / len(photos)
+    runtime = "its endpoint" if "://" in named else f"torch {device}"
+    return Check(name, "here", "captioner", named, runtime, 1000 * median(times), differing, "")
 
 
 def measured(task: str, model: Any) -> tuple[float, float]:

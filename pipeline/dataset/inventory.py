@@ -1,12 +1,14 @@
 """The weights and bases that a machine needs: their files, and where each comes from and belongs."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from pipeline.dataset.config import PROFILES, Config, load_config
 from pipeline.shared.bases import BASES, base_folder, find_base
 from schemas.digest import sha256_of_file
 from schemas.errors import UserError
+from stages.caption.stage import captioner_class
 from stages.models.backends import REGISTRIES, backend, backends
 from stages.models.papers import Weight, WeightFile
 from stages.models.weights import WeightState, known, known_weights, roots, states
@@ -192,10 +194,17 @@ def document(weights: Iterable[Weight], config: Config, *, only: bool) -> dict[s
             for name in names
             if not only or getattr(config.models, task) == name
         ],
+        "captioner": _captioner(config),
         "searched": ["models.paths.NAME", *map(str, roots())],
         "missing": [state.weight.name for state in lacks],
         "bytes_missing": bytes_of(lacks),
     }
+
+
+def _captioner(config: Config) -> dict[str, Any] | None:
+    """What is known of `models.captioner`, a folder or an endpoint; None without."""
+    named = config.models.captioner
+    return {"captioner": named, **asdict(captioner_class(config.models).card(config))} if named else None
 
 
 def text_of(listed: dict[str, Any], *, only: bool) -> str:
@@ -203,6 +212,9 @@ def text_of(listed: dict[str, Any], *, only: bool) -> str:
     lines = [block(entry) for entry in listed["models"]]
     for one in listed["backends"]:
         lines.append(f"models.{one['task']}={one['name']}: {', '.join(one['weights']) or 'no weights of this list'}")
+    if card := listed["captioner"]:
+        about = f"{card['name']}, licence {card['licence']}, sha256 {card['sha256'] or 'not known'}"
+        lines.append(f"models.captioner={card['captioner']}: {about}")
     lines.append(f"Searched, in this order: {', '.join(listed['searched'])}.")
     names = " ".join(listed["missing"]) if only else "NAME"
     if listed["missing"]:

@@ -89,7 +89,7 @@ def prepared(spec: str, config: Config, *, dry_run: bool = False) -> Iterator[Jo
             # A file without a name, in which the processes of this machine share what was refused.
             file = stack.enter_context(TemporaryFile())
             runtime = replace(runtime, refusals=f"/proc/{os.getpid()}/fd/{file.fileno()}")
-        parts = find_parts(",".join(kind + word for kind, word in words), config.source)
+        parts = find_parts(",".join(kind + word.replace(",", r"\,") for kind, word in words), config.source)
         yield Job(make_plan(config, runtime, dry_run=dry_run), tuple(parts))
 
 

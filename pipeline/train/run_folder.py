@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.shared.atomic import TEMPORARY, fsync_file, fsync_folder, write_atomically
+from pipeline.shared.configfile import leaves
 from pipeline.train.adapters.released import save_tensors
-from pipeline.train.settings import without_free_keys
+from pipeline.train.settings import TrainConfig, without_free_keys
 from schemas.errors import OutputError, first_line
 
 _STEP = "step-"
@@ -71,7 +72,9 @@ class RunFolder:
         if before is not None and not resume:
             raise OutputError(f"{self.root} holds a run: give --resume to go on with it, or another --out.")
         if before is not None:
-            was, now = (without_free_keys(each["identity"]) for each in (before, description))
+            # A run that a release without some key began was trained as its default has it.
+            defaults = leaves(TrainConfig().model_dump(mode="json"))
+            was, now = (without_free_keys({**defaults, **each["identity"]}) for each in (before, description))
             differing = [
                 f"{key} was {was.get(key)!r}, now {now.get(key)!r}"
                 for key in sorted({*was, *now})

@@ -1,8 +1,11 @@
 """An image-text model of transformers, from a local folder: BLIP, GIT, and those that chat, such as Qwen-VL, LLaVA."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from schemas.digest import sha256_of_file, sha256_of_json
 from schemas.errors import WeightsError
@@ -15,6 +18,8 @@ from stages.settings import ModelSettings, Settings
 _GPU_BATCH = 8
 _READ = {".safetensors", ".json", ".jinja", ".model", ".txt"}
 """Suffixes of what decides a caption: weights, configs, template and words."""
+_RESTRICTED = re.compile(r"\bnc\b|non-?commercial|research|unknown|^other$", re.IGNORECASE)
+"""In licences that forbid commercial use, or say nothing."""
 
 
 class Folder:
@@ -44,7 +49,10 @@ class Folder:
         folder = _folder(settings.models)
         files = sorted(path for path in folder.iterdir() if path.suffix in _READ)
         sha256 = sha256_of_json({path.name: sha256_of_file(path) for path in files})
-        return ModelCard(folder.resolve().name, "captioner", sha256, "not known; see its card", commercial=True)
+        licence = _licence(folder)
+        commercial = bool(licence) and not _RESTRICTED.search(licence)
+        name, known = folder.resolve().name, licence or "not known: its README.md names none"
+        return ModelCard(name, "captioner", sha256, known, commercial)
 
     def caption(self, images: Sequence[Image]) -> list[str]:
         import torch
@@ -62,6 +70,18 @@ class Folder:
                 tokens = tokens[:, asked.shape[1] :]
         captions: list[str] = self._processor.batch_decode(tokens, skip_special_tokens=True)
         return captions
+
+
+def _licence(folder: Path) -> str:
+    """What the front matter of the folder's card says, as the hub has it; empty where it says nothing."""
+    try:
+        text = (folder / "README.md").read_text(errors="replace")
+        front = yaml.safe_load(text.partition("---")[2].partition("\n---")[0]) if text.startswith("---") else None
+    except (OSError, yaml.YAMLError):
+        return ""
+    card = front if isinstance(front, dict) else {}
+    licence = card.get("license_name", "other") if card.get("license") == "other" else card.get("license")
+    return ", ".join(map(str, licence)) if isinstance(licence, list) else str(licence or "")
 
 
 def _folder(models: ModelSettings) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_captioners
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
@@ -94,7 +95,7 @@ def listed(*words: str) -> Any:
 
 def test_json_is_for_programs():
     document = listed()
-    assert set(document) == {"models", "backends", "searched", "missing", "bytes_missing"}
+    assert set(document) == {"models", "backends", "captioner", "searched", "missing", "bytes_missing"}
     assert [entry["name"] for entry in document["models"]] == document["missing"] == list(ALL)
     for entry in document["models"]:
         shaped(entry, MODEL)
@@ -186,6 +187,21 @@ def test_check_loads_each_model_and_says_how_fast_it_is():
     for one in done:
         assert one["milliseconds"] > 0
         assert one["batch_difference"] == 0
+
+
+def test_the_captioner_is_listed_and_loaded(tmp_path):
+    words = ["--profile", "embedded", "--set", f"models.captioner={tiny_captioners.write(tmp_path / 'git', 'git')}"]
+    words += ["--set", "caption.max_tokens=4"]
+    (*_, check) = checked(*words)
+    assert (check["weights"], check["task"], check["runtime"], check["batch_difference"]) == (
+        "git", "captioner", "torch cpu", 0
+    )  # fmt: skip
+    listed = CliRunner().invoke(app, ["models", "list", *words]).stdout
+    assert f"models.captioner={tmp_path}/git: git, licence mit, sha256 " in listed
+    (broken,) = [
+        one for one in checked("--set", f"models.captioner={tmp_path}/no", code=2) if one["task"] == "captioner"
+    ]
+    assert "neither a folder of transformers" in broken["problem"]
 
 
 @pytest.mark.real_data

@@ -11,6 +11,12 @@ def test_ranges_are_inclusive_and_lists_keep_their_order():
     assert split_spec(" b.parquet , laion-part-9,sample ") == ["b.parquet", "laion-part-9", "sample"]
 
 
+def test_a_comma_in_a_path(tmp_path):
+    (tmp_path / "a, b").mkdir()
+    assert split_spec(f"made:{tmp_path}/a, b") == [f"made:{tmp_path}/a, b"]
+    assert split_spec(rf"memory://x\, y/*.tar,{tmp_path}/a\, b") == ["memory://x, y/*.tar", f"{tmp_path}/a, b"]
+
+
 @pytest.mark.parametrize("spec", ["", " , ", "laion-part-3..1"])
 def test_an_empty_or_backward_spec_is_the_users_mistake(spec):
     with pytest.raises(SourceError):

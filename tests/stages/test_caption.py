@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import threading
 import time
 from collections import Counter
@@ -24,6 +25,7 @@ from schemas.errors import ConfigError, ExitCode, PlanError, ShardError, Weights
 from schemas.record import check
 from stages.caption import endpoint
 from stages.caption.stage import Caption
+from stages.models.weights import unaccepted
 from stages.pack import Pack
 from stages.pixels.images import decode_jpeg
 from stages.runtime import Runtime
@@ -67,6 +69,28 @@ def test_the_plan_holds_the_weights_and_the_prompt_and_not_where_they_are(folder
     assert plan_of(f"models.captioner={folders['git']}", "caption.prompt=x").digest != plan.digest
     other = tiny_captioners.write(tmp_path / "git", "git", seed=1)
     assert plan_of(f"models.captioner={other}").digest != plan.digest
+
+
+@pytest.mark.parametrize(
+    ("card", "licence", "refusals"),
+    [
+        ("---\nlicense: bsd-3-clause\n---\n", "bsd-3-clause", 0),
+        ("---\nlicense: [cc-by-nc-4.0]\n---\n", "cc-by-nc-4.0", 2),
+        ("---\nlicense: other\nlicense_name: qwen-research\n---\n", "qwen-research", 2),
+        ("license: mit", "not known", 2),
+        ("---\nlicense: [mit\n---\n", "not known", 2),
+    ],
+)
+def test_the_licence_of_a_folder_is_that_of_its_card(folders, tmp_path, card, licence, refusals):
+    folder = shutil.copytree(folders["git"], tmp_path / "git")
+    (folder / "README.md").write_text(card)
+    refused = 0
+    for profile in ("embedded", "permissive"):
+        config = load_config(None, [f"models.captioner={folder}"], profile=profile)
+        model = make_plan(config, dry_run=True).cards[-1]
+        assert model.licence.startswith(licence)
+        refused += bool(unaccepted([model], config.models))
+    assert refused == refusals
 
 
 @pytest.mark.parametrize("kind", ["git", "llava"])

@@ -96,6 +96,13 @@ def test_all_that_differs_is_told(run):
         run.start(told(base="sd15", **{"optim.lr": 1}), resume=True)
 
 
+def test_a_run_begun_before_a_key_was_there_goes_on_with_its_default(run):
+    key, default = "objective.id_loss", leaves(TrainConfig().model_dump(mode="json"))["objective.id_loss"]
+    run.start(told(**{key: default}), resume=True)
+    with pytest.raises(OutputError, match=f"{key} was {default}, now 0.5"):
+        run.start(told(**{key: 0.5}), resume=True)
+
+
 def test_what_is_watched_may_change_and_what_is_computed_may_not():
     whole = without_free_keys(leaves(TrainConfig().model_dump(mode="json")))
     free = {"steps", "data.verify", "data.allow_embedded", "optim.compile", "optim.channels_last"}

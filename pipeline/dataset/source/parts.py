@@ -94,12 +94,13 @@ class Part:
             return replace(self, rows=tars.rows_in(self.path))
         columns, rows = formats.probe(self.path)
         require(self.path, columns.names, self.columns)
-        names = (self.columns["image"],) if "image" in self.columns else embedded.NAMES
-        image = embedded.image_column(columns, names)
+        usual = (self.columns["image"],) if "image" in self.columns else embedded.NAMES
+        image = embedded.image_column(columns, usual)
         aliases = mapped(FILE_ALIASES if image else ALIASES, self.columns)
         if image is None:
             require_url(self.path, columns.names, aliases)
-        first = {seed: columns.get_all_field_indices(name)[0] for seed, name in resolve(columns.names, aliases).items()}
+        names = [name for name in columns.names if image is None or name != image.name]
+        first = {seed: columns.get_all_field_indices(name)[0] for seed, name in resolve(names, aliases).items()}
         # Types that cannot be read show without a row.
         to_seeds(pa.table({seed: pa.array([], columns.field(i).type) for seed, i in first.items()}), path=self.path)
         return replace(self, rows=rows, kind="embedded" if image else "metadata", image=image)
@@ -275,4 +276,8 @@ def _hint(word: str, fs: Any, inside: str) -> str:
     near = [word[: -len(inside)] + path if word.endswith(inside) else path for path in paths]
     numbers = re.findall(r"[0-9]+", word)
     near += difflib.get_close_matches(word, [SAMPLE, f"laion-part-{numbers[0] if numbers else 0}"], n=1)
-    return f"did you mean {' or '.join(near)}?" if near else "give sample, laion-part-0..99, or a path, glob or URL."
+    return (
+        f"did you mean {' or '.join(near)}?"
+        if near
+        else r"give sample, laion-part-0..99, or a path, glob or URL; a comma in one is written \,."
+    )

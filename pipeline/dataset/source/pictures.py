@@ -36,8 +36,8 @@ from stages.fetch.stored import of_file, read_many
 _ROWS = 1000
 """Images whose captions are read together."""
 _BESIDE_BYTES = 1 << 20
-_LISTS = ("metadata", "meta_cap", "meta_lat", "captions", "prompts")
-"""JSON files of these names, or that of their folder (DiffusionDB), are lists of the images there."""
+_LISTS = ("metadata", "data", "meta_cap", "meta_lat", "captions", "prompts")
+"""JSON files of these names, `data` of export-json, or that of their folder, of DiffusionDB, list the images there."""
 _DESCRIBED = (
     *("url", "text", "text_alternatives", "broken", "meta_width", "meta_height"),
     *("nsfw", "punsafe", "pwatermark"),

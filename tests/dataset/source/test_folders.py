@@ -202,6 +202,12 @@ def test_diffusiondb(tmp_path):
     assert picked(found, "punsafe") == [(pytest.approx(0.1),), (pytest.approx(0.9),), (pytest.approx(0.2),)]
 
 
+def test_the_list_of_the_published_tutorials_which_export_json_writes(tmp_path):
+    record = {"image_file": "images/a.png", "face_image_file": "faces/a.png", "text": "t", "id_embed_file": "ids/a.npy"}
+    put(tmp_path, **{"images/a.png": encoded(1), "faces/a.png": encoded(2), "data.json": json.dumps([record])})
+    assert picked(rows(tmp_path)) == [("faces/a.png", None, None), ("images/a.png", "t", None)]
+
+
 def test_journeydb(tmp_path):
     put(tmp_path, **{"imgs/000/a.jpg": encoded(1, "JPEG"), "imgs/001/a.jpg": encoded(2, "JPEG")})
     records = [{"img_path": f"./00{n}/a.jpg", "prompt": f"p{n}", "Task2": {"Caption": "x"}} for n in (1, 0)]
@@ -278,12 +284,13 @@ def test_tables_that_name_nothing_there_are_refused(tmp_path):
 # Parquet files with images
 
 
-def test_a_parquet_of_hugging_faces_datasets(tmp_path):
+@pytest.mark.parametrize("image", ["image", "photo"])
+def test_a_parquet_of_hugging_faces_datasets(tmp_path, image):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import datasets
-    features = datasets.Features({"photo": datasets.Image(), "prompt": datasets.Value("string")})
-    values = {"photo": [{"bytes": encoded(n), "path": f"{n}.png"} for n in (1, 2)] + [None], "prompt": ["a", "b", "c"]}
+    features = datasets.Features({image: datasets.Image(), "prompt": datasets.Value("string")})
+    values = {image: [{"bytes": encoded(n), "path": f"{n}.png"} for n in (1, 2)] + [None], "prompt": ["a", "b", "c"]}
     datasets.Dataset.from_dict(values, features=features).to_parquet(tmp_path / "train-00000-of-00001.parquet")
     found = rows(tmp_path)
     assert picked(found, "source_file", "text", DROP) == [
