@@ -1,6 +1,5 @@
-"""The product's own stages from encoded bytes to embeddings, as its worker with a GPU runs them."""
+"""The product's own stages from encoded bytes to embeddings, as its worker with a GPU runs them; and its networks alone."""
 
-import copy
 import itertools
 import os
 import time
@@ -9,13 +8,99 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-import inference_decoder as decoder
+import cv2
 import numpy as np
-from inference_bench import Bench, mixed_photos
+from inference_bench import Bench, mixed_photos, noise
 
 _STAGES = ("screen", "detect", "filter", "align", "segment", "crop", "embed_face", "embed_image")
 _ROWS, _THREADS_PER_CPU = 32, 2
 """As `Plan.batch_rows` and `Plan.pool` have them on a GPU."""
+
+
+def sameness(bench: Bench) -> None:
+    """Batches against single images, and a pack's files against ONNX Runtime, by the proofs of the product's start."""
+    from stages.models.detectors.scrfd import Scrfd, _letterbox, _proof_photos
+    from stages.models.face_embedders.arcface import _proof_faces
+
+    networks = bench.networks
+    if bench.pack:  # random weights give boxes of any size
+        canvases = [_letterbox(photo, 640).canvas for photo in _proof_photos()]
+        networks.detector.require_same(canvases, Scrfd.lowest)
+    networks.recogniser.require_same(_proof_faces())
+    networks.parser._require_batches_equal_singles()
+    networks.tower._require_batches_equal_singles()
+    bench.record({"proofs": "passed", "detector": bench.detector.stem if bench.pack else "not proved: random weights"})
+
+
+def networks(bench: Bench) -> None:
+    """Images per second of each network, from the host's memory and back, in the product's batches."""
+    made = bench.networks
+    large, screen, parsed = (128, 64, 64) if bench.smoke else (640, 224, 512)
+    for name, batches, side, *options in (
+        ("tower", made.tower._batches, 224),
+        (f"detector, {large} px", made.detector.batches, large, 0.2),
+        (f"detector, {screen} px", made.detector.batches, screen, 0.2),
+        ("recogniser", made.recogniser.batches, 112),
+        ("parser", made.parser._batches, parsed),
+    ):
+        images = noise(8, side) * max(1, batches.size // 8)
+        batches(images[:1], *options)
+        begin, count = time.perf_counter(), 0
+        while count == 0 or (time.perf_counter() - begin < 1 and not bench.smoke):
+            batches(images, *options)
+            count += len(images)
+        bench.record({"network": name, "batch": batches.size, "per_s": round(count / (time.perf_counter() - begin), 1)})
+
+
+def naive_loop(bench: Bench) -> None:
+    """insightface's ten lines, in torch on the same device: one process, one photo at a time, eager."""
+    import torch
+
+    from stages.models.detectors.scrfd import _letterbox
+    from stages.models.detectors.scrfd_torch import ScrfdTorch
+    from stages.models.face_embedders.arcface_torch import ArcFaceTorch
+    from stages.pixels import geometry
+
+    similarity_of_old_skimage()
+    alone: dict[str, Any] = {"size": 1, "dtype": torch.float32, "graphs": False}
+    detector = ScrfdTorch(bench.detector, bench.device, **alone)
+    recogniser = ArcFaceTorch(bench.recogniser, bench.device, **alone)
+    tower = bench.networks.tower.batches(bench.device, 1, graphs=False)
+    side = 128 if bench.smoke else 640
+
+    def one(path: str) -> None:
+        image = cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB)
+        view = _letterbox(image, side)
+        (found,) = detector([view.canvas], 0.5)
+        if "face" not in Path(path).name:
+            return
+        kps = found.points[int(found.scores.argmax())] / view.scale if len(found.scores) else geometry.FFHQ_TEMPLATE
+        recogniser.embed(geometry.norm_crop(image, kps, 112)[None])
+        tower([geometry.norm_crop(image, kps, 224)])
+
+    for faceless in (0.88, 0.0):
+        files = mixed_photos(bench, faceless)
+        for path in (files[0], files[-1]):
+            one(path)
+        begin, count = time.perf_counter(), 0
+        while time.perf_counter() - begin < (0.5 if bench.smoke else 4.0):
+            one(files[count % len(files)])
+            count += 1
+        bench.record({"faceless": faceless, "photos_per_s": round(count / (time.perf_counter() - begin), 2)})
+
+
+def similarity_of_old_skimage() -> None:
+    """Product code needs scikit-image 0.26; where an older one is, its own name for the same is used."""
+    from skimage.transform import SimilarityTransform
+
+    if not hasattr(SimilarityTransform, "from_estimate"):
+
+        def from_estimate(source: Any, target: Any) -> Any:
+            transform = SimilarityTransform()
+            transform.estimate(source, target)
+            return transform
+
+        SimilarityTransform.from_estimate = from_estimate
 
 
 def product(bench: Bench) -> None:
@@ -23,14 +108,14 @@ def product(bench: Bench) -> None:
     if not (bench.smoke or (bench.pack and bench.pictures)):
         bench.record({"skipped": "needs --pack and --photos: screen and detector are to see faces"})
         return
-    decoder.similarity_of_old_skimage()
+    similarity_of_old_skimage()
     from pipeline.dataset.execute.runner import apply_all
     from stages.pixels import images
 
     rows = 4 if bench.smoke else _ROWS
     threads = 2 if bench.smoke else _THREADS_PER_CPU * (os.cpu_count() or 1)
     settle, seconds = (0.0, 6.0) if bench.smoke else (6.0, 10.0)  # children start, graphs are captured
-    steps, networks = _steps(bench, rows)
+    steps, counted = _steps(bench, rows)
     images.set_decoding(threads)
     try:
         for faceless in (0.88, 0.0):
@@ -43,7 +128,7 @@ def product(bench: Bench) -> None:
 
             def snapshot(counts: Any = counts) -> Any:
                 return np.array(
-                    [time.perf_counter(), time.process_time(), *counts, *np.concatenate([*networks.values()])]
+                    [time.perf_counter(), time.process_time(), *counts, *np.concatenate([*counted.values()])]
                 )
 
             with ThreadPoolExecutor(threads) as pool:
@@ -67,7 +152,7 @@ def product(bench: Bench) -> None:
                     "cores_of_this_process": round(cpu / elapsed, 2),
                     "images_per_batch": {
                         name: round(given / max(computed, 1), 1)
-                        for name, given, computed in zip(networks, fill[::2], fill[1::2], strict=True)
+                        for name, given, computed in zip(counted, fill[::2], fill[1::2], strict=True)
                     },
                 }
             )
@@ -80,10 +165,6 @@ def _steps(bench: Bench, rows: int) -> tuple[list[Any], dict[str, Any]]:
     from pipeline.dataset.execute.runner import Loaded
     from schemas.columns import COLUMNS
     from stages import STAGES
-    from stages.models.face_embedders.arcface_torch import ArcFaceTorch
-    from stages.models.image_embedders.clip import ClipVitH
-    from stages.models.segmenters.facexlib import FacexlibParser, label_batches
-    from stages.models.torch_backend import IMAGENET
     from stages.runtime import Runtime
     from stages.settings import Settings
 
@@ -97,22 +178,17 @@ def _steps(bench: Bench, rows: int) -> tuple[list[Any], dict[str, Any]]:
     }
     settings = Settings.model_validate({"models": models, "segment": {"min_share": 0}})
     stages: dict[str, Any] = {name: STAGES[name].stage()(settings, Runtime(device=bench.device)) for name in _STAGES}
-    parser, tower = FacexlibParser.__new__(FacexlibParser), ClipVitH.__new__(ClipVitH)
-    parser._name = "bisenet"
-    parser._batches = label_batches(copy.deepcopy(bench.bisenet), IMAGENET, bench.device)
-    tower._device, tower._model = bench.device, bench.vit_half
-    tower._batches = tower.batches(bench.device)
-    arcface = ArcFaceTorch(bench.recogniser, bench.device)
-    stages["segment"]._segmenter = parser
+    made = bench.networks
+    stages["segment"]._segmenter = made.parser
     stages["segment"].batch = stages["detect"].batch = min(rows, 16)
-    stages["embed_face"]._embedder, stages["embed_image"]._embedder = arcface, tower
-    networks = {
+    stages["embed_face"]._embedder, stages["embed_image"]._embedder = made.recogniser, made.tower
+    batches = {
         "look": stages["detect"]._detector._model.batches,
-        "parse": parser._batches,
-        "identity": arcface.batches,
-        "tower": tower._batches,
+        "parse": made.parser._batches,
+        "identity": made.recogniser.batches,
+        "tower": made.tower._batches,
     }
-    counts = {name: _counted(batches) for name, batches in networks.items()}
+    counts = {name: _counted(each) for name, each in batches.items()}
     return [Loaded(stage, frozenset(COLUMNS)) for stage in stages.values()], counts
 
 

@@ -87,16 +87,19 @@ class FacexlibParser:
 
 
 def label_batches(
-    model: Any, mean_std: tuple[Sequence[float], Sequence[float]], device: Device, **options: Any
+    model: Any, mean_std: tuple[Sequence[float], Sequence[float]], device: Device, *, compiled: bool = False
 ) -> Batches:
     """A parser of facexlib in batches: (N, 512, 512, 3) RGB uint8 -> its own labels, (N, 512, 512) uint8."""
     import torch
 
-    dtype = options.pop("dtype", torch.float16 if device == "cuda" else torch.float32)
+    dtype = torch.float16 if device == "cuda" else torch.float32
     model = on_device(model, device, dtype)
     normalise = normaliser(*mean_std, device, dtype)
-    size = options.pop("size", _GPU_BATCH if device == "cuda" else 1)
-    return Batches(lambda images: (model(normalise(images))[0].argmax(1).to(torch.uint8),), size, device, **options)
+
+    def labels(images: Any) -> tuple[Any]:
+        return (model(normalise(images))[0].argmax(1).to(torch.uint8),)
+
+    return Batches(labels, _GPU_BATCH if device == "cuda" else 1, device, compiled=compiled)
 
 
 @contextmanager
