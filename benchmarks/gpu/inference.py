@@ -1,4 +1,4 @@
-"""Inference on a GPU: do batches and torch give what single images and ONNX Runtime do; how fast are stages and networks.
+"""Inference on a GPU: whether batches and torch give what single images and ONNX Runtime do, and how fast it all is.
 
 Models have the published sizes and random weights; of a pack of insightface its detector is taken. A step that fails
 says so, and the next one begins.

@@ -1,4 +1,4 @@
-"""The product's own stages from encoded bytes to embeddings, as its worker with a GPU runs them; and its networks alone."""
+"""The product's stages from encoded bytes to embeddings, as its worker with a GPU runs them; its networks alone."""
 
 import itertools
 import os

@@ -154,7 +154,15 @@ def find_base(name: str, *, sdxl: bool = False) -> BaseSource:
         kind: BaseKind = "sdxl" if sdxl or name == "tiny-sdxl" else "sd15"
         return _described("tiny" if kind == "sd15" else "tiny-sdxl", _tiny(kind), "Apache-2.0 (random weights)")
     if name in BASES:
-        return _described(name, _known_folder(name, BASES[name]), BASES[name].licence)
+        hub, known, root = BASES[name], base_folder(name), os.environ.get("FACESHARDS_MODELS")
+        if known is None:
+            target = Path(root).expanduser() / name if root else f"$FACESHARDS_MODELS/{name}"
+            raise WeightsError(
+                f"The base {name} is not on this machine: run `python -m pipeline models fetch {name}`, or fetch "
+                f"{hub.repository} in diffusers' layout with safetensors ({hub.licence}), as by `hf download "
+                f"{hub.repository} --local-dir {target}`, or give its folder's path."
+            )
+        return _described(name, known, hub.licence)
     folder = Path(name)
     if not folder.is_dir():
         near = get_close_matches(name.lower(), _NAMES, n=1)
@@ -222,19 +230,6 @@ def base_folder(name: str) -> Path | None:
         return Path(snapshot_download(BASES[name].repository, local_files_only=True))
     except (LocalEntryNotFoundError, OSError, ValueError):
         return None
-
-
-def _known_folder(name: str, hub: Hub) -> Path:
-    folder = base_folder(name)
-    if folder is None:
-        root = os.environ.get("FACESHARDS_MODELS")
-        target = Path(root).expanduser() / name if root else f"$FACESHARDS_MODELS/{name}"
-        raise WeightsError(
-            f"The base {name} is not on this machine: run `python -m pipeline models fetch {name}`, or fetch "
-            f"{hub.repository} in diffusers' layout with safetensors ({hub.licence}), as by `hf download "
-            f"{hub.repository} --local-dir {target}`, or give its folder's path."
-        )
-    return folder
 
 
 def _tiny(kind: BaseKind) -> Path:

@@ -27,22 +27,17 @@ def read_values(path: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"The config file {path} is not valid TOML: {error}.") from error
     for pair in pairs:
-        merge(values, _parse_pair(pair))
+        key, separator, text = pair.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set {pair!r} is not of the form key=value, such as --set filter.min_face_px=128.")
+        try:
+            value: Any = tomllib.loads(f"value = {text.strip()}")["value"]
+        except (tomllib.TOMLDecodeError, KeyError):  # no TOML: the bare text
+            value = text.strip()
+        for name in reversed(key.strip().split(".")):
+            value = {name: value}
+        merge(values, value)
     return values
-
-
-def _parse_pair(pair: str) -> dict[str, Any]:
-    """`a.b=c` as nested dicts; c is read as TOML where it is TOML, else as the bare text."""
-    key, separator, text = pair.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError(f"--set {pair!r} is not of the form key=value, such as --set filter.min_face_px=128.")
-    try:
-        value: Any = tomllib.loads(f"value = {text.strip()}")["value"]
-    except (tomllib.TOMLDecodeError, KeyError):
-        value = text.strip()
-    for name in reversed(key.strip().split(".")):
-        value = {name: value}
-    return dict(value)
 
 
 def merge(base: dict[str, Any], more: Mapping[str, Any]) -> None:

@@ -17,8 +17,6 @@ _NOISE: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
     "steps_offset": 1,
     "prediction_type": "epsilon",
 }
@@ -69,38 +67,31 @@ def write_tiny(folder: Path, kind: BaseKind) -> None:
         library.utils.logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        _pipeline(folder, kind).save_pretrained(folder, safe_serialization=True)
-
-
-def _pipeline(folder: Path, kind: BaseKind) -> Any:
-    import diffusers
-
-    parts: dict[str, Any] = {
-        "unet": diffusers.UNet2DConditionModel(**_UNET, **_UNETS[kind]),
-        "vae": diffusers.AutoencoderKL(**_VAE, scaling_factor=0.18215 if kind == "sd15" else 0.13025),
-        "tokenizer": _tokenizer(folder),
-    }
-    if kind == "sdxl":
-        return diffusers.StableDiffusionXLPipeline(
-            **parts,
-            tokenizer_2=_tokenizer(folder),
-            text_encoder=_text_encoder(_WIDTH // 2, projected=False),
-            text_encoder_2=_text_encoder(_WIDTH // 2, projected=True),
-            scheduler=diffusers.EulerDiscreteScheduler(**_plain_noise()),
-            add_watermarker=False,
-        )
-    return diffusers.StableDiffusionPipeline(
-        **parts,
-        text_encoder=_text_encoder(_WIDTH, projected=False),
-        scheduler=diffusers.DDIMScheduler(**_NOISE),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def _plain_noise() -> dict[str, Any]:
-    return {name: value for name, value in _NOISE.items() if name not in ("clip_sample", "set_alpha_to_one")}
+        parts: dict[str, Any] = {
+            "unet": diffusers.UNet2DConditionModel(**_UNET, **_UNETS[kind]),
+            "vae": diffusers.AutoencoderKL(**_VAE, scaling_factor=0.18215 if kind == "sd15" else 0.13025),
+            "tokenizer": _tokenizer(folder),
+        }
+        pipeline: Any
+        if kind == "sdxl":
+            pipeline = diffusers.StableDiffusionXLPipeline(
+                **parts,
+                tokenizer_2=_tokenizer(folder),
+                text_encoder=_text_encoder(_WIDTH // 2, projected=False),
+                text_encoder_2=_text_encoder(_WIDTH // 2, projected=True),
+                scheduler=diffusers.EulerDiscreteScheduler(**_NOISE),
+                add_watermarker=False,
+            )
+        else:
+            pipeline = diffusers.StableDiffusionPipeline(
+                **parts,
+                text_encoder=_text_encoder(_WIDTH, projected=False),
+                scheduler=diffusers.DDIMScheduler(**_NOISE, clip_sample=False, set_alpha_to_one=False),
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
+        pipeline.save_pretrained(folder, safe_serialization=True)
 
 
 def _text_encoder(width: int, *, projected: bool) -> Any:

@@ -86,12 +86,10 @@ class Guard:
 
     def permits(self, address: str, port: int) -> bool:
         """Whether this address, written as a resolver writes it, may be connected to."""
-        return self.allows(_address(address), port)
+        return self.allows(_parsed(address), port)
 
 
-@lru_cache(4096)
-def _address(text: str) -> IPv4Address | IPv6Address:
-    return ip_address(text)
+_parsed = lru_cache(4096)(ip_address)
 
 
 @lru_cache(4096)

@@ -1,6 +1,7 @@
 """From a URL to its outcome, by the manners of the house: robots.txt, refusals, hosts, redirects, retries, deadline."""
 
 import asyncio
+from functools import partial
 from itertools import count
 
 from schemas.urls import Url
@@ -14,7 +15,7 @@ from stages.fetch.http.deadline import Deadline
 from stages.fetch.manners.hosts import Hosts
 from stages.fetch.manners.refusals import Refusals
 from stages.fetch.manners.robots import Robots
-from stages.fetch.status import bare, check_head, wait_s
+from stages.fetch.status import bare, check_head
 from stages.fetch.times import Stopwatch
 from stages.runtime import Runtime
 from stages.settings import Settings
@@ -34,7 +35,7 @@ class Fetcher:
         self._robots = Robots(self._client, self._hosts, settings.download)
 
     async def close(self) -> None:
-        """Give up all that is under way, and close all connections."""
+        """End all that is going on, and close all connections."""
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
@@ -50,31 +51,20 @@ class Fetcher:
         """
         trail: list[Url] = []
         """The URL, and where its redirects led."""
+        deadline = Deadline(self._download.timeout_s)
         try:
             trail.append(parse(pending.url))
-            return await self._persist(pending, trail)
+            return await deadline.persist(partial(self._attempt, pending, trail, deadline), self._download)
         except Dropped as dropped:
             self.refusals.add(trail, dropped.reason)
             return bare(dropped)
-
-    async def _persist(self, pending: Pending, trail: list[Url]) -> bytes:
-        deadline = Deadline(self._download.timeout_s)
-        try:
-            for attempt in count():
-                del trail[1:]
-                try:
-                    return await self._attempt(pending, trail, deadline)
-                except Dropped as failure:
-                    pause = wait_s(failure, attempt, self._download, deadline.left_s)
-                async with deadline.running():
-                    await asyncio.sleep(pause)
-            raise AssertionError("count() does not end")
         finally:
             if deadline.left_s < self._download.timeout_s:  # else nobody was waited for
                 self.stopwatch.add(trail[-1].host, self._download.timeout_s - deadline.left_s)
 
     async def _attempt(self, pending: Pending, trail: list[Url], deadline: Deadline) -> bytes:
         """Follow a URL's redirects to its image. What holds for the first URL holds for each that follows."""
+        del trail[1:]
         for hops in count():
             url = trail[-1]
             self.refusals.check(url)

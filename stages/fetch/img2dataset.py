@@ -119,7 +119,7 @@ def urlopen(request: Request, timeout: float | None = None) -> _Response:
 @cache
 def patched_downloader() -> ModuleType:
     """img2dataset's module, that reaches the network through us alone."""
-    # The package imports wandb and albumentations, which phone home unless told not to.
+    # The package imports wandb and albumentations, which phone home by default.
     os.environ.setdefault("WANDB_MODE", "disabled")
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     with warnings.catch_warnings():

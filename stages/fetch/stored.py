@@ -9,7 +9,6 @@ import errno
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
 from urllib.parse import quote, unquote
 
 import fsspec
@@ -103,7 +102,14 @@ class Stored:
             return
         with fsspec.open(path, "rb") as tar:
             for offset, size, _, index in entries:
-                yield index, self._member(tar, offset, size)
+                data = b""
+                if size <= self._settings.download.max_bytes:  # else its size alone drops it
+                    tar.seek(offset)
+                    data = tar.read(size)
+                    if len(data) != size:  # the tar was cut off: its writer was killed
+                        yield index, Dropped(DropReason.NOT_IN_TAR)
+                        continue
+                yield index, self._outcome(data, size)
 
     def _files(self, paths: dict[int, str]) -> Iterator[tuple[int, Outcome]]:
         """The outcomes of whole files, with their indices; a remote file system fetches them at the same time."""
@@ -120,16 +126,6 @@ class Stored:
             if not ((gone or closed) and fs.isdir(fs._parent(inside))):
                 raise SourceError(f"{path} cannot be read: {content}") from content
             yield index, Dropped(DropReason.NO_FILE)
-
-    def _member(self, tar: Any, offset: int, size: int) -> Outcome:
-        try:
-            Body(self._settings).announce(size)
-        except Dropped as dropped:
-            return dropped
-        tar.seek(offset)
-        data = tar.read(size)
-        # A tar that was cut off (its writer was killed) does not hold the image that its index names.
-        return self._outcome(data, size) if len(data) == size else Dropped(DropReason.NOT_IN_TAR)
 
     def _outcome(self, data: bytes, size: int | None) -> Outcome:
         body = Body(self._settings)

@@ -32,7 +32,7 @@ def load(path: Path, task: str, device: Device) -> Any:
 
     Raises:
         WeightsError: when the file is not a model for the task.
-        PlanError: when a GPU is asked for and ONNX Runtime does not run the model there.
+        PlanError: when a GPU is wanted and ONNX Runtime does not run the model there.
     """
     cv2.setNumThreads(1)
     options = onnxruntime.SessionOptions()

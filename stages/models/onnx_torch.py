@@ -62,20 +62,20 @@ class OnnxModule(torch.nn.Module):
         self._host: dict[str, Any] = {"": None}
         self._steps: list[_Step] = []
         of_images: set[str] = {self._input}
-        moved: set[str] = set()
+        transposed: set[str] = set()
         for node in graph.node:
             attributes = {given.name: onnx.helper.get_attribute_value(given) for given in node.attribute}
             if node.op_type == "Constant":
                 arrays[node.output[0]] = numpy_helper.to_array(attributes["value"])
                 continue
             compute = _OPERATORS[node.op_type]
-            if moved.intersection(node.input):
+            if transposed.intersection(node.input):
                 if node.op_type != "Reshape":
                     raise WeightsError(f"{path} moves its images behind other axes: use onnxruntime for it.")
                 compute = _reshape_each
             elif node.op_type == "Transpose" and attributes["perm"][0] != 0 and node.input[0] in of_images:
                 attributes["perm"] = [0, *(axis for axis in attributes["perm"] if axis != 0)]
-                moved.update(node.output)
+                transposed.update(node.output)
             elif node.op_type == "Reshape" and node.input[0] in of_images:
                 compute = _reshape_batch
             if node.op_type != "Shape" and of_images.intersection(node.input):
@@ -121,7 +121,7 @@ class OnnxModule(torch.nn.Module):
 
     @staticmethod
     def _dequantise(inputs: Sequence[str], arrays: dict[str, Any]) -> None:
-        """Quantised weights as multiples of 1 / 128 of their scale, in place of the integers."""
+        """Quantised weights as multiples of 1 / 128 of their scale, instead of the integers."""
         weights = arrays[inputs[1]]
         if weights.dtype.kind in "iu":
             zero = arrays[inputs[3]].astype(np.float32) if len(inputs) > 3 else np.float32(0)
@@ -313,10 +313,6 @@ def _quantise(x: torch.Tensor) -> tuple[torch.Tensor, float, None]:
     return ((levels - zero) * scale).to(x.dtype), _QUANTUM, None
 
 
-def _conv_integer(x: Any, weight: Any, _x_zero: Any = None, _zero: Any = None, **attributes: Any) -> Any:
-    return _conv(x, weight, **attributes)
-
-
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "Add": lambda a, b: a + b,
     "AveragePool": _average_pool,
@@ -326,7 +322,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "Concat": _concat,
     "Constant": lambda **_: None,
     "Conv": _conv,
-    "ConvInteger": _conv_integer,
+    "ConvInteger": lambda x, weight, *_, **attributes: _conv(x, weight, **attributes),
     "Div": lambda a, b: a / b,
     "Dropout": lambda x, *_, **__: x,
     "DynamicQuantizeLinear": _quantise,

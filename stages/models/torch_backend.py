@@ -4,6 +4,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -30,7 +31,7 @@ def prepare(device: Device) -> None:
     One thread on the CPU: parallel work is one process per core, and sums must not depend on the thread count.
 
     Raises:
-        PlanError: when a GPU is asked for and torch has none.
+        PlanError: when a GPU is wanted and torch has none.
     """
     os.environ.update(_OFFLINE)
     import torch
@@ -67,7 +68,7 @@ class Together:
         own = [_Given(kind, value) for kind, value in given]
         self._waiting.extend(own)
         with self._turn:  # who has it computes for all that wait
-            # Of what another thread took and failed with, each thread tries its own again.
+            # Where another thread failed with all of them, each tries its own again.
             if missing := [each for each in own if not each.is_done]:
                 gathered = dict.fromkeys(missing)
                 while self._waiting:
@@ -99,7 +100,7 @@ class Batches:
     """A function of images that is computed in batches of one size, the last one filled up with whatever is there.
 
     So kernels do not change with how many images there are, and an image's numbers do not depend on the others. On a
-    GPU the function is captured once per shape of images, as a CUDA graph: one launch in place of hundreds. Threads
+    GPU the function is captured once per shape of images, as a CUDA graph: one launch instead of hundreds. Threads
     that call it share its batches.
     """
 
@@ -123,7 +124,8 @@ class Batches:
         self.size, self.device = size, device
         if compiled and device == "cuda":
             compute = torch.compile(compute, dynamic=False)
-        self._compute, self._read = compute, read or _rows_on_host
+        self._compute = compute
+        self._read = read or (lambda *outputs: list(zip(*map(to_host, outputs), strict=True)))
         self._graphs = graphs and device == "cuda"
         self._of_shape: dict[tuple[int, ...], tuple[Any, Any, Callable[[], tuple[Any, ...]]]] = {}
         self._together = Together(self._computed)
@@ -160,11 +162,9 @@ class Batches:
             full = (self.size, *shape)
             hosts = torch.zeros((2, *full), dtype=torch.uint8, pin_memory=self.device == "cuda")
             given = torch.zeros(full, dtype=torch.uint8, device=self.device)
-            self._of_shape[shape] = (hosts, given, self._captured(given) if self._graphs else self._eager(given))
+            run = self._captured(given) if self._graphs else partial(self._compute, given)
+            self._of_shape[shape] = (hosts, given, run)
         return self._of_shape[shape]
-
-    def _eager(self, given: Any) -> Callable[[], tuple[Any, ...]]:
-        return lambda: self._compute(given)
 
     def _captured(self, given: Any) -> Callable[[], tuple[Any, ...]]:
         import torch
@@ -190,10 +190,6 @@ def _fill(host: Any, images: Sequence[Image]) -> None:
     pixels = host.numpy()
     for i, image in enumerate(images):
         pixels[i] = image
-
-
-def _rows_on_host(*outputs: Any) -> list[tuple[Any, ...]]:
-    return list(zip(*map(to_host, outputs), strict=True))
 
 
 def on_device(module: Any, device: Device, dtype: Any = None) -> Any:

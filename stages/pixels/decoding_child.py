@@ -54,25 +54,24 @@ def main(link: socket.socket, file: int, canvas: int) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
         if memory is None or len(memory) != os.fstat(canvas).st_size:
             memory = mmap.mmap(canvas, 0) if os.fstat(canvas).st_size else None
+        request: dict[str, Any] = json.loads(message)
+        answer: dict[str, Any]
         try:
-            answer = _answer(json.loads(message), file, memory)
+            data = os.pread(file, os.fstat(file).st_size, 0)
+            if request["op"] == "thumbnail":
+                small = thumbnail(data, request["side"]) or b""
+                os.pwrite(file, small, 0)
+                answer = {"length": len(small)}
+            elif request["op"] == "header":
+                answer = {"stored": _stored(data)[1]}
+            else:
+                pixels = np.frombuffer(memory or b"", np.uint8, request["count"])
+                answer = {"shape": decode_into(data, pixels, request["factor"])}
         except Dropped as dropped:
             answer = {"reason": str(dropped.reason)}
         except MemoryError:
             answer = {"reason": str(DropReason.DECODER_CRASH)}
         link.send(json.dumps(answer).encode())
-
-
-def _answer(request: dict[str, Any], file: int, memory: mmap.mmap | None) -> dict[str, Any]:
-    data = os.pread(file, os.fstat(file).st_size, 0)
-    if request["op"] == "thumbnail":
-        small = thumbnail(data, request["side"]) or b""
-        os.pwrite(file, small, 0)
-        return {"length": len(small)}
-    if request["op"] == "header":
-        return {"stored": _stored(data)[1]}
-    canvas = np.frombuffer(memory or b"", np.uint8, request["count"])
-    return {"shape": decode_into(data, canvas, request["factor"])}
 
 
 def decode_into(data: bytes, canvas: npt.NDArray[np.uint8], factor: int = 1) -> tuple[int, int]:

@@ -48,7 +48,7 @@ def similarity(kps: npt.ArrayLike, template: npt.ArrayLike) -> Matrix:
 
 @lru_cache(maxsize=4096)
 def _similarity(points: bytes, template: bytes) -> Matrix:
-    """`similarity` of float32 points: three of them are asked for seven times for each face."""
+    """`similarity` of float32 points: three of them come seven times for each face."""
     source, target = (np.frombuffer(each, np.float32).reshape(-1, 2) for each in (points, template))
     transform = SimilarityTransform.from_estimate(source, target)
     if not transform:

@@ -263,21 +263,17 @@ def _webp(data: bytes) -> Stored:
         width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
     else:
         raise ValueError(f"a WebP file that begins with {kind!r}")
-    return Stored(width, height, "RGBA", _orientation(_webp_exif(data)))
+    exif = b""
+    if kind == b"VP8X" and data[20] & 0x08:  # its header announces it
+        span = next(((start, size) for name, start, size in webp_chunks(data) if name == b"EXIF"), None)
+        if span is None:
+            raise ValueError("the WebP file ends before its EXIF chunk, or has too many others")
+        exif = data[span[0] : sum(span)]
+    return Stored(width, height, "RGBA", _orientation(exif))
 
 
 _READERS: dict[str, Callable[[bytes], Stored]] = {"JPEG": _jpeg, "PNG": _png, "GIF": _gif, "WEBP": _webp}
 """Formats read without Pillow, which walks over hostile ones for minutes. Its code for BMP has no loop."""
-
-
-def _webp_exif(data: bytes) -> bytes:
-    """The EXIF chunk of a WebP file, empty when its header announces none; raises while it has not arrived."""
-    if data[12:16] != b"VP8X" or not data[20] & 0x08:
-        return b""
-    exif = next((data[start : start + size] for kind, start, size in webp_chunks(data) if kind == b"EXIF"), None)
-    if exif is None:
-        raise ValueError("the WebP file ends before its EXIF chunk, or has too many others")
-    return exif
 
 
 def webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

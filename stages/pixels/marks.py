@@ -27,16 +27,14 @@ _OF_WEBP = frozenset({b"EXIF", b"XMP ", b"C2PA"})
 
 def ai_mark(format: str, data: bytes) -> str:
     """The name of the first mark in a whole file (a group of _MARKS), empty without one; of JPEG, PNG and WebP only."""
-    texts = bytearray()
-    for text in _metadata(format, data):
-        texts += text[: _MOST - len(texts)]
-    found = _MARKS.search(texts.replace(b"\0", b""))  # UserComment may be UTF-16
-    return found.lastgroup or "" if found else ""
-
-
-def _metadata(format: str, data: bytes) -> Iterator[bytes]:
+    spans: Iterator[tuple[int, int]] = iter(())
     if format == "JPEG":
-        yield from (data[one.start : one.end] for one in jpeg.segments(data) if one.marker in _OF_JPEG)
+        spans = ((one.start, one.end) for one in jpeg.segments(data) if one.marker in _OF_JPEG)
     elif format in ("PNG", "WEBP"):
         walk, names = (png_chunks, _OF_PNG) if format == "PNG" else (webp_chunks, _OF_WEBP)
-        yield from (data[start : start + min(size, _MOST)] for name, start, size in walk(data) if name in names)
+        spans = ((start, start + size) for name, start, size in walk(data) if name in names)
+    texts = bytearray()
+    for start, end in spans:
+        texts += data[start : min(end, start + _MOST - len(texts))]
+    match = _MARKS.search(texts.replace(b"\0", b""))  # UserComment may be UTF-16
+    return match.lastgroup or "" if match else ""

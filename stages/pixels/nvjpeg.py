@@ -34,18 +34,18 @@ class NvJpeg:
         self._together = Together(self._decoded)
         noise = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
         data = encode_jpeg(np.asarray(cv2.resize(noise, (160, 128), interpolation=cv2.INTER_CUBIC), np.uint8), 95)
-        for found in self._decoded(None, [data, data]):
-            if found is None or np.abs(found.astype(float) - decode_jpeg(data)).mean() > _LEVELS:
+        for image in self._decoded(None, [data, data]):
+            if image is None or np.abs(image.astype(float) - decode_jpeg(data)).mean() > _LEVELS:
                 raise PlanError("nvJPEG does not decode as it should here: set models.decoding = cpu.")
 
     def __call__(self, data: bytes) -> Image | None:
         """(H, W, 3) RGB of a file that has a header, EXIF turned; None for what is to be decoded elsewhere."""
         if format_of(data) != "JPEG" or (stored := read_stored("JPEG", data)).mode not in ("L", "RGB"):
             return None
-        (found,) = self._together([(None, data)])
-        if found is None or found.shape != (stored.height, stored.width, 3):
+        (image,) = self._together([(None, data)])
+        if image is None or image.shape != (stored.height, stored.width, 3):
             return None
-        return turned(found, stored.orientation).copy()  # photos stay for long: not in pinned memory
+        return turned(image, stored.orientation).copy()  # photos stay for long: not in pinned memory
 
     def _decoded(self, kind: None, files: list[bytes]) -> list[Image | None]:
         import torch

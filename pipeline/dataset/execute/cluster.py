@@ -207,15 +207,13 @@ class _Crew:
         busy = Counter(other.node for other in self.running.values())
         attempt.node = min(sorted(self._guard.live_nodes), key=lambda node: (busy[node], self._begun[node]))
         self._begun[attempt.node] += 1
-        idle = self._idle[attempt.node]
-        attempt.maker = idle.pop() if idle else self._new_maker(attempt.node)
+        if self._idle[attempt.node]:
+            attempt.maker = self._idle[attempt.node].pop()
+        else:
+            options: dict[str, Any] = {"scheduling_strategy": NodeAffinitySchedulingStrategy(attempt.node, soft=True)}
+            attempt.maker = ray.remote(num_cpus=0, **options)(_Maker).remote(self._plan, self._output)
         attempt.progress = time.monotonic()
         self.running[attempt.maker.make.remote(attempt.seeds, attempt.actor.handle, self._ahead)] = attempt
-
-    def _new_maker(self, node: str) -> Any:
-        options: dict[str, Any] = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
-        handle: Any = ray.remote(num_cpus=0, **options)(_Maker).remote(self._plan, self._output)
-        return handle
 
     def _end(self, stream: Any) -> _Attempt:
         """Take a shard from its maker, which is free for another one."""
@@ -246,9 +244,19 @@ class _Crew:
             if self._actors.is_late(attempt.actor):
                 self.begin(self._kill(stream))
                 continue
-            late = time.monotonic() - attempt.progress > self._patience
-            if late and not ray.wait([stream], num_returns=1, timeout=0)[0]:
-                yield from self._give_up(stream)
+            is_overdue = time.monotonic() - attempt.progress > self._patience
+            if not is_overdue or ray.wait([stream], num_returns=1, timeout=0)[0]:
+                continue
+            self._kill(stream)
+            self._actors.restart(attempt.actor)
+            for other in self.running.values():
+                if other.actor is attempt.actor:
+                    other.progress = time.monotonic()  # what it waits for begins anew
+            if attempt.overdue_left:
+                attempt.overdue_left -= 1
+                self.begin(attempt)
+            else:
+                yield Finished.failed(attempt.seeds.name, ShardError(overdue(self._patience)))
 
     def _event(self, stream: Any) -> Iterator[Event]:
         """The next event of a shard; a stream that ends is over, and a shard whose maker died is begun again."""
@@ -275,19 +283,6 @@ class _Crew:
             if isinstance(event, Finished):
                 self._end(stream)
             yield event
-
-    def _give_up(self, stream: Any) -> Iterator[Event]:
-        """End a shard's maker, restart the actor that it used, and let the shard have another try, or fail."""
-        attempt = self._kill(stream)
-        self._actors.restart(attempt.actor)
-        for other in self.running.values():
-            if other.actor is attempt.actor:
-                other.progress = time.monotonic()  # what it waits for begins anew
-        if attempt.overdue_left:
-            attempt.overdue_left -= 1
-            self.begin(attempt)
-        else:
-            yield Finished.failed(attempt.seeds.name, ShardError(overdue(self._patience)))
 
 
 class _Models:

@@ -1,4 +1,4 @@
-"""What is likely wrong with a run, said while it goes on rather than after a wasted day.
+"""What is likely wrong with a run, in words while it goes on rather than after a wasted day.
 
 Of ordinary LAION a third of the links is dead, a fifth for the network, and 90 % and more of what is fetched is
 dropped; what is looked for here lies far from that.
@@ -16,7 +16,7 @@ _ROWS = 1_000
 _FAILING = 0.75
 """Share of them that the network fails: three times the ordinary."""
 _NAMES, _NAME_S = 200, 1.0
-"""Names, and their mean time. A resolver that works takes 0.01 to 0.3 s; 64 are asked for at a time, so that at a
+"""Names, and their mean time. A resolver that works takes 0.01 to 0.3 s; 64 are looked up at a time, so that at a
 second each some 60 rows are fetched per second, whatever the line could do."""
 _INPUT_ROWS, _PASSING = 100_000, 0.001
 """Input rows, and the share that their metadata must let live: of LAION's, 3 % claim 1,024 px."""

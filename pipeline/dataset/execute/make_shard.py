@@ -56,7 +56,7 @@ class Advanced:
     outcomes: Counter[tuple[str, str]]
     """(stage, verdict) -> input rows that were finished since the last news."""
     microseconds: Counter[str] = field(default_factory=Counter)
-    """Stage -> what it took for them."""
+    """Stage -> its time for them."""
     fetches: FetchTimes = field(default_factory=FetchTimes)
     """What was fetched by the shard's worker meanwhile."""
 
@@ -161,7 +161,7 @@ def regrouped(batches: Iterator[Rows], size: int) -> Iterator[Rows]:
     """The same rows in order, with `size` living ones in each batch, or fewer where few live.
 
     Most rows are dropped before the models: calls for the few that are left of each batch would cost more than these.
-    Some are made anyhow, so that a shard of which nothing is left is heard of.
+    Some are made anyhow, so that a shard of which nothing is left has news too.
     """
     held: list[Rows] = []
     living = 0
@@ -180,7 +180,7 @@ def regrouped(batches: Iterator[Rows], size: int) -> Iterator[Rows]:
 
 
 def windowed(started: Iterator[In], finish: Callable[[In], Out], ahead: int) -> Iterator[Out]:
-    """Results in order of what `started` starts when asked for its next, with up to `ahead` begun before their turn."""
+    """Results in order of what `started` starts at each of its steps, with up to `ahead` begun before their turn."""
     waiting: deque[In] = deque()
     for item in started:
         waiting.append(item)

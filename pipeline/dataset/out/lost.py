@@ -18,24 +18,22 @@ def lost_errors(root: AnyPath) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = _remedy(root, error)
-        if remedy is None:
+        if error.errno in _FULL:
+            remedy = "make room"
+        elif error.errno in _READ_ONLY:
+            remedy = "make it writable"
+        elif isinstance(root, RemotePath):
+            if error.errno == EBUSY:  # it concerns one shard alone; all else its file system has tried again by itself
+                raise
+            remedy = "see to it"
+        elif not (root / "shards").is_dir():
+            remedy = "bring it back"
+        elif error.errno in _DISK_LOST:
+            remedy = "see to it"
+        else:
             raise
         trouble = error.strerror or first_line(error)
         raise LostError(
             f"OUT {root} cannot be written any more ({trouble}), so the run stops; finished shards are kept: {remedy}, "
             "and the same command goes on."
         ) from error
-
-
-def _remedy(root: AnyPath, error: OSError) -> str | None:
-    """What the user can do; None for trouble that concerns one shard alone."""
-    if error.errno in _FULL:
-        return "make room"
-    if error.errno in _READ_ONLY:
-        return "make it writable"
-    if isinstance(root, RemotePath):  # its file system has tried again by itself
-        return None if error.errno == EBUSY else "see to it"
-    if not (root / "shards").is_dir():
-        return "bring it back"
-    return "see to it" if error.errno in _DISK_LOST else None

@@ -165,7 +165,7 @@ class Output:
             rows_in: rows that the part gives the shard now.
 
         Raises:
-            SourceError: when it was made of another number of rows: borders have moved, rows would be lost or doubled.
+            SourceError: when it was made of another number of rows: borders differ, rows would be lost or doubled.
             LostError: when there is a manifest that cannot be read.
         """
         try:
@@ -284,7 +284,7 @@ class ShardWriter:
         """Make the shard durable under its final names, the manifest last.
 
         Raises:
-            ShardError: when rows were lost or doubled on the way.
+            ShardError: when rows were lost or doubled.
         """
         ledger = pa.concat_tables(self._ledgers).sort_by("row").combine_chunks()
         kept, dropped = counts(ledger.column("verdict"), [*self._plan.reasons, *DROPS])

@@ -49,20 +49,24 @@ class Takedowns:
 
     def without_contents(self, batches: Iterator[Rows]) -> Iterator[Rows]:
         """Fetched batches, in which files that must not be used came from yet another URL."""
-        return map(self._without_contents, batches) if self else batches
-
-    def _without_contents(self, rows: Rows) -> Rows:
-        alive, dead = self.reasons(rows.alive), self.reasons(rows.dead)
-        if alive.null_count == len(alive) and dead.null_count == len(dead):
-            return rows
-        fallen, why = rows.alive.filter(pc.is_valid(alive)), alive.drop_null()
-        keys = [*fallen["key"].to_pylist(), *rows.dead["key"].filter(pc.is_valid(dead)).to_pylist()]
-        return replace(
-            rows,
-            alive=rows.alive.filter(pc.is_null(alive)),
-            dead=pa.concat_tables([blank(rows.dead, dead), blank(tombstones(fallen, why, STAGE), why)]),
-            witnesses=rows.witnesses.filter(pc.invert(pc.is_in(rows.witnesses["key"], pa.array(keys, pa.string())))),
-        )
+        if not self:
+            yield from batches
+            return
+        for rows in batches:
+            alive, dead = self.reasons(rows.alive), self.reasons(rows.dead)
+            if alive.null_count == len(alive) and dead.null_count == len(dead):
+                yield rows
+                continue
+            fallen, why = rows.alive.filter(pc.is_valid(alive)), alive.drop_null()
+            keys = [*fallen["key"].to_pylist(), *rows.dead["key"].filter(pc.is_valid(dead)).to_pylist()]
+            yield replace(
+                rows,
+                alive=rows.alive.filter(pc.is_null(alive)),
+                dead=pa.concat_tables([blank(rows.dead, dead), blank(tombstones(fallen, why, STAGE), why)]),
+                witnesses=rows.witnesses.filter(
+                    pc.invert(pc.is_in(rows.witnesses["key"], pa.array(keys, pa.string())))
+                ),
+            )
 
 
 def blank(table: pa.Table, reasons: pa.Array) -> pa.Table:

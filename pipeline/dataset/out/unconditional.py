@@ -30,7 +30,15 @@ def write_unconditional(root: AnyPath, plan: Plan) -> dict[str, dict[str, Any]]:
     if not plan.config.pack.embeddings:
         return {}
     path = root / UNCONDITIONAL
-    if not _is_current(path, plan):
+    try:
+        data = path.read_bytes()
+        made = _made(load(data), plan)
+        # `load` does not return the metadata that its header holds.
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        is_current = header.get("__metadata__", {}).get(_MADE) == made
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError):
+        is_current = False
+    if not is_current:
         settings = plan.config.models
         embedder: ImageEmbedder = backend("image_embedder", settings.image_embedder)(settings, "cpu")
         features = dict(embedder.unconditional())
@@ -38,20 +46,8 @@ def write_unconditional(root: AnyPath, plan: Plan) -> dict[str, dict[str, Any]]:
     return {UNCONDITIONAL: fingerprint(path)}
 
 
-def _is_current(path: AnyPath, plan: Plan) -> bool:
-    try:
-        data = path.read_bytes()
-        features = load(data)
-        # `load` does not return the metadata that its header holds.
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError):
-        return False
-    made: object = header.get("__metadata__", {}).get(_MADE)
-    return made == _made(features, plan)
-
-
 def _made(features: Features, plan: Plan) -> str:
-    """What the features were made by, and their hashes: damage is found and made good without the models."""
+    """What the features were made by, and their hashes: damage shows and is made good without the models."""
     models = [model for model in plan.model_list if model["task"] == "image_embedder"]
     hashes = {name: sha256(np.ascontiguousarray(array).tobytes()) for name, array in features.items()}
     return json.dumps({"models": models, "sha256": hashes}, sort_keys=True)

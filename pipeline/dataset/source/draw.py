@@ -45,7 +45,9 @@ class Draw:
         """The candidates of a part's next shard."""
         rows = seeds.table.filter(pc.is_null(seeds.table["verdict"]))
         if seeds.part not in self._strata:
-            self._cut()
+            population = max(1, self.population)
+            for part in self._strata.values():  # none gives more than its share, which only shrinks as others come
+                part.cut(self.size * part.size // population + 1)
             self._strata[seeds.part] = _Stratum(0, np.empty(0), rows.slice(0, 0))
         part = self._strata[seeds.part]
         number = len(self._strata)
@@ -54,12 +56,6 @@ class Draw:
         # take() copies: slices would carry the whole of their shards along.
         table = pa.concat_tables([part.rows, rows]).take(pa.array(order)).combine_chunks()
         self._strata[seeds.part] = _Stratum(part.size + rows.num_rows, keys[order], table)
-
-    def _cut(self) -> None:
-        """Let go of what no part can give any more: its share of the sample only shrinks as others come."""
-        population = self.population
-        for part in self._strata.values():
-            part.cut(self.size * part.size // max(1, population) + 1)
 
     def rows(self) -> pa.Table:
         """The sample in random order, columns as in `Seeds`; all candidates where there are fewer."""

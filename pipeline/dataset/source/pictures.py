@@ -50,12 +50,6 @@ def is_image(path: str) -> bool:
     return path.lower().endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES))
 
 
-def _is_below(path: str, folder: str) -> bool:
-    """Whether it is a file, or a link to one, below a folder; pipes and devices are none."""
-    is_link = os.path.islink(path)
-    return os.path.isfile(path) and (not is_link or os.path.realpath(path).startswith(f"{folder}/"))
-
-
 @dataclass(frozen=True)
 class Pictures:
     """A folder of images as it was listed."""
@@ -73,8 +67,9 @@ class Pictures:
         """A folder, and the full paths of the files below it."""
         folder, inside = folder.rstrip("/"), paths
         if is_local(folder):
-            root = os.path.realpath(folder)
-            inside = [path for path in paths if _is_below(path, root)]
+            root = f"{os.path.realpath(folder)}/"
+            real = (path for path in paths if os.path.isfile(path))  # pipes and devices are none
+            inside = [path for path in real if not os.path.islink(path) or os.path.realpath(path).startswith(root)]
         files = tuple(one[len(folder) + 1 :] for one in inside)
         return Pictures(folder, files, aliases, len(paths) - len(inside))
 
@@ -85,16 +80,13 @@ class Pictures:
     @cached_property
     def metadata(self) -> tuple[str, ...]:
         """The tables that name files; beside a column of URLs, a key alone does so in what img2dataset wrote."""
-        return tuple(file for file in self.files if format_of(file) and self._names_files(file))
-
-    def _names_files(self, file: str) -> bool:
-        columns = resolve(probe(self._path(file))[0].names, {**self.aliases, "name": FILE_NAMES})
-        is_sure = "name" in columns or "url" not in columns or posixpath.splitext(file)[0] in self._folders
-        return "source_file" in columns and is_sure
-
-    @cached_property
-    def _folders(self) -> frozenset[str]:
-        return frozenset(map(posixpath.dirname, self.images))
+        folders, naming = set(map(posixpath.dirname, self.images)), []
+        for file in filter(format_of, self.files):
+            columns = resolve(probe(self._path(file))[0].names, {**self.aliases, "name": FILE_NAMES})
+            is_sure = "name" in columns or "url" not in columns or posixpath.splitext(file)[0] in folders
+            if "source_file" in columns and is_sure:
+                naming.append(file)
+        return tuple(naming)
 
     def _path(self, file: str) -> str:
         return f"{self.folder}/{file}"
@@ -166,7 +158,10 @@ class Pictures:
             if self.left_out
             else []
         )
-        for file in [*self.metadata, *self._lists()]:
+        jsons = [file for file in self.files if file.endswith(".json")]
+        split = ((file, *self._path(file)[: -len(".json")].split("/")[-2:]) for file in jsons)
+        lists = [file for file, folder, name in split if name in (*_LISTS, folder)]
+        for file in [*self.metadata, *lists]:
             first, names, hits = "", 0, 0
             for table in self._read(file):
                 seeds = to_seeds(table, path=self._path(file))
@@ -187,13 +182,6 @@ class Pictures:
             if hits < names:
                 notes.append(f"{self._path(file)}: of {names:,} rows, {names - hits:,} name no file that is there.")
         return Named(pa.concat_tables(records).select(_DESCRIBED).combine_chunks(), rows, captioned, tuple(notes))
-
-    def _lists(self) -> list[str]:
-        """The JSON files that list images."""
-        split = (
-            (file, *self._path(file)[: -len(".json")].split("/")[-2:]) for file in self.files if file.endswith(".json")
-        )
-        return [file for file, folder, name in split if name in (*_LISTS, folder)]
 
     def _read(self, file: str) -> Iterator[pa.Table]:
         path = self._path(file)

@@ -32,7 +32,7 @@ _HILLS = ((0.55, 0.06, (130, 170, 130)), (0.7, 0.04, (90, 140, 80)), (0.85, 0.02
 
 @cache
 def _photo(package: str, file: str) -> Picture:
-    """A photo that an installed package brings along, found without importing it, which takes half a second."""
+    """A photo that an installed package brings along, located without importing it, which takes half a second."""
     with Pillow.open(str(distribution(package).locate_file(file))) as image:
         photo: Picture = np.array(image.convert("RGB"))
     return photo

@@ -54,7 +54,17 @@ def read_folder(given: str) -> DatasetFolder:
         shards: AnyPath = root / "shards"
         if not shards.is_dir():
             root, shards = root.parent, root
-        manifests = [_manifest(shards / f"{name}.json") for name in finished_shards(names(shards))]
+        manifests = []
+        for name in finished_shards(names(shards)):
+            path = shards / f"{name}.json"
+            text = path.read_bytes()
+            try:
+                manifest = Manifest.from_json(text)
+                if manifest.to_json().encode() != text or manifest.shard != name or not manifest.conserves_rows():
+                    raise CorruptShardError("it was changed since it was written")
+            except CorruptShardError as error:
+                raise SourceError(f"{path} is damaged ({error}): remove it and run `make dataset` again.") from error
+            manifests.append(manifest)
         folder = DatasetFolder(given, root, shards, sizes(shards), manifests)
     except OutputError as error:
         raise SourceError(f"{given} cannot be opened: {error}") from error
@@ -64,17 +74,6 @@ def read_folder(given: str) -> DatasetFolder:
         lack = "no sample was kept" if folder.manifests else "there is no finished shard"
         raise SourceError(f"{given} holds nothing to train on ({lack}): run `make dataset` with OUT={given} first.")
     return folder
-
-
-def _manifest(path: AnyPath) -> Manifest:
-    text = path.read_bytes()
-    try:
-        manifest = Manifest.from_json(text)
-        if manifest.to_json().encode() != text or manifest.shard != path.stem or not manifest.conserves_rows():
-            raise CorruptShardError("it was changed since it was written")
-        return manifest
-    except CorruptShardError as error:
-        raise SourceError(f"{path} is damaged ({error}): remove it and run `make dataset` again.") from error
 
 
 def dataset_files(folder: DatasetFolder) -> dict[str, str]:

@@ -44,7 +44,7 @@ class Reading:
     colour: float
     """Probability of changed colours."""
     alternatives: float
-    """Probability of a further caption in place of the first."""
+    """Probability of a further caption instead of the first."""
     faces: int
     """Most photos of a person whose ID vectors are one condition, side by side."""
     notices: tuple[str, ...]
@@ -99,9 +99,10 @@ def plan_reading(
     if texts and config.data.alternatives:
         notices.append("data.alternatives is off: texts are precomputed, of the first captions (data.text = captions).")
 
-    if config.data.pairs and not any(_is_paired(role, config.data.pair_features) for role in reads):
+    paired = config.data.pair_features
+    if config.data.pairs and not any(paired == "both" or (role == "arcface") == (paired == "id") for role in reads):
         raise ConfigError(
-            f"The variant reads {' and '.join(reads)} alone, so that data.pair_features = {config.data.pair_features} "
+            f"The variant reads {' and '.join(reads)} alone, so that data.pair_features = {paired} "
             "pairs nothing: give --set data.pair_features=both."
         )
     if config.data.pairs or config.data.balance == "person":
@@ -146,10 +147,6 @@ def plan_reading(
         faces=faces,
         notices=tuple(notices),
     )
-
-
-def _is_paired(role: str, features: Literal["both", "id", "image"]) -> bool:
-    return features == "both" or (role == "arcface") == (features == "id")
 
 
 def _precomputed(

@@ -101,7 +101,7 @@ class Client:
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
                 if not is_reused.get():
                     raise
-                # A host closed a connection that had waited before it saw the request: that says nothing of the host.
+                # A host closed a connection that had waited before the request came: that says nothing of the host.
 
     def _socket(self, address: tuple[int, int, int, str, tuple[str, int]]) -> socket.socket:
         """The last lock: no socket is made for an address that may not be connected to."""

@@ -1,11 +1,14 @@
 """Time that servers may take."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from itertools import count
 
 from schemas.drops import DropReason
 from stages.base import Dropped
+from stages.fetch.status import wait_s
+from stages.settings import DownloadSettings
 
 
 class Deadline:
@@ -30,3 +33,18 @@ class Deadline:
             raise Dropped(DropReason.TIMEOUT) from None
         finally:
             self.left_s -= loop.time() - begun
+
+    async def persist(self, attempt: Callable[[], Awaitable[bytes]], settings: DownloadSettings) -> bytes:
+        """What an attempt gives, or a further one after a failure that may pass, within the same seconds.
+
+        Raises:
+            Dropped: the last failure.
+        """
+        for number in count():
+            try:
+                return await attempt()
+            except Dropped as failure:
+                pause = wait_s(failure, number, settings, self.left_s)
+            async with self.running():
+                await asyncio.sleep(pause)
+        raise AssertionError("count() does not end")

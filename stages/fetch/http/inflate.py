@@ -1,4 +1,4 @@
-"""Content codings that were not asked for and come anyway, undone within bounds."""
+"""Content codings that were not requested and come anyway, undone within bounds."""
 
 import zlib
 from collections.abc import Iterator

@@ -59,7 +59,20 @@ class Resolver(AbstractResolver):
             Dropped: DNS_ERROR when it has none, FORBIDDEN_ADDRESS when none of them may.
             OSError: for this machine's own trouble.
         """
-        permitted = [each for each in await self._addresses(host) if self._guard.permits(each[1], port)]
+        address = literal(host)
+        if address is not None:
+            addresses: Addresses = [(socket.AF_INET if address.version == 4 else socket.AF_INET6, str(address))]
+        else:
+            until, answer = self._known.get(host, (0.0, DropReason.DNS_ERROR))
+            if until < asyncio.get_running_loop().time():
+                if host not in self._tasks:
+                    self._tasks[host] = asyncio.get_running_loop().create_task(self._look_up(host))
+                # Whoever waits may run out of time; the answer is still good for those after.
+                answer = await asyncio.shield(self._tasks[host])
+            if isinstance(answer, DropReason):
+                raise Dropped(answer)
+            addresses = answer
+        permitted = [each for each in addresses if self._guard.permits(each[1], port)]
         if not permitted:
             raise Dropped(DropReason.FORBIDDEN_ADDRESS)
         return [
@@ -71,20 +84,6 @@ class Resolver(AbstractResolver):
 
     async def close(self) -> None:
         """Aiohttp wants it; look-ups end with the loop."""
-
-    async def _addresses(self, host: str) -> Addresses:
-        address = literal(host)
-        if address is not None:
-            return [(socket.AF_INET if address.version == 4 else socket.AF_INET6, str(address))]
-        until, answer = self._known.get(host, (0.0, DropReason.DNS_ERROR))
-        if until < asyncio.get_running_loop().time():
-            if host not in self._tasks:
-                self._tasks[host] = asyncio.get_running_loop().create_task(self._look_up(host))
-            # Whoever waits may run out of time; the answer is still good for those after.
-            answer = await asyncio.shield(self._tasks[host])
-        if isinstance(answer, DropReason):
-            raise Dropped(answer)
-        return answer
 
     def _timed_look_up(self, host: str) -> Addresses:
         begun = time.monotonic()  # in the thread: to wait for one is not the resolver's time

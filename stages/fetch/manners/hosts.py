@@ -114,7 +114,7 @@ class Hosts:
         if failure is None or failure.reason not in _TROUBLE:
             host = self._known.pop(origin, None)
             if host is not None and now < host.until and host.reason is not DropReason.HOST_DOWN:
-                # It answers, but it wants rest: requests that were under way do not end that.
+                # It answers, but it wants rest: requests that were out already do not end that.
                 self._known[origin] = _Host(until=host.until, reason=host.reason)
             return
         host = self._known.setdefault(origin, _Host())

@@ -1,4 +1,4 @@
-"""What was refused is not asked for again: remembered in memory, and in a file that all processes of a run share."""
+"""What was refused is not requested again: remembered in memory, and in a file that all processes of a run share."""
 
 import os
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from schemas.urls import Url
 from stages.base import Dropped
 
 REMEMBERED = (DropReason.OPTED_OUT, DropReason.ACCESS_DENIED, DropReason.FORBIDDEN_ADDRESS)
-"""Answers that are meant. (What robots.txt disallows is never asked for at all.)"""
+"""Answers that are meant. (What robots.txt disallows is never requested at all.)"""
 
 _MOST = 500_000
 """URLs that one process remembers, some 70 MB at most."""

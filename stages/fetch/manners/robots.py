@@ -4,6 +4,7 @@ import asyncio
 import re
 import time
 from collections import OrderedDict
+from functools import partial
 from itertools import count
 
 from protego import Protego
@@ -15,7 +16,7 @@ from stages.fetch.address import redirected
 from stages.fetch.http.client import Client
 from stages.fetch.http.deadline import Deadline
 from stages.fetch.manners.hosts import Hosts
-from stages.fetch.status import check_status, wait_s
+from stages.fetch.status import check_status
 from stages.settings import DownloadSettings
 
 PATH = "/robots.txt"
@@ -145,7 +146,7 @@ class Robots:
         deadline = Deadline(min(LIMIT_S, self._settings.timeout_s))
         try:
             async with self._turns:
-                text = await self._persist(trail, deadline)
+                text = await deadline.persist(partial(self._attempt, trail, deadline), self._settings)
             if len(text) < _LARGE:
                 learnt: Rules | DropReason = Rules(text, self._name)
             else:
@@ -157,19 +158,9 @@ class Robots:
         self._known.put(url.origin, learnt)
         return learnt
 
-    async def _persist(self, trail: list[Url], deadline: Deadline) -> bytes:
-        for attempt in count():
-            del trail[1:]
-            try:
-                return await self._attempt(trail, deadline)
-            except Dropped as failure:
-                pause = wait_s(failure, attempt, self._settings, deadline.left_s)
-            async with deadline.running():
-                await asyncio.sleep(pause)
-        raise AssertionError("count() does not end")
-
     async def _attempt(self, trail: list[Url], deadline: Deadline) -> bytes:
         """The first bytes of a robots.txt, behind its redirects."""
+        del trail[1:]
         text = bytearray()
         for hops in count():
             url = trail[-1]

@@ -3,9 +3,9 @@
 SCRFD misses a face that fills its input: it has learned faces with surroundings. Looks, at `det_size` n:
 
 1. the photo letterboxed to n x n, exactly as insightface's `app.get` does it;
-2. nothing found: the photo with a black border of half its longer side, screened at 0.3 n; when that sees something,
+2. no face: the photo with a black border of half its longer side, screened at 0.3 n; when that sees something,
    looked at once more at n;
-3. one face found: the bordered photo at 0.3 n, for a second face that is too large for the first look; not where a
+3. one face: the bordered photo at 0.3 n, for a second face that is too large for the first look; not where a
    look at the reduced photo showed nothing beside the face;
 4. a doubtful box beside a face (`models.second_look`): the box with its surroundings, at native scale.
 """
@@ -76,7 +76,7 @@ class Scrfd:
             raise ConfigError(f"{path} only takes images of {fixed[0]}x{fixed[1]}: set models.det_size = {fixed[0]}.")
         if device == "cuda" and hasattr(self._model, "require_same"):
             self._model.require_same([_letterbox(photo, self._size).canvas for photo in _proof_photos()], self.lowest)
-        # A third of the side costs a tenth; on tight crops and pairs of faces it missed nothing that one half found.
+        # A third of the side costs a tenth; on tight crops and pairs of faces it missed nothing that one half saw.
         self._screen_size = self._size * 3 // 10 // 32 * 32 if fixed is None and self._size >= 128 else self._size
 
     @classmethod
@@ -115,44 +115,44 @@ class Scrfd:
         `seen` are the points, in pixels of each photo, that the look at its reduced form showed, None where none was
         made. Where a second face changed the result (12 of 400 pairs), such a point scored 0.43 and more; 0.2 counts.
         """
-        found = self._look([_letterbox(image, self._size) for image in images])
-        strong = [int(np.count_nonzero(faces.score >= self._threshold)) for faces in found]
+        results = self._look([_letterbox(image, self._size) for image in images])
+        strong = [int(np.count_nonzero(faces.score >= self._threshold)) for faces in results]
         points = seen or [None] * len(images)
-        alone = [strong[i] == 1 and _all_in(points[i], faces.bbox[0]) for i, faces in enumerate(found)]
+        alone = [strong[i] == 1 and _all_in(points[i], faces.bbox[0]) for i, faces in enumerate(results)]
         doubtful = [i for i, count in enumerate(strong) if count <= 1 and not alone[i]]
         screens = dict(zip(doubtful, self._padded([images[i] for i in doubtful], self._screen_size), strict=True))
         hidden = [i for i in doubtful if not strong[i] and np.any(screens[i].score >= self.suspicious)]
         for i, tight in zip(hidden, self._padded([images[i] for i in hidden], self._size), strict=True):
             if np.any(tight.score >= self._threshold):
-                found[i] = _merge(tight, found[i], self._threshold, self.lowest)
+                results[i] = _merge(tight, results[i], self._threshold, self.lowest)
         for i in doubtful:
             if strong[i]:
-                found[i] = _merge(found[i], screens[i], self._threshold, self._threshold)
-        return self._looked_again(images, found)
+                results[i] = _merge(results[i], screens[i], self._threshold, self._threshold)
+        return self._looked_again(images, results)
 
-    def _looked_again(self, images: Sequence[Image], found: Sequence[Faces]) -> list[Faces]:
-        """`found`, with less for doubtful boxes beside the best face of a photo that are no faces when seen closer.
+    def _looked_again(self, images: Sequence[Image], results: list[Faces]) -> list[Faces]:
+        """`results`, with less for doubtful boxes beside the best face of a photo that are no faces when seen closer.
 
         Each is seen upright and turned; where it shows anything then, its first score stands.
         """
         low, high = self._second_look
         doubtful = []
-        for i, faces in enumerate(found):
+        for i, faces in enumerate(results):
             if np.any(faces.score >= self._threshold):
                 others = apart(faces.bbox, faces.bbox[0]) & (faces.score >= low) & (faces.score < high)
                 doubtful += [(i, int(j)) for j in np.flatnonzero(others)]
         if not doubtful:
-            return list(found)
+            return results
         crops = [
             crop
             for i, j in doubtful
             for turn in _TURNS
-            for crop in _closer(images[i], found[i].bbox[[j]], found[i].score[[j]], turn)
+            for crop in _closer(images[i], results[i].bbox[[j]], results[i].score[[j]], turn)
         ]
         if self._model.static_input_size:
             crops = [np.pad(crop, ((0, self._size - _CROP), (0, self._size - _CROP), (0, 0))) for crop in crops]
         looks = iter(self._model.screened(crops, _DOUBTFUL))
-        again = list(found)
+        again = list(results)
         for i, j in doubtful:
             seen = 0.0
             for _, scores, boxes in islice(looks, len(_TURNS)):
@@ -166,14 +166,23 @@ class Scrfd:
         return [_best_first(faces) for faces in again]
 
     def _padded(self, images: Sequence[Image], size: int) -> list[Faces]:
-        found = self._look([_bordered(image, size, self.border) for image in images])
-        return [_inside(faces, image.shape[1], image.shape[0]) for faces, image in zip(found, images, strict=True)]
+        """A look at bordered photos: faces whose centre is in the photo, their boxes cut at its edges."""
+        faces_inside = []
+        for image, faces in zip(
+            images, self._look([_bordered(each, size, self.border) for each in images]), strict=True
+        ):
+            limits = np.array(image.shape[1::-1] * 2, np.float32)
+            centre = (faces.bbox[:, :2] + faces.bbox[:, 2:]) / 2
+            inside = np.all((centre > 0) & (centre < limits[:2]), axis=1)
+            bbox = np.clip(faces.bbox[inside], 0, limits)
+            faces_inside.append(Faces(bbox, faces.kps[inside], faces.score[inside]))
+        return faces_inside
 
     def _look(self, views: Sequence[_View]) -> list[Faces]:
         """What the network sees, in pixels of the photos; as in insightface, overlaps are resolved there too."""
         looks = []
-        found = self._model([view.canvas for view in views], self.lowest)
-        for view, (scores, boxes, points) in zip(views, found, strict=True):
+        seen = self._model([view.canvas for view in views], self.lowest)
+        for view, (scores, boxes, points) in zip(views, seen, strict=True):
             order = np.argsort(-scores, kind="stable")
             boxes = ((boxes - view.shift) / np.tile(view.scale, 2)).astype(np.float32)[order]
             points = ((points - view.shift) / view.scale).astype(np.float32)[order]
@@ -264,13 +273,13 @@ class _OneByOne:
         self.static_input_size = self._model.static_input_size
 
     def __call__(self, canvases: Sequence[Image], lowest: float) -> list[Candidates]:
-        found = []
+        candidates = []
         for canvas in canvases:
             with DEVICE:
                 parts = self._model.forward(canvas, lowest)
             scores, boxes, points = map(np.concatenate, parts)
-            found.append(Candidates(scores.ravel(), boxes, points))
-        return found
+            candidates.append(Candidates(scores.ravel(), boxes, points))
+        return candidates
 
     def screened(self, canvases: Sequence[Image], lowest: float) -> list[tuple[float, Floats, Floats]]:
         """Of each canvas, of whatever size: the best score, and scores (N,) and boxes (N, 4) of at least `lowest`.
@@ -283,14 +292,14 @@ class _OneByOne:
             pixels = cv2.dnn.blobFromImage(canvas, 1 / model.input_std, canvas.shape[1::-1], mean, swapRB=True)
             with DEVICE:
                 outputs = model.session.run(model.output_names[: 2 * model.fmc], {model.input_name: pixels})
-            levels, found = outputs[: model.fmc], []
+            levels, likely = outputs[: model.fmc], []
             for scores, distances, stride in zip(levels, outputs[model.fmc :], model._feat_stride_fpn, strict=True):
                 anchors, columns = np.flatnonzero(scores >= lowest), -(-canvas.shape[1] // stride)
                 cells, reach = anchors // model._num_anchors, distances.reshape(-1, 4)[anchors]
                 centres = np.stack([cells % columns, cells // columns], axis=1)
                 boxes = np.concatenate([centres - reach[:, :2], centres + reach[:, 2:]], axis=1) * stride
-                found.append((scores.ravel()[anchors], boxes.astype(np.float32)))
-            scores, boxes = (np.concatenate(parts) for parts in zip(*found, strict=True))
+                likely.append((scores.ravel()[anchors], boxes.astype(np.float32)))
+            scores, boxes = (np.concatenate(parts) for parts in zip(*likely, strict=True))
             looks.append((max(float(level.max(initial=0)) for level in levels), scores, boxes))
         return looks
 
@@ -342,14 +351,6 @@ def _paste(image: Image, width: int, height: int, shift: int, size: int) -> Imag
     small = cv2.resize(image, (max(width, 1), max(height, 1)))
     canvas[shift : shift + height, shift : shift + width] = cv2.cvtColor(small, cv2.COLOR_RGB2BGR)
     return canvas
-
-
-def _inside(faces: Faces, width: int, height: int) -> Faces:
-    """Faces whose centre is in the photo, boxes cut at its edges: what lies in the border has no pixels."""
-    centre = (faces.bbox[:, :2] + faces.bbox[:, 2:]) / 2
-    inside = np.all((centre > 0) & (centre < (width, height)), axis=1)
-    limits = np.array([width, height, width, height], np.float32)
-    return Faces(np.clip(faces.bbox[inside], 0, limits), faces.kps[inside], faces.score[inside])
 
 
 def _merge(faces: Faces, further: Faces, threshold: float, lowest: float) -> Faces:

@@ -63,15 +63,15 @@ class ScrfdTorch:
         """
         network = one_by_one(self._path)
         normalise = normaliser([self._mean_std[0]], [self._mean_std[1]], "cpu", torch.float32, 1.0)
-        for (_, found), canvas in zip(self.batches(canvases, -math.inf), canvases, strict=True):
+        for (_, rows), canvas in zip(self.batches(canvases, -math.inf), canvases, strict=True):
             given = torch.from_numpy(canvas)[None]
             outputs = network(normalise(given.flip(3)))
             expected = self._boxes(outputs, canvas.shape[0], canvas.shape[1])[0].numpy()
             ((_, alone),) = self.batches([canvas], -math.inf)
             for other in (expected, alone):
-                is_same = len(found) == len(other)  # a score that is no number is left out
+                is_same = len(rows) == len(other)  # a score that is no number is left out
                 if is_same:
-                    differences = np.abs(found - other)
+                    differences = np.abs(rows - other)
                     distances = differences[other[:, 0] >= lowest, 1:]
                     is_same = differences[:, 0].max() <= _SCORE_TOLERANCE and (distances <= _PIXEL_TOLERANCE).all()
                 if not is_same:

@@ -56,10 +56,10 @@ class ArcFaceTorch:
         network = one_by_one(self._path)
         normalise = normaliser([self._mean_std[0]], [self._mean_std[1]], "cpu", torch.float32, 1.0)
         least = _QUANTISED_COSINE if self._is_quantised else _COSINE
-        for found, face in zip(self.embed(faces), faces, strict=True):
+        for vector, face in zip(self.embed(faces), faces, strict=True):
             (expected,) = network(normalise(torch.from_numpy(face)[None]))
             for other in (expected.numpy().ravel(), self.embed([face])[0]):
-                if not found @ other >= least * np.linalg.norm(found) * np.linalg.norm(other):
+                if not vector @ other >= least * np.linalg.norm(vector) * np.linalg.norm(other):
                     raise PlanError(
                         f"{self._path.name} gives other vectors on torch than on ONNX Runtime here: set "
                         "models.runtime.face_embedder = onnxruntime, or executor.gpus = 0."

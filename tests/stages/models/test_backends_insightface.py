@@ -138,10 +138,13 @@ def test_a_weak_box_hides_no_second_face() -> None:
     np.testing.assert_allclose(merged.score, [0.9, 0.7, 0.3])
 
 
-def test_what_lies_in_the_border_is_no_face() -> None:
+def test_what_lies_in_the_border_is_no_face(toy: ModelSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     boxes = np.array([[-30, -30, 10, 10], [-10, 40, 60, 120]], np.float32)
-    kept = scrfd._inside(Faces(boxes, np.zeros((2, 5, 2), np.float32), np.ones(2, np.float32)), 100, 100)
-    np.testing.assert_array_equal(kept.bbox, [[0, 40, 60, 100]])
+    seen = Faces(boxes, np.zeros((2, 5, 2), np.float32), np.ones(2, np.float32))
+    detector = Scrfd(toy, "cpu")
+    monkeypatch.setattr(detector, "_look", lambda views: [seen])
+    (faces,) = detector._padded([np.zeros((100, 100, 3), np.uint8)], 64)
+    np.testing.assert_array_equal(faces.bbox, [[0, 40, 60, 100]])
 
 
 def test_detector_without_points_is_refused(tmp_path: Path) -> None:
