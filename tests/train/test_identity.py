@@ -137,15 +137,6 @@ def test_gradients_reach_the_pixels_of_the_face_and_nothing_else(loss):
     assert not any(weight.requires_grad for weight in loss._recogniser.parameters())
 
 
-def test_a_step_against_the_gradient_brings_the_identity_nearer(loss):
-    kps = torch.from_numpy(points())[None]
-    predicted, target = tensor(picture(seed=1)).requires_grad_(), tensor(picture(seed=2))
-    before = loss(predicted, kps, target)
-    (gradient,) = torch.autograd.grad(before.sum(), predicted)
-    after = loss(predicted - 0.02 * gradient / gradient.abs().max(), kps, target)
-    assert after < before
-
-
 def test_the_recogniser_sees_bgr_in_float32_even_under_autocast(loss):
     image, kps = tensor(picture()), torch.from_numpy(points())[None]
     expected = loss._recogniser(align(image, kps).flip(1))
@@ -159,14 +150,6 @@ def test_the_recogniser_sees_bgr_in_float32_even_under_autocast(loss):
 class Harm:
     def __reduce__(self):
         return (pytest.fail, ("code in a weights file was run",))
-
-
-def test_the_url_is_facexlib_s_own():
-    import inspect
-
-    from facexlib.recognition import init_recognition_model
-
-    assert identity.WEIGHTS_URL in inspect.getsource(init_recognition_model)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 import sys
 from types import SimpleNamespace
 
-import diffusers
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -12,14 +11,12 @@ from safetensors.torch import load_file
 from tiny_adapters import TOKENS, WITH_LORA
 
 import pipeline.train.loop as trainer
-from pipeline.shared.bases import find_base
 from pipeline.train import objective
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.adapters.released import read_released, require_fit
 from pipeline.train.adapters.variants import VARIANTS
 from pipeline.train.base_model import Base
 from pipeline.train.job import Call, prepared
-from pipeline.train.loader import first_faces
 from pipeline.train.session import Session
 from pipeline.train.watch import METRICS
 from schemas.errors import ExitCode
@@ -110,17 +107,6 @@ def test_a_run_leaves_the_released_files_and_nothing_else(run):
         assert (checkpoint / file).read_bytes() == (root / file).read_bytes()
 
 
-def test_every_step_has_its_metrics(run):
-    lines = metrics(run.job)
-    assert [line["step"] for line in lines] == [1, 2, 3]
-    for line in lines:
-        assert line["loss"] > 0
-        assert line["lr"] == 1e-4
-        assert line["grad_norm"] > 0
-        assert line["samples_per_s"] > 0
-        assert 0 <= line["data_wait"] <= 1
-
-
 def test_every_trained_weight_moved_and_the_base_did_not(run):
     fresh = Base(run.job.base, CPU, torch.float32)
     frozen = dict(fresh.unet.named_parameters())
@@ -172,41 +158,6 @@ def test_the_sidecar_tells_all_about_the_adapter(run):
     assert set(told["licences"]) == {weight["licence"] for weight in told["weights"]}
     assert all(told["licences"])
     assert str(run.job.run.root.parent) not in json.dumps(told), "a path of this machine"
-
-
-def stock(run):
-    """diffusers' own pipeline on the same base, with the run's file."""
-    made = diffusers.DiffusionPipeline.from_pretrained(find_base(run.base).folder, local_files_only=True)
-    name = f"{released(run)}.safetensors"
-    made.load_ip_adapter(str(run.job.run.root), subfolder="", weight_name=name, image_encoder_folder=None)
-    return made
-
-
-def test_diffusers_computes_what_the_trained_model_computes(run):
-    if run.kind == "sdxl":
-        return  # test_interop.py has both layouts; here it is about the path from training to file
-    made, model = stock(run), run.model.eval()
-    model.load_trained({key: weight.half().float() for key, weight in model.trained().items()})
-    faces = first_faces(run.job.dataset, 2, run.job.variant.reads, run.job.config.adapter)
-    condition = {role: torch.stack([face.condition[role] for face in faces]) for role in run.job.variant.reads}
-    generator = torch.Generator().manual_seed(0)
-    latents, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 77, 128, generator=generator)
-    steps = torch.tensor([40, 700])
-    (layer,) = made.unet.encoder_hid_proj.image_projection_layers
-    if "hidden" in condition and "arcface" in condition:
-        layer.clip_embeds, layer.shortcut = condition["hidden"][:, None], run.name == "faceid-plusv2"
-    given = [condition[run.job.variant.reads[0]][:, None]]
-    bare = Base(run.job.base, CPU, torch.float32).unet
-    with torch.no_grad():
-        theirs_tokens = made.unet.encoder_hid_proj(given)[0].flatten(1, 2)
-        ours_tokens = model.tokens(condition)
-        theirs = made.unet(latents, steps, text, added_cond_kwargs={"image_embeds": given}).sample
-        ours = model(latents, steps, text, condition)
-        without = bare(latents, steps, text).sample
-    assert (ours_tokens - theirs_tokens).abs().max() <= 1e-4 * ours_tokens.abs().max()
-    effect = (theirs - without).abs().max()
-    assert effect > 1e-4
-    assert (ours - theirs).abs().max() <= 1e-3 * effect
 
 
 # --- options ---------------------------------------------------------------------------------------------------------

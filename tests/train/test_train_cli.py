@@ -103,21 +103,6 @@ def test_embedded_shards_are_warned_of_and_stderr_holds_nothing_else(real):
     assert need.startswith("diffusers needs peft beside it")
 
 
-def test_a_mistake_of_the_real_command_is_one_line_on_stderr(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.train", "--from-shards", "nowhere", "--variant", "faceid"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert "nowhere" in line
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("how", ["--from-shards DIR", "--from-shards=DIR", "DIR", "--from-shards DIR COPY", "run DIR"])
 def test_shards_are_given_in_many_ways(how, cli, dataset, copy):
     places = {"DIR": str(dataset), "COPY": str(copy)}

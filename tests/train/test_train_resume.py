@@ -441,12 +441,6 @@ def test_another_dataset_is_not_continued_on(short, dataset, tmp_path):
     refused(error)
 
 
-def test_a_run_is_not_started_over_another(short, dataset):
-    with pytest.raises(UserError, match="--resume") as error:
-        train(dataset, short.root)
-    refused(error)
-
-
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_good(short, dataset):
     state = short.folder(2) / "state.pt"
     state.write_bytes(state.read_bytes()[:-100])

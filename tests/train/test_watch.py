@@ -87,31 +87,11 @@ def test_torn_lines_are_dropped(tmp_path, torn):
     assert [line["step"] for line in lines(tmp_path)] == [2, 6]
 
 
-def test_a_new_run_starts_an_empty_file(tmp_path):
-    go(tmp_path, 1, 2)
-    go(tmp_path, 1, 1)
-    assert [line["step"] for line in lines(tmp_path)] == [1]
-
-
-def test_a_line_is_on_the_disk_at_once(tmp_path):
-    with Watch(tmp_path, config(), 0, Console(file=io.StringIO())) as watch:
-        watch.note(0, {"id_similarity": 0.5})
-        assert lines(tmp_path) == [{"step": 0, "id_similarity": 0.5}]
-
-
 def test_other_processes_are_quiet(tmp_path):
     console = Console(file=io.StringIO())
     go(tmp_path, 1, 6, console=console, quiet=True, tensorboard=True)
     assert not list(tmp_path.iterdir())
     assert not console.file.getvalue()
-
-
-def test_losses_are_not_kept_with_their_graphs(tmp_path):
-    with Watch(tmp_path, config(log_every=100), 0, Console(file=io.StringIO())) as watch:
-        weight = torch.ones(1, requires_grad=True)
-        watch.batch(weight.sum() * 2, samples=1)
-        watch.batch(weight.sum() * 2, samples=1)
-        assert not watch._loss.requires_grad
 
 
 @pytest.fixture
@@ -143,26 +123,6 @@ def test_the_pace_counts_waiting_and_computing_but_not_what_lies_between_steps(c
     pace = clock.take()
     assert pace.samples_per_s == pytest.approx(20 / 16)
     assert pace.data_wait == pytest.approx(0.25)
-
-
-def test_accumulated_batches_are_one_measurement(clock):
-    for index in clock.timed(fetched(clock, 1.0, 4)):
-        clock.count(1)
-        clock.wait(1.0)
-        if index % 2:
-            clock.stop()
-            clock.wait(50.0)
-    assert clock.take() == (pytest.approx(0.5), pytest.approx(0.5))
-
-
-def test_each_measurement_starts_anew(clock):
-    batches = clock.timed(fetched(clock, 0.0, 2))
-    for samples, seconds in ((8, 1.0), (8, 4.0)):
-        next(batches)
-        clock.count(samples)
-        clock.wait(seconds)
-        clock.stop()
-        assert clock.take().samples_per_s == pytest.approx(samples / seconds)
 
 
 def test_an_error_of_the_loader_comes_through(clock):

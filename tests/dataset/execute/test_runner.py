@@ -2,12 +2,12 @@ import pyarrow as pa
 import pytest
 
 from pipeline.dataset.execute.make_shard import regrouped
-from pipeline.dataset.execute.runner import Loaded, apply, judge_seeds
-from pipeline.dataset.rows import Rows, split_seeds
+from pipeline.dataset.execute.runner import Loaded, apply
+from pipeline.dataset.rows import Rows
 from schemas.columns import LEDGER, SEED_SCHEMA
 from schemas.drops import DropReason
 from schemas.errors import ContractError
-from stages.base import DROP, Dropped, RowStage, to_table
+from stages.base import DROP, Dropped, RowStage
 from stages.runtime import Runtime
 from stages.settings import Settings
 
@@ -69,18 +69,6 @@ def test_where_nothing_is_dropped_no_picture_is_copied():
     first, rest = Rows.joined([looked, looked]).split(3)
     assert picture_addresses(first) == picture_addresses(rest) == picture_addresses(rows)
     assert picture_addresses(first.to_send()).isdisjoint(picture_addresses(rows))
-
-
-def test_columns_that_nobody_needs_any_more_are_let_go():
-    rows = run(Fetch(Settings(), Runtime()), keep=frozenset(LEDGER))
-    assert "image" not in rows.alive.column_names
-    assert "text" not in rows.alive.column_names
-
-
-def test_an_empty_batch_gets_the_columns_without_a_call():
-    rows = run(Fetch(Settings(), Runtime()), seeds(0))
-    assert rows.alive.num_rows == 0
-    assert {"image", "sha256", "width"} <= set(rows.alive.column_names)
 
 
 class Bad(Fetch):
@@ -173,25 +161,6 @@ def test_points_stay_with_their_rows_however_the_batches_were_cut():
             assert record["kps"] == (points(record["row"]) if record["stage"] == "points" else None)
 
 
-class Judge(RowStage):
-    name = "metadata"
-    reads = ("row",)
-    writes = ()
-    drops = (DropReason.UNSAFE,)
-
-    def row(self, record):
-        return {DROP: DropReason.UNSAFE} if record["row"] == 2 else {}
-
-
-def test_judged_seeds_are_split_into_living_rows_and_tombstones():
-    judged = judge_seeds(Judge(Settings(), Runtime()), seeds(4))
-    rows = split_seeds(judged)
-    assert rows.alive.column("row").to_pylist() == [0, 1, 3]
-    assert rows.dead.select(["row", "verdict", "stage"]).to_pylist() == [
-        {"row": 2, "verdict": "unsafe", "stage": "metadata"}
-    ]
-
-
 def test_one_photo_per_reason_is_kept_as_a_witness():
     class Second(RowStage):
         name = "second"
@@ -207,8 +176,3 @@ def test_one_photo_per_reason_is_kept_as_a_witness():
         {"key": "p-000000001", "verdict": "no_face", "image": b"picture"},
         {"key": "p-000000005", "verdict": "small_face", "image": b"picture"},
     ]
-
-
-def test_to_table_types_absent_values_as_nulls():
-    table = to_table([{"width": 3}, {}], ("width", "sha256"), ())
-    assert table.to_pylist() == [{"width": 3, "sha256": None}, {"width": None, "sha256": None}]

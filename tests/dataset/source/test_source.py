@@ -21,10 +21,9 @@ from hypothesis import strategies as st
 
 from pipeline.dataset.execute.runner import judge_seeds
 from pipeline.dataset.source import formats
-from pipeline.dataset.source.aliases import ALIASES, resolve
 from pipeline.dataset.source.parts import Part, SourceSettings, find_parts
 from pipeline.dataset.source.seeds import iter_shards
-from pipeline.dataset.source.values import score, size, text
+from pipeline.dataset.source.values import score, size
 from schemas.columns import SEED, SEED_SCHEMA
 from schemas.errors import SourceError
 from schemas.names import sample_key
@@ -437,18 +436,6 @@ def test_jsonl_rows_may_differ_in_keys_and_types(tmp_path):
     assert found[2]["punsafe"] == 1.0
 
 
-@given(st.data())
-def test_aliases_are_case_blind_and_the_first_wins(data):
-    seed = data.draw(st.sampled_from(list(ALIASES)))
-    names = data.draw(st.lists(st.sampled_from(ALIASES[seed]), min_size=1, unique=True))
-    blank = data.draw(st.sampled_from("_- "))
-    spelled = [
-        "".join(letter.upper() if data.draw(st.booleans()) else letter for letter in name).replace("_", blank)
-        for name in names
-    ]
-    assert resolve([*spelled, "other"])[seed] == spelled[names.index(min(names, key=ALIASES[seed].index))]
-
-
 def plain_size(value):
     try:
         number = float(value)
@@ -468,15 +455,6 @@ def test_sizes_are_null_unless_positive_int32(integers, floats):
     assert size(pa.array(floats, pa.float64())).to_pylist() == [plain_size(value) for value in floats]
     strings = [None if value is None else f" {value} " for value in [*integers, *floats]]
     assert size(pa.array(strings, pa.string())).to_pylist() == [plain_size(value) for value in strings]
-
-
-@given(st.lists(st.text(max_size=6)))
-def test_texts_that_are_no_numbers_are_null_sizes_and_scores(texts):
-    array = pa.array(texts, pa.string())
-    for value, pixels in zip(texts, size(array).to_pylist(), strict=True):
-        assert pixels in (None, plain_size(value))
-    assert score(array).type == pa.float32()
-    assert text(array).to_pylist() == texts
 
 
 def test_values_of_other_types():
@@ -638,13 +616,6 @@ def test_a_tar_alone_has_its_metadata_inside(tmp_path):
 
 def test_an_empty_tar_gives_one_empty_shard(tmp_path):
     assert rows(tar(tmp_path / "t.tar", {})) == []
-
-
-def test_a_tar_in_memory(memory, tmp_path):
-    memory.pipe("/d/t.tar", Path(tar(tmp_path / "t.tar", {"1": {"jpg": JPEG}})).read_bytes())
-    (row,) = rows("memory://d")
-    assert row["image_ref"].startswith("memory:///d/t.tar#")
-    assert in_ref(row["image_ref"]) == JPEG
 
 
 def test_tars_of_one_name(tmp_path):

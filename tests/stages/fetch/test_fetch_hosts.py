@@ -110,17 +110,6 @@ def test_zero_failures_mean_that_no_host_is_given_up(clock):
     assert health.wait_s(A) == 0
 
 
-def test_retry_after_is_a_rest_of_the_whole_host(clock):
-    health = known()
-    health.record(A, Refused(DropReason.RATE_LIMITED, 7.0))
-    assert health.wait_s(A) == 7
-    clock.now += 5
-    assert health.wait_s(A) == 2
-    assert health.wait_s(B) == 0
-    clock.now += 2
-    assert health.wait_s(A) == 0
-
-
 @pytest.mark.parametrize("reason", ["rate_limited", "server_error"])
 def test_nobody_waits_for_longer_than_the_deadline_of_a_url(clock, reason):
     health = known()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from schemas.drops import DropReason
 from stages.base import Dropped
-from stages.fetch.http.inflate import LARGE_PIECE, Inflated, inflated
+from stages.fetch.http.inflate import LARGE_PIECE, Inflated
 
 
 def raw_deflate(data):
@@ -42,18 +42,6 @@ def test_what_was_packed_comes_out_however_it_is_cut(packer, data, cuts):
     assert unpacker.is_done
 
 
-@pytest.mark.parametrize("coding", ["", "identity", "utf-8", "aws-chunked", "image/jpeg", "br"])
-def test_what_is_no_coding_that_we_know_is_taken_as_it_comes(coding):
-    assert inflated(coding) is None
-
-
-@pytest.mark.parametrize("coding", ["gzip, gzip", "deflate,gzip", "br, gzip"])
-def test_codings_on_top_of_each_other_are_not_undone(coding):
-    with pytest.raises(Dropped) as caught:
-        inflated(coding)
-    assert caught.value.reason == DropReason.HTTP_ERROR
-
-
 def test_a_bomb_unfolds_in_pieces():
     sizes = [len(part) for part in Inflated(is_gzip=True).feed(gzip.compress(bytes(50_000_000)))]
     assert sum(sizes) == 50_000_000
@@ -70,9 +58,3 @@ def test_any_bytes_end_well_or_as_no_http(is_gzip, data):
     except Dropped as dropped:
         reason = dropped.reason
     assert reason == DropReason.HTTP_ERROR
-
-
-def test_a_stream_that_is_cut_off_is_not_done():
-    unpacker = Inflated(is_gzip=True)
-    list(unpacker.feed(gzip.compress(b"x" * 100)[:-9]))
-    assert not unpacker.is_done

@@ -1,5 +1,3 @@
-import os
-
 import pytest
 
 from schemas.drops import DropReason
@@ -22,20 +20,6 @@ def reason_of(memory, url):
 @pytest.fixture
 def shared(tmp_path):
     return str(tmp_path / "refusals")
-
-
-@pytest.mark.parametrize("reason", ["opted_out", "access_denied", "forbidden_address"])
-def test_a_refusal_is_remembered_with_its_reason(reason):
-    memory = Refusals("")
-    memory.add([A], DropReason(reason))
-    assert (reason_of(memory, A), reason_of(memory, B)) == (reason, None)
-
-
-@pytest.mark.parametrize("reason", ["timeout", "not_found", "small_image", "connection_error", "robots_txt"])
-def test_other_reasons_are_not(reason):
-    memory = Refusals("")
-    memory.add([A], DropReason(reason))
-    assert reason_of(memory, A) is None
 
 
 def test_processes_share_a_file(shared):
@@ -72,12 +56,3 @@ def test_the_memory_is_bounded(monkeypatch):
     urls = [parse(f"http://a.test/{n}") for n in range(100)]
     memory.add(urls, DropReason.OPTED_OUT)
     assert [reason_of(memory, url) for url in (urls[0], urls[90], urls[99])] == [None, "opted_out", "opted_out"]
-
-
-def test_closing_leaves_no_file_open(shared):
-    before = len(os.listdir("/proc/self/fd"))
-    memory = Refusals(shared)
-    assert len(os.listdir("/proc/self/fd")) == before + 1
-    memory.close()
-    memory.close()
-    assert len(os.listdir("/proc/self/fd")) == before

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from schemas.drops import DropReason
 from stages.fetch import address
 from stages.fetch.manners import robots
-from stages.fetch.manners.robots import ALL, Memory, Rules, judge
+from stages.fetch.manners.robots import Memory, Rules
 
 HOST = ("http", "a.test", 80)
 NOTHING = Rules(b"User-agent: *\nDisallow: /")
@@ -106,22 +106,6 @@ def test_any_bytes_are_a_robots_txt(text, path):
     assert allowed(b"User-agent: *\nDisallow: " + text, f"/{path}") in (True, False)
 
 
-@given(st.lists(st.text("ab*$", max_size=6), max_size=5), st.text("ab", max_size=8))
-def test_patterns_mean_what_a_slow_matcher_says(patterns, path):
-    def matches(pattern, target):
-        if not pattern:
-            return True
-        if pattern == "$":
-            return not target
-        if pattern[0] == "*":
-            return any(matches(pattern[1:], target[n:]) for n in range(len(target) + 1))
-        return target[:1] == pattern[0] and matches(pattern[1:], target[1:])
-
-    for pattern in patterns:
-        if "$" not in pattern[:-1]:
-            assert allowed(rules(f"Disallow: /{pattern}"), f"/{path}") is not matches(f"/{pattern}", f"/{path}")
-
-
 HOSTILE = {
     "one line": b"User-agent: *\nDisallow: /" + b"a" * 10_000_000,
     "wildcards": rules("Disallow: /" + "*a" * 200_000).encode(),
@@ -157,22 +141,6 @@ def test_more_rules_than_can_be_heeded_are_a_no(kind):
 )
 def test_our_name(agent, name):
     assert robots.name_of(agent) == name
-
-
-@pytest.mark.parametrize("reason", ["not_found", "access_denied", "http_error", "redirect_loop", "bad_url"])
-def test_a_host_without_robots_txt_allows_all(reason):
-    assert judge(DropReason(reason), 0) is ALL
-
-
-@pytest.mark.parametrize("reason", ["server_error", "rate_limited", "timeout", "connection_error", "incomplete_body"])
-def test_a_host_that_fails_allows_nothing_and_says_why(reason):
-    assert judge(DropReason(reason), 0) == judge(DropReason(reason), 3) == reason
-
-
-@pytest.mark.parametrize("reason", ["forbidden_address", "dns_error"])
-def test_only_the_hosts_own_address_matters(reason):
-    assert judge(DropReason(reason), 0) == reason
-    assert judge(DropReason(reason), 1) is ALL
 
 
 def test_what_was_learnt_is_remembered_for_a_day_and_failures_for_a_minute(monkeypatch):

@@ -39,10 +39,6 @@ def test_no_opt_outs(tag):
     assert not opted_out([tag], OURS)
 
 
-def test_one_of_several_values_is_enough():
-    assert opted_out(["otherbot: noai", "noimageai"], OURS)
-
-
 @pytest.mark.parametrize(
     ("status", "reason"),
     [
@@ -58,16 +54,6 @@ def test_refusals(status, reason):
     with pytest.raises(Dropped) as caught:
         check_head(status, [], None, SETTINGS)
     assert caught.value.reason == reason
-
-
-def test_heads_that_are_no_refusal():
-    assert [check_head(status, [], None, SETTINGS) for status in (200, 203, 206, 301, 308)] == [
-        False,
-        False,
-        False,
-        True,
-        True,
-    ]
 
 
 def refusal(retry_after):
@@ -101,14 +87,6 @@ def test_the_back_off_doubles_and_ends():
     for attempt, left_s in ((2, 9.0), (0, 0.2)):
         with pytest.raises(Dropped):
             wait_s(failure, attempt, SETTINGS, left_s)
-
-
-@pytest.mark.parametrize(
-    "reason", ["not_found", "opted_out", "access_denied", "forbidden_address", "timeout", "dns_error"]
-)
-def test_final_failures_are_never_repeated(reason):
-    with pytest.raises(Dropped):
-        wait_s(Dropped(DropReason(reason)), 0, SETTINGS, left_s=9.0)
 
 
 def test_the_user_agent_names_a_contact_when_there_is_one():

@@ -15,7 +15,7 @@ from stages.models.backends import Image
 from stages.models.image_embedders.clip import ClipVitH
 from stages.models.image_embedders.dinov2 import DinoV2
 from stages.models.segmenters.facexlib import _TO_BISENET, FacexlibParser
-from stages.models.torch_backend import normalise, prepare
+from stages.models.torch_backend import prepare
 from stages.settings import ModelSettings
 
 RNG = np.random.default_rng(0)
@@ -148,12 +148,6 @@ def test_gpu_that_is_absent_is_an_error() -> None:
         prepare("cuda")
 
 
-def test_one_thread() -> None:
-    torch.set_num_threads(2)
-    prepare("cpu")
-    assert torch.get_num_threads() == 1
-
-
 # --- facexlib
 
 
@@ -183,13 +177,6 @@ def test_bisenet_labels_as_facexlib_does(bisenet: Path, monkeypatch: pytest.Monk
     assert (found.dtype, found.shape) == (np.uint8, (512, 512))
     assert (found == expected).mean() > 0.999, "last bits of the pixels may differ"
     assert len(np.unique(found)) > 1
-
-
-def test_parsenets_labels_are_put_into_bisenets_order() -> None:
-    # facexlib: background skin nose glasses eyes brows ears mouth lips hair hat earring necklace neck cloth
-    expected = [0, 1, 10, 6, 4, 5, 2, 3, 7, 8, 11, 12, 13, 17, 18, 9, 15, 14, 16]
-    assert _TO_BISENET["parsenet"].tolist() == expected
-    assert sorted(expected) == _TO_BISENET["bisenet"].tolist() == list(range(19))
 
 
 def test_parsenet_labels_as_facexlib_does(tmp_path: Path) -> None:
@@ -242,11 +229,3 @@ def test_missing_parser_is_not_fetched(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.delenv("FACESHARDS_MODELS", raising=False)
     with pytest.raises(WeightsError, match="models fetch bisenet"):
         FacexlibParser(ModelSettings(), "cpu")
-
-
-def test_pixels_are_scaled_as_models_expect() -> None:
-    image = np.zeros((1, 2, 2, 3), np.uint8)
-    image[0, 0, 1] = (255, 128, 0)
-    found = normalise(image, ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
-    assert found.shape == (1, 3, 2, 2)
-    np.testing.assert_allclose(found[0, :, 0, 1], [1.0, 128 / 127.5 - 1, -1.0], atol=1e-6)

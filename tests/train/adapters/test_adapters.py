@@ -12,7 +12,7 @@ from tiny_adapters import KINDS, WITH_LORA, adapter, numbers, published_unet, se
 from torch.nn.functional import gelu, layer_norm, linear, normalize
 
 from pipeline.train.adapters.attention import AdapterAttention, Lora, install, named_attention
-from pipeline.train.adapters.released import lora_tensors, write_released
+from pipeline.train.adapters.released import lora_tensors
 from pipeline.train.adapters.resampler import Perceiver, Resampler
 from pipeline.train.adapters.variants import VARIANTS, IdMlp, Widths, variant
 from pipeline.train.settings import AdapterSettings
@@ -113,40 +113,6 @@ def test_keys_and_shapes_are_the_published_ones(full, name, kind):
     assert {key: tuple(value.shape) for key, value in full_model(full, name, kind).trained().items()} == expected
 
 
-TABLE = [
-    # variant, base, tensors, projection, key/value, LoRA
-    ("ip-adapter", "sd15", 36, 3_150_336, 19_169_280, 0),
-    ("plus", "sd15", 83, 29_918_208, 19_169_280, 0),
-    ("plus-face", "sd15", 83, 29_918_208, 19_169_280, 0),
-    ("full-face", "sd15", 38, 2_625_024, 19_169_280, 0),
-    ("faceid", "sd15", 294, 3_675_648, 19_169_280, 25_509_888),
-    ("faceid-plus", "sd15", 344, 33_581_568, 19_169_280, 25_509_888),
-    ("faceid-plusv2", "sd15", 344, 33_581_568, 19_169_280, 25_509_888),
-    ("faceid-portrait", "sd15", 38, 13_122_048, 19_169_280, 0),
-    ("ip-adapter", "sdxl", 144, 8_400_896, 340_787_200, 0),
-    ("plus", "sdxl", 191, 82_961_664, 340_787_200, 0),
-    ("plus-face", "sdxl", 191, 82_961_664, 340_787_200, 0),
-    ("full-face", "sdxl", 146, 4_267_264, 340_787_200, 0),
-    ("faceid", "sdxl", 1266, 8_926_208, 340_787_200, 185_794_560),
-    ("faceid-plus", "sdxl", 1316, 217_125_888, 340_787_200, 185_794_560),
-    ("faceid-plusv2", "sdxl", 1316, 217_125_888, 340_787_200, 185_794_560),
-    ("faceid-portrait", "sdxl", 146, 34_116_608, 340_787_200, 0),
-]
-
-
-@pytest.mark.parametrize(("name", "kind", "tensors", "projection", "key_value", "lora"), TABLE)
-def test_counts_are_those_of_the_table(full, name, kind, tensors, projection, key_value, lora):
-    trained = full_model(full, name, kind).trained()
-    sizes = {"image_proj": 0, "_ip.": 0, "_lora.": 0}
-    for key, value in trained.items():
-        sizes[next(part for part in sizes if part in key)] += value.numel()
-    assert (len(trained), *sizes.values()) == (tensors, projection, key_value, lora)
-
-
-def test_the_table_is_complete():
-    assert {row[:2] for row in TABLE} == {(name, kind) for name in VARIANTS for kind in KINDS}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_processors_stand_in_their_published_order(full, kind):
     paths = [path for path, _ in named_attention(full[kind])]
@@ -205,16 +171,6 @@ def test_size_of_the_released_lora_is_reproduced_to_the_byte(full, name, kind, s
     for layer in ("to_q", "to_k", "to_v", "to_out_0"):
         assert f"{first}_transformer_blocks_0_attn1_{layer}.lora_down.weight" in lora
         assert f"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_{layer}.lora_up.weight" in lora
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_sizes_are_computed_as_files_are_written(tiny, tmp_path, kind):
-    model = adapted(tiny[kind], "faceid", kind)
-    paths = [path for path, _ in named_attention(model.unet)]
-    files = write_released(tmp_path, "x", model.trained(), attention_paths=paths, kind=kind, sidecar={})
-    adapter, _, lora, _ = files
-    assert adapter.stat().st_size == file_size(halved(model.trained()))
-    assert lora.stat().st_size == file_size(lora_tensors(halved(model.trained()), paths, kind))
 
 
 # ---------------------------------------------------------------------------------------------------- tiny models

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_adapters import KINDS, WITH_LORA, adapter, tiny_unet
 
 from pipeline.train.adapters.attention import named_attention
-from pipeline.train.adapters.released import lora_tensors, read_released, require_fit, write_released
+from pipeline.train.adapters.released import read_released, require_fit, write_released
 from pipeline.train.adapters.variants import VARIANTS, variant
 from schemas.errors import FaceShardsError, SourceError
 
@@ -132,11 +132,6 @@ def test_lora_file_holds_the_same_matrices_under_the_layers_paths(unets, tmp_pat
     for key, tensor in expected.items():
         assert lora[key].dtype == tensor.dtype, key
         assert torch.equal(lora[key], tensor), key
-
-
-def test_adapters_without_lora_have_no_lora_tensors(unets):
-    model = model_of(unets, "faceid-portrait")
-    assert not lora_tensors(model.trained(), [path for path, _ in named_attention(model.unet)], "sd15")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 70_000.0])

@@ -154,13 +154,6 @@ def test_a_resumed_loader_goes_on_with_the_very_next_batch(
         assert all(map(same, whole[stop:], rest)), stop
 
 
-def test_a_loader_goes_on_where_its_iteration_was_left(dataset: Dataset) -> None:
-    whole = take(ShardLoader(dataset, ID, config()), 9)
-    loader = ShardLoader(dataset, ID, config())
-    parts = take(loader, 2) + take(loader, 7)
-    assert all(map(same, whole, parts))
-
-
 def test_a_replay_reads_nothing_but_the_json(tmp_path: Path) -> None:
     samples = fake.counted(0, 8)
     good = opened(tmp_path / "good", {"a-00000": samples})
@@ -472,12 +465,3 @@ def test_workers_end_with_the_iteration(dataset: Dataset) -> None:
     take(ShardLoader(dataset, ID, config(workers=2)), 3)
     left = set(children.read_text().split()) - before
     assert not [pid for pid in left if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()]
-
-
-def test_a_batch_moves_as_a_whole(dataset: Dataset) -> None:
-    (batch,) = take(ShardLoader(dataset, ALL, config()), 1)
-    moved = batch.to("meta")
-    assert moved.pixels is not None
-    assert moved.pixels.device.type == moved.condition["hidden"].device.type == moved.kps.device.type == "meta"
-    assert moved.keys == batch.keys
-    assert moved.latents is None
