@@ -95,7 +95,7 @@ class Download:
                 yield to_table(rows, self.writes, self.drops)
 
     def take_times(self) -> FetchTimes:
-        """How long hosts and the resolver took since the last call."""
+        """Times of hosts and the resolver since the last call."""
         return self._engine.take_times()
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 OUT and datasets are an `AnyPath`: a `Path`, or a `RemotePath` with as much of its interface as readers use. Trouble
 with either is an OSError. Writing differs: a local file gets a temporary name, fsync and a rename; an object is put
-whole, or not at all. Either way no name ever holds a part of a file, and a manifest that is written last proves all
+whole, or not at all. In both cases no name ever holds a part of a file, and a manifest that is written last proves all
 that it names.
 
 Metadata is read through `locate`, `open_binary` and `kind_of`, whose trouble is a `SourceError` of one sentence.

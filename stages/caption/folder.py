@@ -65,9 +65,9 @@ class Folder:
             given = given.to(self._model.device, self._model.dtype)
             tokens = self._model.generate(**given, max_new_tokens=self._most, do_sample=False, num_beams=1)
         if self._words:  # those that chat repeat the question, those with an encoder do not
-            asked = given["input_ids"]
-            if torch.equal(tokens[:, : asked.shape[1]], asked):
-                tokens = tokens[:, asked.shape[1] :]
+            question = given["input_ids"]
+            if torch.equal(tokens[:, : question.shape[1]], question):
+                tokens = tokens[:, question.shape[1] :]
         captions: list[str] = self._processor.batch_decode(tokens, skip_special_tokens=True)
         return captions
 

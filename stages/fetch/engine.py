@@ -30,7 +30,7 @@ class Engine(Protocol):
         """
 
     def take_times(self) -> FetchTimes:
-        """How long hosts and the resolver took since the last call."""
+        """Times of hosts and the resolver since the last call."""
 
     def close(self) -> None:
         """Let go of threads and connections; a closed engine fetches nothing more."""

@@ -4,7 +4,7 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -71,6 +71,21 @@ class Backend(Protocol):
     @classmethod
     def cards(cls, settings: ModelSettings) -> list[ModelCard]:
         """The models of these settings; weights that are there are verified, none is loaded, none need be there."""
+
+
+class WithoutWeights:
+    """What methods of OpenCV and numpy share; subclasses are called as they are registered."""
+
+    runtime = "opencv cpu"
+    task: ClassVar[str]
+
+    @classmethod
+    def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:
+        return ()
+
+    @classmethod
+    def cards(cls, settings: ModelSettings) -> list[ModelCard]:
+        return [ModelCard(cls.__name__.lower(), cls.task, "", "Apache-2.0", True)]
 
 
 class Detector(Backend, Protocol):

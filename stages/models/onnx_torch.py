@@ -7,6 +7,7 @@ give the rows of a batch in the order height, width, image, anchor.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,17 +166,19 @@ def _conv_in_float32(x: Any, *constants: Any, **attributes: Any) -> Any:
     return _conv(x.float(), *(constant.float() for constant in constants), **attributes)
 
 
-def _padded(x: Any, pads: Sequence[int], auto_pad: bytes, value: float) -> tuple[Any, tuple[int, int]]:
-    """`x` with what cannot be left to torch's own symmetrical padding, and that padding."""
+def _padded(x: Any, pads: Sequence[int], auto_pad: bytes, value: float | None) -> tuple[Any, tuple[int, int]]:
+    """`x` with what cannot be left to torch's own symmetrical padding, and that padding; no `value` is for averages."""
     if auto_pad not in (b"NOTSET", b"VALID"):
         raise NotImplementedError(f"auto_pad {auto_pad!r}")
     top, left, bottom, right = pads
     if (top, left) == (bottom, right):
         return x, (top, left)
+    if value is None:
+        raise NotImplementedError("an average over uneven borders")
     return F.pad(x, (left, right, top, bottom), value=value), (0, 0)
 
 
-def _max_pool(
+def _pool(
     x: Any,
     *,
     kernel_shape: Sequence[int],
@@ -183,27 +186,14 @@ def _max_pool(
     pads: Sequence[int] = (0, 0, 0, 0),
     ceil_mode: int = 0,
     auto_pad: bytes = b"NOTSET",
-    **_: Any,
-) -> Any:
-    x, padding = _padded(x, pads, auto_pad, float("-inf"))
-    return F.max_pool2d(x, tuple(kernel_shape), tuple(strides), padding, ceil_mode=bool(ceil_mode))
-
-
-def _average_pool(
-    x: Any,
-    *,
-    kernel_shape: Sequence[int],
-    strides: Sequence[int] = (1, 1),
-    pads: Sequence[int] = (0, 0, 0, 0),
-    ceil_mode: int = 0,
+    is_average: bool = False,
     count_include_pad: int = 0,
-    auto_pad: bytes = b"NOTSET",
     **_: Any,
 ) -> Any:
-    if tuple(pads[:2]) != tuple(pads[2:]) or auto_pad not in (b"NOTSET", b"VALID"):
-        raise NotImplementedError("an average over uneven borders")
-    counted = bool(count_include_pad)
-    return F.avg_pool2d(x, tuple(kernel_shape), tuple(strides), tuple(pads[:2]), bool(ceil_mode), counted)
+    x, padding = _padded(x, pads, auto_pad, None if is_average else float("-inf"))
+    if is_average:
+        return F.avg_pool2d(x, tuple(kernel_shape), tuple(strides), padding, bool(ceil_mode), bool(count_include_pad))
+    return F.max_pool2d(x, tuple(kernel_shape), tuple(strides), padding, ceil_mode=bool(ceil_mode))
 
 
 def _batch_norm(x: Any, scale: Any, bias: Any, mean: Any, variance: Any, *, epsilon: float = 1e-5, **_: Any) -> Any:
@@ -285,8 +275,7 @@ def _reshape(x: Any, shape: Any, **_: Any) -> Any:
 
 def _reshape_batch(x: Any, shape: Any, **_: Any) -> Any:
     """Of a batch: a first side of one image is that of all of them."""
-    sides = [x.shape[axis] if side == 0 else int(side) for axis, side in enumerate(shape)]
-    return x.reshape([x.shape[0] if sides[0] == 1 else sides[0], *sides[1:]])
+    return _reshape(x, [0 if shape[0] == 1 else shape[0], *shape[1:]])
 
 
 def _reshape_each(x: Any, shape: Any, **_: Any) -> Any:
@@ -315,7 +304,7 @@ def _quantise(x: torch.Tensor) -> tuple[torch.Tensor, float, None]:
 
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "Add": lambda a, b: a + b,
-    "AveragePool": _average_pool,
+    "AveragePool": partial(_pool, is_average=True),
     "BatchNormalization": _batch_norm,
     "Cast": lambda x, **_: x,
     "Clip": _clip,
@@ -334,7 +323,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "LeakyRelu": lambda x, alpha=0.01: F.leaky_relu(x, alpha),
     "MatMul": lambda a, b: a @ b,
     "MatMulInteger": lambda x, weight, *_: x @ weight,
-    "MaxPool": _max_pool,
+    "MaxPool": _pool,
     "Mul": lambda a, b: a * b,
     "PRelu": lambda x, slope: F.prelu(x, slope.flatten()),
     "Relu": F.relu,

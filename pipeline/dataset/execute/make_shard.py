@@ -26,7 +26,7 @@ from stages.pixels import images
 FETCH_ROWS = 32
 """Rows that leave the fetching together. Most are dropped there; the living go on in batches of `Plan.batch_rows`."""
 METADATA = "metadata"
-"""Stands for a shard where a part turns out unreadable half-way: nobody knows the shards that it would have given."""
+"""Names a shard where a part proves unreadable half-way: nobody knows the shards that it would have given."""
 _MOST_HELD = 64
 """Fetched batches that wait for living rows."""
 
@@ -142,7 +142,7 @@ class Worker:
                 close()
 
     def take_times(self) -> FetchTimes:
-        """How long hosts and the resolver took since the last call."""
+        """Times of hosts and the resolver since the last call."""
         (take,) = (step.stage.take_times for step in self._fetch if hasattr(step.stage, "take_times"))
         times: FetchTimes = take()
         return times

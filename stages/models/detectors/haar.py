@@ -16,8 +16,7 @@ import numpy.typing as npt
 
 from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
-from stages.models.backends import Faces, Floats, Image, ModelCard
-from stages.models.papers import Weight
+from stages.models.backends import Faces, Floats, Image, ModelCard, WithoutWeights
 from stages.runtime import Device
 from stages.settings import ModelSettings
 
@@ -46,10 +45,8 @@ _MAX_EYE_SHIFT = 0.1
 _Grey = npt.NDArray[np.uint8]
 
 
-class Haar:
+class Haar(WithoutWeights):
     """Frontal faces by a cascade; `score` is n / (n + 10) for n overlapping hits, so 0.5 asks for ten."""
-
-    runtime = "opencv cpu"
 
     def __init__(self, settings: ModelSettings, device: Device) -> None:
         """The photo is reduced to a long side of `det_size`.
@@ -61,10 +58,6 @@ class Haar:
         self._long_side = settings.det_size
         self._face = cv2.CascadeClassifier(str(_path(_FACE)))
         self._eye = cv2.CascadeClassifier(str(_path(_EYE)))
-
-    @classmethod
-    def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:
-        return ()
 
     @classmethod
     def cards(cls, settings: ModelSettings) -> list[ModelCard]:

@@ -76,7 +76,7 @@ class Scrfd:
             raise ConfigError(f"{path} only takes images of {fixed[0]}x{fixed[1]}: set models.det_size = {fixed[0]}.")
         if device == "cuda" and hasattr(self._model, "require_same"):
             self._model.require_same([_letterbox(photo, self._size).canvas for photo in _proof_photos()], self.lowest)
-        # A third of the side costs a tenth; on tight crops and pairs of faces it missed nothing that one half saw.
+        # A third of the side costs a tenth; on tight crops and pairs of faces it lacks nothing of what one half shows.
         self._screen_size = self._size * 3 // 10 // 32 * 32 if fixed is None and self._size >= 128 else self._size
 
     @classmethod

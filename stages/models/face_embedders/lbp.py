@@ -9,8 +9,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from stages.models.backends import Floats, Image, ModelCard
-from stages.models.papers import Weight
+from stages.models.backends import Floats, Image, WithoutWeights
 from stages.runtime import Device
 from stages.settings import ModelSettings
 
@@ -26,10 +25,10 @@ so that a vector does not depend on the order in which a linear algebra library 
 _Doubles = npt.NDArray[np.float64]
 
 
-class Lbp:
+class Lbp(WithoutWeights):
     """Histograms of uniform patterns on a 7x7 grid, and HOG of the same cells, under a random projection."""
 
-    runtime = "opencv cpu"
+    task = "face_embedder"
 
     def __init__(self, settings: ModelSettings, device: Device) -> None:
         cv2.setNumThreads(1)
@@ -41,14 +40,6 @@ class Lbp:
         n_features = _CELLS**2 * (int(self._bins.max()) + 1) + self._hog.getDescriptorSize()
         normal = np.random.Generator(np.random.PCG64(_SEED)).standard_normal((n_features, _DIMENSIONS), np.float32)
         self._projection = np.rint(normal * np.float32(_LEVELS)).astype(np.float64)
-
-    @classmethod
-    def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:
-        return ()
-
-    @classmethod
-    def cards(cls, settings: ModelSettings) -> list[ModelCard]:
-        return [ModelCard("lbp", "face_embedder", "", "Apache-2.0", True)]
 
     def embed(self, faces: Image) -> Floats:
         """(N, 512) float32 of (N, 112, 112, 3) RGB norm_crops; the length is not 1."""

@@ -11,8 +11,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from stages.models.backends import Floats, Image, ModelCard
-from stages.models.papers import Weight
+from stages.models.backends import Floats, Image, WithoutWeights
 from stages.runtime import Device
 from stages.settings import ModelSettings
 
@@ -32,10 +31,10 @@ _SPREAD = 400.0
 _Halves = npt.NDArray[np.float16]
 
 
-class Patches:
+class Patches(WithoutWeights):
     """`clip` (N, 1024) and `clip_hidden` (N, 257, 1280), float16, by fixed random projections."""
 
-    runtime = "numpy cpu"
+    runtime, task = "numpy cpu", "image_embedder"
 
     def __init__(self, settings: ModelSettings, device: Device) -> None:
         cv2.setNumThreads(1)
@@ -43,14 +42,6 @@ class Patches:
         shapes = (_FEATURES, _HIDDEN), (_FEATURES * _POOLED_GRID**2, _EMBEDS)
         to_hidden, self._to_embeds = (np.rint(random.standard_normal(shape) * _STEPS) for shape in shapes)
         self._to_hidden = to_hidden.astype(np.float32)
-
-    @classmethod
-    def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:
-        return ()
-
-    @classmethod
-    def cards(cls, settings: ModelSettings) -> list[ModelCard]:
-        return [ModelCard("patches", "image_embedder", "", "Apache-2.0", True)]
 
     def embed(self, images: Image) -> Mapping[str, _Halves]:
         """`clip` and `clip_hidden` of (N, 224, 224, 3) RGB images; row 0 of `clip_hidden` describes the mean patch."""

@@ -8,8 +8,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from stages.models.backends import Floats, Image, ModelCard
-from stages.models.papers import Weight
+from stages.models.backends import Floats, Image, WithoutWeights
 from stages.runtime import Device
 from stages.settings import ModelSettings
 
@@ -30,22 +29,14 @@ _SURE, _LIKELY, _POSSIBLE = (0.62, 0.85), (0.92, 1.3), (1.5, 1.9)
 none is, and between them the colours decide, starting from the second as a guess."""
 
 
-class GrabCut:
+class GrabCut(WithoutWeights):
     """Face against background, from three ellipses around the five points."""
 
-    runtime = "opencv cpu"
+    task = "segmenter"
 
     def __init__(self, settings: ModelSettings, device: Device) -> None:
         """Nothing to load."""
         cv2.setNumThreads(1)
-
-    @classmethod
-    def weights(cls, settings: ModelSettings) -> tuple[Weight, ...]:
-        return ()
-
-    @classmethod
-    def cards(cls, settings: ModelSettings) -> list[ModelCard]:
-        return [ModelCard("grabcut", "segmenter", "", "Apache-2.0", True)]
 
     def segment(self, image: Image, kps: Floats) -> npt.NDArray[np.uint8]:
         """(512, 512) labels, 0 background and 1 face, of an aligned (512, 512, 3) RGB crop; `kps` (5, 2) lie in it."""
