@@ -89,6 +89,14 @@ def test_the_back_off_doubles_and_ends():
             wait_s(failure, attempt, SETTINGS, left_s)
 
 
+@pytest.mark.parametrize(
+    "reason", ["not_found", "opted_out", "access_denied", "forbidden_address", "timeout", "dns_error"]
+)
+def test_final_failures_are_never_repeated(reason):
+    with pytest.raises(Dropped):
+        wait_s(Dropped(DropReason(reason)), 0, SETTINGS, left_s=9.0)
+
+
 def test_the_user_agent_names_a_contact_when_there_is_one():
     assert user_agent(DownloadSettings(user_agent="x/1", contact="me@example.org")) == "x/1 (me@example.org)"
     assert user_agent(DownloadSettings(user_agent="x/1")) == "x/1"

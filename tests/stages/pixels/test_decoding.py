@@ -158,6 +158,14 @@ class Interrupted:
         raise KeyboardInterrupt
 
 
+def test_several_threads_take_turns():
+    files = {side: picture(side=side) for side in range(20, 60, 5)}
+    decoder = decoding.Decoder()
+    with ThreadPoolExecutor(len(files)) as threads:
+        work = [(side, threads.submit(decoder.pixels, files[side], side * side * 3)) for side in [*files] * 20]
+        assert all(pixels.result().shape == (side, side, 3) for side, pixels in work)
+
+
 @pytest.fixture
 def own_decoders():
     images.set_decoding(4)
