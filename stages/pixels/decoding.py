@@ -33,6 +33,8 @@ COMMAND = (sys.executable, "-m", "stages.pixels.decoding_child")
 """What starts a child; the numbers of its files follow."""
 
 _ATTEMPTS = 3
+_STARTS = 20
+"""Of a child, until one lives to take the file: what ends one before that is never the file's doing."""
 _ANSWER_S = 10.0 * CPU_S
 """Only a child that sleeps for ever takes so long: a busy one runs out of processor time."""
 _CANVAS = 96 << 20
@@ -93,8 +95,18 @@ class Decoder:
 
     def _answer(self, data: bytes, **request: Any) -> dict[str, Any]:
         """The answer of a child, of another one where the first died of it."""
-        for _ in range(_ATTEMPTS):
+        attempts = starts = 0
+        while attempts < _ATTEMPTS:
             child, self._child = self._child or _Child(self._file, self._canvas), None
+            if not child.is_ready():
+                starts += 1
+                if starts == _STARTS:
+                    raise RuntimeError(
+                        f"The process in which images are decoded ended {starts} times before it took one: "
+                        f"`{sys.executable} -c 'import stages.pixels.decoding_child'` may say why."
+                    )
+                continue
+            attempts += 1
             written = 0
             while written < len(data):
                 written += os.pwrite(self._file, memoryview(data)[written:], written)
@@ -115,6 +127,7 @@ class _Child:
 
     def __init__(self, file: int, canvas: int) -> None:
         self.is_out_of_time = False
+        self._is_ready = False
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(_ANSWER_S)
         files = (theirs.fileno(), file, canvas)
@@ -129,22 +142,35 @@ class _Child:
         theirs.close()
         self._end = weakref.finalize(self, _end, self._socket, self._process)
 
+    def is_ready(self) -> bool:
+        """Whether it lives, and has begun to wait for requests; the child is gone where not."""
+        if not self._is_ready:
+            self._is_ready = bool(self._message())  # the first, which says that it has all that it needs
+        elif self._process.poll() is not None:  # somebody killed it since its last answer
+            self._end()
+            return False
+        return self._is_ready
+
     def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """The answer to a request; None when there is none, and the child is gone then."""
+        answer = self._message(json.dumps(request).encode())
+        content: dict[str, Any] | None = json.loads(answer) if answer else None
+        return content
+
+    def _message(self, request: bytes = b"") -> bytes:
         answer = b""
         try:
-            self._socket.send(json.dumps(request).encode())
+            if request:
+                self._socket.send(request)
             answer = self._socket.recv(_MESSAGE)
         except ConnectionError:
             pass
         except TimeoutError:
             self.is_out_of_time = True
-        if answer:
-            content: dict[str, Any] = json.loads(answer)
-            return content
-        self._end()
-        self.is_out_of_time |= self._process.returncode == -signal.SIGXCPU
-        return None
+        if not answer:
+            self._end()
+            self.is_out_of_time |= self._process.returncode == -signal.SIGXCPU
+        return answer
 
 
 def _end(link: socket.socket, process: "subprocess.Popen[bytes]") -> None:

@@ -48,6 +48,7 @@ def main(link: socket.socket, file: int, canvas: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     memory: mmap.mmap | None = None
+    link.send(b"ready")
     while message := link.recv(_MESSAGE):
         used = resource.getrusage(resource.RUSAGE_SELF)
         limit = math.ceil(used.ru_utime + used.ru_stime) + CPU_S  # the next file that takes longer ends this process

@@ -49,6 +49,14 @@ def faulty(folder: Path) -> str:
     """)
 
 
+_DIES_OF_ANY = """
+import socket, sys
+link = socket.socket(fileno=int(sys.argv[1]))
+link.send(b"ready")
+link.recv(4096)
+"""
+
+
 def picture(mark: bytes = b"", side: int = SIDE) -> bytes:
     """A JPEG with a mark behind its end, where no decoder looks."""
     return images.encode_jpeg(np.asarray(Image.fromarray(samples.astronaut()).resize((side, side))), 95) + mark
@@ -115,9 +123,35 @@ def test_a_child_that_somebody_else_kills_costs_nothing(decoder):
     assert reason(decoder, picture()) is None
 
 
+def test_a_child_that_is_killed_while_it_starts_again_and_again_costs_nothing(tmp_path, monkeypatch):
+    count, child = (
+        tmp_path / "starts",
+        "import runpy\nrunpy.run_module('stages.pixels.decoding_child', run_name='__main__')",
+    )
+    program = tmp_path / "child.py"
+    program.write_text(f"""
+import os, runpy, signal
+starts = open({str(count)!r}, "a+")
+starts.write(".")
+if starts.tell() < 8:
+    starts.close()
+    os.kill(os.getpid(), signal.SIGKILL)
+runpy.run_module("stages.pixels.decoding_child", run_name="__main__")
+""")
+    monkeypatch.setattr(decoding, "COMMAND", (sys.executable, str(program)))
+    assert reason(decoding.Decoder(), picture()) is None
+    assert count.read_text() == 8 * "."
+
+
+def test_where_no_child_ever_starts_no_photo_is_blamed(monkeypatch):
+    monkeypatch.setattr(decoding, "COMMAND", ("false",))
+    with pytest.raises(RuntimeError, match="20 times before it took one"):
+        decoding.Decoder().pixels(picture(), SIDE * SIDE * 3)
+
+
 def test_a_thumbnail_of_what_kills_its_decoder_is_none(decoder, monkeypatch):
     assert decoder.thumbnail(picture(), 32)[:2] == b"\xff\xd8"
-    monkeypatch.setattr(decoding, "COMMAND", ("false",))
+    monkeypatch.setattr(decoding, "COMMAND", (sys.executable, "-c", _DIES_OF_ANY))
     monkeypatch.setattr(decoding, "decoder", decoding.Decoder)
     assert images.thumbnail(picture(), 32) is None
 
