@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset.config import load_config
-from pipeline.dataset.out.output import Output, ShardWriter
+from pipeline.dataset.out.output import Output, ShardWriter, differences
 from pipeline.dataset.plan import make_plan
 from pipeline.dataset.rows import WITNESS_SCHEMA, Rows, tombstones
 from pipeline.shared import files as storage
@@ -173,3 +173,7 @@ def test_dataset_json_holds_the_plan(tmp_path, plan):
     content = json.loads((tmp_path / "dataset.json").read_text())
     assert content["plan_digest"] == plan.digest
     assert content["plan"]["settings"]["filter"]["min_image_px"] == 1024
+
+
+def test_what_a_plan_leaves_at_its_default_is_not_set():
+    assert list(differences({"pack": {"hidden": "int8"}}, {})) == ["pack.hidden was 'int8', is now not set"]
