@@ -27,10 +27,11 @@ from pipeline.dataset.out.lists import entries
 from pipeline.dataset.out.lost import lost_errors
 from pipeline.dataset.out.output import Output
 from pipeline.dataset.out.takedowns import Takedowns
+from pipeline.dataset.source.formats import parse_record
 from pipeline.shared.files import AnyPath, write
 from schemas.columns import KEPT
 from schemas.errors import CorruptShardError, LostError, OutputError
-from schemas.shard import CARD, DATASET, dataset_text
+from schemas.shard import CARD, DATASET, EVENTS, dataset_text
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,22 @@ def forget(out: AnyPath, wanted: Wanted, *, dry_run: bool = False) -> Gone:
         except OSError as error:
             raise OutputError(f"{out} cannot be written: {error.strerror or error}.") from error
         try:
+            _forget_hosts(out)
             return _take_down(out, Takedowns(forgotten))
         except OSError as error:
             raise LostError(
                 f"{out} cannot be written any more ({error.strerror or error}): what is left is forgotten by the same "
                 "call, once it can be."
             ) from error
+
+
+def _forget_hosts(out: AnyPath) -> None:
+    """Take the names of hosts out of OUT/events.jsonl; a line that is none goes. No run may be writing to it."""
+    if not (out / EVENTS).exists():
+        return
+    records = map(parse_record, (out / EVENTS).read_bytes().splitlines())
+    events = [{**one, "slowest_hosts": {}} if "slowest_hosts" in one else one for one in records if one is not None]
+    write(out / EVENTS, "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in events).encode())
 
 
 def take_down_listed(output: Output) -> Gone:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from rich import box
 from rich.table import Table
 
-from pipeline.dataset.out.ledger import Rounds, read_ledger, shard_names
+from pipeline.dataset.out.ledger import Rounds, read_ledger, shard_names, shards_folder
 from pipeline.shared.configfile import explain, merge, read_values
 from pipeline.shared.files import AnyPath
 from schemas.columns import KEPT, LATER
@@ -275,6 +275,7 @@ def replay_table(replayed: Replay) -> Table:
 
 def lines(out: AnyPath, path: Path | None, pairs: Sequence[str]) -> Iterator[str | Table]:
     """What `replay` says of OUT under the thresholds of a TOML file and `--set` pairs; raises what `replay` raises."""
+    shards_folder(out)
     before, factor = thresholds(out)
     after = other_thresholds(before, path, pairs)
     yield from (

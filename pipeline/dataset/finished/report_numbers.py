@@ -19,9 +19,11 @@ from stages.metadata import Metadata
 Floats = npt.NDArray[np.float64]
 CROPS = ("portrait", "half", "full")
 
+_CAPTIONS = {"captions": "caption_chars", "further captions": "further_chars"}
+
 COLUMNS = (
     *("url", "source_kind", "stage", "width", "height", "bbox", "kps", "det_score", "face_px", "second_score"),
-    *("sharpness", "brightness", "mask_share", "embedding_norm", "caption_chars", "crops_made"),
+    *("sharpness", "brightness", "mask_share", "embedding_norm", "caption_chars", "further_chars", "crops_made"),
     *("jpeg_quality", "ai_mark", "occlusion"),
 )
 """Columns of the ledger, beside the verdict, that are counted."""
@@ -79,7 +81,7 @@ MEASURES = (
     Measure("roll", "Roll", "°", _even(-90, 90, 36)),
     Measure("eye_px", "Distance of the eyes", "px", _doubling(4, 1024)),
     Measure("jpeg_quality", "Quality of the JPEG file (100: or another format)", "", _even(0, 100, 40)),
-    Measure("ai_mark", "Says that a model made it (1: it does)", "", _even(0, 1, 2)),
+    Measure("ai_mark", "Says that a model made it (1: it does)", "", _even(0, 1, 40)),
     Measure("sharpness", "Sharpness of the face crop", "", _doubling(1, 16384, 3)),
     Measure("brightness", "Brightness of the face crop", "", _even(0, 255, 34)),
     Measure("mask_share", "Share of the face crop in the mask", "", _even(0, 1, 40)),
@@ -142,7 +144,7 @@ class Numbers:
     hosts: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     """Host -> (FATES,) rows; of very many hosts, those with the most rows."""
     given: dict[str, npt.NDArray[np.int64]] = field(
-        default_factory=lambda: {name: np.zeros((2, 2), np.int64) for name in ("captions", *CROPS)}
+        default_factory=lambda: {name: np.zeros((2, 2), np.int64) for name in (*_CAPTIONS, *CROPS)}
     )
     """What rows may have -> (2, 2): of the kept those that have it and those of which it is known; of the dropped."""
 
@@ -158,8 +160,8 @@ class Numbers:
             self.histograms[name] += np.bincount(np.where(kept, at, at + bins), minlength=2 * bins).reshape(2, bins)
         kept = pc.equal(ledger["verdict"], KEPT).to_numpy()
         self.made += pc.sum(pc.and_(pa.array(kept), pc.equal(ledger["source_kind"], "made"))).as_py() or 0
-        lengths = floats(ledger["caption_chars"])
-        given = {"captions": np.where(np.isfinite(lengths), lengths > 0, np.nan)}
+        lengths = {name: floats(ledger[column]) for name, column in _CAPTIONS.items()}
+        given = {name: np.where(np.isfinite(chars), chars > 0, np.nan) for name, chars in lengths.items()}
         given |= {name: _holds(ledger["crops_made"].combine_chunks(), name) for name in CROPS}
         for name, has in given.items():
             self.given[name] += np.array(

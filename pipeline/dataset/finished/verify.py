@@ -25,9 +25,9 @@ from pipeline.shared.files import AnyPath, names, parquet
 from schemas.columns import LEDGER_SCHEMA, complete
 from schemas.errors import CorruptShardError
 from schemas.names import finished_shards
-from schemas.shard import CARD, CROISSANT, DATASET, UNCONDITIONAL, Manifest
+from schemas.shard import CARD, CROISSANT, DATASET, EVENTS, UNCONDITIONAL, Manifest
 
-_OURS = (DATASET, FORGOTTEN, UNCONDITIONAL, REPORT, CARD, CROISSANT, "shards", "drops", "events.jsonl")
+_OURS = (DATASET, FORGOTTEN, UNCONDITIONAL, REPORT, CARD, CROISSANT, "shards", "drops", EVENTS)
 _SUFFIXES = ("tar", "parquet", "json")
 
 

@@ -218,7 +218,8 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
             yield from differences(old or {}, new or {}, f"{prefix}{name}.")
         elif old != new:
             label = f"{prefix}{name}".removeprefix("settings.")
-            yield label if isinstance(old, list) or isinstance(new, list) else f"{label} was {old!r}, is now {new!r}"
+            was, now_is = ("not set" if value is None else repr(value) for value in (old, new))
+            yield label if isinstance(old, list) or isinstance(new, list) else f"{label} was {was}, is now {now_is}"
 
 
 class ShardWriter:

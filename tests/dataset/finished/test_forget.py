@@ -112,6 +112,14 @@ def test_nothing_tells_of_it_any_more(out):
     assert verify(out) == []
 
 
+def test_the_events_name_no_host_any_more(out):
+    lines = [{"kind": "start", "parts": ["a"]}, {"kind": "progress", "slowest_hosts": {"photos.example": 2.5}}]
+    (out / "events.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in lines) + '{"slowest_hosts": {"photos')
+    forget(out, Wanted(urls=(KEPT_URL,)))
+    left = (out / "events.jsonl").read_text()
+    assert list(map(json.loads, left.splitlines())) == [lines[0], {"kind": "progress", "slowest_hosts": {}}]
+
+
 def test_only_the_shards_concerned_are_rewritten(out):
     before = files(out)
     forget(out, Wanted(urls=(DEAD_URL,)))

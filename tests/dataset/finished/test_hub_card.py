@@ -15,6 +15,7 @@ from mlcroissant._src.operation_graph.operations import extract
 from pipeline.dataset.finished.forget import Wanted, forget
 from pipeline.dataset.finished.hub import about
 from pipeline.dataset.finished.hub.card import write_card
+from pipeline.dataset.finished.hub.croissant import croissant
 from pipeline.dataset.finished.verify import foreign_files
 from pipeline.dataset.out.ledger import Funnel, FunnelRow, read_ledger, read_manifests, shard_names
 from pipeline.dataset.source.parts import Part
@@ -34,6 +35,15 @@ def load(tmp_path, monkeypatch):
 
 def counted(kept: int) -> Funnel:
     return Funnel(1, kept, (FunnelRow("pack", kept, {}),))
+
+
+def test_croissant_names_a_reason_of_several_stages_once(dataset):
+    rows = (FunnelRow("metadata", 9, {"small_image": 2}), FunnelRow("size", 7, {"small_image": 3, "no_face": 1}))
+    known = about.About.of(dataset, Funnel(1, 9, rows), read_manifests(dataset))
+    assert (
+        json.loads(croissant(known))["rai:dataCollectionMissingData"]
+        == "Rows that were dropped, by reason: small_image 5, no_face 1."
+    )
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -122,6 +122,11 @@ def test_a_mistake_is_one_sentence(tmp_path, words, named):
     assert named in str(result.exception)
 
 
+def test_a_folder_that_is_no_dataset_is_said_to_be_none(tmp_path):
+    result = CliRunner().invoke(app, ["replay", str(tmp_path / "nothing")])
+    assert "holds no dataset" in str(result.exception)
+
+
 def test_a_dataset_json_without_thresholds_is_named(tmp_path):
     (fake.write(tmp_path, {}) / "dataset.json").write_text("{}")
     with pytest.raises(OutputError, match=r"dataset\.json does not say"):

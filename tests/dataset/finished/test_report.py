@@ -128,6 +128,13 @@ def test_captions_and_crops_that_samples_lack_are_seen_at_once(tmp_path):
     assert page.values("div", "class").count("bad") == 2
 
 
+def test_captions_by_a_model_are_counted_where_there_was_one(tmp_path):
+    rows = [fake.record("a", row, further_chars=(0, 9, 9, None)[row]) for row in range(4)]
+    assert (
+        "captions 4 of 4 further captions 2 of 3 crop portrait" in page_of(fake.write(tmp_path, {"a-00000": rows})).text
+    )
+
+
 def test_all_rows_count_not_those_alone_that_are_shown(tmp_path):
     rows = [fake.record("a", row, text="one two" if row % 2 else "") for row in range(30)]
     rows += [fake.dead("a", 50 + n, "metadata", "unsafe", caption_chars=100 * n) for n in range(3)]

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset.config import load_config
-from pipeline.dataset.out.output import Output, ShardWriter
+from pipeline.dataset.out.output import Output, ShardWriter, differences
 from pipeline.dataset.plan import make_plan
 from pipeline.dataset.rows import WITNESS_SCHEMA, Rows, tombstones
 from pipeline.shared import files as storage
@@ -160,3 +160,7 @@ def test_witnesses_become_thumbnails_up_to_the_limit(tmp_path, plan):
         writer.publish(1)
     drops = pq.read_table(output.drops / "p-00000.parquet").to_pylist()
     assert [row["key"] for row in drops] == ["k0", "k1"]
+
+
+def test_what_a_plan_leaves_at_its_default_is_not_set():
+    assert list(differences({"pack": {"hidden": "int8"}}, {})) == ["pack.hidden was 'int8', is now not set"]

@@ -124,10 +124,7 @@ def test_a_child_that_somebody_else_kills_costs_nothing(decoder):
 
 
 def test_a_child_that_is_killed_while_it_starts_again_and_again_costs_nothing(tmp_path, monkeypatch):
-    count, child = (
-        tmp_path / "starts",
-        "import runpy\nrunpy.run_module('stages.pixels.decoding_child', run_name='__main__')",
-    )
+    count = tmp_path / "starts"
     program = tmp_path / "child.py"
     program.write_text(f"""
 import os, runpy, signal

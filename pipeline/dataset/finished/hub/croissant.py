@@ -113,7 +113,7 @@ def _fields(name: str) -> list[dict[str, Any]]:
 def _responsible(about: About, first: str, last: str) -> dict[str, Any]:
     """What the vocabulary of responsible AI has words for."""
     models = "; ".join(f"{one['task']}: {one['name']} ({one['licence']})" for one in about.models)
-    dropped = ", ".join(f"{reason} {n:,}" for row in about.funnel.rows for reason, n in row.dropped.items())
+    dropped = ", ".join(f"{reason} {n:,}" for reason, n in about.funnel.dropped.items())
     values = {
         "dataCollection": f"Rows of {', '.join(about.sources)}, whose images were fetched from their URLs or files.",
         "dataCollectionType": ["Web Scraping", "Secondary Data Analysis"],
