@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.finished.group.near_copies import HASHES, Hashes, without_copies
+from pipeline.dataset.finished.group.near_copies import SIDE, Looks, without_copies
 from pipeline.dataset.finished.group.persons import SIMILARITY, Numbers, Vectors, persons
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _CHUNK = 1 << 14
 @dataclass(frozen=True)
 class Planted:
     vectors: Vectors
-    hashes: Hashes
+    looks: Looks
     person: Numbers
     copies: int
 
@@ -67,10 +67,12 @@ def planted(count: int, seed: int = 0) -> Planted:
         vectors[start : start + _CHUNK] = unit(drawn)
         late = np.flatnonzero(np.arange(start, start + len(rows)) >= originals)
         vectors[start + late] = unit(vectors[rows[late]] + 0.15 * noise(len(late)))
-    hashes = rng.integers(0, 2**64, (originals, HASHES), np.uint64)[source]
+    hashes = rng.integers(0, 2**64, (originals, 2), np.uint64)[source]
     hashes[originals:] ^= np.uint64(0b10001)
+    faces = rng.integers(-127, 128, (originals, SIDE, SIDE), np.int8)[source]
     order = rng.permutation(len(source))
-    return Planted(vectors[order], hashes[order], person[source][order], copied)
+    looks = Looks(hashes[order], faces[order], np.zeros((len(order), 0), np.float32))
+    return Planted(vectors[order], looks, person[source][order], copied)
 
 
 def figures(count: int) -> dict[str, Any]:
@@ -78,7 +80,7 @@ def figures(count: int) -> dict[str, Any]:
     given = planted(count)
     before, begun = time.process_time(), time.perf_counter()
     worth = np.zeros(len(given.person), np.float32)
-    copy_of, pairs = without_copies(given.vectors, given.hashes, worth, SIMILARITY)
+    copy_of, pairs = without_copies(given.vectors, given.looks, worth, SIMILARITY)
     got = persons(given.vectors, pairs, SIMILARITY)
     cost = {
         "photos": len(got),

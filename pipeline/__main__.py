@@ -268,6 +268,10 @@ def group(
         bool, typer.Option("--singles/--no-singles", help="Keep photos of which no other shows the same person.")
     ] = True,
     samples_per_shard: Annotated[int, typer.Option(min=1, help="About how many; persons stay whole.")] = 1000,
+    sscd: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="SSCD's sscd_disc_mixup.torchvision.pt: also finds copies that were edited."),
+    ] = None,
     replan: Annotated[bool, typer.Option(help="Go on in an OUT of another plan; its shards are removed.")] = False,
 ) -> None:
     """Make a dataset of DIRs in which the photos of one person lie side by side, and near-copies are left out.
@@ -280,7 +284,8 @@ def group(
     from pipeline.shared.files import to_path
 
     sources = [to_path(folder) for folder in dict.fromkeys(folders)]
-    counted = grouped(sources, to_path(out), Wish(similarity, singles, samples_per_shard), console, replan=replan)
+    wish = Wish(similarity, singles, samples_per_shard, sscd)
+    counted = grouped(sources, to_path(out), wish, console, replan=replan)
     console.print(funnel_table(counted))
 
 

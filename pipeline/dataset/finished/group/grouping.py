@@ -42,6 +42,7 @@ from schemas.errors import CorruptShardError, OutputError
 from schemas.names import sample_key, shard_name
 from schemas.shard import DATASET, SUFFIXES, UNCONDITIONAL, dataset_digest, sample_sha256
 from stages import STAGES
+from stages.models.sscd import Sscd
 from stages.runtime import Runtime
 from stages.settings import PackSettings
 
@@ -66,6 +67,8 @@ class Wish:
     singles: bool = True
     """Whether to keep photos of which no other shows the same person."""
     samples_per_shard: int = 1000
+    sscd: Path | None = None
+    """Weights of SSCD, by which copies are known besides the hashes."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,10 @@ def group(folders: Sequence[AnyPath], out: AnyPath, wish: Wish, console: Console
         console.print("The profile embedded is for trying out: its ID vectors tell no persons apart.")
     output = Output(out)
     outcome, done = _outcome(out)
-    plan = _plan(folders, sources, wish, outcome)
+    sscd = Sscd(wish.sscd) if wish.sscd else None
+    if sscd:
+        console.print(f"SSCD computes on {sscd.device}.")
+    plan = _plan(folders, sources, wish, outcome, sscd)
     if outcome and not replan:
         output.refuse_other_plan(plan)  # before hours of reading
     shown = partial(track, console=console, transient=True, disable=not console.is_terminal)
@@ -163,11 +169,12 @@ def group(folders: Sequence[AnyPath], out: AnyPath, wish: Wish, console: Console
     with lost_errors(out):
         listed = sizes(output.shards)
     if replan or not (done and all(output.is_done(shard, plan, listed) for shard in done)):
-        photos = read_photos(shown([(folder, shard) for folder in folders for shard in shard_names(folder)], "reading"))
+        shards = [(folder, shard) for folder in folders for shard in shard_names(folder)]
+        photos = read_photos(shown(shards, "reading"), sscd)
         console.print(f"{len(photos):,} photos are read; who is whose is looked for among their nearest neighbours.")
-        copy_of, pairs = without_copies(photos.vectors, photos.hashes, photos.worth(), wish.similarity)
+        copy_of, pairs = without_copies(photos.vectors, photos.looks, photos.worth(), wish.similarity)
         laid = layout(copy_of, persons(photos.vectors, pairs, wish.similarity), wish)
-        plan = _plan(folders, sources, wish, laid.digest)
+        plan = _plan(folders, sources, wish, laid.digest, sscd)
         console.print(laid.summary)
     with output.prepared(plan, replan=replan):
         output.sources = sorted({name for source in sources for name in source.get("sources", ())})
@@ -218,7 +225,9 @@ def _sources(folders: Sequence[AnyPath]) -> list[dict[str, Any]]:
     return sources
 
 
-def _plan(folders: Sequence[AnyPath], sources: Sequence[dict[str, Any]], wish: Wish, outcome: str) -> GroupPlan:
+def _plan(
+    folders: Sequence[AnyPath], sources: Sequence[dict[str, Any]], wish: Wish, outcome: str, sscd: Sscd | None
+) -> GroupPlan:
     """What decides the bytes of the new shards: what they are made of, and which photos are whose."""
     source = sources[0]["plan"]
     grouped = {
@@ -226,9 +235,11 @@ def _plan(folders: Sequence[AnyPath], sources: Sequence[dict[str, Any]], wish: W
         "similarity": wish.similarity,
         "singles": wish.singles,
         "layout": outcome,
+        **({"sscd": sscd.stamp["sha256"]} if sscd else {}),
     }
     described = {
         **{name: value for name, value in source.items() if name != "source"},
+        "models": [*source["models"], *([sscd.stamp] if sscd else [])],
         "rows_per_shard": wish.samples_per_shard,
         "settings": {**source["settings"], "group": grouped},
     }

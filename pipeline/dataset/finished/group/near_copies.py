@@ -1,22 +1,41 @@
 """Near-copies: the same photo once more, in another size, quality or frame, or mirrored. Two of them are no pair."""
 
+from dataclasses import dataclass
+
 import cv2
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.dataset.finished.group.persons import NEIGHBOURS, Numbers, Pairs, Vectors, mutual_neighbours
+from stages.models import sscd
 from stages.models.backends import Image
 
-HASHES = 4
-"""Of the photo, of its mirror image, of the face, of its mirror image: 64 bits each."""
-_PHOTO_BITS, _FACE_BITS = 8, 6
-"""Differing bits of copies, at most: docs/decisions/0041."""
-_COPY = 0.8
-"""Least cosine of the ID vectors of copies."""
+SIDE = 24
+"""Of the details of faces, pixels."""
+_SIGMA, _SHIFT = 3, 2
+"""What is blurred over so many of these pixels is no detail; alignments of one face differ by so many."""
+_PHOTO_BITS, _FACE, _COPY = 8, 0.8, 0.6
+"""Differing bits of copies at most; least correlation of their faces' details, least cosine of their ID vectors:
+docs/decisions/0050."""
 _ODD = (-1.0) ** np.arange(8)
 _BITS = 2 ** np.arange(64, dtype=np.uint64)
+_TOGETHER = 1 << 14
+"""Pairs whose descriptors are in memory at a time."""
 
 Hashes = npt.NDArray[np.uint64]
+Details = npt.NDArray[np.int8]
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What N photos look like."""
+
+    hashes: Hashes
+    """(N, 2) of the photo and of its mirror image: 64 bits each."""
+    faces: Details
+    """(N, SIDE, SIDE)."""
+    described: Vectors
+    """(N, D) of unit length, by SSCD; D = 0 without it."""
 
 
 def hashes(image: Image | npt.NDArray[np.uint8]) -> tuple[np.uint64, np.uint64]:
@@ -27,19 +46,33 @@ def hashes(image: Image | npt.NDArray[np.uint8]) -> tuple[np.uint64, np.uint64]:
     return one, mirrored
 
 
-def copies(hashed: Hashes, pairs: Pairs) -> npt.NDArray[np.bool_]:
-    """Which pairs are near-copies by their (N, HASHES)."""
+def details(face: Image | npt.NDArray[np.uint8]) -> Details:
+    """(SIDE, SIDE) what is not smooth in a grey face (H, W): all faces are alike in the rest."""
+    small = cv2.resize(face, (SIDE, SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
+    small -= cv2.GaussianBlur(small, (0, 0), _SIGMA)
+    scaled: Details = np.round(small * (127 / max(float(np.abs(small).max()), 1))).astype(np.int8)
+    return scaled
 
-    def bits(kind: int) -> npt.NDArray[np.uint8]:
-        own, others = hashed[pairs.one, kind], hashed[pairs.other]
-        differing = np.bitwise_count(own[:, None] ^ others[:, kind : kind + 2])
-        return np.asarray(differing.min(axis=1))
 
-    return ((bits(0) <= _PHOTO_BITS) | (bits(2) <= _FACE_BITS)) & (pairs.cosine >= _COPY)
+def copies(looks: Looks, pairs: Pairs) -> npt.NDArray[np.bool_]:
+    """Which pairs are near-copies."""
+    differing = np.bitwise_count(looks.hashes[pairs.one, :1] ^ looks.hashes[pairs.other]).min(axis=1)
+    alike = pairs.cosine >= _COPY
+    same: npt.NDArray[np.bool_] = alike & (differing <= _PHOTO_BITS)
+    for at in np.flatnonzero(alike & ~same):
+        inner = looks.faces[pairs.one[at], _SHIFT:-_SHIFT, _SHIFT:-_SHIFT].astype(np.float32)
+        other = looks.faces[pairs.other[at]].astype(np.float32)
+        both = np.hstack([other, other[:, ::-1]])  # windows over the seam are no face, and correlate with none
+        same[at] = cv2.matchTemplate(both, inner, cv2.TM_CCOEFF_NORMED).max() >= _FACE
+    for start in range(0, len(same), _TOGETHER):
+        some = slice(start, start + _TOGETHER)
+        one, other = (looks.described[numbers[some]] for numbers in (pairs.one, pairs.other))
+        same[some] |= np.einsum("nd,nd->n", one, other) >= sscd.COPY
+    return same
 
 
 def without_copies(
-    vectors: Vectors, hashed: Hashes, worth: npt.NDArray[np.float32], least: float
+    vectors: Vectors, looks: Looks, worth: npt.NDArray[np.float32], least: float
 ) -> tuple[Numbers, Pairs]:
     """(N,) for each photo the one that it is a copy of, its own number for others; and the pairs of these others.
 
@@ -50,11 +83,11 @@ def without_copies(
     ranked = np.lexsort((numbers, -worth))
     rank = np.empty_like(ranked)
     rank[ranked] = numbers
-    original = _of_one_hash(vectors, hashed[:, 0], rank)
+    original = _of_one_hash(vectors, looks.hashes[:, 0], rank)
     while True:
         alive = np.flatnonzero(original == numbers)
         pairs, full = mutual_neighbours(vectors, alive, least)
-        same = pairs.where(copies(hashed, pairs))
+        same = pairs.where(copies(looks, pairs))
         best, worse = (pick(rank[same.one], rank[same.other]) for pick in (np.minimum, np.maximum))
         for at in np.lexsort((worse, best)):
             one, other = ranked[best[at]], ranked[worse[at]]

@@ -22,8 +22,10 @@ _CELLS, _PROBED, _TRAINED = 4, 24, 48
 that decide where it lies."""
 _QUERIES = 1 << 14
 _MOST = 4000
-"""Photos whose similarities are held at a time, each with each: 128 MB. More of them that hang together are parted."""
+"""Photos whose similarities are held at a time, each with each: 256 MB. More of them that hang together are parted."""
 _STRICTER = 0.05
+_LOOSER = 0.08
+"""How much lower the mean cosine of one that linkage left alone may be."""
 
 Vectors = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.int64]
@@ -87,17 +89,25 @@ def _index(vectors: Vectors, chosen: Numbers) -> Any:
 def persons(vectors: Vectors, pairs: Pairs, least: float) -> Numbers:
     """(N,) for each vector the smallest number of a vector of the same person, its own where it is alone.
 
-    Vectors that pairs connect are one person as long as their mean cosine is at least `least`: average linkage.
+    Vectors that pairs connect are one person as long as their mean cosine is at least `least`: average linkage. A poor
+    photo, left alone though it has a pair, joins the person of its nearest one where the mean is nearly as high.
     """
     labels = np.arange(len(vectors))
     for members in _connected(pairs, len(vectors)):
         if len(members) == 2:
             labels[members] = members[0]
         elif len(members) <= _MOST:
-            near = np.asarray(vectors[members], np.float64)
-            distances = 1 - near @ near.T
+            wide = np.asarray(vectors[members], np.float64)
+            near = wide @ wide.T
+            distances = 1 - near
             np.fill_diagonal(distances, 0)
-            flat = fcluster(linkage(squareform(distances, checks=False), "average"), 1 - least, "distance")
+            np.fill_diagonal(near, -1)
+            linked = fcluster(linkage(squareform(distances, checks=False), "average"), 1 - least, "distance")
+            flat = linked.copy()
+            for one in np.flatnonzero(np.bincount(linked)[linked] == 1):
+                host = linked[near[one].argmax()]
+                if near[one].max() >= least and near[one, linked == host].mean() >= least - _LOOSER:
+                    flat[one] = host
             _, first, cluster = np.unique(flat, return_index=True, return_inverse=True)
             labels[members] = members[first[cluster]]
         else:  # so many are no person alone: what holds them together is parted at its weakest

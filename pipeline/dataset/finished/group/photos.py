@@ -1,9 +1,9 @@
-"""The kept samples of some datasets as `group` sees them: ID vectors, hashes, ledger rows, and where their files lie.
+"""The kept samples of some datasets as `group` sees them: vectors, hashes, ledger rows, and where their files lie.
 
 No picture stays in memory: vectors and ledger rows lie in scratch files; of a photo some 100 bytes are held.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.execute.make_shard import windowed
-from pipeline.dataset.finished.group.near_copies import HASHES, Hashes, hashes
+from pipeline.dataset.finished.group.near_copies import SIDE, Looks, details, hashes
 from pipeline.dataset.finished.group.persons import Numbers, Vectors
 from pipeline.dataset.out.forgotten import load
 from pipeline.dataset.out.ledger import read_ledger
@@ -28,11 +28,18 @@ from pipeline.shared.tars import NATIVE, corrupt_errors, members, read
 from schemas.columns import KEPT, LEDGER, LEDGER_SCHEMA
 from schemas.errors import CorruptShardError, OutputError
 from schemas.shard import decode_npy
+from stages.models.backends import Floats, Image
+from stages.pixels.images import decode_jpeg
 
 _WIDTH = 512
+_RECORD = np.dtype([("vector", np.float32, (_WIDTH,)), ("face", np.int8, (SIDE, SIDE))])
+"""What of a photo lies on disk, before its descriptor."""
 _PICTURES = ("full.jpg", "half.jpg", "portrait.jpg", "face.jpg")
 """The first of these that there is stands for the photo."""
 _AHEAD = 64
+
+Describe = Callable[[Image], Floats]
+"""The (D,) descriptor of unit length of a (H, W, 3) RGB photo."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,8 @@ class Photos:
 
     vectors: Vectors
     """(N, 512) of unit length, on disk."""
-    hashes: Hashes
-    """(N, HASHES)."""
+    looks: Looks
+    """But for hashes on disk."""
     spans: Numbers
     """(N, 4): number in `tars`, number in its batch of `ledgers`, first byte and end of its files in the tar."""
     tars: list[AnyPath]
@@ -76,7 +83,7 @@ class Photos:
             return self.tars[number], read_range(self.tars[number], start, stop)
 
 
-def read_photos(shards: Iterable[tuple[AnyPath, str]]) -> Photos:
+def read_photos(shards: Iterable[tuple[AnyPath, str]], describe: Describe | None = None) -> Photos:
     """Read the kept samples of some finished shards of datasets, but for what these are to forget.
 
     What is held on disk has no name: nothing is left of it, whoever is killed.
@@ -86,8 +93,8 @@ def read_photos(shards: Iterable[tuple[AnyPath, str]]) -> Photos:
         CorruptShardError: names a file that is damaged, or contradicts another.
     """
     tars: list[AnyPath] = []
-    spans, hashed = [np.zeros((0, 4), np.int64)], [np.zeros((0, HASHES), np.uint64)]
-    with TemporaryFile() as vectors, TemporaryFile() as rows, ThreadPoolExecutor() as pool:
+    spans, hashed = [np.zeros((0, 4), np.int64)], [np.zeros((0, 2), np.uint64)]
+    with TemporaryFile() as numeric, TemporaryFile() as rows, ThreadPoolExecutor() as pool:
         with pa.ipc.new_file(rows, LEDGER_SCHEMA) as ledgers:
             for folder, shard in shards:
                 ledger = read_ledger(folder, shard, LEDGER)
@@ -99,15 +106,15 @@ def read_photos(shards: Iterable[tuple[AnyPath, str]]) -> Photos:
                 tar = folder / "shards" / f"{shard}.tar"
                 numbers = {key: number for number, key in enumerate(ledger["key"].to_pylist())}
                 begun = (
-                    (key, span, pool.submit(_measured, tar, key, files))
+                    (key, span, pool.submit(_measured, tar, key, files, describe))
                     for key, span, files in _samples(tar)
                     if key in numbers
                 )
                 own: list[tuple[int, ...]] = []
                 codes: list[tuple[np.uint64, ...]] = []
                 for key, span, measured in windowed(begun, lambda one: one, _AHEAD):
-                    vector, code = measured.result()
-                    vectors.write(vector)
+                    code, record = measured.result()
+                    numeric.write(record)
                     codes.append(code)
                     own.append((len(tars), numbers.pop(key), *span))
                 if numbers:
@@ -119,10 +126,12 @@ def read_photos(shards: Iterable[tuple[AnyPath, str]]) -> Photos:
         if not tars:
             raise OutputError("No photo was kept in what is to be grouped: there is nothing to group.")
         rows.flush()
-        vectors.flush()
+        numeric.flush()
+        width = numeric.tell() // sum(map(len, spans)) - _RECORD.itemsize
+        columns = np.memmap(numeric, [*_RECORD.descr, ("descriptor", np.float32, (width // 4,))], "r")
         return Photos(
-            np.memmap(vectors, np.float32, "r").reshape(-1, _WIDTH),
-            np.concatenate(hashed),
+            columns["vector"],
+            Looks(np.concatenate(hashed), columns["face"], columns["descriptor"]),
             np.concatenate(spans),
             tars,
             pa.ipc.open_file(pa.memory_map(f"/proc/self/fd/{rows.fileno()}")),
@@ -143,19 +152,23 @@ def _samples(tar: AnyPath) -> Iterator[tuple[str, tuple[int, int], dict[str, byt
             yield key, (every[0].offset, stop + -stop % BLOCKSIZE), files
 
 
-def _measured(tar: AnyPath, key: str, files: Mapping[str, bytes]) -> tuple[bytes, tuple[np.uint64, ...]]:
+def _measured(
+    tar: AnyPath, key: str, files: Mapping[str, bytes], describe: Describe | None
+) -> tuple[tuple[np.uint64, ...], bytes]:
+    """The hashes of a sample, and the bytes of its ID vector, details and descriptor."""
     try:
         vector = decode_npy(files["arcface.npy"])
         if vector.shape != (_WIDTH,) or vector.dtype != np.float32 or not np.isfinite(vector).all():
             raise ValueError("arcface.npy is no ID vector")
         picture = next(suffix for suffix in _PICTURES if suffix in files)
         grey = (cv2.IMREAD_REDUCED_GRAYSCALE_8 if picture != "face.jpg" else cv2.IMREAD_GRAYSCALE, cv2.IMREAD_GRAYSCALE)
-        codes: list[np.uint64] = []
-        for suffix, mode in zip((picture, "face.jpg"), grey, strict=True):
-            image = cv2.imdecode(np.frombuffer(files[suffix], np.uint8), mode)
-            if image is None:
-                raise ValueError(f"{suffix} cannot be decoded")
-            codes += hashes(image)
+        photo, face = (
+            cv2.imdecode(np.frombuffer(files[suffix], np.uint8), mode)
+            for suffix, mode in zip((picture, "face.jpg"), grey, strict=True)
+        )
+        if photo is None or face is None:
+            raise ValueError(f"{picture} or face.jpg cannot be decoded")
+        descriptor = describe(decode_jpeg(files[picture])).tobytes() if describe else b""
+        return hashes(photo), vector.tobytes() + details(face).tobytes() + descriptor
     except (KeyError, ValueError, StopIteration, cv2.error, CorruptShardError) as error:
         raise CorruptShardError(f"{tar}: {key}: {error}") from error
-    return vector.tobytes(), tuple(codes)
