@@ -54,7 +54,6 @@ class EventFile:
         self._stream.close()
 
     def write(self, event: dict[str, Any] | None) -> None:
-        """Add a line."""
         is_due = event is None or time.monotonic() > self._put_at + _PUT_EVERY_S
         try:
             self._stream.write(json.dumps(event, ensure_ascii=False).encode() + b"\n" if event else b"")

@@ -358,7 +358,6 @@ class Draft:
         fsync_file(self.stream)
 
     def publish(self) -> None:
-        """Give it its name."""
         if isinstance(self.target, RemotePath):
             with _os_errors(self.target.url):
                 fs, inside = locate(self.target.url)

@@ -58,7 +58,6 @@ class Base:
 
     @cached_property
     def vae(self) -> Any:
-        """The AutoencoderKL."""
         return self._model(diffusers.AutoencoderKL, "vae", torch.float32 if self.kind == "sdxl" else self.dtype)
 
     @cached_property

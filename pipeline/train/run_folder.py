@@ -94,7 +94,6 @@ class RunFolder:
         return sorted(int(number) for number in numbers if number.isdigit())
 
     def folder(self, step: int) -> Path:
-        """The folder of the checkpoint at `step`."""
         return self.checkpoints / f"{_STEP}{step:08d}"
 
     def save(

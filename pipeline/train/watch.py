@@ -84,7 +84,6 @@ class StepClock:
         self._samples += samples
 
     def stop(self) -> None:
-        """The step is over."""
         if self._since is not None:
             self._busy += time.perf_counter() - self._since
             self._since = None

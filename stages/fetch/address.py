@@ -78,7 +78,6 @@ class Guard:
         return url
 
     def allows(self, address: IPv4Address | IPv6Address, port: int) -> bool:
-        """Whether this address may be connected to."""
         plain = _embedded(address)
         if plain.is_loopback:
             return self._loopback or (self._sample_port is not None and port == self._sample_port)

@@ -56,8 +56,7 @@ class Pending:
     def result(self) -> Outcome:
         """The outcome, which is not held any more; raises what stopped the work."""
         self.ahead.taken += self._weight
-        if self.work is None:
-            raise AssertionError("it is done")
+        assert self.work is not None, "it is done"
         return self.work.result()
 
 

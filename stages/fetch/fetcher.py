@@ -2,7 +2,6 @@
 
 import asyncio
 from functools import partial
-from itertools import count
 
 from schemas.urls import Url
 from stages.base import Dropped
@@ -65,7 +64,7 @@ class Fetcher:
     async def _attempt(self, pending: Pending, trail: list[Url], deadline: Deadline) -> bytes:
         """Follow a URL's redirects to its image. What holds for the first URL holds for each that follows."""
         del trail[1:]
-        for hops in count():
+        while True:
             url = trail[-1]
             self.refusals.check(url)
             await self._robots.check(url)
@@ -75,11 +74,10 @@ class Fetcher:
             while result is None:
                 await pending.ahead.room(pending.index)
                 async with self._hosts.connection(url):
-                    result = await self._exchange(pending, url, hops, deadline)
+                    result = await self._exchange(pending, url, len(trail) - 1, deadline)
             if isinstance(result, bytes):
                 return result
             trail.append(result)
-        raise AssertionError("count() does not end")
 
     async def _exchange(self, pending: Pending, url: Url, hops: int, deadline: Deadline) -> bytes | Url | None:
         """An image, or where a redirect leads, or None where the stream has no room for it any more.

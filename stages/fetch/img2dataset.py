@@ -41,15 +41,12 @@ class Img2dataset:
         self._pool = ThreadPoolExecutor(settings.download.concurrency, thread_name_prefix="faceshards-img2dataset")
 
     def stream(self, urls: Iterable[str | None], most_rows: int = MOST_ROWS) -> Iterator[Outcome]:
-        """See `Engine`."""
         return self._native.stream_by(self._begin, urls, most_rows)
 
     def take_times(self) -> FetchTimes:
-        """See `Engine`."""
         return self._native.take_times()
 
     def close(self) -> None:
-        """End the threads."""
         self._pool.shutdown(cancel_futures=True)
         self._native.close()
 

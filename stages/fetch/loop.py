@@ -35,7 +35,6 @@ class LoopThread:
             self._loop.call_soon_threadsafe(function, *args)
 
     def stop(self) -> None:
-        """Stop the loop and its thread."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         # A look-up that hangs must not hold up the end of the process.

@@ -23,7 +23,6 @@ class Native:
         self._finalizer = weakref.finalize(self, _close, self._loop, self._fetcher)
 
     def stream(self, urls: Iterable[str | None], most_rows: int = MOST_ROWS) -> Iterator[Outcome]:
-        """See `Engine`."""
         return self.stream_by(lambda begun: self._loop.call(self._begin, begun), urls, most_rows)
 
     def stream_by(
@@ -38,11 +37,9 @@ class Native:
         return self._loop.run(self._fetcher.outcome(pending))
 
     def take_times(self) -> FetchTimes:
-        """See `Engine`."""
         return self._fetcher.stopwatch.take()
 
     def close(self) -> None:
-        """Close all connections and stop the loop."""
         self._finalizer()
 
     def _begin(self, begun: Sequence[Pending]) -> None:

@@ -150,7 +150,6 @@ class Stored:
         return chosen
 
     def close(self) -> None:
-        """Close what stayed open."""
         while self._columns:
             self._columns.pop().close()
 
@@ -193,6 +192,5 @@ class _Column:
         return value.encode() if isinstance(value, str) else value
 
     def close(self) -> None:
-        """Close the file."""
         self._parquet.close()
         self._file.close()

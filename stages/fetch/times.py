@@ -23,7 +23,6 @@ class Stopwatch:
         self._lock, self._times = threading.Lock(), FetchTimes()
 
     def add(self, host: str, seconds: float) -> None:
-        """One fetch, whatever came of it."""
         with self._lock:
             self._times.fetches[host] += 1
             self._times.microseconds[host] += round(1e6 * seconds)

@@ -196,10 +196,6 @@ def _pool(
     return F.max_pool2d(x, tuple(kernel_shape), tuple(strides), padding, ceil_mode=bool(ceil_mode))
 
 
-def _batch_norm(x: Any, scale: Any, bias: Any, mean: Any, variance: Any, *, epsilon: float = 1e-5, **_: Any) -> Any:
-    return F.batch_norm(x, mean, variance, scale, bias, eps=epsilon)
-
-
 def _gemm(
     a: Any,
     b: Any,
@@ -305,7 +301,7 @@ def _quantise(x: torch.Tensor) -> tuple[torch.Tensor, float, None]:
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "Add": lambda a, b: a + b,
     "AveragePool": partial(_pool, is_average=True),
-    "BatchNormalization": _batch_norm,
+    "BatchNormalization": lambda x, w, b, mean, var, epsilon=1e-5, **_: F.batch_norm(x, mean, var, w, b, eps=epsilon),
     "Cast": lambda x, **_: x,
     "Clip": _clip,
     "Concat": _concat,

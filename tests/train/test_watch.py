@@ -59,13 +59,6 @@ def test_numbers_that_json_lacks_become_null(tmp_path):
     assert line["grad_norm"] is None
 
 
-def test_without_clipping_there_is_no_norm(tmp_path):
-    with Watch(tmp_path, config(), 0, Console(file=io.StringIO())) as watch:
-        watch.batch(torch.tensor(1.0), samples=1)
-        watch.step(1, lr=0.1, grad_norm=None, epoch=0)
-    assert "grad_norm" not in lines(tmp_path)[0]
-
-
 def test_a_resumed_run_goes_on_after_its_checkpoint(tmp_path):
     go(tmp_path, 1, 5)
     before = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
@@ -125,15 +118,6 @@ def test_the_pace_counts_waiting_and_computing_but_not_what_lies_between_steps(c
     assert pace.data_wait == pytest.approx(0.25)
 
 
-def test_an_error_of_the_loader_comes_through(clock):
-    def broken():
-        yield 1
-        raise ValueError("shard")
-
-    with pytest.raises(ValueError, match="shard"):
-        list(clock.timed(broken()))
-
-
 def scalars(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -181,12 +165,6 @@ def test_a_terminal_gets_a_bar(tmp_path):
     drawn = console.file.getvalue()
     assert "6/6" in drawn
     assert "loss 6.0000" in drawn
-
-
-def test_a_resumed_bar_begins_where_the_run_was(tmp_path):
-    console = Console(file=io.StringIO(), force_terminal=True, width=160)
-    go(tmp_path, 5, 5, start=4, console=console)
-    assert "5/6" in console.file.getvalue()
 
 
 def test_files_are_closed_when_the_loop_dies(tmp_path):

@@ -73,7 +73,6 @@ class _Desk:
         return windowed(begun, Future.result, self._ahead)
 
     def close(self) -> None:
-        """Let go of threads and connections."""
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
         self.worker.close()

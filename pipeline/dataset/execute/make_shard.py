@@ -129,7 +129,6 @@ class Worker:
     """What a process that makes shards holds: the stages around the models."""
 
     def __init__(self, plan: Plan) -> None:
-        """Load the fetching and packing stages."""
         self._fetch = load(plan, plan.at("fetch"))
         self._most_rows = plan.config.executor.fetch_ahead * FETCH_ROWS
         self.write = load(plan, plan.at("write"))

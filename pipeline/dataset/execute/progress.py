@@ -111,7 +111,6 @@ class Watchers:
             self._file.close()
 
     def begin(self, **facts: Any) -> None:
-        """The run begins."""
         self._is_open = True
         self._emit("start", out=str(self._out), **facts)
 
@@ -140,7 +139,6 @@ class Watchers:
             self._emit("warning", about=kind, text=words)
 
     def end(self, **facts: Any) -> None:
-        """The run ends."""
         self._is_open = False
         self._pass_on(self._screen.tally.snapshot())
         self._emit("end", **facts)

@@ -38,7 +38,6 @@ class Tally:
         return self._outcomes.total()
 
     def take(self, event: Event) -> None:
-        """Count an event."""
         if isinstance(event, Advanced):
             self.making[event.shard].update(event.outcomes)
             self._outcomes.update(event.outcomes)

@@ -43,7 +43,12 @@ class Watchdog:
             return
         done = threading.Event()
         self._shard = shard
-        before = signal.signal(signal.SIGALRM, self._ring)
+
+        def ring(number: int, frame: FrameType | None) -> None:
+            _hanging.set()
+            raise ShardError(overdue(self._seconds))
+
+        before = signal.signal(signal.SIGALRM, ring)
         self.beat()
         threading.Thread(target=self._guard, args=(done,), name="watchdog", daemon=True).start()
         try:
@@ -57,10 +62,6 @@ class Watchdog:
         """Something got done: set the clock anew."""
         self._due = time.monotonic() + self._seconds
         signal.setitimer(signal.ITIMER_REAL, self._seconds)
-
-    def _ring(self, number: int, frame: FrameType | None) -> None:
-        _hanging.set()
-        raise ShardError(overdue(self._seconds))
 
     def _guard(self, done: threading.Event) -> None:
         while not done.wait(self._due + _GRACE_S - time.monotonic()):

@@ -102,7 +102,6 @@ def _ramp(depth: npt.NDArray[np.intp], gap: int, feather: float) -> npt.NDArray[
 
 
 def _jpeg(picture: Picture, **options: object) -> bytes:
-    """The picture as JPEG."""
     return _saved(Pillow.fromarray(picture), "JPEG", quality=_QUALITY, **options)
 
 
@@ -130,7 +129,6 @@ def vignette() -> bytes:
 
 
 def couple() -> bytes:
-    """Both in one landscape."""
     one = _set_into(_scene(1700, 1200), _enlarged(_hopper(), 1.5), 100, 300)
     return _jpeg(_set_into(one, _enlarged(_astronaut(), 1.6), 850, 1200 - 819))
 

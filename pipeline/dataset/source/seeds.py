@@ -45,7 +45,6 @@ class Captions:
     several: int = 0
 
     def add(self, seeds: Seeds) -> None:
-        """Count a shard."""
         table = seeds.table.filter(seeds.table.column("verdict").is_null())
         self.rows += table.num_rows
         self.captions += pc.sum(pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(table["text"])), 0)).as_py() or 0

@@ -113,7 +113,6 @@ def suffix_of(name: str) -> str:
 
 
 def table_path(path: str) -> str:
-    """Where the parquet of a tar stands."""
     return path[: -len(".tar")] + ".parquet"
 
 

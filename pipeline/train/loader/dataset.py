@@ -63,7 +63,6 @@ class Dataset:
 
     @property
     def folders(self) -> str:
-        """The folders, for people."""
         return " and ".join(dict.fromkeys(shard.folder for shard in self.shards))
 
     @property

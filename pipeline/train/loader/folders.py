@@ -31,7 +31,6 @@ class DatasetFolder(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """The dataset's digest."""
         return dataset_digest(self.manifests)
 
     def listed(self) -> Iterator[tuple[Shard, Manifest]]:

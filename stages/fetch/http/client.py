@@ -64,7 +64,6 @@ class Client:
         self._session._retry_connection = False  # it would repeat requests over new connections too
 
     async def close(self) -> None:
-        """Close all connections."""
         await self._session.close()
 
     async def look_up(self, url: Url) -> None:
@@ -136,7 +135,6 @@ class Answer:
 
     @property
     def length(self) -> int | None:
-        """Content-Length."""
         return self._response.content_length
 
     @property

@@ -24,13 +24,14 @@ _MOST_SEEN = 64
 Addresses = list[tuple[socket.AddressFamily, str]]
 
 
-def look_up(host: str) -> Addresses:
+def look_up(host: str, stopwatch: Stopwatch) -> Addresses:
     """All addresses of a name, from the system's resolver. Blocks.
 
     Raises:
         Dropped: DNS_ERROR when it has none.
         OSError: for this machine's own trouble.
     """
+    begun = time.monotonic()  # in the thread: to wait for one is not the resolver's time
     try:
         results = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
     except UnicodeError as error:  # a label that is empty or too long
@@ -39,6 +40,7 @@ def look_up(host: str) -> Addresses:
         if error.errno in LOCAL_TROUBLE or error.errno == socket.EAI_MEMORY:
             raise
         raise Dropped(DropReason.DNS_ERROR) from error
+    stopwatch.add(RESOLVER, time.monotonic() - begun)
     return [(family, str(address[0])) for family, _, _, _, address in results[:_MOST_SEEN]]
 
 
@@ -85,17 +87,11 @@ class Resolver(AbstractResolver):
     async def close(self) -> None:
         """Aiohttp wants it; look-ups end with the loop."""
 
-    def _timed_look_up(self, host: str) -> Addresses:
-        begun = time.monotonic()  # in the thread: to wait for one is not the resolver's time
-        addresses = look_up(host)
-        self._stopwatch.add(RESOLVER, time.monotonic() - begun)
-        return addresses
-
     async def _look_up(self, host: str) -> Addresses | DropReason:
         loop = asyncio.get_running_loop()
         answer: Addresses | DropReason
         try:
-            answer = await loop.run_in_executor(None, self._timed_look_up, host)
+            answer = await loop.run_in_executor(None, look_up, host, self._stopwatch)
         except Dropped as dropped:
             answer = dropped.reason
         finally:

@@ -67,7 +67,6 @@ class Refusals:
                     self._learn([key], REMEMBERED[number])
 
     def close(self) -> None:
-        """Close the file."""
         if self._file is not None:
             os.close(self._file)
             self._file = None

@@ -5,7 +5,6 @@ import re
 import time
 from collections import OrderedDict
 from functools import partial
-from itertools import count
 
 from protego import Protego
 
@@ -162,7 +161,7 @@ class Robots:
         """The first bytes of a robots.txt, behind its redirects."""
         del trail[1:]
         text = bytearray()
-        for hops in count():
+        while True:
             url = trail[-1]
             async with self._hosts.connections(url.host), deadline.running(), self._client.get(url) as answer:
                 if not check_status(answer.status, answer.retry_after):
@@ -171,8 +170,7 @@ class Robots:
                         if len(text) >= MOST_BYTES:
                             break
                     return bytes(text[:MOST_BYTES])
-                trail.append(redirected(url, answer.location, hops, self._settings))
-        raise AssertionError("count() does not end")
+                trail.append(redirected(url, answer.location, len(trail) - 1, self._settings))
 
 
 class Memory:

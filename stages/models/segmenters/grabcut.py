@@ -35,7 +35,6 @@ class GrabCut(WithoutWeights):
     task = "segmenter"
 
     def __init__(self, settings: ModelSettings, device: Device) -> None:
-        """Nothing to load."""
         cv2.setNumThreads(1)
 
     def segment(self, image: Image, kps: Floats) -> npt.NDArray[np.uint8]:

@@ -1,6 +1,5 @@
 """The weight-free backends: what they promise on the two public-domain photos, and that numbers never waver."""
 
-from hashlib import sha256
 from pathlib import Path
 
 import cv2
@@ -62,11 +61,6 @@ def test_cards_need_nothing_loaded(task: str, name: str) -> None:
     assert {card.task for card in cards} == {task}
     assert all(card.commercial and card.licence for card in cards)
     assert all((len(card.sha256) == 64) == (task == "detector") for card in cards)
-
-
-def test_the_card_of_a_cascade_holds_the_hash_of_its_file() -> None:
-    files = {sha256(path.read_bytes()).hexdigest() for path in Path(cv2.data.haarcascades).glob("*.xml")}
-    assert {card.sha256 for card in haar_module.Haar.cards(SETTINGS)} <= files
 
 
 def test_an_opencv_without_cascades_is_a_users_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -230,10 +224,3 @@ def test_patches_change_only_where_the_picture_does(patches) -> None:  # type: i
     changed[3 * 14 + 3 : 4 * 14 - 3, 5 * 14 + 3 : 6 * 14 - 3] = (255, 0, 0)  # inside patch (3, 5)
     before, after = patches.embed(np.stack([image, changed]))["clip_hidden"]
     assert [int(row) for row in np.flatnonzero((before != after).any(axis=1))] == [0, 1 + 3 * 16 + 5]
-
-
-def test_patches_see_more_likeness_in_the_same_picture(patches) -> None:  # type: ignore[no-untyped-def]
-    image = cv2.resize(ASTRONAUT, (224, 224))
-    darker, other = (image * 0.85).astype(np.uint8), cv2.resize(HOPPER, (224, 224))
-    for column in patches.embed(np.stack([image, darker, other])).values():
-        assert cosine(column[0], column[1]) > 0.95 > cosine(column[0], column[2]) + 0.1

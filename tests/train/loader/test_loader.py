@@ -279,14 +279,6 @@ def test_the_condition_is_of_the_segmented_face_the_plain_one_or_either_by_a_dra
     assert expected == 2 or drawn[condition == "plain"] == 40
 
 
-def test_a_probability_of_one_mirrors_all_and_zero_none(dataset: Dataset) -> None:
-    for flip in (0.0, 1.0):
-        for batch in epoch(ShardLoader(dataset, ID, config(augment={"flip": flip}))):
-            assert batch.pixels is not None
-            falls = batch.pixels[:, 0, :, 0].mean(1) > batch.pixels[:, 0, :, -1].mean(1)
-            assert falls.all() if flip else not falls.any()
-
-
 def test_colours_change_for_the_id_alone(dataset: Dataset) -> None:
     def pixels(reads: tuple[str, ...], colour: float) -> torch.Tensor:
         told = config(augment={"flip": 0, "colour": colour}, buckets=False, batch_size=13)

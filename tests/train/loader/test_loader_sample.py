@@ -55,16 +55,6 @@ def test_a_crop_that_is_too_rare_is_always_taken_and_the_others_share_the_rest()
     assert abs(found["full"] / found["portrait"] - 3) < 0.2
 
 
-def test_a_sample_does_not_get_the_same_crop_in_every_epoch() -> None:
-    first = [picked(seed) for seed in range(20)]
-    assert all(len(set(column)) > 1 for column in zip(*first, strict=True))
-
-
-def picked(seed: int) -> list[str]:
-    balance, rng = Balance(CropWeights()), np.random.default_rng(seed)
-    return [balance.pick({name: crop(100) for name in ("portrait", "full")}, rng.random()) for _ in range(40)]
-
-
 def test_a_crop_of_no_weight_is_taken_only_when_nothing_else_is_there() -> None:
     assert picks({"half": 0}, 1.0)["half"] == 0
     assert Balance(CropWeights(portrait=0, half=0)).pick({"portrait": crop(99), "half": crop(100)}, 0.1) == "half"
