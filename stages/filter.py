@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from schemas.arcface import ARCFACE_TEMPLATE
+from schemas.arcface import Floats, pose
 from schemas.drops import DropReason
 from stages.base import Dropped, RowStage
 from stages.settings import FilterSettings
@@ -21,9 +21,6 @@ _MIN_EYE_DISTANCE = 0.05
 """Share of the long side of the face box; over 70 faces of SCRFD it was 0.13 to 0.40, median 0.33."""
 _MIN_SPREAD = 0.05
 """Extent of the five points across their main direction / along it; over the same faces 0.47 to 0.99."""
-
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,6 @@ POSE = ("yaw", "pitch", "roll")
 """Angles, in the order of `pose`."""
 FROM_POINTS = (*POSE, "eye_px")
 """What is no column of its own, but comes of `kps`, in the order of `from_points`."""
-_DEPTH = 0.5
-"""How far the tip of a nose stands out, in distances between the eyes."""
 
 QUALITIES = (
     Quality("min_det_score", "det_score", DropReason.LOW_DET_SCORE, "filter"),
@@ -165,28 +160,6 @@ def require(stage: str, measured: Mapping[str, Any], limits: FilterSettings) -> 
 def unused(limits: FilterSettings) -> set[str]:
     """The keys of thresholds that are off."""
     return {quality.key for quality in QUALITIES if getattr(limits, quality.key) == quality.off}
-
-
-def pose(kps: Floats) -> tuple[Floats, Floats, Floats]:
-    """Yaw, pitch and roll (N,), degrees, that five points (N, 5, 2) suggest; NaN where they suggest none.
-
-    Yaw is positive where the nose points to the image's right, pitch where it points down, roll clockwise. The nose is
-    taken to stand out by half the distance of the eyes, over the proportions of ArcFace's template: good to about 10°.
-    """
-    template = np.array(ARCFACE_TEMPLATE)
-    eyes = (template[1] - template[0])[0]
-    nose, mouth = ((template[at].mean(axis=0) - template[:2].mean(axis=0))[1] / eyes for at in ([2], [3, 4]))
-    with np.errstate(all="ignore"):
-        middle, across = kps[:, :2].mean(axis=1), kps[:, 1] - kps[:, 0]
-        distance = np.hypot(*across.T)
-        right = across / distance[:, None]
-        down = np.stack([-right[:, 1], right[:, 0]], axis=1)
-        to_nose, to_mouth = kps[:, 2] - middle, kps[:, 3:].mean(axis=1) - middle
-        yaw = np.arctan2((to_nose * right).sum(axis=1) / distance, _DEPTH)
-        length = (to_mouth * down).sum(axis=1)
-        pitch = np.arctan2((to_nose * down).sum(axis=1) / length * mouth - nose, _DEPTH)
-        roll = np.where(distance > 0, np.arctan2(across[:, 1], across[:, 0]), np.nan)
-    return np.degrees(yaw), np.degrees(pitch), np.degrees(roll)
 
 
 def from_points(kps: Floats) -> Floats:

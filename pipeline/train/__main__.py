@@ -1,4 +1,4 @@
-"""The command line: `python -m pipeline.train --from-shards [DIR …] --variant NAME`, `export`, `report`, `config`.
+"""The command line: `python -m pipeline.train --from-shards [DIR …] --variant NAME`, and the other commands.
 
 The loop is in `pipeline.train.loop`.
 """
@@ -13,7 +13,7 @@ from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, UserErr
 
 # Each command imports what it needs: torch takes a second and a half, and `--help` is answered at once.
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-_COMMANDS = ("run", "export", "report", "config")
+_COMMANDS = ("run", "export", "evaluate", "report", "config")
 
 
 @app.command()
@@ -49,7 +49,10 @@ def run(
         list[str] | None, typer.Option("--set", help="One config key, such as optim.lr=1e-5; `config` lists all.")
     ] = None,
 ) -> None:
-    """Train an adapter from shards. Other commands: `export RUN`, `report RUN`, `config`; each has its own --help."""
+    """Train an adapter from shards.
+
+    Other commands: `export RUN`, `evaluate RUN|FILE`, `report RUN`, `config`; each has its own --help.
+    """
     from pipeline.train.job import Call, prepared
     from pipeline.train.watch import say
 
@@ -90,6 +93,55 @@ def report_command(folder: Annotated[Path, typer.Argument(metavar="RUN", help="T
     from pipeline.train.watch import console
 
     console.print(str(write_page(RunFolder(folder))), highlight=False, soft_wrap=True)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    subject: Annotated[Path, typer.Argument(metavar="RUN|FILE", help="A run's --out, or a .safetensors or .bin file.")],
+    shards: Annotated[
+        list[str] | None, typer.Argument(metavar="[DIR]...", help="Datasets of persons it was not trained on.")
+    ] = None,
+    from_shards: Annotated[
+        bool, typer.Option("--from-shards", help="Take the persons from the shards in DIR.")
+    ] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, a prompt on each line. (Default: watch.validate_prompts.)")
+    ] = None,
+    faces: Annotated[int, typer.Option(min=1, help="Persons.")] = 16,
+    images: Annotated[int, typer.Option(min=1, help="Images of each person with each prompt.")] = 2,
+    judge: Annotated[
+        str | None, typer.Option(help="Folder of an insightface pack; another than the shards' is fairer.")
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="Folder of a whole CLIP (transformers' CLIPModel).")] = None,
+    step: Annotated[int | None, typer.Option(help="Checkpoint of RUN. (Default: the last.)")] = None,
+    name: Annotated[str, typer.Option("--variant", help="Of FILE, where neither sidecar nor name tells it.")] = "",
+    base: Annotated[str | None, typer.Option(help="As in training. (Default: the one it was trained on.)")] = None,
+    out: Annotated[Path | None, typer.Option(help="(Default: RUN/evaluation, or beside FILE.)")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the noise. (Default: that of the training.)")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="TOML file with the keys that --set takes.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="One config key, such as watch.validate_steps=30.")
+    ] = None,
+) -> None:
+    """Draw images of persons in DIR, and measure: whose face, copied or not, as the prompt says, how different."""
+    from rich.table import Table
+
+    from pipeline.train.evaluate.evaluation import Call, evaluate
+    from pipeline.train.evaluate.page import table
+    from pipeline.train.watch import console
+
+    judges = {key: value for key, value in {"judge": judge, "clip": clip}.items() if value is not None}
+    options = {"seed": seed, "watch": judges}
+    folders = tuple(shards or ["out"])
+    folder, result = evaluate(
+        Call(subject, folders, name, base, step, out, prompts, faces, images, config, tuple(sets or ()), options)
+    )
+    seen = Table("measure", "mean", "95 % interval", "beside it", box=None, pad_edge=False)
+    for line in table(result):
+        seen.add_row(*line)
+    console.print(seen)
+    for path in ("evaluation.html", "evaluation.json"):
+        console.print(str(folder / path), highlight=False, soft_wrap=True)
 
 
 @app.command("config")
@@ -134,7 +186,10 @@ def main() -> None:
         _say(f"error: {worker_died(error)}")
         sys.exit(ExitCode.SHARDS_FAILED)
     except KeyboardInterrupt:
-        _say("Interrupted. Checkpoints are kept; the same command with --resume goes on.")
+        begins = (
+            "the same command begins anew." if words[:1] == ["evaluate"] else "the same command with --resume goes on."
+        )
+        _say(f"Interrupted. Checkpoints are kept; {begins}")
         sys.exit(ExitCode.INTERRUPTED)
 
 

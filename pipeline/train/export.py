@@ -14,7 +14,6 @@ from pipeline.train.adapters.variants import Variant
 from pipeline.train.job import TrainJob
 from pipeline.train.loader import conditions, unconditional
 from pipeline.train.run_folder import RunFolder, writing
-from schemas.errors import OutputError
 from schemas.targets import BaseKind
 
 _CONDITIONS = {
@@ -85,6 +84,7 @@ def described(job: TrainJob, model: AdapterModel) -> dict[str, Any]:
             "digest": job.dataset.digest,
             "profiles": sorted(job.dataset.profiles),
             "samples": job.dataset.samples,
+            "lineage": job.dataset.lineage,
         },
         "weights": weights,
         "licences": sorted({weight["licence"] for weight in weights}),
@@ -95,7 +95,7 @@ def described(job: TrainJob, model: AdapterModel) -> dict[str, Any]:
         "name": variant.released_name(base.kind, encoder),
         "attention_paths": [path for path, _ in named_attention(model.unet)],
         "sidecar": sidecar,
-        "watch": {**watch, "judge": Path(watch["judge"]).name},
+        "watch": {**watch, **{key: Path(watch[key]).name for key in ("judge", "clip")}},
     }
 
 
@@ -125,9 +125,4 @@ def export_run(root: Path, step: int | None, folder: Path | None) -> list[Path]:
         OutputError: when RUN is no run, or has no such checkpoint.
     """
     run = RunFolder(root)
-    description = run.required_description()
-    steps = run.steps()
-    if not steps or (step is not None and step not in steps):
-        there = f"there are those of steps {', '.join(map(str, steps))}" if steps else "there is none yet"
-        raise OutputError(f"{root} has no checkpoint{'' if step is None else f' of step {step}'}: {there}.")
-    return export(run, description, steps[-1] if step is None else step, folder or root)
+    return export(run, run.required_description(), run.chosen(step), folder or root)

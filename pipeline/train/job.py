@@ -15,8 +15,8 @@ from pipeline.train.settings import TrainConfig, load_train_config, without_free
 from schemas.errors import ConfigError, SourceError, WeightsError
 
 EMBEDDED = "embedded"
-_TINY = ("tiny", "tiny-sdxl")
-_DEFAULT_PRESETS = {"sd15": "sd15", "sdxl": "sdxl-512"}
+TINY = ("tiny", "tiny-sdxl")
+DEFAULT_PRESETS = {"sd15": "sd15", "sdxl": "sdxl-512"}
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,12 @@ def prepared(call: Call) -> TrainJob:
     try:
         base = find_base(name, sdxl=is_sdxl)
     except WeightsError:
-        _require_meaning(name, dataset, config)  # nobody need fetch what would be refused then
+        require_meaning(name, dataset, config)  # nobody need fetch what would be refused then
         raise
-    _require_meaning(name, dataset, config)
+    require_meaning(name, dataset, config)
     if call.preset and is_sdxl != (base.kind == "sdxl") and call.preset != "tiny":
         raise ConfigError(f"The preset {call.preset} is not for {base.name}, which has the layout of {base.kind}.")
-    preset = call.preset or ("tiny" if name in _TINY else _DEFAULT_PRESETS[base.kind])
+    preset = call.preset or ("tiny" if name in TINY else DEFAULT_PRESETS[base.kind])
     config = load_train_config(call.config_file, call.pairs, preset, **call.options)
 
     run = RunFolder(call.out or Path("runs") / f"{call.variant}-{base.name}")
@@ -110,9 +110,9 @@ def prepared(call: Call) -> TrainJob:
     return TrainJob(config, preset, chosen, base, dataset, run, call.resume)
 
 
-def _require_meaning(base: str, dataset: Dataset, config: TrainConfig) -> None:
+def require_meaning(base: str, dataset: Dataset, config: TrainConfig) -> None:
     """Refuse to spend GPU days on features that mean nothing."""
-    if EMBEDDED in dataset.profiles and base not in _TINY and not config.data.allow_embedded:
+    if EMBEDDED in dataset.profiles and base not in TINY and not config.data.allow_embedded:
         raise SourceError(
             f"These shards are of the `embedded` profile, which is for trying things out, and {base} is a real "
             "base: use --base tiny, make the dataset with real models, or give --set data.allow_embedded=true."

@@ -17,7 +17,7 @@ from pipeline.train.validate.validation import Validator
 from pipeline.train.watch import Watch, console, say, warn_once
 from schemas.errors import ConfigError, ExitCode
 
-_FROZEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FROZEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The frozen base needs no more precision than it is computed in."""
 
 
@@ -31,7 +31,7 @@ def train(job: TrainJob) -> ExitCode:
     config, run = job.config, job.run
     accelerator = make_accelerator(config.optim)
     is_main = accelerator.is_main_process
-    base = Base(job.base, accelerator.device, _FROZEN.get(accelerator.mixed_precision, torch.float32))
+    base = Base(job.base, accelerator.device, FROZEN.get(accelerator.mixed_precision, torch.float32))
     id_loss = id_loss_of(config.objective, base)
     validator = Validator(job, base)
     hook = Hook(config.watch.hook, warn_once()) if config.watch.hook and is_main else None

@@ -93,6 +93,18 @@ class RunFolder:
         numbers = [path.name.removeprefix(_STEP) for path in self.checkpoints.glob(f"{_STEP}*")]
         return sorted(int(number) for number in numbers if number.isdigit())
 
+    def chosen(self, step: int | None) -> int:
+        """A step that has a checkpoint: this one, or the last.
+
+        Raises:
+            OutputError: when there is no such checkpoint.
+        """
+        steps = self.steps()
+        if not steps or (step is not None and step not in steps):
+            there = f"there are those of steps {', '.join(map(str, steps))}" if steps else "there is none yet"
+            raise OutputError(f"{self.root} has no checkpoint{'' if step is None else f' of step {step}'}: {there}.")
+        return steps[-1] if step is None else step
+
     def folder(self, step: int) -> Path:
         return self.checkpoints / f"{_STEP}{step:08d}"
 

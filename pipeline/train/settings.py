@@ -193,6 +193,8 @@ class WatchSettings(Section):
     """Classifier-free guidance of the grid."""
     judge: str = ""
     """Folder of an insightface pack that measures ID similarity in the grid; better another than the condition's."""
+    clip: str = ""
+    """Folder of a whole CLIP (transformers' CLIPModel) that measures how images follow their prompts."""
     tensorboard: bool = True
     """Write TensorBoard logs to RUN/tensorboard."""
     hook: str = ""
@@ -239,16 +241,22 @@ PRESETS: dict[Preset, dict[str, Any]] = {
 """The published recipe per base; TOML and --set may override each of it. Batch sizes are per GPU, of 8."""
 
 
-def load_train_config(path: Path | None, pairs: Sequence[str], preset: str, **options: Any) -> TrainConfig:
+def load_train_config(
+    path: Path | None, pairs: Sequence[str], preset: str | Mapping[str, Any], **options: Any
+) -> TrainConfig:
     """Merge a preset, a TOML file, `--set` pairs and command-line options (None = not given), in this order.
+
+    Instead of the name of a preset, the settings themselves may be given.
 
     Raises:
         ConfigError: for an unknown preset or key (names the nearest), or a value that is not allowed.
     """
-    if preset not in get_args(Preset):
-        raise ConfigError(f"The preset {preset!r} is not known; choose one of: {', '.join(get_args(Preset))}.")
+    if isinstance(preset, str):
+        if preset not in get_args(Preset):
+            raise ConfigError(f"The preset {preset!r} is not known; choose one of: {', '.join(get_args(Preset))}.")
+        preset = PRESETS[preset]  # type: ignore[index]  # checked above
     values: dict[str, Any] = {}
-    merge(values, PRESETS[preset])  # type: ignore[index]  # checked above
+    merge(values, preset)
     merge(values, read_values(path, pairs))
     merge(values, {name: value for name, value in options.items() if value is not None})
     try:

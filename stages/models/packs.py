@@ -4,10 +4,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from schemas.arcface import INSIGHTFACE_LICENCE
 from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
 from stages.models.backends import ModelCard
-from stages.models.papers import INSIGHTFACE_LICENCE, WEIGHTS, Weight
+from stages.models.papers import WEIGHTS, Weight
 from stages.models.weights import card, find, located
 from stages.settings import ModelSettings
 

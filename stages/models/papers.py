@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from schemas.arcface import INSIGHTFACE_LICENCE, PACK_FILES
+
 
 @dataclass(frozen=True)
 class WeightFile:
@@ -62,7 +64,6 @@ class Weight:
         return {file: path / file.name if self.is_folder else path for file in needed}
 
 
-INSIGHTFACE_LICENCE = "insightface pretrained models: non-commercial research only"
 _CELEBAMASK = "code MIT; weights trained on CelebAMask-HQ: non-commercial research and education only"
 _SCRFD = "SCRFD (arXiv 2105.04714), ArcFace (arXiv 1801.07698)"
 _SCRFD_INPUT = (
@@ -71,13 +72,6 @@ _SCRFD_INPUT = (
 _ZIPS = "https://github.com/deepinsight/insightface/releases/download/v0.7"
 _OPENCV_ZOO = "https://github.com/opencv/opencv_zoo/raw/47534e27c9851bb1128ccc0102f1145e27f23f98"
 _FACEXLIB = "https://github.com/xinntao/facexlib/releases/download"
-
-_DET_10G = (16_923_827, "5838f7fe053675b1c7a08b633df49e7af5495cee0493c7dcf6697200b85b5b91")
-_DET_2_5G = (3_292_009, "041f73f47371333d1d17a6fee6c8ab4e6aecabefe398ff32cca4e2d5eaee0af9")
-_DET_500M = (2_524_817, "5e4447f50245bbd7966bd6c0fa52938c61474a04ec7def48753668a9d8b4ea3a")
-_W600K_R50 = (174_383_860, "4c06341c33c2ca1f86781dab0e829f88ad5b64be9fba56e56bc9ebdefc619e43")
-_W600K_MBF = (13_616_099, "9cc6e4a75f0e2bf0b1aed94578f144d15175f357bdc05e815e5c4a02b319eb4f")
-_GLINTR100 = (260_665_334, "4ab1d6435d639628a6f3e5008dd4f929edf4c4124b1a7169e1048f9fef534cdf")
 
 
 def _insightface_pack(name: str, detector: WeightFile, recogniser: WeightFile, size: int, sha256: str) -> Weight:
@@ -98,36 +92,36 @@ def _insightface_pack(name: str, detector: WeightFile, recogniser: WeightFile, s
 _ALL = (
     _insightface_pack(
         "buffalo_l",
-        WeightFile("det_10g.onnx", "detector", *_DET_10G),
-        WeightFile("w600k_r50.onnx", "face_embedder", *_W600K_R50),
+        WeightFile("det_10g.onnx", "detector", *PACK_FILES["det_10g"][:2]),
+        WeightFile("w600k_r50.onnx", "face_embedder", *PACK_FILES["w600k_r50"][:2]),
         288_621_354,
         "80ffe37d8a5940d59a7384c201a2a38d4741f2f3c51eef46ebb28218a7b0ca2f",
     ),
     _insightface_pack(
         "buffalo_m",
-        WeightFile("det_2.5g.onnx", "detector", *_DET_2_5G),
-        WeightFile("w600k_r50.onnx", "face_embedder", *_W600K_R50),
+        WeightFile("det_2.5g.onnx", "detector", *PACK_FILES["det_2.5g"][:2]),
+        WeightFile("w600k_r50.onnx", "face_embedder", *PACK_FILES["w600k_r50"][:2]),
         275_951_529,
         "d98264bd8f2dc75cbc2ddce2a14e636e02bb857b3051c234b737bf3b614edca9",
     ),
     _insightface_pack(
         "buffalo_s",
-        WeightFile("det_500m.onnx", "detector", *_DET_500M),
-        WeightFile("w600k_mbf.onnx", "face_embedder", *_W600K_MBF),
+        WeightFile("det_500m.onnx", "detector", *PACK_FILES["det_500m"][:2]),
+        WeightFile("w600k_mbf.onnx", "face_embedder", *PACK_FILES["w600k_mbf"][:2]),
         127_607_557,
         "d85a87f503f691807cd8bb97128bdf7a0660326cd9cd02657127fa978bab8b5e",
     ),
     _insightface_pack(
         "buffalo_sc",
-        WeightFile("det_500m.onnx", "detector", *_DET_500M),
-        WeightFile("w600k_mbf.onnx", "face_embedder", *_W600K_MBF),
+        WeightFile("det_500m.onnx", "detector", *PACK_FILES["det_500m"][:2]),
+        WeightFile("w600k_mbf.onnx", "face_embedder", *PACK_FILES["w600k_mbf"][:2]),
         14_969_382,
         "57d31b56b6ffa911c8a73cfc1707c73cab76efe7f13b675a05223bf42de47c72",
     ),
     _insightface_pack(
         "antelopev2",
-        WeightFile("scrfd_10g_bnkps.onnx", "detector", *_DET_10G),
-        WeightFile("glintr100.onnx", "face_embedder", *_GLINTR100),
+        WeightFile("scrfd_10g_bnkps.onnx", "detector", *PACK_FILES["det_10g"][:2]),
+        WeightFile("glintr100.onnx", "face_embedder", *PACK_FILES["glintr100"][:2]),
         360_662_982,
         "8e182f14fc6e80b3bfa375b33eb6cff7ee05d8ef7633e738d1c89021dcf0c5c5",
     ),
@@ -137,8 +131,7 @@ _ALL = (
             WeightFile(
                 "auraface_glintr100.onnx",
                 "face_embedder",
-                260_694_151,
-                "a7933ea5330113b01c9b60351d8f4c33003f145d8470ac5f0e52ee2effe25c60",
+                *PACK_FILES["auraface"][:2],
                 "glintr100.onnx",
             ),
         ),

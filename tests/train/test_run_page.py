@@ -48,6 +48,18 @@ def test_steps_whose_loss_was_not_finite_are_marked_and_a_divergence_gets_a_loga
         read_metrics(tmp_path / "metrics.jsonl")
 
 
+def test_what_two_real_photos_come_to_is_a_line_in_the_curve_of_similarity(tmp_path):
+    validated = {"id_similarity": 0.3, "copy_paste_id": 0.5, "id_same_person": 0.6, "id_strangers": -0.1}
+    text = "".join(json.dumps({"step": n, "lr": 1, "loss": 1.0, **validated}) + "\n" for n in (1, 2))
+    (tmp_path / "metrics.jsonl").write_text(text)
+    drawn = {chart.name: chart for chart in charts(read_metrics(tmp_path / "metrics.jsonl"), 2)}
+    assert list(drawn) == ["loss", "id_similarity", "copy_paste_id", "lr"]
+    (same, words), (strangers, _) = drawn["id_similarity"].levels
+    assert words == "two real photos of a person 0.6"
+    assert 0 <= same < strangers <= 100, "from the top"
+    assert drawn["loss"].levels == []
+
+
 def trained(dataset, out, steps, resume=False):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

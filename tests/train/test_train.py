@@ -152,7 +152,8 @@ def test_the_sidecar_tells_all_about_the_adapter(run):
     assert told["preset"] == "tiny"
     assert told["recipe"]["optim"]["lr"] == 1e-4
     assert told["recipe"]["guidance"]["p_uncond_both"] == 0.05
-    assert told["dataset"] == {"digest": run.job.dataset.digest, "profiles": ["embedded"], "samples": 9}
+    digest = run.job.dataset.digest
+    assert told["dataset"] == {"digest": digest, "profiles": ["embedded"], "samples": 9, "lineage": [digest]}
     assert [weight["name"] for weight in told["weights"]].count(run.base) == 1
     assert {model["name"] for model in run.job.dataset.models} < {weight["name"] for weight in told["weights"]}
     assert set(told["licences"]) == {weight["licence"] for weight in told["weights"]}

@@ -88,6 +88,11 @@ class AdapterModel(nn.Module):
         parts = {"image_proj": self.image_proj, "ip_adapter": self.ip_adapter}
         return {f"{part}.{key}": value for part, module in parts.items() for key, value in module.named_parameters()}
 
+    def switch_off(self) -> None:
+        """Let the UNet be what it is without the adapter."""
+        for layer in self.ip_adapter:
+            vars(layer).update(scale=0.0, lora_scale=0.0)
+
     @torch.no_grad()
     def load_trained(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over tensors under the keys of `trained`, which must be exactly these with exactly these shapes."""

@@ -1,8 +1,9 @@
 """Finished shards to typed batches; nothing is known here of how the shards were made."""
 
 from pipeline.train.loader.batches import Batch, Position
-from pipeline.train.loader.condition import Face, conditions, first_faces, require, unconditional, widths
+from pipeline.train.loader.condition import conditions, require, unconditional, widths
 from pipeline.train.loader.dataset import Dataset, check_hashes, open_dataset
+from pipeline.train.loader.faces import Face, Photo, Pixels, first_faces
 from pipeline.train.loader.loader import ShardLoader, worker_died
 from pipeline.train.loader.reading import Reading, plan_reading
 
@@ -10,6 +11,8 @@ __all__ = [
     "Batch",
     "Dataset",
     "Face",
+    "Photo",
+    "Pixels",
     "Position",
     "Reading",
     "ShardLoader",

@@ -1,15 +1,13 @@
 """Roles of a condition, the files that hold them, and what stands for "no face"."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from pipeline.train.loader.dataset import Dataset, first_samples
-from pipeline.train.loader.decode import features, picture
+from pipeline.train.loader.decode import features
 from pipeline.train.loader.shards import Raw
 from pipeline.train.settings import AdapterSettings, Condition, ImageEncoder
 from schemas.errors import SourceError
@@ -23,7 +21,6 @@ _COLUMNS: dict[ImageEncoder, dict[str, str]] = {
 """Image encoder -> role -> column."""
 _PLAIN: dict[Condition, str] = {"segmented": "", "plain": "_plain"}
 """Condition -> what the columns of its image features end in."""
-_FACE, _SIDE = "face.jpg", (224, 224)
 
 
 def conditions(dataset: Dataset, adapter: AdapterSettings) -> tuple[Condition, ...]:
@@ -134,33 +131,3 @@ def widths(dataset: Dataset, adapter: AdapterSettings) -> dict[str, int]:
     there = {name: f"{column}.npy" for name, column in columns.items() if f"{column}.npy" in dataset.suffixes}
     shapes = first_shapes(dataset, list(there.values()))
     return {name: shapes[suffix][-1] for name, suffix in there.items()}
-
-
-class Face(NamedTuple):
-    """One sample's face."""
-
-    key: str
-    image: npt.NDArray[np.uint8]
-    """(224, 224, 3) RGB: the aligned face."""
-    condition: dict[str, Tensor]
-    """Role -> features of one sample, float32: arcface (512,), pooled (P,), hidden (257, D)."""
-
-
-def first_faces(dataset: Dataset, count: int, reads: Sequence[str], adapter: AdapterSettings) -> list[Face]:
-    """The first `count` samples in the order of the shards, for validation; fewer where the dataset has fewer.
-
-    Raises:
-        SourceError: as `require`.
-        CorruptShardError: names shard and key of a damaged sample.
-    """
-    files = require(dataset, reads, adapter)[0]
-    shapes = first_shapes(dataset, list(files.values()))
-    faces = []
-    for raw in first_samples(dataset, count, {"json", _FACE, *files.values()}):
-        condition = {}
-        for role, suffix in files.items():
-            stored = stored_row(raw, role, suffix, shapes[suffix])
-            values = dequantise(stored) if isinstance(stored, Quantised) else stored.astype(np.float32)
-            condition[role] = torch.from_numpy(values)
-        faces.append(Face(raw.key, picture(raw, _FACE, _SIDE, _SIDE), condition))
-    return faces

@@ -19,6 +19,7 @@ from pipeline.train.loader.folders import (
     check_lengths,
     check_manifests,
     dataset_files,
+    grouped_from,
     read_folder,
     wrong_hash,
 )
@@ -50,8 +51,8 @@ class Dataset:
     """Profiles that the shards were made with, sorted."""
     models: tuple[dict[str, str], ...]
     """name, task, sha256 and licence of every model behind any shard, once each."""
-    digests: tuple[str, ...]
-    """Each folder's dataset digest."""
+    lineage: tuple[str, ...]
+    """Each folder's dataset digest, and those of the datasets that it was grouped from."""
     digest: str
     """One digest over all."""
     unconditional: Mapping[str, npt.NDArray[Any]]
@@ -103,7 +104,7 @@ def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
         manifests=tuple(manifests),
         profiles=tuple(sorted({manifest.profile for manifest in manifests})),
         models=_distinct(model for manifest in manifests for model in manifest.models),
-        digests=digests,
+        lineage=tuple(dict.fromkeys([*digests, *(one for folder in folders for one in grouped_from(folder))])),
         digest=digests[0] if len(digests) == 1 else sha256_of_json({str(i): one for i, one in enumerate(digests)}),
         unconditional=_unconditional(folders),
         suffixes=frozenset.intersection(*suffixes),

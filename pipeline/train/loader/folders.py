@@ -85,6 +85,16 @@ def dataset_files(folder: DatasetFolder) -> dict[str, str]:
         return {name: str(entry["sha256"]) for name, entry in dataset.get("files", {}).items()}
 
 
+def grouped_from(folder: DatasetFolder) -> list[str]:
+    """Digests of the datasets that `group` made this one of; none where it did not.
+
+    Raises:
+        SourceError: when dataset.json is damaged.
+    """
+    with _dataset(folder) as dataset:
+        return list(dataset.get("plan", {}).get("settings", {}).get("group", {}).get("of", ()))
+
+
 def check_manifests(folder: DatasetFolder) -> None:
     """Compare the manifests with the digest that the dataset's last run wrote, where one came to its end.
 

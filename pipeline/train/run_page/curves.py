@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -46,11 +47,20 @@ class Kind(NamedTuple):
     """The axis; where it is None, it goes by the values."""
     smooth: bool = False
     words: Callable[[float], str] = number
+    levels: Mapping[str, str] = MappingProxyType({})
+    """Metrics that are drawn into it as lines, since they do not change -> what they are."""
 
 
+_REAL = {"id_same_person": "two real photos of a person", "id_strangers": "strangers"}
 KINDS = {
     "loss": Kind("Loss", smooth=True),
-    "id_similarity": Kind("ID similarity of the validation images", 0),
+    "id_similarity": Kind("ID similarity of the validation images", 0, levels=_REAL),
+    "id_to_others": Kind("ID similarity to other photos of the person", 0, levels=_REAL),
+    **{
+        f"copy_paste_{space}": Kind(f"Copy-paste by {how}: 1 is the condition's photo", -1, 1)
+        for space, how in {"id": "ID", "pose": "pose", "pixels": "pixels", "clip": "CLIP"}.items()
+    },
+    "clip_similarity": Kind("CLIP similarity to the prompt"),
     "faces_found": Kind("Validation images that show a face", 0, 1, words=percent),
     "samples_per_s": Kind("Samples per second", 0),
     "data_wait": Kind("Share of the time spent waiting for data", 0, 1, words=percent),
@@ -58,7 +68,7 @@ KINDS = {
     "grad_norm": Kind("Norm of the gradient, before it is clipped", smooth=True),
 }
 """Metric -> how it is drawn, in this order; whatever else is written down comes after, under its own name."""
-_NOT_DRAWN = ("step", "epoch", "seconds")
+_NOT_DRAWN = ("step", "epoch", "seconds", *_REAL)
 _EACH_STEP = ("loss", "grad_norm")
 
 
@@ -136,6 +146,8 @@ class Chart:
     """Paths; the latter two may be empty."""
     spans: list[tuple[float, float, str]]
     """Where a point begins, how wide it is, and what it stands for in words."""
+    levels: list[tuple[float, str]]
+    """How far down a line is drawn, and what it stands for in words."""
     lost: list[tuple[float, float]]
     """Where steps begin and how wide they are whose value was not finite."""
 
@@ -149,7 +161,11 @@ def charts(metrics: Metrics, last: int) -> Iterator[Chart]:
 
 
 def _chart(name: str, kind: Kind, curve: Thinned, metrics: Metrics, last: int) -> Chart:
-    low, high = float(curve.mean.min()), float(curve.mean.max())
+    known = {
+        words: metrics[level][np.isfinite(metrics[level])] for level, words in kind.levels.items() if level in metrics
+    }
+    levels = {words: float(values[-1]) for words, values in known.items() if len(values)}
+    low, high = min([float(curve.mean.min()), *levels.values()]), max([float(curve.mean.max()), *levels.values()])
     is_log = kind.low is None and low > 0 and high / low > _LOGARITHMIC
     if is_log:
         axis = _powers(low, high)
@@ -187,6 +203,7 @@ def _chart(name: str, kind: Kind, curve: Thinned, metrics: Metrics, last: int) -
         _path(x, _smooth(y)) if kind.smooth and len(x) > _FEW else "",
         "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x, y, strict=True)) if len(x) <= _FEW else "",
         [(round(a, 1), round(b - a, 1), text) for a, b, text in zip([0, *ends[:-1]], ends, words, strict=True)],
+        [(float(down(np.array(value))), f"{words} {kind.words(value)}") for words, value in levels.items()],
         [(a, b - a + WIDTH / POINTS) for a, b in zip(across(gone.first), across(gone.last), strict=True)],
     )
 

@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-Pixels = npt.NDArray[np.uint8]
-"""(H, W, 3) RGB."""
+from pipeline.train.loader import Pixels
 
 _LEAST_SIDE = 192
 """Smaller images are drawn larger, each pixel as a square, so that prompts can be read above them."""

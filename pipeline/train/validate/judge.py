@@ -1,26 +1,38 @@
-"""The judge of validation images: whose face they show, by an insightface pack.
+"""The judge of images: whether they show a face, whose, and how it is turned, by an insightface pack.
 
 It is best another pack than the one that made the condition, which has learned to please that one.
 """
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.train.validate.grid import Pixels
-from schemas.arcface import ARCFACE_SIZE
+from pipeline.train.loader import Pixels
+from schemas.arcface import ARCFACE_SIZE, PACK_FILES
+from schemas.digest import sha256_of_file
 from schemas.errors import ConfigError, WeightsError
 
 _DET_SIZE = (640, 640)
+NOT_KNOWN = "not known"
+_TASKS = {"detection": "detector", "recognition": "face_embedder"}
 _PACKS = "~/.insightface/models"
 
 
+class Look(NamedTuple):
+    """A face in an image."""
+
+    embedding: npt.NDArray[np.float32]
+    """(512,), normed."""
+    kps: npt.NDArray[np.float32]
+    """(5, 2), in pixels of the image, or of the image with a border around."""
+
+
 class IdJudge:
-    """ID similarity of images by the detector and the recogniser of an insightface pack, on the CPU."""
+    """The detector and the recogniser of an insightface pack, on the CPU."""
 
     def __init__(self, pack: str) -> None:
         """Load a pack: a folder, or the name of one under ~/.insightface/models; nothing is ever fetched.
@@ -38,27 +50,28 @@ class IdJudge:
                 f"such as {_PACKS}/antelopev2."
             )
         self._app = _face_analysis(folder.resolve())
+        self.name = folder.name
+        files = {task: Path(model.model_file) for task, model in self._app.models.items()}
+        hashes = {task: sha256_of_file(file) for task, file in files.items()}
+        licences = {file.sha256: file.licence for file in PACK_FILES.values()}
+        self.weights = [
+            {"name": files[task].stem, "task": _TASKS[task], "sha256": sha, "licence": licences.get(sha, NOT_KNOWN)}
+            for task, sha in hashes.items()
+        ]
+        """name, task (detector, face_embedder), sha256 and licence, which is known by the hash."""
 
-    def similarity(self, images: Pixels, faces: Pixels) -> list[float | None]:
-        """Cosine between the largest face of each image and its reference; None for an image without a face.
-
-        Args:
-            images: (N, H, W, 3) uint8 RGB.
-            faces: (N, S, S, 3) uint8 RGB, aligned to the ArcFace template as the shards' `face` is (S is 224 there).
-        """
-        cosines: list[float | None] = []
-        for image, reference in zip(images, faces, strict=True):
-            bgr = np.ascontiguousarray(image[..., ::-1])
-            border = max(bgr.shape) // 2
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # insightface calls an old name of scikit-image
-                # SCRFD misses a face that fills the image, so it gets a second look with a border around.
-                seen = self._app.get(bgr) or self._app.get(
-                    cv2.copyMakeBorder(bgr, border, border, border, border, cv2.BORDER_CONSTANT)
-                )
-            largest = max(seen, key=lambda one: np.prod(one.bbox[2:4] - one.bbox[:2]), default=None)
-            cosines.append(None if largest is None else float(largest.normed_embedding @ self.embed(reference)))
-        return cosines
+    def look(self, image: Pixels) -> Look | None:
+        """The largest face of an image (H, W, 3), RGB; None where there is none."""
+        bgr = np.ascontiguousarray(image[..., ::-1])
+        border = max(bgr.shape) // 2
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # insightface calls an old name of scikit-image
+            # SCRFD misses a face that fills the image, so it gets a second look with a border around.
+            seen = self._app.get(bgr) or self._app.get(
+                cv2.copyMakeBorder(bgr, border, border, border, border, cv2.BORDER_CONSTANT)
+            )
+        largest = max(seen, key=lambda one: np.prod(one.bbox[2:4] - one.bbox[:2]), default=None)
+        return None if largest is None else Look(largest.normed_embedding, largest.kps)
 
     def embed(self, face: Pixels) -> npt.NDArray[np.float32]:
         """Normed ID vector (512,) of an aligned crop, which is too tight for a detector."""

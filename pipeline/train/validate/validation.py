@@ -1,4 +1,4 @@
-"""Validation: the same prompts, faces and seeds again and again, as a grid of images and as ID similarity."""
+"""Validation: the same prompts, faces and seeds again and again, as a grid of images and as what judges see of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -6,7 +6,6 @@ from io import BytesIO
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -14,13 +13,24 @@ from torch import Tensor
 from pipeline.shared.atomic import write_atomically
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.base_model import Base
-from pipeline.train.loader import Face, first_faces, unconditional
-from pipeline.train.settings import TrainConfig
-from pipeline.train.validate.grid import GridRow, Pixels, draw
+from pipeline.train.loader import Face, Pixels, first_faces, unconditional
+from pipeline.train.settings import TrainConfig, WatchSettings
+from pipeline.train.validate.clip import Clip
+from pipeline.train.validate.grid import GridRow, draw
 from pipeline.train.validate.judge import IdJudge
+from pipeline.train.validate.views import DISTANCES, View, Viewer, copy_paste, scale
 
 if TYPE_CHECKING:
     from pipeline.train.job import TrainJob
+
+
+OTHERS = 4
+"""Photos of a person, beside that of the condition, that images are compared with."""
+NAMES = (
+    *("faces_found", "id_similarity", "id_to_others", "clip_similarity"),
+    *(f"copy_paste_{space}" for space in DISTANCES),
+)
+"""What may be known of an image."""
 
 
 class Validator:
@@ -37,12 +47,14 @@ class Validator:
         self._config, self._base = config, base
         self._folder = job.run.root / "validation"
         self._faces: Sequence[Face] = ()
-        self._judge: IdJudge | None = None
-        if config.watch.validate_every:
-            self._faces = first_faces(job.dataset, config.watch.validate_faces, job.variant.reads, config.adapter)
-            nothing = unconditional(job.dataset, job.variant.reads, config.adapter)
-            self._nothing = {role: torch.from_numpy(features) for role, features in nothing.items()}
-            self._judge = IdJudge(config.watch.judge) if config.watch.judge else None
+        if not config.watch.validate_every:
+            return
+        self._faces = first_faces(job.dataset, config.watch.validate_faces, job.variant.reads, config.adapter, OTHERS)
+        nothing = unconditional(job.dataset, job.variant.reads, config.adapter)
+        self._nothing = {role: torch.from_numpy(features) for role, features in nothing.items()}
+        self._viewer = viewer = viewer_of(config.watch, torch.device("cpu"))
+        self._persons = [[viewer.photo(photo) for photo in (face.photo, *face.others)] for face in self._faces]
+        self._texts = [viewer.clip.text(prompt) for prompt in config.watch.validate_prompts] if viewer.clip else []
 
     def is_due(self, step: int, is_last: bool) -> bool:
         every = self._config.watch.validate_every
@@ -52,26 +64,64 @@ class Validator:
         """Write the grid of a step.
 
         Returns:
-            With a judge: `faces_found`, the share of images that show a face, and `id_similarity`, the mean cosine
-            over these, where there are any. Else nothing.
+            What can be known of it, each a mean over images: with a judge `faces_found` and, of images that show a
+            face, `id_similarity` to the condition photo; where the shards know the person's other photos too,
+            `id_to_others` and copy_paste_… (see `views.copy_paste`), and of the real photos, the same at each step,
+            `id_same_person` and `id_strangers`; with CLIP `clip_similarity`.
         """
-        prompts = self._config.watch.validate_prompts
+        prompts, seed = self._config.watch.validate_prompts, self._config.seed
         with _undisturbed(model, self._base):
             sampler = Sampler(self._base, model, self._nothing, self._config)
-            images = [[sampler(face, column) for column in range(len(prompts))] for face in self._faces]
-        rows, similarities = [], []
-        for face, made in zip(self._faces, images, strict=True):
-            captions = [""] * len(made)
-            if self._judge is not None:
-                judged = self._judge.similarity(np.stack(made), np.stack([face.image] * len(made)))
-                captions = ["no face" if one is None else f"ID {one:.2f}" for one in judged]
-                similarities += judged
-            rows.append(GridRow(face.key, face.image, made, captions))
+            # All faces of a column start from the same noise, at each step too: what differs is the face's.
+            images = [
+                [sampler(face, prompt, seed + column) for column, prompt in enumerate(prompts)] for face in self._faces
+            ]
+        seen, rows = [], []
+        for face, made, (condition, *others) in zip(self._faces, images, self._persons, strict=True):
+            views = [self._viewer.image(image) for image in made]
+            scores = [judged(view, condition, others) for view in views]
+            for score, view, text in zip(scores, views, self._texts, strict=False):
+                score["clip_similarity"] = float(view["clip"] @ text)
+            captions = ["" if self._viewer.judge is None else _caption(score) for score in scores]
+            rows.append(GridRow(face.photo.key, face.photo.face, made, captions))
+            seen += scores
         png = BytesIO()
         Image.fromarray(draw(prompts, rows)).save(png, "PNG")
         self._folder.mkdir(exist_ok=True)
         write_atomically(self._folder / f"step-{step:08d}.png", png.getvalue())
-        return mean_similarity(similarities) if self._judge else {}
+        means = {name: fmean(values) for name in NAMES if (values := [one[name] for one in seen if name in one])}
+        if self._viewer.judge is None:
+            means.pop("faces_found")
+        same, strangers = ([value for some in values for value in some] for values in scale(self._persons))
+        return (
+            means
+            | ({"id_same_person": fmean(same)} if same else {})
+            | ({"id_strangers": fmean(strangers)} if same and strangers else {})
+        )
+
+
+def viewer_of(watch: WatchSettings, device: torch.device) -> Viewer:
+    """The judges that the settings name.
+
+    Raises:
+        WeightsError: when the judge's pack or CLIP's folder is not there.
+    """
+    return Viewer(IdJudge(watch.judge) if watch.judge else None, Clip(watch.clip, device) if watch.clip else None)
+
+
+def judged(image: View, condition: View, others: Sequence[View]) -> dict[str, float]:
+    """Name -> what is seen of an image, beside the photo of its condition and the person's other photos."""
+    score = {"faces_found": float("id" in image)}
+    if "id" in image and "id" in condition:
+        score["id_similarity"] = float(image["id"] @ condition["id"])
+        if others:
+            score["id_to_others"] = fmean(float(image["id"] @ other["id"]) for other in others)
+    return score | {f"copy_paste_{space}": value for space, value in copy_paste(image, condition, others).items()}
+
+
+def _caption(score: Mapping[str, float]) -> str:
+    copied = f", copied {score['copy_paste_id']:.2f}" if "copy_paste_id" in score else ""
+    return f"ID {score['id_similarity']:.2f}{copied}" if "id_similarity" in score else "no face"
 
 
 class Sampler:
@@ -85,11 +135,8 @@ class Sampler:
         self._unconditional = unconditional
         self._pipeline: Any = base.sampler()
 
-    def __call__(self, face: Face, column: int) -> Pixels:
-        """One image of a face with the prompt of a column.
-
-        All faces of a column start from the same noise, at each step of the training too: what differs is the face's.
-        """
+    def __call__(self, face: Face, prompt: str, seed: int) -> Pixels:
+        """One image (H, W, 3) of a face with a prompt, from the noise of a seed."""
         watch, side = self._config.watch, self._config.data.resolution
         device, dtype = self._base.device, self._base.dtype
         # Below those of no face, where the pipeline computes both.
@@ -99,13 +146,13 @@ class Sampler:
                 {role: torch.stack([one[role].to(device, torch.float32) for one in pair]) for role in face.condition}
             )
             latents = self._pipeline(
-                watch.validate_prompts[column],
+                prompt,
                 negative_prompt="",  # what "no caption" was in training; SDXL's pipeline would take zeros
                 height=side,
                 width=side,
                 num_inference_steps=watch.validate_steps,
                 guidance_scale=watch.guidance_scale,
-                generator=torch.Generator().manual_seed(self._config.seed + column),
+                generator=torch.Generator().manual_seed(seed),
                 cross_attention_kwargs={"ip_hidden_states": tokens},
                 output_type="latent",
             ).images
@@ -126,10 +173,3 @@ def _undisturbed(model: AdapterModel, base: Base) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
-
-
-def mean_similarity(similarities: Sequence[float | None]) -> dict[str, float]:
-    """`faces_found` and, where there are any, `id_similarity`; None is an image without a face."""
-    known = [one for one in similarities if one is not None]
-    share = {"faces_found": len(known) / len(similarities)}
-    return {**share, "id_similarity": fmean(known)} if known else share

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.dataset.finished.report_numbers import MEASURES, charts
-from schemas.arcface import ARCFACE_TEMPLATE
-from stages.filter import pose
+from schemas.arcface import ARCFACE_TEMPLATE, pose
 
 FRONT = np.array(ARCFACE_TEMPLATE)
 

@@ -74,8 +74,8 @@ def test_several_folders_may_have_shards_of_one_name(out: Path, tmp_path: Path) 
     both = open_dataset([str(out), other], DATA)
     assert both.samples == 7
     assert [shard.name for shard in both.shards] == ["a-00000", "b-00001", "a-00000"]
-    assert both.digest not in both.digests
-    assert len(set(both.digests)) == 2
+    assert both.digest not in both.lineage
+    assert len(set(both.lineage)) == 2
 
 
 def test_a_dataset_in_memory(memory: str) -> None:
@@ -85,7 +85,7 @@ def test_a_dataset_in_memory(memory: str) -> None:
     assert (cached.samples, cached.digest) == (3, dataset.digest)
     assert len(first_faces(cached, 2, ("arcface",), AdapterSettings())) == 2
     assert "clip_hidden" in dataset.unconditional
-    assert [face.key for face in first_faces(dataset, 2, ("arcface",), AdapterSettings())] == [
+    assert [face.photo.key for face in first_faces(dataset, 2, ("arcface",), AdapterSettings())] == [
         "a-00000-000",
         "a-00000-001",
     ]
@@ -273,9 +273,9 @@ def test_suffixes_are_those_of_all_plans(tmp_path: Path) -> None:
 def test_the_first_faces(out: Path) -> None:
     dataset = open_dataset([str(out)], DATA)
     faces = first_faces(dataset, 4, ("arcface", "hidden"), AdapterSettings())
-    assert faces[3].image.shape == (224, 224, 3)
-    assert int(faces[3].image[0, -1, 0]) > 250, "RGB: red grows to the right"
-    assert int(faces[3].image[0, 0, 0]) < 5
+    assert faces[3].photo.face.shape == (224, 224, 3)
+    assert int(faces[3].photo.face[0, -1, 0]) > 250, "RGB: red grows to the right"
+    assert int(faces[3].photo.face[0, 0, 0]) < 5
     assert faces[3].condition["hidden"].dtype.is_floating_point
     assert faces[3].condition["hidden"].unique().tolist() == [3]
     assert faces[3].condition["arcface"].shape == (512,)

@@ -1,6 +1,7 @@
 """Validation on the tiny bases with real shards: images follow face, prompt and adapter, and nothing else changes."""
 
 import cv2
+import fake_shards as fake
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,7 @@ from tiny_adapters import set_scale
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.base_model import Base
 from pipeline.train.job import Call, prepared
-from pipeline.train.validate.validation import Sampler, Validator, mean_similarity
+from pipeline.train.validate.validation import Sampler, Validator
 from schemas.errors import WeightsError
 
 CPU = torch.device("cpu")
@@ -64,7 +65,7 @@ def sample(validator, model, face=0, column=0, **changes):
     watch = config.watch.model_copy(update=changes)
     sampler = Sampler(validator._base, model, validator._nothing, config.model_copy(update={"watch": watch}))
     with torch.no_grad():
-        return sampler(validator._faces[face], column)
+        return sampler(validator._faces[face], PROMPTS[column], config.seed + column)
 
 
 def test_a_grid_is_written_and_is_the_same_when_written_again(validator, model, job):
@@ -152,11 +153,6 @@ def test_encoders_that_were_released_come_back(validator, model, base):
     assert np.array_equal(before, sample(validator, model))
 
 
-def test_the_mean_is_over_faces_that_were_found():
-    assert mean_similarity([0.5, None, 0.3, None]) == {"faces_found": 0.5, "id_similarity": pytest.approx(0.4)}
-    assert mean_similarity([None, None]) == {"faces_found": 0.0}
-
-
 def test_where_validation_is_off_nothing_is_loaded(job, base):
     off = job.config.watch.model_copy(update={"validate_every": 0, "judge": "/nowhere"})
     config = job.config.model_copy(update={"watch": off})
@@ -176,6 +172,23 @@ def test_a_judge_adds_numbers(dataset, tmp_path, base, model, data):
     # A random base draws no faces.
     assert Validator(job, base).run(model, 3) == {"faces_found": 0.0}
     assert (tmp_path / "validation" / "step-00000003.png").exists()
+
+
+def test_where_persons_are_known_a_copy_shows_as_one(tmp_path, base, model, monkeypatch):
+    people = [3, 3, 5, 7, 7]  # 5 has no other photo, and comes last
+    shards = [fake.sample(number, has=("portrait",), person=one) for number, one in enumerate(people)]
+    for number, files in enumerate(shards):
+        noise = np.random.default_rng(number).integers(0, 256, (9, 9, 3), np.uint8)
+        files["portrait.jpg"] = cv2.imencode(".jpg", cv2.resize(noise, fake.PORTRAIT))[1].tobytes()
+    dataset = fake.write(tmp_path / "data", {"a-00000": shards})
+    job = job_of(dataset, tmp_path / "run", more=("watch.validate_faces=3",))
+    validator = Validator(job, base)
+    assert [int(face.photo.key[-3:]) for face in validator._faces] == [0, 3, 2]
+    assert [len(face.others) for face in validator._faces] == [1, 1, 0]
+    monkeypatch.setattr(Sampler, "__call__", lambda _, face, *_noise: cv2.resize(face.photo.crop, (64, 64)))
+    assert validator.run(model, 1) == {"copy_paste_pixels": pytest.approx(1, abs=0.05)}
+    monkeypatch.setattr(Sampler, "__call__", lambda _, face, *_noise: [*face.others, face.photo][0].crop)
+    assert validator.run(model, 2) == {"copy_paste_pixels": pytest.approx(-1)}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,111 @@
+"""Faces of a dataset to draw images of, each with further photos of the person where the dataset knows any."""
+
+from collections.abc import Sequence
+from itertools import groupby, islice
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pipeline.train.loader.condition import first_shapes, require, stored_row
+from pipeline.train.loader.crops import CROPS
+from pipeline.train.loader.dataset import Dataset
+from pipeline.train.loader.decode import meta, picture
+from pipeline.train.loader.pairs import person
+from pipeline.train.loader.shards import Raw, samples
+from pipeline.train.settings import AdapterSettings
+from schemas.int8 import Quantised, dequantise
+from schemas.shard import either_form
+
+Pixels = npt.NDArray[np.uint8]
+"""(H, W, 3) RGB."""
+
+_FACE, _SIDE = "face.jpg", (224, 224)
+_ENOUGH = (640, 640)
+"""Pixels of a crop that are decoded, about: what a detector sees of it."""
+_LOOKED_AT = 1000
+"""Samples among which persons with several photos are looked for."""
+
+
+class Photo(NamedTuple):
+    """One sample's pictures, RGB."""
+
+    key: str
+    face: Pixels
+    """(224, 224, 3): the aligned face."""
+    crop: Pixels
+    """(H, W, 3): the portrait, else the next larger crop that the sample has, else the aligned face."""
+
+
+class Face(NamedTuple):
+    """A photo whose face is the condition."""
+
+    photo: Photo
+    condition: dict[str, Tensor]
+    """Role -> features of one sample, float32: arcface (512,), pooled (P,), hidden (257, D)."""
+    others: Sequence[Photo]
+    """Further photos of the person."""
+
+
+def first_faces(
+    dataset: Dataset, count: int, reads: Sequence[str], adapter: AdapterSettings, others: int = 0
+) -> list[Face]:
+    """A face of each of the first `count` persons in the order of the shards; fewer where there are fewer.
+
+    Those of whom the first samples hold several photos come first; a photo of nobody known is a person of its own.
+
+    Args:
+        dataset: the shards.
+        count: faces.
+        reads: roles of the condition.
+        adapter: says whose features these are.
+        others: most further photos of each person.
+
+    Raises:
+        SourceError: as `require`.
+        CorruptShardError: names shard and key of a damaged sample.
+    """
+    files = require(dataset, reads, adapter)[0]
+    shapes = first_shapes(dataset, list(files.values()))
+    wanted = either_form({"json", _FACE, *(f"{crop}.jpg" for crop in CROPS), *files.values()})
+    raws = (
+        raw
+        for shard in dataset.shards
+        for raw in samples(
+            shard, 0, min(_LOOKED_AT, shard.kept), lambda suffix: suffix == "json" if suffix in wanted else None
+        )
+    )
+    several: list[list[Raw]] = []
+    single: list[list[Raw]] = []
+    for _, members in groupby(islice(raws, _LOOKED_AT), key=lambda raw: (raw.shard.tar, person(raw))):
+        some = list(islice(members, 1 + others))
+        (several if len(some) > 1 else single).append(some)
+        if len(several) == count or (not others and len(single) == count):
+            break
+    return [
+        Face(
+            _photo(raw),
+            {role: _features(raw, role, suffix, shapes[suffix]) for role, suffix in files.items()},
+            [_photo(other) for other in rest],
+        )
+        for raw, *rest in (several + single)[:count]
+    ]
+
+
+def _features(raw: Raw, role: str, suffix: str, shape: tuple[int, ...]) -> Tensor:
+    stored = stored_row(raw, role, suffix, shape)
+    return torch.from_numpy(dequantise(stored) if isinstance(stored, Quantised) else stored.astype(np.float32))
+
+
+def _photo(raw: Raw) -> Photo:
+    face = picture(raw, _FACE, _SIDE, _SIDE)
+    crop = next((crop for crop in CROPS if f"{crop}.jpg" in raw.files), None)
+    if crop is None:
+        return Photo(raw.key, face, face)
+    try:
+        width, height = map(int, meta(raw)["crops"][crop]["size"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise raw.corrupt("json", f"does not say how large {crop}.jpg is") from error
+    return Photo(raw.key, face, picture(raw, f"{crop}.jpg", (width, height), _ENOUGH))

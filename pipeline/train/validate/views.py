@@ -1,0 +1,104 @@
+"""What judges see of a picture, as points in a few spaces, and what the distances between these say.
+
+In each space distances are those of a metric, so that `copy_paste` lies between -1 and 1.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from statistics import fmean
+
+import cv2
+import numpy as np
+
+from pipeline.train.loader import Photo, Pixels
+from pipeline.train.validate.clip import Clip
+from pipeline.train.validate.judge import IdJudge
+from schemas.arcface import Floats, pose
+
+View = Mapping[str, Floats]
+"""Space -> the picture's point in it; a picture without a face has none in `id` and `pose`."""
+_THUMBNAIL = (32, 32)
+_ALIKE = 1e-3
+"""Photos that are nearer to each other are one, so that nothing can be nearer to either."""
+
+
+def _angle(a: Floats, b: Floats) -> float:
+    return float(np.arccos(np.clip(a @ b, -1, 1)))
+
+
+def _straight(a: Floats, b: Floats) -> float:
+    return float(np.linalg.norm(a - b))
+
+
+DISTANCES: dict[str, Callable[[Floats, Floats], float]] = {
+    "id": _angle,
+    "clip": _angle,
+    "pose": _straight,
+    "pixels": _straight,
+}
+"""`id`, `clip`: radians between unit vectors of the recogniser and of CLIP. `pose`: degrees, over yaw, pitch and roll.
+`pixels`: root mean square between thumbnails of 32 x 32, 0 to 1, in which light and background weigh most."""
+
+
+class Viewer:
+    """Looks at pictures with the judges that there are."""
+
+    def __init__(self, judge: IdJudge | None, clip: Clip | None) -> None:
+        self.judge, self.clip = judge, clip
+
+    def image(self, image: Pixels) -> View:
+        """A picture (H, W, 3), RGB."""
+        small = cv2.resize(image, _THUMBNAIL, interpolation=cv2.INTER_AREA)
+        view = {"pixels": small.ravel() / 255 / np.sqrt(small.size)}
+        if self.clip is not None:
+            view["clip"] = self.clip.image(image)
+        look = self.judge.look(image) if self.judge is not None else None
+        if look is not None:
+            view["id"] = look.embedding.astype(np.float64)
+            angles = np.concatenate(pose(look.kps[None].astype(np.float64)))
+            if np.isfinite(angles).all():
+                view["pose"] = angles
+        return view
+
+    def photo(self, photo: Photo) -> View:
+        """A real photo; where the judge sees no face, whose it is follows from the aligned face of the shards."""
+        view = dict(self.image(photo.crop))
+        if self.judge is not None and "id" not in view:
+            view["id"] = self.judge.embed(photo.face).astype(np.float64)
+        return view
+
+
+def copy_paste(image: View, condition: View, others: Sequence[View]) -> dict[str, float]:
+    """Space -> how much nearer an image is to its condition photo than to the person's other photos, -1 to 1.
+
+    (sum of d(image, other) - d(image, condition)) / (sum of d(condition, other)), over the other photos: 1 is the
+    condition photo itself, 0 is as near to it as to the others, and the only other photo itself is -1. With one other
+    photo and angles between ID vectors it is the measure of WithAnyone (arXiv 2510.14975), that photo as its target.
+    """
+    scores = {}
+    for space, distance in DISTANCES.items():
+        there = [other[space] for other in others if space in other]
+        if there and space in image and space in condition:
+            between = [distance(condition[space], other) for other in there]
+            nearer = [distance(image[space], other) - distance(image[space], condition[space]) for other in there]
+            if fmean(between) > _ALIKE:
+                scores[space] = sum(nearer) / sum(between)
+    return scores
+
+
+def spread(views: Sequence[View]) -> dict[str, float]:
+    """Space -> mean distance between two of the pictures, where two have a point in it."""
+    points = {space: [view[space] for view in views if space in view] for space in DISTANCES}
+    return {
+        space: fmean(DISTANCES[space](a, b) for a, b in combinations(some, 2))
+        for space, some in points.items()
+        if len(some) > 1
+    }
+
+
+def scale(persons: Sequence[Sequence[View]]) -> tuple[list[list[float]], list[list[float]]]:
+    """ID similarity of real photos, for each person: between two of the person, and to the first of each stranger."""
+    ids: list[list[Floats]] = [[view["id"] for view in views if "id" in view] for views in persons]
+    same = [[float(a @ b) for a, b in combinations(own, 2)] for own in ids]
+    strangers = [[float(own[0] @ other[0]) for other in ids if own and other and other is not own] for own in ids]
+    return same, strangers

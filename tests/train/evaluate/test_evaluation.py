@@ -1,0 +1,350 @@
+"""`evaluate`: runs and files, the same numbers each time, copies as copies on real photos, and every wrong call."""
+
+import json
+import re
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import cv2
+import fake_shards as fake
+import numpy as np
+import pages
+import pytest
+import torch
+import transformers
+from accelerate.state import AcceleratorState, GradientState
+
+import pipeline.train.__main__ as trainer
+from pipeline.shared.bases import find_base
+from pipeline.train.evaluate.evaluation import estimate
+from pipeline.train.evaluate.subject import read_subject
+from pipeline.train.loader import open_dataset
+from pipeline.train.settings import DataSettings
+from pipeline.train.validate.judge import IdJudge
+from pipeline.train.validate.validation import Sampler
+from schemas.shard import encode_npy
+
+NAME = "ip-adapter-faceid_sd15"
+QUICK = ("--images", "1", "--set", "watch.validate_steps=1", "--set", "watch.validate_prompts=['a face', 'a house']")
+PEOPLE = {1: 3, 2: 2, 3: 1}
+"""Person -> photos."""
+
+
+def portrait(number):
+    noise = np.random.default_rng(number).integers(0, 256, (7, 7, 3), np.uint8)
+    return cv2.imencode(".jpg", cv2.resize(noise, fake.PORTRAIT))[1].tobytes()
+
+
+def grouped(folder, first=0):
+    """Shards that know persons, whose pictures differ."""
+    owners = [person for person, count in PEOPLE.items() for _ in range(count)]
+    samples = [
+        {
+            **fake.sample(number, has=("portrait",), person=person),
+            "portrait.jpg": portrait(number),
+            "arcface.npy": encode_npy(np.random.default_rng(number).normal(size=512).astype(np.float32)),
+        }
+        for number, person in enumerate(owners, first)
+    ]
+    return fake.write(folder, {"persons-00000": samples})
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with shards, a run on them in RUN, and other shards."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    grouped(folder / "seen")
+    grouped(folder / "other", first=50)
+    run = ["--from-shards", folder / "seen", "--variant", "faceid", "--base", "tiny", "--steps", "2"]
+    call([*run, "--set", "adapter.lora_rank=4", "--set", "watch.save_every=1", "--out", folder / "run"])
+    return folder
+
+
+def call(words):
+    """The exit code of the command line."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["faceshards-train", *map(str, words)])
+        with pytest.raises(SystemExit) as done:
+            trainer.main()
+    return int(done.value.code or 0)
+
+
+def evaluated(out, *words):
+    assert call(["evaluate", *words, "--out", out, *QUICK]) == 0
+    return json.loads((out / "evaluation.json").read_bytes())
+
+
+def test_a_run_gets_the_same_json_each_time_which_says_what_it_is_worth(trained, tmp_path, capsys):
+    words = [trained / "run", "--from-shards", trained / "other"]
+    result = evaluated(tmp_path / "out", *words)
+    seen = capsys.readouterr()
+    assert result["subject"]["step"] == 2
+    assert result["held_out"]["answer"] == "yes"
+    assert result["means_something"] is False
+    notes = " ".join(result["notes"])
+    for note in ("None of these numbers means anything", "No recogniser judged", "No CLIP was given"):
+        assert note in notes
+        assert note in seen.err
+        assert note in (tmp_path / "out/evaluation.html").read_text()
+    assert "Copy-paste by the pixels" in seen.out
+    assert [len(one["others"]) for one in result["persons"]] == [2, 1, 0]
+    assert result["results"].keys() == {"copy_paste_pixels"}, "a judge, CLIP and a second image of a prompt are lacking"
+    assert result["results"]["copy_paste_pixels"]["persons"] == 2
+    files = [tmp_path / "out" / row["file"] for row in result["images"]]
+    assert len(files) == 6
+    pixels = [path.read_bytes() for path in files]
+    assert len(set(pixels)) == 6
+    before = (tmp_path / "out/evaluation.json").read_bytes()
+    (tmp_path / "out/images/9-9-9.png").touch()
+    evaluated(tmp_path / "out", *words)
+    assert (tmp_path / "out/evaluation.json").read_bytes() == before
+    assert [path.read_bytes() for path in files] == pixels
+    assert sorted(files) == sorted((tmp_path / "out/images").iterdir()), "images of another evaluation are left"
+    other = evaluated(tmp_path / "other", *words, "--seed", "1", "--step", "1")
+    assert other["subject"]["step"] == 1
+    assert other["images"][0]["copy_paste_pixels"] != result["images"][0]["copy_paste_pixels"]
+
+
+def test_shards_that_it_was_trained_on_are_called_so_also_once_they_are_grouped(trained, tmp_path):
+    result = evaluated(tmp_path / "out", trained / "run", "--from-shards", trained / "seen", "--faces", "1")
+    assert result["held_out"]["answer"] == "no"
+    assert result["held_out"]["why"] in result["notes"]
+    assert result["held_out"]["why"].replace("'", "&#39;") in (tmp_path / "out/evaluation.html").read_text()
+
+    digest = json.loads((trained / "run/run.json").read_text())["identity"]["dataset"]
+    again = Path(shutil.copytree(trained / "other", tmp_path / "grouped"))
+    described = json.loads((again / "dataset.json").read_text())
+    described["plan"] = {"settings": {"group": {"of": [digest]}}}
+    (again / "dataset.json").write_text(json.dumps(described))
+    subject = read_subject(trained / "run", "", None)
+    for dataset, answer in {trained / "other": "yes", again: "no"}.items():
+        assert subject.held_out(open_dataset([str(dataset)], DataSettings()))[0] == answer
+
+
+def test_a_file_is_evaluated_with_its_sidecar_by_its_name_or_by_what_is_said_of_it(trained, tmp_path):
+    shards = ["--from-shards", trained / "other"]
+    run = evaluated(tmp_path / "run", trained / "run", *shards)
+    with_sidecar = evaluated(tmp_path / "sidecar", trained / "run" / f"{NAME}.safetensors", *shards)
+    assert with_sidecar["held_out"]["answer"] == "yes"
+    alone = shutil.copy(trained / "run" / f"{NAME}.bin", tmp_path)
+    nameless = shutil.copy(alone, tmp_path / "mine.bin")
+    by_name = evaluated(tmp_path / "name", alone, *shards)
+    said = evaluated(tmp_path / "said", nameless, *shards, "--variant", "faceid", "--base", "tiny")
+    for other in (with_sidecar, by_name, said):
+        assert [one["copy_paste_pixels"] for one in other["images"] if one["person"] < 2] == pytest.approx(
+            [one["copy_paste_pixels"] for one in run["images"] if one["person"] < 2], abs=0.01
+        ), "float16 apart, it is the same adapter"
+    assert by_name["held_out"]["answer"] == said["held_out"]["answer"] == "not known"
+    assert by_name["held_out"]["why"] in by_name["notes"]
+
+
+def test_prompts_come_from_a_file_a_line_each(trained, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a man in the rain\n\n  a  woman, é\n")
+    result = evaluated(
+        tmp_path / "out",
+        trained / "run",
+        "--from-shards",
+        trained / "other",
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--faces",
+        "1",
+    )
+    assert result["settings"]["prompts"] == ["a man in the rain", "a  woman, é"]
+    assert len(result["images"]) == 2
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    """A tiny random CLIP in transformers' layout."""
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(find_base("tiny").folder / "tokenizer")
+    config = transformers.CLIPConfig(
+        text_config={**small, "vocab_size": len(tokenizer)},
+        vision_config={**small, "image_size": 32, "patch_size": 16},
+        projection_dim=8,
+    )
+    transformers.CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    transformers.CLIPImageProcessor(**sizes).save_pretrained(folder)
+    return folder
+
+
+def test_with_clip_prompts_count_and_the_base_alone_stands_beside(trained, clip, tmp_path):
+    result = evaluated(tmp_path / "out", trained / "run", "--from-shards", trained / "other", "--clip", clip)
+    assert {"clip_similarity", "copy_paste_clip"} <= result["results"].keys()
+    assert result["levels"]["clip_similarity_without_adapter"]["values"] == 2
+    assert result["levels"]["diversity_clip"]["persons"] == 2
+    assert [one["task"] for one in result["judges"]] == ["clip"]
+    (clip_of,) = {one["licence"] for one in result["judges"]}
+    assert clip_of == "not known"
+    assert len({row["clip_similarity"] for row in result["images"]}) == 6
+
+
+# --- real photos -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(data, tmp_path_factory):
+    """Shards of five labelled photos of two men and three others: real pictures, with features that mean nothing."""
+    judge = IdJudge(str(data / "models" / "real"))
+    files = {
+        "obama": ["obama3", "obama-1080p", "obama1"],
+        "kit": ["john2", "john1"],
+        "biden": ["biden2"],
+        "alex": ["alex_lacamoire1"],
+    }
+    from insightface.utils import face_align
+
+    samples = []
+    for number, (person, name) in enumerate((person, name) for person, names in files.items() for name in names):
+        bgr = cv2.imread(str(data / "photos" / f"face_recogniti__{name}.jpg"))
+        box, kps = (one[0] for one in judge._app.det_model.detect(bgr, max_num=1, metric="default"))
+        middle, reach = (box[:2] + box[2:4]) / 2, max(box[2:4] - box[:2])
+        left, top = np.maximum(middle - reach, 0).astype(int)
+        crop = cv2.resize(bgr[top : int(middle[1] + reach), left : int(middle[0] + reach)], (320, 320))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            face = face_align.norm_crop(bgr, kps, 224)
+        entry = {"box": [0, 0, 320, 320], "size": [320, 320]}
+        sample = fake.sample(number, has=(), person=list(files).index(person), crops={"portrait": entry})
+        pictures = {"portrait.jpg": crop, "face.jpg": face}
+        samples.append(sample | {name: cv2.imencode(".jpg", one)[1].tobytes() for name, one in pictures.items()})
+    return fake.write(tmp_path_factory.mktemp("real"), {"persons-00000": samples})
+
+
+@pytest.mark.real_data
+def test_copies_are_copies_other_photos_the_person_and_strangers_strangers(trained, real, data, tmp_path, monkeypatch):
+    """In the adapter's stead, one that gives real photos, or nothing."""
+    alien = cv2.resize(cv2.imread(str(data / "photos" / "face_recogniti__biden2.jpg"))[..., ::-1], (320, 320))
+    gives = {
+        "copy": lambda face: face.photo.crop,
+        "other": lambda face: face.others[0].crop,
+        "stranger": lambda _: alien,
+        "nobody": lambda _: np.zeros((64, 64, 3), np.uint8),
+    }
+    monkeypatch.setattr(Sampler, "__call__", lambda _, face, prompt, seed: gives[prompt](face))
+    words = ["--from-shards", real, "--judge", data / "models" / "real", "--faces", "2"]
+    (tmp_path / "prompts.txt").write_text("\n".join(gives))
+    result = evaluated(tmp_path / "out", trained / "run", *words, "--prompts", tmp_path / "prompts.txt")
+    copy, other, stranger, nobody = result["by_prompt"]
+    same, unlike = (result["levels"][name]["mean"] for name in ("id_same_person", "id_strangers"))
+    assert 0.5 < same < 0.8
+    assert unlike < 0.2
+    assert [one["faces_found"] for one in result["by_prompt"]] == [1, 1, 1, 0]
+
+    for space in ("id", "pose", "pixels"):
+        assert copy[f"copy_paste_{space}"] == pytest.approx(1, abs=0.01)
+    assert copy["id_similarity"] == pytest.approx(1, abs=0.01)
+    assert copy["id_to_others"] == pytest.approx(same, abs=0.1)
+
+    assert other["id_similarity"] == pytest.approx(same, abs=0.1)
+    assert other["copy_paste_id"] < -0.4, "it is nearer to the person's other photos than to the condition"
+
+    assert stranger["id_to_others"] == pytest.approx(unlike, abs=0.15)
+    assert abs(stranger["copy_paste_id"]) < 0.2, "it is as far from all photos"
+    assert not {"id_similarity", "copy_paste_id"} & nobody.keys()
+    assert not any("No recogniser" in note for note in result["notes"])
+
+
+# --- numbers, the page -----------------------------------------------------------------------------------------------
+
+
+def test_an_interval_is_over_persons_and_the_same_each_time():
+    draws = np.random.default_rng(1)
+    values = [list(centre + draws.normal(size=50) / 100) for centre in draws.normal(size=40)]
+    one = estimate(values)
+    assert one == estimate(values)
+    assert one["mean"] == pytest.approx(np.mean(values), abs=1e-5)
+    assert one["low"] < one["mean"] < one["high"]
+    error = np.std([np.mean(some) for some in values]) / 40**0.5
+    assert (one["high"] - one["low"]) / 4 == pytest.approx(error, rel=0.1), "50 images of a person are one person"
+    assert estimate([[], [2.0, 4.0]]) == {"mean": 3, "p5": 2.1, "p95": 3.9, "values": 2, "persons": 1}
+    assert estimate([[], []]) is None
+
+
+@pytest.fixture(scope="module")
+def page(trained, clip, tmp_path_factory):
+    out = tmp_path_factory.mktemp("page")
+    evaluated(out, trained / "run", "--from-shards", trained / "other", "--clip", clip)
+    return out / "evaluation.html"
+
+
+@pages.in_every_window
+def test_the_page_fits_its_window_and_everything_has_a_name(visit, page, window):
+    pages.require_fit(visit, page, window)
+
+
+def test_the_page_has_each_image_beside_its_condition_and_the_person_s_other_photos(visit, page):
+    opened = visit(page)
+    first = opened.locator(".person").first
+    assert first.locator(".condition").count() == 1
+    assert first.locator(".other").count() == 2
+    assert first.locator("figure").count() == 1 + 2 + 2
+    assert "a house" in first.inner_text()
+    first.locator(".zoom").first.press("Enter")
+    opened.keyboard.press("ArrowRight")
+    assert opened.inner_text("#about") == "other photo of person 1 (2 of 12)"
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["nowhere"], ["nowhere is neither", "run", ".safetensors"]),
+        (["."], ["holds no run"]),
+        (["run", "--step", "9"], ["no checkpoint of step 9", "1, 2"]),
+        (["photo.jpg"], ["photo.jpg is neither"]),
+        (["broken.safetensors"], ["broken.safetensors cannot be read as an adapter"]),
+        (["mine.bin"], ["does not tell which variant", "--variant", "faceid-plusv2"]),
+        (["mine.bin", "--variant", "face"], ["'face'", "faceid"]),
+        (["mine.bin", "--variant", "plus"], ["mine.bin is no plus adapter", "lacks"]),
+        (["mine.bin", "--variant", "faceid", "--base", "tiny-sdxl"], ["mine.bin is no faceid adapter for this base"]),
+        (["mine.bin", "--step", "1"], ["--step is for runs"]),
+        ([f"run/{NAME}.bin", "--variant", "plus"], ["is of the variant faceid, not plus"]),
+        ([f"run/{NAME}_lora.safetensors", "--variant", "faceid"], ["is no faceid adapter"]),
+        (["run", "--prompts", "empty.txt"], ["empty.txt holds no prompt"]),
+        (["run", "--prompts", "none.txt"], ["none.txt cannot be read"]),
+        (["run", "--prompts", "photo.jpg"], ["photo.jpg cannot be read"]),
+        (["run", "--judge", "nopack"], ["watch.judge: nopack"]),
+        (["run", "--clip", "noclip"], ["watch.clip: noclip", "no such folder"]),
+        (["run", "--clip", "run"], ["watch.clip: run is no folder of a whole CLIP"]),
+        (["run", "--base", "sd16"], ["'sd16'"]),
+        (["run", "--set", "watch.validate_step=1"], ["watch.validate_steps"]),
+        (["run", "--out", "photo.jpg/below"], ["photo.jpg/below cannot be written"]),
+    ],
+)
+def test_a_wrong_call_is_one_sentence_and_writes_nothing(words, parts, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").symlink_to(trained / "run")
+    for name, content in {"photo.jpg": b"\xff\xd8", "broken.safetensors": b"no", "empty.txt": b" \n\n"}.items():
+        (tmp_path / name).write_bytes(content)
+    shutil.copy(trained / "run" / f"{NAME}.bin", "mine.bin")
+    before = sorted(tmp_path.rglob("*"))
+    assert call(["evaluate", *words, "--from-shards", trained / "other"]) == 2
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if not one.startswith("note: ")]
+    assert line.startswith("error: ")
+    assert all(part in line for part in parts), line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_shards_that_lack_what_it_reads_or_hold_other_vectors_are_refused(trained, tmp_path, capsys):
+    samples = [{name: data for name, data in fake.sample(0).items() if name != "arcface.npy"}]
+    lacking = fake.write(tmp_path / "lacking", {"a-00000": samples})
+    assert call(["evaluate", trained / "run", "--from-shards", lacking]) == 2
+    assert "have no arcface.npy" in capsys.readouterr().err
+    models = [{**fake.MODELS[0], "name": "arcface", "sha256": "ab" * 32}, fake.MODELS[1]]
+    another = fake.write(tmp_path / "another", {"a-00000": [fake.sample(0)]}, models=models)
+    assert call(["evaluate", trained / "run", "--from-shards", another]) == 2
+    assert re.search(r"trained on vectors of the face embedder lbp, .*arcface abababababab", capsys.readouterr().err)
+    assert call(["evaluate", trained / "run", "--from-shards", Path("nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
