@@ -259,6 +259,13 @@ def test_links_and_names_lead_nowhere_outside(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_dataset_within_its_own_source_is_none_of_its_images(tmp_path):
+    put(tmp_path, **{"a.png": encoded(1), "out/dataset.json": "{}", "out/shards/x-00000.json": "{}"})
+    put(tmp_path, **{"out/b.png": encoded(2), "other/dataset.json": "{}", "other/c.png": encoded(3)})
+    pq.write_table(pa.table({"key": ["x-0"]}), tmp_path / "out/shards/x-00000.parquet")
+    assert picked(rows(tmp_path), "source_file") == [("a.png",), ("other/c.png",)]
+
+
 def test_what_is_meant_otherwise_is_refused_with_the_other_word(tmp_path, out):
     put(tmp_path, **{"a.png": encoded()})
     for spec, message in (
@@ -277,7 +284,7 @@ def test_tables_that_name_nothing_there_are_refused(tmp_path):
     put(tmp_path, **{"bomb/a.png": encoded(), "bomb/metadata.json": "[" * 200_000})
     with pytest.raises(SourceError, match=r"metadata\.json cannot be read: "):
         find_parts(str(tmp_path / "bomb"), SourceSettings())
-    with pytest.raises(SourceError, match="if file_name names files, give the folder of the files"):
+    with pytest.raises(SourceError, match="if file_name names files, give a folder in which it and they lie"):
         find_parts(str(tmp_path / "metadata.csv"), SourceSettings())
 
 
