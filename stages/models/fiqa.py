@@ -12,7 +12,7 @@ from stages.models.backends import Floats, Image, ModelCard
 from stages.models.onnx import ERRORS
 from stages.models.papers import WEIGHTS, Weight
 from stages.models.torch_backend import HALF, normalise
-from stages.models.weights import card, find
+from stages.models.weights import card, find, stated_card
 from stages.runtime import Device
 from stages.settings import ModelSettings
 
@@ -54,8 +54,8 @@ class Fiqa:
         if path is None:
             return [card(_PAPERS, "fiqa", settings)]
         sha256 = sha256_of_file(path)
-        licence = _PAPERS.licence if sha256 == _PAPERS.files[0].sha256 else "not known; see its source"
-        return [ModelCard(path.name, "fiqa", sha256, licence, commercial=True)]
+        licence = _PAPERS.licence if sha256 == _PAPERS.files[0].sha256 else ""
+        return [stated_card(path.name, "fiqa", sha256, licence, "the table of weights")]
 
     def score(self, faces: Image) -> Floats:
         """(N,) of (N, 112, 112, 3) RGB norm_crops."""

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from schemas.digest import sha256_of_file
 from schemas.errors import ConfigError, WeightsError
 from stages.models.backends import ModelCard, backend
-from stages.models.weights import located, states
+from stages.models.weights import located, stated_card, states
 from stages.settings import ModelSettings, Settings
 
 Doubles = npt.NDArray[np.float64]
@@ -144,6 +144,6 @@ def head_cards(heads: Mapping[str, Head], settings: ModelSettings) -> list[Model
             raise WeightsError(
                 f"{head.path} was made for other weights than {weights}: make it again, or name another."
             )
-        licence = head.metadata.get("licence", "not known; see its source")
-        cards.append(ModelCard(head.path.name, name, head.sha256, licence, commercial=True))
+        licence = head.metadata.get("licence", "")
+        cards.append(stated_card(head.path.name, name, head.sha256, licence, "its metadata"))
     return cards

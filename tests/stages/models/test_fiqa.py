@@ -64,13 +64,15 @@ def test_what_is_no_such_file_is_one_sentence(tmp_path: Path) -> None:
 
 def test_its_licence_stands_in_the_plan_and_is_kept_to(tmp_path: Path) -> None:
     path = net(tmp_path / "a.onnx", 112, 1)
-    usual = make_plan(load_config(None, [], shards="sample"))
-    plan = make_plan(load_config(None, [f"models.fiqa={path}", "filter.min_fiqa=0.5"], shards="sample"))
+    usual, words = make_plan(load_config(None, [], shards="sample")), [f"models.fiqa={path}", "filter.min_fiqa=0.5"]
+    with pytest.raises(WeightsError, match=r"may not be used commercially: a\.onnx \(not known"):
+        make_plan(load_config(None, words, shards="sample"))
+    plan = make_plan(load_config(None, [*words, "models.accept_noncommercial=true"], shards="sample"))
     assert plan.identity["settings"]["models"] == usual.identity["settings"]["models"]
     (card,) = [card for card in plan.cards if card.task == "fiqa"]
-    assert (card.name, card.licence) == ("a.onnx", "not known; see its source")
+    assert (card.name, card.licence) == ("a.onnx", "not known: the table of weights names none")
     permissive = load_config(None, [f"models.fiqa={path}"], profile="permissive")
-    assert "a.onnx (not known; see its source)" in make_plan(permissive, dry_run=True).refusal
+    assert "a.onnx (not known" in make_plan(permissive, dry_run=True).refusal
     permissive = load_config(None, ["models.fiqa=ediffiqa-t"], profile="permissive")
     plan = make_plan(permissive, dry_run=True)
     assert WEIGHTS["ediffiqa-t"] in [one.weight for one in plan.lacks]
