@@ -1,6 +1,7 @@
-"""`python -m pipeline models list | check | fetch`: what a machine needs before a run, offline ones too."""
+"""`python -m pipeline models list | check | fetch | photo`: what a machine needs before a run, offline ones too."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -100,3 +101,21 @@ def fetch_models(
         raise WeightsError(refusal)
     for weight in wanted:
         say(f"{weight.name}: {fetch(weight)}")
+
+
+@app.command("photo")
+def photo_head(
+    to: Annotated[Path | None, typer.Option("--to", help="File to write, for models.heads.photo.")] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    profile: ProfileName = None,
+) -> None:
+    """Make the words by which runs tell photos from paintings, cartoons and statues (the measure `photo`), once.
+
+    From the text tower of the same CLIP (`models fetch clip-vit-h-text`, 3.9 GB, of no use afterwards; takes 5 GB of
+    memory); stored beside the weights of the image embedder, unless --to says where.
+    """
+    from stages.models.photo import make_photo_head
+
+    settings, _ = _chosen(config, sets, profile)
+    say(f"photo: {make_photo_head(settings.models, to)}")

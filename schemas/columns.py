@@ -132,6 +132,7 @@ _ALL = (
         optional=True,
     ),
     Column("embedding_norm", pa.float32(), "L2 norm of the raw embedding: raw = arcface x embedding_norm"),
+    Column("fiqa", pa.float32(), "quality for recognition by models.fiqa, about 0..1", optional=True),
     # embed_image
     *(
         _payload(f"{name}{plain}{mirror}", f"npy {what} of the {how}{turned}face", optional=True)
@@ -143,6 +144,9 @@ _ALL = (
         _payload(f"{name}_int8", f"{name} as schemas.int8 has it, safetensors; with pack.hidden = int8", optional=True)
         for name in TOKENS
     ),
+    Column("photo", pa.float32(), "probability that the face is that of a photo, 0..1, by CLIP", optional=True),
+    Column("aesthetic", pa.float32(), "score of the photo by models.heads.aesthetic", optional=True),
+    Column("nsfw_score", pa.float32(), "score of the photo by models.heads.nsfw, about 0..1", optional=True),
     # encode: only with latents or text
     _payload(
         "latents_portrait",
@@ -199,7 +203,7 @@ SEED_SCHEMA = schema(SEED)
 
 LATER = (
     *("source_kind", "source_file", "caption_chars", "jpeg_quality", "ai_mark", "screen_score", "occlusion"),
-    *("crops_made", "further_chars", "person"),
+    *("crops_made", "further_chars", "person", "fiqa", "photo", "aesthetic", "nsfw_score"),
 )
 """Columns that ledgers of earlier releases lack: nothing that decides reads them there, so SCHEMA_VERSION stays."""
 

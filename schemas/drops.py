@@ -69,6 +69,10 @@ class DropReason(StrEnum):
     AI_MARKED = "ai_marked", "the file says that a model made it (filter.max_ai_marks)"
     OCCLUDED = "occluded", "more of the face is covered than filter.max_occlusion"
     WEAK_EMBEDDING = "weak_embedding", "the norm of the raw face embedding is under filter.min_embedding_norm"
+    LOW_FIQA = "low_fiqa", "the face's quality for recognition, by models.fiqa, is under filter.min_fiqa"
+    NOT_A_PHOTO = "not_a_photo", "the probability that the face is that of a photo is under filter.photo"
+    LOW_AESTHETIC = "low_aesthetic", "the photo's score by models.heads.aesthetic is under filter.min_aesthetic"
+    NSFW = "nsfw", "the photo's score by models.heads.nsfw is over filter.max_nsfw"
     # grouping by person (`group`)
     NEAR_COPY = "near_copy", "it is a copy of another photo: the same photo by its hashes and its ID vector"
     SINGLE_PHOTO = "single_photo", "no other photo of its person is in the dataset (`group --no-singles`)"

@@ -23,12 +23,17 @@ _MIN_SPREAD = 0.05
 """Extent of the five points across their main direction / along it; over the same faces 0.47 to 0.99."""
 
 
+def is_least(key: str) -> bool:
+    """Whether a threshold is the least that may be, or the most."""
+    return not key.startswith("max_")
+
+
 @dataclass(frozen=True)
 class Quality:
     """A threshold on one measurement."""
 
     key: str
-    """Of `filter`: `min_…` is the least, `max_…` the most. Its default is no threshold."""
+    """Of `filter`: `max_…` is the most, all others the least. Its default is no threshold."""
     measure: str
     """A column of the ledger, or a name in FROM_POINTS."""
     reason: DropReason
@@ -37,7 +42,7 @@ class Quality:
 
     @property
     def is_least(self) -> bool:
-        return self.key.startswith("min_")
+        return is_least(self.key)
 
     @property
     def off(self) -> float:
@@ -63,6 +68,10 @@ QUALITIES = (
     Quality("max_brightness", "brightness", DropReason.TOO_BRIGHT, "align"),
     Quality("max_occlusion", "occlusion", DropReason.OCCLUDED, "segment"),
     Quality("min_embedding_norm", "embedding_norm", DropReason.WEAK_EMBEDDING, "embed_face"),
+    Quality("min_fiqa", "fiqa", DropReason.LOW_FIQA, "embed_face"),
+    Quality("photo", "photo", DropReason.NOT_A_PHOTO, "embed_image"),
+    Quality("min_aesthetic", "aesthetic", DropReason.LOW_AESTHETIC, "embed_image"),
+    Quality("max_nsfw", "nsfw_score", DropReason.NSFW, "embed_image"),
 )
 """In the order in which they decide: that of the stages."""
 

@@ -30,6 +30,8 @@ class Runtime:
     """Where the models compute: cuda when executor.gpus > 0."""
     encoders: EncoderSource | None = None
     """Present where `encode` computes latents or text embeddings."""
+    heads: tuple[tuple[str, str], ...] = ()
+    """Key of `models.heads` and sha256 of the file, of those in use."""
     refusals: str = ""
     """File in which the processes of this machine share what was refused, so that none asks again; may be none."""
     sample_port: int | None = None

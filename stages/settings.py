@@ -89,6 +89,15 @@ class FilterSettings(Section):
     """Most of the area between eyes and mouth that may be no skin, by the face mask; 1: any."""
     min_embedding_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Least norm of the raw face embedding, which is low for faces that are hard to tell; 0: any."""
+    min_fiqa: float = Field(0.0, ge=0, le=1)
+    """Least quality of the face for recognition, as models.fiqa sees it; 0: any."""
+    photo: float = Field(0.0, ge=0, le=1)
+    """Least probability that the face is that of a photo, not of a painting, cartoon or statue, as CLIP sees it; 0:
+    any."""
+    min_aesthetic: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Least score by models.heads.aesthetic; 0: any."""
+    max_nsfw: float = Field(1.0, ge=0, le=1)
+    """Most that models.heads.nsfw may give a photo; 1: any."""
 
 
 class SegmentSettings(Section):
@@ -187,6 +196,12 @@ class ModelSettings(Section):
     captioner: str = ""
     """Who writes a further caption: the folder of an image-text model of transformers, or the URL of an
     OpenAI-compatible endpoint, such as http://localhost:8000/v1; empty: nobody. See `caption`."""
+    fiqa: str = ""
+    """Who says how good a face is for recognition (column `fiqa`): ediffiqa-t, or an .onnx file like it or like
+    InspireFace's pose-quality; empty: nobody."""
+    heads: dict[Literal["photo", "aesthetic", "nsfw"], str] = Field(default_factory=dict)
+    """What is read off CLIP's image_embeds -> a .safetensors file of linear layers, see docs/thresholds.md. For `photo`
+    the file that `models photo` makes beside the weights, unless another is named; photo = "" uses none."""
     det_size: int = Field(640, ge=32, multiple_of=32)
     """Side of the square that the detector sees, pixels."""
     det_thresh: float = Field(0.5, gt=0, lt=1)

@@ -22,9 +22,14 @@ FACTOR = 4
 LINE = [[480.0 + 30 * i, 350.0 + 30 * i] for i in range(5)]
 SINGLE = lambda value: float(np.float32(value))  # noqa: E731 (stages read measurements from columns of float32)
 FACE = ("n_faces", "bbox", "kps", "face_px", "second_score", "det_score")
-AFTERWARDS = {"align": ("sharpness", "brightness"), "segment": ("occlusion",), "embed_face": ("embedding_norm",)}
+AFTERWARDS = {
+    "align": ("sharpness", "brightness"),
+    "segment": ("occlusion",),
+    "embed_face": ("embedding_norm", "fiqa"),
+    "embed_image": ("photo", "aesthetic", "nsfw_score"),
+}
 """Stage behind filter -> what it measures."""
-LATEST = ("jpeg_quality", "ai_mark", "occlusion")
+LATEST = ("jpeg_quality", "ai_mark", "occlusion", "fiqa", "photo", "aesthetic", "nsfw_score")
 
 
 def photo(rng: random.Random) -> dict:
@@ -57,6 +62,8 @@ def photo(rng: random.Random) -> dict:
         "segment": rng.choice([None] * 5 + ["empty_mask"]),
         "embed_face": rng.choice([None] * 3 + ["bad_embedding"]),
         "embedding_norm": SINGLE(rng.choice([5, 13.5, 16, rng.uniform(4, 30)])),
+        **{name: SINGLE(rng.choice([0, 0.125, 0.5, rng.uniform(0, 1)])) for name in ("fiqa", "photo", "nsfw_score")},
+        "aesthetic": SINGLE(rng.choice([-1, 0, 4.5, rng.uniform(0, 10)])),
     }
 
 
@@ -64,7 +71,8 @@ def truth(record: dict) -> dict:
     """A kept row as a photo."""
     names = ("meta_width", "meta_height", "metadata", "download", "early", "size", "screen", "detect", "old")
     nothing = dict.fromkeys(names)
-    return {**nothing, "segment": None, "embed_face": None, **record}
+    by_models = {"fiqa": 0.75, "photo": 0.9375, "aesthetic": 5.5, "nsfw_score": 0.0625}
+    return {**nothing, "segment": None, "embed_face": None, **by_models, **record}
 
 
 def moved(rng: random.Random) -> list[list[float]]:
@@ -77,6 +85,7 @@ def some_qualities(rng: random.Random, share: float = 0.15) -> dict[str, float]:
     on = [quality for quality in QUALITIES if rng.random() < share]
     values = {"det_score": (0.5, 0.7, 0.8), "yaw": (5, 20, 40), "pitch": (5, 20, 40), "roll": (5, 20, 90)}
     values |= {"eye_px": (100, 140, 160), "jpeg_quality": (50, 76, 90), "ai_mark": (0,), "occlusion": (0, 0.125, 0.5)}
+    values |= {"fiqa": (0.125, 0.5), "photo": (0.125, 0.5), "nsfw_score": (0, 0.125, 0.5), "aesthetic": (0.1, 4.5)}
     values |= {"sharpness": (25.2, 100, 250), "brightness": (15, 60, 127.5, 240), "embedding_norm": (13.5, 16, 20)}
     return {quality.key: rng.choice(values[quality.measure]) for quality in on}
 

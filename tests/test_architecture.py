@@ -45,6 +45,7 @@ PROTOCOLS = {
     "detector": models.Detector,
     "segmenter": models.Segmenter,
     "face_embedder": models.FaceEmbedder,
+    "fiqa": models.FaceQuality,
     "image_embedder": models.ImageEmbedder,
 }
 

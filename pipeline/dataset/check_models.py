@@ -13,14 +13,17 @@ from pipeline.dataset.inventory import Use, needed, state_of, uses
 from pipeline.shared.bases import BASES
 from schemas.errors import ShardError, UserError
 from stages.caption.stage import captioner_class
-from stages.models.backends import REGISTRIES, backend
+from stages.models.backends import backend, chosen
 from stages.models.papers import Weight
 from stages.runtime import Device
 from stages.settings import ModelSettings
 
 _TOLERANCE = 0.02
 """Of the largest value. On a CPU batches change nothing; on a GPU the last bits of float16, which loading proves."""
-_SIDE = {"detector": 1024, "segmenter": 512, "face_embedder": 112, "image_embedder": 224, "captioner": 512}
+_SIDE = {
+    **{"detector": 1024, "segmenter": 512, "face_embedder": 112, "fiqa": 112, "image_embedder": 224},
+    "captioner": 512,
+}
 _KPS = np.array([[193, 240], [319, 240], [257, 314], [201, 371], [313, 371]], np.float32)
 """Five points where an FFHQ-style crop of 512 px has them."""
 
@@ -47,7 +50,7 @@ class Check(NamedTuple):
         if self.problem:
             return f"{self.weights or self.backend}: NOT USABLE as {self.task}: {self.problem}"
         if self.milliseconds is None:
-            return f"{name}; not loaded here: only the trainer uses it"
+            return f"{name}; not loaded here: no stage computes it"
         same = "batch = single" if not self.batch_difference else f"batch = single but for {self.batch_difference:.1e}"
         return f"{name}; {self.task} {self.backend} on {self.runtime}: {self.milliseconds:,.1f} ms an image, {same}"
 
@@ -56,9 +59,8 @@ def checks(config: Config, weights: Iterable[Weight] | None) -> Iterator[Check]:
     """Each of these weights by every backend that computes it; None: what the config names, and its base."""
     device: Device = "cuda" if config.executor.gpus else "cpu"
     if weights is None:
-        tasks = [task for task in REGISTRIES if config.pack.embeddings or task != "image_embedder"]
-        for task in tasks:
-            use = Use(task, getattr(config.models, task), {})
+        for task, name in chosen(config).items():
+            use = Use(task, name, {})
             yield from _checked(backend(task, use.backend).weights(config.models), [use], config.models, device)
         if config.models.captioner:
             yield _captioner(config, device)
@@ -139,7 +141,7 @@ def _calls(task: str, model: Any) -> tuple[Callable[[Any], list[Any]], Callable[
         return lambda images: [[labels] for labels in many(list(images))], lambda image: [model.segment(image, _KPS)]
 
     def embedded(images: Any) -> list[Any]:
-        columns = model.embed(images)
+        columns = model.score(images) if task == "fiqa" else model.embed(images)
         arrays = list(columns.values()) if isinstance(columns, Mapping) else [columns]
         return [[array[i] for array in arrays] for i in range(len(images))]
 

@@ -35,7 +35,9 @@ PROFILES: dict[str, dict[str, Any]] = {
             "face_embedder": "arcface",
             "image_embedder": "clip-vit-h",
             "pack": "auraface",
-            "licences": ["MIT*", "Apache-2.0*", "BSD*", "Intel License*BSD-style*", "CreativeML Open*RAIL*"],
+            "licences": [
+                *("MIT*", "Apache-2.0*", "BSD*", "Intel License*BSD-style*", "CreativeML Open*RAIL*", "CC-BY-4.0*"),
+            ],
         }
     },
 }

@@ -18,7 +18,7 @@ from rich.console import Console
 from pipeline.dataset.config import WatchSettings
 from pipeline.dataset.estimate import Range, count, rate, total
 from pipeline.dataset.execute.make_shard import Advanced, Event
-from pipeline.dataset.finished.replay import COLUMNS, THRESHOLDS, code, evidence, is_least, ledgers, thresholds
+from pipeline.dataset.finished.replay import COLUMNS, THRESHOLDS, code, evidence, ledgers, thresholds
 from pipeline.dataset.job import Job, make_dataset
 from pipeline.dataset.out.forgotten import load, save
 from pipeline.dataset.out.ledger import funnel, shard_names
@@ -34,6 +34,7 @@ from schemas.drops import DropReason
 from schemas.errors import ExitCode, LostError, OutputError
 from schemas.names import shard_name
 from stages.download import Download
+from stages.filter import is_least
 from stages.metadata import Metadata
 from stages.settings import FilterSettings
 

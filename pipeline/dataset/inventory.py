@@ -14,7 +14,8 @@ from stages.models.papers import Weight, WeightFile
 from stages.models.weights import WeightState, known, known_weights, roots, states
 from stages.settings import ModelSettings
 
-_IN_TRAINING = {
+_OTHERWISE = {
+    "clip-vit-h-text": "models photo (makes what the column photo needs)",
     **{name: f"training with --base {name}, encode.base={name}" for name in BASES},
     "arcface-ir-se50": "training with objective.id_loss (objective.id_loss_weights is the path of its file)",
 }
@@ -110,7 +111,7 @@ def described(state: WeightState, settings: ModelSettings) -> dict[str, Any]:
     for use in uses(weight, settings):
         words = [f"models.{use.task}={use.backend}", *(f"models.{key}={value}" for key, value in use.changes.items())]
         used_by.append(" ".join(word for word in words if word != "models.screen=detector"))
-    used_by += [_IN_TRAINING[weight.name]] if weight.name in _IN_TRAINING else []
+    used_by += [_OTHERWISE[weight.name]] if weight.name in _OTHERWISE else []
     sources = [weight.archive] if weight.archive else weight.files
     return {
         "name": weight.name,

@@ -18,8 +18,9 @@ from stages import STAGES, Step, Where
 from stages.base import Stage
 from stages.caption.stage import Caption, captioner_class
 from stages.encode import Encode
-from stages.filter import unused
+from stages.filter import QUALITIES, unused
 from stages.models.backends import PACK_TASKS, ModelCard, backend, backends, runtime_of
+from stages.models.heads import MEASURES, head_cards, heads_of
 from stages.models.weights import WeightState, fetch, known, unaccepted
 from stages.runtime import EncoderSource, Runtime
 from stages.screen import Screen
@@ -27,6 +28,13 @@ from stages.screen import factor as screen_factor
 
 _NO_STAGE = {"person", "verdict", "stage"}
 """Columns that no stage writes: `group` and the runner do."""
+_MEASURED_BY = {
+    "fiqa": "set models.fiqa, to ediffiqa-t for instance",
+    "photo": "with models.image_embedder = clip-vit-h, `python -m pipeline models photo` makes what does",
+    "aesthetic": "set models.heads.aesthetic to a file",
+    "nsfw_score": "set models.heads.nsfw to a file",
+}
+"""Measures that not every run takes -> what does."""
 _CPU_ROWS, _GPU_ROWS = 8, 32
 _GPU_THREADS_PER_CPU = 2
 """One decodes while the other's batch is in the models."""
@@ -113,6 +121,8 @@ class Plan:
             mode="json",
             exclude={
                 "captioner",
+                "fiqa",
+                "heads",
                 "paths",
                 "licences",
                 "accept_noncommercial",
@@ -236,6 +246,14 @@ def make_plan(config: Config, runtime: Runtime | None = None, *, dry_run: bool =
             "models.decoding is gpu, but executor.gpus is 0: set that to 1 or more, or models.decoding = cpu."
         )
     cards = [card for cls in backends(config) for card in cls.cards(config.models)]
+    heads = heads_of(config)
+    runtime = replace(runtime, heads=tuple((name, head.sha256) for name, head in heads.items()))
+    cards += head_cards(heads, config.models)
+    measured = {MEASURES[name] for name in heads} | ({"fiqa"} if config.models.fiqa else set())
+    for quality in QUALITIES:
+        if quality.key not in unused(config.filter) and quality.measure in _MEASURED_BY.keys() - measured:
+            by = _MEASURED_BY[quality.measure]
+            raise PlanError(f"filter.{quality.key} is set, but nothing measures `{quality.measure}`: {by}.")
     if config.models.captioner:
         cards.append(captioner_class(config.models).card(config))
     if config.encode.latents or config.encode.text:

@@ -1,6 +1,5 @@
 """An image-text model of transformers, from a local folder: BLIP, GIT, and those that chat, such as Qwen-VL, LLaVA."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,13 @@ from schemas.errors import WeightsError
 from stages.models.backends import Image, ModelCard
 from stages.models.torch_backend import DEVICE, prepare
 from stages.models.tower import load_folder
+from stages.models.weights import stated_card
 from stages.runtime import Device
 from stages.settings import ModelSettings, Settings
 
 _GPU_BATCH = 8
 _READ = {".safetensors", ".json", ".jinja", ".model", ".txt"}
 """Suffixes of what decides a caption: weights, configs, template and words."""
-_RESTRICTED = re.compile(r"\bnc\b|non-?commercial|research|unknown|^other$", re.IGNORECASE)
-"""In licences that forbid commercial use, or say nothing."""
 
 
 class Folder:
@@ -49,10 +47,7 @@ class Folder:
         folder = _folder(settings.models)
         files = sorted(path for path in folder.iterdir() if path.suffix in _READ)
         sha256 = sha256_of_json({path.name: sha256_of_file(path) for path in files})
-        licence = _licence(folder)
-        commercial = bool(licence) and not _RESTRICTED.search(licence)
-        name, known = folder.resolve().name, licence or "not known: its README.md names none"
-        return ModelCard(name, "captioner", sha256, known, commercial)
+        return stated_card(folder.resolve().name, "captioner", sha256, _licence(folder), "its README.md")
 
     def caption(self, images: Sequence[Image]) -> list[str]:
         import torch

@@ -25,7 +25,7 @@ class ModelCard:
 
     name: str
     task: str
-    """detector, segmenter, face_embedder, image_embedder, captioner, or encoder (of a diffusion base)."""
+    """One of REGISTRIES or of `models.heads`, captioner, or encoder (of a diffusion base)."""
     sha256: str
     """Of the weight file, hex, by its papers while that is lacking; empty for a method without weights."""
     licence: str
@@ -112,6 +112,13 @@ class FaceEmbedder(Backend, Protocol):
         """(N, 512) raw embeddings of (N, 112, 112, 3) RGB norm_crops."""
 
 
+class FaceQuality(Backend, Protocol):
+    """Says how good faces are for recognition."""
+
+    def score(self, faces: Image) -> Floats:
+        """(N,) of (N, 112, 112, 3) RGB norm_crops; larger is better, about 0..1."""
+
+
 class ImageEmbedder(Backend, Protocol):
     """Turns face crops into image features."""
 
@@ -140,6 +147,7 @@ REGISTRIES: dict[str, dict[str, str]] = {
         "arcface": "stages.models.face_embedders.arcface:ArcFace",
         "lbp": "stages.models.face_embedders.lbp:Lbp",
     },
+    "fiqa": {"ediffiqa-t": "stages.models.fiqa:Fiqa"},
     "image_embedder": {
         "clip-vit-h": "stages.models.image_embedders.clip:ClipVitH",
         "dinov2": "stages.models.image_embedders.dinov2:DinoV2",
@@ -147,6 +155,9 @@ REGISTRIES: dict[str, dict[str, str]] = {
     },
 }
 """Task -> registry name -> backend class."""
+
+ONNX_FILES = {"fiqa": "ediffiqa-t"}
+"""Task -> the backend of a file that is given by its path."""
 
 
 PACK_TASKS = {"detector": "scrfd", "face_embedder": "arcface"}
@@ -166,18 +177,28 @@ def backend(task: str, name: str) -> Any:
         ConfigError: for an unknown name; lists the known ones.
     """
     known = REGISTRIES[task]
+    if task in ONNX_FILES and name.endswith(".onnx"):
+        name = ONNX_FILES[task]
     if name not in known:
         near = get_close_matches(name, known, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ConfigError(f"models.{task} = {name!r} is not known{hint}; choose one of: {', '.join(known)}.")
+        file = " (or the path of an .onnx file)" if task in ONNX_FILES else ""
+        raise ConfigError(f"models.{task} = {name!r} is not known{hint}; choose one of: {', '.join(known)}{file}.")
     return pkgutil.resolve_name(known[name])
 
 
+def chosen(settings: Settings) -> dict[str, str]:
+    """Task -> the name of the backend that does it; without `pack.embeddings` no image is embedded."""
+    names = {task: getattr(settings.models, task) for task in REGISTRIES}
+    return {
+        task: name for task, name in names.items() if name and (settings.pack.embeddings or task != "image_embedder")
+    }
+
+
 def backends(settings: Settings) -> list[type[Backend]]:
-    """The classes that these settings name, one per task; without `pack.embeddings` no image is embedded.
+    """The classes that these settings name, one per task.
 
     Raises:
         ConfigError: for an unknown name; lists the known ones.
     """
-    tasks = [task for task in REGISTRIES if settings.pack.embeddings or task != "image_embedder"]
-    return [backend(task, getattr(settings.models, task)) for task in tasks]
+    return [backend(task, name) for task, name in chosen(settings).items()]

@@ -71,6 +71,7 @@ _SCRFD_INPUT = (
 )
 _ZIPS = "https://github.com/deepinsight/insightface/releases/download/v0.7"
 _OPENCV_ZOO = "https://github.com/opencv/opencv_zoo/raw/47534e27c9851bb1128ccc0102f1145e27f23f98"
+_EDIFFIQA = "8bdc41bb5e3db55a99aec2902412f3d930524892"
 _FACEXLIB = "https://github.com/xinntao/facexlib/releases/download"
 
 
@@ -234,6 +235,49 @@ _ALL = (
         revision="018e402774aeeddd60609b4ecdb7e298259dc729",
         paper="OpenCLIP scaling laws (arXiv 2212.07143), IP-Adapter (arXiv 2308.06721)",
         preprocessing="RGB 224, CLIP mean and standard deviation",
+    ),
+    Weight(
+        name="clip-vit-h-text",
+        files=(
+            WeightFile("config.json", "", source="config.json"),
+            WeightFile(
+                "model.safetensors",
+                "photo",
+                3_944_552_236,
+                "036e6e2bd49697511f4f8b8cb5ee465f93025f7a69a145eadeb9a881ace9b18d",
+                "model.safetensors",
+            ),
+            *(
+                WeightFile(name, "", source=name)
+                for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+            ),
+        ),
+        licence="MIT",
+        commercial=True,
+        source="https://huggingface.co/laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        repository="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        revision="1c2b8495b28150b8a4922ee1c8edee224c284c0c",
+        paper="OpenCLIP scaling laws (arXiv 2212.07143)",
+        preprocessing="words, at most 77 tokens",
+    ),
+    Weight(
+        name="ediffiqa-t",
+        files=(
+            WeightFile(
+                "ediffiqa_tiny_jun2024.onnx",
+                "fiqa",
+                7_272_678,
+                "9426c899cc0f01665240cb7d9e7f98e18e24e456c178326c771a43da289bfc6a",
+                f"https://github.com/opencv/opencv_zoo/raw/{_EDIFFIQA}/models/"
+                "face_image_quality_assessment_ediffiqa/ediffiqa_tiny_jun2024.onnx",
+            ),
+        ),
+        licence="CC-BY-4.0 (opencv_zoo; trained on VGGFace2)",
+        commercial=True,
+        source="https://github.com/opencv/opencv_zoo/tree/main/models/face_image_quality_assessment_ediffiqa",
+        revision=_EDIFFIQA,
+        paper="eDifFIQA (IEEE T-BIOM 2024, ieeexplore document 10468647)",
+        preprocessing="RGB 112 norm_crop, (x / 255 - 0.5) / 0.5",
     ),
     Weight(
         name="dinov2",

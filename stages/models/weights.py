@@ -5,6 +5,7 @@ and its sha256 recorded. Nothing is fetched unless `models.allow_download` is se
 """
 
 import os
+import re
 import shutil
 import sys
 import zipfile
@@ -22,6 +23,9 @@ from schemas.errors import WeightsError
 from stages.models.backends import REGISTRIES, ModelCard, backend
 from stages.models.papers import WEIGHTS, Weight, WeightFile
 from stages.settings import ModelSettings
+
+_RESTRICTED = re.compile(r"\bnc\b|non-?commercial|research|unknown|^other$", re.IGNORECASE)
+"""In licences that forbid commercial use, or say nothing."""
 
 
 def cache_root() -> Path:
@@ -101,6 +105,15 @@ def card(weight: Weight, task: str, settings: ModelSettings) -> ModelCard:
         weight.commercial,
         lacks=None if is_ready else weight,
     )
+
+
+def stated_card(name: str, task: str, sha256: str, licence: str, by: str) -> ModelCard:
+    """The card of a model that has no papers here, under the licence that `by` states.
+
+    Where that is none, it counts as one that forbids commercial use (docs/decisions/0049).
+    """
+    commercial = bool(licence) and not _RESTRICTED.search(licence)
+    return ModelCard(name, task, sha256, licence or f"not known: {by} names none", commercial)
 
 
 def not_allowed(cards: Iterable[ModelCard | Weight], settings: ModelSettings) -> str:

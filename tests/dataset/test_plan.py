@@ -16,6 +16,7 @@ from stages import STAGES
 from stages.align import Align
 from stages.filter import QUALITIES
 from stages.models.backends import REGISTRIES
+from stages.models.heads import MEASURES
 from stages.runtime import Runtime
 
 
@@ -69,6 +70,12 @@ def test_thresholds_of_quality_belong_to_the_plan_only_where_they_are_on():
     }
     for quality in QUALITIES:
         assert plan_of(f"filter.{quality.key}={quality.off}").digest == usual.digest
+        if quality.measure in ("fiqa", *MEASURES.values()):
+            with pytest.raises(
+                PlanError, match=f"filter.{quality.key} is set, but nothing measures `{quality.measure}`"
+            ):
+                plan_of(f"filter.{quality.key}=0.5")
+            continue
         on = plan_of(f"filter.{quality.key}=0.5").identity
         assert on == usual.identity | {"settings": on["settings"]}
         assert on["settings"]["filter"] == usual.identity["settings"]["filter"] | {quality.key: 0.5}

@@ -59,6 +59,25 @@ def test_drops_weak_embedding(embedded: pa.Table) -> None:
         assert result["embedding_norm"][0].as_py() == norm
 
 
+class Quality:
+    """Scores by the first grey level."""
+
+    def score(self, faces: np.ndarray) -> np.ndarray:
+        return faces[:, 0, 0, 0].astype(np.float32) / 255
+
+
+def test_drops_low_fiqa(embedded: pa.Table) -> None:
+    assert embedded["fiqa"].null_count == 3, "nobody scores them"
+    for limit, reason in ((0, None), (0.25, None), (0.26, DropReason.LOW_FIQA)):
+        stage = EmbedFace(Settings.model_validate({**SETTINGS.model_dump(), "filter": {"min_fiqa": limit}}), Runtime())
+        stage._fiqa = Quality()
+        faces = np.stack([FACE, FACE])
+        faces[:, 0, 0] = [[64], [255]]
+        result = stage(pa.table({"face112": [face.tobytes() for face in faces]}, schema=schema(EmbedFace.reads)))
+        assert result["fiqa"].to_pylist() == [np.float32(64 / 255), 1]
+        assert result[DROP].to_pylist() == [reason, None]
+
+
 class Overflown:
     """A recogniser one of whose numbers is not finite."""
 
@@ -73,7 +92,7 @@ class Overflown:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_drops_bad_embedding_that_is_not_finite(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
-    fields = {"_embedder": Overflown(value), "_kept": True}
+    fields = {"_embedder": Overflown(value), "_fiqa": None}
     monkeypatch.setattr(EmbedFace, "__init__", lambda self, settings, runtime: self.__dict__.update(fields))
     assert run(FACE)[DROP].to_pylist() == [DropReason.BAD_EMBEDDING]
 

@@ -6,9 +6,11 @@ import pytest
 from skimage import data
 
 from schemas.columns import schema
+from schemas.digest import sha256
 from schemas.int8 import decode_int8, quantise
 from schemas.record import check
 from schemas.shard import decode_npy
+from stages.base import DROP
 from stages.embed_image import EmbedImage
 from stages.pixels.images import encode_jpeg, encode_png
 from stages.runtime import Runtime
@@ -20,10 +22,16 @@ MASK = np.zeros((224, 224), np.uint8)
 MASK[32:200, 48:184] = 1
 
 
-def run(*pairs: tuple[np.ndarray, np.ndarray], **told: object) -> pa.Table:
+def rows(*pairs: tuple[np.ndarray, np.ndarray]) -> pa.Table:
     faces, masks = [encode_jpeg(face, 99) for face, _ in pairs], [encode_png(mask) for _, mask in pairs]
-    table = pa.table({"face": faces, "mask": masks}, schema=schema(EmbedImage.reads))
-    return EmbedImage(Settings.model_validate({"models": MODELS} | told), Runtime())(table)
+    known = {"face": faces, "mask": masks, "image": faces, "sha256": [sha256(face) for face in faces]}
+    return pa.table(known, schema=schema(EmbedImage.reads))
+
+
+def run(*pairs: tuple[np.ndarray, np.ndarray], **told: object) -> pa.Table:
+    embedded = EmbedImage(Settings.model_validate({"models": MODELS} | told), Runtime())(rows(*pairs))
+    assert embedded[DROP].null_count == embedded.num_rows
+    return embedded.drop_columns([DROP])
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +110,7 @@ class Counter:
 def test_batches_on_a_gpu_only(device: str, sizes: list[int]) -> None:
     stage = EmbedImage(Settings.model_validate({"models": MODELS}), Runtime(device=device))
     stage._embedder = counter = Counter()
-    pairs = {"face": [encode_jpeg(FACE, 95)] * 3, "mask": [encode_png(MASK)] * 3}
-    result = stage(pa.table(pairs, schema=schema(EmbedImage.reads)))
+    result = stage(rows(*[(FACE, MASK)] * 3))
     assert counter.sizes == sizes
     assert result["dino"].null_count == 0
     assert result["clip"].null_count == 3
@@ -130,7 +137,6 @@ def test_tokens_in_int8_are_those_of_float16_and_all_else_is_as_before(embedded:
 def test_tokens_of_dino_are_stored_in_int8_too() -> None:
     stage = EmbedImage(Settings.model_validate({"models": MODELS} | INT8), Runtime())
     stage._embedder = Counter()
-    pairs = {"face": [encode_jpeg(FACE, 95)], "mask": [encode_png(MASK)]}
-    result = stage(pa.table(pairs, schema=schema(EmbedImage.reads)))
+    result = stage(rows((FACE, MASK)))
     assert decode_int8(result["dino_int8"][0].as_py()).shape == (257, 8)
     assert result["dino"].null_count == 1

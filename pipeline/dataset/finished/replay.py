@@ -28,7 +28,7 @@ from schemas.errors import ConfigError, CorruptShardError, OutputError
 from schemas.names import shard_origin
 from schemas.shard import DATASET
 from stages import STAGES
-from stages.filter import FROM_POINTS, QUALITIES, Filter, from_points, spans_a_face
+from stages.filter import FROM_POINTS, QUALITIES, Filter, from_points, is_least, spans_a_face
 from stages.metadata import Metadata
 from stages.screen import SEEN_PX, Screen
 from stages.settings import FilterSettings, Settings
@@ -36,7 +36,7 @@ from stages.settings import FilterSettings, Settings
 UNJUDGED = {
     "passes": "pass the thresholds by which they had been dropped; later stages may still drop some",
     "unseen": "had been dropped for their size: no face was ever looked for in them",
-    "unmeasured": "are in ledgers of an earlier release, which did not measure what is judged now",
+    "unmeasured": "were not measured by what is judged now: by an earlier release, or without a model for it",
     "unsure": "showed nothing at the reduced size, at which faces as small as these cannot be seen",
 }
 """What may become of a row that is no verdict, and why; all these rows have to be fetched again."""
@@ -50,7 +50,7 @@ THRESHOLDS = {
     "min_face_px": DropReason.SMALL_FACE,
     **{quality.key: quality.reason for quality in QUALITIES},
 }
-"""Key of `filter` -> the reason of a row that fails it: of several, the first of these. `min_…` is a least value."""
+"""Key of `filter` -> the reason of a row that fails it: of several, the first of these."""
 
 OFF = {quality.key: quality.off for quality in QUALITIES}
 """Key of a quality -> the threshold that lets everything pass."""
@@ -81,7 +81,7 @@ class Evidence:
     values: Mapping[str, Floats]
     """Each of THRESHOLDS -> (N,) what it judges; infinite: the row passes, or fails, any.
 
-    Worse than the threshold that lets everything pass: what earlier releases did not measure.
+    Worse than the threshold that lets everything pass: what was not measured.
     """
     outcome: Codes
     """(N,) numbers in OUTCOMES."""
@@ -98,11 +98,6 @@ class Evidence:
         if factor and limits.min_face_px / factor >= SEEN_PX:
             verdicts[verdicts == code("unsure")] = code(DropReason.NO_FACE)
         return verdicts
-
-
-def is_least(key: str) -> bool:
-    """Whether a threshold is the least that may be, or the most."""
-    return key.startswith("min_")
 
 
 def evidence(ledger: pa.Table) -> Evidence:

@@ -54,6 +54,7 @@ _DROP_BYTES = 1_000_000
 _DROP_COLUMNS = (
     *("key", "url", "source_file", "width", "height", "n_faces", "face_px", "det_score", "second_score", "bbox", "kps"),
     *("sharpness", "brightness", "embedding_norm", "jpeg_quality", "occlusion"),
+    *("fiqa", "photo", "aesthetic", "nsfw_score"),
 )
 
 _JUDGED = ("key", "verdict", *replay.COLUMNS)

@@ -28,6 +28,10 @@ _FACTS = {
     "mask_share": "mask {:.0%}",
     "occlusion": "covered {:.0%}",
     "embedding_norm": "norm {:.1f}",
+    "fiqa": "quality {:.2f}",
+    "photo": "photo {:.0%}",
+    "aesthetic": "aesthetic {:.1f}",
+    "nsfw_score": "NSFW {:.0%}",
 }
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.dataset.finished.replay import OUTCOMES, THRESHOLDS, Evidence, Floats, is_least
+from pipeline.dataset.finished.replay import OUTCOMES, THRESHOLDS, Evidence, Floats
 from pipeline.dataset.finished.report_numbers import MEASURES, positions
-from stages.filter import QUALITIES, Quality
+from stages.filter import QUALITIES, Quality, is_least
 from stages.screen import SEEN_PX
 from stages.settings import FilterSettings
 

@@ -24,7 +24,7 @@ _CAPTIONS = {"captions": "caption_chars", "further captions": "further_chars"}
 COLUMNS = (
     *("url", "source_kind", "stage", "width", "height", "bbox", "kps", "det_score", "face_px", "second_score"),
     *("sharpness", "brightness", "mask_share", "embedding_norm", "caption_chars", "further_chars", "crops_made"),
-    *("jpeg_quality", "ai_mark", "occlusion"),
+    *("jpeg_quality", "ai_mark", "occlusion", "fiqa", "photo", "aesthetic", "nsfw_score"),
 )
 """Columns of the ledger, beside the verdict, that are counted."""
 
@@ -87,6 +87,10 @@ MEASURES = (
     Measure("mask_share", "Share of the face crop in the mask", "", _even(0, 1, 40)),
     Measure("occlusion", "Share of the face that is covered", "", _even(0, 1, 40)),
     Measure("embedding_norm", "Norm of the face embedding", "", _doubling(1, 256)),
+    Measure("fiqa", "Quality of the face for recognition", "", _even(0, 1, 40)),
+    Measure("photo", "Probability of a photo, not of art", "", _even(0, 1, 40)),
+    Measure("aesthetic", "Aesthetic score", "", _even(0, 10, 40)),
+    Measure("nsfw_score", "Score of not being safe for work", "", _even(0, 1, 40)),
     Measure("caption_chars", "Length of the caption, where there is one", "characters", _doubling(1, 2048, 3)),
 )
 

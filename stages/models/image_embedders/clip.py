@@ -14,6 +14,8 @@ class ClipVitH(Tower):
     """
 
     papers = WEIGHTS["clip-vit-h"]
+    text = WEIGHTS["clip-vit-h-text"]
+    """The whole model: its text tower puts words where `clip` puts what shows them."""
     model_class = "CLIPVisionModelWithProjection"
     mean_std = CLIP
 

@@ -55,8 +55,8 @@ def test_ledgers_are_judged_as_the_stages_would_judge_the_photos():
                 assert truth["old"]
                 assert None in [row.get(name) for name in judged_rows.LATEST]
             elif outcome == "passes":
-                assert row["stage"] in ("filter", "align", "segment", "embed_face")
-                assert judged_rows.run(truth, after)["stage"] in ("align", "segment", "embed_face", "pack")
+                assert row["stage"] in ("filter", *judged_rows.AFTERWARDS)
+                assert judged_rows.run(truth, after)["stage"] in (*judged_rows.AFTERWARDS, "pack")
             else:
                 assert outcome == judged_rows.run(truth, after)["verdict"]
     reasons = {"small_face", "several_faces", "bad_landmarks", "too_many_pixels", "empty_mask", "bad_embedding"}
