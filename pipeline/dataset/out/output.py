@@ -60,10 +60,8 @@ class Output:
         """
         listed = Listed(plan.config.download.removed)
         with contextlib.ExitStack() as stack:
+            self.make_folders()
             try:
-                if not isinstance(self.root, RemotePath):
-                    for folder in (self.shards, self.drops):
-                        Path(str(folder)).mkdir(parents=True, exist_ok=True)
                 stack.enter_context(self.locked())
                 finish(self.root)
                 self.takedowns = Takedowns(load(self.root), listed)
@@ -86,6 +84,18 @@ class Output:
             finally:
                 with contextlib.suppress(OSError):  # of an OUT that is gone or read-only, which ended the run
                     self.clear()
+
+    def make_folders(self) -> None:
+        """Create the directories that are not there; a remote OUT has none.
+
+        Raises:
+            OutputError: when OUT cannot be written.
+        """
+        try:
+            for folder in () if isinstance(self.root, RemotePath) else (self.shards, self.drops):
+                Path(str(folder)).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"OUT {self.root} cannot be written: {error.strerror or first_line(error)}.") from error
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

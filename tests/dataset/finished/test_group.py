@@ -207,6 +207,15 @@ def test_what_cannot_be_grouped_is_said_in_a_sentence(made, tmp_path):
         grouped(tmp_path / "out", empty)
 
 
+def test_an_out_that_will_not_do_is_refused_before_hours_of_reading(made, tmp_path, monkeypatch):
+    monkeypatch.delattr(grouping, "read_photos")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be written: "):
+        grouped(tmp_path / "file", made / "source")
+    with pytest.raises(OutputError, match="another plan"):
+        grouped(source(tmp_path / "source"), made / "source")
+
+
 def test_a_sample_that_rotted_is_not_signed_as_whole(made, tmp_path):
     folder = source(tmp_path / "source")
     tar = folder / "shards/part-00000.tar"

@@ -162,8 +162,8 @@ def group(folders: Sequence[AnyPath], out: AnyPath, wish: Wish, console: Console
     if sscd:
         console.print(f"SSCD computes on {sscd.device}.")
     plan = _plan(folders, sources, wish, outcome, sscd)
-    if outcome and not replan:
-        output.refuse_other_plan(plan)  # before hours of reading
+    output.make_folders()  # now, before hours of reading, it shows whether it can be written
+    output.refuse_other_plan(plan, replan=replan)
     shown = partial(track, console=console, transient=True, disable=not console.is_terminal)
     photos = None
     with lost_errors(out):
