@@ -211,6 +211,10 @@ def _parts_in(word: str, settings: SourceSettings) -> list[Part]:
     listed, folder = listing(word), full_path(*locate(word)).rstrip("/")
     if f"{folder}/{DATASET}" in listed and any(path.startswith(f"{folder}/shards/") for path in listed):
         raise SourceError(f"{word} is a finished dataset: give what it was made of.")
+    # An OUT among its own images is none of them.
+    for out in [path.removesuffix(DATASET) for path in listed if path.endswith(f"/{DATASET}")]:
+        if any(path.startswith(f"{out}shards/") for path in listed):
+            listed = [path for path in listed if not path.startswith(out)]
     files = _rows_among(listed, folder)
     pictures = Pictures.listed(folder, listed, mapped(FILE_ALIASES, settings.columns))
     if pictures.images:
