@@ -1,5 +1,6 @@
 """TOML files and `--set a.b=c` pairs as one mapping, and what pydantic says of it as one sentence."""
 
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -96,6 +97,11 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             key.rsplit(".", 1)[-1], [name.rsplit(".", 1)[-1] for name in known], n=1
         )
         return f"Unknown config key {key!r}" + (f": did you mean {near[0]!r}?" if near else ".")
+    if key.endswith(".[key]"):  # of a table of keys, such as source.columns
+        key, allowed = key.removesuffix(".[key]"), re.findall(r"'(\w+)'", first["ctx"]["expected"])
+        near = get_close_matches(str(first["input"]), allowed, n=1, cutoff=0.4)
+        hint = f"did you mean {key.rpartition('.')[0]}.{near[0]}?" if near else f"known are {', '.join(allowed)}."
+        return f"Unknown config key {key!r}: {hint}"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"]) + "."
     message = first["msg"][0].lower() + first["msg"][1:]

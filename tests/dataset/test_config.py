@@ -29,6 +29,7 @@ def test_set_beats_the_file_and_both_beat_the_profile(tmp_path):
         ("models.det_size=100", "models.det_size"),
         ("filter", "key=value"),
         ("profile=fast", "embedded"),
+        ("source.columns.txt=x", "'source.columns.txt': did you mean source.columns.text?"),
         ("crop.size=2000", "crop.max_size"),
     ],
 )

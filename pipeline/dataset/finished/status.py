@@ -120,7 +120,8 @@ def text_of(status: Status, out: AnyPath, now: float) -> str:
     def ago(then: float) -> str:
         return f"{timedelta(seconds=max(0, round(now - then)))} ago"
 
-    lines = [f"{out}: {status.shards:,} shards, {status.rows:,} rows, kept {share(status.kept)}"]
+    plural = "" if status.shards == 1 else "s"
+    lines = [f"{out}: {status.shards:,} shard{plural}, {status.rows:,} rows, kept {share(status.kept)}"]
     failed = sum(status.dropped.get(reason, 0) for reason in SECOND_CHANCE)
     lines.append(f"Failed for the network's or a server's trouble: {share(failed)}")
     lines += [f"  {reason}: {share(rows)}" for reason, rows in status.dropped.items()]

@@ -101,7 +101,7 @@ def require_url(path: str, columns: Sequence[str], aliases: Aliases = ALIASES) -
         return
     hint = "the first line of a csv or tsv must name the columns"
     if files := resolve(columns, {"file": FILE_ALIASES["source_file"]}):
-        hint = f"if {files['file']} names files, give the folder of the files; if it holds URLs, "
+        hint = f"if {files['file']} names files, give a folder in which it and they lie; if it holds URLs, "
         hint += f"--set source.columns.url={files['file']}"
     accepted = ", ".join(aliases["url"])
     raise SourceError(f"{path} has no URL column: it has {_shown(columns)}; accepted, in any case: {accepted}; {hint}.")

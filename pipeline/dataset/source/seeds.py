@@ -52,7 +52,7 @@ class Captions:
 
     def __str__(self) -> str:
         several = f"; {self.several:,} have several, of which the first counts" if self.several else ""
-        none = "; if a column holds them, name it: source.columns.text" if self.rows and not self.captions else ""
+        none = "; if a column holds them, source.columns.text must name it" if self.rows and not self.captions else ""
         return f"Captions: {self.captions:,} of {self.rows:,} rows that pass the metadata filter{several}{none}"
 
 

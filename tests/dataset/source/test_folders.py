@@ -284,7 +284,7 @@ def test_tables_that_name_nothing_there_are_refused(tmp_path):
     put(tmp_path, **{"bomb/a.png": encoded(), "bomb/metadata.json": "[" * 200_000})
     with pytest.raises(SourceError, match=r"metadata\.json cannot be read: "):
         find_parts(str(tmp_path / "bomb"), SourceSettings())
-    with pytest.raises(SourceError, match="if file_name names files, give the folder of the files"):
+    with pytest.raises(SourceError, match="if file_name names files, give a folder in which it and they lie"):
         find_parts(str(tmp_path / "metadata.csv"), SourceSettings())
 
 
