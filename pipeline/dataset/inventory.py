@@ -1,7 +1,6 @@
 """The weights and bases that a machine needs: their files, and where each comes from and belongs."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from pipeline.dataset.config import PROFILES, Config, load_config
@@ -9,7 +8,7 @@ from pipeline.shared.bases import BASES, base_folder, find_base
 from schemas.digest import sha256_of_file
 from schemas.errors import UserError
 from stages.caption.stage import captioner_class
-from stages.models.backends import REGISTRIES, backend, backends
+from stages.models.backends import REGISTRIES, ModelCard, backend, backends
 from stages.models.papers import Weight, WeightFile
 from stages.models.weights import WeightState, known, known_weights, roots, states
 from stages.settings import ModelSettings
@@ -187,35 +186,45 @@ def document(weights: Iterable[Weight], config: Config, *, only: bool) -> dict[s
     """What `models list` tells: the weights, and the backends that are registered (or, with `only`, in use)."""
     listed = [state_of(weight, config.models) for weight in weights]
     lacks = [state for state in listed if not state.is_ready]
+    used = [
+        (task, name)
+        for task, names in REGISTRIES.items()
+        for name in names
+        if not only or getattr(config.models, task) == name
+    ]
+    used += [("captioner", config.models.captioner)] if config.models.captioner else []
     return {
         "models": [described(state, config.models) for state in listed],
-        "backends": [
-            {"task": task, "name": name, "weights": [one.name for one in backend(task, name).weights(config.models)]}
-            for task, names in REGISTRIES.items()
-            for name in names
-            if not only or getattr(config.models, task) == name
-        ],
-        "captioner": _captioner(config),
+        "backends": [_backend(task, name, config) for task, name in used],
         "searched": ["models.paths.NAME", *map(str, roots())],
         "missing": [state.weight.name for state in lacks],
         "bytes_missing": bytes_of(lacks),
     }
 
 
-def _captioner(config: Config) -> dict[str, Any] | None:
-    """What is known of `models.captioner`, a folder or an endpoint; None without."""
-    named = config.models.captioner
-    return {"captioner": named, **asdict(captioner_class(config.models).card(config))} if named else None
+def _backend(task: str, name: str, config: Config) -> dict[str, Any]:
+    """The weights that a backend needs, or, where these are none of the list, its models: of a pack by path, say."""
+    if task == "captioner":
+        weights, cards = [], [captioner_class(config.models).card(config)]
+    else:
+        weights = [one.name for one in backend(task, name).weights(config.models)]
+        cards = [] if weights else backend(task, name).cards(config.models)
+    return {"task": task, "name": name, "weights": weights, "cards": [_card(card) for card in cards]}
+
+
+def _card(card: ModelCard) -> dict[str, Any]:
+    return {"name": card.name, "licence": card.licence, "commercial": card.commercial, "sha256": card.sha256 or None}
 
 
 def text_of(listed: dict[str, Any], *, only: bool) -> str:
     """`document` for people, in lines of any length; `only`: these were asked for, and may be fetched as they are."""
     lines = [block(entry) for entry in listed["models"]]
     for one in listed["backends"]:
-        lines.append(f"models.{one['task']}={one['name']}: {', '.join(one['weights']) or 'no weights of this list'}")
-    if card := listed["captioner"]:
-        about = f"{card['name']}, licence {card['licence']}, sha256 {card['sha256'] or 'not known'}"
-        lines.append(f"models.captioner={card['captioner']}: {about}")
+        cards = [
+            f"{card['name']} ({card['licence']}, {'sha256 ' + card['sha256'] if card['sha256'] else 'no weights'})"
+            for card in one["cards"]
+        ]
+        lines.append(f"models.{one['task']}={one['name']}: {', '.join([*one['weights'], *cards])}")
     lines.append(f"Searched, in this order: {', '.join(listed['searched'])}.")
     names = " ".join(listed["missing"]) if only else "NAME"
     if listed["missing"]:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def listed(*words: str) -> Any:
 
 def test_json_is_for_programs():
     document = listed()
-    assert set(document) == {"models", "backends", "captioner", "searched", "missing", "bytes_missing"}
+    assert set(document) == {"models", "backends", "searched", "missing", "bytes_missing"}
     assert [entry["name"] for entry in document["models"]] == document["missing"] == list(ALL)
     for entry in document["models"]:
         shaped(entry, MODEL)
@@ -200,7 +201,8 @@ def test_the_captioner_is_listed_and_loaded(tmp_path):
         "git", "captioner", "torch cpu", 0
     )  # fmt: skip
     listed = CliRunner().invoke(app, ["models", "list", *words]).stdout
-    assert f"models.captioner={tmp_path}/git: git, licence mit, sha256 " in listed
+    assert re.search(rf"models.captioner={tmp_path}/git: git \(mit, sha256 \w{{64}}\)\n", listed)
+    assert "models.segmenter=grabcut: grabcut (Apache-2.0, no weights)\n" in listed
     (broken,) = [
         one for one in checked("--set", f"models.captioner={tmp_path}/no", code=2) if one["task"] == "captioner"
     ]
@@ -215,6 +217,15 @@ def test_check_tells_runtimes_and_providers_apart(data):
     assert (on_torch["weights"], on_torch["runtime"]) == ("real/det_2.5g.onnx", "torch cpu")
     assert (on_onnx["weights"], on_onnx["runtime"]) == ("real/w600k_mbf_int8.onnx", "onnxruntime CPUExecutionProvider")
     assert on_torch["batch_difference"] == on_onnx["batch_difference"] == 0
+
+
+@pytest.mark.real_data
+def test_a_pack_by_its_folder_is_listed_with_its_files(data):
+    (entry, *_) = listed("--set", f"models.pack={data / 'models/real'}", "--set", "models.segmenter=grabcut")[
+        "backends"
+    ]
+    (card,) = entry["cards"]
+    assert (card["name"], card["commercial"], card["sha256"][:16]) == ("real/det_2.5g.onnx", False, "041f73f47371333d")
 
 
 @pytest.mark.real_data
