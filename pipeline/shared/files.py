@@ -21,7 +21,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import fsspec
@@ -149,10 +149,6 @@ class RemotePath:
     @property
     def name(self) -> str:
         return self.url.rpartition("/")[2]
-
-    @property
-    def stem(self) -> str:
-        return PurePosixPath(self.name).stem
 
     def is_file(self) -> bool:
         return bool(self._call("isfile"))

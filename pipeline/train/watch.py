@@ -97,25 +97,12 @@ class StepClock:
         return pace
 
 
-class MetricsFile:
-    """Lines of JSON, one per logged step."""
-
-    def __init__(self, path: Path, start: int) -> None:
-        """Go on after step `start`: lines of later steps, which will come again, and torn lines are dropped."""
-        before = path.read_bytes() if path.exists() else b""
-        whole = b"".join(line for line in before.splitlines(keepends=True) if _step_of(line) <= start)
-        if whole != before:
-            write_atomically(path, whole)
-        self._stream = path.open("a", encoding="utf-8")
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a line; numbers that are not finite become null."""
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._stream.write(json.dumps({"step": step, **finite}) + "\n")
-        self._stream.flush()
-
-    def close(self) -> None:
-        self._stream.close()
+def drop_after(path: Path, start: int) -> None:
+    """Drop lines of steps after `start` from a file of metrics, as they will come again, and lines that were torn."""
+    before = path.read_bytes() if path.exists() else b""
+    whole = b"".join(line for line in before.splitlines(keepends=True) if _step_of(line) <= start)
+    if whole != before:
+        write_atomically(path, whole)
 
 
 def _step_of(line: bytes) -> float:
@@ -146,13 +133,13 @@ class Watch:
         self._batches = 0
         self._begun = time.monotonic()
         self._screen: Screen | None = None
-        self._file: MetricsFile | None = None
+        self._file: EventFile | None = None
         self._history: EventFile | None = None
         self._board: Any = None
         if not quiet:
             self._screen = Screen(console, "train", "step {done:,} of {total}", config.steps, start)
-            self._file = MetricsFile(root / METRICS, start)
-            self._history = EventFile(str(root / HISTORY), warn_once())
+            drop_after(root / METRICS, start)
+            self._file, self._history = (EventFile(str(root / name), warn_once()) for name in (METRICS, HISTORY))
             if config.watch.tensorboard and find_spec("tensorboard") is not None:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -214,7 +201,8 @@ class Watch:
     def note(self, step: int, values: Mapping[str, float]) -> None:
         """Write further numbers of a step, such as those of validation."""
         if self._file is not None and values:
-            self._file.write(step, values)
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self._file.write({"step": step, **finite})
         if self._hook is not None:
             self._hook.call({"time": round(time.time(), 3), "kind": "metrics", "step": step, **values})
         if self._board is not None:

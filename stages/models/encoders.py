@@ -19,8 +19,6 @@ from stages.runtime import Device, EncoderSource
 
 Halves = npt.NDArray[np.float16]
 
-_NO_TENSOR_FOR = "fetch the base again, with its safetensors files"
-
 
 class Vae:
     """The image encoder of a base."""
@@ -29,20 +27,10 @@ class Vae:
         prepare(device)
         from diffusers import AutoencoderKL
         from diffusers.utils import logging
-        from safetensors import SafetensorError
 
         logging.set_verbosity_error()
-        folder = Path(source.folder) / "vae"
-        # pickled weights are never read, nothing is looked up on the hub
-        options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-        try:
-            model, info = AutoencoderKL.from_pretrained(str(folder), **options)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise WeightsError(f"{folder} cannot be loaded as AutoencoderKL ({error}): {_NO_TENSOR_FOR}.") from error
-        if info["missing_keys"]:
-            raise WeightsError(f"{folder} lacks {sorted(info['missing_keys'])[0]}: {_NO_TENSOR_FOR}.")
-        model = model.eval().requires_grad_(False)
-        self._model = (model.half() if device == "cuda" and source.kind == "sd15" else model).to(device)
+        gpu_dtype = "float16" if source.kind == "sd15" else "float32"
+        self._model = load_folder(AutoencoderKL, Path(source.folder, "vae"), device, gpu_dtype)
 
     def encode(self, image: Image) -> Halves:
         """(H, W, 3) RGB, sides multiples of 8 -> (8, H / 8, W / 8): mean and log-variance of the scaled latents."""

@@ -100,7 +100,7 @@ class Tower:
 
 
 def load_folder(model_class: Any, folder: Path, device: str, gpu_dtype: str = "float16") -> Any:
-    """A transformers model of a local folder (config.json, model.safetensors): float32 on the CPU.
+    """A model of transformers or diffusers, of a local folder (config.json, *.safetensors): float32 on the CPU.
 
     Pickled weights are never read, nothing is looked up on the hub, and every parameter must be in the file.
 
@@ -114,7 +114,8 @@ def load_folder(model_class: Any, folder: Path, device: str, gpu_dtype: str = "f
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     dtype = getattr(torch, gpu_dtype) if device == "cuda" else torch.float32
-    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, "dtype": dtype}
+    key = "dtype" if model_class.__module__.startswith("transformers") else "torch_dtype"
+    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, key: dtype}
     try:
         model, info = model_class.from_pretrained(str(folder), **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

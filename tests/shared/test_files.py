@@ -22,7 +22,7 @@ def test_what_a_path_or_url_stands_for(tmp_path):
     assert to_path("out") == Path("out")
     assert to_path(f"file://{tmp_path}") == tmp_path
     url = to_path("memory://bucket/a.b/") / "c.tar"
-    assert (str(url), url.name, url.stem) == ("memory://bucket/a.b/c.tar", "c.tar", "c")
+    assert (str(url), url.name) == ("memory://bucket/a.b/c.tar", "c.tar")
     assert url.parent == to_path("memory://bucket/a.b")
     for wrong, named in (("s3:/bucket/x", "neither a folder nor a URL"), ("nonsense://x", "nonsense")):
         with pytest.raises(OutputError, match=named):

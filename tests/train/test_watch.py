@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import resource
 import time
 
 import pytest
@@ -12,7 +13,7 @@ from rich.console import Console
 from pipeline.shared.events import Hook
 from pipeline.train import watch as module
 from pipeline.train.settings import TrainConfig
-from pipeline.train.watch import MetricsFile, StepClock, Watch
+from pipeline.train.watch import StepClock, Watch
 
 
 def config(**watch):
@@ -74,9 +75,7 @@ def test_a_resumed_run_goes_on_after_its_checkpoint(tmp_path):
 def test_torn_lines_are_dropped(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 2, "loss": 1.0}\n' + torn)
-    file = MetricsFile(path, 5)
-    file.write(6, {"loss": 2.0})
-    file.close()
+    go(tmp_path, 6, 6, start=5)
     assert [line["step"] for line in lines(tmp_path)] == [2, 6]
 
 
@@ -196,3 +195,15 @@ def test_a_hook_gets_each_event_as_a_dict(tmp_path, monkeypatch):
         *(("start", 0), ("metrics", 4), ("metrics", 6), ("finished", 6))
     ]
     assert {"time", "loss", "lr", "samples_per_s"} <= events[1].keys()
+
+
+def test_a_full_disk_does_not_stop_the_training(tmp_path, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400, before[1]))
+    try:
+        go(tmp_path, 1, 6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert capsys.readouterr().err.count("metrics.jsonl cannot be written, and the run goes on") == 1
+    go(tmp_path, 5, 6, start=4)
+    assert [line["step"] for line in lines(tmp_path)][-2:] == [5, 6]

@@ -162,7 +162,7 @@ def _shard_problems(
     for message in ledger_problems(manifest, ledger):
         yield Problem(shard, name, None, message)
     if forgotten:
-        left = ledger.filter(pa.array(forgotten.urls_in(ledger) | forgotten.contents_in(ledger)))
+        left = ledger.filter(pa.array(forgotten.rows_in(ledger)))
         for key in left["key"].to_pylist():
             yield Problem(shard, name, key, "it was to be forgotten: give `forget` DIR alone, and it goes on")
 

@@ -74,26 +74,23 @@ class Forgotten:
             return True
         return bool(self.domains) and _concerns_host(self, host_of(url))
 
-    def urls_in(self, table: pa.Table) -> Mask:
-        """Which rows have a URL that is to be forgotten."""
-        if not (self.urls or self.domains):
-            return np.zeros(table.num_rows, bool)
-        return np.array([self.concerns_url(url) for url in table["url"].to_pylist()], bool)
+    def rows_in(self, table: pa.Table) -> Mask:
+        """Which rows of seed or ledger columns have a URL or a file that is to be forgotten."""
+        mask = self.contents_in(table)
+        if self.urls or self.domains:
+            mask |= np.array([self.concerns_url(url) for url in table["url"].to_pylist()], bool)
+        if self.files:
+            rows = zip(table["part"].to_pylist(), table["source_file"].to_pylist(), strict=True)
+            forms = ((name, f"{part}/{name}") if name else () for part, name in rows)
+            mask |= np.array([any(self._hash("file", one) in self.files for one in every) for every in forms], bool)
+        return mask
 
     def contents_in(self, table: pa.Table) -> Mask:
-        """Which rows have a file that is to be forgotten."""
+        """Which rows have a file that is to be forgotten by its sha256."""
         if not self.contents or "sha256" not in table.column_names:
             return np.zeros(table.num_rows, bool)
         digests = table["sha256"].to_pylist()
         return np.array([one is not None and self._hash("content", one) in self.contents for one in digests], bool)
-
-    def files_in(self, table: pa.Table) -> Mask:
-        """Which rows have a file whose name is to be forgotten."""
-        if not self.files:
-            return np.zeros(table.num_rows, bool)
-        rows = zip(table["part"].to_pylist(), table["source_file"].to_pylist(), strict=True)
-        forms = ((name, f"{part}/{name}") if name else () for part, name in rows)
-        return np.array([any(self._hash("file", form) in self.files for form in every) for every in forms], bool)
 
     def _hash(self, kind: str, form: str) -> str:
         return sha256(f"{self.salt}{kind}\0{form}".encode("utf-8", "surrogatepass"))

@@ -38,9 +38,7 @@ class Takedowns:
         """Why each row of a table of seed or ledger columns must not be used; null for all others."""
         reasons = np.full(table.num_rows, None, dtype=object)
         reasons[self.listed.rows_in(table)] = DropReason.REMOVED.value
-        forgotten = self.forgotten
-        mask = forgotten.urls_in(table) | forgotten.contents_in(table) | forgotten.files_in(table)
-        reasons[mask] = DropReason.FORGOTTEN.value
+        reasons[self.forgotten.rows_in(table)] = DropReason.FORGOTTEN.value
         return pa.array(reasons, pa.string())
 
     def judged(self, seeds: pa.Table) -> pa.Table:

@@ -258,6 +258,12 @@ def test_a_row_that_was_to_be_forgotten_and_is_still_there(out):
     assert "was to be forgotten" in message
 
 
+def test_a_row_that_was_to_be_forgotten_by_the_name_of_its_file(tmp_path):
+    out = fake.write(tmp_path, {SHARD: [fake.record("a", 0, source_file="photos/x.jpg", url=None)]})
+    save_forgotten(out, Forgotten("salt").adding(files=["photos/x.jpg"]))
+    assert [(key, "was to be forgotten" in message) for _, key, message in told(out)] == [("a-000000000", True)]
+
+
 def without_embeddings(out):
     """Make it a dataset whose plan leaves embeddings out."""
     path = out / "dataset.json"
