@@ -5,7 +5,6 @@ import gc
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +18,8 @@ import hypothesis
 import pytest
 import servers
 from filelock import FileLock
+from sample_runs import remembered_models
+from typer.testing import CliRunner
 
 # The suite tries the same examples each time: what turns red was changed. New ones are looked for with
 # --hypothesis-profile=default, which is asked for or not, but never waits in ambush.
@@ -76,6 +77,14 @@ def _cache(shared_folder: Path) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_disks() -> Iterator[None]:
+    """What a process wrote outlives it without; only a machine that loses its power would show the difference."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder with real photos and weights."""
@@ -107,10 +116,19 @@ def dataset(shared_folder: Path) -> Path:
     out = shared_folder / "dataset"
     with FileLock(f"{out}.lock"):
         if not (out / "README.md").exists():  # what a run writes last
-            command = [sys.executable, "-m", "pipeline", "dataset", "--shards", "sample", "--out", str(out)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-            assert done.returncode == 0, done.stdout + done.stderr
+            from pipeline.__main__ import app
+
+            with remembered_models():
+                done = CliRunner().invoke(app, ["dataset", "--shards", "sample", "--out", str(out)])
+            assert done.exit_code == 0, done.output
     return out
+
+
+@pytest.fixture
+def remembered() -> Iterator[None]:
+    """Runs of the sample in this process compute once what they all do with its pictures."""
+    with remembered_models():
+        yield
 
 
 class QuietHandler(SimpleHTTPRequestHandler):

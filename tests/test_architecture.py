@@ -199,14 +199,6 @@ def test_only_the_cluster_imports_ray() -> None:
     assert not wrong, listing(wrong)
 
 
-def test_the_trainer_loads_neither_ray_nor_stages() -> None:
-    rooms = ["pipeline.train", "pipeline.train.loop"]
-    script = f"import sys, {', '.join(rooms)}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert not [name for name in done.stdout.split() if inside(name, "ray", "stages")]
-
-
 @pytest.mark.parametrize("module", ["pipeline", "pipeline.train"])
 def test_help_is_answered_before_anything_slow_is_imported(module: str) -> None:
     call = f"sys.argv[1:] = ['--help']; runpy.run_module({module!r}, run_name='__main__')"

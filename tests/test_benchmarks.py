@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -34,16 +35,31 @@ def test_all_cases_run_on_tiny_inputs(tmp_path):
     assert all(f"| {result['part']} |" in done.stdout for result in results)
 
 
-def test_what_needs_real_data_is_left_out_and_named(tmp_path):
-    done = bench("whole", "stages", "--out", str(tmp_path / "bench.jsonl"))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "FACESHARDS_DATA, the folder with labelled photos and weights: whole, stages" in done.stdout
+@pytest.fixture
+def bench_here(monkeypatch, capsys, tmp_path):
+    """The same in this process: exit code, stdout and stderr."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delenv("FACESHARDS_DATA", raising=False)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["benchmarks", *words, "--out", str(tmp_path / "bench.jsonl")])
+        with pytest.raises(SystemExit) as done:
+            runpy.run_path(str(ROOT / "benchmarks" / "__main__.py"), run_name="__main__")
+        return int(done.value.code), *capsys.readouterr()
+
+    return run
 
 
-def test_a_case_that_is_not_there_is_an_error_that_names_those_that_are(tmp_path):
-    done = bench("wholly", "--out", str(tmp_path / "bench.jsonl"))
-    assert done.returncode == 2
-    assert all(case in done.stderr for case in CASES)
+def test_what_needs_real_data_is_left_out_and_named(bench_here):
+    code, out, err = bench_here("whole", "stages")
+    assert (code, err) == (0, "")
+    assert "FACESHARDS_DATA, the folder with labelled photos and weights: whole, stages" in out
+
+
+def test_a_case_that_is_not_there_is_an_error_that_names_those_that_are(bench_here):
+    code, _, err = bench_here("wholly")
+    assert code == 2
+    assert all(case in err for case in CASES)
 
 
 @pytest.fixture

@@ -5,9 +5,7 @@ import shutil
 import warnings
 from pathlib import Path
 
-import datasets
 import pytest
-from mlcroissant._src.operation_graph.operations import extract
 
 TEXT = (Path(__file__).parent.parent / "docs/readers.md").read_text(encoding="utf-8")
 BLOCKS = {
@@ -20,6 +18,9 @@ BLOCKS = {
 @pytest.fixture
 def folder(dataset, tmp_path, monkeypatch) -> Path:
     """A folder in which `out` is a dataset, as the working directory."""
+    import datasets
+    from mlcroissant._src.operation_graph.operations import extract
+
     shutil.copytree(dataset, tmp_path / "out", ignore=shutil.ignore_patterns("drops", "report.html"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

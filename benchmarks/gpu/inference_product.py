@@ -114,7 +114,7 @@ def product(bench: Bench) -> None:
 
     rows = 4 if bench.smoke else _ROWS
     threads = 2 if bench.smoke else _THREADS_PER_CPU * (os.cpu_count() or 1)
-    settle, seconds = (0.0, 6.0) if bench.smoke else (6.0, 10.0)  # children start, graphs are captured
+    settle, seconds = (0.0, 3.0) if bench.smoke else (6.0, 10.0)  # children start, graphs are captured
     steps, counted = _steps(bench, rows)
     images.set_decoding(threads)
     try:

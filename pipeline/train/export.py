@@ -14,6 +14,7 @@ from pipeline.train.adapters.variants import Variant
 from pipeline.train.job import TrainJob
 from pipeline.train.loader import conditions, unconditional
 from pipeline.train.run_folder import RunFolder, writing
+from schemas.errors import OutputError
 from schemas.targets import BaseKind
 
 _CONDITIONS = {
@@ -105,7 +106,9 @@ def export(run: RunFolder, description: Mapping[str, Any], step: int, folder: Pa
     Raises:
         OutputError: when the checkpoint is damaged, or the folder cannot be written.
     """
-    weights, average, _ = run.load(step)
+    weights, average = run.weights(step)
+    if average is None and description["sidecar"]["recipe"]["optim"]["ema_decay"]:
+        raise OutputError(f"The checkpoint {run.folder(step)} lacks its averaged weights: remove it, then resume.")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         return write_released(

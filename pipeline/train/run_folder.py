@@ -148,18 +148,32 @@ class RunFolder:
         Raises:
             OutputError: when it is damaged.
         """
-        folder = self.folder(step)
-        try:
-            weights = load_file(folder / _ADAPTER)
-            average = load_file(folder / _AVERAGE) if (folder / _AVERAGE).exists() else None
+        weights, average = self.weights(step)
+        with self._reading(step) as folder:
             state: dict[str, Any] = torch.load(folder / _STATE, weights_only=True, map_location="cpu")
             if average is None and state.get("average") is not None:
                 raise ValueError(f"{_AVERAGE} is missing")
+        return weights, average, state
+
+    def weights(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """Weights and averaged weights of a checkpoint: all that an export needs of it.
+
+        Raises:
+            OutputError: when they are damaged.
+        """
+        with self._reading(step) as folder:
+            average = folder / _AVERAGE
+            return load_file(folder / _ADAPTER), load_file(average) if average.exists() else None
+
+    @contextmanager
+    def _reading(self, step: int) -> Iterator[Path]:
+        folder = self.folder(step)
+        try:
+            yield folder
         except Exception as error:  # whatever the readers of damaged files raise; it is raised on
             raise OutputError(
                 f"The checkpoint {folder} cannot be read ({first_line(error)}): remove it, then resume."
             ) from error
-        return weights, average, state
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from schemas.errors import ExitCode, UserError, WeightsError
 from schemas.names import sample_key, shard_name
 from schemas.shard import SUFFIXES
 
-TRIALS, WANTED, DRAWN = 20, 18, 250
+TRIALS, WANTED, DRAWN = 10, 9, 250
 ROWS_PER_SHARD, BATCH = 400, 12
 START_S, WAIT_S = 7.0, 2.0
 QUIET = Console(quiet=True)
@@ -178,7 +178,7 @@ def forecast_of(*words: str) -> dict:
     return json.loads(result.stdout)
 
 
-def test_a_sample_is_run_for_real_and_leaves_nothing(tmp_path, monkeypatch, whole):
+def test_a_sample_is_run_for_real_and_leaves_nothing(tmp_path, monkeypatch, whole, remembered):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     words = ("--out", str(tmp_path / "out"), "--sample", "12", "--cost-per-hour", "2")
     plan = forecast_of(*words)

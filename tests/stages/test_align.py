@@ -8,8 +8,6 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
-from insightface.app import FaceAnalysis
-from insightface.utils import face_align
 from PIL import Image
 from skimage import data as samples
 
@@ -35,6 +33,8 @@ def align(data: bytes, kps: object = KPS, **limits: float) -> dict[str, Any]:
 
 
 def reference(image: np.ndarray, kps: object, size: int) -> np.ndarray:
+    from insightface.utils import face_align
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return face_align.norm_crop(image, np.asarray(kps, np.float32), size)
@@ -105,6 +105,8 @@ def test_an_exif_turn_is_done_before_the_points_are_used() -> None:
 
 @pytest.mark.real_data
 def test_real_faces_are_within_a_grey_level_of_insightface(data: Path, labels: list[dict[str, str]]) -> None:
+    from insightface.app import FaceAnalysis
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         app = FaceAnalysis("real", str(data), ["detection"], providers=["CPUExecutionProvider"])

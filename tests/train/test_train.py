@@ -8,21 +8,24 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
-from tiny_adapters import TOKENS, WITH_LORA
+from sample_runs import remembered_models
+from tiny_adapters import PAIRS, TOKENS, WITH_LORA
 
 import pipeline.train.loop as trainer
 from pipeline.train import objective
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.adapters.released import read_released, require_fit
-from pipeline.train.adapters.variants import VARIANTS
 from pipeline.train.base_model import Base
+from pipeline.train.export import export_run
 from pipeline.train.job import Call, prepared
 from pipeline.train.session import Session
 from pipeline.train.watch import METRICS
-from schemas.errors import ExitCode
+from schemas.errors import ExitCode, OutputError
+
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 CPU = torch.device("cpu")
-KINDS = {"tiny": "sd15", "tiny-sdxl": "sdxl"}
+BASES = {"sd15": "tiny", "sdxl": "tiny-sdxl"}
 SMALL = ("adapter.lora_rank=4",)
 RANK = 4
 RUN = {"checkpoints", METRICS, "history.jsonl", "report.html", "run.json", "tensorboard"}
@@ -80,14 +83,13 @@ def distance(first, second):
 # --- every variant on both layouts ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(
-    scope="module", params=[(name, base) for base in KINDS for name in VARIANTS], ids=lambda pair: "-".join(pair)
-)
+@pytest.fixture(scope="module", params=PAIRS)
 def run(request, kept, dataset, tmp_path_factory):
     """Three steps of a variant on a base."""
-    name, base = request.param
+    name, kind = request.param
+    base = BASES[kind]
     job = train(dataset, tmp_path_factory.mktemp("run") / "out", name=name, base=base, steps=3)
-    return SimpleNamespace(job=job, name=name, base=base, kind=KINDS[base], model=kept.session.model)
+    return SimpleNamespace(job=job, name=name, base=base, kind=kind, model=kept.session.model)
 
 
 def released(run):
@@ -229,6 +231,9 @@ def test_the_average_is_exported_where_there_is_one(plain, dataset, tmp_path):
     assert distance(final, average) > 1e-5
     longer = train(dataset, tmp_path / "plain", steps=4)
     assert same(weights(longer), final), "an average must not change the training"
+    (job.run.folder(4) / "average.safetensors").unlink()
+    with pytest.raises(OutputError, match="lacks its averaged weights"):
+        export_run(job.run.root, None, tmp_path / "exported")
 
 
 def test_gradient_checkpointing_computes_the_same(plain, dataset, tmp_path, monkeypatch):
@@ -349,7 +354,7 @@ def encoded(tmp_path_factory):
     out = tmp_path_factory.mktemp("encoded") / "out"
     asked = ["--with", "latents,text", "--set", "encode.base=tiny", "--set", "encode.resolution=64"]
     words = ["dataset", "--shards", "sample", "--out", str(out), "--executor", "local", *asked]
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, remembered_models():
         patch.setattr(sys, "argv", ["faceshards", *words])
         with pytest.raises(SystemExit) as done:
             main()

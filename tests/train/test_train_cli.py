@@ -73,11 +73,18 @@ def real(dataset, tmp_path_factory):
     (folder / "out").symlink_to(dataset)
     words = ["--from-shards", "--variant", "faceid", "--steps", "2", "--set", "adapter.lora_rank=4"]
     words += ["--set", "watch.save_every=1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.train", *words], cwd=folder, capture_output=True, text=True, check=False
-    )
+    script = [sys.executable, "-c", REAL.format(modules=folder.with_name("modules"))]
+    done = subprocess.run([*script, *words], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder, done
+
+
+REAL = """
+import atexit, pathlib, runpy, sys
+atexit.register(lambda: pathlib.Path("{modules}").write_text(" ".join(sys.modules)))
+runpy.run_module("pipeline.train", run_name="__main__", alter_sys=True)
+"""
+"""`python -m pipeline.train`, and what it has loaded in the end."""
 
 
 # --- what works ------------------------------------------------------------------------------------------------------
@@ -101,6 +108,12 @@ def test_embedded_shards_are_warned_of_and_stderr_holds_nothing_else(real):
     warning, need = done.stderr.splitlines()
     assert warning.startswith("warning: these shards are of the `embedded` profile")
     assert need.startswith("diffusers needs peft beside it")
+
+
+def test_the_trainer_loads_neither_ray_nor_stages(real):
+    loaded = real[0].with_name("modules").read_text().split()
+    assert "torch" in loaded
+    assert not {"ray", "stages"}.intersection(loaded)
 
 
 @pytest.mark.parametrize("how", ["--from-shards DIR", "--from-shards=DIR", "DIR", "--from-shards DIR COPY", "run DIR"])

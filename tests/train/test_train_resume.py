@@ -31,10 +31,10 @@ from pipeline.train.run_folder import RunFolder
 from pipeline.train.watch import METRICS
 from schemas.errors import ExitCode, FaceShardsError, UserError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("loaded_once")]
 
 WAIT_S = 150
-STEPS, EVERY = 12, 3
+STEPS, EVERY = 8, 2
 COMMON = ("adapter.lora_rank=4", f"watch.save_every={EVERY}", "watch.keep=2")
 PLANS = {
     "faceid": ("tiny", ("data.workers=0", "optim.accumulate=2", "optim.ema_decay=0.9", "objective.noise_offset=0.1")),
@@ -43,7 +43,7 @@ PLANS = {
 
 _SERVER = """
 import gc, json, os, sys
-import torch
+import pandas, torch  # pyarrow imports pandas once it is asked for numbers
 torch.set_num_threads(1)
 import pipeline.train.__main__ as trainer
 from pipeline.shared.bases import find_base
@@ -52,6 +52,12 @@ from pipeline.train.loader.batches import albumentations
 from torch.utils.tensorboard import SummaryWriter
 import pipeline.train.loop
 albumentations()
+models, real = {}, Base._model
+def model(base, cls, part, dtype):
+    key = base.source.name, part
+    models[key] = models.get(key) or real(base, cls, part, dtype)
+    return models[key]
+Base._model = model
 for name in ("tiny", "tiny-sdxl"):
     base = Base(find_base(name), torch.device("cpu"), torch.float32)
     base.encode_text(["warm"]), base.vae
@@ -207,16 +213,26 @@ def test_the_undisturbed_run_stops_and_saves_in_the_middle_of_epochs(whole):
     assert any(place for _, place in state["ranks"][0]["loader"]["positions"]), "a checkpoint in the middle is wanted"
 
 
+_KILL_SOON = """
+import signal, threading
+from pipeline.train.session import Session
+real = Session.save
+def save(session):
+    real(session)
+    threading.Timer(float(os.environ["DELAY_S"]), os.kill, (os.getpid(), signal.SIGKILL)).start()
+Session.save = save
+"""
+
+
 def test_killed_at_a_random_moment_and_resumed(whole, server, dataset, tmp_path):
     name, undisturbed = whole
+    if name != "faceid-plusv2":
+        return  # the other one is killed below
     seed = random.SystemRandom().randrange(1000)
-    delay = random.Random(seed).uniform(0, 0.5)
+    delay = random.Random(seed).uniform(0, 0.3)
     print(f"seed {seed}: killed {delay:.3f} s after the first checkpoint")  # noqa: T201  # to do it again
     run = RunFolder(tmp_path / "run")
-    child = server.start(*words(dataset, name, run.root))
-    child.until(run.steps)
-    time.sleep(delay)
-    os.kill(child.pid, signal.SIGKILL)
+    child = server.start(*words(dataset, name, run.root), first=_KILL_SOON, env={"DELAY_S": f"{delay}"})
     assert child.end() == -signal.SIGKILL
     before = run.steps()
     assert not exported(run)
@@ -254,11 +270,23 @@ def test_killed_while_a_checkpoint_is_written(server, dataset, tmp_path, whole):
     assert not list(run.root.rglob(".tmp-*"))
 
 
+_NO_HURRY = """
+import time
+from pipeline.train.session import Session
+count = Session.count_step
+def count_step(session):
+    time.sleep(0.3 if session.step > 2 else 0)
+    return count(session)
+Session.count_step = count_step
+"""
+"""Steps that last long enough for a signal to come before the last of them, on a busy machine too."""
+
+
 def test_stopped_by_a_signal_it_saves_and_goes_on(whole, server, dataset, tmp_path):
     name, undisturbed = whole
     number = {"faceid": signal.SIGINT, "faceid-plusv2": signal.SIGTERM}[name]
     run = RunFolder(tmp_path / "run")
-    child = server.start(*words(dataset, name, run.root))
+    child = server.start(*words(dataset, name, run.root), first=_NO_HURRY)
     child.until(lambda: len(lines(run)) > 1)
     # A terminal sends Ctrl-C to the loader's processes too. So does a cluster with SIGTERM, and its launcher again.
     for _ in range(2 if number == signal.SIGTERM else 1):
@@ -511,10 +539,10 @@ def count_step(session):
     return lr
 Preparer.__call__, Session.count_step = prepare, count_step
 """
-DDP_STEPS = 6
+DDP_STEPS = 4
 
 
-def two(server, dataset, run, observed, *more):
+def two(server, dataset, run, observed, *more, first=""):
     """Two training processes over loopback."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -523,7 +551,7 @@ def two(server, dataset, run, observed, *more):
     common |= {"LOCAL_WORLD_SIZE": "2", "OBSERVED": str(observed)}
     asked = words(dataset, "faceid", run.root, *more, steps=DDP_STEPS)
     return [
-        server.start(*asked, first=_OBSERVED, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        server.start(*asked, first=first + _OBSERVED, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
     ]
 
@@ -592,7 +620,7 @@ def test_two_processes_talk_over_loopback_alone(pair):
 def test_one_of_two_processes_hears_the_signal_and_both_stop_and_go_on(pair, server, dataset, tmp_path):
     undisturbed = pair[0]
     run = RunFolder(tmp_path / "run")
-    processes = two(server, dataset, run, tmp_path / "observed")
+    processes = two(server, dataset, run, tmp_path / "observed", first=_NO_HURRY)
     processes[0].until(lambda: len(lines(run)) > 1)
     os.kill(processes[1].pid, signal.SIGTERM)
     assert [process.end() for process in processes] == [ExitCode.INTERRUPTED] * 2, processes[0].said

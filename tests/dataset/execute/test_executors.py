@@ -47,9 +47,11 @@ def test_another_plan_is_refused_and_replan_goes_on(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_interrupted_or_killed_again_and_again_ends_whole(whole, tmp_path):
+@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.long)])
+def test_a_run_that_is_interrupted_or_killed_again_and_again_ends_whole(whole, tmp_path, executor):
     out = tmp_path / "out"
-    assert stopped(out, signal.SIGINT, "--executor", "ray", "--set", "executor.workers=1")[0] == 130
+    if executor == "ray":
+        assert stopped(out, signal.SIGINT, "--executor", "ray", "--set", "executor.workers=1")[0] == 130
     for sign, code in ((signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)):
         done = len(manifests(out))
         assert stopped(out, sign)[0] == code

@@ -68,7 +68,7 @@ def test_the_trainer_and_the_export_say_what_to_do(tmp_path):
         export_json(Path(out), tmp_path / "list", Form())
 
 
-def test_a_dataset_without_embeddings(tmp_path):
+def test_a_dataset_without_embeddings(tmp_path, remembered):
     words = ["dataset", "--out", str(tmp_path), "--executor", "local", "--set", "pack.embeddings=false"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output

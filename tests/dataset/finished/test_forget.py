@@ -409,7 +409,7 @@ def test_a_damaged_list_stops_everything(out):
 
 
 KILLED = """
-import os, shutil, signal, sys
+import gc, os, shutil, signal, sys
 from pathlib import Path
 from pipeline.dataset.finished.forget import Wanted, forget
 
@@ -423,13 +423,14 @@ def deadly(function, left):
         return function(*args, **options)
     return call
 
+gc.freeze()
 steps, killed = 0, True
 while killed:
     out = Path(shutil.copytree(published, work / f"{steps:03d}"))
     forked = os.fork()
     if forked == 0:
         left = [steps]
-        for name in ("fsync", "unlink", "replace"):  # all that changes what a reader finds under a name
+        for name in ("unlink", "replace"):  # all that changes what a reader finds under a name; fsync changes nothing
             setattr(os, name, deadly(getattr(os, name), left))
         forget(out, Wanted(urls=urls))
         os._exit(0)
@@ -447,7 +448,7 @@ def test_a_kill_at_any_step_leaves_the_old_shard_or_the_new_one(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
     states = sorted((tmp_path / "states").iterdir())
-    assert len(states) > 20
+    assert len(states) > 15
     states = list({tuple(nameless(files(state)).items()): state for state in states}.values())
     generations = shards_of(published), shards_of(states[-1])
     seen = [what_a_kill_left(state, generations, Wanted(urls=urls)) for state in states]

@@ -1,6 +1,7 @@
 import json
 import re
 import tarfile
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -31,6 +32,7 @@ ROWS = "abacdbaa"
 """The person of each row of the source; row 7 is a copy of row 0."""
 
 
+@cache
 def picture(seed: int, width: int, height: int, quality: int = 90, tint: tuple[int, ...] = (1, 1, 1)) -> bytes:
     noise = (np.random.default_rng(seed).integers(0, 255, (9, 9, 3)) * tint).astype(np.uint8)
     rows, columns = np.arange(height) * 9 // height, np.arange(width) * 9 // width

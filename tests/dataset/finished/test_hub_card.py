@@ -5,12 +5,9 @@ import logging
 import shutil
 from pathlib import Path
 
-import datasets
 import fake_shards
-import mlcroissant
 import numpy as np
 import pytest
-from mlcroissant._src.operation_graph.operations import extract
 
 from pipeline.dataset.finished.forget import Wanted, forget
 from pipeline.dataset.finished.hub import about
@@ -27,6 +24,8 @@ from schemas.shard import decode_npy
 @pytest.fixture
 def load(tmp_path, monkeypatch):
     """`load_dataset`, whose cache is this test's own."""
+    import datasets
+
     datasets.disable_progress_bars()
     return lambda out, *words, **options: datasets.load_dataset(
         str(out), *words, split="train", cache_dir=str(tmp_path / "cache"), **options
@@ -79,6 +78,9 @@ def test_what_is_computed_ahead_is_declared_and_large_rows_have_a_config_of_thei
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:rdflib")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves files open
 def test_mlcroissant_finds_nothing_to_warn_of_and_reads_the_kept_samples(dataset, tmp_path, monkeypatch, caplog):
+    import mlcroissant
+    from mlcroissant._src.operation_graph.operations import extract
+
     monkeypatch.setattr(extract, "EXTRACT_PATH", type(extract.EXTRACT_PATH)(tmp_path))
     with caplog.at_level(logging.WARNING):
         described = mlcroissant.Dataset(str(dataset / "croissant.json"))

@@ -1,6 +1,5 @@
 """pack.layout = plain: the names that other tools look for, and all of ours read them still."""
 
-import datasets
 import pytest
 import webdataset
 from sample_runs import SHARDS, make
@@ -46,6 +45,8 @@ def test_our_own_readers_know_it_by_the_native_names(plain, whole, tmp_path):
     assert {"full.jpg", "txt"} <= dataset.suffixes
     assert len(list(first_samples(dataset, 9, ["json", "full.jpg"]))) == 9
     assert export_json(plain, tmp_path / "exported", Form()).samples == 9
+    import datasets
+
     rows = datasets.load_dataset(str(plain), split="train", streaming=True)
     assert all(row["jpg"] and row["txt"] == row["json"]["text"] for row in rows)
 

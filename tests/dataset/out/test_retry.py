@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
+from sample_runs import remembered_models
 
 from pipeline.dataset.config import load_config
 from pipeline.dataset.finished.forget import Wanted, forget
@@ -90,7 +91,7 @@ SETS = (
 def run(part: Path, out: Path, *, retry: bool = True) -> tuple[ExitCode, str]:
     config = load_config(None, SETS, shards=str(part), profile="embedded", executor="local")
     said = io.StringIO()
-    with prepared(str(part), config) as job:
+    with remembered_models(), prepared(str(part), config) as job:
         return make_dataset(job, out, Console(file=said, width=200), retry=retry), said.getvalue()
 
 

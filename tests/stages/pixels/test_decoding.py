@@ -7,18 +7,21 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from sample_runs import make
 from skimage import data as samples
 
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.source.sample import ROWS
 from pipeline.dataset.source.sample_pictures import FILES
 from schemas.drops import DropReason
+from schemas.errors import ExitCode
 from stages.base import Dropped
 from stages.pixels import decoding, images
 
@@ -66,13 +69,19 @@ def child_of(decoder: decoding.Decoder) -> int:
     return decoder._child._process.pid
 
 
+def program(folder: Path, faults: str, more: str = "") -> tuple[str, str]:
+    """The command of children with these faults."""
+    path = folder / "child.py"
+    main = "\nimport runpy\nrunpy.run_module('stages.pixels.decoding_child', run_name='__main__', alter_sys=False)\n"
+    path.write_text(more + faults + main)
+    return sys.executable, str(path)
+
+
 @pytest.fixture
 def decoder(tmp_path, monkeypatch):
     """A decoder whose children have every fault."""
-    program = tmp_path / "child.py"
-    main = "\nimport runpy\nrunpy.run_module('stages.pixels.decoding_child', run_name='__main__', alter_sys=False)\n"
-    program.write_text("from stages.pixels import decoding\ndecoding.CPU_S = 1\n" + faulty(tmp_path) + main)
-    monkeypatch.setattr(decoding, "COMMAND", (sys.executable, str(program)))
+    hurry = "from stages.pixels import decoding\ndecoding.CPU_S = 1\n"
+    monkeypatch.setattr(decoding, "COMMAND", program(tmp_path, faulty(tmp_path), hurry))
     return decoding.Decoder()
 
 
@@ -254,22 +263,22 @@ def test_a_forked_process_has_a_decoder_of_its_own():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
-def test_a_run_loses_the_row_and_keeps_its_neighbours(tmp_path):
+@pytest.fixture
+def no_decoder_yet(monkeypatch):
+    """Photos are decoded anew, by children of another command."""
+    monkeypatch.setattr(images, "_CACHE", images.PhotoCache(images._CACHE_BYTES))
+    monkeypatch.setattr(decoding, "_decoder_of", cache(lambda process, thread: decoding.Decoder()))
+
+
+def test_a_run_loses_the_row_and_keeps_its_neighbours(tmp_path, monkeypatch, no_decoder_yet):
     """A whole run whose decoder dies of a segmentation fault over one photo of the sample, and nothing else differs."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nif 'stages.pixels.decoding_child' in sys.orig_argv:\n"
-        + textwrap.indent(faulty(tmp_path).replace("b'SEGFAULT'", repr(signature("admiral.jpg"))), "    ")
-    )
+    faults = faulty(tmp_path).replace("b'SEGFAULT'", repr(signature("admiral.jpg")))
+    monkeypatch.setattr(decoding, "COMMAND", program(tmp_path, faults))
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "pipeline", "dataset", "--shards", "sample", "--out", str(out)]
-    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert make(out)[0] is ExitCode.OK
     assert verify(out) == []
-    verdicts = {
-        row["row"]: row["verdict"] for row in pq.read_table(out / "shards" / "sample-00000.parquet").to_pylist()
-    }
+    ledgers = [pq.read_table(path).to_pylist() for path in sorted((out / "shards").glob("*.parquet"))]
+    verdicts = {row["row"]: row["verdict"] for ledger in ledgers for row in ledger}
     usual = {number: row.expected for number, row in enumerate(ROWS)}
     (admiral,) = (number for number, row in enumerate(ROWS) if (row.name, row.expected) == ("admiral.jpg", "kept"))
     assert verdicts == usual | {admiral: "decoder_crash"}

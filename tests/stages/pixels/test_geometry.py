@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from insightface.utils import face_align
 from skimage import data as samples
 
 from schemas import arcface
@@ -40,6 +39,8 @@ def test_similarity_refuses_points_that_determine_none(kps: np.ndarray) -> None:
 @given(matrices, jitters, st.sampled_from([112, 224]))
 @settings(max_examples=60, deadline=None)
 def test_norm_crop_is_insightface_s(matrix: np.ndarray, jitter: np.ndarray, size: int) -> None:
+    from insightface.utils import face_align
+
     image = samples.astronaut()
     kps = geometry.transform_points(matrix, ARCFACE_TEMPLATE + jitter)
     with warnings.catch_warnings():

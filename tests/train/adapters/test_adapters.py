@@ -8,7 +8,7 @@ import math
 import diffusers
 import pytest
 import torch
-from tiny_adapters import KINDS, WITH_LORA, adapter, numbers, published_unet, set_scale, tiny_unet
+from tiny_adapters import EACH, KINDS, WITH_LORA, adapter, numbers, published_unet, set_scale, tiny_unet
 from torch.nn.functional import gelu, layer_norm, linear, normalize
 
 from pipeline.train.adapters.attention import AdapterAttention, Lora, install, named_attention
@@ -30,9 +30,16 @@ def full():
     return {kind: published_unet(kind) for kind in KINDS}
 
 
-def full_model(full, name, kind, **widths):
-    with torch.device("meta"):
-        return adapter(full[kind], name, kind, AdapterSettings().lora_rank, **widths)
+@pytest.fixture(scope="module")
+def trained_of(full):
+    """What is trained of a variant at full size."""
+
+    @functools.cache
+    def trained(name, kind, **widths):
+        with torch.device("meta"):
+            return adapter(full[kind], name, kind, AdapterSettings().lora_rank, **widths).trained()
+
+    return trained
 
 
 CROSS_WIDTHS = {
@@ -107,10 +114,10 @@ def ip_adapter_shapes(name, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_keys_and_shapes_are_the_published_ones(full, name, kind):
+def test_keys_and_shapes_are_the_published_ones(trained_of, name, kind):
     expected = {f"image_proj.{key}": shape for key, shape in image_proj_shapes(name, kind).items()}
     expected |= {f"ip_adapter.{key}": shape for key, shape in ip_adapter_shapes(name, kind).items()}
-    assert {key: tuple(value.shape) for key, value in full_model(full, name, kind).trained().items()} == expected
+    assert {key: tuple(value.shape) for key, value in trained_of(name, kind).items()} == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,15 +163,15 @@ def halved(tensors):
         ("plus-face", "sdxl", {}, 847_517_512),
     ],
 )
-def test_size_of_the_released_file_is_reproduced_to_the_byte(full, name, kind, widths, size):
-    assert file_size(halved(full_model(full, name, kind, **widths).trained())) == size
+def test_size_of_the_released_file_is_reproduced_to_the_byte(trained_of, name, kind, widths, size):
+    assert file_size(halved(trained_of(name, kind, **widths))) == size
 
 
 @pytest.mark.parametrize(("kind", "size"), [("sd15", 51_059_544), ("sdxl", 371_842_896)])
 @pytest.mark.parametrize("name", WITH_LORA)
-def test_size_of_the_released_lora_is_reproduced_to_the_byte(full, name, kind, size):
+def test_size_of_the_released_lora_is_reproduced_to_the_byte(full, trained_of, name, kind, size):
     paths = [path for path, _ in named_attention(full[kind])]
-    lora = lora_tensors(halved(full_model(full, name, kind).trained()), paths, kind)
+    lora = lora_tensors(halved(trained_of(name, kind)), paths, kind)
     assert file_size(lora) == size
     assert not {key for key in lora if not key.startswith("lora_unet_")}
     first = "lora_unet_down_blocks_0_attentions_0" if kind == "sd15" else "lora_unet_down_blocks_1_attentions_0"
@@ -202,7 +209,6 @@ ADDED = {
     "sd15": None,
     "sdxl": {"text_embeds": numbers(6, 2, 64), "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64.0]] * 2)},
 }
-EVERY = [(name, kind) for kind in KINDS for name in VARIANTS]
 
 
 def bare(unet, kind):
@@ -214,7 +220,7 @@ def predicted(model):
     return model(**INPUTS, condition=CONDITION, added=ADDED[model.widths.kind])
 
 
-@pytest.mark.parametrize(("name", "kind"), EVERY)
+@pytest.mark.parametrize(("name", "kind"), EACH)
 def test_zero_scale_and_lora_off_is_exactly_the_base(tiny, name, kind):
     model = adapted(tiny[kind], name, kind, moved=True)
     with torch.no_grad():
@@ -228,7 +234,7 @@ def test_zero_scale_and_lora_off_is_exactly_the_base(tiny, name, kind):
         assert not torch.equal(predicted(model), base)
 
 
-@pytest.mark.parametrize(("name", "kind"), EVERY)
+@pytest.mark.parametrize(("name", "kind"), EACH)
 def test_gradient_reaches_exactly_what_is_trained(tiny, name, kind):
     model = adapted(tiny[kind], name, kind, moved=True)
     if name == "faceid-plusv2":

@@ -73,7 +73,12 @@ class Problem:
         return loss.item()
 
 
-@pytest.mark.parametrize("name", DISTINCT)
+def some(*names):
+    """All variants with -m long, these always."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.long) for name in DISTINCT]
+
+
+@pytest.mark.parametrize("name", some("ip-adapter", "full-face", "faceid-portrait", "faceid-plusv2"))
 def test_the_loss_of_one_sample_falls_by_a_third(name):
     problem = Problem(name, "tiny-sdxl", 1)
     first = problem.step(torch.arange(1))
@@ -81,12 +86,7 @@ def test_the_loss_of_one_sample_falls_by_a_third(name):
     assert any(loss < first * 2 / 3 for loss in losses)
 
 
-_QUICK = ("ip-adapter", "faceid-plusv2")
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in _QUICK else pytest.param(name, marks=pytest.mark.long) for name in DISTINCT]
-)
+@pytest.mark.parametrize("name", some("faceid-plusv2"))
 def test_it_learns_from_the_condition_and_not_around_it(name):
     right, shuffled = Problem(name, "tiny", FACES), Problem(name, "tiny", FACES)
     orders = torch.Generator().manual_seed(2)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_adapters import KINDS, WITH_LORA, adapter, tiny_unet
+from tiny_adapters import EACH, KINDS, WITH_LORA, adapter, tiny_unet
 
 from pipeline.train.adapters.attention import named_attention
 from pipeline.train.adapters.released import read_released, require_fit, write_released
@@ -80,8 +80,7 @@ def test_name_tells_another_image_encoder_where_it_matters(name):
     assert ("plusv2" in dino) is (name == "faceid-plusv2")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("name", "kind"), EACH)
 def test_both_containers_hold_the_weights_in_float16_and_nothing_else(unets, tmp_path, name, kind):
     model = model_of(unets, name, kind)
     files = released(tmp_path, model)
@@ -153,8 +152,7 @@ def start_from(path, model):
     model.load_trained(tensors)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("name", "kind"), EACH)
 def test_both_containers_are_a_starting_point(unets, tmp_path, name, kind):
     model, other = model_of(unets, name, kind), model_of(unets, name, kind, seed=2)
     mine = other.trained()
