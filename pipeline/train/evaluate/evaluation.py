@@ -145,8 +145,9 @@ def _papers(
         one["task"] == "face_embedder" and one["sha256"] in licences for one in judges
     )
     notes = {
-        "None of these numbers means anything: the base is tiny and random, or the shards are of the profile "
-        "embedded, whose features were not learned.": not means_something,
+        "None of these numbers means anything: the base is tiny and random.": source.name in TINY,
+        "None of these numbers means anything: the features of shards of the profile embedded were not "
+        "learned.": EMBEDDED in dataset.profiles,
         why: answer != "yes",
         "No recogniser judged the images (--judge FOLDER of an insightface pack): whether they show a face, whose, and "
         "how it is turned is not known.": viewer.judge is None,
