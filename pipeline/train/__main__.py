@@ -139,7 +139,8 @@ def evaluate_command(
     seen = Table("measure", "mean", "95 % interval", "beside it", box=None, pad_edge=False)
     for line in table(result):
         seen.add_row(*line)
-    console.print(seen)
+    if seen.row_count:
+        console.print(seen)
     for path in ("evaluation.html", "evaluation.json"):
         console.print(str(folder / path), highlight=False, soft_wrap=True)
 

@@ -84,7 +84,7 @@ def evaluate(call: Call) -> tuple[Path, dict[str, Any]]:
     model.to(base.device).eval()
     sampler = Sampler(base, model, nothing, config)
 
-    papers = _papers(subject, dataset, source, viewer, has_others=any(face.others for face in faces))
+    papers = _papers(subject, dataset, source, viewer, faces, call.faces)
     for note in papers["notes"]:
         say(f"note: {note}")
     out = call.out or subject.folder
@@ -134,7 +134,7 @@ def _config(call: Call, subject: Subject, preset: str) -> TrainConfig:
 
 
 def _papers(
-    subject: Subject, dataset: Dataset, source: BaseSource, viewer: Viewer, *, has_others: bool
+    subject: Subject, dataset: Dataset, source: BaseSource, viewer: Viewer, faces: Sequence[Face], wanted: int
 ) -> dict[str, Any]:
     """What evaluation.json says of what was evaluated, on what and by whom; `notes` are what a reader must know."""
     answer, why = subject.held_out(dataset)
@@ -145,8 +145,9 @@ def _papers(
         one["task"] == "face_embedder" and one["sha256"] in licences for one in judges
     )
     notes = {
-        "None of these numbers means anything: the base is tiny and random, or the shards are of the profile "
-        "embedded, whose features were not learned.": not means_something,
+        "None of these numbers means anything: the base is tiny and random.": source.name in TINY,
+        "None of these numbers means anything: the features of shards of the profile embedded were not "
+        "learned.": EMBEDDED in dataset.profiles,
         why: answer != "yes",
         "No recogniser judged the images (--judge FOLDER of an insightface pack): whether they show a face, whose, and "
         "how it is turned is not known.": viewer.judge is None,
@@ -154,7 +155,8 @@ def _papers(
         "fairer.": is_partial,
         "No CLIP was given (--clip FOLDER): how the images follow their prompts is not known.": viewer.clip is None,
         "No two photos of one person are known in these shards (python -m pipeline group finds them): copy-paste and "
-        "how alike two real photos of a person are is not known.": not has_others,
+        "how alike two real photos of a person are is not known.": not any(face.others for face in faces),
+        f"There are {len(faces)} persons in the first samples, not {wanted}.": len(faces) < wanted,
         "The base is not the one that the adapter was trained on.": subject.base_sha256 not in ("", source.sha256),
     }
     return {

@@ -120,7 +120,7 @@ def read_subject(path: Path, name: str, step: int | None) -> Subject:
     elif path.suffix in _SUFFIXES:
         if step is not None:
             raise ConfigError(f"--step is for runs, and {path} is a file.")
-        file, tensors, watch, folder = path, read_released(path), {}, path.with_name(f"{path.stem}-evaluation")
+        file, tensors, watch, folder = path, read_released(path), {}, path.with_name(f"evaluation-{path.stem}")
         sidecar = _sidecar(path.with_suffix(".json"))
     else:
         raise SourceError(

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -74,7 +75,7 @@ def call(words):
 
 
 def evaluated(out, *words):
-    assert call(["evaluate", *words, "--out", out, *QUICK]) == 0
+    assert call(["evaluate", *QUICK, *words, "--out", out]) == 0
     return json.loads((out / "evaluation.json").read_bytes())
 
 
@@ -86,7 +87,7 @@ def test_a_run_gets_the_same_json_each_time_which_says_what_it_is_worth(trained,
     assert result["held_out"]["answer"] == "yes"
     assert result["means_something"] is False
     notes = " ".join(result["notes"])
-    for note in ("None of these numbers means anything", "No recogniser judged", "No CLIP was given"):
+    for note in ("None of these numbers means anything", "No recogniser judged", "No CLIP was given", "not 16."):
         assert note in notes
         assert note in seen.err
         assert note in (tmp_path / "out/evaluation.html").read_text()
@@ -126,20 +127,34 @@ def test_shards_that_it_was_trained_on_are_called_so_also_once_they_are_grouped(
 
 
 def test_a_file_is_evaluated_with_its_sidecar_by_its_name_or_by_what_is_said_of_it(trained, tmp_path):
-    shards = ["--from-shards", trained / "other"]
-    run = evaluated(tmp_path / "run", trained / "run", *shards)
-    with_sidecar = evaluated(tmp_path / "sidecar", trained / "run" / f"{NAME}.safetensors", *shards)
-    assert with_sidecar["held_out"]["answer"] == "yes"
-    alone = shutil.copy(trained / "run" / f"{NAME}.bin", tmp_path)
+    shards = ["--from-shards", trained / "other", "--faces", "2"]
+    alone = Path(shutil.copy(trained / "run" / f"{NAME}.bin", tmp_path))
     nameless = shutil.copy(alone, tmp_path / "mine.bin")
-    by_name = evaluated(tmp_path / "name", alone, *shards)
-    said = evaluated(tmp_path / "said", nameless, *shards, "--variant", "faceid", "--base", "tiny")
-    for other in (with_sidecar, by_name, said):
-        assert [one["copy_paste_pixels"] for one in other["images"] if one["person"] < 2] == pytest.approx(
-            [one["copy_paste_pixels"] for one in run["images"] if one["person"] < 2], abs=0.01
-        ), "float16 apart, it is the same adapter"
-    assert by_name["held_out"]["answer"] == said["held_out"]["answer"] == "not known"
-    assert by_name["held_out"]["why"] in by_name["notes"]
+    run, with_sidecar, said = (
+        evaluated(tmp_path / str(number), *words, *shards)
+        for number, words in enumerate(
+            [
+                [trained / "run"],
+                [trained / "run" / f"{NAME}.safetensors"],
+                [nameless, "--variant", "faceid", "--base", "tiny"],
+            ]
+        )
+    )
+    scores = [[one["copy_paste_pixels"] for one in result["images"]] for result in (run, with_sidecar, said)]
+    assert scores[0] == pytest.approx(scores[1], abs=0.01) == scores[2], "float16 apart, it is the same adapter"
+    assert [result["held_out"]["answer"] for result in (with_sidecar, said)] == ["yes", "not known"]
+    assert said["held_out"]["why"] in said["notes"]
+    by_name = read_subject(alone, "", None)
+    assert (by_name.variant.name, by_name.kind, by_name.recipe) == ("faceid", "sd15", None)
+    assert by_name.folder == tmp_path / f"evaluation-{NAME}"
+
+
+def test_the_condition_is_of_the_pictures_that_it_was_trained_on(trained):
+    subject = read_subject(trained / "run", "", None)
+    assert subject.recipe["adapter"]["condition"] == "auto", "an ID vector has no choice"
+    for picture, chosen in {"plain": "plain", "segmented": "segmented", "segmented or plain": "auto"}.items():
+        sidecar = {**subject.sidecar, "condition": {"hidden": f"token features of the {picture} 224x224 norm_crop"}}
+        assert replace(subject, sidecar=sidecar).recipe["adapter"]["condition"] == chosen
 
 
 def test_prompts_come_from_a_file_a_line_each(trained, tmp_path):
@@ -177,15 +192,24 @@ def clip(tmp_path_factory):
     return folder
 
 
-def test_with_clip_prompts_count_and_the_base_alone_stands_beside(trained, clip, tmp_path):
-    result = evaluated(tmp_path / "out", trained / "run", "--from-shards", trained / "other", "--clip", clip)
+@pytest.fixture(scope="module")
+def page(trained, clip, tmp_path_factory):
+    out = tmp_path_factory.mktemp("page")
+    evaluated(out, trained / "run", "--from-shards", trained / "other", "--clip", clip, "--images", "2")
+    return out / "evaluation.html"
+
+
+def test_with_clip_prompts_count_and_the_base_alone_stands_beside(page):
+    result = json.loads(page.with_suffix(".json").read_bytes())
     assert {"clip_similarity", "copy_paste_clip"} <= result["results"].keys()
-    assert result["levels"]["clip_similarity_without_adapter"]["values"] == 2
+    assert result["results"]["diversity_pixels"]["mean"] > 0, "each image of a prompt has noise of its own"
+    assert {row["seed"] for row in result["images"]} == {0, 1, 2, 3}
+    without = result["levels"]["clip_similarity_without_adapter"]
+    rows = [row["clip_similarity"] for row in result["images"] if row["person"] == 0]
+    assert without["values"] == len(rows) == 4
+    assert abs(without["mean"] - np.mean(rows)) > 2e-6
     assert result["levels"]["diversity_clip"]["persons"] == 2
-    assert [one["task"] for one in result["judges"]] == ["clip"]
-    (clip_of,) = {one["licence"] for one in result["judges"]}
-    assert clip_of == "not known"
-    assert len({row["clip_similarity"] for row in result["images"]}) == 6
+    assert {(one["task"], one["licence"]) for one in result["judges"]} == {("clip", "not known")}
 
 
 # --- real photos -----------------------------------------------------------------------------------------------------
@@ -213,11 +237,12 @@ def real(data, tmp_path_factory):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             face = face_align.norm_crop(bgr, kps, 224)
-        entry = {"box": [0, 0, 320, 320], "size": [320, 320]}
-        sample = fake.sample(number, has=(), person=list(files).index(person), crops={"portrait": entry})
+        crops = {"portrait": {"box": [0, 0, 320, 320], "size": [320, 320]}, "half": {}, "full": {}}
+        sample = fake.sample(number, has=(), person=list(files).index(person), crops=crops)
         pictures = {"portrait.jpg": crop, "face.jpg": face}
         samples.append(sample | {name: cv2.imencode(".jpg", one)[1].tobytes() for name, one in pictures.items()})
-    return fake.write(tmp_path_factory.mktemp("real"), {"persons-00000": samples})
+    recogniser = {**judge.weights[1], "licence": "as the manifest says"}
+    return fake.write(tmp_path_factory.mktemp("real"), {"persons-00000": samples}, models=[recogniser, fake.MODELS[1]])
 
 
 @pytest.mark.real_data
@@ -231,9 +256,10 @@ def test_copies_are_copies_other_photos_the_person_and_strangers_strangers(train
         "nobody": lambda _: np.zeros((64, 64, 3), np.uint8),
     }
     monkeypatch.setattr(Sampler, "__call__", lambda _, face, prompt, seed: gives[prompt](face))
-    words = ["--from-shards", real, "--judge", data / "models" / "real", "--faces", "2"]
+    file = shutil.copy(trained / "run" / f"{NAME}.bin", tmp_path)  # of which it is not known what it was trained on
+    words = ["--from-shards", real, "--base", "tiny", "--judge", data / "models" / "real", "--faces", "2"]
     (tmp_path / "prompts.txt").write_text("\n".join(gives))
-    result = evaluated(tmp_path / "out", trained / "run", *words, "--prompts", tmp_path / "prompts.txt")
+    result = evaluated(tmp_path / "out", file, *words, "--prompts", tmp_path / "prompts.txt")
     copy, other, stranger, nobody = result["by_prompt"]
     same, unlike = (result["levels"][name]["mean"] for name in ("id_same_person", "id_strangers"))
     assert 0.5 < same < 0.8
@@ -251,6 +277,8 @@ def test_copies_are_copies_other_photos_the_person_and_strangers_strangers(train
     assert stranger["id_to_others"] == pytest.approx(unlike, abs=0.15)
     assert abs(stranger["copy_paste_id"]) < 0.2, "it is as far from all photos"
     assert not {"id_similarity", "copy_paste_id"} & nobody.keys()
+    assert [one["licence"] for one in result["judges"]][1] == "as the manifest says"
+    assert any("The judge is the recogniser whose vectors are the condition" in note for note in result["notes"])
     assert not any("No recogniser" in note for note in result["notes"])
 
 
@@ -270,13 +298,6 @@ def test_an_interval_is_over_persons_and_the_same_each_time():
     assert estimate([[], []]) is None
 
 
-@pytest.fixture(scope="module")
-def page(trained, clip, tmp_path_factory):
-    out = tmp_path_factory.mktemp("page")
-    evaluated(out, trained / "run", "--from-shards", trained / "other", "--clip", clip)
-    return out / "evaluation.html"
-
-
 @pages.in_every_window
 def test_the_page_fits_its_window_and_everything_has_a_name(visit, page, window):
     pages.require_fit(visit, page, window)
@@ -287,11 +308,11 @@ def test_the_page_has_each_image_beside_its_condition_and_the_person_s_other_pho
     first = opened.locator(".person").first
     assert first.locator(".condition").count() == 1
     assert first.locator(".other").count() == 2
-    assert first.locator("figure").count() == 1 + 2 + 2
+    assert first.locator("figure").count() == 1 + 2 + 4
     assert "a house" in first.inner_text()
     first.locator(".zoom").first.press("Enter")
     opened.keyboard.press("ArrowRight")
-    assert opened.inner_text("#about") == "other photo of person 1 (2 of 12)"
+    assert opened.inner_text("#about") == "other photo of person 1 (2 of 18)"
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
