@@ -168,7 +168,7 @@ def find_base(name: str, *, sdxl: bool = False) -> BaseSource:
         near = get_close_matches(name.lower(), _NAMES, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise SourceError(f"The base {name!r} is neither a folder nor one of {', '.join(_NAMES)}{hint}.")
-    return _described(folder.resolve().name, folder, _licence(folder) or f"unknown ({folder.resolve().name})")
+    return _described(folder.resolve().name, folder, card_licence(folder) or f"unknown ({folder.resolve().name})")
 
 
 def _described(name: str, folder: Path, licence: str) -> BaseSource:
@@ -208,8 +208,8 @@ def _json(folder: Path, file: str) -> dict[str, Any]:
     return content
 
 
-def _licence(folder: Path) -> str | None:
-    """What the head of the model card says, as `creativeml-openrail-m`."""
+def card_licence(folder: Path) -> str | None:
+    """What the head of the model card in a folder says, as `creativeml-openrail-m`; None where there is none."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     head = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)

@@ -67,7 +67,7 @@ def evaluate(call: Call) -> tuple[Path, dict[str, Any]]:
     dataset = open_dataset(call.shards, config.data.model_copy(update={"allow_no_captions": True}))
     subject.require_embedders(dataset)
     name = call.base or subject.sidecar.get("base") or ("tiny" if EMBEDDED in dataset.profiles else subject.kind)
-    source = find_base(name or "sd15")
+    source = find_base(name or "sd15", sdxl=subject.kind == "sdxl")
     config = _config(call, subject, "tiny" if source.name in TINY else DEFAULT_PRESETS[source.kind])
     require_meaning(source.name, dataset, config)
     reads = subject.variant.reads

@@ -8,6 +8,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
+from pipeline.shared.bases import card_licence
 from pipeline.train.loader import Pixels
 from pipeline.train.validate.judge import NOT_KNOWN
 from schemas.arcface import Floats
@@ -41,11 +42,8 @@ class Clip:
         if report["missing_keys"]:  # an image tower alone, as IP-Adapter's folder has it
             raise WeightsError(f"{wrong}: its files lack {min(report['missing_keys'])}.")
         self._model: Any = model.eval().requires_grad_(False).to(device)
-        files = sorted(path.glob("*.safetensors"))
-        self.weights = [
-            {"name": path.resolve().name, "task": "clip", "sha256": sha256_of_file(file), "licence": NOT_KNOWN}
-            for file in files
-        ]
+        about = {"name": path.resolve().name, "task": "clip", "licence": card_licence(path) or NOT_KNOWN}
+        self.weights = [{**about, "sha256": sha256_of_file(file)} for file in sorted(path.glob("*.safetensors"))]
 
     @torch.no_grad()
     def image(self, image: Pixels) -> Floats:

@@ -189,6 +189,7 @@ def clip(tmp_path_factory):
     tokenizer.save_pretrained(folder)
     sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     transformers.CLIPImageProcessor(**sizes).save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     return folder
 
 
@@ -209,7 +210,7 @@ def test_with_clip_prompts_count_and_the_base_alone_stands_beside(page):
     assert without["values"] == len(rows) == 4
     assert abs(without["mean"] - np.mean(rows)) > 2e-6
     assert result["levels"]["diversity_clip"]["persons"] == 2
-    assert {(one["task"], one["licence"]) for one in result["judges"]} == {("clip", "not known")}
+    assert {(one["task"], one["licence"]) for one in result["judges"]} == {("clip", "mit")}
 
 
 # --- real photos -----------------------------------------------------------------------------------------------------
