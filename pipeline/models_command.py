@@ -112,8 +112,8 @@ def photo_head(
 ) -> None:
     """Make the words by which runs tell photos from paintings, cartoons and statues (the measure `photo`), once.
 
-    From the text tower of the same CLIP (`models fetch clip-vit-h-text`, 3.9 GB, of no use afterwards; takes 5 GB of
-    memory); stored beside the weights of the image embedder, unless --to says where.
+    From the text tower of the same CLIP (`models fetch clip-vit-h-text`, 3.9 GB; takes 5 GB of memory); stored beside
+    the weights of the image embedder, unless --to says where.
     """
     from stages.models.photo import make_photo_head
 

@@ -34,4 +34,5 @@ def write(folder: Path, width: int = 24) -> tuple[Path, Path]:
     (whole / "merges.txt").write_text("#version: 0.2\n")
     (whole / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
     (whole / "special_tokens_map.json").write_text("{}")
+    transformers.CLIPImageProcessor().save_pretrained(whole)
     return images, whole

@@ -14,7 +14,7 @@ from stages.models.weights import WeightState, known, known_weights, roots, stat
 from stages.settings import ModelSettings
 
 _OTHERWISE = {
-    "clip-vit-h-text": "models photo (makes what the column photo needs)",
+    "clip-vit-h-text": "models photo (for the column photo), training with watch.clip (the path of its folder)",
     **{name: f"training with --base {name}, encode.base={name}" for name in BASES},
     "arcface-ir-se50": "training with objective.id_loss (objective.id_loss_weights is the path of its file)",
 }

@@ -249,7 +249,10 @@ _ALL = (
             ),
             *(
                 WeightFile(name, "", source=name)
-                for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+                for name in (
+                    *("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
+                    "preprocessor_config.json",
+                )
             ),
         ),
         licence="MIT",
