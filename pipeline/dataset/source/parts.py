@@ -188,7 +188,7 @@ def _parts_of(word: str, settings: SourceSettings) -> list[Part]:
     kind = kind_of(path)
     if kind == "file":
         whole = full_path(fs, inside, word=path)
-        files, hint = data_files([whole]), " Of images, give the folder." if is_image(whole) else ""
+        files, hint = data_files([whole]), " Of images, give the folder." if is_image(whole) else _unpacking([whole])
         complaint = f"{whole} is no metadata file: the names of those end in {_KINDS}.{hint}"
     elif kind == "directory":
         return _parts_in(path, settings)
@@ -224,8 +224,14 @@ def _parts_in(word: str, settings: SourceSettings) -> list[Part]:
             return [whole, *(_part(file, settings) for file in files if file not in naming)]
     if not files:
         links = " (links that lead out of it are not read)" if pictures.left_out else ""
-        raise SourceError(f"{word} holds no images and no metadata ({_KINDS}); {_listing(word)}{links}.")
+        raise SourceError(f"{word} holds no images and no metadata ({_KINDS}); {_listing(word)}{links}.{_unpacking(listed)}")
     return [_part(file, settings) for file in files]
+
+
+def _unpacking(paths: list[str]) -> str:
+    """What to do with archives, where there are any."""
+    is_packed = any(path.lower().endswith((".zip", ".gz", ".tgz", ".zst", ".xz", ".7z", ".rar")) for path in paths)
+    return " Unpack archives first." if is_packed else ""
 
 
 def files_under(folder: str) -> list[str]:

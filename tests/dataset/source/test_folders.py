@@ -267,8 +267,10 @@ def test_a_dataset_within_its_own_source_is_none_of_its_images(tmp_path):
 
 
 def test_what_is_meant_otherwise_is_refused_with_the_other_word(tmp_path, out):
-    put(tmp_path, **{"a.png": encoded()})
+    put(tmp_path, **{"a.png": encoded(), "zips/part-000001.zip": b"PK"})
     for spec, message in (
+        (tmp_path / "zips", r"found there: part-000001\.zip\. Unpack archives first\."),
+        (tmp_path / "zips/part-000001.zip", r" Unpack archives first\."),
         (tmp_path / "a.png", r"Of images, give the folder\."),
         (tmp_path / "*.png", r"Of images, give the folder\."),
         (out, r"is a finished dataset: give what it was made of\."),
