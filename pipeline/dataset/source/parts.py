@@ -224,7 +224,8 @@ def _parts_in(word: str, settings: SourceSettings) -> list[Part]:
             return [whole, *(_part(file, settings) for file in files if file not in naming)]
     if not files:
         links = " (links that lead out of it are not read)" if pictures.left_out else ""
-        raise SourceError(f"{word} holds no images and no metadata ({_KINDS}); {_listing(word)}{links}.{_unpacking(listed)}")
+        there = f"{_listing(word)}{links}.{_unpacking(listed)}"
+        raise SourceError(f"{word} holds no images and no metadata ({_KINDS}); {there}")
     return [_part(file, settings) for file in files]
 
 
