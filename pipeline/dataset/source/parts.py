@@ -211,10 +211,11 @@ def _parts_in(word: str, settings: SourceSettings) -> list[Part]:
     listed, folder = listing(word), full_path(*locate(word)).rstrip("/")
     if f"{folder}/{DATASET}" in listed and any(path.startswith(f"{folder}/shards/") for path in listed):
         raise SourceError(f"{word} is a finished dataset: give what it was made of.")
-    # An OUT among its own images is none of them.
-    for out in [path.removesuffix(DATASET) for path in listed if path.endswith(f"/{DATASET}")]:
-        if any(path.startswith(f"{out}shards/") for path in listed):
-            listed = [path for path in listed if not path.startswith(out)]
+    # An OUT, or a training run, among the images that it was made of is none of them.
+    for mark, beside in ((DATASET, "shards/"), ("run.json", "metrics.jsonl")):
+        for made in [path.removesuffix(mark) for path in listed if path.endswith(f"/{mark}")]:
+            if any(path.startswith(made + beside) for path in listed):
+                listed = [path for path in listed if not path.startswith(made)]
     files = _rows_among(listed, folder)
     pictures = Pictures.listed(folder, listed, mapped(FILE_ALIASES, settings.columns))
     if pictures.images:
