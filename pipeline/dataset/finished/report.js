@@ -75,7 +75,9 @@ function explore(explorer, bytes) {
     const far = names.map((_, n) => distance(row, limits, n)), failed = names.findIndex((_, n) => fails(row, limits, n));
     const n = failed < 0 ? far.indexOf(Math.min(...far)) : failed, { measure, least } = thresholds[n];
     const words = measure.replace("_px", "").replaceAll("_", " ");
-    return isKnown(row[n]) ? `${words} ${short(row[n])}, ${least ? "at least" : "at most"} ${short(limits[n])}: ` : "";
+    // What rounds to the threshold, and is not it, would look wrongly judged.
+    const value = short(row[n]) === short(limits[n]) ? number(Number(row[n].toFixed(2))) : short(row[n]);
+    return isKnown(row[n]) ? `${words} ${value}, ${least ? "at least" : "at most"} ${short(limits[n])}: ` : "";
   }
 
   const before = count(start), total = before.reduce((sum, one) => sum + one, 0);

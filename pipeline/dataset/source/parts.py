@@ -188,7 +188,7 @@ def _parts_of(word: str, settings: SourceSettings) -> list[Part]:
     kind = kind_of(path)
     if kind == "file":
         whole = full_path(fs, inside, word=path)
-        files, hint = data_files([whole]), " Of images, give the folder." if is_image(whole) else ""
+        files, hint = data_files([whole]), " Of images, give the folder." if is_image(whole) else _unpacking([whole])
         complaint = f"{whole} is no metadata file: the names of those end in {_KINDS}.{hint}"
     elif kind == "directory":
         return _parts_in(path, settings)
@@ -211,10 +211,11 @@ def _parts_in(word: str, settings: SourceSettings) -> list[Part]:
     listed, folder = listing(word), full_path(*locate(word)).rstrip("/")
     if f"{folder}/{DATASET}" in listed and any(path.startswith(f"{folder}/shards/") for path in listed):
         raise SourceError(f"{word} is a finished dataset: give what it was made of.")
-    # An OUT among its own images is none of them.
-    for out in [path.removesuffix(DATASET) for path in listed if path.endswith(f"/{DATASET}")]:
-        if any(path.startswith(f"{out}shards/") for path in listed):
-            listed = [path for path in listed if not path.startswith(out)]
+    # An OUT, or a training run, among the images that it was made of is none of them.
+    for mark, beside in ((DATASET, "shards/"), ("run.json", "metrics.jsonl")):
+        for made in [path.removesuffix(mark) for path in listed if path.endswith(f"/{mark}")]:
+            if any(path.startswith(made + beside) for path in listed):
+                listed = [path for path in listed if not path.startswith(made)]
     files = _rows_among(listed, folder)
     pictures = Pictures.listed(folder, listed, mapped(FILE_ALIASES, settings.columns))
     if pictures.images:
@@ -224,8 +225,15 @@ def _parts_in(word: str, settings: SourceSettings) -> list[Part]:
             return [whole, *(_part(file, settings) for file in files if file not in naming)]
     if not files:
         links = " (links that lead out of it are not read)" if pictures.left_out else ""
-        raise SourceError(f"{word} holds no images and no metadata ({_KINDS}); {_listing(word)}{links}.")
+        there = f"{_listing(word)}{links}.{_unpacking(listed)}"
+        raise SourceError(f"{word} holds no images and no metadata ({_KINDS}); {there}")
     return [_part(file, settings) for file in files]
+
+
+def _unpacking(paths: list[str]) -> str:
+    """What to do with archives, where there are any."""
+    is_packed = any(path.lower().endswith((".zip", ".gz", ".tgz", ".zst", ".xz", ".7z", ".rar")) for path in paths)
+    return " Unpack archives first." if is_packed else ""
 
 
 def files_under(folder: str) -> list[str]:

@@ -259,16 +259,19 @@ def test_links_and_names_lead_nowhere_outside(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_dataset_within_its_own_source_is_none_of_its_images(tmp_path):
+def test_a_dataset_and_a_run_within_their_own_source_are_none_of_its_images(tmp_path):
     put(tmp_path, **{"a.png": encoded(1), "out/dataset.json": "{}", "out/shards/x-00000.json": "{}"})
     put(tmp_path, **{"out/b.png": encoded(2), "other/dataset.json": "{}", "other/c.png": encoded(3)})
+    put(tmp_path, **{"runs/f/run.json": "{}", "runs/f/metrics.jsonl": "{}", "runs/f/validation/d.png": encoded(4)})
     pq.write_table(pa.table({"key": ["x-0"]}), tmp_path / "out/shards/x-00000.parquet")
     assert picked(rows(tmp_path), "source_file") == [("a.png",), ("other/c.png",)]
 
 
 def test_what_is_meant_otherwise_is_refused_with_the_other_word(tmp_path, out):
-    put(tmp_path, **{"a.png": encoded()})
+    put(tmp_path, **{"a.png": encoded(), "zips/part-000001.zip": b"PK"})
     for spec, message in (
+        (tmp_path / "zips", r"found there: part-000001\.zip\. Unpack archives first\."),
+        (tmp_path / "zips/part-000001.zip", r" Unpack archives first\."),
         (tmp_path / "a.png", r"Of images, give the folder\."),
         (tmp_path / "*.png", r"Of images, give the folder\."),
         (out, r"is a finished dataset: give what it was made of\."),
