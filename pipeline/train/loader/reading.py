@@ -116,23 +116,18 @@ def plan_reading(
     features = [suffix for each in (files, plain) for role, suffix in each.items() if role != _MIRRORS_FREELY]
     mirrored = {suffix: suffix.replace(".npy", "_mirror.npy") for suffix in features}
     missing = [suffix for suffix in mirrored.values() if suffix not in suffixes]
-    against_flip = against_colour = ""
+    against = {}
     if latents:
-        against_flip = "precomputed latents cannot be mirrored (data.latents = images could be)"
-        against_colour = "precomputed latents have no colours to change (data.latents = images has)"
+        against["flip"] = "precomputed latents cannot be mirrored (data.latents = images could be)"
+        against["colour"] = "precomputed latents have no colours to change (data.latents = images has)"
     elif missing:
-        against_flip = (
+        against["flip"] = (
             f"the shards have no {missing[0]}, which a mirrored target needs (make the dataset --with mirror)"
         )
     if features and not latents:
-        against_colour = "the variant reads image features, which hold the colours of the face"
-    for name, wanted, against in (
-        ("flip", augment.flip, against_flip),
-        ("colour", augment.colour, against_colour),
-    ):
-        if wanted and against:
-            notices.append(f"augment.{name} is off: {against}.")
-    flip = 0.0 if against_flip else augment.flip
+        against["colour"] = "the variant reads image features, which hold the colours of the face"
+    notices += [f"augment.{name} is off: {why}." for name, why in against.items() if getattr(augment, name)]
+    flip, colour = (0.0 if name in against else getattr(augment, name) for name in ("flip", "colour"))
     return Reading(
         files=files,
         plain=plain,
@@ -142,7 +137,7 @@ def plan_reading(
         latents=latents,
         text=texts,
         flip=flip,
-        colour=0.0 if against_colour else augment.colour,
+        colour=colour,
         alternatives=0.0 if texts else config.data.alternatives,
         faces=faces,
         notices=tuple(notices),

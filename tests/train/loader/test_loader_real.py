@@ -26,7 +26,9 @@ def epoch(made: Dataset, reads: tuple[str, ...], buckets: bool, flip: float) -> 
 @pytest.mark.parametrize("buckets", [True, False])
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_the_face_is_where_the_points_say(made: Dataset, buckets: bool, flip: float) -> None:
-    faces = {face.key: face.image for face in first_faces(made, made.samples, ("arcface",), AdapterSettings())}
+    faces = {
+        face.photo.key: face.photo.face for face in first_faces(made, made.samples, ("arcface",), AdapterSettings())
+    }
     batches = epoch(made, ("arcface",), buckets, flip)
     assert sorted(key for batch in batches for key in batch.keys) == sorted(faces)
     for batch in batches:
