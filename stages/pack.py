@@ -11,7 +11,7 @@ from stages.base import RowStage
 _DIGITS = 4
 """Decimals of measurements in the json: a ten-thousandth of a pixel."""
 
-_REPEATED = (
+REPEATED = (
     "key",
     "part",
     "row",
@@ -46,7 +46,7 @@ class Pack(RowStage):
     """Writes the json of a sample, and the hash of all its files; drops nothing."""
 
     name = "pack"
-    reads = (*_REPEATED, "further_caption", *(column for column in SUFFIXES.values() if column not in ("json", "txt")))
+    reads = (*REPEATED, "further_caption", *(column for column in SUFFIXES.values() if column not in ("json", "txt")))
     writes = ("json", "txt", "sample_sha256")
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class Pack(RowStage):
 
         The fill colour of the embedded face is noted.
         """
-        content = {name: _rounded(record[name]) for name in _REPEATED}
+        content = {name: _rounded(record[name]) for name in REPEATED}
         content["crops"] = json.loads(record["crops"])
         if content.pop("targets"):
             content["targets"] = json.loads(record["targets"])

@@ -19,6 +19,8 @@ from stages.settings import Settings
 _BACKOFF_S = 0.5
 """Before the first further attempt; doubles with each."""
 _MAX_BODY = 1 << 20
+_SHOWN = 200
+"""Characters of a failure that are shown: a stranger wrote them."""
 _QUALITY = 95
 _TRANSIENT = {408, 409, 425, 429, *range(500, 600)}
 _REFUSED = ("content_filter", "content_policy_violation")
@@ -127,7 +129,7 @@ class Endpoint:
         if status == 400 and any(word in text for word in _REFUSED):
             return ""
         if status != 200:
-            raise self._error(f"HTTP {status}, {' '.join(text.split())[:200] or 'without a word'}")
+            raise self._error(f"HTTP {status}, {text.strip() or 'without a word'}")
         try:
             choice = _Completion.model_validate_json(bytes(body)).choices[0]
         except ValidationError as error:
@@ -136,7 +138,8 @@ class Endpoint:
 
     def _error(self, failure: str) -> ShardError:
         text = failure.replace(self._key, "***") if self._key else failure
-        return ShardError(f"The endpoint of models.captioner gave no caption ({text}): a rerun asks it again.")
+        shown = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())[:_SHOWN]
+        return ShardError(f"The endpoint of models.captioner gave no caption ({shown}): a rerun asks it again.")
 
 
 def _key(settings: Settings) -> str:

@@ -1,6 +1,7 @@
 """Caption: tiny random models of transformers, and a loopback server that speaks, and misspeaks, chat completions."""
 
 import base64
+import gzip
 import json
 import shutil
 import threading
@@ -166,6 +167,8 @@ BAD: dict[str, Reply] = {
     "no choices": (200, {}, b'{"choices": []}'),
     "huge": (200, {}, GOOD[2] + b" " * (8 << 20)),
     "nothing": (200, {}, b""),
+    "no UTF-8": (200, {}, GOOD[2].replace(b"photo", b"caf\xe9")),
+    "a bomb": (200, {"Content-Encoding": "gzip"}, gzip.compress(bytes(64 << 20))),
 }
 
 
@@ -263,7 +266,7 @@ def test_an_endpoint_that_fails_is_tried_again_and_then_fails_the_shard(chat, na
         (None, r"0\.5 s are over"),
         ((429, {"Retry-After": "3600"}, b""), "HTTP 429"),
         ((401, {}, f"wrong key {KEY}".encode()), r"HTTP 401, wrong key \*\*\*"),
-        ((404, {}, b"no model m"), "HTTP 404, no model m"),
+        ((404, {}, b"no\n\x1b[2Jmodel m" + b"!" * 9999), r"HTTP 404, no \[2Jmodel m!{170,180}\)"),
         ((307, {"Location": "/elsewhere"}, b""), "HTTP 307"),
     ],
 )
@@ -312,6 +315,9 @@ def test_a_run_with_an_endpoint_fails_whole_shards_and_a_rerun_finishes_them(cha
     jsons = [json.loads(sample.files["json"]) for tar in tars for sample in unpack(tar)]
     alternatives = Counter(str(content.get("text_alternatives")) for content in jsons)
     assert set(alternatives) == {"None", "['a photo of someone']"}
+    card = (tmp_path / "out/README.md").read_text()
+    assert "were written by m, which no one has checked" in card
+    assert "further_caption" not in card, "json has them in text_alternatives"
     ledgers = [pq.read_table(path) for path in (tmp_path / "out/shards").glob("*.parquet")]
     chars = Counter(value for ledger in ledgers for value in ledger["further_chars"].to_pylist())
     assert chars[18] == alternatives["['a photo of someone']"]

@@ -7,13 +7,18 @@ import fake_shards as fake
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
 from tiny_adapters import adapter
 from torch.nn.functional import mse_loss
 
+import pipeline.train.loop as trainer
 from pipeline.shared.bases import find_base
 from pipeline.train.base_model import Base
+from pipeline.train.job import Call, prepared
 from pipeline.train.loader import Dataset, ShardLoader, open_dataset
 from pipeline.train.settings import TrainConfig
+from schemas.errors import ExitCode
 from schemas.shard import encode_npy
 
 pytestmark = pytest.mark.long
@@ -82,3 +87,25 @@ def dependence(dataset: Dataset, pairs: float) -> float:
 def test_a_paired_adapter_depends_at_most_half_as_much_on_the_background(dataset: Dataset) -> None:
     """0.3 against 1.13, where 2 would be all of it."""
     assert dependence(dataset, pairs=1.0) < dependence(dataset, pairs=0.0) / 2
+
+
+def test_a_run_on_pairs_that_goes_on_is_the_one_that_was_not_interrupted(tmp_path: Path) -> None:
+    """On an SDXL-like base, with features and latents of its own."""
+    samples = [fake.sample(number, person=number // 3) for number in range(12)]
+    folder = fake.write(tmp_path / "data", {"a-00000": samples})
+
+    def trained(out: str, steps: int, *, pairs: float = 0.7, resume: bool = False) -> dict[str, torch.Tensor]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        data = {"resolution": 64, "batch_size": 2, "workers": 0, "verify": "size", "pairs": pairs}
+        words = (f"data.{name}={value}" for name, value in data.items())
+        named = {"pairs": ("adapter.lora_rank=4", *words), "options": {"steps": steps}, "resume": resume}
+        job = prepared(Call((folder,), "faceid-plusv2", "tiny-sdxl", tmp_path / out, **named))
+        assert trainer.train(job) == ExitCode.OK
+        return load_file(job.run.folder(steps) / "adapter.safetensors")
+
+    whole = trained("whole", 4)
+    trained("run", 2)
+    resumed, unpaired = trained("run", 4, resume=True), trained("unpaired", 4, pairs=0)
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    assert not all(torch.equal(tensor, unpaired[name]) for name, tensor in whole.items())

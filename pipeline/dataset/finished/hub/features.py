@@ -13,7 +13,7 @@ from pipeline.shared.files import AnyPath
 from pipeline.shared.tars import Sample, unpack
 from schemas.columns import COLUMNS
 from schemas.shard import PLAIN, SUFFIXES, Manifest, decode_npy
-from stages.pack import Pack
+from stages.pack import REPEATED
 
 _PEEKED = 8
 """Samples of a shard, and shards of a plan, that are looked at."""
@@ -80,7 +80,7 @@ def _of_file(name: str, data: bytes, contents: Sequence[Mapping[str, Any]]) -> F
 def _json_type(contents: Sequence[Mapping[str, Any]]) -> pa.DataType:
     """What `pack` repeats has the types of its columns, also where no sample shown has it; the rest as it is seen."""
     seen = {field.name: field.type for field in pa.array(contents).type}
-    columns = {*Pack.reads, *seen} & set(COLUMNS) - {*SUFFIXES.values(), "targets"}
+    columns = {*REPEATED, *seen} & set(COLUMNS) - {*SUFFIXES.values(), "targets"}
     crops = pa.struct([(crop, _CROP) for crop in CROPS])
     types = {**seen, **{name: COLUMNS[name].type for name in columns}, "crops": crops}
     return pa.struct(sorted(types.items()))
