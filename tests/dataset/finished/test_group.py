@@ -97,6 +97,7 @@ def test_photos_of_a_person_lie_side_by_side_and_the_rest_is_as_of_any_dataset(m
     assert samples[0][0]["origin"] == "part-000000002"
     assert contents(out) == contents(tmp_path / "again"), "same input, same bytes"
     assert sum(manifest.rows_in for manifest in read_manifests(out)) == len(ROWS)
+    assert "(mean cosine of at least 0.48), lie side by side" in (out / "README.md").read_text()
 
 
 def test_drops_near_copy(made):
