@@ -377,12 +377,9 @@ def test_torch_looks_closer_in_batches_and_says_the_same(material, oddities, dat
 
 @pytest.mark.real_data
 @pytest.mark.long
-def test_of_photos_of_one_face_fewer_are_lost_and_no_second_face_passes(material, oddities, detector, twice):
+def test_of_many_poor_second_faces_none_passes_by_the_closer_look(material, detector, twice):
+    """On a drawn ground: in a photo, boxes that show no face may pass, as they should."""
     faces, grounds = material
-    scores = [second_scores(detector, twice, f) for f in composed.with_others(*material, oddities, 150, seed=6, each=6)]
-    freed, doubtful = (sum(second <= 0.4 < first for first, second in scores), sum(first > 0.4 for first, _ in scores))
-    assert (doubtful >= 8, freed >= 3) == (True, True), scores
-    # on a drawn ground: in a photo, boxes that show no face may pass, as they should
-    pairs = [second_scores(detector, twice, f) for f in composed.with_others(faces, grounds[-1:], faces, 150, seed=9)]
-    assert sum(0.4 < first < 0.7 for first, _ in pairs) >= 15, pairs
-    assert [pair for pair in pairs if pair[1] <= 0.4 < pair[0]] == []
+    pairs = [second_scores(detector, twice, f) for f in composed.with_others(faces, grounds[-1:], faces, 80, seed=9)]
+    doubtful = [(first, closer) for first, closer in pairs if 0.4 < first < 0.7]
+    assert (len(doubtful) >= 6, [pair for pair in doubtful if pair[1] <= 0.4]) == (True, []), len(doubtful)
