@@ -208,7 +208,7 @@ class ModelSettings(Section):
     """Smallest detector score of a face."""
     second_look: tuple[Score, Score] = (0, 0)
     """Scores, from and below, of boxes beside a face that are looked at closer before they count as a second face
-    (where the detector can: scrfd), such as [0.4, 0.7]; [0, 0]: none. Some dark second faces pass by it."""
+    (where the detector can: scrfd), such as [0.4, 0.7]; [0, 0]: none."""
     paths: dict[str, str] = Field(default_factory=dict)
     """Weight name -> file or folder, looked at before all else, such as {yunet = "/models/yunet.onnx"}."""
     licences: tuple[str, ...] = ()

@@ -347,10 +347,13 @@ def second_scores(detector, twice, file):
 
 @pytest.mark.real_data
 def test_what_is_no_face_when_seen_closer_is_no_second_face(material, oddities, detector, twice):
-    """A dog's ear beside a face."""
-    first, closer = second_scores(detector, twice, next(composed.with_others(*material, oddities, 1, seed=5, each=6)))
-    assert first > 0.4
-    assert closer < 0.35
+    """A dog's ear beside a face; in haze, where a face would not be seen either, it stays one."""
+    file = next(composed.with_others(*material, oddities, 1, seed=1150, each=6))
+    image = photo(sha256(file), file)
+    (first,) = detector.detect_all([image])
+    haze = (image * 0.4 + 100).astype(np.uint8)
+    closer, hazy = (twice._looked_again([each], [first])[0] for each in (image, haze))
+    assert [measure(faces, 0.5)["second_score"] > 0.4 for faces in (first, closer, hazy)] == [True, False, True]
 
 
 @pytest.mark.real_data
@@ -364,7 +367,7 @@ def test_a_poor_second_face_stays_one(material, detector, twice, seed):
 @pytest.mark.long
 def test_torch_looks_closer_in_batches_and_says_the_same(material, oddities, data, detector, twice):
     on_torch = Scrfd(settings(data, second_look=[0.4, 0.7], runtime={"detector": "torch"}).models, "cpu")
-    odd = next(composed.with_others(*material, oddities, 1, seed=5, each=6))
+    odd = next(composed.with_others(*material, oddities, 1, seed=1150, each=6))
     poor = next(composed.with_others(*material, material[0], 1, seed=2))
     images = [photo(sha256(file), file) for file in (odd, poor)]
     firsts = detector.detect_all(images)
@@ -374,11 +377,9 @@ def test_torch_looks_closer_in_batches_and_says_the_same(material, oddities, dat
 
 @pytest.mark.real_data
 @pytest.mark.long
-def test_of_many_photos_of_one_face_fewer_are_lost(material, oddities, detector, twice):
-    doubtful = freed = lost = 0
-    for file in composed.with_others(*material, oddities, 600, seed=6, each=6):
-        first, closer = second_scores(detector, twice, file)
-        doubtful += first >= 0.3
-        freed += closer <= 0.4 < first
-        lost += first <= 0.4 < closer
-    assert (doubtful >= 100, freed >= 10, lost) == (True, True, 0), (doubtful, freed, lost)
+def test_of_many_poor_second_faces_none_passes_by_the_closer_look(material, detector, twice):
+    """On a drawn ground: in a photo, boxes that show no face may pass, as they should."""
+    faces, grounds = material
+    pairs = [second_scores(detector, twice, f) for f in composed.with_others(faces, grounds[-1:], faces, 80, seed=9)]
+    doubtful = [(first, closer) for first, closer in pairs if 0.4 < first < 0.7]
+    assert (len(doubtful) >= 6, [pair for pair in doubtful if pair[1] <= 0.4]) == (True, []), len(doubtful)

@@ -34,8 +34,12 @@ _DOUBTFUL, _CERTAIN = 0.1, 0.3
 of them turned, dark or blurred, none scored under 0.18, four under 0.3; of faceless photos 43 % score 0.1, 3 % 0.3."""
 _CROP, _AROUND, _MOST_CROPS = 128, 2.0, 8
 """Side of what is looked at closer, pixels; that of the square / longer side of the box in it; boxes of one photo."""
-_TURNS = (0, 45, -45, 90, -90, 180)
-"""Degrees by which a doubtful second box is turned: upright alone, tilted faces have less than `_CERTAIN`."""
+_TURNS, _SURROUNDINGS = {0: 1.0, 45: 0.6, -45: 0.6, 90: 0.6, -90: 0.6, 180: 0.6}, (3.0, 4.0)
+"""How a doubtful second box is looked at: degrees by which it is turned -> what a score counts then, since turned dogs
+and flowers are faces more often than faces are turned; and sides of what is cut out / side of the box."""
+_NOTHING, _CENTRE, _CONTRAST = 0.22, 0.25, 100
+"""The best score under which it is no face, of boxes whose centre is at most this share of its side away, where its
+pixels have so many grey levels from the 5th to the 95th percentile: what is dark or in haze is not seen closer."""
 _LARGEST = 320
 """Longer side of a picture in which a face may fill anything: one of 350 px and more is seen less and less."""
 
@@ -133,33 +137,36 @@ class Scrfd:
     def _looked_again(self, images: Sequence[Image], results: list[Faces]) -> list[Faces]:
         """`results`, with less for doubtful boxes beside the best face of a photo that are no faces when seen closer.
 
-        Each is seen upright and turned; where it shows anything then, its first score stands.
+        Each is seen upright and turned, with more and less around it; where it shows anything, its first score stands.
         """
         low, high = self._second_look
         doubtful = []
         for i, faces in enumerate(results):
             if np.any(faces.score >= self._threshold):
                 others = apart(faces.bbox, faces.bbox[0]) & (faces.score >= low) & (faces.score < high)
-                doubtful += [(i, int(j)) for j in np.flatnonzero(others)]
+                doubtful += [(i, j) for j in np.flatnonzero(others) if _contrast(images[i], faces.bbox[j]) >= _CONTRAST]
         if not doubtful:
             return results
-        crops = [
-            crop
-            for i, j in doubtful
-            for turn in _TURNS
-            for crop in _closer(images[i], results[i].bbox[[j]], results[i].score[[j]], turn)
-        ]
+        crops = []
+        for i, j in doubtful:
+            for around in _SURROUNDINGS:
+                # without smoothing, a large reduction would leave little of a blurred face
+                by = max(1, int(around * np.ptp(results[i].bbox[j].reshape(2, 2), axis=0).max() / _CROP))
+                image = cv2.resize(images[i], None, fx=1 / by, fy=1 / by, interpolation=cv2.INTER_AREA)
+                box, score = results[i].bbox[[j]] / np.float32(by), results[i].score[[j]]
+                crops += [crop for turn in _TURNS for crop in _closer(image, box, score, turn, around)]
         if self._model.static_input_size:
             crops = [np.pad(crop, ((0, self._size - _CROP), (0, self._size - _CROP), (0, 0))) for crop in crops]
         looks = iter(self._model.screened(crops, _DOUBTFUL))
         again = list(results)
         for i, j in doubtful:
             seen = 0.0
-            for _, scores, boxes in islice(looks, len(_TURNS)):
-                # the box is in the middle; the face beside it may stand at the edge
-                aside = np.abs((boxes[:, :2] + boxes[:, 2:]) / 2 - _CROP / 2).max(axis=1, initial=0)
-                seen = max(seen, float(scores[aside <= _CROP / _AROUND / 2].max(initial=0)))
-            if seen < _CERTAIN:
+            for around in _SURROUNDINGS:
+                for weight, (_, scores, boxes) in zip(_TURNS.values(), islice(looks, len(_TURNS)), strict=True):
+                    # the box is in the middle; the face beside it may stand at the edge
+                    aside = np.abs((boxes[:, :2] + boxes[:, 2:]) / 2 - _CROP / 2).max(axis=1, initial=0)
+                    seen = max(seen, weight * float(scores[aside <= _CENTRE * _CROP / around].max(initial=0)))
+            if seen < _NOTHING:
                 score = again[i].score.copy()
                 score[j] = seen
                 again[i] = again[i]._replace(score=score)
@@ -217,13 +224,20 @@ def _reduced_looks(network: Any, images: Sequence[Image], lowest: float, *, is_s
     return looks
 
 
-def _closer(image: Image, boxes: Floats, scores: Floats, turn: float = 0) -> list[Image]:
-    """The best boxes of a photo with their surroundings, turned: BGR squares in which a face has half the side."""
+def _contrast(image: Image, box: Floats) -> float:
+    """Grey levels from the 5th to the 95th percentile of the pixels in a box; 0 where it has none in the photo."""
+    x1, y1, x2, y2 = np.clip(box, 0, None).astype(int)
+    pixels = image[y1 : y2 + 1, x1 : x2 + 1].mean(axis=2)
+    return float(np.ptp(np.percentile(pixels, (5, 95)))) if pixels.size else 0.0
+
+
+def _closer(image: Image, boxes: Floats, scores: Floats, turn: float = 0, around: float = _AROUND) -> list[Image]:
+    """The best boxes of a photo, turned, in BGR squares whose side is that of the box times `around`."""
     order = np.argsort(-scores, kind="stable")
     crops = []
     for index in order[without_overlaps(boxes[order])[:_MOST_CROPS]]:
         x1, y1, x2, y2 = boxes[index]
-        scale = _CROP / (_AROUND * max(x2 - x1, y2 - y1, 1))
+        scale = _CROP / (around * max(x2 - x1, y2 - y1, 1))
         centre = float(x1 + x2) / 2, float(y1 + y2) / 2
         matrix = cv2.getRotationMatrix2D(centre, turn, float(scale))
         matrix[:, 2] += _CROP / 2 - np.array(centre)
