@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from schemas.drops import DropReason
+from schemas.errors import ShardError
 from stages.base import Dropped
 from stages.models.backends import Image
 
@@ -101,7 +102,7 @@ class Decoder:
             if not child.is_ready():
                 starts += 1
                 if starts == _STARTS:
-                    raise RuntimeError(
+                    raise ShardError(  # none of the errors that tell of a damaged file
                         f"The process in which images are decoded ended {starts} times before it took one: "
                         f"`{sys.executable} -c 'import stages.pixels.decoding_child'` may say why."
                     )
@@ -131,14 +132,19 @@ class _Child:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(_ANSWER_S)
         files = (theirs.fileno(), file, canvas)
-        self._process = subprocess.Popen(  # noqa: S603  # our own interpreter and module
-            [*COMMAND, *map(str, files)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=files,
-            env={**os.environ, **_KEEP_MEMORY, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
+        try:
+            self._process = subprocess.Popen(  # noqa: S603  # our own interpreter and module
+                [*COMMAND, *map(str, files)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=files,
+                env={**os.environ, **_KEEP_MEMORY, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+        except OSError as error:  # too many processes, no memory: not the file's doing either
+            self._socket.close()
+            theirs.close()
+            raise ShardError(f"The process in which images are decoded cannot be started: {error}.") from error
         theirs.close()
         self._end = weakref.finalize(self, _end, self._socket, self._process)
 

@@ -1,5 +1,6 @@
 """A photo that kills its decoder is a row of the ledger, like any other; the real thing is in test_decoding."""
 
+import dying_decoder
 import pyarrow as pa
 import pytest
 from skimage import data
@@ -16,7 +17,7 @@ from stages.settings import Settings
 
 def test_drops_decoder_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "decoder", decoding.Decoder)
-    monkeypatch.setattr(decoding, "COMMAND", ("false",))
+    monkeypatch.setattr(decoding, "COMMAND", dying_decoder.COMMAND)
     photo = {"image": encode_jpeg(data.astronaut(), 90), "sha256": "a photo that was never decoded before"}
     table = pa.Table.from_pylist([photo], schema=schema(("image", "sha256")))
     stage = Detect(Settings.model_validate({"models": {"detector": "haar"}}), Runtime())

@@ -4,6 +4,7 @@ import io
 import tarfile
 
 import composed
+import dying_decoder
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -98,7 +99,7 @@ def test_drops_corrupt_image(made):
 @pytest.mark.real_data
 def test_drops_decoder_crash(real, monkeypatch):
     monkeypatch.setattr(decoding, "decoder", decoding.Decoder)
-    monkeypatch.setattr(decoding, "COMMAND", ("false",))
+    monkeypatch.setattr(decoding, "COMMAND", dying_decoder.COMMAND)
     grey = encode_jpeg(np.full((1100, 1100, 3), 99, np.uint8), 90)
     assert Screen(real, Runtime())(table(grey))["drop"].to_pylist() == ["decoder_crash"]
 

@@ -2,6 +2,7 @@
 
 import io
 
+import dying_decoder
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -16,7 +17,7 @@ from stages.size import Size
 
 def test_drops_decoder_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "decoder", decoding.Decoder)
-    monkeypatch.setattr(decoding, "COMMAND", ("false",))
+    monkeypatch.setattr(decoding, "COMMAND", dying_decoder.COMMAND)
     files = []
     for format in ("TIFF", "PNG"):
         buffer = io.BytesIO()

@@ -1,5 +1,6 @@
 """Decoding in a process of its own: what kills that process costs one file, and nothing else."""
 
+import io
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+import dying_decoder
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -21,9 +23,9 @@ from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.source.sample import ROWS
 from pipeline.dataset.source.sample_pictures import FILES
 from schemas.drops import DropReason
-from schemas.errors import ExitCode
+from schemas.errors import ExitCode, ShardError
 from stages.base import Dropped
-from stages.pixels import decoding, images
+from stages.pixels import decoding, headers, images
 
 SIDE = 200
 TROUBLE = {
@@ -50,14 +52,6 @@ def faulty(folder: Path) -> str:
             return real(format, data)
         headers.read_stored = read_stored
     """)
-
-
-_DIES_OF_ANY = """
-import socket, sys
-link = socket.socket(fileno=int(sys.argv[1]))
-link.send(b"ready")
-link.recv(4096)
-"""
 
 
 def picture(mark: bytes = b"", side: int = SIDE) -> bytes:
@@ -151,13 +145,21 @@ runpy.run_module("stages.pixels.decoding_child", run_name="__main__")
 
 def test_where_no_child_ever_starts_no_photo_is_blamed(monkeypatch):
     monkeypatch.setattr(decoding, "COMMAND", ("false",))
-    with pytest.raises(RuntimeError, match="20 times before it took one"):
+    monkeypatch.setattr(decoding, "decoder", decoding.Decoder)
+    with pytest.raises(ShardError, match="20 times before it took one"):
         decoding.Decoder().pixels(picture(), SIDE * SIDE * 3)
+    tiff = io.BytesIO()
+    Image.new("RGB", (SIDE, SIDE)).save(tiff, "TIFF")
+    with pytest.raises(ShardError, match="20 times before it took one"):
+        headers.read_header(tiff.getvalue())
+    monkeypatch.setattr(decoding, "COMMAND", ("/none/such",))
+    with pytest.raises(ShardError, match="cannot be started"):
+        headers.read_header(tiff.getvalue())
 
 
 def test_a_thumbnail_of_what_kills_its_decoder_is_none(decoder, monkeypatch):
     assert decoder.thumbnail(picture(), 32)[:2] == b"\xff\xd8"
-    monkeypatch.setattr(decoding, "COMMAND", (sys.executable, "-c", _DIES_OF_ANY))
+    monkeypatch.setattr(decoding, "COMMAND", dying_decoder.COMMAND)
     monkeypatch.setattr(decoding, "decoder", decoding.Decoder)
     assert images.thumbnail(picture(), 32) is None
 
