@@ -223,6 +223,8 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
     """Where two plans differ."""
     for name in sorted({*before, *now}):
         old, new = before.get(name), now.get(name)
+        if name == "models" and isinstance(old, list) and isinstance(new, list):  # a model by what it does and its name
+            old, new = ({f"{one['task']} {one['name']}": one["sha256"][:12] for one in models} for models in (old, new))
         if isinstance(old, dict | None) and isinstance(new, dict | None):  # None where a plan has no such section
             yield from differences(old or {}, new or {}, f"{prefix}{name}.")
         elif old != new:

@@ -164,3 +164,13 @@ def test_witnesses_become_thumbnails_up_to_the_limit(tmp_path, plan):
 
 def test_what_a_plan_leaves_at_its_default_is_not_set():
     assert list(differences({"pack": {"hidden": "int8"}}, {})) == ["pack.hidden was 'int8', is now not set"]
+
+
+def test_two_plans_differ_in_the_model_that_is_another():
+    def plan(*models: tuple[str, str, str]):
+        return {"models": [dict(zip(("task", "name", "sha256"), model, strict=True)) for model in models]}
+
+    segmenter = ("segmenter", "bisenet", 64 * "c")
+    before, now = plan(("detector", "scrfd", 64 * "a"), segmenter), plan(("detector", "scrfd", 64 * "b"), segmenter)
+    assert list(differences(before, now)) == [f"models.detector scrfd was '{12 * 'a'}', is now '{12 * 'b'}'"]
+    assert list(differences(before, plan(segmenter))) == [f"models.detector scrfd was '{12 * 'a'}', is now not set"]
