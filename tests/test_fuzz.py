@@ -37,9 +37,9 @@ def test_statistics_of_another_schema_do_not_end_the_process(number):
 
 def test_inputs_depend_on_their_number_alone_and_most_are_damaged():
     for name, target in fuzz.TARGETS.items():
-        found = [fuzz.input_of(name, number) for number in range(20)]
-        assert found == [fuzz.input_of(name, number) for number in range(20)]
-        assert sum(data in target.corpus() for data in found) < 5
+        inputs = [fuzz.input_of(name, number) for number in range(8)]
+        assert inputs == [fuzz.input_of(name, number) for number in range(8)]
+        assert sum(data in target.corpus() for data in inputs) < 3
 
 
 def test_a_reader_that_raises_or_takes_too_long_is_a_finding(monkeypatch, tmp_path):

@@ -271,7 +271,7 @@ def test_workers_on_ray_that_are_killed_or_freeze_cost_time_only(whole, tmp_path
     assert not frozen.is_running() or frozen.status() == psutil.STATUS_ZOMBIE
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_ray_node_that_dies_ends_the_run_with_a_sentence_and_a_rerun_goes_on(whole, tmp_path):
     out = tmp_path / "out"
     process = begun(out, *ON_RAY)
