@@ -31,7 +31,7 @@ from schemas.errors import ExitCode, UserError, WeightsError
 from schemas.names import sample_key, shard_name
 from schemas.shard import SUFFIXES
 
-TRIALS, WANTED, DRAWN = 10, 9, 250
+DRAWN = 250
 ROWS_PER_SHARD, BATCH = 400, 12
 START_S, WAIT_S = 7.0, 2.0
 QUIET = Console(quiet=True)
@@ -102,11 +102,12 @@ def planted(seed: int) -> Planted:
     return Planted(fake.plan(), (), tuple(shards), fate)
 
 
-def test_the_ranges_hold_on_skewed_parts(tmp_path, monkeypatch):
+@pytest.mark.parametrize("trials", [10, pytest.param(20, marks=pytest.mark.long)])
+def test_the_ranges_hold_on_skewed_parts(tmp_path, monkeypatch, trials):
     monkeypatch.setattr("os.fsync", lambda number: None)
     hits = dict.fromkeys(("kept", "bytes_fetched", "bytes_on_disk", "wall_hours"), 0)
     factors = []
-    for seed in range(TRIALS):
+    for seed in range(trials):
         job, draw = planted(seed), Draw(DRAWN, seed)
         counts = counted(job, Output(tmp_path / "none"), QUIET, draw)
         part, whole = tmp_path / f"part{seed}", tmp_path / f"whole{seed}"
@@ -124,7 +125,7 @@ def test_the_ranges_hold_on_skewed_parts(tmp_path, monkeypatch):
             of = getattr(result, name)
             hits[name] += of.low <= truth[name] <= of.high
         factors.append(result.kept.high / result.kept.low)
-    assert min(hits.values()) >= WANTED, hits
+    assert min(hits.values()) >= 0.9 * trials, hits
     assert np.median(factors) < 3  # no range holds by being wide
 
 
