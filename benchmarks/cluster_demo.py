@@ -36,6 +36,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from bench_kills import title
 from moto.server import ThreadedMotoServer
+from server import AWS_OF_NOBODY
 
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.source.sample import write_sample
@@ -54,12 +55,7 @@ ENVIRONMENT = {
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
-    "AWS_ACCESS_KEY_ID": "nobody",
-    "AWS_SECRET_ACCESS_KEY": "nothing",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-    "AWS_CONFIG_FILE": os.devnull,
-    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    **AWS_OF_NOBODY,
 }
 """Of all nodes and runs."""
 

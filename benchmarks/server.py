@@ -5,11 +5,22 @@ no such file it is `/name-anything`; all else, robots.txt as well, gets 404.
 """
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+AWS_OF_NOBODY = {
+    "AWS_ACCESS_KEY_ID": "nobody",
+    "AWS_SECRET_ACCESS_KEY": "nothing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+}
+"""Environment for an S3-compatible server on loopback, in which no file and no host is asked who one is."""
 
 
 async def serve(folder: Path, host: str = "0.0.0.0") -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.options import ConfigFile, ProfileName, Sets, say
-from schemas.errors import ExitCode
+from schemas.errors import ExitCode, WeightsError
 
 if TYPE_CHECKING:
     from pipeline.dataset.config import Config
@@ -115,7 +115,16 @@ def photo_head(
     From the text tower of the same CLIP (`models fetch clip-vit-h-text`, 3.9 GB; takes 5 GB of memory); stored beside
     the weights of the image embedder, unless --to says where.
     """
-    from stages.models.photo import make_photo_head
+    from pipeline.shared.atomic import write_atomically
+    from stages.models.photo import photo_head
 
     settings, _ = _chosen(config, sets, profile)
-    say(f"photo: {make_photo_head(settings.models, to)}")
+    beside, content = photo_head(settings.models)
+    target = to or beside
+    try:
+        write_atomically(target, content)
+    except OSError as error:
+        raise WeightsError(
+            f"Cannot write {target} ({error}): name another path by --to, and in models.heads.photo."
+        ) from error
+    say(f"photo: {target}")

@@ -21,7 +21,7 @@ transformers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
-_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError)
+UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError)
 """What from_pretrained raises for folders that do not hold what they should."""
 
 
@@ -88,7 +88,7 @@ class Base:
     def _load(self, cls: Any, part: str, **options: Any) -> Any:
         try:
             return cls.from_pretrained(str(self.source.folder / part), local_files_only=True, **options)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise self._unusable(cls, part, first_line(error)) from error
 
     def _unusable(self, cls: Any, part: str, why: str) -> WeightsError:

@@ -1,7 +1,6 @@
 """The head that tells photos from art, made of words for either, which CLIP embeds as it does pictures of them."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,11 @@ CLASSES = (
 """The words: photos of people first, then all else in which detectors see faces. A class is the mean of its words."""
 
 
-def make_photo_head(settings: ModelSettings, target: Path | None = None) -> Path:
-    """Write the head, by default beside the weights of the image embedder, where runs look for it; returns its path.
+def photo_head(settings: ModelSettings) -> tuple[Path, bytes]:
+    """The head's file: where runs look for it, beside the weights of the image embedder, and what belongs into it.
 
     Raises:
-        WeightsError: when weights are missing or not of one model, or the file cannot be written.
+        WeightsError: when weights are missing or not of one model.
     """
     prepare("cpu")
     import torch
@@ -76,13 +75,4 @@ def make_photo_head(settings: ModelSettings, target: Path | None = None) -> Path
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:start]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)
-    target = target or images.parent / PHOTO_FILE
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        partial.write_bytes(len(header).to_bytes(8, "little") + header + data[start:])
-        os.replace(partial, target)
-    except OSError as error:
-        raise WeightsError(
-            f"Cannot write {target} ({error}): name another path by --to, and in models.heads.photo."
-        ) from error
-    return target
+    return images.parent / PHOTO_FILE, len(header).to_bytes(8, "little") + header + data[start:]

@@ -11,6 +11,7 @@ import tiny_clip
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
+from pipeline import models_command
 from pipeline.__main__ import app
 from pipeline.dataset.config import load_config
 from pipeline.dataset.plan import Plan, make_plan
@@ -21,7 +22,7 @@ from schemas.errors import ConfigError, ExitCode, PlanError, WeightsError
 from stages.base import DROP
 from stages.embed_image import EmbedImage
 from stages.models.heads import heads_of, read_head
-from stages.models.photo import CLASSES, make_photo_head
+from stages.models.photo import CLASSES, photo_head
 from stages.models.torch_backend import prepare
 from stages.pixels.images import encode_jpeg, encode_png
 from stages.runtime import Runtime
@@ -46,6 +47,12 @@ def copied(tiny: dict[str, str], folder: Path) -> dict[str, str]:
 @pytest.fixture
 def clip(tiny: dict[str, str], tmp_path: Path) -> dict[str, str]:
     return copied(tiny, tmp_path)
+
+
+def make_photo_head(settings: ModelSettings) -> Path:
+    path, content = photo_head(settings)
+    path.write_bytes(content)
+    return path
 
 
 def sets(paths: dict[str, str], *more: str) -> list[str]:
@@ -75,6 +82,17 @@ def test_a_photo_is_what_clip_itself_takes_for_one(clip: dict[str, str]) -> None
     assert 0 < expected.min() < expected.max() < 1
     np.testing.assert_allclose(head(embeds.numpy().astype(np.float16)), expected, atol=0.02)
     assert head.metadata["licence"] == "MIT"
+
+
+def test_the_command_writes_it_beside_the_weights_or_where_one_wants(clip: dict[str, str], tmp_path: Path) -> None:
+    command = models_command.photo_head
+    pairs = sets(clip)[1::2]
+    beside, content = photo_head(ModelSettings(paths=clip))
+    command(None, None, pairs, None)
+    command(tmp_path / "words", None, pairs, None)
+    assert beside.read_bytes() == (tmp_path / "words").read_bytes() == content
+    with pytest.raises(WeightsError, match=r"Cannot write .*: name another path by --to"):
+        command(tmp_path / "none" / "words", None, pairs, None)
 
 
 def test_words_and_pictures_must_be_of_one_model(clip: dict[str, str], tmp_path: Path) -> None:

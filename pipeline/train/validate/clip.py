@@ -6,17 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from pipeline.shared.bases import card_licence
+from pipeline.train.base_model import UNREADABLE
 from pipeline.train.loader import Pixels
 from pipeline.train.validate.judge import NOT_KNOWN
 from schemas.arcface import Floats
 from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError, first_line
-
-_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError)
-"""What from_pretrained raises for folders that do not hold what they should."""
 
 
 class Clip:
@@ -37,7 +34,7 @@ class Clip:
             model, report = transformers.CLIPModel.from_pretrained(
                 path, use_safetensors=True, output_loading_info=True, **options
             )
-        except _UNREADABLE as error:
+        except (*UNREADABLE, AttributeError) as error:
             raise WeightsError(f"{wrong}: {first_line(error)}.") from error
         if report["missing_keys"]:  # an image tower alone, as IP-Adapter's folder has it
             raise WeightsError(f"{wrong}: its files lack {min(report['missing_keys'])}.")

@@ -3,7 +3,6 @@
 Needs s3fs and moto's server (of the extra `dev`); skips, saying so, where they are not installed.
 """
 
-import os
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 import pyarrow.parquet as pq
 import pytest
 from sample_runs import SHARDS, begun, command, contents, make
+from server import AWS_OF_NOBODY
 
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.source.sample_pictures import FILES
@@ -29,12 +29,7 @@ def endpoint() -> Iterator[str]:
     host, port = running.get_host_and_port()
     settings = {
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "nobody",
-        "AWS_SECRET_ACCESS_KEY": "nothing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        **AWS_OF_NOBODY,
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
