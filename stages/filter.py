@@ -2,7 +2,8 @@
 
 QUALITIES are thresholds on how good a face is, a line each, which stages, `replay` and the sliders of the report judge.
 One more is a line there, its reason in `schemas.drops`, its key in `FilterSettings` with a default that lets everything
-pass, and a call of `require` in the stage that measures it.
+pass, a call of `require` in the stage that measures it, and for a new measure its bins in `MEASURES` of the report's
+`report_numbers`.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""How weights move: optimiser, learning rate over time, moving average."""
+"""How weights move: optimiser, and learning rate over time."""
 
 from collections.abc import Iterable
 from importlib.util import find_spec

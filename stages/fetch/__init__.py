@@ -1,4 +1,4 @@
-"""Engines that fetch image files, one per file, behind the protocol in `stages.fetch.base`."""
+"""Engines that fetch image files, one per file, behind the protocol in `stages.fetch.engine`."""
 
 ENGINES: dict[str, str] = {
     "native": "stages.fetch.native:Native",  # asynchronous; stops at the header of an image that is too small

@@ -1,1 +1,1 @@
-"""Model backends behind four small protocols; see `stages.models.backends`."""
+"""Model backends behind small protocols; see `stages.models.backends`."""
