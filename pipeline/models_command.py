@@ -1,6 +1,8 @@
-"""`python -m pipeline models list | check | fetch | photo`: what a machine needs before a run, offline ones too."""
+"""`python -m pipeline models list | check | fetch`: what a machine needs before a run, offline ones too."""
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +13,7 @@ from schemas.errors import ExitCode, WeightsError
 
 if TYPE_CHECKING:
     from pipeline.dataset.config import Config
+    from stages.models.papers import Weight
 
 app = typer.Typer(invoke_without_command=True, help="Weights: where they are, under which licence, how to get them.")
 Names = Annotated[list[str] | None, typer.Argument(help="Names of `models list`.")]
@@ -88,10 +91,10 @@ def fetch_models(
 ) -> None:
     """Download weights and bases into the cache: those that are named, or all that a run of the profile needs.
 
-    Files of the hub go on where they were interrupted.
+    Files of the hub go on where they were interrupted. `photo`, by which runs tell photos from art, is made here: of
+    the whole CLIP (3.9 GB to fetch, 5 GB of memory), which is removed again unless it is named or was there before.
     """
     from pipeline.dataset.inventory import named, needed
-    from schemas.errors import WeightsError
     from stages.models.weights import fetch, not_allowed
 
     settings, _ = _chosen(config, sets, profile)
@@ -100,31 +103,26 @@ def fetch_models(
     if refusal := not_allowed(wanted, settings.models):
         raise WeightsError(refusal)
     for weight in wanted:
-        say(f"{weight.name}: {fetch(weight)}")
+        say(f"{weight.name}: {_photo(weight, settings, wanted) if weight.made_of else fetch(weight)}")
 
 
-@app.command("photo")
-def photo_head(
-    to: Annotated[Path | None, typer.Option("--to", help="File to write, for models.heads.photo.")] = None,
-    config: ConfigFile = None,
-    sets: Sets = None,
-    profile: ProfileName = None,
-) -> None:
-    """Make the words by which runs tell photos from paintings, cartoons and statues (the measure `photo`), once.
-
-    From the text tower of the same CLIP (`models fetch clip-vit-h-text`, 3.9 GB; takes 5 GB of memory); stored beside
-    the weights of the image embedder, unless --to says where.
-    """
+def _photo(weight: "Weight", settings: "Config", wanted: "Sequence[Weight]") -> Path:
+    """The head of `photo`, made if it is not there or not of the weights that are; what it is made of is fetched."""
+    from pipeline.dataset.inventory import state_of
     from pipeline.shared.atomic import write_atomically
     from stages.models.photo import photo_head
 
-    settings, _ = _chosen(config, sets, profile)
-    beside, content = photo_head(settings.models)
-    target = to or beside
+    there, whole = state_of(weight, settings.models, hashes=True), weight.made_of
+    if there.is_ready or whole is None:
+        return there.target
+    was_there = whole in wanted or state_of(whole, settings.models).path
+    target, content = photo_head(settings.models.model_copy(update={"allow_download": True}))
     try:
         write_atomically(target, content)
     except OSError as error:
         raise WeightsError(
-            f"Cannot write {target} ({error}): name another path by --to, and in models.heads.photo."
+            f"Cannot write {target} ({error}): make its folder writable, and fetch photo again."
         ) from error
-    say(f"photo: {target}")
+    if not was_there:
+        shutil.rmtree(state_of(whole, settings.models).target)
+    return target

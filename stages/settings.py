@@ -201,7 +201,7 @@ class ModelSettings(Section):
     InspireFace's pose-quality; empty: nobody."""
     heads: dict[Literal["photo", "aesthetic", "nsfw"], str] = Field(default_factory=dict)
     """What is read off CLIP's image_embeds -> a .safetensors file of linear layers, see docs/thresholds.md. For `photo`
-    the file that `models photo` makes beside the weights, unless another is named; photo = "" uses none."""
+    the file that `models fetch photo` makes beside the weights, unless another is named; photo = "" uses none."""
     det_size: int = Field(640, ge=32, multiple_of=32)
     """Side of the square that the detector sees, pixels."""
     det_thresh: float = Field(0.5, gt=0, lt=1)

@@ -53,6 +53,8 @@ class Check(NamedTuple):
         name = f"{self.weights or self.backend}: {self.state}"
         if self.problem:
             return f"{self.weights or self.backend}: NOT USABLE as {self.task}: {self.problem}"
+        if self.task == "photo":
+            return f"{name}; numbers that are read off clip-vit-h's vectors, made for the ones here"
         if self.milliseconds is None:
             return f"{name}; not loaded here: no stage computes it"
         same = "batch = single" if not self.batch_difference else f"batch = single but for {self.batch_difference:.1e}"
@@ -68,7 +70,7 @@ def checks(config: Config, weights: Iterable[Weight] | None) -> Iterator[Check]:
             yield from _checked(backend(task, use.backend).weights(config.models), [use], config.models, device)
         if config.models.captioner:
             yield _captioner(config, device)
-        weights = [weight for weight in needed(config) if weight.name in BASES]
+        weights = [weight for weight in needed(config) if weight.name in BASES or weight.made_of]
     for weight in weights:
         yield from _checked([weight], list(uses(weight, config.models)), config.models, device)
 

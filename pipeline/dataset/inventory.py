@@ -6,15 +6,19 @@ from typing import Any, NamedTuple
 from pipeline.dataset.config import PROFILES, Config, load_config
 from pipeline.shared.bases import BASES, base_folder, find_base
 from schemas.digest import sha256_of_file
-from schemas.errors import UserError
+from schemas.errors import UserError, WeightsError
 from stages.caption.stage import captioner_class
+from stages.filter import unused
 from stages.models.backends import REGISTRIES, ModelCard, backend, backends
+from stages.models.heads import head_cards, read_head
 from stages.models.papers import Weight, WeightFile
+from stages.models.photo import photo_papers
 from stages.models.weights import WeightState, known, known_weights, roots, states
 from stages.settings import ModelSettings
 
 _OTHERWISE = {
-    "clip-vit-h-text": "models photo (for the column photo), training with watch.clip (the path of its folder)",
+    "photo": "filter.photo, and whoever wants the column photo in ledgers",
+    "clip-vit-h-text": "models fetch photo, training with watch.clip (the path of its folder)",
     **{name: f"training with --base {name}, encode.base={name}" for name in BASES},
     "arcface-ir-se50": "training with objective.id_loss (objective.id_loss_weights is the path of its file)",
 }
@@ -39,7 +43,12 @@ def base_papers(name: str) -> Weight:
 
 def known_models(settings: ModelSettings) -> dict[str, Weight]:
     """Name -> papers of all weights and bases."""
-    return known_weights(settings) | {name: base_papers(name) for name in BASES}
+    return known_weights(settings) | _others(settings)
+
+
+def _others(settings: ModelSettings) -> dict[str, Weight]:
+    """What is fetched as weights are, but is nothing that a path in `models.paths` may stand for."""
+    return {"photo": photo_papers(settings), **{name: base_papers(name) for name in BASES}}
 
 
 def named(names: Iterable[str], settings: ModelSettings) -> list[Weight]:
@@ -48,8 +57,8 @@ def named(names: Iterable[str], settings: ModelSettings) -> list[Weight]:
     Raises:
         WeightsError: for an unknown name; lists the known ones.
     """
-    bases = {name: base_papers(name) for name in BASES}
-    return [known(name, settings, bases) for name in names]
+    others = _others(settings)
+    return [known(name, settings, others) for name in names]
 
 
 def needed(config: Config) -> list[Weight]:
@@ -57,6 +66,9 @@ def needed(config: Config) -> list[Weight]:
     weights = [weight for cls in backends(config) for weight in cls.weights(config.models)]
     if (config.encode.latents or config.encode.text) and config.encode.base in BASES:
         weights.append(base_papers(config.encode.base))
+    words = any(hasattr(cls, "text") for cls in backends(config)) and "photo" not in config.models.heads
+    if words and "photo" not in unused(config.filter):
+        weights.append(photo_papers(config.models))
     return list(dict.fromkeys(weights))
 
 
@@ -65,6 +77,15 @@ def state_of(weight: Weight, settings: ModelSettings, *, hashes: bool = False) -
 
     A base may have other files than the published ones, of half precision for instance, and still be used.
     """
+    if weight.made_of:
+        state, models = states([weight], settings)[0], settings.model_copy(update={"image_embedder": "clip-vit-h"})
+        if not hashes or not state.path:
+            return state
+        try:
+            head_cards({"photo": read_head(state.path)}, models)
+        except WeightsError as error:
+            return state._replace(state=f"wrong: {error}", is_ready=False)
+        return state._replace(state="verified")
     if weight.name not in BASES:
         return states([weight], settings, hashes=hashes)[0]
     folder = base_folder(weight.name)
@@ -111,7 +132,6 @@ def described(state: WeightState, settings: ModelSettings) -> dict[str, Any]:
         words = [f"models.{use.task}={use.backend}", *(f"models.{key}={value}" for key, value in use.changes.items())]
         used_by.append(" ".join(word for word in words if word != "models.screen=detector"))
     used_by += [_OTHERWISE[weight.name]] if weight.name in _OTHERWISE else []
-    sources = [weight.archive] if weight.archive else weight.files
     return {
         "name": weight.name,
         "state": state.state,
@@ -128,7 +148,8 @@ def described(state: WeightState, settings: ModelSettings) -> dict[str, Any]:
         "paper": weight.paper,
         "preprocessing": weight.preprocessing,
         "archive": weight.archive is not None,
-        "downloads": [{"url": weight.url(file), **_facts(file)} for file in sources],
+        "made_of": weight.made_of.name if weight.made_of else None,
+        "downloads": [{"url": weight.url(file), **_facts(file)} for file in weight.downloads],
         "files": [
             {"name": file.name, "task": file.task or None, "path": str(path), **_facts(file)}
             for file, path in weight.paths(state.target).items()
@@ -153,6 +174,9 @@ def block(entry: dict[str, Any]) -> str:
     if entry["archive"]:
         (archive,) = entry["downloads"]
         lines += [f"  fetch {archive['url']}", *_fact_lines(archive), "  and unpack of it"]
+    if entry["made_of"]:
+        made_by = f"  made by `python -m pipeline models fetch {entry['name']}` of {entry['made_of']}"
+        return "\n".join([*lines, made_by, f"    {verb} {entry['target']}", ""])
     for number, file in enumerate(entry["files"]):
         lines.append(f"    {file['name']}" if entry["archive"] else f"  fetch {entry['downloads'][number]['url']}")
         lines += [f"    {verb} {file['path']}", *_fact_lines(file)]
@@ -178,8 +202,7 @@ def lacking(lacks: Sequence[WeightState]) -> str:
 
 def bytes_of(lacks: Iterable[WeightState]) -> int:
     """What is to be fetched for these."""
-    sources = [[one.weight.archive] if one.weight.archive else one.weight.files for one in lacks]
-    return sum(file.bytes for files in sources for file in files)
+    return sum(file.bytes for file in {file for one in lacks for file in one.weight.downloads})
 
 
 def document(weights: Iterable[Weight], config: Config, *, only: bool) -> dict[str, Any]:

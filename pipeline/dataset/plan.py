@@ -30,7 +30,7 @@ _NO_STAGE = {"person", "verdict", "stage"}
 """Columns that no stage writes: `group` and the runner do."""
 _MEASURED_BY = {
     "fiqa": "set models.fiqa, to ediffiqa-t for instance",
-    "photo": "with models.image_embedder = clip-vit-h, `python -m pipeline models photo` makes what does",
+    "photo": "with models.image_embedder = clip-vit-h, `python -m pipeline models fetch photo` makes what does",
     "aesthetic": "set models.heads.aesthetic to a file",
     "nsfw_score": "set models.heads.nsfw to a file",
 }

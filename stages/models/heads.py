@@ -28,7 +28,7 @@ Doubles = npt.NDArray[np.float64]
 MEASURES = {"photo": "photo", "aesthetic": "aesthetic", "nsfw": "nsfw_score"}
 """Key of `models.heads` -> the column that it gives. `photo` looks at the face crop, the others at the whole photo."""
 PHOTO_FILE = "photo.safetensors"
-"""What `python -m pipeline models photo` makes beside the weights of the image embedder."""
+"""What `python -m pipeline models fetch photo` makes beside the weights of the image embedder."""
 
 
 class Layer(NamedTuple):
@@ -142,7 +142,8 @@ def head_cards(heads: Mapping[str, Head], settings: ModelSettings) -> list[Model
             )
         if is_ready and head.metadata.get("weights") not in (None, sha256_of_file(weights)):
             raise WeightsError(
-                f"{head.path} was made for other weights than {weights}: make it again, or name another."
+                f"{head.path} was made for other weights than {weights}: make it again"
+                f"{' by `python -m pipeline models fetch photo`' if name == 'photo' else ''}, or name another."
             )
         licence = head.metadata.get("licence", "")
         cards.append(stated_card(head.path.name, name, head.sha256, licence, "its metadata"))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from schemas.arcface import INSIGHTFACE_LICENCE, PACK_FILES
 
@@ -40,6 +41,13 @@ class Weight:
     """On the Hugging Face hub, where the files come from there, at `revision`."""
     archive: WeightFile | None = None
     """The zip that holds the files."""
+    made_of: Self | None = None
+    """Other weights, of which `models fetch` makes the files: none of them is downloaded."""
+
+    @property
+    def downloads(self) -> tuple[WeightFile, ...]:
+        """What is fetched, at `url`: the archive, the files of what it is made of, or the files themselves."""
+        return (self.archive,) if self.archive else (self.made_of or self).files
 
     @property
     def is_folder(self) -> bool:
@@ -242,7 +250,7 @@ _ALL = (
             WeightFile("config.json", "", source="config.json"),
             WeightFile(
                 "model.safetensors",
-                "photo",
+                "text",
                 3_944_552_236,
                 "036e6e2bd49697511f4f8b8cb5ee465f93025f7a69a145eadeb9a881ace9b18d",
                 "model.safetensors",

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
 from stages.models.backends import backend
 from stages.models.heads import PHOTO_FILE
+from stages.models.papers import WEIGHTS, Weight, WeightFile
 from stages.models.torch_backend import prepare
 from stages.models.tower import load_folder
-from stages.models.weights import find, located
+from stages.models.weights import find, located, states
 from stages.settings import ModelSettings
 
 CLASSES = (
@@ -27,6 +29,13 @@ CLASSES = (
     ("the face of an animal", "a photo of an animal"),
 )
 """The words: photos of people first, then all else in which detectors see faces. A class is the mean of its words."""
+
+
+def photo_papers(settings: ModelSettings) -> Weight:
+    """The head as weights of one file, beside those of clip-vit-h, wherever these are or belong."""
+    images, text = WEIGHTS["clip-vit-h"], WEIGHTS["clip-vit-h-text"]
+    file = WeightFile(str(states([images], settings)[0].target / PHOTO_FILE), "photo")
+    return replace(text, name="photo", files=(file,), preprocessing="image_embeds of CLIP", made_of=text)
 
 
 def photo_head(settings: ModelSettings) -> tuple[Path, bytes]:

@@ -216,8 +216,7 @@ def _matches(path: Path, file: WeightFile) -> bool:
 
 def _remedy(weight: Weight, path: Path) -> str:
     """What to do when a weight is not at `path`."""
-    sources = [weight.archive] if weight.archive else list(weight.files)
-    files = ", ".join(f"{weight.url(file)} (sha256 {file.sha256 or 'not known'})" for file in sources)
+    files = ", ".join(f"{weight.url(file)} (sha256 {file.sha256 or 'not known'})" for file in weight.downloads)
     names = " and ".join(file.name for file in weight.files)
     action = f"unpack {names} into" if weight.archive else f"put {names} into"
     folder = path if weight.is_folder else path.parent

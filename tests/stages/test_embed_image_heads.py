@@ -1,6 +1,12 @@
 """Heads on image_embeds: what files may hold, which vectors they belong to, and the words that tell photos from art."""
 
+import json
 import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +17,18 @@ import tiny_clip
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from pipeline import models_command
 from pipeline.__main__ import app
 from pipeline.dataset.config import load_config
 from pipeline.dataset.plan import Plan, make_plan
 from schemas.columns import schema
-from schemas.digest import sha256
+from schemas.digest import sha256, sha256_of_file
 from schemas.drops import DropReason
 from schemas.errors import ConfigError, ExitCode, PlanError, WeightsError
 from stages.base import DROP
 from stages.embed_image import EmbedImage
 from stages.models.heads import heads_of, read_head
+from stages.models.image_embedders.clip import ClipVitH
+from stages.models.papers import WEIGHTS, WeightFile
 from stages.models.photo import CLASSES, photo_head
 from stages.models.torch_backend import prepare
 from stages.pixels.images import encode_jpeg, encode_png
@@ -84,15 +91,70 @@ def test_a_photo_is_what_clip_itself_takes_for_one(clip: dict[str, str]) -> None
     assert head.metadata["licence"] == "MIT"
 
 
-def test_the_command_writes_it_beside_the_weights_or_where_one_wants(clip: dict[str, str], tmp_path: Path) -> None:
-    command = models_command.photo_head
-    pairs = sets(clip)[1::2]
-    beside, content = photo_head(ModelSettings(paths=clip))
-    command(None, None, pairs, None)
-    command(tmp_path / "words", None, pairs, None)
-    assert beside.read_bytes() == (tmp_path / "words").read_bytes() == content
-    with pytest.raises(WeightsError, match=r"Cannot write .*: name another path by --to"):
-        command(tmp_path / "none" / "words", None, pairs, None)
+@pytest.fixture
+def shop(tiny: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Serves the tiny CLIP as the hub serves the real one, to an empty cache; what was downloaded."""
+    fetched: list[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            fetched.append(str(args[0]).split()[1])
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("FACESHARDS_MODELS", raising=False)
+    root = Path(tiny["clip-vit-h"]).parent
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=root)) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        for attribute, name in (("papers", "clip-vit-h"), ("text", "clip-vit-h-text")):
+            folder = Path(tiny[name])
+            url = f"http://127.0.0.1:{server.server_port}/{folder.name}"
+            files = tuple(
+                WeightFile(file.name, file.task, 9, sha256_of_file(folder / file.name), source=f"{url}/{file.name}")
+                for file in WEIGHTS[name].files
+            )
+            weight = replace(WEIGHTS[name], files=files, repository="")
+            monkeypatch.setitem(WEIGHTS, name, weight)
+            monkeypatch.setattr(ClipVitH, attribute, weight)
+        yield fetched
+        server.shutdown()
+
+
+def models(*words: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["models", *words])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_fetching_photo_gets_what_its_words_need_makes_them_and_tidies_up(shop: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "cache/faceshards/models"
+    head, whole = folder / "clip-vit-h/photo.safetensors", folder / "clip-vit-h-text"
+    cheap = ["models.detector=haar", "models.segmenter=grabcut", "models.face_embedder=lbp"]
+    cheap += ["models.image_embedder=clip-vit-h", "filter.photo=0.5"]
+    sets = [word for pair in cheap for word in ("--set", pair)]
+    assert json.loads(models("list", "--json", *sets))["missing"] == ["clip-vit-h", "photo"]
+    listed = json.loads(models("list", "--json", "photo"))
+    assert (listed["missing"], listed["bytes_missing"], listed["models"][0]["target"]) == (["photo"], 63, str(head))
+    assert f"made by `python -m pipeline models fetch photo` of clip-vit-h-text\n    to {head}\n" in models("list")
+    assert "photo: NOT USABLE as photo: photo is missing" in models("check", "photo", code=2)
+
+    assert models("fetch", "photo") == f"photo: {head}\n"
+    assert (len(shop), whole.exists(), sorted(path.name for path in folder.iterdir())) == (
+        9,
+        False,
+        [".lock", "clip-vit-h"],
+    )
+    first = head.read_bytes()
+    assert "photo: verified; " in models("check", "photo")
+    models("fetch", *sets)
+    assert len(shop) == 9, "what is there is not made again"
+    assert make_plan(load_config(None, cheap, shards="sample")).model_list[-1]["name"] == "photo.safetensors"
+
+    head.write_bytes(
+        first.replace(b'"MIT"', b'"xyz"').replace(sha256_of_file(head.parent / "model.safetensors").encode(), b"0" * 64)
+    )
+    assert "photo is wrong: " in models("check", "photo", code=2)
+    models("fetch", "clip-vit-h-text", "photo")
+    assert (head.read_bytes(), whole.is_dir()) == (first, True)
 
 
 def test_words_and_pictures_must_be_of_one_model(clip: dict[str, str], tmp_path: Path) -> None:
@@ -114,9 +176,9 @@ def test_photo_is_measured_and_may_be_judged_once_its_words_were_made(clip: dict
         return make_plan(load_config(None, [*sets(clip)[1::2], *more], shards="sample"))
 
     usual = planned()
-    with pytest.raises(PlanError, match=r"nothing measures `photo`: .* `python -m pipeline models photo` makes"):
+    with pytest.raises(PlanError, match=r"nothing measures `photo`: .* `python -m pipeline models fetch photo` makes"):
         planned("filter.photo=0.5")
-    made = CliRunner().invoke(app, ["models", "photo", *sets(clip)])
+    made = CliRunner().invoke(app, ["models", "fetch", "photo", *sets(clip)])
     assert (made.exit_code, Path(clip["clip-vit-h"], "photo.safetensors").is_file()) == (ExitCode.OK, True), made.output
     plan = planned("filter.photo=0.5")
     assert [one for one in plan.model_list if one not in usual.model_list] == plan.model_list[-1:]
