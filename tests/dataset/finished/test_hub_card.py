@@ -75,6 +75,13 @@ def test_what_is_computed_ahead_is_declared_and_large_rows_have_a_config_of_thei
     assert whole["json"]["targets"]["latents"]["full"]["size"] == [80, 48]
 
 
+def test_a_dataset_that_kept_nothing_says_so_and_has_no_rows(tmp_path, load):
+    out = Path(fake_shards.write(tmp_path / "out", {"part-00000": []}))
+    write_card(out, counted(0), read_manifests(out))
+    assert "\n**No photo was kept: there is no sample to load.**" in (out / "README.md").read_text()
+    assert list(load(out, streaming=True)) == []
+
+
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:rdflib")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves files open
 def test_mlcroissant_finds_nothing_to_warn_of_and_reads_the_kept_samples(dataset, tmp_path, monkeypatch, caplog):

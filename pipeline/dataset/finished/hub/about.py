@@ -52,7 +52,7 @@ class About:
             funnel=counted,
             manifests=manifests,
             dataset=dataset,
-            features=features(samples) if samples else [],
+            features=features(samples),
             row_bytes=max((sum(map(len, sample.files.values())) for sample in samples), default=0),
             made=(min(done), max(done)) if done else (datetime.now(UTC),) * 2,
         )
