@@ -37,21 +37,28 @@ def plan() -> Plan:
 
 def drawn(width: int, height: int, seed: int = 0) -> np.ndarray:
     """A gradient with a disc whose colour tells the seed."""
-    y, x = np.mgrid[:height, :width]
-    image = np.stack([x * 255 // width, y * 255 // height, np.full_like(x, 90)], axis=2).astype(np.uint8)
-    image[np.hypot(x - width / 2, y - height / 2) < min(width, height) / 4] = (seed * 53 % 256, 200, seed * 97 % 256)
+    x, y = np.arange(width), np.arange(height)[:, None]
+    image = np.full((height, width, 3), 90, np.uint8)
+    image[..., 0], image[..., 1] = x * 255 // width, y * 255 // height
+    disc = (x - width / 2) ** 2 + (y - height / 2) ** 2 < (min(width, height) / 4) ** 2
+    image[disc] = (seed * 53 % 256, 200, seed * 97 % 256)
     return image
 
 
 @cache
+def _crops(seed: int) -> dict[str, bytes]:
+    sizes = {"face": (224, 224), "portrait": (600, 600), "full": (1280, 1024)}
+    return {name: encode_jpeg(drawn(*size, seed), 90) for name, size in sizes.items()}
+
+
+@cache
 def pictures(seed: int) -> dict[str, bytes]:
+    """Crops of 24 kinds, and a person of its own."""
     mask = (np.arange(224)[:, None] * 19 // 224 + np.zeros((1, 224))).astype(np.uint8)
     arcface = np.random.default_rng(seed).normal(size=512).astype(np.float32)
     return {
-        "face": encode_jpeg(drawn(224, 224, seed), 90),
+        **_crops(seed % 24),
         "mask": encode_png(mask),
-        "portrait": encode_jpeg(drawn(600, 600, seed), 90),
-        "full": encode_jpeg(drawn(1280, 1024, seed), 90),
         "arcface": encode_npy(arcface / np.linalg.norm(arcface)),
         "dino": encode_npy(np.ones((257, 2), np.float16)),
     }
