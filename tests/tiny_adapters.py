@@ -1,5 +1,10 @@
 """Adapters on the tiny bases, and the real UNets without weights, for tests."""
 
+import copy
+import io
+import pickle
+from weakref import WeakKeyDictionary
+
 import diffusers
 import pytest
 import torch
@@ -46,6 +51,38 @@ def tiny_base(kind):
 
 def tiny_unet(kind):
     return diffusers.UNet2DConditionModel.from_pretrained(tiny_base(kind).folder / "unet").eval()
+
+
+class _Packer(pickle.Pickler):
+    """Writes a module without its tensors, which it gathers."""
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self.tensors = {}
+
+    def persistent_id(self, value):
+        if isinstance(value, torch.Tensor):
+            self.tensors[id(value)] = value
+            return id(value)
+
+
+class _Unpacker(pickle.Unpickler):
+    def __init__(self, packed, tensors):
+        super().__init__(io.BytesIO(packed))
+        self.persistent_load = lambda key: copy.deepcopy(tensors[key], shared)
+        shared = {}
+
+
+_packed = WeakKeyDictionary()
+
+
+def copy_of(module):
+    """What copy.deepcopy gives, in a fifth of its time: but for its tensors, a module stays as at its first copy."""
+    if module not in _packed:
+        packer = _Packer(stream := io.BytesIO())
+        packer.dump(module)
+        _packed[module] = stream.getvalue(), packer.tensors
+    return _Unpacker(*_packed[module]).load()
 
 
 def adapter(unet, name, kind, rank, **widths):

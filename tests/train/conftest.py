@@ -1,7 +1,7 @@
-import copy
 from types import SimpleNamespace
 
 import pytest
+from tiny_adapters import copy_of
 
 from pipeline.train.base_model import Base
 
@@ -25,7 +25,7 @@ def loaded_once():
         key = base.source.folder, part, dtype, base.device
         if key not in models:
             models[key] = real(base, cls, part, dtype)
-        return copy.deepcopy(models[key]) if part == "unet" else models[key]
+        return copy_of(models[key]) if part == "unet" else models[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Base, "_model", model)

@@ -1,6 +1,5 @@
 """The adapters against the published tables at full size (on the meta device), and against plain arithmetic."""
 
-import copy
 import functools
 import json
 import math
@@ -8,7 +7,7 @@ import math
 import diffusers
 import pytest
 import torch
-from tiny_adapters import EACH, KINDS, WITH_LORA, adapter, numbers, published_unet, set_scale, tiny_unet
+from tiny_adapters import EACH, KINDS, WITH_LORA, adapter, copy_of, numbers, published_unet, set_scale, tiny_unet
 from torch.nn.functional import gelu, layer_norm, linear, normalize
 
 from pipeline.train.adapters.attention import AdapterAttention, Lora, install, named_attention
@@ -193,7 +192,7 @@ def adapted(unet, name, kind="sd15", *, rank=8, moved=False):
     """A fresh model; `moved` weights are away from their initial values, so that nothing is zero by luck."""
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        model = adapter(copy.deepcopy(unet), name, kind, rank).eval()
+        model = adapter(copy_of(unet), name, kind, rank).eval()
         for weight in model.trained().values() if moved else ():
             weight.data += (0.05 if weight.ndim > 1 else 0.2) * torch.randn_like(weight)
     return model
@@ -262,7 +261,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny, name, kind):
 
 
 def test_adapter_trains_in_float32_over_a_bfloat16_base_under_autocast(tiny):
-    unet = copy.deepcopy(tiny["sd15"]).to(torch.bfloat16)
+    unet = copy_of(tiny["sd15"]).to(torch.bfloat16)
     model = adapted(unet, "faceid-plusv2", moved=True).train()
     model.image_proj.p_drop = 0.0
     with torch.autocast("cpu", torch.bfloat16):
@@ -280,7 +279,7 @@ def test_adapter_trains_in_float32_over_a_bfloat16_base_under_autocast(tiny):
 def test_compiled_it_is_one_graph_that_computes_the_same(tiny, kind, monkeypatch):
     # Traced, not generated, which takes minutes on a CPU; a second graph would be an error.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, fullgraph=True, backend="eager"))
-    plain, compiled = (adapted(copy.deepcopy(tiny[kind]), "faceid-plusv2", kind, moved=True).train() for _ in range(2))
+    plain, compiled = (adapted(copy_of(tiny[kind]), "faceid-plusv2", kind, moved=True).train() for _ in range(2))
     compiled.compile_predict()
     outputs = []
     for model in (plain, compiled):
@@ -299,7 +298,7 @@ def test_compiled_it_is_one_graph_that_computes_the_same(tiny, kind, monkeypatch
 
 
 def test_under_autocast_the_frozen_unet_computes_in_its_own_precision(tiny):
-    model = adapted(copy.deepcopy(tiny["sd15"]).to(torch.bfloat16), "faceid-plusv2", moved=True)
+    model = adapted(copy_of(tiny["sd15"]).to(torch.bfloat16), "faceid-plusv2", moved=True)
     seen = set()
     for module in model.unet.modules():
         if isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
@@ -552,7 +551,7 @@ def test_plusv2_is_faceid_plus_and_the_ids():
 
 
 def test_install_gives_every_layer_its_own_processor(tiny):
-    unet = copy.deepcopy(tiny["sd15"])
+    unet = copy_of(tiny["sd15"])
     processors = install(unet, lora_rank=2)
     assert [id(processor) for processor in unet.attn_processors.values()] == [id(module) for module in processors]
     assert len({id(module) for module in processors}) == len(processors)

@@ -4,7 +4,6 @@ Weights are random and far from their initial values. Both sides compute with th
 float32, on the tiny bases.
 """
 
-import copy
 import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from tiny_adapters import KINDS, PAIRS, TEXT, TOKENS, WITH_LORA, adapter, numbers, set_scale, tiny_base
+from tiny_adapters import KINDS, PAIRS, TEXT, TOKENS, WITH_LORA, adapter, copy_of, numbers, set_scale, tiny_base
 from torch.nn.functional import normalize
 
 from pipeline.train.adapters.attention import named_attention
@@ -118,7 +117,7 @@ class Case:
 
     def pipeline(self, suffix=".safetensors", **how):
         """A stock pipeline on a copy of the same UNet, with the adapter loaded by diffusers."""
-        made = pipeline_of(self.base, copy.deepcopy(self.base.unet))
+        made = pipeline_of(self.base, copy_of(self.base.unet))
         made.load_ip_adapter(
             str(self.folder), subfolder="", weight_name=f"{self.file}{suffix}", image_encoder_folder=None, **how
         )
@@ -149,7 +148,7 @@ def given_to(made, name, condition):
 
 def make_case(bases, name, kind, folder, **widths):
     base = bases[kind]
-    model = adapter(copy.deepcopy(base.unet), name, kind, RANK, **widths)
+    model = adapter(copy_of(base.unet), name, kind, RANK, **widths)
     file = variant(name).released_name(kind, "clip-vit-h")
     paths = [path for path, _ in named_attention(model.unet)]
     write_released(folder, file, perturbed(model).trained(), attention_paths=paths, kind=kind, sidecar={})

@@ -1,6 +1,5 @@
 """Released files: names, containers, contents, and all that is refused when one is read as a starting point."""
 
-import copy
 import io
 import json
 import os
@@ -14,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_adapters import EACH, KINDS, WITH_LORA, adapter, tiny_unet
+from tiny_adapters import EACH, KINDS, WITH_LORA, adapter, copy_of, tiny_unet
 
 from pipeline.train.adapters.attention import named_attention
 from pipeline.train.adapters.released import read_released, require_fit, write_released
@@ -33,7 +32,7 @@ def unets():
 def model_of(unets, name, kind="sd15", *, seed=1, rank=RANK):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = adapter(copy.deepcopy(unets[kind]), name, kind, rank)
+        model = adapter(copy_of(unets[kind]), name, kind, rank)
         for weight in model.trained().values():
             weight.data += 0.1 * torch.randn_like(weight)
     return model
