@@ -60,8 +60,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: a third of the time tests wait, for deadlines, and for Ray to see who died."""
-    return len(os.sched_getaffinity(0)) + 1
+    """Two more than there are cores: a third of the time tests wait, for deadlines, and for Ray to see who died."""
+    return len(os.sched_getaffinity(0)) + 2
 
 
 def pytest_collection_finish() -> None:
