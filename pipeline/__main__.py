@@ -235,13 +235,10 @@ def forget(
     Options may be given several times. People cannot be searched for by face: a site, URL or file has to be named.
     """
     from pipeline.dataset.finished import forget as finished
-    from pipeline.dataset.finished.forget import Wanted
     from pipeline.shared.files import to_path
 
-    wanted = Wanted(*(tuple(given or ()) for given in (urls, domains, contents, files)))
-    for path in lists or ():
-        wanted += Wanted.listed(path)
-    gone = finished.forget(to_path(folder), wanted, dry_run=dry_run)
+    wanted = [given or [] for given in (urls, domains, contents, files, lists)]
+    gone = finished.forget(to_path(folder), *wanted, dry_run=dry_run)
     for shard, keys in gone.rows.items() if dry_run else ():
         for key in keys:
             say(f"{shard}: {key}")
@@ -333,11 +330,10 @@ def export_json(
     from pipeline.dataset.finished import export_json as finished
     from pipeline.shared.files import to_path
 
-    form = finished.Form(finished.Crop(crop), finished.IdFormat(id_format), absolute)
-    done = finished.export_json(to_path(folder), target, form)
-    say(f"{target / finished.LIST}: {done.samples:,} samples")
-    if done.left_out:
-        say(f"{done.left_out:,} samples have no crop and were left out.")
+    listed, left_out = finished.export_json(to_path(folder), target, crop, id_format, absolute=absolute)
+    say(f"{target / finished.LIST}: {listed:,} samples")
+    if left_out:
+        say(f"{left_out:,} samples have no crop and were left out.")
 
 
 app.add_typer(models_command.app, name="models")

@@ -4,7 +4,9 @@ There is no search by face, and there will be none: what goes is named by URL, s
 """
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +15,7 @@ import pyarrow.compute as pc
 from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.report import REPORT, write_report
 from pipeline.dataset.finished.rewrite import rewrite
-from pipeline.dataset.out.forgotten import Forgotten, finish, load, save
+from pipeline.dataset.out.forgotten import finish, load, save
 from pipeline.dataset.out.ledger import (
     funnel,
     read_ledger,
@@ -34,44 +36,6 @@ from schemas.errors import CorruptShardError, LostError, OutputError
 from schemas.shard import CARD, DATASET, EVENTS, dataset_text
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What the user wants forgotten; nothing means: what was wanted before."""
-
-    urls: tuple[str, ...] = ()
-    domains: tuple[str, ...] = ()
-    contents: tuple[str, ...] = ()
-    """sha256 of image files."""
-    files: tuple[str, ...] = ()
-    """Names of image files that needed no download."""
-
-    @staticmethod
-    def listed(path: Path) -> "Wanted":
-        """The URLs and sha256 in a list; whatever else it holds is a site.
-
-        Raises:
-            SourceError: when it cannot be read.
-        """
-        texts: dict[str, list[str]] = {"url": [], "other": [], "sha256": []}
-        for kind, text in entries(str(path)):
-            texts[kind].append(text)
-        return Wanted(*map(tuple, texts.values()))
-
-    def __add__(self, other: "Wanted") -> "Wanted":
-        return Wanted(*(getattr(self, name.name) + getattr(other, name.name) for name in fields(self)))
-
-    def added_to(self, known: Forgotten) -> Forgotten:
-        """What was to be forgotten before, and this.
-
-        Raises:
-            OutputError: for what is no site or no sha256, or when there is nothing at all.
-        """
-        forgotten = known.adding(**asdict(self))
-        if not forgotten:
-            raise OutputError("There is nothing to forget: give --url, --domain, --sha256, --file or --list.")
-        return forgotten
-
-
 @dataclass
 class Gone:
     """What was (or would be) taken out of finished shards."""
@@ -88,22 +52,49 @@ class Gone:
         return f"{rows:,} rows, {samples:,} of them samples, in {shards:,} shard{'' if shards == 1 else 's'}"
 
 
-def forget(out: AnyPath, wanted: Wanted, *, dry_run: bool = False) -> Gone:
+def forget(
+    out: AnyPath,
+    urls: Iterable[str] = (),
+    domains: Iterable[str] = (),
+    contents: Iterable[str] = (),
+    files: Iterable[str] = (),
+    lists: Iterable[Path] = (),
+    *,
+    dry_run: bool = False,
+) -> Gone:
     """Forget in OUT what is wanted, now and in earlier calls; later runs into OUT will not fetch it again.
 
-    Any part of the work may be interrupted: the same call goes on with it.
+    Any part of the work may be interrupted: the same call goes on with it; so does a call that wants nothing more.
+
+    Args:
+        out: OUT of a `dataset` run.
+        urls: of images.
+        domains: sites.
+        contents: sha256 of image files.
+        files: names of image files that needed no download.
+        lists: files of URLs and sha256; whatever else they hold is a site.
+        dry_run: write nothing.
 
     Raises:
-        OutputError: when OUT is no dataset, cannot be written or is in use, or `wanted` makes no sense.
+        SourceError: when a list cannot be read.
+        OutputError: when OUT is no dataset, cannot be written or is in use, for what is no site or no sha256, or when
+            there is nothing at all.
         LostError: when OUT cannot be written any more.
         CorruptShardError: when the list of earlier take-downs, dataset.json or a manifest is damaged.
     """
     shards_folder(out)
-    if dry_run:
-        return _matches(out, Takedowns(wanted.added_to(load(out))))[1]
     output = Output(out)
-    with output.locked():
-        forgotten = wanted.added_to(load(out))
+    listed = [entry for path in lists for entry in entries(str(path))]
+    urls, contents, domains = (
+        [*given, *(text for kind, text in listed if kind == word)]
+        for word, given in (("url", urls), ("sha256", contents), ("other", domains))
+    )
+    with nullcontext() if dry_run else output.locked():
+        forgotten = load(out).adding(urls=urls, domains=domains, contents=contents, files=files)
+        if not forgotten:
+            raise OutputError("There is nothing to forget: give --url, --domain, --sha256, --file or --list.")
+        if dry_run:
+            return _matches(out, Takedowns(forgotten))[1]
         try:
             finish(out)
             output.clear()
@@ -111,22 +102,16 @@ def forget(out: AnyPath, wanted: Wanted, *, dry_run: bool = False) -> Gone:
         except OSError as error:
             raise OutputError(f"{out} cannot be written: {error.strerror or error}.") from error
         try:
-            _forget_hosts(out)
+            if (out / EVENTS).exists():  # no run may be writing to it: names of hosts go, and a line that is none
+                records = filter(None, map(parse_record, (out / EVENTS).read_bytes().splitlines()))
+                events = [{**one, **({"slowest_hosts": {}} if "slowest_hosts" in one else {})} for one in records]
+                write(out / EVENTS, "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in events).encode())
             return _take_down(out, Takedowns(forgotten))
         except OSError as error:
             raise LostError(
                 f"{out} cannot be written any more ({error.strerror or error}): what is left is forgotten by the same "
                 "call, once it can be."
             ) from error
-
-
-def _forget_hosts(out: AnyPath) -> None:
-    """Take the names of hosts out of OUT/events.jsonl; a line that is none goes. No run may be writing to it."""
-    if not (out / EVENTS).exists():
-        return
-    records = map(parse_record, (out / EVENTS).read_bytes().splitlines())
-    events = [{**one, "slowest_hosts": {}} if "slowest_hosts" in one else one for one in records if one is not None]
-    write(out / EVENTS, "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in events).encode())
 
 
 def take_down_listed(output: Output) -> Gone:
