@@ -18,6 +18,7 @@ from pipeline.dataset.finished.rewrite import rewrite
 from pipeline.dataset.out.forgotten import finish, load, save
 from pipeline.dataset.out.ledger import (
     funnel,
+    read_dataset,
     read_ledger,
     read_manifests,
     replaced,
@@ -146,10 +147,7 @@ def _take_down(out: AnyPath, takedowns: Takedowns) -> Gone:
         except CorruptShardError as error:
             del gone.rows[shard], gone.kept[shard]
             gone.damaged.append(str(error))
-    try:
-        dataset = dict(json.loads((out / DATASET).read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CorruptShardError(f"{DATASET}: cannot be read: {error}") from error
+    dataset = read_dataset(out)
     if "shards" in dataset:  # the run came to its end: what the manifests add up to stands there
         write(out / DATASET, dataset_text({**dataset, **summary(read_manifests(out), replaced(out))}))
     try:
