@@ -237,8 +237,8 @@ def forget(
     from pipeline.dataset.finished import forget as finished
     from pipeline.shared.files import to_path
 
-    wanted = [given or () for given in (urls, domains, contents, files)]
-    gone = finished.forget(to_path(folder), *wanted, lists=lists or (), dry_run=dry_run)
+    texts = (given or () for given in (urls, domains, contents, files))
+    gone = finished.forget(to_path(folder), lists or (), *texts, dry_run=dry_run)
     for shard, keys in gone.rows.items() if dry_run else ():
         for key in keys:
             say(f"{shard}: {key}")

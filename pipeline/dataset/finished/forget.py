@@ -55,11 +55,11 @@ class Gone:
 
 def forget(
     out: AnyPath,
+    lists: Iterable[Path] = (),
     urls: Iterable[str] = (),
     domains: Iterable[str] = (),
     contents: Iterable[str] = (),
     files: Iterable[str] = (),
-    lists: Iterable[Path] = (),
     *,
     dry_run: bool = False,
 ) -> Gone:
@@ -69,11 +69,11 @@ def forget(
 
     Args:
         out: OUT of a `dataset` run.
+        lists: files of URLs and sha256; whatever else they hold is a site.
         urls: of images.
         domains: sites.
         contents: sha256 of image files.
         files: names of image files that needed no download.
-        lists: files of URLs and sha256; whatever else they hold is a site.
         dry_run: write nothing.
 
     Raises:

@@ -84,7 +84,7 @@ def status(out: AnyPath) -> Status:
         rows=counted["rows_in"],
         kept=counted["kept"],
         dropped={reason: n for reason, n in sorted(counted["dropped"].items(), key=lambda one: -one[1]) if n},
-        planned_rows=sum(planned.values()) if planned and None not in planned.values() else None,
+        planned_rows=sum(rows or 0 for rows in planned.values()) if planned and None not in planned.values() else None,
         planned_done=sum(
             one.rows_in for one in manifests if shard_origin(one.shard) in {(part, 0) for part in planned}
         ),

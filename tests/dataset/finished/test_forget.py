@@ -164,7 +164,7 @@ def test_a_file_goes_wherever_it_came_from_and_its_addresses_are_remembered(out)
 
 
 def test_the_list_holds_no_address_and_no_hash_of_a_file(out):
-    forget(out, (KEPT_URL,), ("example.org",), ("cd" * 32,))
+    forget(out, (), (KEPT_URL,), ("example.org",), ("cd" * 32,))
     text = (out / FORGOTTEN).read_text()
     assert "example" not in text
     assert "cd" * 32 not in text
@@ -477,7 +477,7 @@ def what_a_kill_left(state, generations, urls):
     assert all(shards_of(resumed)[shard] in (old[shard], new[shard]) for shard in (FIRST, SECOND)), state.name
     assert not [name for name in files(resumed) if "/.new-" in name]
     shutil.rmtree(resumed)
-    forget(state, urls)
+    forget(state, urls=urls)
     assert verify(state) == []
     return told
 
