@@ -140,10 +140,11 @@ def evidence(ledger: pa.Table) -> Evidence:
     outcome[dropped] = np.where(spans, code("passes"), code(DropReason.BAD_LANDMARKS))
     one[dropped[~spans]] = False
 
-    known_by_points = dict(zip(FROM_POINTS, _from_points(ledger["kps"], one), strict=True))
+    by_points = posed(ledger["kps"], one)
     for quality in QUALITIES:
         name = quality.measure
-        measured = known_by_points[name] if name in FROM_POINTS else floats(ledger[name])
+        # Of angles the size, in the single precision of ledgers.
+        measured = np.abs(by_points[name].astype(np.float32)) if name in by_points else floats(ledger[name])
         limited = np.fmax(measured, quality.off) if quality.is_least else np.fmin(measured, quality.off)
         if name in LATER:
             limited[np.isnan(measured)] = quality.off + (-1 if quality.is_least else 1)
@@ -154,13 +155,13 @@ def evidence(ledger: pa.Table) -> Evidence:
     return Evidence(values, outcome)
 
 
-def _from_points(kps: pa.ChunkedArray, chosen: npt.NDArray[np.bool_]) -> Floats:
-    """(4, N) sizes of FROM_POINTS, in single precision, where chosen and known; NaN elsewhere."""
+def posed(kps: pa.ChunkedArray, chosen: npt.NDArray[np.bool_]) -> dict[str, Floats]:
+    """FROM_POINTS -> (N,) what five points suggest, where chosen and known; NaN elsewhere."""
     rows = np.flatnonzero(chosen & pc.is_valid(kps).to_numpy())
     faces = points(kps.combine_chunks().take(pa.array(rows))).reshape(-1, 5, 2)
     values = np.full((len(FROM_POINTS), len(chosen)), np.nan)
-    values[:, rows] = np.abs(from_points(faces)).astype(np.float32)
-    return values
+    values[:, rows] = from_points(faces)
+    return dict(zip(FROM_POINTS, values, strict=True))
 
 
 def points(values: pa.FixedSizeListArray) -> Floats:

@@ -94,18 +94,14 @@ class Card:
                 pictures.append(Picture(name, absent=_shortened(described[name]["absent"])))
         text, url = _shortened(content["text"]), _shortened(content["url"] or content.get("source_file"))
         labels = frozenset(np.unique(mask).tolist())
-        return Card(sample.key, text, url, _facts(content), pictures, labels, _values(content))
+        facts, values = _facts(content)
+        return Card(sample.key, text, url, facts, pictures, labels, values)
 
     @staticmethod
     def of_drop(record: Mapping[str, Any], thumbnail: bytes | None) -> "Card":
         """A dropped row from its ledger columns; its picture, if there is one, with box and points if known."""
-        card = Card(
-            record["key"],
-            "",
-            _shortened(record["url"] or record.get("source_file")),
-            _facts(record),
-            values=_values(record),
-        )
+        facts, values = _facts(record)
+        card = Card(record["key"], "", _shortened(record["url"] or record.get("source_file")), facts, values=values)
         try:
             image = decode_jpeg(thumbnail or b"")
         except ValueError:  # thumbnails are disposable: a damaged one is as good as none
@@ -116,26 +112,16 @@ class Card:
         return replace(card, pictures=[Picture("", data_uri(photo))])
 
 
-def _facts(record: Mapping[str, Any]) -> list[str]:
-    """Sizes and scores in words, as far as they were measured."""
-    record = _posed(record)
+def _facts(record: Mapping[str, Any]) -> tuple[list[str], dict[str, float]]:
+    """Sizes and scores as far as they were measured, in words, and as numbers those that are finite."""
+    known = dict(record)
+    if record.get("kps"):  # and the angles that the five points suggest
+        values = from_points(np.array([record["kps"]], np.float64))[:, 0].tolist()
+        known |= {name: value for name, value in zip(FROM_POINTS, values, strict=True) if np.isfinite(value)}
+    known = {name: known[name] for name in _FACTS if known.get(name) is not None}
     size = [f"{record['width']} × {record['height']}"] if record["width"] and record["height"] else []
-    return size + [text.format(record[name]) for name, text in _FACTS.items() if record.get(name) is not None]
-
-
-def _posed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with the angles that its five points suggest."""
-    if not record.get("kps"):
-        return dict(record)
-    values = from_points(np.array([record["kps"]], np.float64))[:, 0].tolist()
-    return {**record, **{name: value for name, value in zip(FROM_POINTS, values, strict=True) if np.isfinite(value)}}
-
-
-def _values(record: Mapping[str, Any]) -> dict[str, float]:
-    """Those of the facts that are finite numbers."""
-    record = _posed(record)
-    known = {name: float(record[name]) for name in _FACTS if isinstance(record.get(name), int | float)}
-    return {name: value for name, value in known.items() if np.isfinite(value)}
+    words = [_FACTS[name].format(value) for name, value in known.items()]
+    return size + words, {name: float(value) for name, value in known.items() if np.isfinite(value)}
 
 
 def _shortened(text: str | None) -> str:
