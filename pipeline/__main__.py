@@ -361,33 +361,29 @@ _NO_TELEMETRY = {
 
 def main() -> None:
     """Run the command line, with the exit codes of schemas.errors."""
+    os.environ.update(_NO_TELEMETRY)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
+        signal.signal(number, signal.default_int_handler)
     try:
-        _run()
+        try:
+            app()
+        except UserError as error:
+            say(f"error: {error}", errors)
+            if isinstance(error, WeightsError) and error.details:
+                say(f"\n{error.details}", errors)
+            sys.exit(ExitCode.USER_ERROR)
+        except (CorruptShardError, LostError) as error:
+            say(f"error: {error}{'; `verify` tells more.' if isinstance(error, CorruptShardError) else ''}", errors)
+            sys.exit(ExitCode.SHARDS_FAILED)
+        except KeyboardInterrupt:
+            errors.print("Interrupted. Finished shards are kept; the same command goes on.")
+            sys.exit(ExitCode.INTERRUPTED)
     except SystemExit as end:
         sys.stdout.flush()
         sys.stderr.flush()
         if is_hanging():  # the interpreter would wait for threads that never end
             os._exit(end.code if isinstance(end.code, int) else ExitCode.SHARDS_FAILED)
         raise
-
-
-def _run() -> None:
-    os.environ.update(_NO_TELEMETRY)
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
-        signal.signal(number, signal.default_int_handler)
-    try:
-        app()
-    except UserError as error:
-        say(f"error: {error}", errors)
-        if isinstance(error, WeightsError) and error.details:
-            say(f"\n{error.details}", errors)
-        sys.exit(ExitCode.USER_ERROR)
-    except (CorruptShardError, LostError) as error:
-        say(f"error: {error}{'; `verify` tells more.' if isinstance(error, CorruptShardError) else ''}", errors)
-        sys.exit(ExitCode.SHARDS_FAILED)
-    except KeyboardInterrupt:
-        errors.print("Interrupted. Finished shards are kept; the same command goes on.")
-        sys.exit(ExitCode.INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -209,34 +209,38 @@ def document(weights: Iterable[Weight], config: Config, *, only: bool) -> dict[s
     """What `models list` tells: the weights, and the backends that are registered (or, with `only`, in use)."""
     listed = [state_of(weight, config.models) for weight in weights]
     lacks = [state for state in listed if not state.is_ready]
-    used = [
-        (task, name)
-        for task, names in REGISTRIES.items()
-        for name in names
-        if not only or getattr(config.models, task) == name
-    ]
-    used += [("captioner", config.models.captioner)] if config.models.captioner else []
+    backends: list[tuple[str, str, list[Weight], list[ModelCard]]] = []
+    for task, name in ((task, name) for task, names in REGISTRIES.items() for name in names):
+        if not only or getattr(config.models, task) == name:
+            needs = backend(task, name).weights(config.models)
+            # Where its weights are none of the list (a pack by path, say), its models.
+            backends.append((task, name, list(needs), [] if needs else backend(task, name).cards(config.models)))
+    if config.models.captioner:
+        card = captioner_class(config.models).card(config)
+        backends.append(("captioner", config.models.captioner, [], [card]))
     return {
         "models": [described(state, config.models) for state in listed],
-        "backends": [_backend(task, name, config) for task, name in used],
+        "backends": [
+            {
+                "task": task,
+                "name": name,
+                "weights": [weight.name for weight in needs],
+                "cards": [
+                    {
+                        "name": one.name,
+                        "licence": one.licence,
+                        "commercial": one.commercial,
+                        "sha256": one.sha256 or None,
+                    }
+                    for one in cards
+                ],
+            }
+            for task, name, needs, cards in backends
+        ],
         "searched": ["models.paths.NAME", *map(str, roots())],
         "missing": [state.weight.name for state in lacks],
         "bytes_missing": bytes_of(lacks),
     }
-
-
-def _backend(task: str, name: str, config: Config) -> dict[str, Any]:
-    """The weights that a backend needs, or, where these are none of the list, its models: of a pack by path, say."""
-    if task == "captioner":
-        weights, cards = [], [captioner_class(config.models).card(config)]
-    else:
-        weights = [one.name for one in backend(task, name).weights(config.models)]
-        cards = [] if weights else backend(task, name).cards(config.models)
-    return {"task": task, "name": name, "weights": weights, "cards": [_card(card) for card in cards]}
-
-
-def _card(card: ModelCard) -> dict[str, Any]:
-    return {"name": card.name, "licence": card.licence, "commercial": card.commercial, "sha256": card.sha256 or None}
 
 
 def text_of(listed: dict[str, Any], *, only: bool) -> str:
