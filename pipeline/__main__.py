@@ -124,10 +124,11 @@ def screen(
     fitted = fit(seen, margin)
     say(f"{len(seen)} photos; the full look keeps {len(kept)}, whose scores begin at {min(kept):.3f}.")
     table = Table("threshold", "missed of kept", "others that get the full look")
-    for one in (effect(seen, threshold) for threshold in (values.models.screen_thresh, fitted)):
-        table.add_row(f"{one.threshold:.3f}", str(len(one.missed)), f"{100 * one.passed:.1f} %")
+    for threshold in (values.models.screen_thresh, fitted):
+        missed, passed = effect(seen, threshold)
+        table.add_row(f"{threshold:.3f}", str(len(missed)), f"{100 * passed:.1f} %")
     console.print(table)
-    for name in effect(seen, values.models.screen_thresh).missed:
+    for name in effect(seen, values.models.screen_thresh)[0]:
         say(f"missed at {values.models.screen_thresh}: {name}")
     say(f"With a margin of {margin}: --set models.screen_thresh={fitted}")
 

@@ -59,17 +59,6 @@ def screened(folder: Path, settings: Settings, runtime: Runtime) -> Iterator[Scr
         yield Screened(str(path.relative_to(folder)), score, verdict is None)
 
 
-@dataclass(frozen=True)
-class Fit:
-    """What a threshold does to the photos."""
-
-    threshold: float
-    missed: tuple[str, ...]
-    """Photos that the full look keeps, and the screen would drop."""
-    passed: float
-    """Share of the others that still get the full look, 0 to 1."""
-
-
 def fit(photos: Sequence[Screened], margin: float) -> float:
     """The threshold: the lowest score of a photo that is kept, times `margin`.
 
@@ -82,7 +71,7 @@ def fit(photos: Sequence[Screened], margin: float) -> float:
     return round(min(kept) * margin, 3)
 
 
-def effect(photos: Sequence[Screened], threshold: float) -> Fit:
-    others = [one for one in photos if not one.kept]
-    missed = tuple(one.name for one in photos if one.kept and one.score < threshold)
-    return Fit(threshold, missed, sum(one.score >= threshold for one in others) / max(1, len(others)))
+def effect(photos: Sequence[Screened], threshold: float) -> tuple[list[str], float]:
+    """Photos that the full look keeps and the screen would drop; share of the others that get the full look, 0 to 1."""
+    others = [one.score >= threshold for one in photos if not one.kept]
+    return [one.name for one in photos if one.kept and one.score < threshold], sum(others) / max(1, len(others))

@@ -5,10 +5,10 @@ which it counts: whoever is killed before leaves the old shard as it was, whoeve
 `forgotten.finish` makes whole.
 """
 
-import tarfile
 from collections.abc import Collection
 from contextlib import closing, suppress
 from dataclasses import replace
+from io import BytesIO
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ from pipeline.dataset.out.ledger import UNREADABLE, counts, read_manifest
 from pipeline.dataset.out.output import fingerprint
 from pipeline.dataset.out.takedowns import DROPS, Takedowns, blank
 from pipeline.shared.files import AnyPath, Draft, parquet, write
-from pipeline.shared.tars import BROKEN, members, read
+from pipeline.shared.tars import BROKEN, created, members, read
 from schemas.columns import KEPT, LEDGER_SCHEMA, complete
 from schemas.errors import CorruptShardError
 
@@ -86,14 +86,10 @@ def copy_without(old: AnyPath, new: AnyPath, keys: Collection[str]) -> None:
     """
     try:
         with closing(Draft(new)) as draft:
-            with old.open("rb") as source:
+            with old.open("rb") as source, closing(created(draft.stream)) as tar:
                 for member in members(source):
-                    if member.name.partition(".")[0] in keys:
-                        continue
-                    length = member.offset_data + member.size - member.offset
-                    draft.stream.write(read(source, member.offset, length + -length % tarfile.BLOCKSIZE))
-            draft.stream.write(bytes(2 * tarfile.BLOCKSIZE))
-            draft.stream.write(bytes(-draft.stream.tell() % tarfile.RECORDSIZE))
+                    if member.name.partition(".")[0] not in keys:
+                        tar.addfile(member, BytesIO(read(source, member.offset_data, member.size)))
             draft.fsync()
             draft.publish()
     except BROKEN as error:
