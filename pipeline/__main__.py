@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.table import Table
 
-from pipeline import ledger_commands, models_command
+from pipeline import models_command
 from pipeline.dataset.execute.watchdog import is_hanging
 from pipeline.options import ConfigFile, Folder, ProfileName, Sets, console, errors, say
 from schemas.errors import CorruptShardError, ExitCode, LostError, UserError, WeightsError
@@ -111,26 +110,11 @@ def screen(
 ) -> None:
     """Fit models.screen_thresh on photos, and show what it would miss."""
     from pipeline.dataset.config import load_config
-    from pipeline.dataset.fit_screen import effect, fit, screened
-    from pipeline.dataset.plan import make_plan
-    from stages.runtime import Runtime
+    from pipeline.dataset.fit_screen import lines
 
     values = load_config(config, sets or [], shards=SAMPLE, profile=profile or "insightface", executor="local")
-    if values.models.screen == "off":
-        values = values.model_copy(update={"models": values.models.model_copy(update={"screen": "detector"})})
-    make_plan(values)  # weights and licences
-    seen = list(screened(photos, values, Runtime()))
-    kept = [one.score for one in seen if one.kept]
-    fitted = fit(seen, margin)
-    say(f"{len(seen)} photos; the full look keeps {len(kept)}, whose scores begin at {min(kept):.3f}.")
-    table = Table("threshold", "missed of kept", "others that get the full look")
-    for threshold in (values.models.screen_thresh, fitted):
-        missed, passed = effect(seen, threshold)
-        table.add_row(f"{threshold:.3f}", str(len(missed)), f"{100 * passed:.1f} %")
-    console.print(table)
-    for name in effect(seen, values.models.screen_thresh)[0]:
-        say(f"missed at {values.models.screen_thresh}: {name}")
-    say(f"With a margin of {margin}: --set models.screen_thresh={fitted}")
+    for line in lines(photos, values, margin):
+        say(line)
 
 
 @app.command()
@@ -194,8 +178,30 @@ def status(
         say(text_of(now, to_path(folder), time.time()))
 
 
-app.command()(ledger_commands.replay)
-app.command()(ledger_commands.quality)
+@app.command()
+def replay(folder: Folder = "out", config: ConfigFile = None, sets: Sets = None) -> None:
+    """Judge the ledgers of DIR by other thresholds (--set filter.…), without an image; nothing is written."""
+    from pipeline.dataset.finished import replay as finished
+    from pipeline.shared.files import to_path
+
+    for line in finished.lines(to_path(folder), config, sets or []):
+        say(line)
+
+
+@app.command()
+def quality(
+    folder: Folder = "out",
+    similarity: Annotated[float, typer.Option(min=-1, max=1, help="From which cosine on a pair is one person.")] = 0.48,
+) -> None:
+    """Tell which measure of quality earns its place, where persons are known (`group`); nothing is written.
+
+    The worst photos by each measure are discarded, and errors of recognition counted in the rest.
+    """
+    from pipeline.dataset.finished import quality as finished
+    from pipeline.shared.files import to_path
+
+    for line in finished.lines(to_path(folder), similarity):
+        say(line)
 
 
 @app.command()

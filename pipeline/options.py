@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 console = Console()
 errors = Console(stderr=True)
@@ -15,6 +15,6 @@ Sets = Annotated[list[str] | None, typer.Option("--set", help="One config key, s
 ProfileName = Annotated[str | None, typer.Option("--profile", help="embedded, insightface or permissive.")]
 
 
-def say(text: str, to: Console = console) -> None:
-    """Lines as they are, however long."""
+def say(text: RenderableType, to: Console = console) -> None:
+    """A table, or lines as they are, however long."""
     to.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -26,7 +26,7 @@ def show(job: "Job", out: str, sample: int | None, seed: int, cost_per_hour: flo
     from pipeline.dataset.forecast import counted, forecast
     from pipeline.dataset.out.output import Output
     from pipeline.dataset.plan import make_plan
-    from pipeline.dataset.source.draw import Draw
+    from pipeline.dataset.source.seeds import Draw
     from pipeline.shared.files import to_path
 
     output = Output(to_path(out))

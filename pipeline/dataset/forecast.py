@@ -24,8 +24,7 @@ from pipeline.dataset.out.forgotten import load, save
 from pipeline.dataset.out.ledger import funnel, shard_names
 from pipeline.dataset.out.output import Output
 from pipeline.dataset.rows import split_seeds
-from pipeline.dataset.source.draw import Draw
-from pipeline.dataset.source.seeds import Captions, Seeds
+from pipeline.dataset.source.seeds import Captions, Draw, Seeds
 from pipeline.shared.files import AnyPath, RemotePath, sizes
 from pipeline.shared.tars import members
 from pipeline.shared.terminal import Screen

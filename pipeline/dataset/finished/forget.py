@@ -1,25 +1,32 @@
 """Take-downs in finished shards: what is to be forgotten goes from tar, ledger, thumbnails and report for good.
 
-There is no search by face, and there will be none: what goes is named by URL, site or file.
+There is no search by face, and there will be none: what goes is named by URL, site or file. A shard that loses rows is
+made anew beside the old one. Its new manifest, under a name of its own, is the moment from which it counts: whoever is
+killed before leaves the old shard as it was, whoever is killed after it leaves one that `forgotten.finish` makes whole.
 """
 
 import json
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Collection, Iterable
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.report import REPORT, write_report
-from pipeline.dataset.finished.rewrite import rewrite
-from pipeline.dataset.out.forgotten import finish, load, save
+from pipeline.dataset.out.forgotten import NEW, finish, load, save
 from pipeline.dataset.out.ledger import (
+    UNREADABLE,
+    counts,
     funnel,
     read_dataset,
     read_ledger,
+    read_manifest,
     read_manifests,
     replaced,
     shard_names,
@@ -28,11 +35,12 @@ from pipeline.dataset.out.ledger import (
 )
 from pipeline.dataset.out.lists import entries
 from pipeline.dataset.out.lost import lost_errors
-from pipeline.dataset.out.output import Output
-from pipeline.dataset.out.takedowns import Takedowns
+from pipeline.dataset.out.output import Output, fingerprint
+from pipeline.dataset.out.takedowns import DROPS, Takedowns, blank
 from pipeline.dataset.source.formats import parse_record
-from pipeline.shared.files import AnyPath, write
-from schemas.columns import KEPT
+from pipeline.shared.files import AnyPath, Draft, parquet, write
+from pipeline.shared.tars import BROKEN, created, members, read
+from schemas.columns import KEPT, LEDGER_SCHEMA, complete
 from schemas.errors import CorruptShardError, LostError, OutputError
 from schemas.shard import CARD, DATASET, EVENTS, dataset_text
 
@@ -178,3 +186,74 @@ def _matches(out: AnyPath, takedowns: Takedowns) -> tuple[Takedowns, Gone]:
         if all(map(takedowns.forgotten.concerns_url, urls)):
             return takedowns, gone
         takedowns = replace(takedowns, forgotten=takedowns.forgotten.adding(urls=urls))
+
+
+def rewrite(out: AnyPath, shard: str, takedowns: Takedowns) -> None:
+    """Make a shard anew without the rows that must not be used.
+
+    Raises:
+        CorruptShardError: when it is not what its manifest says: a new one would sign the damage as whole.
+    """
+    shards = out / "shards"
+    manifest = read_manifest(out, shard)
+    for name, claimed in manifest.files.items():
+        with suppress(OSError):
+            if fingerprint(shards / name) == claimed:
+                continue
+        raise CorruptShardError(
+            f"{name}: it is not what its manifest says, so nothing was taken out of its shard: remove the shard's "
+            "files, and a rerun makes it anew without what must not be used"
+        )
+    ledger = complete(parquet(shards / f"{shard}.parquet").read())
+    reasons = takedowns.reasons(ledger)
+    rows = ledger.filter(pc.is_valid(reasons))
+    thumbnails = out / "drops" / f"{shard}.parquet"
+    try:
+        pictures = parquet(thumbnails).read()
+        others = pictures.filter(pc.invert(pc.is_in(pictures["key"], rows["key"].combine_chunks())))
+    except FileNotFoundError:
+        pass
+    except UNREADABLE:  # it serves the report alone
+        thumbnails.unlink()
+    else:
+        if others.num_rows < pictures.num_rows:
+            _write_parquet(others, thumbnails)
+
+    ledger = blank(ledger, reasons).combine_chunks().cast(LEDGER_SCHEMA)
+    new = {name: shards / name for name in manifest.files}
+    new[f"{shard}.parquet"] = shards / f"{NEW}{shard}.parquet"
+    _write_parquet(ledger, new[f"{shard}.parquet"], compression="zstd")
+    samples = set(rows["key"].filter(pc.equal(rows["verdict"], KEPT)).to_pylist())
+    if samples:
+        new[f"{shard}.tar"] = shards / f"{NEW}{shard}.tar"
+        copy_without(shards / f"{shard}.tar", new[f"{shard}.tar"], samples)
+
+    kept, dropped = counts(ledger["verdict"], [*manifest.dropped, *DROPS])
+    files = {name: fingerprint(path) for name, path in new.items()}
+    manifest = replace(manifest, kept=kept, dropped=dropped, files=files)
+    write(shards / f"{NEW}{shard}.json", manifest.to_json().encode())  # from here on the new shard counts
+    finish(out)
+
+
+def _write_parquet(table: pa.Table, path: AnyPath, **options: Any) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **options)
+    write(path, sink.getvalue().to_pybytes())
+
+
+def copy_without(old: AnyPath, new: AnyPath, keys: Collection[str]) -> None:
+    """Copy the bytes of a tar's samples, except those of `keys`; the result is what a writer makes without them.
+
+    Raises:
+        CorruptShardError: when it is no whole tar; names it.
+    """
+    try:
+        with closing(Draft(new)) as draft:
+            with old.open("rb") as source, closing(created(draft.stream)) as tar:
+                for member in members(source):
+                    if member.name.partition(".")[0] not in keys:
+                        tar.addfile(member, BytesIO(read(source, member.offset_data, member.size)))
+            draft.fsync()
+            draft.publish()
+    except BROKEN as error:
+        raise CorruptShardError(f"{old.name}: not a readable tar: {error}") from error

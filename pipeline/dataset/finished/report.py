@@ -14,11 +14,10 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.finished import replay, report_numbers
 from pipeline.dataset.finished.replay import evidence, ledgers, thresholds
-from pipeline.dataset.finished.report_cards import Card
+from pipeline.dataset.finished.report_cards import LABEL_COLOURS, Card
 from pipeline.dataset.finished.report_explorer import Explorer, distances, row_data
 from pipeline.dataset.finished.report_numbers import Numbers
 from pipeline.dataset.finished.report_persons import persons
-from pipeline.dataset.finished.report_pictures import LABEL_COLOURS
 from pipeline.dataset.out.ledger import (
     UNREADABLE,
     Funnel,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.finished.report_pictures import reduced
+from pipeline.dataset.finished.report_cards import reduced
 from pipeline.dataset.out.ledger import occurrences, read_ledger
 from pipeline.shared.files import AnyPath, RemotePath
 from pipeline.shared.page import data_uri
