@@ -42,7 +42,7 @@ KEPT_BYTES, FETCHED_BYTES = 2.2e6, 3e5
 _MACHINE = 1.2
 """How much slower or faster the same machine and network may be at another time."""
 _NO_PACE = 3.0
-"""The same, where all rows that were drawn came in one batch, so that their time is not to be told from the start's."""
+"""The same, where all rows that were drawn came in one batch, so that their time cannot be parted from the start's."""
 _FEWEST_ROWS = 16
 """Rows that a worker gets at least."""
 _WHOLE = 200_000

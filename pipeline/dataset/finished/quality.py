@@ -1,4 +1,4 @@
-"""Which measure of quality earns its place: errors of recognition after the worst photos by it were discarded.
+"""Which measure of quality is of use: errors of recognition after the worst photos by it were discarded.
 
 Error-versus-discard curves (Grother and Tabassi, TPAMI 2007) where persons are known, which `group` writes.
 """

@@ -82,7 +82,7 @@ def persons(out: AnyPath, chosen: Sequence[Manifest], every: Sequence[Manifest],
     strangers = [sheet(f"mean cosine {mean:.2f}", (first[one], first[two])) for mean, one, two in alike[:_SHOWN]]
     return {
         "sizes": sizes,  # photos of a person in words, persons that have so many, their photos
-        "looked_at": len(own),  # photos of persons with several, of which the following is said
+        "looked_at": len(own),  # photos of persons with several; what follows is of these
         # Mean cosine of a photo with the others of its person: median, and what 5 % are under.
         "own": (float(np.median(own)), float(np.quantile(own, 0.05))) if len(own) else (0.0, 0.0),
         # Photos that are nearer to another of these persons, by the mean.

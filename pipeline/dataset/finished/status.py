@@ -31,7 +31,7 @@ class Status:
     dropped: dict[str, int]
     """Reason -> rows, the most frequent first; only reasons that occur."""
     planned_rows: int | None
-    """Input rows of the parts that the last run was started for, where all told."""
+    """Input rows of the parts that the last run was started for, where all parts say how many they have."""
     planned_done: int
     """Of these, in finished shards."""
     begun: float

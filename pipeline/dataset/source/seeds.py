@@ -137,9 +137,6 @@ class _Stratum:
     keys: npt.NDArray[np.float64]
     rows: pa.Table
 
-    def cut(self, most: int) -> None:
-        self.keys, self.rows = self.keys[:most], self.rows.slice(0, most)
-
 
 class Draw:
     """`size` of the candidates, each with the same chance; same parts and seed, same rows.
@@ -166,7 +163,8 @@ class Draw:
         if seeds.part not in self._strata:
             population = max(1, self.population)
             for part in self._strata.values():  # none gives more than its share, which only shrinks as others come
-                part.cut(self.size * part.size // population + 1)
+                most = self.size * part.size // population + 1
+                part.keys, part.rows = part.keys[:most], part.rows.slice(0, most)
             self._strata[seeds.part] = _Stratum(0, np.empty(0), rows.slice(0, 0))
         part = self._strata[seeds.part]
         number = len(self._strata)

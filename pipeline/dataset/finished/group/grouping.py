@@ -201,7 +201,7 @@ def group(folders: Sequence[AnyPath], out: AnyPath, wish: Wish, console: Console
 
 
 def _sources(folders: Sequence[AnyPath]) -> list[dict[str, Any]]:
-    """dataset.json of each dataset, all of which must have ID vectors and have been made in one way."""
+    """dataset.json of each dataset, all of which must have ID vectors and have been made alike."""
     sources: list[dict[str, Any]] = []
     for folder in folders:
         try:
