@@ -244,7 +244,7 @@ def document(weights: Iterable[Weight], config: Config, *, only: bool) -> dict[s
 
 
 def text_of(listed: dict[str, Any], *, only: bool) -> str:
-    """`document` for people, in lines of any length; `only`: no others are meant, and these may be fetched as they are."""
+    """`document` for people, in lines of any length; `only`: no others are meant, these may be fetched as they are."""
     lines = [block(entry) for entry in listed["models"]]
     for one in listed["backends"]:
         cards = [
