@@ -16,7 +16,7 @@ import typer
 
 from pipeline import models_command
 from pipeline.dataset.execute.watchdog import is_hanging
-from pipeline.options import ConfigFile, Folder, ProfileName, Sets, console, errors, say
+from pipeline.options import AsJson, ConfigFile, Folder, ProfileName, Sets, console, errors, say
 from schemas.errors import CorruptShardError, ExitCode, LostError, UserError, WeightsError
 from schemas.names import SAMPLE
 
@@ -129,7 +129,7 @@ def plan(
     cost_per_hour: Annotated[
         float | None, typer.Option(min=0, help="Of all that runs it, in your currency: forecasts the money.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Prove the plan and show what would be done, and what is missing for it; nothing is written to OUT.
 
@@ -163,9 +163,7 @@ def report(
 
 
 @app.command()
-def status(
-    folder: Folder = "out", as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False
-) -> None:
+def status(folder: Folder = "out", as_json: AsJson = False) -> None:
     """Tell how the run into DIR goes, from its files alone: pace, kept share, failures, time left."""
     from pipeline.dataset.finished.status import status as read
     from pipeline.dataset.finished.status import text_of

@@ -12,6 +12,7 @@ errors = Console(stderr=True)
 Folder = Annotated[str, typer.Argument(metavar="DIR", help="The OUT of a run.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with the keys that --set takes.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="One config key, such as filter.min_face_px=160.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document.")]
 ProfileName = Annotated[str | None, typer.Option("--profile", help="embedded, insightface or permissive.")]
 
 

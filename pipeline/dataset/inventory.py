@@ -9,7 +9,7 @@ from schemas.digest import sha256_of_file
 from schemas.errors import UserError, WeightsError
 from stages.caption.stage import captioner_class
 from stages.filter import unused
-from stages.models.backends import REGISTRIES, ModelCard, backend, backends
+from stages.models.backends import REGISTRIES, backend, backends
 from stages.models.heads import head_cards, read_head
 from stages.models.papers import Weight, WeightFile
 from stages.models.photo import photo_papers
@@ -209,34 +209,26 @@ def document(weights: Iterable[Weight], config: Config, *, only: bool) -> dict[s
     """What `models list` tells: the weights, and the backends that are registered (or, with `only`, in use)."""
     listed = [state_of(weight, config.models) for weight in weights]
     lacks = [state for state in listed if not state.is_ready]
-    backends: list[tuple[str, str, list[Weight], list[ModelCard]]] = []
-    for task, name in ((task, name) for task, names in REGISTRIES.items() for name in names):
-        if not only or getattr(config.models, task) == name:
-            needs = backend(task, name).weights(config.models)
-            # Where its weights are none of the list (a pack by path, say), its models.
-            backends.append((task, name, list(needs), [] if needs else backend(task, name).cards(config.models)))
-    if config.models.captioner:
-        card = captioner_class(config.models).card(config)
-        backends.append(("captioner", config.models.captioner, [], [card]))
+    used: list[dict[str, Any]] = []
+    names = [(task, name) for task, names in REGISTRIES.items() for name in names]
+    chosen = config.models.captioner
+    for task, name in [*names, ("captioner", chosen)] if chosen else names:
+        needs: list[str] = []
+        if task == "captioner":
+            cards = [captioner_class(config.models).card(config)]
+        elif only and getattr(config.models, task) != name:
+            continue
+        else:  # where its weights are none of the list (a pack by path, say), its models
+            needs = [one.name for one in backend(task, name).weights(config.models)]
+            cards = [] if needs else backend(task, name).cards(config.models)
+        described_cards = [
+            {"name": one.name, "licence": one.licence, "commercial": one.commercial, "sha256": one.sha256 or None}
+            for one in cards
+        ]
+        used.append({"task": task, "name": name, "weights": needs, "cards": described_cards})
     return {
         "models": [described(state, config.models) for state in listed],
-        "backends": [
-            {
-                "task": task,
-                "name": name,
-                "weights": [weight.name for weight in needs],
-                "cards": [
-                    {
-                        "name": one.name,
-                        "licence": one.licence,
-                        "commercial": one.commercial,
-                        "sha256": one.sha256 or None,
-                    }
-                    for one in cards
-                ],
-            }
-            for task, name, needs, cards in backends
-        ],
+        "backends": used,
         "searched": ["models.paths.NAME", *map(str, roots())],
         "missing": [state.weight.name for state in lacks],
         "bytes_missing": bytes_of(lacks),
