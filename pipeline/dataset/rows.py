@@ -57,11 +57,7 @@ def split_seeds(seeds: pa.Table) -> Rows:
     """Judged seed rows as living rows and tombstones."""
     alive = pc.is_null(seeds.column("verdict"))
     dead = seeds.filter(pc.invert(alive))
-    return Rows(
-        seeds.filter(alive).select(list(SEED)),
-        _as_ledger(dead),
-        WITNESS_SCHEMA.empty_table(),
-    )
+    return Rows(seeds.filter(alive).select(list(SEED)), _as_ledger(dead), WITNESS_SCHEMA.empty_table())
 
 
 def tombstones(rows: pa.Table, verdicts: pa.Array, stage: str) -> pa.Table:

@@ -28,7 +28,6 @@ from pipeline.dataset.out.ledger import (
     read_ledger,
     read_manifest,
     read_manifests,
-    replaced,
     shard_names,
     shards_folder,
     summary,
@@ -157,7 +156,7 @@ def _take_down(out: AnyPath, takedowns: Takedowns) -> Gone:
             gone.damaged.append(str(error))
     dataset = read_dataset(out)
     if "shards" in dataset:  # the run came to its end: what the manifests add up to stands there
-        write(out / DATASET, dataset_text({**dataset, **summary(read_manifests(out), replaced(out))}))
+        write(out / DATASET, dataset_text({**dataset, **summary(read_manifests(out), out)}))
     try:
         counted = write_report(out) if (out / REPORT).exists() else None
         if (out / CARD).exists():

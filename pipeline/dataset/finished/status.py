@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from pipeline.dataset.execute.tally import details
-from pipeline.dataset.out.ledger import LIVE, read_dataset, read_manifests, replaced, summary, why_nothing
+from pipeline.dataset.out.ledger import LIVE, read_dataset, read_manifests, summary, why_nothing
 from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import AnyPath, RemotePath, times
 from schemas.names import shard_origin
@@ -65,7 +65,7 @@ def status(out: AnyPath) -> Status:
     manifests = read_manifests(out)
     dataset = read_dataset(out)
     planned: dict[str, int | None] = dataset["planned"] if isinstance(dataset.get("planned"), dict) else {}
-    counted = summary(manifests, replaced(out))
+    counted = summary(manifests, out)
     begun, files = times(out)[DATASET], times(out / "shards")
     ends = {manifest.shard: files.get(f"{manifest.shard}.json", begun) for manifest in manifests}
     of_run = sorted((end, manifest.rows_in) for manifest in manifests if (end := ends[manifest.shard]) > begun)

@@ -123,17 +123,17 @@ def read_dataset(out: AnyPath) -> dict[str, Any]:
         raise CorruptShardError(f"{DATASET}: cannot be read: {error}") from error
 
 
-def summary(manifests: Sequence[Manifest], replaced: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """What manifests add up to, as dataset.json tells it, less the verdicts that are `replaced` (see there)."""
-    replaced = replaced or {}
+def summary(manifests: Sequence[Manifest], out: AnyPath | None = None) -> dict[str, Any]:
+    """What manifests add up to, as dataset.json says it, less the verdicts that later rounds in `out` replaced."""
+    gone = _replaced(out) if out is not None else Counter[str]()
     dropped: Counter[str] = Counter()
     for manifest in manifests:
         dropped.update(manifest.dropped)
-    dropped.subtract({verdict: count for verdict, count in replaced.items() if verdict != KEPT})
+    dropped.subtract({verdict: count for verdict, count in gone.items() if verdict != KEPT})
     return {
         "shards": [manifest.shard for manifest in manifests],
-        "rows_in": sum(manifest.rows_in for manifest in manifests) - sum(replaced.values()),
-        "kept": sum(manifest.kept for manifest in manifests) - replaced.get(KEPT, 0),
+        "rows_in": sum(manifest.rows_in for manifest in manifests) - gone.total(),
+        "kept": sum(manifest.kept for manifest in manifests) - gone[KEPT],
         "dropped": dict(dropped),
         "dataset_digest": dataset_digest(manifests),
     }
@@ -209,7 +209,7 @@ class Rounds:
         return mask
 
 
-def replaced(out: AnyPath) -> Counter[str]:
+def _replaced(out: AnyPath) -> Counter[str]:
     """Verdict -> rows whose verdict a later round has replaced. Less these, manifests count each row once."""
     total: Counter[str] = Counter()
     shards = shard_names(out)

@@ -223,13 +223,7 @@ def _text(value: Any) -> str | None:
 
 _CSV = Format(lambda path: (_strings(_csv_header(path)[0]), None), read_csv)
 _JSONL = Format(probe_jsonl, read_jsonl)
-_FORMATS = {
-    "parquet": Format(probe_parquet, read_parquet),
-    "csv": _CSV,
-    "tsv": _CSV,
-    "jsonl": _JSONL,
-    "ndjson": _JSONL,
-}
+_FORMATS = {"parquet": Format(probe_parquet, read_parquet), "csv": _CSV, "tsv": _CSV, "jsonl": _JSONL, "ndjson": _JSONL}
 
 
 def image_column(schema: pa.Schema, names: tuple[str, ...] = IMAGE_COLUMNS) -> pa.Field | None:

@@ -1,7 +1,6 @@
 """Croissant 1.1 with the fields of responsible AI: what a dataset is, for programs."""
 
 import json
-from typing import Any
 
 from pipeline.dataset.finished.hub.about import About
 from schemas.columns import COLUMNS
@@ -70,7 +69,24 @@ def croissant(about: About, base: str = "") -> str:
         }
         for name in names
     ]
-    records = [{"@type": "cr:RecordSet", "@id": name, "name": name, "field": _fields(name)} for name in names]
+    records = []
+    for name in names:  # key and content; the json is one field: mlcroissant does not look into those of an archive
+        source = {"fileSet": {"@id": f"{name}-files"}}
+        key = {**source, "extract": {"fileProperty": "filename"}, "transform": {"regex": r"^([^.]+)"}}
+        content = {**source, "extract": {"fileProperty": "content"}}
+        type = "sc:ImageObject" if _FORMATS[name.rpartition(".")[2]].startswith("image/") else "sc:Text"
+        fields = [
+            {"@type": "cr:Field", "@id": f"{name}/key", "name": "key", "dataType": "sc:Text", "source": key},
+            {
+                "@type": "cr:Field",
+                "@id": f"{name}/content",
+                "name": "content",
+                "description": CONTENTS[name],
+                "dataType": type,
+                "source": content,
+            },
+        ]
+        records.append({"@type": "cr:RecordSet", "@id": name, "name": name, "field": fields})
     first, last = (date.date().isoformat() for date in about.made)
     models = "; ".join(f"{one['task']}: {one['name']} ({one['licence']})" for one in about.models)
     dropped = ", ".join(f"{reason} {n:,}" for reason, n in about.funnel.dropped.items())
@@ -101,7 +117,7 @@ def croissant(about: About, base: str = "") -> str:
         ],
         "dataReleaseMaintenancePlan": "Take-downs: `python -m pipeline forget`, then `push`, which rewrites history.",
     }
-    content = {
+    document = {
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
         "conformsTo": ["http://mlcommons.org/croissant/1.1", "http://mlcommons.org/croissant/RAI/1.0"],
@@ -118,22 +134,4 @@ def croissant(about: About, base: str = "") -> str:
         "distribution": [*files, *sets],
         "recordSet": records,
     }
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-
-
-def _fields(name: str) -> list[dict[str, Any]]:
-    """Key and content. The json is one field: mlcroissant does not look into those of an archive."""
-    source = {"fileSet": {"@id": f"{name}-files"}}
-    key = {**source, "extract": {"fileProperty": "filename"}, "transform": {"regex": r"^([^.]+)"}}
-    type = "sc:ImageObject" if _FORMATS[name.rpartition(".")[2]].startswith("image/") else "sc:Text"
-    return [
-        {"@type": "cr:Field", "@id": f"{name}/key", "name": "key", "dataType": "sc:Text", "source": key},
-        {
-            "@type": "cr:Field",
-            "@id": f"{name}/content",
-            "name": "content",
-            "description": CONTENTS[name],
-            "dataType": type,
-            "source": {**source, "extract": {"fileProperty": "content"}},
-        },
-    ]
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
