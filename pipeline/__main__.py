@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.table import Table
 
-from pipeline import ledger_commands, models_command
+from pipeline import models_command
 from pipeline.dataset.execute.watchdog import is_hanging
-from pipeline.options import ConfigFile, Folder, ProfileName, Sets, console, errors, say
+from pipeline.options import AsJson, ConfigFile, Folder, ProfileName, Sets, console, errors, say
 from schemas.errors import CorruptShardError, ExitCode, LostError, UserError, WeightsError
 from schemas.names import SAMPLE
 
@@ -111,25 +110,11 @@ def screen(
 ) -> None:
     """Fit models.screen_thresh on photos, and show what it would miss."""
     from pipeline.dataset.config import load_config
-    from pipeline.dataset.fit_screen import effect, fit, screened
-    from pipeline.dataset.plan import make_plan
-    from stages.runtime import Runtime
+    from pipeline.dataset.fit_screen import lines
 
     values = load_config(config, sets or [], shards=SAMPLE, profile=profile or "insightface", executor="local")
-    if values.models.screen == "off":
-        values = values.model_copy(update={"models": values.models.model_copy(update={"screen": "detector"})})
-    make_plan(values)  # weights and licences
-    seen = list(screened(photos, values, Runtime()))
-    kept = [one.score for one in seen if one.kept]
-    fitted = fit(seen, margin)
-    say(f"{len(seen)} photos; the full look keeps {len(kept)}, whose scores begin at {min(kept):.3f}.")
-    table = Table("threshold", "missed of kept", "others that get the full look")
-    for one in (effect(seen, threshold) for threshold in (values.models.screen_thresh, fitted)):
-        table.add_row(f"{one.threshold:.3f}", str(len(one.missed)), f"{100 * one.passed:.1f} %")
-    console.print(table)
-    for name in effect(seen, values.models.screen_thresh).missed:
-        say(f"missed at {values.models.screen_thresh}: {name}")
-    say(f"With a margin of {margin}: --set models.screen_thresh={fitted}")
+    for line in lines(photos, values, margin):
+        say(line)
 
 
 @app.command()
@@ -144,7 +129,7 @@ def plan(
     cost_per_hour: Annotated[
         float | None, typer.Option(min=0, help="Of all that runs it, in your currency: forecasts the money.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Prove the plan and show what would be done, and what is missing for it; nothing is written to OUT.
 
@@ -178,9 +163,7 @@ def report(
 
 
 @app.command()
-def status(
-    folder: Folder = "out", as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False
-) -> None:
+def status(folder: Folder = "out", as_json: AsJson = False) -> None:
     """Tell how the run into DIR goes, from its files alone: pace, kept share, failures, time left."""
     from pipeline.dataset.finished.status import status as read
     from pipeline.dataset.finished.status import text_of
@@ -193,8 +176,30 @@ def status(
         say(text_of(now, to_path(folder), time.time()))
 
 
-app.command()(ledger_commands.replay)
-app.command()(ledger_commands.quality)
+@app.command()
+def replay(folder: Folder = "out", config: ConfigFile = None, sets: Sets = None) -> None:
+    """Judge the ledgers of DIR by other thresholds (--set filter.…), without an image; nothing is written."""
+    from pipeline.dataset.finished import replay as finished
+    from pipeline.shared.files import to_path
+
+    for line in finished.lines(to_path(folder), config, sets or []):
+        say(line)
+
+
+@app.command()
+def quality(
+    folder: Folder = "out",
+    similarity: Annotated[float, typer.Option(min=-1, max=1, help="From which cosine on a pair is one person.")] = 0.48,
+) -> None:
+    """Tell which measure of quality earns its place, where persons are known (`group`); nothing is written.
+
+    The worst photos by each measure are discarded, and errors of recognition counted in the rest.
+    """
+    from pipeline.dataset.finished import quality as finished
+    from pipeline.shared.files import to_path
+
+    for line in finished.lines(to_path(folder), similarity):
+        say(line)
 
 
 @app.command()
@@ -235,13 +240,10 @@ def forget(
     Options may be given several times. People cannot be searched for by face: a site, URL or file has to be named.
     """
     from pipeline.dataset.finished import forget as finished
-    from pipeline.dataset.finished.forget import Wanted
     from pipeline.shared.files import to_path
 
-    wanted = Wanted(*(tuple(given or ()) for given in (urls, domains, contents, files)))
-    for path in lists or ():
-        wanted += Wanted.listed(path)
-    gone = finished.forget(to_path(folder), wanted, dry_run=dry_run)
+    texts = (given or () for given in (urls, domains, contents, files))
+    gone = finished.forget(to_path(folder), lists or (), *texts, dry_run=dry_run)
     for shard, keys in gone.rows.items() if dry_run else ():
         for key in keys:
             say(f"{shard}: {key}")
@@ -333,11 +335,10 @@ def export_json(
     from pipeline.dataset.finished import export_json as finished
     from pipeline.shared.files import to_path
 
-    form = finished.Form(finished.Crop(crop), finished.IdFormat(id_format), absolute)
-    done = finished.export_json(to_path(folder), target, form)
-    say(f"{target / finished.LIST}: {done.samples:,} samples")
-    if done.left_out:
-        say(f"{done.left_out:,} samples have no crop and were left out.")
+    listed, left_out = finished.export_json(to_path(folder), target, crop, id_format, absolute=absolute)
+    say(f"{target / finished.LIST}: {listed:,} samples")
+    if left_out:
+        say(f"{left_out:,} samples have no crop and were left out.")
 
 
 app.add_typer(models_command.app, name="models")
@@ -365,33 +366,29 @@ _NO_TELEMETRY = {
 
 def main() -> None:
     """Run the command line, with the exit codes of schemas.errors."""
+    os.environ.update(_NO_TELEMETRY)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
+        signal.signal(number, signal.default_int_handler)
     try:
-        _run()
+        try:
+            app()
+        except UserError as error:
+            say(f"error: {error}", errors)
+            if isinstance(error, WeightsError) and error.details:
+                say(f"\n{error.details}", errors)
+            sys.exit(ExitCode.USER_ERROR)
+        except (CorruptShardError, LostError) as error:
+            say(f"error: {error}{'; `verify` tells more.' if isinstance(error, CorruptShardError) else ''}", errors)
+            sys.exit(ExitCode.SHARDS_FAILED)
+        except KeyboardInterrupt:
+            errors.print("Interrupted. Finished shards are kept; the same command goes on.")
+            sys.exit(ExitCode.INTERRUPTED)
     except SystemExit as end:
         sys.stdout.flush()
         sys.stderr.flush()
         if is_hanging():  # the interpreter would wait for threads that never end
             os._exit(end.code if isinstance(end.code, int) else ExitCode.SHARDS_FAILED)
         raise
-
-
-def _run() -> None:
-    os.environ.update(_NO_TELEMETRY)
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
-        signal.signal(number, signal.default_int_handler)
-    try:
-        app()
-    except UserError as error:
-        say(f"error: {error}", errors)
-        if isinstance(error, WeightsError) and error.details:
-            say(f"\n{error.details}", errors)
-        sys.exit(ExitCode.USER_ERROR)
-    except (CorruptShardError, LostError) as error:
-        say(f"error: {error}{'; `verify` tells more.' if isinstance(error, CorruptShardError) else ''}", errors)
-        sys.exit(ExitCode.SHARDS_FAILED)
-    except KeyboardInterrupt:
-        errors.print("Interrupted. Finished shards are kept; the same command goes on.")
-        sys.exit(ExitCode.INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.options import ConfigFile, ProfileName, Sets, say
+from pipeline.options import AsJson, ConfigFile, ProfileName, Sets, say
 from schemas.errors import ExitCode, WeightsError
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(invoke_without_command=True, help="Weights: where they are, under which licence, how to get them.")
 Names = Annotated[list[str] | None, typer.Argument(help="Names of `models list`.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document, for programs.")]
 
 
 @app.callback()

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 console = Console()
 errors = Console(stderr=True)
@@ -12,9 +12,10 @@ errors = Console(stderr=True)
 Folder = Annotated[str, typer.Argument(metavar="DIR", help="The OUT of a run.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with the keys that --set takes.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="One config key, such as filter.min_face_px=160.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document.")]
 ProfileName = Annotated[str | None, typer.Option("--profile", help="embedded, insightface or permissive.")]
 
 
-def say(text: str, to: Console = console) -> None:
-    """Lines as they are, however long."""
+def say(text: RenderableType, to: Console = console) -> None:
+    """A table, or lines as they are, however long."""
     to.print(text, highlight=False, markup=False, soft_wrap=True)

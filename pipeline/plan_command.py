@@ -1,6 +1,7 @@
 """`python -m pipeline plan`: what a run would do and lacks, and what it would give and cost."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from rich.table import Column, Table
 from pipeline.options import console, errors, say
 
 if TYPE_CHECKING:
+    from pipeline.dataset.estimate import Range
     from pipeline.dataset.forecast import Counted, Forecast
     from pipeline.dataset.job import Job
 
@@ -24,7 +26,7 @@ def show(job: "Job", out: str, sample: int | None, seed: int, cost_per_hour: flo
     from pipeline.dataset.forecast import counted, forecast
     from pipeline.dataset.out.output import Output
     from pipeline.dataset.plan import make_plan
-    from pipeline.dataset.source.draw import Draw
+    from pipeline.dataset.source.seeds import Draw
     from pipeline.shared.files import to_path
 
     output = Output(to_path(out))
@@ -131,14 +133,16 @@ def _show_forecast(of: "Forecast", parts: int, cost_per_hour: float | None) -> N
     table.columns[1].justify = table.columns[2].justify = "right"
     hours = of.wall_hours
     held = f"{of.gpus} GPU{'s'[: of.gpus > 1]}" if of.gpus else f"{of.cores} core{'s'[: of.cores > 1]}"
-    for name, values, written in (
+    rows: list[tuple[str, Range, Callable[[float], str]]] = [
         ("images kept", of.kept, _number),
         ("bytes fetched", of.bytes_fetched, _bytes),
         ("bytes on disk", of.bytes_on_disk, _bytes),
         ("wall time", hours, _time),
         (f"{'GPU' if of.gpus else 'core'} hours ({held} held)", hours * (of.gpus or of.cores), _hours),
-        *([] if cost_per_hour is None else [(f"cost at {cost_per_hour:g} an hour", hours * cost_per_hour, _money)]),
-    ):
+    ]
+    if cost_per_hour is not None:
+        rows.append((f"cost at {cost_per_hour:g} an hour", hours * cost_per_hour, "{:,.2f}".format))
+    for name, values, written in rows:
         exact = values.low == values.high
         table.add_row(
             name, written(values.estimate), "exact" if exact else f"{written(values.low)} to {written(values.high)}"
@@ -170,10 +174,6 @@ def _bytes(value: float) -> str:
 
 def _hours(value: float) -> str:
     return f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
-
-
-def _money(value: float) -> str:
-    return f"{value:,.2f}"
 
 
 def _time(hours: float) -> str:

@@ -20,14 +20,7 @@ from stages.settings import ModelSettings
 
 _TOLERANCE = 0.02
 """Of the largest value. On a CPU batches change nothing; on a GPU the last bits of float16, which loading proves."""
-_SIDE = {
-    "detector": 1024,
-    "segmenter": 512,
-    "face_embedder": 112,
-    "fiqa": 112,
-    "image_embedder": 224,
-    "captioner": 512,
-}
+_SIDE = {"detector": 1024, "segmenter": 512, "face_embedder": 112, "fiqa": 112, "image_embedder": 224, "captioner": 512}
 _KPS = np.array([[193, 240], [319, 240], [257, 314], [201, 371], [313, 371]], np.float32)
 """Five points where an FFHQ-style crop of 512 px has them."""
 

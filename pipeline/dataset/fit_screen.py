@@ -4,6 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.table import Table
+
+from pipeline.dataset.config import Config
+from pipeline.dataset.plan import make_plan
 from schemas.digest import sha256
 from schemas.errors import ConfigError, SourceError
 from stages.base import Dropped
@@ -59,17 +63,6 @@ def screened(folder: Path, settings: Settings, runtime: Runtime) -> Iterator[Scr
         yield Screened(str(path.relative_to(folder)), score, verdict is None)
 
 
-@dataclass(frozen=True)
-class Fit:
-    """What a threshold does to the photos."""
-
-    threshold: float
-    missed: tuple[str, ...]
-    """Photos that the full look keeps, and the screen would drop."""
-    passed: float
-    """Share of the others that still get the full look, 0 to 1."""
-
-
 def fit(photos: Sequence[Screened], margin: float) -> float:
     """The threshold: the lowest score of a photo that is kept, times `margin`.
 
@@ -82,7 +75,25 @@ def fit(photos: Sequence[Screened], margin: float) -> float:
     return round(min(kept) * margin, 3)
 
 
-def effect(photos: Sequence[Screened], threshold: float) -> Fit:
-    others = [one for one in photos if not one.kept]
-    missed = tuple(one.name for one in photos if one.kept and one.score < threshold)
-    return Fit(threshold, missed, sum(one.score >= threshold for one in others) / max(1, len(others)))
+def effect(photos: Sequence[Screened], threshold: float) -> tuple[list[str], float]:
+    """Photos that the full look keeps and the screen would drop; share of the others that get the full look, 0 to 1."""
+    others = [one.score >= threshold for one in photos if not one.kept]
+    return [one.name for one in photos if one.kept and one.score < threshold], sum(others) / max(1, len(others))
+
+
+def lines(folder: Path, config: Config, margin: float) -> Iterator[str | Table]:
+    """What `screen` says of a folder of photos; raises what `screened` and `fit` raise."""
+    if config.models.screen == "off":
+        config = config.model_copy(update={"models": config.models.model_copy(update={"screen": "detector"})})
+    make_plan(config)  # weights and licences
+    seen, current = list(screened(folder, config, Runtime())), config.models.screen_thresh
+    kept = [one.score for one in seen if one.kept]
+    fitted = fit(seen, margin)
+    yield f"{len(seen)} photos; the full look keeps {len(kept)}, whose scores begin at {min(kept):.3f}."
+    table = Table("threshold", "missed of kept", "others that get the full look")
+    for threshold in (current, fitted):
+        missed, passed = effect(seen, threshold)
+        table.add_row(f"{threshold:.3f}", str(len(missed)), f"{100 * passed:.1f} %")
+    yield table
+    yield from (f"missed at {current}: {name}" for name in effect(seen, current)[0])
+    yield f"With a margin of {margin}: --set models.screen_thresh={fitted}"

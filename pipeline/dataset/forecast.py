@@ -1,7 +1,7 @@
 """What the whole of SHARDS would give and cost: some of its rows are run for real, the rest is extrapolated."""
 
 import time
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from math import ceil, inf
@@ -21,13 +21,12 @@ from pipeline.dataset.execute.make_shard import Advanced, Event
 from pipeline.dataset.finished.replay import COLUMNS, THRESHOLDS, code, evidence, ledgers, thresholds
 from pipeline.dataset.job import Job, make_dataset
 from pipeline.dataset.out.forgotten import load, save
-from pipeline.dataset.out.ledger import funnel, shard_names
+from pipeline.dataset.out.ledger import funnel, occurrences, shard_names
 from pipeline.dataset.out.output import Output
 from pipeline.dataset.rows import split_seeds
-from pipeline.dataset.source.draw import Draw
-from pipeline.dataset.source.seeds import Captions, Seeds
+from pipeline.dataset.source.seeds import Captions, Draw, Seeds
 from pipeline.shared.files import AnyPath, RemotePath, sizes
-from pipeline.shared.tars import members
+from pipeline.shared.tars import Span, samples
 from pipeline.shared.terminal import Screen
 from schemas.columns import KEPT
 from schemas.drops import DropReason
@@ -43,7 +42,7 @@ KEPT_BYTES, FETCHED_BYTES = 2.2e6, 3e5
 _MACHINE = 1.2
 """How much slower or faster the same machine and network may be at another time."""
 _NO_PACE = 3.0
-"""The same, where all rows that were drawn came in one batch, so that their time is not to be told from the start's."""
+"""The same, where all rows that were drawn came in one batch, so that their time cannot be parted from the start's."""
 _FEWEST_ROWS = 16
 """Rows that a worker gets at least."""
 _WHOLE = 200_000
@@ -82,8 +81,7 @@ def counted(job: Job, output: Output, screen: Console, draw: Draw | None) -> Cou
             counts.done += output.is_done(seeds.name, job.plan, listed)
             if draw is not None:
                 draw.add(seeds)
-                for one in pc.value_counts(seeds.table["verdict"].drop_null()).to_pylist():
-                    counts.dropped[one["values"]] = counts.dropped.get(one["values"], 0) + one["counts"]
+                counts.dropped = dict(Counter(counts.dropped) + occurrences(seeds.table["verdict"].drop_null()))
                 if seeds.name == shard_name(seeds.part, 0):  # one of each part is measured
                     dead, ledger = split_seeds(seeds.table).dead, pa.BufferOutputStream()
                     pq.write_table(dead, ledger, compression="zstd")
@@ -285,13 +283,12 @@ def extrapolated(job: Job, folder: Path, counts: Counted, draw: Draw, clock: Clo
 
 def _on_disk(folder: Path, files: dict[Path, int], keys: list[str], size: int, counts: Counted) -> Range:
     """Samples by those that were kept, ledgers by the row, what else a shard has by the shard, all else once."""
-    in_tar: dict[str, float] = defaultdict(float)
+    in_tar: dict[str, float] = {}
     tars, shards = 0, shard_names(folder)
     for path in (folder / "shards" / f"{shard}.tar" for shard in shards):
         tars += files[path]
-        with path.open("rb") as stream:
-            for info in members(stream):
-                in_tar[info.name.partition(".")[0]] += 512 * (1 + ceil(info.size / 512))
+        for key, spans in samples(path, wish=lambda suffix: False):
+            in_tar[key] = sum(512 * (1 + ceil(span.size / 512)) for span in spans.values() if isinstance(span, Span))
     amounts = np.array([in_tar[key] for key in keys] + [0.0] * (size - len(keys)))
     once = sum(length for path, length in files.items() if path.parent == folder)
     by_row = sum(length for path, length in files.items() if path.match("shards/*.parquet"))

@@ -9,7 +9,7 @@ from schemas.digest import sha256_of_file
 from schemas.errors import UserError, WeightsError
 from stages.caption.stage import captioner_class
 from stages.filter import unused
-from stages.models.backends import REGISTRIES, ModelCard, backend, backends
+from stages.models.backends import REGISTRIES, backend, backends
 from stages.models.heads import head_cards, read_head
 from stages.models.papers import Weight, WeightFile
 from stages.models.photo import photo_papers
@@ -209,38 +209,34 @@ def document(weights: Iterable[Weight], config: Config, *, only: bool) -> dict[s
     """What `models list` tells: the weights, and the backends that are registered (or, with `only`, in use)."""
     listed = [state_of(weight, config.models) for weight in weights]
     lacks = [state for state in listed if not state.is_ready]
-    used = [
-        (task, name)
-        for task, names in REGISTRIES.items()
-        for name in names
-        if not only or getattr(config.models, task) == name
-    ]
-    used += [("captioner", config.models.captioner)] if config.models.captioner else []
+    used: list[dict[str, Any]] = []
+    names = [(task, name) for task, names in REGISTRIES.items() for name in names]
+    chosen = config.models.captioner
+    for task, name in [*names, ("captioner", chosen)] if chosen else names:
+        needs: list[str] = []
+        if task == "captioner":
+            cards = [captioner_class(config.models).card(config)]
+        elif only and getattr(config.models, task) != name:
+            continue
+        else:  # where its weights are none of the list (a pack by path, say), its models
+            needs = [one.name for one in backend(task, name).weights(config.models)]
+            cards = [] if needs else backend(task, name).cards(config.models)
+        described_cards = [
+            {"name": one.name, "licence": one.licence, "commercial": one.commercial, "sha256": one.sha256 or None}
+            for one in cards
+        ]
+        used.append({"task": task, "name": name, "weights": needs, "cards": described_cards})
     return {
         "models": [described(state, config.models) for state in listed],
-        "backends": [_backend(task, name, config) for task, name in used],
+        "backends": used,
         "searched": ["models.paths.NAME", *map(str, roots())],
         "missing": [state.weight.name for state in lacks],
         "bytes_missing": bytes_of(lacks),
     }
 
 
-def _backend(task: str, name: str, config: Config) -> dict[str, Any]:
-    """The weights that a backend needs, or, where these are none of the list, its models: of a pack by path, say."""
-    if task == "captioner":
-        weights, cards = [], [captioner_class(config.models).card(config)]
-    else:
-        weights = [one.name for one in backend(task, name).weights(config.models)]
-        cards = [] if weights else backend(task, name).cards(config.models)
-    return {"task": task, "name": name, "weights": weights, "cards": [_card(card) for card in cards]}
-
-
-def _card(card: ModelCard) -> dict[str, Any]:
-    return {"name": card.name, "licence": card.licence, "commercial": card.commercial, "sha256": card.sha256 or None}
-
-
 def text_of(listed: dict[str, Any], *, only: bool) -> str:
-    """`document` for people, in lines of any length; `only`: these were asked for, and may be fetched as they are."""
+    """`document` for people, in lines of any length; `only`: no others are meant, these may be fetched as they are."""
     lines = [block(entry) for entry in listed["models"]]
     for one in listed["backends"]:
         cards = [

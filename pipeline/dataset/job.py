@@ -20,15 +20,7 @@ from pipeline.dataset.execute.runner import judge_seeds
 from pipeline.dataset.finished.forget import take_down_listed
 from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.report import write_report
-from pipeline.dataset.out.ledger import (
-    Funnel,
-    funnel_table,
-    read_manifests,
-    replaced,
-    shard_names,
-    summary,
-    why_nothing,
-)
+from pipeline.dataset.out.ledger import Funnel, funnel_table, read_manifests, shard_names, summary, why_nothing
 from pipeline.dataset.out.lost import lost_errors
 from pipeline.dataset.out.output import Output
 from pipeline.dataset.out.retry import discard, second_chances
@@ -165,7 +157,7 @@ def _finish(output: Output, plan: Plan) -> Funnel:
     try:
         with lost_errors(output.root):
             manifests = read_manifests(output.root)
-            counts = summary(manifests, replaced(output.root))
+            counts = summary(manifests, output.root)
             files = write_unconditional(output.root, plan) if counts["kept"] else {}
             output.describe(plan, {**counts, "files": files})
             counted = write_report(output.root)

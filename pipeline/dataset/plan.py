@@ -35,6 +35,12 @@ _MEASURED_BY = {
     "nsfw_score": "set models.heads.nsfw to a file",
 }
 """Measures that not every run takes -> what does."""
+_NO_BYTES = (
+    *("captioner", "fiqa", "heads", "paths", "licences", "accept_noncommercial", "allow_download", "pack", "runtime"),
+    *("compile", "decoding", "screen", "screen_thresh", "second_look"),
+)
+"""Settings of models that are not in a plan as they are: files are known by their hashes, and whether they may be used
+changes no byte."""
 _CPU_ROWS, _GPU_ROWS = 8, 32
 _GPU_THREADS_PER_CPU = 2
 """One decodes while the other's batch is in the models."""
@@ -115,90 +121,56 @@ class Plan:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """All that decides the bytes of a shard, JSON-able; two runs with equal identities may share an OUT."""
-        config, encoders = self.config, self.runtime.encoders
-        # Which files the models are is said by their hashes, and whether they may be used changes no byte.
-        models = config.models.model_dump(
+        config, models, encoders = self.config, self.config.models, self.runtime.encoders
+        works = {
+            Encode.name: encoders,
+            Screen.name: screen_factor(models, config.filter),
+            Caption.name: models.captioner,
+        }
+        stages = [name for name in (step.stage().name for step in self.steps) if works.get(name, True)]
+        low, high = models.second_look
+        settings: dict[str, Any] = config.model_dump(
             mode="json",
-            exclude={
-                "captioner",
-                "fiqa",
-                "heads",
-                "paths",
-                "licences",
-                "accept_noncommercial",
-                "allow_download",
-                "pack",
-                "runtime",
-                "compile",
-                "decoding",
-                "screen",
-                "screen_thresh",
-                "second_look",
-            },
+            include={"metadata", "filter", "segment", "crop", "models"},
+            exclude={"filter": unused(config.filter), "models": set(_NO_BYTES)},
         )
+        if config.segment.condition == "segmented":
+            del settings["segment"]["condition"]
+        settings["models"]["device"] = self.runtime.device
+        if on_torch := [task for task in PACK_TASKS if self._runtime_of(task) == "torch"]:
+            settings["models"]["on_torch"] = on_torch
         # torch rounds otherwise than onnxruntime; what the latter computes is called as before there was a choice
-        compiled = {"compile": True} if config.models.compile and self.runtime.device == "cuda" else {}
-        reduced = screen_factor(config.models, config.filter)
-        screen = {"screen": {"factor": reduced, "thresh": config.models.screen_thresh}} if reduced else {}
-        low, high = config.models.second_look
-        looks_again = low < high and hasattr(backend("detector", config.models.detector), "screen")
-        second_look = {"second_look": [low, high]} if looks_again else {}
-        on_torch = [task for task in PACK_TASKS if self._runtime_of(task) == "torch"]
+        if models.compile and self.runtime.device == "cuda":
+            settings["models"]["compile"] = True
+        if models.decoding == "gpu":
+            settings["models"]["decoding"] = "gpu"
+        if works[Screen.name]:
+            settings["models"]["screen"] = {"factor": works[Screen.name], "thresh": models.screen_thresh}
+        if low < high and hasattr(backend("detector", models.detector), "screen"):
+            settings["models"]["second_look"] = [low, high]
         encode: dict[str, Any] = {name: True for name in EXTRAS if getattr(config.encode, name)}
         if config.encode.latents:
             encode |= {"latents": "moments", "resolution": config.encode.resolution}
         if encoders is not None:
             encode["source"] = {name: value for name, value in asdict(encoders).items() if name != "folder"}
-        captioner = config.models.captioner
-        works = {Encode.name: encoders, Screen.name: reduced, Caption.name: captioner}
-        idle = {name for name in works if not works[name]}
-        caption = (
-            {"caption": config.caption.model_dump(include={"prompt", "max_tokens", "max_side"})} if captioner else {}
-        )
         pack: dict[str, Any] = {"hidden": "int8"} if config.pack.hidden == "int8" else {}
         if not config.pack.embeddings:
             pack = {"embeddings": False}  # in whatever form
         if config.pack.layout == "plain":
             pack["layout"] = "plain"
-        stages = [name for name in (step.stage().name for step in self.steps) if name not in idle]
+        caption = config.caption.model_dump(include={"prompt", "max_tokens", "max_side"}) if models.captioner else {}
+        further = {"encode": encode, "caption": caption, "pack": pack}
+        source = {"kind": config.source.kind if config.source.kind != "web" else "", "columns": config.source.columns}
+        source = {name: value for name, value in source.items() if value}
         return {
             "schema_version": SCHEMA_VERSION,
             "profile": config.profile,
             "rows_per_shard": config.source.rows_per_shard,
             "stages": stages,
-            **self._source,
-            "settings": {
-                **config.model_dump(
-                    mode="json",
-                    include={"metadata", "filter", "segment", "crop"},
-                    exclude={
-                        "filter": unused(config.filter),
-                        "segment": {"condition"} if config.segment.condition == "segmented" else set(),
-                    },
-                ),
-                "models": {
-                    **models,
-                    "device": self.runtime.device,
-                    **({"on_torch": on_torch} if on_torch else {}),
-                    **compiled,
-                    **({"decoding": "gpu"} if config.models.decoding == "gpu" else {}),
-                    **screen,
-                    **second_look,
-                },
-                **({"encode": encode} if encode else {}),
-                **caption,
-                **({"pack": pack} if pack else {}),
-            },
+            **({"source": source} if source else {}),
+            "settings": settings | {name: section for name, section in further.items() if section},
             "models": self.model_list,
         }
-
-    @property
-    def _source(self) -> dict[str, Any]:
-        """How rows are read, where that is not as usual."""
-        source = self.config.source
-        chosen = {"kind": source.kind if source.kind != "web" else "", "columns": source.columns}
-        chosen = {name: value for name, value in chosen.items() if value}
-        return {"source": chosen} if chosen else {}
 
     def _runtime_of(self, task: str) -> str:
         """What computes the pack's file for a task; nothing where it is not used."""

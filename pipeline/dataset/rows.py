@@ -22,7 +22,7 @@ class Rows:
     """LEDGER columns."""
     witnesses: pa.Table
     microseconds: Counter[str] = field(default_factory=Counter)
-    """Stage -> what it took for these rows."""
+    """Stage -> time that it spent on these rows."""
 
     @staticmethod
     def living(table: pa.Table) -> "Rows":
@@ -49,7 +49,7 @@ class Rows:
         return replace(self, alive=self.alive.take(pa.array(range(self.alive.num_rows), pa.int64())))
 
     def timed(self, stage: str, seconds: float) -> "Rows":
-        """The same rows, for which a stage took so long."""
+        """The same rows, on which a stage spent so many `seconds`."""
         return replace(self, microseconds=self.microseconds + Counter({stage: round(1e6 * seconds)}))
 
 
@@ -57,11 +57,7 @@ def split_seeds(seeds: pa.Table) -> Rows:
     """Judged seed rows as living rows and tombstones."""
     alive = pc.is_null(seeds.column("verdict"))
     dead = seeds.filter(pc.invert(alive))
-    return Rows(
-        seeds.filter(alive).select(list(SEED)),
-        _as_ledger(dead),
-        WITNESS_SCHEMA.empty_table(),
-    )
+    return Rows(seeds.filter(alive).select(list(SEED)), _as_ledger(dead), WITNESS_SCHEMA.empty_table())
 
 
 def tombstones(rows: pa.Table, verdicts: pa.Array, stage: str) -> pa.Table:

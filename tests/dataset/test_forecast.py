@@ -23,9 +23,8 @@ from pipeline.dataset.out.forgotten import Forgotten, load, save
 from pipeline.dataset.out.ledger import funnel
 from pipeline.dataset.out.output import Output, ShardWriter
 from pipeline.dataset.rows import WITNESS_SCHEMA, Rows, split_seeds, tombstones
-from pipeline.dataset.source.draw import Draw
 from pipeline.dataset.source.parts import Part
-from pipeline.dataset.source.seeds import Seeds
+from pipeline.dataset.source.seeds import Draw, Seeds
 from schemas.columns import SEED, schema
 from schemas.errors import ExitCode, UserError, WeightsError
 from schemas.names import sample_key, shard_name

@@ -2,11 +2,10 @@
 
 import io
 import json
+import math
 from contextlib import closing
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pipeline.dataset.out.ledger import read_manifests
 from pipeline.shared.files import AnyPath, Draft, fsync_names
@@ -15,47 +14,26 @@ from schemas.errors import CorruptShardError, OutputError
 from schemas.shard import decode_npy
 
 LIST = "data.json"
+Crop = Literal["portrait", "half", "full"]
+IdFormat = Literal["npy", "pt-numpy"]
+"""What `id_embed_file` is: for numpy.load, or for torch.load."""
 
 
-class Crop(StrEnum):
-    """Which crop becomes `image_file`."""
-
-    PORTRAIT = "portrait"
-    HALF = "half"
-    FULL = "full"
-
-
-class IdFormat(StrEnum):
-    """What `id_embed_file` is."""
-
-    NPY = "npy"
-    PT_NUMPY = "pt-numpy"
-
-
-@dataclass(frozen=True)
-class Form:
-    """What the list looks like."""
-
-    crop: Crop = Crop.FULL
-    """A sample without it gives the largest crop that it has."""
-    id_format: IdFormat = IdFormat.NPY
-    absolute: bool = False
-    """Write absolute paths instead of paths relative to the list's folder."""
-
-
-@dataclass
-class Exported:
-    """How many samples the list has, and how many have no crop at all and were left out."""
-
-    samples: int = 0
-    left_out: int = 0
-
-
-def export_json(out: AnyPath, folder: Path, form: Form) -> Exported:
+def export_json(
+    out: AnyPath, folder: Path, crop: Crop = "full", id_format: IdFormat = "npy", *, absolute: bool = False
+) -> tuple[int, int]:
     """Write images/, faces/, ids/ and at last data.json for all finished shards of OUT, one sample in memory at a time.
 
     An entry of the list has image_file, text, id_embed_file ((512,) float32 of unit length), face_image_file (the
-    aligned 224 x 224 face) and id_embed_norm (raw embedding = unit one x norm).
+    aligned 224 x 224 face) and id_embed_norm (raw embedding = unit one x norm). Returns how many samples the list
+    has, and how many have no crop at all and were left out.
+
+    Args:
+        out: OUT of a `dataset` run.
+        folder: a new one.
+        crop: becomes `image_file`; a sample without it gives the largest crop that it has.
+        id_format: what `id_embed_file` is.
+        absolute: whether paths are so, or relative to the list's folder.
 
     Raises:
         OutputError: when OUT is no dataset or has no embeddings, or `folder` is not empty or cannot be written.
@@ -77,52 +55,52 @@ def export_json(out: AnyPath, folder: Path, form: Form) -> Exported:
             (folder / name).mkdir()
     except OSError as error:
         raise OutputError(f"{folder} cannot be written: {error.strerror or error}.") from error
-    exported = Exported()
+    listed = left_out = 0
+    root = f"{folder.resolve()}/" if absolute else ""
     with closing(Draft(folder / LIST)) as draft:
         draft.stream.write(b"[")  # one JSON array, an entry a line, which is never held as a whole
         for tar in tars:
             for sample in unpack(tar):
                 try:
-                    entry = _export(sample, folder, form)
+                    entry = _export(sample, folder, crop, id_format)
                 except (KeyError, ValueError, TypeError, CorruptShardError) as error:
                     raise CorruptShardError(f"{tar.name}: {sample.key} is no whole sample ({error})") from error
                 if entry is None:
-                    exported.left_out += 1
+                    left_out += 1
                     continue
-                draft.stream.write(b",\n" if exported.samples else b"\n")
+                entry |= {field: f"{root}{path}" for field, path in entry.items() if field.endswith("_file")}
+                draft.stream.write(b",\n" if listed else b"\n")
                 draft.stream.write(json.dumps(entry, ensure_ascii=False).encode())
-                exported.samples += 1
+                listed += 1
         draft.stream.write(b"\n]\n")
         draft.fsync()
         draft.publish()
     fsync_names(folder)
-    return exported
+    return listed, left_out
 
 
-def _export(sample: Sample, folder: Path, form: Form) -> dict[str, Any] | None:
-    """Write the files of a sample; its entry in the list, or None where it has no crop."""
+def _export(sample: Sample, folder: Path, crop: Crop, id_format: IdFormat) -> dict[str, Any] | None:
+    """Write the files of a sample; its entry in the list with paths below the folder, or None where it has no crop."""
     content = json.loads(sample.files["json"])
-    crops = [crop for crop in Crop if f"{crop}.jpg" in sample.files]
-    if not crops:
+    areas = {one: math.prod(content["crops"][one]["size"]) for one in get_args(Crop) if f"{one}.jpg" in sample.files}
+    if not areas:
         return None
-    sizes = {crop: content["crops"][crop]["size"] for crop in crops}
-    crop = form.crop if form.crop in crops else max(crops, key=lambda crop: sizes[crop][0] * sizes[crop][1])
+    shown = crop if crop in areas else max(areas, key=areas.__getitem__)
     if "arcface.npy" not in sample.files:
         raise OutputError("The samples hold no ID vectors: make the dataset again with --set pack.embeddings=true.")
     suffix, vector = "npy", sample.files["arcface.npy"]
-    if form.id_format is IdFormat.PT_NUMPY:
+    if id_format == "pt-numpy":
         import torch  # takes seconds, so only where it is needed
 
         buffer = io.BytesIO()
         torch.save(decode_npy(vector).copy(), buffer)
         suffix, vector = "bin", buffer.getvalue()
     files = {
-        "image_file": (f"images/{sample.key}.jpg", sample.files[f"{crop}.jpg"]),
+        "image_file": (f"images/{sample.key}.jpg", sample.files[f"{shown}.jpg"]),
         "id_embed_file": (f"ids/{sample.key}.{suffix}", vector),
         "face_image_file": (f"faces/{sample.key}.jpg", sample.files["face.jpg"]),
     }
     for name, data in files.values():
         (folder / name).write_bytes(data)
-    root = f"{folder.resolve()}/" if form.absolute else ""
-    paths = {field: f"{root}{name}" for field, (name, _) in files.items()}
+    paths = {field: name for field, (name, _) in files.items()}
     return {**paths, "text": content["text"], "id_embed_norm": content["embedding_norm"]}

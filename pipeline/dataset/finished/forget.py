@@ -1,75 +1,47 @@
 """Take-downs in finished shards: what is to be forgotten goes from tar, ledger, thumbnails and report for good.
 
-There is no search by face, and there will be none: what goes is named by URL, site or file.
+There is no search by face, and there will be none: what goes is named by URL, site or file. A shard that loses rows is
+made anew beside the old one. Its new manifest, under a name of its own, is the moment from which it counts: whoever is
+killed before leaves the old shard as it was, whoever is killed after it leaves one that `forgotten.finish` makes whole.
 """
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Collection, Iterable
+from contextlib import closing, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.report import REPORT, write_report
-from pipeline.dataset.finished.rewrite import rewrite
-from pipeline.dataset.out.forgotten import Forgotten, finish, load, save
+from pipeline.dataset.out.forgotten import NEW, finish, load, save
 from pipeline.dataset.out.ledger import (
+    UNREADABLE,
+    counts,
     funnel,
+    read_dataset,
     read_ledger,
+    read_manifest,
     read_manifests,
-    replaced,
     shard_names,
     shards_folder,
     summary,
 )
 from pipeline.dataset.out.lists import entries
 from pipeline.dataset.out.lost import lost_errors
-from pipeline.dataset.out.output import Output
-from pipeline.dataset.out.takedowns import Takedowns
+from pipeline.dataset.out.output import Output, fingerprint
+from pipeline.dataset.out.takedowns import DROPS, Takedowns, blank
 from pipeline.dataset.source.formats import parse_record
-from pipeline.shared.files import AnyPath, write
-from schemas.columns import KEPT
+from pipeline.shared.files import AnyPath, Draft, parquet, write
+from pipeline.shared.tars import BROKEN, created, members, read
+from schemas.columns import KEPT, LEDGER_SCHEMA, complete
 from schemas.errors import CorruptShardError, LostError, OutputError
 from schemas.shard import CARD, DATASET, EVENTS, dataset_text
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the user wants forgotten; nothing means: what was wanted before."""
-
-    urls: tuple[str, ...] = ()
-    domains: tuple[str, ...] = ()
-    contents: tuple[str, ...] = ()
-    """sha256 of image files."""
-    files: tuple[str, ...] = ()
-    """Names of image files that needed no download."""
-
-    @staticmethod
-    def listed(path: Path) -> "Wanted":
-        """The URLs and sha256 in a list; whatever else it holds is a site.
-
-        Raises:
-            SourceError: when it cannot be read.
-        """
-        texts: dict[str, list[str]] = {"url": [], "other": [], "sha256": []}
-        for kind, text in entries(str(path)):
-            texts[kind].append(text)
-        return Wanted(*map(tuple, texts.values()))
-
-    def __add__(self, other: "Wanted") -> "Wanted":
-        return Wanted(*(getattr(self, name.name) + getattr(other, name.name) for name in fields(self)))
-
-    def added_to(self, known: Forgotten) -> Forgotten:
-        """What was to be forgotten before, and this.
-
-        Raises:
-            OutputError: for what is no site or no sha256, or when there is nothing at all.
-        """
-        forgotten = known.adding(**asdict(self))
-        if not forgotten:
-            raise OutputError("There is nothing to forget: give --url, --domain, --sha256, --file or --list.")
-        return forgotten
 
 
 @dataclass
@@ -88,22 +60,49 @@ class Gone:
         return f"{rows:,} rows, {samples:,} of them samples, in {shards:,} shard{'' if shards == 1 else 's'}"
 
 
-def forget(out: AnyPath, wanted: Wanted, *, dry_run: bool = False) -> Gone:
+def forget(
+    out: AnyPath,
+    lists: Iterable[Path] = (),
+    urls: Iterable[str] = (),
+    domains: Iterable[str] = (),
+    contents: Iterable[str] = (),
+    files: Iterable[str] = (),
+    *,
+    dry_run: bool = False,
+) -> Gone:
     """Forget in OUT what is wanted, now and in earlier calls; later runs into OUT will not fetch it again.
 
-    Any part of the work may be interrupted: the same call goes on with it.
+    Any part of the work may be interrupted: the same call goes on with it; so does a call that wants nothing more.
+
+    Args:
+        out: OUT of a `dataset` run.
+        lists: files of URLs and sha256; whatever else they hold is a site.
+        urls: of images.
+        domains: sites.
+        contents: sha256 of image files.
+        files: names of image files that needed no download.
+        dry_run: write nothing.
 
     Raises:
-        OutputError: when OUT is no dataset, cannot be written or is in use, or `wanted` makes no sense.
+        SourceError: when a list cannot be read.
+        OutputError: when OUT is no dataset, cannot be written or is in use, for what is no site or no sha256, or when
+            there is nothing at all.
         LostError: when OUT cannot be written any more.
         CorruptShardError: when the list of earlier take-downs, dataset.json or a manifest is damaged.
     """
     shards_folder(out)
-    if dry_run:
-        return _matches(out, Takedowns(wanted.added_to(load(out))))[1]
     output = Output(out)
-    with output.locked():
-        forgotten = wanted.added_to(load(out))
+    listed = [entry for path in lists for entry in entries(str(path))]
+    urls, contents, domains = (
+        [*given, *(text for kind, text in listed if kind == word)]
+        for word, given in (("url", urls), ("sha256", contents), ("other", domains))
+    )
+    with nullcontext() if dry_run else output.locked():
+        forgotten = load(out).adding(urls=urls, domains=domains, contents=contents, files=files)
+        if not forgotten:
+            raise OutputError("There is nothing to forget: give --url, --domain, --sha256, --file or --list.")
+        if dry_run:
+            return _matches(out, Takedowns(forgotten))[1]
         try:
             finish(out)
             output.clear()
@@ -111,22 +110,16 @@ def forget(out: AnyPath, wanted: Wanted, *, dry_run: bool = False) -> Gone:
         except OSError as error:
             raise OutputError(f"{out} cannot be written: {error.strerror or error}.") from error
         try:
-            _forget_hosts(out)
+            if (out / EVENTS).exists():  # no run may be writing to it: names of hosts go, and a line that is none
+                records = filter(None, map(parse_record, (out / EVENTS).read_bytes().splitlines()))
+                events = [{**one, **({"slowest_hosts": {}} if "slowest_hosts" in one else {})} for one in records]
+                write(out / EVENTS, "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in events).encode())
             return _take_down(out, Takedowns(forgotten))
         except OSError as error:
             raise LostError(
                 f"{out} cannot be written any more ({error.strerror or error}): what is left is forgotten by the same "
                 "call, once it can be."
             ) from error
-
-
-def _forget_hosts(out: AnyPath) -> None:
-    """Take the names of hosts out of OUT/events.jsonl; a line that is none goes. No run may be writing to it."""
-    if not (out / EVENTS).exists():
-        return
-    records = map(parse_record, (out / EVENTS).read_bytes().splitlines())
-    events = [{**one, "slowest_hosts": {}} if "slowest_hosts" in one else one for one in records if one is not None]
-    write(out / EVENTS, "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in events).encode())
 
 
 def take_down_listed(output: Output) -> Gone:
@@ -161,12 +154,9 @@ def _take_down(out: AnyPath, takedowns: Takedowns) -> Gone:
         except CorruptShardError as error:
             del gone.rows[shard], gone.kept[shard]
             gone.damaged.append(str(error))
-    try:
-        dataset = dict(json.loads((out / DATASET).read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CorruptShardError(f"{DATASET}: cannot be read: {error}") from error
+    dataset = read_dataset(out)
     if "shards" in dataset:  # the run came to its end: what the manifests add up to stands there
-        write(out / DATASET, dataset_text({**dataset, **summary(read_manifests(out), replaced(out))}))
+        write(out / DATASET, dataset_text({**dataset, **summary(read_manifests(out), out)}))
     try:
         counted = write_report(out) if (out / REPORT).exists() else None
         if (out / CARD).exists():
@@ -195,3 +185,74 @@ def _matches(out: AnyPath, takedowns: Takedowns) -> tuple[Takedowns, Gone]:
         if all(map(takedowns.forgotten.concerns_url, urls)):
             return takedowns, gone
         takedowns = replace(takedowns, forgotten=takedowns.forgotten.adding(urls=urls))
+
+
+def rewrite(out: AnyPath, shard: str, takedowns: Takedowns) -> None:
+    """Make a shard anew without the rows that must not be used.
+
+    Raises:
+        CorruptShardError: when it is not what its manifest says: a new one would sign the damage as whole.
+    """
+    shards = out / "shards"
+    manifest = read_manifest(out, shard)
+    for name, claimed in manifest.files.items():
+        with suppress(OSError):
+            if fingerprint(shards / name) == claimed:
+                continue
+        raise CorruptShardError(
+            f"{name}: it is not what its manifest says, so nothing was taken out of its shard: remove the shard's "
+            "files, and a rerun makes it anew without what must not be used"
+        )
+    ledger = complete(parquet(shards / f"{shard}.parquet").read())
+    reasons = takedowns.reasons(ledger)
+    rows = ledger.filter(pc.is_valid(reasons))
+    thumbnails = out / "drops" / f"{shard}.parquet"
+    try:
+        pictures = parquet(thumbnails).read()
+        others = pictures.filter(pc.invert(pc.is_in(pictures["key"], rows["key"].combine_chunks())))
+    except FileNotFoundError:
+        pass
+    except UNREADABLE:  # it serves the report alone
+        thumbnails.unlink()
+    else:
+        if others.num_rows < pictures.num_rows:
+            _write_parquet(others, thumbnails)
+
+    ledger = blank(ledger, reasons).combine_chunks().cast(LEDGER_SCHEMA)
+    new = {name: shards / name for name in manifest.files}
+    new[f"{shard}.parquet"] = shards / f"{NEW}{shard}.parquet"
+    _write_parquet(ledger, new[f"{shard}.parquet"], compression="zstd")
+    samples = set(rows["key"].filter(pc.equal(rows["verdict"], KEPT)).to_pylist())
+    if samples:
+        new[f"{shard}.tar"] = shards / f"{NEW}{shard}.tar"
+        copy_without(shards / f"{shard}.tar", new[f"{shard}.tar"], samples)
+
+    kept, dropped = counts(ledger["verdict"], [*manifest.dropped, *DROPS])
+    files = {name: fingerprint(path) for name, path in new.items()}
+    manifest = replace(manifest, kept=kept, dropped=dropped, files=files)
+    write(shards / f"{NEW}{shard}.json", manifest.to_json().encode())  # from here on the new shard counts
+    finish(out)
+
+
+def _write_parquet(table: pa.Table, path: AnyPath, **options: Any) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **options)
+    write(path, sink.getvalue().to_pybytes())
+
+
+def copy_without(old: AnyPath, new: AnyPath, keys: Collection[str]) -> None:
+    """Copy the bytes of a tar's samples, except those of `keys`; the result is what a writer makes without them.
+
+    Raises:
+        CorruptShardError: when it is no whole tar; names it.
+    """
+    try:
+        with closing(Draft(new)) as draft:
+            with old.open("rb") as source, closing(created(draft.stream)) as tar:
+                for member in members(source):
+                    if member.name.partition(".")[0] not in keys:
+                        tar.addfile(member, BytesIO(read(source, member.offset_data, member.size)))
+            draft.fsync()
+            draft.publish()
+    except BROKEN as error:
+        raise CorruptShardError(f"{old.name}: not a readable tar: {error}") from error

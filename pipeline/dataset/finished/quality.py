@@ -1,4 +1,4 @@
-"""Which measure of quality earns its place: errors of recognition after the worst photos by it were discarded.
+"""Which measure of quality is of use: errors of recognition after the worst photos by it were discarded.
 
 Error-versus-discard curves (Grother and Tabassi, TPAMI 2007) where persons are known, which `group` writes.
 """
@@ -14,14 +14,14 @@ import pyarrow.compute as pc
 from rich import box
 from rich.table import Table
 
-from pipeline.dataset.finished.replay import floats, ledgers, points
+from pipeline.dataset.finished.replay import Floats, floats, ledgers, posed
 from pipeline.dataset.out.ledger import shard_names
 from pipeline.shared.files import AnyPath
 from pipeline.shared.tars import samples
 from schemas.columns import KEPT
 from schemas.errors import OutputError
 from schemas.shard import decode_npy
-from stages.filter import FROM_POINTS, QUALITIES, from_points
+from stages.filter import FROM_POINTS, QUALITIES
 
 DISCARDED = (0.0, 0.1, 0.3)
 _FACE_SIZE = "face_px"
@@ -30,8 +30,6 @@ _MEASURES = tuple(dict.fromkeys([_FACE_SIZE, *(one.measure for one in QUALITIES 
 _SIDES = {name: {one.is_least for one in QUALITIES if one.measure == name} or {True} for name in _MEASURES}
 _MOST = 3000
 """Photos that are compared, each with each."""
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -80,15 +78,13 @@ def read_faces(out: AnyPath) -> Faces:
             break
     if not tables:
         raise OutputError(f"{out} has no photos of known persons: `python -m pipeline group` makes such a dataset.")
-    table = pa.concat_tables(tables).take(pa.array(np.random.default_rng(0).permutation(len(vectors))))
     order = np.random.default_rng(0).permutation(len(vectors))
+    table = pa.concat_tables(tables).take(pa.array(order))
     persons = table["person"].to_numpy()
     if len(set(persons.tolist())) == len(persons):
         raise OutputError(f"No person in {out} has two photos, so nothing can be compared.")
-    by_points = from_points(points(table["kps"].combine_chunks()).reshape(-1, 5, 2))
-    values = {
-        name: by_points[FROM_POINTS.index(name)] if name in FROM_POINTS else floats(table[name]) for name in _MEASURES
-    }
+    by_points = posed(table["kps"], np.ones(len(persons), bool))
+    values = {name: by_points[name] if name in by_points else floats(table[name]) for name in _MEASURES}
     return Faces(persons, np.stack(vectors)[order], {name: _goodness(name, one) for name, one in values.items()})
 
 

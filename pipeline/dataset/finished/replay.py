@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from rich import box
 from rich.table import Table
 
-from pipeline.dataset.out.ledger import Rounds, read_ledger, shard_names, shards_folder
+from pipeline.dataset.out.ledger import Rounds, occurrences, read_ledger, shard_names, shards_folder
 from pipeline.shared.configfile import explain, merge, read_values
 from pipeline.shared.files import AnyPath
 from schemas.columns import KEPT, LATER
@@ -140,10 +140,11 @@ def evidence(ledger: pa.Table) -> Evidence:
     outcome[dropped] = np.where(spans, code("passes"), code(DropReason.BAD_LANDMARKS))
     one[dropped[~spans]] = False
 
-    known_by_points = dict(zip(FROM_POINTS, _from_points(ledger["kps"], one), strict=True))
+    by_points = posed(ledger["kps"], one)
     for quality in QUALITIES:
         name = quality.measure
-        measured = known_by_points[name] if name in FROM_POINTS else floats(ledger[name])
+        # Of angles the size, in the single precision of ledgers.
+        measured = np.abs(by_points[name].astype(np.float32)) if name in by_points else floats(ledger[name])
         limited = np.fmax(measured, quality.off) if quality.is_least else np.fmin(measured, quality.off)
         if name in LATER:
             limited[np.isnan(measured)] = quality.off + (-1 if quality.is_least else 1)
@@ -154,13 +155,13 @@ def evidence(ledger: pa.Table) -> Evidence:
     return Evidence(values, outcome)
 
 
-def _from_points(kps: pa.ChunkedArray, chosen: npt.NDArray[np.bool_]) -> Floats:
-    """(4, N) sizes of FROM_POINTS, in single precision, where chosen and known; NaN elsewhere."""
+def posed(kps: pa.ChunkedArray, chosen: npt.NDArray[np.bool_]) -> dict[str, Floats]:
+    """FROM_POINTS -> (N,) what five points suggest, where chosen and known; NaN elsewhere."""
     rows = np.flatnonzero(chosen & pc.is_valid(kps).to_numpy())
     faces = points(kps.combine_chunks().take(pa.array(rows))).reshape(-1, 5, 2)
     values = np.full((len(FROM_POINTS), len(chosen)), np.nan)
-    values[:, rows] = np.abs(from_points(faces)).astype(np.float32)
-    return values
+    values[:, rows] = from_points(faces)
+    return dict(zip(FROM_POINTS, values, strict=True))
 
 
 def points(values: pa.FixedSizeListArray) -> Floats:
@@ -221,51 +222,21 @@ def other_thresholds(limits: FilterSettings, path: Path | None, pairs: Sequence[
         raise ConfigError(explain(error, Settings)) from error
 
 
-@dataclass(frozen=True)
-class Replay:
-    """What became of the rows, and what would become of them."""
+def replay(out: AnyPath, limits: FilterSettings, factor: int) -> tuple[Counter[str], Counter[str]]:
+    """How many rows of OUT have each verdict, and become each of OUTCOMES under other thresholds.
 
-    counts: Mapping[tuple[str, str], int]
-    """(verdict in the ledger, one of OUTCOMES under the other thresholds) -> rows."""
-
-    def before(self, outcome: str) -> int:
-        """Rows with this verdict in the ledgers."""
-        return sum(count for (old, _), count in self.counts.items() if old == outcome)
-
-    def after(self, outcome: str) -> int:
-        """Rows with this one of OUTCOMES under the other thresholds."""
-        return sum(count for (_, new), count in self.counts.items() if new == outcome)
-
-
-def replay(out: AnyPath, limits: FilterSettings, factor: int) -> Replay:
-    """The rows of OUT under other thresholds, one ledger in memory at a time.
+    One ledger is in memory at a time.
 
     Raises:
         CorruptShardError: when a ledger cannot be read; names it.
         OutputError: when OUT is no dataset.
     """
-    counts: Counter[tuple[str, str]] = Counter()
+    before, after = Counter[str](), Counter[str]()
     for ledger in ledgers(out, COLUMNS):
-        after = evidence(ledger).judged(limits, factor)
-        before = pc.index_in(ledger["verdict"], value_set=pa.array(OUTCOMES)).to_numpy()
-        pairs, numbers = np.unique(before.astype(np.int64) * len(OUTCOMES) + after, return_counts=True)
-        for pair, number in zip(pairs.tolist(), numbers.tolist(), strict=True):
-            old, new = divmod(pair, len(OUTCOMES))
-            counts[OUTCOMES[old], OUTCOMES[new]] += number
-    return Replay(counts)
-
-
-def replay_table(replayed: Replay) -> Table:
-    """Each outcome before and after, for a terminal or a log."""
-    table = Table("outcome", "before", "after", "change", box=box.ASCII)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for outcome in OUTCOMES:
-        before, after = replayed.before(outcome), replayed.after(outcome)
-        if before or after or outcome == KEPT:
-            style = "bold" if outcome == KEPT else None
-            table.add_row(outcome, f"{before:,}", f"{after:,}", f"{after - before:+,}", style=style)
-    return table
+        judged = np.bincount(evidence(ledger).judged(limits, factor), minlength=len(OUTCOMES))
+        after.update(dict(zip(OUTCOMES, judged.tolist(), strict=True)))
+        before.update(occurrences(ledger["verdict"]))
+    return before, after
 
 
 def lines(out: AnyPath, path: Path | None, pairs: Sequence[str]) -> Iterator[str | Table]:
@@ -276,11 +247,18 @@ def lines(out: AnyPath, path: Path | None, pairs: Sequence[str]) -> Iterator[str
     yield from (
         f"filter.{name}: {getattr(before, name)} -> {value}" for name, value in after if value != getattr(before, name)
     )
-    replayed = replay(out, after, factor)
-    yield replay_table(replayed)
-    yield f"Kept for certain: {replayed.after(KEPT):,}; their samples are there."
-    again = sum(map(replayed.after, UNJUDGED))
+    old, new = replay(out, after, factor)
+    table = Table("outcome", "before", "after", "change", box=box.ASCII)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for outcome in OUTCOMES:
+        if old[outcome] or new[outcome] or outcome == KEPT:
+            counts = f"{old[outcome]:,}", f"{new[outcome]:,}", f"{new[outcome] - old[outcome]:+,}"
+            table.add_row(outcome, *counts, style="bold" if outcome == KEPT else None)
+    yield table
+    yield f"Kept for certain: {new[KEPT]:,}; their samples are there."
+    again = sum(new[outcome] for outcome in UNJUDGED)
     yield f"To be fetched again: {again:,} rows that may be wanted, which ledgers cannot judge{':' if again else '.'}"
     for outcome, meaning in UNJUDGED.items():
-        if count := replayed.after(outcome):
-            yield f"  {count:,} ({outcome}) {meaning}."
+        if new[outcome]:
+            yield f"  {new[outcome]:,} ({outcome}) {meaning}."

@@ -1,10 +1,10 @@
 """The HTML report: what became of all rows, and what was measured of them. One file that needs nothing else."""
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, islice, starmap
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,12 +14,19 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.finished import replay, report_numbers
 from pipeline.dataset.finished.replay import evidence, ledgers, thresholds
-from pipeline.dataset.finished.report_cards import Card
+from pipeline.dataset.finished.report_cards import LABEL_COLOURS, Card
 from pipeline.dataset.finished.report_explorer import Explorer, distances, row_data
 from pipeline.dataset.finished.report_numbers import Numbers
 from pipeline.dataset.finished.report_persons import persons
-from pipeline.dataset.finished.report_pictures import LABEL_COLOURS
-from pipeline.dataset.out.ledger import UNREADABLE, Funnel, funnel, read_ledger, read_manifests, shards_folder
+from pipeline.dataset.out.ledger import (
+    UNREADABLE,
+    Funnel,
+    funnel,
+    read_dataset,
+    read_ledger,
+    read_manifests,
+    shards_folder,
+)
 from pipeline.shared import files as storage
 from pipeline.shared.configfile import leaves
 from pipeline.shared.files import AnyPath, RemotePath
@@ -62,26 +69,6 @@ _JUDGED = ("key", "verdict", *replay.COLUMNS)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Reason:
-    """The drops for one reason."""
-
-    name: str
-    sentence: str
-    count: int
-    cards: list[Card]
-
-
-@dataclass(frozen=True)
-class Part:
-    """What the shards of one part add up to."""
-
-    name: str
-    shards: int
-    rows: int
-    kept: int
-
-
 def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, target: AnyPath | None = None) -> Funnel:
     """Write OUT/report.html from the finished shards of OUT, and return the funnel that it shows.
 
@@ -93,7 +80,8 @@ def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, tar
         CorruptShardError: when a file of a shard that is read is damaged; names it.
     """
     shards_folder(out)
-    manifests, counted, dataset = read_manifests(out), funnel(out), _dataset(out)
+    manifests, counted = read_manifests(out), funnel(out)
+    dataset = read_dataset(out) if (out / DATASET).exists() else {}  # it may not have been copied along
     plan = {**dataset, **vars(manifests[0])} if manifests else dataset
     explorer: Explorer | None = None
     with suppress(OutputError):  # nothing says by which thresholds the shards were made
@@ -107,8 +95,13 @@ def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, tar
     kept = _numbered(_kept_cards(out, manifests, limits), 0, pictures)
     cards, reasons = list(kept), []
     for reason in _reasons(out, manifests, limits, counted):
-        reasons.append(replace(reason, cards=_numbered(reason.cards if drops else [], len(cards), pictures)))
-        cards += reasons[-1].cards
+        own = _numbered(reason["cards"] if drops else [], len(cards), pictures)
+        reasons.append({**reason, "cards": own})
+        cards += own
+    labels = frozenset[int]().union(*(card.labels for card in kept)) - {0}
+    parts: dict[str, Counter[str]] = defaultdict(Counter)  # a row that had a second chance counts in every round
+    for one in manifests:
+        parts[shard_origin(one.shard)[0]].update(shards=1, rows=one.rows_in, kept=one.kept)
     page = rendered(
         Path(__file__).with_name("report"),
         data={
@@ -122,7 +115,7 @@ def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, tar
         settings=leaves(dataset.get("plan", {}).get("settings", {})),
         funnel=counted,
         tar_bytes=sum(manifest.files.get(f"{manifest.shard}.tar", {}).get("bytes", 0) for manifest in manifests),
-        parts=_parts(manifests),
+        parts=sorted(parts.items()),
         given=numbers.given,
         made=numbers.made,
         charts=list(report_numbers.charts(numbers.histograms)),
@@ -132,7 +125,7 @@ def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, tar
         fates=report_numbers.FATES,
         samples=kept,
         reasons=reasons,
-        labels=_legend(kept),
+        labels=[named for label, named in enumerate(LABEL_COLOURS.items()) if label in labels],
         unjudged=replay.UNJUDGED,
         meanings={name: known.description for name, known in FilterSettings.model_fields.items()},
     )
@@ -142,16 +135,6 @@ def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, tar
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
     return counted
-
-
-def _dataset(out: AnyPath) -> dict[str, Any]:
-    """dataset.json; empty where it was not copied along."""
-    try:
-        return dict(json.loads((out / DATASET).read_bytes()))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CorruptShardError(f"{DATASET}: cannot be read: {error}") from error
 
 
 def _numbered(cards: Iterable[Card], start: int, pictures: bool) -> list[Card]:
@@ -216,8 +199,10 @@ def _judged(ledger: pa.Table, limits: FilterSettings) -> list[tuple[str, list[fl
     return [(key, row_data(rows, number), far[number]) for number, key in enumerate(keys)]
 
 
-def _reasons(out: AnyPath, manifests: list[Manifest], limits: FilterSettings, counted: Funnel) -> Iterator[Reason]:
-    """A few drops per reason, whichever stages gave it: from several shards, those with a picture first.
+def _reasons(
+    out: AnyPath, manifests: list[Manifest], limits: FilterSettings, counted: Funnel
+) -> Iterator[dict[str, Any]]:
+    """Name, sentence, count and `cards` of each reason: a few, from several shards, those with a picture first.
 
     Of what a threshold dropped there are more, and those that it barely dropped come first.
     """
@@ -241,21 +226,4 @@ def _reasons(out: AnyPath, manifests: list[Manifest], limits: FilterSettings, co
         cards = [card for *_, card in sorted(ranked, key=lambda entry: entry[:3])[:wanted]]
         left -= sum(card.length for card in cards)
         sentence = next((known.sentence for known in DropReason if known == name), "")
-        yield Reason(name, sentence, count, cards)
-
-
-def _legend(cards: list[Card]) -> list[tuple[str, tuple[int, int, int]]]:
-    """Name and colour of the labels that occur in some mask."""
-    labels = frozenset[int]().union(*(card.labels for card in cards))
-    return [(name, rgb) for n, (name, rgb) in enumerate(LABEL_COLOURS.items()) if n in labels and n]
-
-
-def _parts(manifests: list[Manifest]) -> list[Part]:
-    """Each part, by its name; a row that had a second chance counts in every round."""
-    of_part: dict[str, list[Manifest]] = {}
-    for manifest in manifests:
-        of_part.setdefault(shard_origin(manifest.shard)[0], []).append(manifest)
-    return [
-        Part(name, len(ours), sum(one.rows_in for one in ours), sum(one.kept for one in ours))
-        for name, ours in sorted(of_part.items())
-    ]
+        yield {"name": name, "sentence": sentence, "count": count, "cards": cards}

@@ -1,17 +1,82 @@
-"""What the report shows of one row: pictures, and a few facts."""
+"""What the report shows of a row: pictures, with boxes and points on photos and labels over faces, and a few facts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import cv2
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.dataset.finished.report_numbers import CROPS
-from pipeline.dataset.finished.report_pictures import marked, masked, reduced
 from pipeline.shared.page import data_uri
 from pipeline.shared.tars import Sample
 from stages.filter import FROM_POINTS, POSE, from_points
-from stages.pixels.images import decode_jpeg, decode_png
+from stages.models.backends import Image
+from stages.pixels.images import decode_jpeg, decode_png, encode_jpeg, shrink
+
+_QUALITY = 80
+_BOX_COLOUR = (255, 214, 0)
+_POINT_COLOURS = ((255, 64, 64), (64, 160, 255), (80, 220, 100), (255, 140, 0), (200, 90, 255))
+_LABEL_WEIGHT = 0.55
+
+# fmt: off
+LABEL_COLOURS: dict[str, tuple[int, int, int]] = {
+    "background": (40, 40, 40), "skin": (60, 130, 255), "left brow": (160, 90, 40), "right brow": (200, 140, 70),
+    "left eye": (255, 255, 255), "right eye": (200, 255, 255), "glasses": (0, 200, 210), "left ear": (150, 190, 40),
+    "right ear": (200, 230, 90), "earring": (255, 215, 0), "nose": (50, 190, 90), "mouth": (120, 0, 40),
+    "upper lip": (230, 40, 80), "lower lip": (255, 110, 160), "neck": (120, 90, 230), "necklace": (255, 160, 20),
+    "cloth": (127, 127, 127), "hair": (225, 60, 200), "hat": (255, 120, 60),
+}
+# fmt: on
+"""CelebAMask label -> RGB, in BiSeNet order: the n-th is the colour of label n. No skin is blue: it shows on all."""
+
+
+def reduced(image: Image, side: int) -> bytes:
+    """(H, W, 3) RGB as a JPEG of at most `side` x `side` pixels."""
+    return encode_jpeg(shrink(image, side), _QUALITY)
+
+
+def marked(
+    image: Image, side: int, frame: npt.ArrayLike, bbox: npt.ArrayLike | None, kps: npt.ArrayLike | None
+) -> bytes:
+    """A reduced photo with its face box and five points drawn, as JPEG.
+
+    Args:
+        image: (H, W, 3) RGB: the part `frame` of the photo, at any scale.
+        side: long side of the result, pixels.
+        frame: x0 y0 x1 y1 of the image in the photo, pixels of the photo.
+        bbox: (4,) xyxy, pixels of the photo, or None.
+        kps: (5, 2), pixels of the photo, or None.
+    """
+    canvas = shrink(image, side).copy()
+    corners = np.asarray(frame, np.float64).reshape(2, 2)
+    scale = np.array([canvas.shape[1], canvas.shape[0]]) / (corners[1] - corners[0])
+    thickness = max(1, round(max(canvas.shape) / 220))
+    if bbox is not None:
+        first, second = _pixels((np.reshape(bbox, (2, 2)) - corners[0]) * scale)
+        cv2.rectangle(canvas, first, second, _BOX_COLOUR, thickness, cv2.LINE_AA)
+    if kps is not None:
+        points = _pixels((np.asarray(kps) - corners[0]) * scale)
+        radius = int(np.clip(np.ptp(points, axis=0)[1] / 12, 1, 2 * thickness))
+        for point, colour in zip(points, _POINT_COLOURS, strict=True):
+            cv2.circle(canvas, point, radius, colour, cv2.FILLED, cv2.LINE_AA)
+    return encode_jpeg(canvas, _QUALITY)
+
+
+def _pixels(points: npt.NDArray[Any]) -> list[tuple[int, int]]:
+    """(N, 2) positions as OpenCV wants them; undefined ones, and those far away, are put where none sees them."""
+    safe = np.clip(np.nan_to_num(points, nan=-1e4, posinf=1e4, neginf=-1e4), -1e4, 1e4)
+    return [(int(x), int(y)) for x, y in safe.round()]
+
+
+def masked(face: Image, mask: npt.NDArray[np.uint8], side: int) -> bytes:
+    """A face (H, W, 3) RGB under the colours of its labels (H, W), as JPEG; unknown labels are black."""
+    colours = np.zeros((256, 3), np.float32)
+    colours[: len(LABEL_COLOURS)] = list(LABEL_COLOURS.values())
+    mixed = face * (1 - _LABEL_WEIGHT) + colours[mask] * _LABEL_WEIGHT
+    return reduced(mixed.round().astype(np.uint8), side)
+
 
 _PHOTO_PX, _CROP_PX, _DROP_PX = 448, 192, 192
 _TEXT_LENGTH = 300
@@ -94,18 +159,14 @@ class Card:
                 pictures.append(Picture(name, absent=_shortened(described[name]["absent"])))
         text, url = _shortened(content["text"]), _shortened(content["url"] or content.get("source_file"))
         labels = frozenset(np.unique(mask).tolist())
-        return Card(sample.key, text, url, _facts(content), pictures, labels, _values(content))
+        facts, values = _facts(content)
+        return Card(sample.key, text, url, facts, pictures, labels, values)
 
     @staticmethod
     def of_drop(record: Mapping[str, Any], thumbnail: bytes | None) -> "Card":
         """A dropped row from its ledger columns; its picture, if there is one, with box and points if known."""
-        card = Card(
-            record["key"],
-            "",
-            _shortened(record["url"] or record.get("source_file")),
-            _facts(record),
-            values=_values(record),
-        )
+        facts, values = _facts(record)
+        card = Card(record["key"], "", _shortened(record["url"] or record.get("source_file")), facts, values=values)
         try:
             image = decode_jpeg(thumbnail or b"")
         except ValueError:  # thumbnails are disposable: a damaged one is as good as none
@@ -116,26 +177,16 @@ class Card:
         return replace(card, pictures=[Picture("", data_uri(photo))])
 
 
-def _facts(record: Mapping[str, Any]) -> list[str]:
-    """Sizes and scores in words, as far as they were measured."""
-    record = _posed(record)
+def _facts(record: Mapping[str, Any]) -> tuple[list[str], dict[str, float]]:
+    """Sizes and scores as far as they were measured, in words, and as numbers those that are finite."""
+    known = dict(record)
+    if record.get("kps"):  # and the angles that the five points suggest
+        values = from_points(np.array([record["kps"]], np.float64))[:, 0].tolist()
+        known |= {name: value for name, value in zip(FROM_POINTS, values, strict=True) if np.isfinite(value)}
+    known = {name: known[name] for name in _FACTS if known.get(name) is not None}
     size = [f"{record['width']} × {record['height']}"] if record["width"] and record["height"] else []
-    return size + [text.format(record[name]) for name, text in _FACTS.items() if record.get(name) is not None]
-
-
-def _posed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with the angles that its five points suggest."""
-    if not record.get("kps"):
-        return dict(record)
-    values = from_points(np.array([record["kps"]], np.float64))[:, 0].tolist()
-    return {**record, **{name: value for name, value in zip(FROM_POINTS, values, strict=True) if np.isfinite(value)}}
-
-
-def _values(record: Mapping[str, Any]) -> dict[str, float]:
-    """Those of the facts that are finite numbers."""
-    record = _posed(record)
-    known = {name: float(record[name]) for name in _FACTS if isinstance(record.get(name), int | float)}
-    return {name: value for name, value in known.items() if np.isfinite(value)}
+    words = [_FACTS[name].format(value) for name, value in known.items()]
+    return size + words, {name: float(value) for name, value in known.items() if np.isfinite(value)}
 
 
 def _shortened(text: str | None) -> str:

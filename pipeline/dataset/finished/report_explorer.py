@@ -53,24 +53,22 @@ class Explorer:
         self.limits, self.factor = limits, factor
         stops = {**{quality.key: _stops(quality) for quality in QUALITIES}, **_STOPS}
         self.stops = {key: sorted({*stops[key], getattr(limits, key)}) for key in THRESHOLDS}
-        self._cells: list[pa.Table] = []
+        empty = dict.fromkeys((*THRESHOLDS, "outcome"), np.zeros(0, np.uint8))
+        self._cells = [pa.table({**empty, "count": np.zeros(0, np.int64)})]
 
     def add(self, rows: Evidence) -> None:
         """Count rows. A bin is how many stops a value passes (of a least) or fails (of a most)."""
-        columns: dict[str, Any] = {}
-        for key, stops in self.stops.items():
-            columns[key] = np.searchsorted(stops, rows.values[key], "right" if is_least(key) else "left")
-        columns["outcome"] = rows.outcome
-        table = pa.table({name: column.astype(np.uint8) for name, column in columns.items()})
-        self._cells.append(_summed(table.append_column("count", pa.array(np.ones(table.num_rows, np.int64)))))
+        columns: dict[str, Any] = {
+            key: np.searchsorted(stops, rows.values[key], "right" if is_least(key) else "left").astype(np.uint8)
+            for key, stops in self.stops.items()
+        }
+        ones = np.ones(len(rows.outcome), np.int64)
+        self._cells.append(_summed(pa.table({**columns, "outcome": rows.outcome.astype(np.uint8), "count": ones})))
         if sum(cells.num_rows for cells in self._cells) > _MERGE:
             self._cells = [self._merged()]
 
     def _merged(self) -> pa.Table:
         """All cells; while they are too many, the quality with the most stops loses every other."""
-        if not self._cells:
-            empty = {name: np.zeros(0, np.uint8) for name in (*THRESHOLDS, "outcome")}
-            return pa.table({**empty, "count": np.zeros(0, np.int64)})
         cells = _summed(pa.concat_tables(self._cells))
         spare = {one.key: set(self.stops[one.key]) - {one.off, getattr(self.limits, one.key)} for one in QUALITIES}
         while cells.num_rows > _MOST_CELLS and any(spare.values()):

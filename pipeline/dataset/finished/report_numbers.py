@@ -9,14 +9,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset.finished.replay import floats, points
+from pipeline.dataset.finished.replay import Floats, floats, points, posed
 from schemas.columns import KEPT
 from schemas.drops import DropReason
 from stages.download import Download
-from stages.filter import FROM_POINTS, POSE, QUALITIES, from_points
+from stages.filter import POSE, QUALITIES
 from stages.metadata import Metadata
 
-Floats = npt.NDArray[np.float64]
 CROPS = ("portrait", "half", "full")
 
 _CAPTIONS = {"captions": "caption_chars", "further captions": "further_chars"}
@@ -95,27 +94,16 @@ MEASURES = (
 )
 
 
-def measured(ledger: pa.Table) -> Iterator[tuple[str, Floats, npt.NDArray[np.bool_]]]:
-    """Measure -> its values (N,) in these rows, where it was measured, and which of them were kept (N,)."""
-    kept = pc.equal(ledger["verdict"], KEPT).to_numpy()
-    for name in (one.name for one in MEASURES if one.name in COLUMNS):
-        values = floats(ledger[name])
-        known = np.isfinite(values)
-        if name == "caption_chars":
-            known &= values > 0
-        yield name, values[known], kept[known]
+def measured(ledger: pa.Table) -> dict[str, Floats]:
+    """Measure -> its values (N,) in these rows; NaN where it was not measured."""
+    values = {one.name: floats(ledger[one.name]) for one in MEASURES if one.name in COLUMNS}
+    values["caption_chars"] = np.where(values["caption_chars"] > 0, values["caption_chars"], np.nan)
     width, height = (floats(ledger[name]) for name in ("width", "height"))
-    side = np.minimum(width, height)
-    yield "image_px", side[np.isfinite(side)], kept[np.isfinite(side)]
-
     known = pc.and_(pc.is_valid(ledger["kps"]), pc.is_valid(ledger["bbox"])).to_numpy()
-    faces, kept = ledger.filter(pa.array(known)), kept[known]
-    boxes = points(faces["bbox"].combine_chunks()).reshape(-1, 4)
-    share = (boxes[:, 3] - boxes[:, 1]) / height[known]
-    yield "face_share", share[np.isfinite(share)], kept[np.isfinite(share)]
-    kps = points(faces["kps"].combine_chunks()).reshape(-1, 5, 2)
-    for name, values in zip(FROM_POINTS, from_points(kps), strict=True):
-        yield name, values[np.isfinite(values)], kept[np.isfinite(values)]
+    boxes = points(ledger["bbox"].filter(pa.array(known)).combine_chunks()).reshape(-1, 4)
+    share = np.full(len(known), np.nan)
+    share[known] = (boxes[:, 3] - boxes[:, 1]) / height[known]
+    return values | {"image_px": np.minimum(width, height), "face_share": share} | posed(ledger["kps"], known)
 
 
 def _holds(lists: pa.ListArray, word: str) -> Floats:
@@ -157,29 +145,23 @@ class Numbers:
 
     def add(self, ledger: pa.Table) -> None:
         """Count the rows of a ledger, which has COLUMNS and verdicts."""
-        edges = {measure.name: measure.edges for measure in MEASURES}
-        for name, values, kept in measured(ledger):
-            bins = len(edges[name]) - 1
-            at = np.clip(np.searchsorted(edges[name], values, "right") - 1, 0, bins - 1)
-            self.histograms[name] += np.bincount(np.where(kept, at, at + bins), minlength=2 * bins).reshape(2, bins)
-        kept = pc.equal(ledger["verdict"], KEPT).to_numpy()
+        kept, values = pc.equal(ledger["verdict"], KEPT).to_numpy(), measured(ledger)
+        for name, edges in ((measure.name, measure.edges) for measure in MEASURES):
+            known, bins = np.isfinite(values[name]), len(edges) - 1
+            at = np.clip(np.searchsorted(edges, values[name][known], "right") - 1, 0, bins - 1)
+            sums = np.bincount(np.where(kept[known], at, at + bins), minlength=2 * bins)
+            self.histograms[name] += sums.reshape(2, bins)
         self.made += pc.sum(pc.and_(pa.array(kept), pc.equal(ledger["source_kind"], "made"))).as_py() or 0
         lengths = {name: floats(ledger[column]) for name, column in _CAPTIONS.items()}
         given = {name: np.where(np.isfinite(chars), chars > 0, np.nan) for name, chars in lengths.items()}
         given |= {name: _holds(ledger["crops_made"].combine_chunks(), name) for name in CROPS}
         for name, has in given.items():
-            self.given[name] += np.array(
-                [[np.nansum(has[one]), np.isfinite(has[one]).sum()] for one in (kept, ~kept)], np.int64
-            )
+            self.given[name] += [[int(np.nansum(has[one])), np.isfinite(has[one]).sum()] for one in (kept, ~kept)]
         hosts = pc.utf8_lower(pc.struct_field(pc.extract_regex(ledger["url"], _HOST), "host"))
         table = pa.table({"host": hosts, "fate": fates(ledger)}).filter(pc.is_valid(hosts))
-        groups = table.group_by(["host", "fate"]).aggregate([([], "count_all")])
-        for host, fate, count in zip(
-            *(groups[name].to_pylist() for name in ("host", "fate", "count_all")), strict=True
-        ):
-            if host not in self.hosts:
-                self.hosts[host] = np.zeros(len(FATES), np.int64)
-            self.hosts[host][fate] += count
+        for group in table.group_by(["host", "fate"]).aggregate([([], "count_all")]).to_pylist():
+            rows = self.hosts.setdefault(group["host"], np.zeros(len(FATES), np.int64))
+            rows[group["fate"]] += group["count_all"]
         if len(self.hosts) > _MOST_HOSTS:
             self.hosts = self.largest_hosts(_MOST_HOSTS // 2)
 

@@ -4,16 +4,15 @@ Sizes are counted in all ledgers; cosines and faces are those of the persons at 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
 
-from pipeline.dataset.finished.report_pictures import reduced
-from pipeline.dataset.out.ledger import read_ledger
+from pipeline.dataset.finished.report_cards import reduced
+from pipeline.dataset.out.ledger import occurrences, read_ledger
 from pipeline.shared.files import AnyPath, RemotePath
 from pipeline.shared.page import data_uri
 from pipeline.shared.tars import samples
@@ -33,32 +32,8 @@ _WANTED = ("arcface.npy", "face.jpg")
 Floats = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Sheet:
-    """Faces that belong together, or look as if they did."""
-
-    words: str
-    faces: list[str]
-    """As data: URIs."""
-
-
-@dataclass(frozen=True)
-class Persons:
-    sizes: list[tuple[str, int, int]]
-    """Photos of a person in words, persons that have so many, their photos."""
-    looked_at: int
-    """Photos of persons with several, of which the following is said."""
-    own: tuple[float, float]
-    """Mean cosine of a photo with the others of its person: median, and what 5 % are under."""
-    nearer: int
-    """Photos that are nearer to another of these persons, by the mean."""
-    groups: list[Sheet]
-    farthest: list[Sheet]
-    strangers: list[Sheet]
-
-
-def persons(out: AnyPath, chosen: Sequence[Manifest], every: Sequence[Manifest], *, pictures: bool) -> Persons:
-    """Read the ledgers of all shards, and the beginnings of the tars of some.
+def persons(out: AnyPath, chosen: Sequence[Manifest], every: Sequence[Manifest], *, pictures: bool) -> dict[str, Any]:
+    """Read the ledgers of all shards, and the beginnings of the tars of some; returns what the template names.
 
     Raises:
         CorruptShardError: names a file that is damaged.
@@ -66,7 +41,7 @@ def persons(out: AnyPath, chosen: Sequence[Manifest], every: Sequence[Manifest],
     count: Counter[int] = Counter()
     for manifest in every:
         column = read_ledger(out, manifest.shard, ("person",), KEPT)["person"]
-        count.update(Counter(entry["counts"] for entry in pc.value_counts(column).to_pylist()))
+        count.update(occurrences(column).values())
     sizes = []
     for low, high in pairwise(_SIZES):
         inside = {size: number for size, number in count.items() if low <= size < high}
@@ -83,9 +58,10 @@ def persons(out: AnyPath, chosen: Sequence[Manifest], every: Sequence[Manifest],
     several = np.flatnonzero(size[group] > 1)
     own = (near[rows, group] - 1)[several] / (size[group[several]] - 1)
 
-    def sheet(words: str, members: Iterable[int]) -> Sheet:
-        chosen = [data_uri(reduced(decode_jpeg(faces[at]), _FACE_PX)) for at in members] if pictures else []
-        return Sheet(words, chosen)
+    def sheet(words: str, members: Iterable[int]) -> dict[str, Any]:
+        """Faces that belong together, or look as if they did."""
+        shown = [data_uri(reduced(decode_jpeg(faces[at]), _FACE_PX)) for at in members] if pictures else []
+        return {"words": words, "faces": shown}
 
     together = [one for one in np.argsort(first) if size[one] > 1]
     groups = [sheet(f"{size[one]} photos", np.flatnonzero(group == one)[:_FACES]) for one in together[:_SHOWN]]
@@ -104,31 +80,37 @@ def persons(out: AnyPath, chosen: Sequence[Manifest], every: Sequence[Manifest],
         ((float(sums[one] @ sums[two] / (size[one] * size[two])), one, two) for one, two in pairs), reverse=True
     )
     strangers = [sheet(f"mean cosine {mean:.2f}", (first[one], first[two])) for mean, one, two in alike[:_SHOWN]]
-    spread = (float(np.median(own)), float(np.quantile(own, 0.05))) if len(own) else (0.0, 0.0)
-    nearer = int((others[several, nearest[several]] > own).sum())
-    return Persons(sizes, len(own), spread, nearer, groups, farthest, strangers)
+    return {
+        "sizes": sizes,  # photos of a person in words, persons that have so many, their photos
+        "looked_at": len(own),  # photos of persons with several; what follows is of these
+        # Mean cosine of a photo with the others of its person: median, and what 5 % are under.
+        "own": (float(np.median(own)), float(np.quantile(own, 0.05))) if len(own) else (0.0, 0.0),
+        # Photos that are nearer to another of these persons, by the mean.
+        "nearer": int((others[several, nearest[several]] > own).sum()),
+        "groups": groups,
+        "farthest": farthest,
+        "strangers": strangers,
+    }
 
 
 def _looked_at(out: AnyPath, chosen: Sequence[Manifest]) -> tuple[npt.NDArray[np.int64], Floats, list[bytes]]:
     """Person, ID vector and face of the first samples of some shards."""
     numbers: list[int] = []
     vectors, faces = [np.zeros((0, 512), np.float32)], []
+    most = _LOOKED_AT_REMOTE if isinstance(out, RemotePath) else _LOOKED_AT
     for manifest in chosen:
-        ledger = read_ledger(out, manifest.shard, ("key", "person"), KEPT)
+        ledger, tar = (
+            read_ledger(out, manifest.shard, ("key", "person"), KEPT),
+            out / "shards" / f"{manifest.shard}.tar",
+        )
         person = dict(zip(ledger["key"].to_pylist(), ledger["person"].to_pylist(), strict=True))
-        for key, vector, face in _read(out, manifest.shard):
+        for key, files in samples(tar, 0, most, lambda suffix: True if suffix in _WANTED else None):
+            try:
+                vector, face = (bytes(files[suffix]) for suffix in _WANTED)  # type: ignore[arg-type]
+                decode_jpeg(face)
+                vectors.append(decode_npy(vector).reshape(1, 512))
+            except (*DECODER_ERRORS, CorruptShardError) as error:
+                raise CorruptShardError(f"{tar.name}: {key} cannot be shown: {error}") from error
             numbers.append(person.get(key) or 0)
-            vectors.append(vector[None])
             faces.append(face)
     return np.array(numbers, np.int64), np.concatenate(vectors), faces
-
-
-def _read(out: AnyPath, shard: str) -> Iterator[tuple[str, Floats, bytes]]:
-    tar, most = out / "shards" / f"{shard}.tar", _LOOKED_AT_REMOTE if isinstance(out, RemotePath) else _LOOKED_AT
-    for key, files in samples(tar, 0, most, lambda suffix: True if suffix in _WANTED else None):
-        try:
-            vector, face = (bytes(files[suffix]) for suffix in _WANTED)  # type: ignore[arg-type]
-            decode_jpeg(face)
-            yield key, decode_npy(vector).reshape(512), face
-        except (*DECODER_ERRORS, CorruptShardError) as error:
-            raise CorruptShardError(f"{tar.name}: {key} cannot be shown: {error}") from error

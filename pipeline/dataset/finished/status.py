@@ -2,15 +2,15 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 from pipeline.dataset.execute.tally import details
-from pipeline.dataset.out.ledger import LIVE, read_manifest, replaced, shard_names, summary, why_nothing
+from pipeline.dataset.out.ledger import LIVE, read_dataset, read_manifests, summary, why_nothing
 from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import AnyPath, RemotePath, times
-from schemas.errors import CorruptShardError
 from schemas.names import shard_origin
 from schemas.shard import DATASET
 from stages.fetch.status import SECOND_CHANCE
@@ -31,7 +31,7 @@ class Status:
     dropped: dict[str, int]
     """Reason -> rows, the most frequent first; only reasons that occur."""
     planned_rows: int | None
-    """Input rows of the parts that the last run was started for, where all told."""
+    """Input rows of the parts that the last run was started for, where all parts say how many they have."""
     planned_done: int
     """Of these, in finished shards."""
     begun: float
@@ -62,17 +62,17 @@ def status(out: AnyPath) -> Status:
         OutputError: when OUT is no dataset.
         CorruptShardError: when a file of it is damaged.
     """
-    manifests = [read_manifest(out, shard) for shard in shard_names(out)]
-    try:
-        dataset = json.loads((out / DATASET).read_bytes())
-        planned = {str(part): rows for part, rows in dataset.get("planned", {}).items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise CorruptShardError(f"{DATASET} cannot be read: {error}") from error
-    counted = summary(manifests, replaced(out))
+    manifests = read_manifests(out)
+    dataset = read_dataset(out)
+    planned: dict[str, int | None] = dataset["planned"] if isinstance(dataset.get("planned"), dict) else {}
+    counted = summary(manifests, out)
     begun, files = times(out)[DATASET], times(out / "shards")
     ends = {manifest.shard: files.get(f"{manifest.shard}.json", begun) for manifest in manifests}
     of_run = sorted((end, manifest.rows_in) for manifest in manifests if (end := ends[manifest.shard]) > begun)
-    is_over = "shards" in dataset
+    is_over, live = "shards" in dataset, None
+    if not is_over:
+        with suppress(OSError, ValueError):  # what manifests say stands without it
+            live = json.loads((out / LIVE).read_bytes())
     drafts = {
         name.removeprefix(TEMPORARY).rsplit(".", 2)[0]: written
         for name, written in sorted(files.items(), key=lambda entry: entry[1])
@@ -84,7 +84,7 @@ def status(out: AnyPath) -> Status:
         rows=counted["rows_in"],
         kept=counted["kept"],
         dropped={reason: n for reason, n in sorted(counted["dropped"].items(), key=lambda one: -one[1]) if n},
-        planned_rows=sum(planned.values()) if planned and None not in planned.values() else None,
+        planned_rows=sum(rows or 0 for rows in planned.values()) if planned and None not in planned.values() else None,
         planned_done=sum(
             one.rows_in for one in manifests if shard_origin(one.shard) in {(part, 0) for part in planned}
         ),
@@ -93,16 +93,8 @@ def status(out: AnyPath) -> Status:
         rows_per_second=_pace(of_run, begun),
         recent_rows_per_second=_pace(of_run, max(begun, of_run[-1][0] - _RECENT_S)) if of_run else None,
         in_the_making=None if isinstance(out, RemotePath) else drafts,
-        live=None if is_over else _live(out),
+        live=live,
     )
-
-
-def _live(out: AnyPath) -> dict[str, Any] | None:
-    try:
-        live: dict[str, Any] = json.loads((out / LIVE).read_bytes())
-    except (OSError, ValueError):  # what manifests say stands without it
-        return None
-    return live
 
 
 def _pace(ends: Sequence[tuple[float, int]], since: float) -> float | None:

@@ -18,7 +18,7 @@ from pipeline.dataset.finished.contract import (
 )
 from pipeline.dataset.finished.report import REPORT
 from pipeline.dataset.out.forgotten import FORGOTTEN, NEW, Forgotten, load
-from pipeline.dataset.out.ledger import UNREADABLE, read_manifest, replaced, shard_names, shards_folder, summary
+from pipeline.dataset.out.ledger import UNREADABLE, read_dataset, read_manifest, shard_names, shards_folder, summary
 from pipeline.dataset.out.output import fingerprint
 from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import AnyPath, names, parquet
@@ -62,11 +62,9 @@ def verify(out: AnyPath) -> list[Problem]:
     except (CorruptShardError, OSError) as error:
         forgotten = None  # what is to be forgotten, nobody knows
         problems.append(Problem("", FORGOTTEN, None, str(error).removeprefix(f"{FORGOTTEN}: ")))
-    try:
-        plan = json.loads((out / DATASET).read_bytes())["plan"]
-        embeddings = plan["settings"].get("pack", {}).get("embeddings", True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        embeddings = None  # a problem of dataset.json, below
+    embeddings = None
+    with suppress(CorruptShardError, KeyError, TypeError, AttributeError):  # a problem of dataset.json, below
+        embeddings = read_dataset(out)["plan"]["settings"].get("pack", {}).get("embeddings", True)
     for shard in shards:
         try:
             manifest = read_manifest(out, shard)
@@ -107,7 +105,7 @@ def _dataset_problems(out: AnyPath, manifests: list[Manifest]) -> Iterator[Probl
     sums = None
     if len(manifests) == len(shard_names(out)):
         with suppress(CorruptShardError):  # of a ledger: a problem of its shard
-            sums = summary(manifests, replaced(out))
+            sums = summary(manifests, out)
     for message in dataset_problems(dataset, text, sums):
         yield Problem("", DATASET, None, message)
     for manifest in manifests:

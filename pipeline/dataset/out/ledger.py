@@ -1,5 +1,6 @@
 """The ledgers of a dataset: the funnel, and what manifests count."""
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,17 +111,29 @@ def read_manifests(out: AnyPath) -> list[Manifest]:
     return [read_manifest(out, shard) for shard in shard_names(out)]
 
 
-def summary(manifests: Sequence[Manifest], replaced: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """What manifests add up to, as dataset.json tells it, less the verdicts that are `replaced` (see there)."""
-    replaced = replaced or {}
+def read_dataset(out: AnyPath) -> dict[str, Any]:
+    """dataset.json.
+
+    Raises:
+        CorruptShardError: when it is not there or no JSON object.
+    """
+    try:
+        return dict(json.loads((out / DATASET).read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CorruptShardError(f"{DATASET}: cannot be read: {error}") from error
+
+
+def summary(manifests: Sequence[Manifest], out: AnyPath | None = None) -> dict[str, Any]:
+    """What manifests add up to, as dataset.json says it, less the verdicts that later rounds in `out` replaced."""
+    gone = _replaced(out) if out is not None else Counter[str]()
     dropped: Counter[str] = Counter()
     for manifest in manifests:
         dropped.update(manifest.dropped)
-    dropped.subtract({verdict: count for verdict, count in replaced.items() if verdict != KEPT})
+    dropped.subtract({verdict: count for verdict, count in gone.items() if verdict != KEPT})
     return {
         "shards": [manifest.shard for manifest in manifests],
-        "rows_in": sum(manifest.rows_in for manifest in manifests) - sum(replaced.values()),
-        "kept": sum(manifest.kept for manifest in manifests) - replaced.get(KEPT, 0),
+        "rows_in": sum(manifest.rows_in for manifest in manifests) - gone.total(),
+        "kept": sum(manifest.kept for manifest in manifests) - gone[KEPT],
         "dropped": dict(dropped),
         "dataset_digest": dataset_digest(manifests),
     }
@@ -132,12 +145,17 @@ def counts(verdicts: pa.ChunkedArray, reasons: Sequence[str]) -> tuple[int, dict
     Raises:
         ContractError: when a verdict is neither.
     """
-    dropped = {entry["values"]: entry["counts"] for entry in pc.value_counts(verdicts).to_pylist()}
-    kept: int = dropped.pop(KEPT, 0)
+    dropped = occurrences(verdicts)
+    kept = dropped.pop(KEPT, 0)
     undeclared = set(dropped) - set(reasons)
     if undeclared:
         raise ContractError(f"no stage declares the verdicts {sorted(map(str, undeclared))}")
-    return kept, {str(reason): dropped.get(reason, 0) for reason in reasons}
+    return kept, {str(reason): dropped[reason] for reason in reasons}
+
+
+def occurrences(column: pa.ChunkedArray) -> Counter[Any]:
+    """Value -> rows that have it."""
+    return Counter({entry["values"]: entry["counts"] for entry in pc.value_counts(column).to_pylist()})
 
 
 def read_ledger(out: AnyPath, shard: str, columns: Sequence[str], verdict: str | None = None) -> pa.Table:
@@ -191,7 +209,7 @@ class Rounds:
         return mask
 
 
-def replaced(out: AnyPath) -> Counter[str]:
+def _replaced(out: AnyPath) -> Counter[str]:
     """Verdict -> rows whose verdict a later round has replaced. Less these, manifests count each row once."""
     total: Counter[str] = Counter()
     shards = shard_names(out)
@@ -217,7 +235,15 @@ def funnel(out: AnyPath) -> Funnel:
     rounds = Rounds(out, shards)
     for shard in shards:
         ledger = read_ledger(out, shard, ("row", "stage", "verdict"))
-        total.update(_counted(read_manifest(out, shard), ledger))
+        counted, manifest = by_stage_and_verdict(ledger), read_manifest(out, shard)
+        if unknown := {stage for stage, _ in counted} - set(STAGES):
+            raise CorruptShardError(f"{shard}.parquet: the stage {min(map(str, unknown))!r} is not known")
+        by_verdict = occurrences(ledger["verdict"])
+        claimed = Counter({KEPT: manifest.kept, **manifest.dropped})
+        if by_verdict != claimed or by_verdict.total() != manifest.rows_in:
+            differing = sorted(str(v) for v in {*by_verdict, *claimed} if by_verdict[v] != claimed[v]) or ["rows_in"]
+            raise CorruptShardError(f"{shard}: ledger and manifest count {', '.join(differing)} differently")
+        total.update(counted)
         total.subtract(by_stage_and_verdict(ledger.filter(pa.array(rounds.replaced(shard, ledger["row"])))))
     left = rows_in = total.total()
     rows = []
@@ -232,21 +258,6 @@ def by_stage_and_verdict(ledger: pa.Table) -> Counter[tuple[str, str]]:
     """(stage, verdict) -> rows."""
     groups = ledger.group_by(["stage", "verdict"]).aggregate([([], "count_all")]).to_pylist()
     return Counter({(group["stage"], group["verdict"]): group["count_all"] for group in groups})
-
-
-def _counted(manifest: Manifest, ledger: pa.Table) -> Counter[tuple[str, str]]:
-    """(stage, verdict) -> rows of one ledger, after a check against its manifest."""
-    counted = by_stage_and_verdict(ledger)
-    by_verdict: Counter[str] = Counter()
-    for (stage, verdict), count in counted.items():
-        if stage not in STAGES:
-            raise CorruptShardError(f"{manifest.shard}.parquet: the stage {stage!r} is not known")
-        by_verdict[verdict] += count
-    claimed = Counter({KEPT: manifest.kept, **manifest.dropped})
-    if by_verdict != claimed or by_verdict.total() != manifest.rows_in:
-        differing = sorted(str(v) for v in {*by_verdict, *claimed} if by_verdict[v] != claimed[v]) or ["rows_in"]
-        raise CorruptShardError(f"{manifest.shard}: ledger and manifest count {', '.join(differing)} differently")
-    return counted
 
 
 def why_nothing(rows: str, dropped: Mapping[str, int]) -> str:

@@ -47,25 +47,18 @@ def second_chances(
                 for name in own
                 if shard_origin(name)[1] == round and is_done(name)
             }
-            rows, urls = _failed(out, own, rounds, round)
+            # The rows whose last verdict before the round is a transient failure.
+            tables = [pa.table({"row": pa.array([], pa.int64()), "url": pa.array([], pa.string())})]
+            for name in (name for name in own if shard_origin(name)[1] < round):
+                ledger = read_ledger(out, name, ("row", "url", "verdict"))
+                last = pa.array(~rounds.replaced(name, ledger["row"], round))
+                failed = pc.is_in(ledger["verdict"], pa.array(sorted(map(str, SECOND_CHANCE))))
+                tables.append(ledger.filter(pc.and_(failed, last)).select(["row", "url"]))
+            table = pa.concat_tables(tables).sort_by("row")
+            rows, urls = table["row"].to_numpy(), _hashes(table["url"])
             if not np.isin(rows, np.concatenate([_NO_ROWS, *done.values()])).all():
                 yield from _again(part, settings, round, rows, urls, done)
                 break
-
-
-def _failed(
-    out: AnyPath, shards: Sequence[str], rounds: Rounds, before: int
-) -> tuple[RowNumbers, npt.NDArray[np.uint64]]:
-    """The rows of a part whose last verdict before a round is a transient failure, and hashes of their URLs."""
-    reasons = pa.array(sorted(map(str, SECOND_CHANCE)))
-    tables = [pa.table({"row": pa.array([], pa.int64()), "url": pa.array([], pa.string())})]
-    for name in shards:
-        if shard_origin(name)[1] < before:
-            ledger = read_ledger(out, name, ("row", "url", "verdict"))
-            last = pa.array(~rounds.replaced(name, ledger["row"], before))
-            tables.append(ledger.filter(pc.and_(pc.is_in(ledger["verdict"], reasons), last)).select(["row", "url"]))
-    table = pa.concat_tables(tables).sort_by("row")
-    return table["row"].to_numpy(), _hashes(table["url"])
 
 
 def _again(

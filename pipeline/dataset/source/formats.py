@@ -1,4 +1,7 @@
-"""Metadata files as a stream of tables: parquet, csv and tsv, and JSON lines; the last two may be gzipped."""
+"""Metadata files as a stream of tables: parquet, csv and tsv, and JSON lines; the last two may be gzipped.
+
+Parquet files may hold images in a column: Hugging Face's (`image: struct<bytes, path>`), img2dataset's (`jpg`).
+"""
 
 import csv
 import json
@@ -8,6 +11,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
@@ -15,12 +19,15 @@ from pipeline.dataset.source.aliases import ALIASES, Aliases, resolve
 from pipeline.dataset.source.values import distinct
 from pipeline.shared.files import open_binary, reading
 from schemas.errors import SourceError
+from stages.fetch.stored import of_cell
 
 EXTENSIONS = ".parquet, .csv[.gz], .tsv[.gz], .jsonl[.gz]"
 BESIDE = ("json", "txt", "caption")
 """Suffixes of files that tell of the image of the same name; of captions, those of the first count."""
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jxl")
 """The image of a sample is its first file with one of these suffixes, in this order."""
+IMAGE_COLUMNS = ("image", "img", "picture", "photo", "image_bytes", "bytes", "content", *IMAGE_SUFFIXES)
+"""What a column of encoded images is called; one of structs with `bytes`, as HF's, may have any name."""
 BATCH_ROWS = 32_768
 _BUFFER = 4 << 20
 _GROUP = 64 << 20
@@ -58,8 +65,10 @@ def probe(path: str) -> tuple[pa.Schema, int | None]:
     return columns, rows
 
 
-def tables(path: str, aliases: Aliases = ALIASES) -> Iterator[pa.Table]:
+def tables(path: str, aliases: Aliases = ALIASES, image: pa.Field | None = None) -> Iterator[pa.Table]:
     """The rows of a metadata file in order, in tables of bounded size, under our names and in the file's types.
+
+    Of a parquet file with an `image` column, `image_ref` says where each image is; none is read.
 
     Raises:
         SourceError: for what cannot be read.
@@ -67,7 +76,7 @@ def tables(path: str, aliases: Aliases = ALIASES) -> Iterator[pa.Table]:
     format = format_of(path)
     assert format is not None, "parts are metadata files by their names"
     with reading(path):
-        yield from format.tables(path, aliases)
+        yield from read_parquet(path, aliases, image) if image is not None else format.tables(path, aliases)
 
 
 def probe_parquet(path: str) -> tuple[pa.Schema, int]:
@@ -75,8 +84,11 @@ def probe_parquet(path: str) -> tuple[pa.Schema, int]:
         return parquet.schema_arrow, parquet.metadata.num_rows
 
 
-def read_parquet(path: str, aliases: Aliases = ALIASES) -> Iterator[pa.Table]:
-    """The rows of a parquet file; large column chunks are read through small buffers."""
+def read_parquet(path: str, aliases: Aliases = ALIASES, image: pa.Field | None = None) -> Iterator[pa.Table]:
+    """As `tables`; large column chunks are read through small buffers."""
+    name, type, row = (image.name, image.type, 0) if image is not None else ("", pa.null(), 0)
+    is_struct = pa.types.is_struct(type)
+    name_cells = [f"{name}.path"] if is_struct and type.get_field_index("path") >= 0 else []
     with reading(path), open_binary(path) as file:
         footer = pq.read_metadata(file)
         # Not column by column: pyarrow ends the process when it meets damaged statistics there.
@@ -85,11 +97,20 @@ def read_parquet(path: str, aliases: Aliases = ALIASES) -> Iterator[pa.Table]:
         buffer = _BUFFER if max(sizes, default=0) > _GROUP else 0
         # pre_buffer, on by default, would fetch whole column chunks in spite of the buffer size.
         with pq.ParquetFile(file, pre_buffer=False, buffer_size=buffer) as parquet:
-            names = resolve(parquet.schema_arrow.names, aliases)
-            for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=list(names.values())):
+            names = resolve([one for one in parquet.schema_arrow.names if image is None or one != name], aliases)
+            for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=[*names.values(), *name_cells]):
                 # By number, since a file may hold a name twice.
                 index = {seed: batch.schema.get_all_field_indices(name)[0] for seed, name in names.items()}
-                yield pa.table({seed: batch.column(number) for seed, number in index.items()})
+                table = {seed: batch.column(number) for seed, number in index.items()}
+                if name_cells:
+                    given = batch.column(batch.schema.get_field_index(name)).field("path")
+                    table["source_file"] = pc.coalesce(given, table["source_file"]) if "source_file" in table else given
+                if image is not None:
+                    cells = f"{name}.bytes" if is_struct else name
+                    refs = [of_cell(path, cells, number) for number in range(row, row + batch.num_rows)]
+                    table["image_ref"] = pa.array(refs, pa.string())
+                    row += batch.num_rows
+                yield pa.table(table)
 
 
 def _csv_header(path: str) -> tuple[list[str], str]:
@@ -202,10 +223,20 @@ def _text(value: Any) -> str | None:
 
 _CSV = Format(lambda path: (_strings(_csv_header(path)[0]), None), read_csv)
 _JSONL = Format(probe_jsonl, read_jsonl)
-_FORMATS = {
-    "parquet": Format(probe_parquet, read_parquet),
-    "csv": _CSV,
-    "tsv": _CSV,
-    "jsonl": _JSONL,
-    "ndjson": _JSONL,
-}
+_FORMATS = {"parquet": Format(probe_parquet, read_parquet), "csv": _CSV, "tsv": _CSV, "jsonl": _JSONL, "ndjson": _JSONL}
+
+
+def image_column(schema: pa.Schema, names: tuple[str, ...] = IMAGE_COLUMNS) -> pa.Field | None:
+    """The column of encoded images; None where there is none."""
+    resolved = (resolve(schema.names, {"image": (name,)}) for name in names)
+    named = (schema.field(schema.names.index(one["image"])) for one in resolved if one)
+    others = () if names != IMAGE_COLUMNS else (field for field in schema if _bytes_in(field))
+    return next((field for field in (*named, *others) if _is_binary(field.type) or _bytes_in(field)), None)
+
+
+def _bytes_in(field: pa.Field) -> bool:
+    return pa.types.is_struct(field.type) and any(one.name == "bytes" and _is_binary(one.type) for one in field.type)
+
+
+def _is_binary(type: pa.DataType) -> bool:
+    return type in (pa.binary(), pa.large_binary())

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from pydantic import Field
 
-from pipeline.dataset.source import embedded, formats
+from pipeline.dataset.source import formats
 from pipeline.dataset.source import webdataset_tars as tars
 from pipeline.dataset.source.aliases import (
     ALIASES,
@@ -94,8 +94,8 @@ class Part:
             return replace(self, rows=tars.rows_in(self.path))
         columns, rows = formats.probe(self.path)
         require(self.path, columns.names, self.columns)
-        usual = (self.columns["image"],) if "image" in self.columns else embedded.NAMES
-        image = embedded.image_column(columns, usual)
+        usual = (self.columns["image"],) if "image" in self.columns else formats.IMAGE_COLUMNS
+        image = formats.image_column(columns, usual)
         aliases = mapped(FILE_ALIASES if image else ALIASES, self.columns)
         if image is None:
             require_url(self.path, columns.names, aliases)
@@ -115,9 +115,8 @@ class Part:
             return self.pictures.tables()
         if self.kind == "tar":
             return tars.tables(self.path, mapped(STORED_ALIASES, self.columns))
-        if self.image is not None:
-            return embedded.tables(self.path, self.image, mapped(FILE_ALIASES, self.columns))
-        return formats.tables(self.path, mapped(ALIASES, self.columns))
+        aliases = mapped(ALIASES if self.image is None else FILE_ALIASES, self.columns)
+        return formats.tables(self.path, aliases, self.image)
 
 
 def find_parts(spec: str, settings: SourceSettings) -> list[Part]:
@@ -170,12 +169,12 @@ def _part(path: str, settings: SourceSettings, name: str = "") -> Part:
 
 
 def _files_under_root(word: str, root: str) -> list[str]:
-    """The files that `laion-part-N` numbers: tars only where there is nothing else."""
+    """The files that `laion-part-N` numbers, in name order: tars only where there is nothing else."""
     if not root:
         raise SourceError(
             f"{word} needs a metadata root: set source.root or LAION_ROOT to a folder or URL of metadata."
         )
-    files = files_under(root)
+    files = _rows_among(listing(root), full_path(*locate(root)))
     if not files:
         raise SourceError(f"{word} does not exist: the root {root} holds no metadata ({_KINDS}); {_listing(root)}.")
     return [path for path in files if not tars.is_tar(path)] or files
@@ -236,13 +235,11 @@ def _unpacking(paths: list[str]) -> str:
     return " Unpack archives first." if is_packed else ""
 
 
-def files_under(folder: str) -> list[str]:
-    """The metadata files and tars anywhere under a folder, in name order; none that are hidden, or in a `_folder`."""
-    return _rows_among(listing(folder), full_path(*locate(folder)))
-
-
 def _rows_among(paths: list[str], folder: str) -> list[str]:
-    # Of images, `_MG_0001.jpg` is what cameras write.
+    """The metadata files and tars of those below a folder; none in a `_folder`, or whose name begins so.
+
+    Of images, `_MG_0001.jpg` is what cameras write.
+    """
     return data_files([path for path in paths if "/_" not in path[len(folder.rstrip("/")) :]])
 
 

@@ -18,15 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.source.aliases import FILE_ALIASES, FILE_NAMES, Aliases, resolve
-from pipeline.dataset.source.formats import (
-    BESIDE,
-    IMAGE_SUFFIXES,
-    format_of,
-    from_files,
-    from_records,
-    probe,
-    tables,
-)
+from pipeline.dataset.source.formats import BESIDE, IMAGE_SUFFIXES, format_of, from_files, from_records, probe, tables
 from pipeline.dataset.source.values import as_text, distinct, to_seeds
 from pipeline.shared.files import is_local, open_binary, reading
 from schemas.columns import SEED_SCHEMA

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from pipeline.__main__ import app
 from pipeline.dataset.config import load_config
-from pipeline.dataset.finished.export_json import Form, export_json
+from pipeline.dataset.finished.export_json import export_json
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.plan import make_plan
 from pipeline.train.loader.condition import require
@@ -65,7 +65,7 @@ def test_the_trainer_and_the_export_say_what_to_do(tmp_path):
         with pytest.raises(SourceError, match=r"make the dataset again with --set pack\.embeddings=true"):
             require(dataset, [role], AdapterSettings())
     with pytest.raises(OutputError, match=r"again with --set pack\.embeddings=true"):
-        export_json(Path(out), tmp_path / "list", Form())
+        export_json(Path(out), tmp_path / "list")
 
 
 def test_a_dataset_without_embeddings(tmp_path, remembered):

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
-from pipeline.dataset.finished.export_json import Crop, Form, IdFormat, export_json
+from pipeline.dataset.finished.export_json import export_json
 from pipeline.shared.tars import unpack
 from schemas.errors import CorruptShardError, OutputError
 from schemas.shard import decode_npy
@@ -44,9 +44,9 @@ def key_of(entry: dict[str, str]) -> str:
 
 
 def test_the_list_names_files_that_hold_what_the_shards_hold(out, samples, tmp_path):
-    done = export_json(out, tmp_path / "list", Form())
+    done = export_json(out, tmp_path / "list")
     entries = json.loads((tmp_path / "list" / "data.json").read_text(encoding="utf-8"))
-    assert (done.samples, done.left_out) == (3, 1)
+    assert done == (3, 1)
     assert [key_of(entry) for entry in entries] == ["a-000000000", "a-000000002", "b-000000000"]
     assert entries[0]["text"] == 'a "quoted" caption\nüber zwei Zeilen'
     for entry in entries:
@@ -61,18 +61,16 @@ def test_the_list_names_files_that_hold_what_the_shards_hold(out, samples, tmp_p
     assert not list((tmp_path / "list").rglob(".tmp-*"))
 
 
-@pytest.mark.parametrize(
-    ("crop", "sizes"), [(Crop.FULL, [1280, 600]), (Crop.PORTRAIT, [600, 600]), (Crop.HALF, [1280, 600])]
-)
+@pytest.mark.parametrize(("crop", "sizes"), [("full", [1280, 600]), ("portrait", [600, 600]), ("half", [1280, 600])])
 def test_the_asked_crop_else_the_largest(out, tmp_path, crop, sizes):
-    export_json(out, tmp_path / "list", Form(crop))
+    export_json(out, tmp_path / "list", crop)
     entries = json.loads((tmp_path / "list" / "data.json").read_text())
     widths = [decode_jpeg((tmp_path / "list" / entry["image_file"]).read_bytes()).shape[1] for entry in entries[:2]]
     assert widths == sizes
 
 
 def test_the_published_way_of_reading_works_with_the_documented_switches(out, samples, tmp_path, monkeypatch):
-    export_json(out, tmp_path / "list", Form(id_format=IdFormat.PT_NUMPY, absolute=True))
+    export_json(out, tmp_path / "list", id_format="pt-numpy", absolute=True)
     monkeypatch.chdir(tmp_path)
     entry = json.loads(Path("list/data.json").read_text())[0]
     with pytest.raises(pickle.UnpicklingError, match="weights_only"):
@@ -87,14 +85,14 @@ def test_the_published_way_of_reading_works_with_the_documented_switches(out, sa
 def test_a_folder_that_is_not_empty_and_a_dir_that_is_no_dataset_are_refused(out, tmp_path):
     (tmp_path / "kept").write_text("mine")
     with pytest.raises(OutputError, match="not empty"):
-        export_json(out, tmp_path, Form())
+        export_json(out, tmp_path)
     with pytest.raises(OutputError, match="cannot be written"):
-        export_json(out, tmp_path / "kept" / "list", Form())
+        export_json(out, tmp_path / "kept" / "list")
     with pytest.raises(OutputError, match="no dataset"):
-        export_json(tmp_path, tmp_path / "list", Form())
+        export_json(tmp_path, tmp_path / "list")
     (tmp_path / "empty" / "shards").mkdir(parents=True)
     with pytest.raises(OutputError, match="no finished shard"):
-        export_json(tmp_path / "empty", tmp_path / "list", Form())
+        export_json(tmp_path / "empty", tmp_path / "list")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "kept"]
 
 
@@ -103,14 +101,14 @@ def test_a_tar_of_another_length_is_named_before_anything_is_written(tmp_path):
     with (out / "shards" / "a-00000.tar").open("ab") as stream:
         stream.write(b"x")
     with pytest.raises(CorruptShardError, match=r"a-00000\.tar"):
-        export_json(out, tmp_path / "list", Form())
+        export_json(out, tmp_path / "list")
     assert not (tmp_path / "list").exists()
 
 
 def test_a_sample_that_is_not_whole_is_named_and_there_is_no_list(tmp_path):
     out = fake.write(tmp_path / "out", {"a-00000": [fake.record("a", 0), fake.record("a", 1, face=None)]})
     with pytest.raises(CorruptShardError, match=r"a-00000\.tar: a-000000001"):
-        export_json(out, tmp_path / "list", Form())
+        export_json(out, tmp_path / "list")
     assert not (tmp_path / "list" / "data.json").exists()
 
 

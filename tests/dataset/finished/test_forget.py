@@ -19,7 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
-from pipeline.dataset.finished.forget import Wanted, forget, take_down_listed
+from pipeline.dataset.finished.forget import forget, take_down_listed
 from pipeline.dataset.finished.report import write_report
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.out.forgotten import FORGOTTEN, Forgotten, finish, load
@@ -85,7 +85,7 @@ def everything(out):
 
 def test_a_sample_goes_from_tar_ledger_manifest_and_report(out):
     before = read_manifests(out)
-    gone = forget(out, Wanted(urls=(KEPT_URL,)))
+    gone = forget(out, urls=(KEPT_URL,))
     assert (gone.rows, gone.kept, gone.damaged) == ({FIRST: [KEYS[0]]}, {FIRST: 1}, [])
     assert samples(out) == [KEYS[4]]
     row = ledger(out)[KEYS[0]]
@@ -106,7 +106,7 @@ def test_nothing_tells_of_it_any_more(out):
     pictures = {row["key"] for row in pq.read_table(out / "drops" / f"{FIRST}.parquet").to_pylist()}
     assert KEYS[3] in pictures
     assert all(secret in everything(out) for secret in secrets)
-    forget(out, Wanted(urls=(KEPT_URL, DEAD_URL)))
+    forget(out, urls=(KEPT_URL, DEAD_URL))
     assert not [secret for secret in secrets if secret in everything(out)]
     assert KEYS[3] not in {row["key"] for row in pq.read_table(out / "drops" / f"{FIRST}.parquet").to_pylist()}
     assert verify(out) == []
@@ -115,14 +115,14 @@ def test_nothing_tells_of_it_any_more(out):
 def test_the_events_name_no_host_any_more(out):
     lines = [{"kind": "start", "parts": ["a"]}, {"kind": "progress", "slowest_hosts": {"photos.example": 2.5}}]
     (out / "events.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in lines) + '{"slowest_hosts": {"photos')
-    forget(out, Wanted(urls=(KEPT_URL,)))
+    forget(out, urls=(KEPT_URL,))
     left = (out / "events.jsonl").read_text()
     assert list(map(json.loads, left.splitlines())) == [lines[0], {"kind": "progress", "slowest_hosts": {}}]
 
 
 def test_only_the_shards_concerned_are_rewritten(out):
     before = files(out)
-    forget(out, Wanted(urls=(DEAD_URL,)))
+    forget(out, urls=(DEAD_URL,))
     changed = {name for name, data in files(out).items() if before.get(name) != data}
     assert changed == {
         f"shards/{FIRST}.parquet", f"shards/{FIRST}.json", f"drops/{FIRST}.parquet", "dataset.json", "report.html",
@@ -132,7 +132,7 @@ def test_only_the_shards_concerned_are_rewritten(out):
 
 
 def test_what_is_left_is_what_a_run_without_it_would_have_written(out, tmp_path):
-    forget(out, Wanted(urls=(KEPT_URL, DEAD_URL)))
+    forget(out, urls=(KEPT_URL, DEAD_URL))
     blanks = [(index, fake.dead("a", index, "metadata", "forgotten", url=None)) for index in (0, 3)]
     fresh = fake.write(tmp_path / "fresh", {FIRST: rows(0, blanks)})
     for suffix in ("tar", "parquet", "json"):
@@ -142,21 +142,21 @@ def test_what_is_left_is_what_a_run_without_it_would_have_written(out, tmp_path)
 
 @pytest.mark.parametrize("domain", ["example.org", "Sub.EXAMPLE.org", "https://example.org:1/x", "*.example.org."])
 def test_a_site_with_all_below_it(out, domain):
-    assert forget(out, Wanted(domains=(domain,))).rows == {SECOND: [KEYS[6]]}
+    assert forget(out, domains=(domain,)).rows == {SECOND: [KEYS[6]]}
     assert verify(out) == []
 
 
 @pytest.mark.parametrize("domain", ["xample.org", "other.sub.example.org", "photos.example.org"])
 def test_other_sites_stay(out, domain):
     before = files(out)
-    assert forget(out, Wanted(domains=(domain,))).rows == {}
+    assert forget(out, domains=(domain,)).rows == {}
     after = files(out)
     after.pop(FORGOTTEN)
     assert after == before
 
 
 def test_a_file_goes_wherever_it_came_from_and_its_addresses_are_remembered(out):
-    gone = forget(out, Wanted(contents=("CD" * 32, "ab" * 32)))
+    gone = forget(out, contents=("CD" * 32, "ab" * 32))
     assert gone.rows == {SECOND: [KEYS[6], KEYS[7]]}
     assert load(out).concerns_url("https://img.sub.example.org:8443/x.jpg")
     assert load(out).concerns_url("http://photos.example/a/7.jpg")
@@ -164,7 +164,7 @@ def test_a_file_goes_wherever_it_came_from_and_its_addresses_are_remembered(out)
 
 
 def test_the_list_holds_no_address_and_no_hash_of_a_file(out):
-    forget(out, Wanted((KEPT_URL,), ("example.org",), ("cd" * 32,)))
+    forget(out, (), (KEPT_URL,), ("example.org",), ("cd" * 32,))
     text = (out / FORGOTTEN).read_text()
     assert "example" not in text
     assert "cd" * 32 not in text
@@ -173,18 +173,18 @@ def test_the_list_holds_no_address_and_no_hash_of_a_file(out):
 
 
 def test_a_second_take_down_adds_to_the_first(out):
-    forget(out, Wanted(urls=(KEPT_URL,)))
-    assert forget(out, Wanted(urls=(DEAD_URL,))).rows == {FIRST: [KEYS[3]]}
+    forget(out, urls=(KEPT_URL,))
+    assert forget(out, urls=(DEAD_URL,)).rows == {FIRST: [KEYS[3]]}
     known = load(out)
     assert known.concerns_url(KEPT_URL)
     assert known.concerns_url(DEAD_URL)
     before = files(out)
-    assert forget(out, Wanted()).rows == {}
+    assert forget(out).rows == {}
     assert files(out) == before
 
 
 def test_a_whole_shard_may_go(out):
-    assert str(forget(out, Wanted(domains=("photos.example",)))) == "11 rows, 3 of them samples, in 2 shards"
+    assert str(forget(out, domains=("photos.example",))) == "11 rows, 3 of them samples, in 2 shards"
     assert samples(out) == []
     assert verify(out) == []
     assert sum(row["verdict"] == "forgotten" for row in ledger(out).values()) == 6
@@ -195,7 +195,7 @@ def test_whatever_is_written_follows_the_umask(tmp_path):
     try:
         out = fake.write(tmp_path, {FIRST: rows(0)})
         write_report(out)
-        forget(out, Wanted(urls=(KEPT_URL,)))
+        forget(out, urls=(KEPT_URL,))
     finally:
         os.umask(before)
     modes = {str(path.relative_to(out)): path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()}
@@ -205,7 +205,7 @@ def test_whatever_is_written_follows_the_umask(tmp_path):
 
 def test_an_unfinished_dataset_is_forgotten_in_too(tmp_path):
     out = fake.write(tmp_path, {FIRST: rows(0)}, finish=False)
-    forget(out, Wanted(urls=(KEPT_URL,)))
+    forget(out, urls=(KEPT_URL,))
     assert verify(out) == []
     assert "shards" not in json.loads((out / "dataset.json").read_text())
 
@@ -220,8 +220,8 @@ def remote(published):
 
 
 def test_a_remote_dataset_is_forgotten_in_too(out, remote):
-    wanted = Wanted(urls=(KEPT_URL, DEAD_URL), contents=("cd" * 32,))
-    assert forget(remote, wanted).rows == forget(out, wanted).rows == {FIRST: [KEYS[0], KEYS[3]], SECOND: [KEYS[6]]}
+    wanted = {"urls": (KEPT_URL, DEAD_URL), "contents": ("cd" * 32,)}
+    assert forget(remote, **wanted).rows == forget(out, **wanted).rows == {FIRST: [KEYS[0], KEYS[3]], SECOND: [KEYS[6]]}
     assert verify(remote) == []
     for name, data in files(out).items():
         if name != FORGOTTEN:
@@ -232,7 +232,7 @@ def test_a_remote_dataset_is_forgotten_in_too(out, remote):
 @pytest.mark.parametrize("steps", range(3))
 def test_a_remote_shard_that_was_committed_is_finished(out, remote, steps):
     """Objects cannot be renamed: a kill while the new ones are copied leaves what to go on with."""
-    forget(out, Wanted(urls=(KEPT_URL,)))
+    forget(out, urls=(KEPT_URL,))
     for number, suffix in enumerate(("tar", "parquet", "json")):
         data = (out / "shards" / f"{FIRST}.{suffix}").read_bytes()
         write(remote / "shards" / (f"{FIRST}.{suffix}" if number < steps else f".new-{FIRST}.{suffix}"), data)
@@ -281,7 +281,7 @@ def test_a_list_is_taken_down_once_for_each_state_of_it(out):
 
 
 def test_what_was_forgotten_stays_so_under_a_list(out):
-    forget(out, Wanted(urls=(KEPT_URL,)))
+    forget(out, urls=(KEPT_URL,))
     assert take_down(out, KEPT_URL, DEAD_URL).rows == {FIRST: [KEYS[3]]}
     assert ledger(out)[KEYS[0]]["verdict"] == "forgotten"
     assert load(out).concerns_url(KEPT_URL)
@@ -330,24 +330,24 @@ def test_nothing_that_matches_is_said_and_remembered(out):
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (Wanted(), "give --url, --domain, --sha256, --file or --list"),
-        (Wanted(domains=("org",)), "is no site"),
-        (Wanted(domains=("",)), "is no site"),
-        (Wanted(contents=("abc",)), "is no sha256"),
+        ({}, "give --url, --domain, --sha256, --file or --list"),
+        ({"domains": ("org",)}, "is no site"),
+        ({"domains": ("",)}, "is no site"),
+        ({"contents": ("abc",)}, "is no sha256"),
     ],
 )
 def test_words_that_make_no_sense_change_nothing(out, wanted, message):
     before = files(out)
     with pytest.raises(OutputError, match=message):
-        forget(out, wanted)
+        forget(out, **wanted)
     assert files(out) == before
 
 
 def test_a_folder_that_is_no_dataset_or_a_list_that_is_not_there(out, tmp_path):
     with pytest.raises(OutputError, match="holds no dataset"):
-        forget(tmp_path / "none", Wanted(urls=(KEPT_URL,)))
+        forget(tmp_path / "none", urls=(KEPT_URL,))
     with pytest.raises(SourceError, match="cannot be read"):
-        Wanted.listed(tmp_path / "none.txt")
+        forget(out, lists=(tmp_path / "none.txt",))
 
 
 def test_a_disk_that_fills_up_before_dataset_json_is_not_damage(out, monkeypatch):
@@ -357,8 +357,8 @@ def test_a_disk_that_fills_up_before_dataset_json_is_not_damage(out, monkeypatch
     with monkeypatch.context() as patched:
         patched.setattr("pipeline.dataset.finished.forget.write", full)
         with pytest.raises(LostError, match="No space left on device"):
-            forget(out, Wanted(urls=(KEPT_URL,)))
-    forget(out, Wanted())
+            forget(out, urls=(KEPT_URL,))
+    forget(out)
     assert verify(out) == []
 
 
@@ -367,7 +367,7 @@ def test_a_run_in_the_same_folder_is_not_disturbed(out):
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:
         with pytest.raises(OutputError, match="Another run is writing"):
-            forget(out, Wanted(urls=(KEPT_URL,)))
+            forget(out, urls=(KEPT_URL,))
     finally:
         os.close(handle)
     assert not (out / FORGOTTEN).exists()
@@ -379,7 +379,7 @@ def test_damage_is_never_signed_as_whole_and_the_other_shards_are_done(out, suff
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
-    gone = forget(out, Wanted(domains=("photos.example",)))
+    gone = forget(out, domains=("photos.example",))
     assert list(gone.rows) == [SECOND]
     assert len(gone.damaged) == 1
     assert path.name in gone.damaged[0]
@@ -389,7 +389,7 @@ def test_damage_is_never_signed_as_whole_and_the_other_shards_are_done(out, suff
 
 
 def test_a_damaged_list_stops_everything(out):
-    forget(out, Wanted(urls=(KEPT_URL,)))
+    forget(out, urls=(KEPT_URL,))
     text = (out / FORGOTTEN).read_text()
     for broken in (
         "{",
@@ -402,7 +402,7 @@ def test_a_damaged_list_stops_everything(out):
         with pytest.raises(CorruptShardError, match=FORGOTTEN):
             load(out)
         with pytest.raises(CorruptShardError, match=FORGOTTEN):
-            forget(out, Wanted(urls=(DEAD_URL,)))
+            forget(out, urls=(DEAD_URL,))
 
 
 # ---- killed at any moment
@@ -411,7 +411,7 @@ def test_a_damaged_list_stops_everything(out):
 KILLED = """
 import gc, os, shutil, signal, sys
 from pathlib import Path
-from pipeline.dataset.finished.forget import Wanted, forget
+from pipeline.dataset.finished.forget import forget
 
 published, work, urls = Path(sys.argv[1]), Path(sys.argv[2]), tuple(sys.argv[3:])
 
@@ -432,7 +432,7 @@ while killed:
         left = [steps]
         for name in ("unlink", "replace"):  # all that changes what a reader finds under a name; fsync changes nothing
             setattr(os, name, deadly(getattr(os, name), left))
-        forget(out, Wanted(urls=urls))
+        forget(out, urls=urls)
         os._exit(0)
     killed = os.waitpid(forked, 0)[1] != 0
     steps += 1
@@ -451,7 +451,7 @@ def test_a_kill_at_any_step_leaves_the_old_shard_or_the_new_one(tmp_path):
     assert len(states) > 15
     states = list({tuple(nameless(files(state)).items()): state for state in states}.values())
     generations = shards_of(published), shards_of(states[-1])
-    seen = [what_a_kill_left(state, generations, Wanted(urls=urls)) for state in states]
+    seen = [what_a_kill_left(state, generations, urls) for state in states]
     # nothing done; one shard done; in the middle of a shard, before and behind its commit; all done
     assert {("old", "old"), ("new", "old"), ("new", "new")} < set(seen)
     assert any(None in found for found in seen)
@@ -464,7 +464,7 @@ SHORT = {
 }
 
 
-def what_a_kill_left(state, generations, wanted):
+def what_a_kill_left(state, generations, urls):
     """Which generation each shard is; None while its files are of both, which everybody is told."""
     problems = verify(state)
     old, new = generations
@@ -477,7 +477,7 @@ def what_a_kill_left(state, generations, wanted):
     assert all(shards_of(resumed)[shard] in (old[shard], new[shard]) for shard in (FIRST, SECOND)), state.name
     assert not [name for name in files(resumed) if "/.new-" in name]
     shutil.rmtree(resumed)
-    forget(state, wanted)
+    forget(state, urls=urls)
     assert verify(state) == []
     return told
 

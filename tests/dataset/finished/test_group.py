@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from sample_runs import make, without
 
-from pipeline.dataset.finished.forget import Wanted, forget
+from pipeline.dataset.finished.forget import forget
 from pipeline.dataset.finished.group import grouping
 from pipeline.dataset.finished.group import persons as linkage
 from pipeline.dataset.finished.group.grouping import Wish, group
@@ -149,7 +149,7 @@ def test_a_run_that_was_killed_goes_on_and_remembers_what_is_to_be_forgotten(mad
     out = tmp_path / "out"
     grouped(out, made / "source")
     whole = contents(out)
-    forget(out, Wanted(urls=("http://photos.example/part/1.jpg", "http://photos.example/part/2.jpg")))
+    forget(out, urls=("http://photos.example/part/1.jpg", "http://photos.example/part/2.jpg"))
     assert verify(out) == []
     for name in ("json", "tar"):
         (out / "shards" / f"persons-00000.{name}").unlink()  # that of row 2
@@ -164,7 +164,7 @@ def test_a_run_that_was_killed_goes_on_and_remembers_what_is_to_be_forgotten(mad
 
 def test_what_a_source_is_to_forget_is_not_read_from_it(made, tmp_path):
     folder = source(tmp_path / "source")
-    forget(folder, Wanted(urls=("http://photos.example/part/5.jpg",)))
+    forget(folder, urls=("http://photos.example/part/5.jpg",))
     assert "b5" not in [sample["text"] for sample, _ in grouped(tmp_path / "out", folder)]
     assert len(ledger(tmp_path / "out")) == len(ROWS) - 1
 

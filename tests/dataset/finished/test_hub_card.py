@@ -9,7 +9,7 @@ import fake_shards
 import numpy as np
 import pytest
 
-from pipeline.dataset.finished.forget import Wanted, forget
+from pipeline.dataset.finished.forget import forget
 from pipeline.dataset.finished.hub import about
 from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.hub.croissant import croissant
@@ -110,7 +110,7 @@ def test_forget_counts_anew_and_what_the_user_wrote_stays(whole, tmp_path):
     url = read_ledger(out, shard, ["url"], "kept")["url"][0].as_py()
     (out / "README.md").write_text((out / "README.md").read_text() + "\nOurs: ask Ann.\n")
     before = json.loads((out / "croissant.json").read_text())
-    forget(out, Wanted(urls=(url,)))
+    forget(out, urls=(url,))
     text = (out / "README.md").read_text()
     assert "\n8 photos with exactly one face" in text
     assert "| **kept** | 8 |" in text

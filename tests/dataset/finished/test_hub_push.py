@@ -10,7 +10,7 @@ import hub as stand_in
 import pytest
 from huggingface_hub import constants
 
-from pipeline.dataset.finished.forget import Wanted, forget
+from pipeline.dataset.finished.forget import forget
 from pipeline.dataset.finished.hub.push import push
 from pipeline.dataset.out.ledger import read_ledger, read_manifests, shard_names
 from pipeline.shared.files import RemotePath
@@ -94,7 +94,7 @@ def test_what_is_forgotten_goes_from_the_hub_and_its_history(out, hub):
     shard = next(name for name in shard_names(out) if read_ledger(out, name, ["url"], "kept").num_rows)
     before = (out / "shards" / f"{shard}.tar").read_bytes()
     url = read_ledger(out, shard, ["url"], "kept")["url"][0].as_py()
-    forget(out, Wanted(urls=(url,)))
+    forget(out, urls=(url,))
     push(out, NAME, print)
     everything = [*hub.large.values(), *(data for commit in hub.commits for data in commit.values())]
     assert before not in everything

@@ -5,8 +5,7 @@ import fake_dataset as fake
 import numpy as np
 import pytest
 
-from pipeline.dataset.finished.report_cards import Card
-from pipeline.dataset.finished.report_pictures import LABEL_COLOURS, marked, masked
+from pipeline.dataset.finished.report_cards import LABEL_COLOURS, Card, marked, masked
 from pipeline.shared.page import data_uri
 from pipeline.shared.tars import Sample
 from schemas.shard import sample_files

@@ -88,9 +88,11 @@ def test_the_sample_replays_to_what_a_run_by_those_thresholds_makes_of_it(whole,
 
 def test_the_same_thresholds_count_as_the_funnel_does(whole):
     limits, factor = thresholds(whole)
-    replayed = replay(whole, limits, factor)
-    assert replayed.after(KEPT) == funnel(whole).kept
-    assert all(old == new for old, new in replayed.counts)
+    before, after = replay(whole, limits, factor)
+    assert before == +after
+    assert after[KEPT] == funnel(whole).kept
+    for ledger in ledgers(whole, COLUMNS):
+        assert [OUTCOMES[n] for n in evidence(ledger).judged(limits, factor)] == ledger["verdict"].to_pylist()
 
 
 def test_the_command_says_what_changes_and_what_has_to_be_fetched_again(tmp_path):

@@ -98,7 +98,7 @@ def test_sliders_count_what_replay_and_a_rerun_count(visit, out):
         reasons |= set(counts)
     assert reasons >= {"kept", *UNJUDGED, *THRESHOLDS.values()}
     limits = chosen[-1][1]
-    assert replay(out, limits, thresholds(out)[1]).after("kept") == replayed(limits)["kept"]
+    assert replay(out, limits, thresholds(out)[1])[1]["kept"] == replayed(limits)["kept"]
 
 
 def test_sliders_with_fewer_stops_count_as_exactly(visit, tmp_path, monkeypatch):
@@ -138,7 +138,7 @@ def test_a_slider_by_keyboard_changes_counts_photos_and_the_file(visit, dataset,
     download.value.save_as(path)
     limits = other_thresholds(thresholds(dataset)[0], path, [])
     assert limits == FilterSettings(min_face_px=limit)
-    kept = replay(dataset, limits, 0).after("kept")
+    kept = replay(dataset, limits, 0)[1]["kept"]
     assert f"{kept} of 29 kept for certain" in page.inner_text("#kept-now")
     page.click("#reset")
     assert "9 of 29 kept for certain" in page.inner_text("#kept-now")

@@ -3,7 +3,7 @@
 import fake_dataset as fake
 import pytest
 
-from pipeline.dataset.finished.rewrite import copy_without, rewrite
+from pipeline.dataset.finished.forget import copy_without, rewrite
 from pipeline.dataset.out.forgotten import Forgotten
 from pipeline.dataset.out.takedowns import Takedowns
 from schemas.errors import CorruptShardError

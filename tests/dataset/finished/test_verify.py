@@ -16,7 +16,7 @@ from safetensors.numpy import save as save_features
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
-from pipeline.dataset.finished.forget import Wanted, forget
+from pipeline.dataset.finished.forget import forget
 from pipeline.dataset.finished.replay import replay
 from pipeline.dataset.finished.report import write_report
 from pipeline.dataset.finished.status import status
@@ -420,8 +420,8 @@ def test_ledgers_of_earlier_releases_are_read_as_ever(out):
     assert Output(out).is_done(SHARD, fake.plan())
     assert (status(out).rows, write_report(out).kept) == (12, 4)
     assert "are counted in 2 of 12 rows" in (out / "report.html").read_text(encoding="utf-8")
-    assert replay(out, FilterSettings(), 0).after("kept") == 4
-    assert forget(out, Wanted(urls=("http://photos.example/a/0.jpg",))).kept == {SHARD: 1}
+    assert replay(out, FilterSettings(), 0)[1]["kept"] == 4
+    assert forget(out, urls=("http://photos.example/a/0.jpg",)).kept == {SHARD: 1}
     assert told(out) == []
     assert pq.read_schema(path) == LEDGER_SCHEMA
 

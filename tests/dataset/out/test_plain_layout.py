@@ -5,7 +5,7 @@ import webdataset
 from sample_runs import SHARDS, make
 
 from pipeline.dataset.config import load_config
-from pipeline.dataset.finished.export_json import Form, export_json
+from pipeline.dataset.finished.export_json import export_json
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.plan import make_plan
 from pipeline.shared.tars import unpack
@@ -44,7 +44,7 @@ def test_our_own_readers_know_it_by_the_native_names(plain, whole, tmp_path):
     dataset = open_dataset([str(plain)], DataSettings())
     assert {"full.jpg", "txt"} <= dataset.suffixes
     assert len(list(first_samples(dataset, 9, ["json", "full.jpg"]))) == 9
-    assert export_json(plain, tmp_path / "exported", Form()).samples == 9
+    assert export_json(plain, tmp_path / "exported") == (9, 0)
     import datasets
 
     rows = datasets.load_dataset(str(plain), split="train", streaming=True)

@@ -15,7 +15,7 @@ from rich.console import Console
 from sample_runs import remembered_models
 
 from pipeline.dataset.config import load_config
-from pipeline.dataset.finished.forget import Wanted, forget
+from pipeline.dataset.finished.forget import forget
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.job import make_dataset, prepared
 from pipeline.dataset.out.ledger import funnel, read_ledger, read_manifests
@@ -188,7 +188,7 @@ def test_rows_that_were_forgotten_in_the_middle_of_a_round_double_no_other(serve
     server.failing = {GONE: 404}
     run(part, out)
     Output(out).remove("part-r1_00000")
-    forget(out, Wanted(urls=(f"http://127.0.0.1:{server.http.server_port}/1.jpg",)))
+    forget(out, urls=(f"http://127.0.0.1:{server.http.server_port}/1.jpg",))
     server.hits.clear()
     run(part, out)
     check(out)

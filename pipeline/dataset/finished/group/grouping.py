@@ -156,8 +156,10 @@ def group(folders: Sequence[AnyPath], out: AnyPath, wish: Wish, console: Console
     sources = _sources(folders)
     if sources[0]["profile"] == "embedded":
         console.print("The profile embedded is for trying out: its ID vectors tell no persons apart.")
-    output = Output(out)
-    outcome, done = _outcome(out)
+    output, outcome, done = Output(out), "", []
+    with suppress(OSError, ValueError, KeyError, TypeError):  # who is whose in OUT, where a run came to its end
+        before = json.loads((out / DATASET).read_bytes())
+        outcome, done = str(before["plan"]["settings"]["group"]["layout"]), list(before.get("shards", ()))
     sscd = Sscd(wish.sscd) if wish.sscd else None
     if sscd:
         console.print(f"SSCD computes on {sscd.device}.")
@@ -186,7 +188,11 @@ def group(folders: Sequence[AnyPath], out: AnyPath, wish: Wish, console: Console
                 if not output.is_done(shard_name(PART, shard), plan, listed):
                     _write_shard(output, plan, photos, laid, numbers, shard)
         with lost_errors(out):
-            files = _copied(folders, sources, out)
+            files: dict[str, Any] = {}
+            for folder, source in zip(folders, sources, strict=True):  # the features of "no face": those of the models
+                if not files and source.get("files", {}).get(UNCONDITIONAL):
+                    write(out / UNCONDITIONAL, (folder / UNCONDITIONAL).read_bytes())
+                    files = {UNCONDITIONAL: fingerprint(out / UNCONDITIONAL)}
             manifests = read_manifests(out)
             output.describe(plan, {**summary(manifests), "files": files})
             counted = write_report(out)
@@ -194,16 +200,8 @@ def group(folders: Sequence[AnyPath], out: AnyPath, wish: Wish, console: Console
         return counted
 
 
-def _outcome(out: AnyPath) -> tuple[str, list[str]]:
-    """Who is whose in OUT, as the digest of its layout, and its shards, where a run came to its end; nothing else."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        content = json.loads((out / DATASET).read_bytes())
-        return str(content["plan"]["settings"]["group"]["layout"]), list(content.get("shards", ()))
-    return "", []
-
-
 def _sources(folders: Sequence[AnyPath]) -> list[dict[str, Any]]:
-    """dataset.json of each dataset, all of which must have ID vectors and have been made in one way."""
+    """dataset.json of each dataset, all of which must have ID vectors and have been made alike."""
     sources: list[dict[str, Any]] = []
     for folder in folders:
         try:
@@ -273,13 +271,10 @@ def _write_shard(output: Output, plan: Plan, photos: Photos, laid: Layout, numbe
                 )
                 if alive
             ]
-            alive = ledger.filter(pa.array(lives)).drop_columns(["verdict", "stage", "sample_sha256"])
-            alive = alive.append_column(
-                "sample_sha256", pa.array([sample_sha256(files) for files in samples], pa.string())
-            )
+            alive = ledger.filter(pa.array(lives)).drop_columns(["verdict", "stage"])
+            alive = put(alive, "sample_sha256", pa.array(map(sample_sha256, samples), pa.string()))
             for suffix, column in SUFFIXES.items():
-                payload = pa.array([files.get(suffix) for files in samples], pa.binary())
-                alive = alive.append_column(column, payload)
+                alive = put(alive, column, pa.array([files.get(suffix) for files in samples], pa.binary()))
             writer.add(Rows(alive, ledger.filter(pa.array(~lives)), WITNESS_SCHEMA.empty_table()))
         writer.publish(len(rows))
 
@@ -303,12 +298,3 @@ def _sample(photos: Photos, number: int, record: dict[str, Any], origin: str) ->
     content.setdefault("origin", origin)
     content.update({name: record[name] for name in ("key", "part", "row", "person")})
     return {**files, "json": json.dumps(content, sort_keys=True, ensure_ascii=False).encode()}
-
-
-def _copied(folders: Sequence[AnyPath], sources: Sequence[dict[str, Any]], out: AnyPath) -> dict[str, Any]:
-    """The features of "no face", which are those of the models, and dataset.json's entry of them."""
-    for folder, source in zip(folders, sources, strict=True):
-        if source.get("files", {}).get(UNCONDITIONAL):
-            write(out / UNCONDITIONAL, (folder / UNCONDITIONAL).read_bytes())
-            return {UNCONDITIONAL: fingerprint(out / UNCONDITIONAL)}
-    return {}

@@ -1,6 +1,5 @@
 """Persons from ID vectors: mutual nearest neighbours, joined by average linkage, so that look-alikes make no chain."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +48,18 @@ def mutual_neighbours(vectors: Vectors, chosen: Numbers, least: float) -> tuple[
 
     Also which of the chosen have more such neighbours than were looked at. The same vectors give the same pairs.
     """
-    index, count = _index(vectors, chosen), len(chosen)
+    count, width = len(chosen), vectors.shape[1]
+    index: Any = faiss.IndexFlatIP(width)
+    if count > _EXACT:  # in half precision, in cells that a fixed seed decides
+        cells = int(_CELLS * count**0.5)
+        index = faiss.index_factory(width, f"IVF{cells},SQfp16", faiss.METRIC_INNER_PRODUCT)
+        index.by_residual, index.nprobe = False, _PROBED
+        index.cp.seed, index.cp.niter = 1, 6
+        index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, _TRAINED
+        some = np.random.default_rng(1).permutation(count)[: _TRAINED * cells]
+        index.train(vectors[chosen[np.sort(some)]])
+    for start in range(0, count, _QUERIES):
+        index.add(vectors[chosen[start : start + _QUERIES]])
     ones, others, cosines, full = [], [], [], []
     for start in range(0, count, _QUERIES):
         cosine, near = index.search(vectors[chosen[start : start + _QUERIES]], NEIGHBOURS + 1)
@@ -67,25 +77,6 @@ def mutual_neighbours(vectors: Vectors, chosen: Numbers, least: float) -> tuple[
     return Pairs(chosen[low[first]], chosen[high[first]], cosine[first]), np.concatenate(full)
 
 
-def _index(vectors: Vectors, chosen: Numbers) -> Any:
-    """An index for inner products: of many vectors in half precision, in cells that a fixed seed decides."""
-    index: Any
-    count, width = len(chosen), vectors.shape[1]
-    if count <= _EXACT:
-        index = faiss.IndexFlatIP(width)
-    else:
-        cells = int(_CELLS * count**0.5)
-        index = faiss.index_factory(width, f"IVF{cells},SQfp16", faiss.METRIC_INNER_PRODUCT)
-        index.by_residual, index.nprobe = False, _PROBED
-        index.cp.seed, index.cp.niter = 1, 6
-        index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, _TRAINED
-        some = np.random.default_rng(1).permutation(count)[: _TRAINED * cells]
-        index.train(vectors[chosen[np.sort(some)]])
-    for start in range(0, count, _QUERIES):
-        index.add(vectors[chosen[start : start + _QUERIES]])
-    return index
-
-
 def persons(vectors: Vectors, pairs: Pairs, least: float) -> Numbers:
     """(N,) for each vector the smallest number of a vector of the same person, its own where it is alone.
 
@@ -93,7 +84,11 @@ def persons(vectors: Vectors, pairs: Pairs, least: float) -> Numbers:
     photo, left alone though it has a pair, joins the person of its nearest one where the mean is nearly as high.
     """
     labels = np.arange(len(vectors))
-    for members in _connected(pairs, len(vectors)):
+    graph = coo_array((np.ones(len(pairs.one), bool), (pairs.one, pairs.other)), shape=(len(labels), len(labels)))
+    _, component = connected_components(graph, directed=False)
+    several = np.flatnonzero((np.bincount(component) > 1)[component])
+    order = several[np.argsort(component[several], kind="stable")]
+    for members in np.split(order, np.flatnonzero(np.diff(component[order])) + 1) if len(order) else ():
         if len(members) == 2:
             labels[members] = members[0]
         elif len(members) <= _MOST:
@@ -117,12 +112,3 @@ def persons(vectors: Vectors, pairs: Pairs, least: float) -> Numbers:
             lookup = Pairs(np.searchsorted(members, inner.one), np.searchsorted(members, inner.other), inner.cosine)
             labels[members] = members[persons(vectors[members], lookup, least)]
     return labels
-
-
-def _connected(pairs: Pairs, count: int) -> Iterator[Numbers]:
-    """The sets of at least two vectors that pairs connect, each sorted."""
-    graph = coo_array((np.ones(len(pairs.one), bool), (pairs.one, pairs.other)), shape=(count, count))
-    _, component = connected_components(graph, directed=False)
-    several = np.flatnonzero((np.bincount(component) > 1)[component])
-    order = several[np.argsort(component[several], kind="stable")]
-    yield from np.split(order, np.flatnonzero(np.diff(component[order])) + 1) if len(order) else ()

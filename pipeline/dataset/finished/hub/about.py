@@ -1,17 +1,15 @@
 """What is known of a finished dataset: what its card and its Croissant say."""
 
-import json
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from pipeline.dataset.finished.hub.features import Feature, features, peek
-from pipeline.dataset.out.ledger import Funnel
+from pipeline.dataset.out.ledger import Funnel, read_dataset
 from pipeline.shared.files import AnyPath, times
-from schemas.errors import CorruptShardError
 from schemas.names import shard_origin
-from schemas.shard import DATASET, EMBEDDINGS, Manifest
+from schemas.shard import EMBEDDINGS, Manifest
 
 _VIEWED_BYTES = 2_000_000
 """Larger rows are not shown by the hub's viewer."""
@@ -41,17 +39,13 @@ class About:
         Raises:
             CorruptShardError: names the file that cannot be read.
         """
-        try:
-            dataset = dict(json.loads((out / DATASET).read_bytes()))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise CorruptShardError(f"{DATASET}: cannot be read: {error}") from error
         samples = list(peek(out, manifests))
         written = times(out / "shards")
         done = [datetime.fromtimestamp(written.get(f"{one.shard}.json", 0), UTC) for one in manifests]
         return About(
             funnel=counted,
             manifests=manifests,
-            dataset=dataset,
+            dataset=read_dataset(out),
             features=features(samples),
             row_bytes=max((sum(map(len, sample.files.values())) for sample in samples), default=0),
             made=(min(done), max(done)) if done else (datetime.now(UTC),) * 2,

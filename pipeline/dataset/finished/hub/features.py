@@ -18,13 +18,9 @@ from stages.pack import REPEATED
 _PEEKED = 8
 """Samples of a shard, and shards of a plan, that are looked at."""
 _CROP = pa.struct(
-    [
-        ("box", pa.list_(pa.int64())),
-        ("size", pa.list_(pa.int64())),
-        ("face_share", pa.float64()),
-        ("absent", pa.string()),
-    ]
+    {**dict.fromkeys(("box", "size"), pa.list_(pa.int64())), "face_share": pa.float64(), "absent": pa.string()}
 )
+_DTYPES = {"halffloat": "float16", "float": "float32", "double": "float64", "null": "string"}
 
 Feature = dict[str, Any]
 
@@ -70,20 +66,16 @@ def _of_file(name: str, data: bytes, contents: Sequence[Mapping[str, Any]]) -> F
                 type = pa.list_(type)
             return _of_type(type)
         case "json":
-            return _of_type(_json_type(contents))
+            # What `pack` repeats has its columns' types, also where no sample shown has it; the rest as it is seen.
+            seen = {field.name: field.type for field in pa.array(contents).type}
+            columns = {*REPEATED, *seen} & set(COLUMNS) - {*SUFFIXES.values(), "targets"}
+            crops = pa.struct([(crop, _CROP) for crop in CROPS])
+            types = {**seen, **{name: COLUMNS[name].type for name in columns}, "crops": crops}
+            return _of_type(pa.struct(sorted(types.items())))
         case "txt":
             return {"dtype": "string"}
         case _:
             return {"dtype": "binary"}
-
-
-def _json_type(contents: Sequence[Mapping[str, Any]]) -> pa.DataType:
-    """What `pack` repeats has the types of its columns, also where no sample shown has it; the rest as it is seen."""
-    seen = {field.name: field.type for field in pa.array(contents).type}
-    columns = {*REPEATED, *seen} & set(COLUMNS) - {*SUFFIXES.values(), "targets"}
-    crops = pa.struct([(crop, _CROP) for crop in CROPS])
-    types = {**seen, **{name: COLUMNS[name].type for name in columns}, "crops": crops}
-    return pa.struct(sorted(types.items()))
 
 
 def _of_type(type: pa.DataType) -> Feature:
@@ -93,8 +85,4 @@ def _of_type(type: pa.DataType) -> Feature:
     if pa.types.is_list(type) or pa.types.is_fixed_size_list(type):
         inner = _of_type(type.value_type)
         return {"sequence": inner.get("dtype", inner)}
-    return {
-        "dtype": {"halffloat": "float16", "float": "float32", "double": "float64", "null": "string"}.get(
-            str(type), str(type)
-        )
-    }
+    return {"dtype": _DTYPES.get(str(type), str(type))}

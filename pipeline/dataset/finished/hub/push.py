@@ -1,7 +1,7 @@
-"""`push`: a finished dataset to the Hugging Face hub, gated unless told otherwise, without anything of dropped photos.
+"""`push`: a finished dataset to the Hugging Face hub, gated by default, without anything of dropped photos.
 
 The hub's copy is brought to what OUT is: shards that lie there as their manifests say are passed over, so the same call
-goes on after any interruption, and what `forget` took out of OUT goes from the hub and its history.
+goes on after any interruption, and what `forget` removed from OUT goes from the hub and its history.
 """
 
 import re
@@ -100,7 +100,7 @@ def _hashes(api: "HfApi", repo: str) -> dict[str, str]:
 
 
 def _files(out: AnyPath, manifest: Manifest, opened: ExitStack) -> Iterator[tuple[str, Path | bytes]]:
-    """Path there, and content, of a shard's files, which were found to be whole; `opened` holds copies of remote ones.
+    """Path there, and content, of a shard's files, which are whole; `opened` holds copies of remote ones.
 
     Raises:
         CorruptShardError: when one is not what the manifest says.
