@@ -313,7 +313,7 @@ class _Maker:
         """Make a shard; its batches go through the models' `actor`, `ahead` in flight, and come back in order."""
 
         def begin(rows: Rows) -> Any:
-            return actor.apply.remote(rows.to_send())
+            return actor.apply.remote(rows)
 
         def compute(batches: Iterator[Rows]) -> Iterator[Rows]:
             return windowed(map(begin, batches), ray.get, ahead)
