@@ -1,6 +1,7 @@
 """Why a row is dropped: a closed list. Every reason is declared by a stage and provoked by a test."""
 
 from enum import StrEnum
+from typing import Any
 
 
 class DropReason(StrEnum):
@@ -78,3 +79,13 @@ class DropReason(StrEnum):
     SINGLE_PHOTO = "single_photo", "no other photo of its person is in the dataset (`group --no-singles`)"
     # take-downs
     FORGOTTEN = "forgotten", "it was to be forgotten (`forget`): nothing is known of it any more"
+
+
+class Dropped(Exception):
+    """Raised for one row inside a `RowStage`: the row is dropped, with what was measured so far."""
+
+    def __init__(self, reason: DropReason, **measured: Any) -> None:
+        """Remember the reason and the ledger columns that are known in spite of it."""
+        super().__init__(reason)
+        self.reason = reason
+        self.measured = measured

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Protocol
 import pyarrow as pa
 
 from schemas.columns import COLUMNS
+from schemas.drops import Dropped as Dropped  # raised by row-wise stages; there, since decoders know no more of this
 from schemas.drops import DropReason
 from stages.runtime import Runtime
 from stages.settings import Settings
@@ -32,16 +33,6 @@ class Stage(Protocol):
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return `writes` (and `DROP`) for the rows of `table`, in its order."""
-
-
-class Dropped(Exception):
-    """Raised for one row inside a `RowStage`: the row is dropped, with what was measured so far."""
-
-    def __init__(self, reason: DropReason, **measured: Any) -> None:
-        """Remember the reason and the ledger columns that are known in spite of it."""
-        super().__init__(reason)
-        self.reason = reason
-        self.measured = measured
 
 
 class Record(Mapping[str, Any]):

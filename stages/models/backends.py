@@ -9,14 +9,12 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from schemas.arrays import Floats as Floats
+from schemas.arrays import Image as Image
 from schemas.errors import ConfigError
 from stages.models.papers import Weight
 from stages.runtime import Device
 from stages.settings import ModelSettings, Settings
-
-Image = npt.NDArray[np.uint8]
-"""(H, W, 3) uint8, RGB."""
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from schemas.drops import DropReason
+from schemas.arrays import Image
+from schemas.drops import Dropped, DropReason
 from schemas.errors import ShardError
-from stages.base import Dropped
-from stages.models.backends import Image
 
 CPU_S = 30
 """Processor time per file; 100 megapixels take about 2 s. The child has itself killed when it is over."""

@@ -24,9 +24,8 @@ import simplejpeg
 from PIL import Image as Pillow
 from PIL.ImageFile import ImageFile
 
-from schemas.drops import DropReason
-from stages.base import Dropped
-from stages.models.backends import Image
+from schemas.arrays import Image
+from schemas.drops import Dropped, DropReason
 from stages.pixels import headers
 from stages.pixels.decoding import CPU_S, MEMORY
 from stages.pixels.images import encode_jpeg, shrink, stderr_taken

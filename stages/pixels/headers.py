@@ -28,8 +28,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from schemas.drops import DropReason
-from stages.base import Dropped
+from schemas.drops import Dropped, DropReason
 from stages.pixels import decoding, jpeg
 
 Pillow.MAX_IMAGE_PIXELS = None  # the cap is filter.max_pixels, judged before any decode

@@ -18,9 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from schemas.drops import DropReason
-from stages.base import Dropped
-from stages.models.backends import Image
+from schemas.arrays import Image
+from schemas.drops import Dropped, DropReason
 from stages.pixels import decoding
 from stages.pixels.headers import OPENERS, format_of, has_png_end, read_header
 
