@@ -120,6 +120,8 @@ def _facts(record: Mapping[str, Any]) -> list[str]:
     """Sizes and scores in words, as far as they were measured."""
     record = _posed(record)
     size = [f"{record['width']} × {record['height']}"] if record["width"] and record["height"] else []
+    if record.get("jpeg_quality") == 100:  # other formats than JPEG count as that
+        del record["jpeg_quality"]
     return size + [text.format(record[name]) for name, text in _FACTS.items() if record.get(name) is not None]
 
 
