@@ -272,7 +272,7 @@ def group(
     samples_per_shard: Annotated[int, typer.Option(min=1, help="About how many; persons stay whole.")] = 1000,
     sscd: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="SSCD's sscd_disc_mixup.torchvision.pt: also finds copies that were edited."),
+        typer.Option(metavar="FILE", help="SSCD's weights, by which copies that were edited are known too."),
     ] = None,
     replan: Annotated[bool, typer.Option(help="Go on in an OUT of another plan; its shards are removed.")] = False,
 ) -> None:

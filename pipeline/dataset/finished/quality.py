@@ -77,7 +77,9 @@ def read_faces(out: AnyPath) -> Faces:
         if len(vectors) >= _MOST:
             break
     if not tables:
-        raise OutputError(f"{out} has no photos of known persons: `python -m pipeline group` makes such a dataset.")
+        raise OutputError(
+            f"{out} has no photos of known persons: give what `python -m pipeline group {out} --out NEW` makes of it."
+        )
     order = np.random.default_rng(0).permutation(len(vectors))
     table = pa.concat_tables(tables).take(pa.array(order))
     persons = table["person"].to_numpy()
@@ -96,7 +98,7 @@ def _goodness(name: str, values: Floats) -> Floats:
 
 
 def curve(faces: Faces, name: str, similarity: float) -> Curve | None:
-    """The errors by one measure, over the photos of which it is known; None where that leaves no pair."""
+    """The errors by one measure, over the photos of which it is known; None where these leave too few pairs."""
     known = np.flatnonzero(np.isfinite(faces.goodness[name]))
     order = known[np.argsort(faces.goodness[name][known], kind="stable")]
     missed, mistaken = [], []
@@ -124,21 +126,26 @@ def lines(out: AnyPath, similarity: float) -> Iterator[str | Table]:
     faces = read_faces(out)
     yield f"{len(faces.persons):,} photos of {len(set(faces.persons.tolist())):,} persons."
     yield (
-        f"% of the pairs of one person under a cosine of {similarity:g} / of those of two persons from there on, of all"
-        " photos and without the worst by each measure:"
+        f"Errors at a cosine of {similarity:g}: % of the pairs of one person that are under it / % of the pairs of two "
+        "persons that are not; of all photos, and without the worst 10 % and 30 % by each measure."
     )
-    table = Table("measure", *(f"-{100 * share:.0f} %" for share in DISCARDED), "vs. size", box=box.ASCII)
+    without = [f"all but {100 * share:.0f} %" if share else "all photos" for share in DISCARDED]
+    table = Table("measure", *without, "than size", box=box.ASCII)
     curves = {name: curve(faces, name, similarity) for name in _MEASURES}
     size = curves[_FACE_SIZE]
     better = []
     for name, one in curves.items():
         if one is None or size is None:
-            table.add_row(name, "too few")
+            is_measured = np.isfinite(faces.goodness[name]).any()
+            table.add_row(name, "too few pairs" if is_measured else "not measured")
             continue
         cells = [f"{100 * a:.2f} / {100 * b:.3f}" for a, b in zip(one.missed, one.mistaken, strict=True)]
         word = "" if name == _FACE_SIZE else judgement(one, size)
         better += [name] if word == "better" else []
         table.add_row(name, *cells, word)
     yield table
-    yield f"Of more use than the size of the face, by two standard errors: {', '.join(better) or 'none'}."
+    if size and not any(size.missed):
+        yield "Every pair of one person is recognised: on more, or poorer, photos the measures would differ."
+    else:
+        yield f"Of more use than the size of the face, by two standard errors: {', '.join(better) or 'none'}."
     yield "Persons that `group` made are groups by these vectors: photos that it did not recognise are missing here."

@@ -216,6 +216,8 @@ def _median(measure: Measure, counts: npt.NDArray[np.int64]) -> str:
     if not counts.sum():
         return "–"
     at = int(np.searchsorted(counts.cumsum(), counts.sum() / 2))
+    if at == 0:  # most often all are 0, which the middle of the bin would not say
+        return f"under {_with_unit(measure, measure.edges[1])}"
     return _with_unit(measure, (measure.edges[at] + measure.edges[at + 1]) / 2)
 
 

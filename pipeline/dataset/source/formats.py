@@ -33,7 +33,8 @@ _BUFFER = 4 << 20
 _GROUP = 64 << 20
 _CSV_BLOCK = 8 << 20
 _CSV_HEADER = 1 << 20
-_PROBE_LINES = 100
+PROBED = 100
+"""Records that are looked at for their keys."""
 
 
 class Format(NamedTuple):
@@ -144,7 +145,7 @@ def read_csv(path: str, aliases: Aliases) -> Iterator[pa.Table]:
 
 def probe_jsonl(path: str) -> tuple[pa.Schema, None]:
     with reading(path), open_binary(path, "infer") as file:
-        records = list(islice(_records(path, file), _PROBE_LINES))
+        records = list(islice(_records(path, file), PROBED))
     if records and not any(records):
         raise SourceError(f"{path} holds no JSON objects, one a line.")
     return _strings(dict.fromkeys(name for record in records for name in record or ())), None

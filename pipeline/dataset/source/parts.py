@@ -89,6 +89,8 @@ class Part:
         """
         if self.pictures is not None:
             _ = self.pictures.named
+            if self.columns:
+                require(self.path, self.pictures.keys(), self.columns)
             return replace(self, rows=len(self.pictures.images))
         if self.kind == "tar":
             return replace(self, rows=tars.rows_in(self.path))
@@ -159,7 +161,11 @@ def find_parts(spec: str, settings: SourceSettings) -> list[Part]:
                 )
             by_path[path] = by_name[name] = replace(part, source_kind=kind[:-1] or settings.kind)
     with ThreadPoolExecutor(_PROBES_AT_A_TIME) as pool:
-        return list(pool.map(Part.probed, by_path.values()))
+        parts = list(pool.map(Part.probed, by_path.values()))
+    first_tar = next((part.path for part in parts if part.kind == "tar"), "")
+    if settings.columns and first_tar:  # of others it would take long
+        require(first_tar, tars.keys(first_tar), settings.columns)
+    return parts
 
 
 def _part(path: str, settings: SourceSettings, name: str = "") -> Part:

@@ -13,12 +13,24 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.source.aliases import FILE_ALIASES, FILE_NAMES, Aliases, resolve
-from pipeline.dataset.source.formats import BESIDE, IMAGE_SUFFIXES, format_of, from_files, from_records, probe, tables
+from pipeline.dataset.source.formats import (
+    BESIDE,
+    IMAGE_SUFFIXES,
+    PROBED,
+    format_of,
+    from_files,
+    from_records,
+    parse_record,
+    probe,
+    tables,
+)
 from pipeline.dataset.source.values import as_text, distinct, to_seeds
 from pipeline.shared.files import is_local, open_binary, reading
 from schemas.columns import SEED_SCHEMA
@@ -80,6 +92,26 @@ class Pictures:
                 naming.append(file)
         return tuple(naming)
 
+    @cached_property
+    def _lists(self) -> list[str]:
+        """The JSON files that may list images."""
+        jsons = [file for file in self.files if file.endswith(".json")]
+        split = ((file, *self._path(file)[: -len(".json")].split("/")[-2:]) for file in jsons)
+        return [file for file, folder, name in split if name in (*_LISTS, folder)]
+
+    def keys(self) -> list[str]:
+        """The columns and keys of its metadata; of files beside images those of the first ones.
+
+        Raises:
+            SourceError: as `tables`.
+        """
+        names = [name for file in self.metadata for name in probe(self._path(file))[0].names]
+        records = [record for file in self._lists for record in self._records(file)]
+        beside = (f"{stem}.json" for image in self.images for stem in (posixpath.splitext(image)[0], image))
+        contents = self._contents(list(islice(filter(self._names.__contains__, beside), PROBED)))
+        records += [parse_record(content or b"") for content in contents]
+        return list(dict.fromkeys([*names, *(key for record in records for key in record or ())]))
+
     def _path(self, file: str) -> str:
         return f"{self.folder}/{file}"
 
@@ -121,16 +153,24 @@ class Pictures:
             if name in self._names
         ]
         samples: list[dict[str, bytes]] = [{} for _ in images]
-        paths = [self._path(name) for _, _, name in files]
-        for (index, suffix, _), path, content in zip(files, paths, read_many(paths, _BESIDE_BYTES), strict=True):
-            if isinstance(content, FileNotFoundError | PermissionError) and is_local(path):
+        for (index, suffix, _), content in zip(files, self._contents([name for *_, name in files]), strict=True):
+            if content is None:
                 samples[index]["json"] = b""  # which is no record: whatever it holds is not passed over
+            else:
+                samples[index].setdefault(suffix, content)
+        return samples
+
+    def _contents(self, names: Sequence[str]) -> Iterator[bytes | None]:
+        """Contents of small files; None for a local one that cannot be opened."""
+        paths = [self._path(name) for name in names]
+        for path, content in zip(paths, read_many(paths, _BESIDE_BYTES), strict=True):
+            if isinstance(content, FileNotFoundError | PermissionError) and is_local(path):
+                yield None
                 continue
             with reading(path):
                 if isinstance(content, Exception):
                     raise content
-            samples[index].setdefault(suffix, content)
-        return samples
+            yield content
 
     @cached_property
     def _names(self) -> frozenset[str]:
@@ -150,10 +190,7 @@ class Pictures:
             if self.left_out
             else []
         )
-        jsons = [file for file in self.files if file.endswith(".json")]
-        split = ((file, *self._path(file)[: -len(".json")].split("/")[-2:]) for file in jsons)
-        lists = [file for file, folder, name in split if name in (*_LISTS, folder)]
-        for file in [*self.metadata, *lists]:
+        for file in [*self.metadata, *self._lists]:
             first, names, hits = "", 0, 0
             for table in self._read(file):
                 seeds = to_seeds(table, path=self._path(file))
@@ -176,10 +213,14 @@ class Pictures:
         return Named(pa.concat_tables(records).select(_DESCRIBED).combine_chunks(), rows, captioned, tuple(notes))
 
     def _read(self, file: str) -> Iterator[pa.Table]:
+        if file.endswith(".json"):
+            yield from_records(self._records(file), self.aliases)
+        else:
+            yield from tables(self._path(file), self.aliases)
+
+    def _records(self, file: str) -> list[dict[str, Any] | None]:
+        """What a JSON file lists, or says of the names that it maps."""
         path = self._path(file)
-        if not file.endswith(".json"):
-            yield from tables(path, self.aliases)
-            return
         with reading(path), open_binary(path) as stream:
             data = stream.read()
         try:
@@ -191,8 +232,7 @@ class Pictures:
                 {"file_name": name, **(one if isinstance(one, dict) else {"text": one})}
                 for name, one in content.items()
             ]
-        records = [one if isinstance(one, dict) else None for one in (content if isinstance(content, list) else ())]
-        yield from_records(records, self.aliases)
+        return [one if isinstance(one, dict) else None for one in (content if isinstance(content, list) else ())]
 
     def _image(self, base: str, name: str) -> str | None:
         """The image that metadata in a folder means: right there, or the only one below it whose name ends so."""

@@ -2,12 +2,21 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import pyarrow as pa
 
 from pipeline.dataset.source.aliases import STORED_ALIASES, Aliases
-from pipeline.dataset.source.formats import BESIDE, IMAGE_SUFFIXES, from_files, probe_parquet, read_parquet
+from pipeline.dataset.source.formats import (
+    BESIDE,
+    IMAGE_SUFFIXES,
+    PROBED,
+    from_files,
+    parse_record,
+    probe_parquet,
+    read_parquet,
+)
 from pipeline.dataset.source.values import as_text
 from pipeline.shared.files import kind_of, open_binary, reading
 from pipeline.shared.tars import members, read, require_whole
@@ -51,6 +60,21 @@ def rows_in(path: str) -> int | None:
             if others:
                 raise SourceError(f"{path} holds no image that is one of a sample: {_why(others)}.")
     return probe_parquet(table)[1] if kind_of(table) else None
+
+
+def keys(path: str) -> list[str]:
+    """The columns of the parquet beside a tar, or what its first records have.
+
+    Raises:
+        SourceError: as `rows_in`.
+    """
+    if kind_of(table_path(path)):
+        return list(probe_parquet(table_path(path))[0].names)
+    with reading(path), open_binary(path) as file:
+        first = islice((info for info in members(file) if info.isreg()), 10 * PROBED)
+        files = [info for info in first if suffix_of(info.name) == "json"][:PROBED]
+        records = [parse_record(read(file, info.offset_data, info.size)) or {} for info in files]
+    return list(dict.fromkeys(key for record in records for key in record))
 
 
 def _why(names: list[str]) -> str:

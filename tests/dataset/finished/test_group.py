@@ -208,6 +208,9 @@ def test_what_cannot_be_grouped_is_said_in_a_sentence(made, tmp_path):
     empty = fake_dataset.write(tmp_path / "empty", {"part-00000": [fake_dataset.dead("part", 0, "metadata", "unsafe")]})
     with pytest.raises(OutputError, match="nothing to group"):
         grouped(tmp_path / "out", empty)
+    with pytest.raises(OutputError, match="out was made by `group`: beside others, give the datasets that it was made"):
+        grouped(tmp_path / "out", made / "source", made / "out")
+    assert not (tmp_path / "out").exists(), "nothing is written"
 
 
 def test_an_out_that_will_not_do_is_refused_before_hours_of_reading(made, tmp_path, monkeypatch):

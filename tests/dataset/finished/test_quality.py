@@ -71,11 +71,18 @@ def test_the_table_names_what_earns_its_place_and_what_was_not_measured(planted,
     assert re.search(r"\| brightness [^a-z]* no better", words)
     old = fake.write(tmp_path, {"a-00000": photos(3, 4, **{name: None for name in LATER if name != "person"})})
     result = CliRunner().invoke(app, ["quality", str(old)])
-    assert "| jpeg_quality | too few" in " ".join(result.output.split())
+    assert "| jpeg_quality | not measured |" in " ".join(result.output.split())
+
+
+def test_where_everybody_is_recognised_no_measure_is_called_useless(tmp_path):
+    out = fake.write(tmp_path, {"a-00000": photos(3, 4)})
+    result = CliRunner().invoke(app, ["quality", str(out), "--similarity", "-1"])
+    assert "Every pair of one person is recognised" in result.output
+    assert "Of more use" not in result.output
 
 
 def test_a_dataset_without_persons_is_refused_in_a_sentence(tmp_path):
-    with pytest.raises(OutputError, match="no photos of known persons: `python -m pipeline group`"):
+    with pytest.raises(OutputError, match="no photos of known persons: give what `python -m pipeline group "):
         read_faces(fake.write(tmp_path / "ungrouped", {"a-00000": photos(2, 2, person=None)}))
     with pytest.raises(OutputError, match=r"No person in .* has two photos"):
         read_faces(fake.write(tmp_path / "single", {"a-00000": photos(3, 1)}))

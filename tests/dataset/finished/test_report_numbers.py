@@ -1,8 +1,10 @@
 """What the report derives of five points, and how it names what it counts."""
 
+import fake_dataset
 import numpy as np
 import pytest
 
+from pipeline.dataset.finished.report_cards import Card
 from pipeline.dataset.finished.report_numbers import MEASURES, charts
 from schemas.arcface import ARCFACE_TEMPLATE, pose
 
@@ -47,3 +49,11 @@ def test_charts_are_of_what_was_measured_and_say_it_in_words():
     assert (chart.kept, chart.dropped, chart.medians) == (4, 1, ("0.76", "0.76"))
     assert chart.bars[30] == (1.0, 1.0, "0.75 to 0.78: 3 kept, 1 dropped")
     assert chart.bars[31][0] == pytest.approx(1 / 3)
+    sums["occlusion"][0, 0] = 2
+    assert [one.medians for one in charts(sums)] == [("0.76", "0.76"), ("under 0.03", "–")]
+
+
+def test_a_file_that_is_no_jpeg_is_not_called_one_of_full_quality():
+    record = fake_dataset.record("a", 0)
+    cards = [Card.of_drop({**record, "jpeg_quality": quality}, None) for quality in (99, 100)]
+    assert ["JPEG" in " ".join(card.facts) for card in cards] == [True, False]

@@ -403,6 +403,25 @@ def test_columns_that_cannot_be_read_are_refused_before_anything_is_written(tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_name_in_source_columns_that_a_folder_or_tar_does_not_have_is_refused(tmp_path):
+    """As of tables, where the nearest name, or those that are there, are shown."""
+    put(tmp_path, **{"set/a.png": encoded(), "set/a.json": '{"my_caption": "a", "w": 9}', "set/b.png": encoded()})
+    put(tmp_path, **{"set/metadata.json": '[{"file_name": "b.png", "note": "b"}]'})
+    tar(tmp_path / "t.tar", **{"a.png": encoded(), "a.json": b'{"my_caption": "a"}', "b.png": encoded()})
+    tar(tmp_path / "u.tar", **{"a.png": encoded()})
+    pq.write_table(pa.table({"key": ["a"], "my_caption": ["a"]}), tmp_path / "u.parquet")
+    for name in ("set", "t.tar", "u.tar"):
+        found = rows(tmp_path / name, columns={"text": "My-Caption"})
+        assert picked(found, "text")[0] == ("a",)
+        with pytest.raises(
+            SourceError, match=rf"^source.columns.text is 'my_caption1', which .*{name} does not have, "
+        ):
+            rows(tmp_path / name, columns={"text": "my_caption1"})
+    assert picked(rows(tmp_path / "set", columns={"text": "note"}), "text") == [(None,), ("b",)]
+    with pytest.raises(SourceError, match=r"does not have: it has file_name, note, my_caption, w\.$"):
+        rows(tmp_path / "set", columns={"nsfw": "sfw"})
+
+
 def test_plan_and_run_count_captions_and_links(tmp_path):
     put(tmp_path, **{"x.txt": "x", "set/a.png": encoded(), "set/b.png": encoded(), "set/c.png": encoded()})
     table = "file_name,url\nc.png,http://a.org\nd.png,\n"

@@ -1,6 +1,7 @@
 """Pairs: the condition is of another photo of the person, as often as it was set, and resumable like all else."""
 
 import json
+import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from pipeline.train.loader.shards import Raw, Shard
 from pipeline.train.loader.tokens import MixedTokens
 from pipeline.train.settings import TrainConfig
 from schemas.errors import ConfigError, SourceError
+from schemas.shard import encode_npy
 
 ID, ALL = ("arcface",), ("arcface", "hidden", "pooled")
 PEOPLE = [3, 1, 2, WINDOW + 1, 1, 5, 2]
@@ -195,6 +197,22 @@ def test_a_resumed_loader_draws_the_same(
         after = ShardLoader(dataset, reads, told, faces=faces)
         after.load_state_dict(json.loads(json.dumps(before.state_dict())))
         assert all(map(same, whole[stop:], take(after, min(6, 36 - stop)))), stop
+
+
+@pytest.mark.long
+def test_reading_pairs_costs_at_most_1_3_of_reading_without(tmp_path: Path) -> None:
+    """CPU time of this process, the least of six in turn; hidden states as large as real ones."""
+    hidden = {"clip_hidden.npy": encode_npy(np.ones((257, 1280), np.float16))}
+    people = [{**files, **hidden} for files in samples([2, 3, 5, 8, 20, 1, 1, 20])]
+    many = open_dataset([fake.write(tmp_path, {"a-00000": people})], config().data)
+
+    def cost(pairs: float) -> float:
+        loader, begun = ShardLoader(many, ALL[:2], config(pairs=pairs, batch_size=8)), time.process_time()
+        epochs(loader, 3)
+        return time.process_time() - begun
+
+    costs = [(cost(0), cost(1)) for _ in range(6)]
+    assert min(paired for _, paired in costs) <= 1.3 * min(plain for plain, _ in costs)
 
 
 def test_several_photos_lie_side_by_side_equally_many_in_a_batch(dataset: Dataset) -> None:

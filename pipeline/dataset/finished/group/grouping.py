@@ -154,6 +154,8 @@ def group(folders: Sequence[AnyPath], out: AnyPath, wish: Wish, console: Console
     if given[-1] in given[:-1]:
         raise OutputError(f"{out} is what is to be grouped: give another --out.")
     sources = _sources(folders)
+    if not any(source.get("kept", 1) for source in sources):
+        raise OutputError("No photo was kept in what is to be grouped: there is nothing to group.")
     if sources[0]["profile"] == "embedded":
         console.print("The profile embedded is for trying out: its ID vectors tell no persons apart.")
     output, outcome, done = Output(out), "", []
@@ -215,6 +217,8 @@ def _sources(folders: Sequence[AnyPath]) -> list[dict[str, Any]]:
             raise OutputError(f"{folder} was made without ID vectors (pack.embeddings = false): it cannot be grouped.")
         sources.append(content)
         first, now = ({name: one["plan"].get(name) for name in _SAME} for one in (sources[0], content))
+        if len(folders) > 1 and "group" in content["plan"]["settings"]:
+            raise OutputError(f"{folder} was made by `group`: beside others, give the datasets that it was made of.")
         if first != now:
             raise OutputError(
                 f"{folders[0]} and {folder} were made in different ways ({'; '.join(differences(first, now))}): "
