@@ -110,7 +110,8 @@ def evaluate_command(
     faces: Annotated[int, typer.Option(min=1, help="Persons.")] = 16,
     images: Annotated[int, typer.Option(min=1, help="Images of each person with each prompt.")] = 2,
     judge: Annotated[
-        str | None, typer.Option(help="Folder of an insightface pack; another than the shards' is fairer.")
+        str | None,
+        typer.Option(help="Folder of an insightface pack (watch.judge); another than the shards' is fairer."),
     ] = None,
     clip: Annotated[str | None, typer.Option(help="Folder of a whole CLIP (transformers' CLIPModel).")] = None,
     step: Annotated[int | None, typer.Option(help="Checkpoint of RUN. (Default: the last.)")] = None,
