@@ -184,10 +184,9 @@ def _facts(record: Mapping[str, Any]) -> tuple[list[str], dict[str, float]]:
         values = from_points(np.array([record["kps"]], np.float64))[:, 0].tolist()
         known |= {name: value for name, value in zip(FROM_POINTS, values, strict=True) if np.isfinite(value)}
     known = {name: known[name] for name in _FACTS if known.get(name) is not None}
-    if known.get("jpeg_quality") == 100:  # other formats than JPEG count as that
-        del known["jpeg_quality"]
     size = [f"{record['width']} × {record['height']}"] if record["width"] and record["height"] else []
-    words = [_FACTS[name].format(value) for name, value in known.items()]
+    # Formats other than JPEG have a quality of 100.
+    words = [_FACTS[name].format(value) for name, value in known.items() if (name, value) != ("jpeg_quality", 100)]
     return size + words, {name: float(value) for name, value in known.items() if np.isfinite(value)}
 
 
