@@ -133,9 +133,10 @@ def evaluate_command(
     judges = {key: value for key, value in {"judge": judge, "clip": clip}.items() if value is not None}
     options = {"seed": seed, "watch": judges}
     folders = tuple(shards or ["out"])
-    folder, result = evaluate(
-        Call(subject, folders, name, base, step, out, prompts, faces, images, config, tuple(sets or ()), options)
-    )
+    call = Call(subject, folders, name, base, step, out, prompts, faces, images, config, tuple(sets or ()), options)
+    if (written := evaluate(call)) is None:  # another process than the main one
+        return
+    folder, result = written
     seen = Table("measure", "mean", "95 % interval", "beside it", box=None, pad_edge=False)
     for line in table(result):
         seen.add_row(*line)

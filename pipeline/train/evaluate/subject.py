@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.train.adapters.released import read_released
 from pipeline.train.adapters.variants import VARIANTS, Variant, variant
-from pipeline.train.loader import Dataset
+from pipeline.train.loader import Dataset, models_of
 from pipeline.train.run_folder import RunFolder
 from schemas.digest import sha256_of_file
 from schemas.errors import ConfigError, SourceError
@@ -86,10 +86,7 @@ class Subject:
         """
         tasks = {"face_embedder" if role == "arcface" else "image_embedder" for role in self.variant.reads}
         for task in sorted(tasks):
-            trained, given = (
-                sorted({f"{one['name']} {one['sha256'][:12]}".strip() for one in models if one["task"] == task})
-                for models in (self.sidecar.get("weights", ()), dataset.models)
-            )
+            trained, given = (models_of(task, models) for models in (self.sidecar.get("weights", ()), dataset.models))
             if trained and trained != given:
                 raise SourceError(
                     f"It was trained on vectors of the {task.replace('_', ' ')} {', '.join(trained)}, those of "

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from pipeline.train.loader.condition import stored_row
@@ -18,6 +19,7 @@ from pipeline.train.loader.tokens import MixedTokens, mixed
 from schemas.int8 import Quantised
 
 _PIXELS_PER_LATENT = 8
+_COLOUR_CHANGES = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
 class Position(NamedTuple):
@@ -99,11 +101,11 @@ def collate(group: Sequence[Planned], reading: Reading, position: Position) -> B
             np.multiply(image.transpose(2, 0, 1), np.float32(1 / 127.5), out=out)
             out -= 1
     texts = {
-        suffix: _stacked([array(one.raw, suffix, reading.shapes[suffix]) for one in group], np.float16)
-        for suffix in reading.text
+        suffix: _stacked([array(one.raw, suffix, shape) for one in group], np.float16)
+        for suffix, shape in reading.text.items()
     }
     condition: dict[str, Tensor | MixedTokens] = {}
-    for role in reading.files:
+    for role in reading.features.files[0]:
         rows = [_condition(one, role, reading) for one in group]
         arrays = [row for row in rows if not isinstance(row, Quantised)]
         if len(arrays) == len(rows):
@@ -136,7 +138,7 @@ def _condition(planned: Planned, role: str, reading: Reading) -> npt.NDArray[Any
     """
     sources = planned.id_from if role == "arcface" else (planned.image_from,)
     if planned.uncond_image:
-        rows: list[Any] = [reading.unconditional[role]] * len(sources)
+        rows: list[Any] = [reading.features.unconditional[role]] * len(sources)
     else:
         file = reading.condition_file(role, plain=planned.plain, mirror=planned.mirror)
         rows = [stored_row(source, role, *file) for source in sources]
@@ -164,17 +166,10 @@ def target_pixels(planned: Planned, suffix: str) -> npt.NDArray[np.uint8]:
         image = cv2.resize(image, resized, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
     image = image[top : top + height, left : left + width]
     if planned.mirror:
-        image = albumentations().augmentations.geometric.functional.hflip(image)
+        image = image[:, ::-1]
     if planned.colour:
-        functional, (brightness, contrast, saturation) = albumentations().augmentations.functional, planned.colour
-        image = functional.adjust_brightness_torchvision(np.ascontiguousarray(image), brightness)
-        image = functional.adjust_contrast_torchvision(image, contrast)
-        image = functional.adjust_saturation_torchvision(image, saturation)
+        changed = Image.fromarray(np.ascontiguousarray(image))
+        for change, factor in zip(_COLOUR_CHANGES, planned.colour, strict=True):
+            changed = change(changed).enhance(factor)
+        image = np.asarray(changed)
     return image
-
-
-def albumentations() -> Any:
-    """The library, which is slow to load, and which most variants never need."""
-    import albumentations
-
-    return albumentations

@@ -1,7 +1,9 @@
 """Roles of a condition, the files that hold them, and what stands for "no face"."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,17 +25,29 @@ _PLAIN: dict[Condition, str] = {"segmented": "", "plain": "_plain"}
 """Condition -> what the columns of its image features end in."""
 
 
-def conditions(dataset: Dataset, adapter: AdapterSettings) -> tuple[Condition, ...]:
-    """Of which pictures the image features are, in a run: one, or two between which each sample draws."""
-    if adapter.condition in _PLAIN:
-        return (adapter.condition,)
-    column = _COLUMNS[adapter.image_encoder]["hidden"]
-    there = tuple(one for one, plain in _PLAIN.items() if f"{column}{plain}.npy" in dataset.suffixes)
-    return tuple(_PLAIN) if adapter.condition == "both" else there or ("segmented",)
+@dataclass(frozen=True)
+class Features:
+    """The files that a variant's condition is read from, proved to be there, and what stands for "no face" in each."""
+
+    pictures: tuple[Condition, ...]
+    """Of which pictures of the face the image features are: one, or two between which each sample draws."""
+    files: tuple[dict[str, str], ...]
+    """For each picture: role -> suffix of the npy file; features in int8 go by it too."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Suffix -> shape of the first sample's file, which all others must have too."""
+    unconditional: Mapping[str, npt.NDArray[Any]]
+    """Role -> features of one sample: zeros for the ID vector and for CLIP's pooled features, and for token features
+    and DINO's class token what the encoder makes of an empty picture."""
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Width of the image encoder's tokens (`features`) and its pooled features (`pooled`), where they are read."""
+        names = {"hidden": "features", "pooled": "pooled"}
+        return {names[role]: self.shapes[suffix][-1] for role, suffix in self.files[0].items() if role in names}
 
 
-def require(dataset: Dataset, reads: Sequence[str], adapter: AdapterSettings) -> list[dict[str, str]]:
-    """The files of each condition: role -> suffix (of the npy, also of features in int8); all are known to be there.
+def features_of(dataset: Dataset, reads: Sequence[str], adapter: AdapterSettings) -> Features:
+    """Find what a condition is read from.
 
     Args:
         dataset: the shards.
@@ -42,32 +56,39 @@ def require(dataset: Dataset, reads: Sequence[str], adapter: AdapterSettings) ->
 
     Raises:
         SourceError: when shards lack a file, or the features of an empty picture; says what to make again.
+        CorruptShardError: when the first sample is damaged.
     """
-    return [_files(dataset, reads, adapter.image_encoder, condition) for condition in conditions(dataset, adapter)]
-
-
-def _files(dataset: Dataset, reads: Sequence[str], encoder: ImageEncoder, condition: Condition) -> dict[str, str]:
-    columns = {role: _COLUMNS[encoder][role] for role in reads}
-    files = {role: f"{column}{'' if role == 'arcface' else _PLAIN[condition]}.npy" for role, column in columns.items()}
-    for role, suffix in files.items():
+    encoder, all_columns = adapter.image_encoder, _COLUMNS[adapter.image_encoder]
+    there = tuple(one for one, plain in _PLAIN.items() if f"{all_columns['hidden']}{plain}.npy" in dataset.suffixes)
+    choices = {"auto": there or ("segmented",), "both": tuple(_PLAIN)}
+    pictures: tuple[Condition, ...] = choices.get(adapter.condition) or (cast(Condition, adapter.condition),)
+    columns = {role: all_columns[role] for role in reads}
+    files = tuple(
+        {role: f"{column}{'' if role == 'arcface' else _PLAIN[one]}.npy" for role, column in columns.items()}
+        for one in pictures
+    )
+    # "No face" is what the encoder makes of an empty picture, or zeros.
+    empty = {role for role in reads if role == "hidden" or (role == "pooled" and encoder == "dinov2")}
+    for index, role in product(range(len(files)), reads):
+        suffix = files[index][role]
         if suffix not in dataset.suffixes:
             how = "" if role == "arcface" else f" with --set models.image_embedder={encoder}"
             if any(f"{columns[role]}{plain}.npy" in dataset.suffixes for plain in _PLAIN.values()):
-                how = f" with --set segment.condition={condition}"  # they are of the other picture
+                how = f" with --set segment.condition={pictures[index]}"  # they are of the other picture
             if not dataset.suffixes & EMBEDDINGS:
                 how = " with --set pack.embeddings=true"
             raise SourceError(f"The shards of {dataset.folders} have no {suffix}: make the dataset again{how}.")
-        if _needs_features(role, encoder) and columns[role] not in dataset.unconditional:
+        if role in empty and columns[role] not in dataset.unconditional:
             raise SourceError(
                 f"There are no {columns[role]} features of an empty picture for {dataset.folders}: let "
                 "`python -m pipeline dataset` finish on it, which writes unconditional.safetensors."
             )
-    return files
-
-
-def _needs_features(role: str, encoder: ImageEncoder) -> bool:
-    """Whether "no face" is what the encoder makes of an empty picture, and not zeros."""
-    return role == "hidden" or (role == "pooled" and encoder == "dinov2")
+    shapes = first_shapes(dataset, [suffix for each in files for suffix in each.values()])
+    unconditional = {
+        role: row(role, dataset.unconditional[columns[role]]) if role in empty else np.zeros(shapes[suffix], np.float32)
+        for role, suffix in files[0].items()
+    }
+    return Features(pictures, files, shapes, unconditional)
 
 
 def row(role: str, features: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -89,45 +110,11 @@ def stored_row(raw: Raw, role: str, suffix: str, shape: tuple[int, ...]) -> npt.
     return row(role, stored)
 
 
-def unconditional(dataset: Dataset, reads: Sequence[str], adapter: AdapterSettings) -> dict[str, npt.NDArray[Any]]:
-    """Role -> features of one sample that stand for "no face".
-
-    Zeros for the ID vector and for CLIP's pooled features. For token features and DINO's class token: what the encoder
-    makes of an empty picture.
-
-    Raises:
-        SourceError: as `require`.
-        CorruptShardError: when the first sample is damaged.
-    """
-    encoder = adapter.image_encoder
-    files = require(dataset, reads, adapter)[0]
-    shapes = first_shapes(dataset, list(files.values()))
-    return {
-        role: row(role, dataset.unconditional[_COLUMNS[encoder][role]])
-        if _needs_features(role, encoder)
-        else np.zeros(shapes[suffix], np.float32)
-        for role, suffix in files.items()
-    }
-
-
 def first_shapes(dataset: Dataset, suffixes: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """Suffix -> shape of that file in the first sample, which all others must have too.
 
     Raises:
         CorruptShardError: when it is damaged.
     """
-    (first,) = first_samples(dataset, 1, {"json", *suffixes})
+    (first,) = first_samples(dataset, 1, suffixes)
     return {suffix: features(first, suffix).shape for suffix in suffixes}
-
-
-def widths(dataset: Dataset, adapter: AdapterSettings) -> dict[str, int]:
-    """Width of the image encoder's tokens (`features`) and of its pooled features (`pooled`), where shards hold them.
-
-    Raises:
-        CorruptShardError: when the first sample is damaged.
-    """
-    encoder, plain = _COLUMNS[adapter.image_encoder], _PLAIN[conditions(dataset, adapter)[0]]
-    columns = {"features": f"{encoder['hidden']}{plain}", "pooled": f"{encoder['pooled']}{plain}"}
-    there = {name: f"{column}.npy" for name, column in columns.items() if f"{column}.npy" in dataset.suffixes}
-    shapes = first_shapes(dataset, list(there.values()))
-    return {name: shapes[suffix][-1] for name, suffix in there.items()}

@@ -1,7 +1,7 @@
 """The dataset that is trained on: shards of one or more folders, and what they all hold."""
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -13,21 +13,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from pipeline.train.loader.decode import meta, targets
-from pipeline.train.loader.folders import (
-    DatasetFolder,
-    check_embedders,
-    check_lengths,
-    check_manifests,
-    dataset_files,
-    grouped_from,
-    read_folder,
-    wrong_hash,
-)
+from pipeline.train.loader.folders import DatasetFolder, check_embedders, read_folder
 from pipeline.train.loader.shards import Raw, Shard, samples
 from pipeline.train.settings import DataSettings
-from schemas.digest import sha256, sha256_of_json
+from schemas.digest import sha256, sha256_of_json, sha256_of_stream
 from schemas.errors import CorruptShardError, SourceError
-from schemas.shard import UNCONDITIONAL, Manifest, as_npy, either_form
+from schemas.shard import UNCONDITIONAL, as_npy, either_form
 from schemas.targets import Targets
 
 T = TypeVar("T")
@@ -45,8 +36,6 @@ class Dataset:
 
     shards: tuple[Shard, ...]
     """Folder by folder as given, sorted by name in each."""
-    manifests: tuple[Manifest, ...]
-    """Of the same shards."""
     profiles: tuple[str, ...]
     """Profiles that the shards were made with, sorted."""
     models: tuple[dict[str, str], ...]
@@ -83,34 +72,28 @@ def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
     """
     if not dirs:
         raise SourceError("No dataset is given: --from-shards takes the OUT folders of `make dataset`.")
-    folders = [read_folder(given) for given in dirs]
+    folders = [read_folder(given, manifests_may_differ=data.verify == "size") for given in dirs]
     check_embedders(folders)
-    for folder in folders:
-        check_lengths(folder)
-        if data.verify == "sha256":
-            check_manifests(folder)
     digests = tuple(folder.digest for folder in folders)
-    listed = [entry for folder in folders for entry in folder.listed()]
-    manifests = [manifest for _, manifest in listed]
+    shards = tuple(shard for folder in folders for shard in folder.shards if shard.kept)
     # The first samples of one shard per plan; of all but their json it is only noted that they are there.
-    one_per_plan = {manifest.plan_digest: shard for shard, manifest in reversed(listed)}.values()
+    one_per_plan = {shard.manifest.plan_digest: shard for shard in reversed(shards)}.values()
     peeked = [
         list(samples(shard, 0, min(_PEEKED, shard.kept), lambda suffix: suffix == "json")) for shard in one_per_plan
     ]
     suffixes = [as_npy(suffix for raw in raws for suffix in raw.files) for raws in peeked]
     made_by = [one for raws in peeked for raw in raws if (one := targets(raw))]
     dataset = Dataset(
-        shards=tuple(shard for shard, _ in listed),
-        manifests=tuple(manifests),
-        profiles=tuple(sorted({manifest.profile for manifest in manifests})),
-        models=_distinct(model for manifest in manifests for model in manifest.models),
-        lineage=tuple(dict.fromkeys([*digests, *(one for folder in folders for one in grouped_from(folder))])),
+        shards=shards,
+        profiles=tuple(sorted({shard.manifest.profile for shard in shards})),
+        models=_distinct(model for shard in shards for model in shard.manifest.models),
+        lineage=tuple(dict.fromkeys([*digests, *chain(*(folder.grouped_from for folder in folders))])),
         digest=digests[0] if len(digests) == 1 else sha256_of_json({str(i): one for i, one in enumerate(digests)}),
         unconditional=_unconditional(folders),
         suffixes=frozenset.intersection(*suffixes),
         targets=_distinct(replace(one, latents={}) for one in made_by),
     )
-    looked_at = chain(*peeked, first_samples(dataset, _LOOKED_AT, {"json"}))
+    looked_at = chain(*peeked, first_samples(dataset, _LOOKED_AT))
     if not data.allow_no_captions and not any(str(meta(raw).get("text") or "").strip() for raw in looked_at):
         raise SourceError(
             f"None of the first {min(_LOOKED_AT, dataset.samples):,} samples of {dataset.folders} has a caption: make "
@@ -120,14 +103,7 @@ def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
     return dataset
 
 
-def check_hashes(
-    dataset: Dataset,
-    rank: int = 0,
-    ranks: int = 1,
-    *,
-    hashed_before: str | None = None,
-    on_shard: Callable[[str], None] | None = None,
-) -> None:
+def check_hashes(dataset: Dataset, rank: int = 0, ranks: int = 1, *, hashed_before: str | None = None) -> None:
     """Compare the sha256 of tars with their manifests.
 
     Args:
@@ -135,20 +111,25 @@ def check_hashes(
         rank: this process, of `ranks` that do this together: each hashes a share.
         ranks: see `rank`.
         hashed_before: digest of a dataset that needs no second look.
-        on_shard: is called with the name of every tar that was hashed.
 
     Raises:
         CorruptShardError: for the first tar that differs.
     """
     if dataset.digest == hashed_before:
         return
-    shards, manifests = dataset.shards[rank::ranks], dataset.manifests[rank::ranks]
+    shards = dataset.shards[rank::ranks]
     with ThreadPoolExecutor(min(_HASHING_THREADS, os.cpu_count() or 1)) as pool:
-        for shard, wrong in zip(shards, pool.map(wrong_hash, shards, manifests), strict=True):
-            if wrong:
-                raise CorruptShardError(wrong)
-            if on_shard:
-                on_shard(shard.name)
+        for shard, digest in zip(shards, pool.map(_sha256, shards), strict=True):
+            if digest != shard.manifest.files[shard.tar.name]["sha256"]:
+                raise CorruptShardError(
+                    f"{shard.tar} is not the file of its manifest (sha256 {digest[:12]}…): copy the dataset again, or "
+                    f"make it anew; `python -m pipeline verify {shard.folder}` tells what is damaged."
+                )
+
+
+def _sha256(shard: Shard) -> str:
+    with shard.tar.open("rb") as stream:
+        return sha256_of_stream(stream)
 
 
 def _distinct(values: Iterable[T]) -> tuple[T, ...]:
@@ -163,7 +144,7 @@ def _unconditional(folders: Sequence[DatasetFolder]) -> dict[str, npt.NDArray[An
     """The features of the first folder that has them; all folders were made by the same models."""
     features: dict[str, npt.NDArray[Any]] = {}
     for folder in folders:
-        digest = dataset_files(folder).get(UNCONDITIONAL)
+        digest = folder.files.get(UNCONDITIONAL)
         if not digest:
             continue
         path = folder.root / UNCONDITIONAL
@@ -179,16 +160,18 @@ def _unconditional(folders: Sequence[DatasetFolder]) -> dict[str, npt.NDArray[An
     return features
 
 
-def first_samples(dataset: Dataset, count: int, suffixes: Collection[str]) -> Iterator[Raw]:
-    """The first samples in the order of the shards, undecoded, with the files of these suffixes, features in any form.
+def first_samples(dataset: Dataset, count: int, suffixes: Collection[str] = ()) -> Iterator[Raw]:
+    """The first samples in the order of the shards: json, and where the files of these suffixes are, in any form.
 
     Raises:
         CorruptShardError: when a tar cannot be read.
     """
-    wanted = either_form(suffixes)
+    wanted = either_form({"json", *suffixes})
     every = (
         raw
         for shard in dataset.shards
-        for raw in samples(shard, 0, min(count, shard.kept), lambda suffix: True if suffix in wanted else None)
+        for raw in samples(
+            shard, 0, min(count, shard.kept), lambda suffix: suffix == "json" if suffix in wanted else None
+        )
     )
     return islice(every, count)

@@ -3,11 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy.typing as npt
-
-from pipeline.train.loader.condition import first_shapes, require, unconditional
+from pipeline.train.loader.condition import Features, features_of, first_shapes
 from pipeline.train.loader.crops import CROPS
 from pipeline.train.loader.dataset import Dataset
 from pipeline.train.loader.pairs import lonely
@@ -17,28 +15,22 @@ from schemas.shard import either_form
 from schemas.targets import text_sha256, vae_sha256
 
 _TEXT, _TEXT_POOLED = "text.npy", "text_pooled.npy"
-_MIRRORS_FREELY = "arcface"
-"""The role that hardly changes when the face is mirrored."""
+_MIRRORS_FREELY = "arcface.npy"
+"""Hardly changes when the face is mirrored."""
 
 
 @dataclass(frozen=True)
 class Reading:
     """What is read of each sample, and what is done to it."""
 
-    files: Mapping[str, str]
-    """Role -> suffix of the condition's npy file; features in int8 go by it too."""
-    plain: Mapping[str, str]
-    """Role -> suffix for half of the samples, where these condition on the plain face and others on the segmented."""
+    features: Features
+    """What the condition is read from."""
     mirrored: Mapping[str, str]
     """Suffix -> that of the file for mirrored targets, where that is another one and anything is mirrored."""
-    shapes: Mapping[str, tuple[int, ...]]
-    """Suffix -> shape that the condition's files must have."""
-    unconditional: Mapping[str, npt.NDArray[Any]]
-    """Role -> features that stand for "no face"."""
     latents: bool
     """Targets are precomputed latents, not images."""
-    text: tuple[str, ...]
-    """Suffixes of precomputed text embeddings: none, text.npy, or text_pooled.npy too."""
+    text: Mapping[str, tuple[int, ...]]
+    """Suffix -> shape of precomputed text embeddings: none, text.npy, or text_pooled.npy too."""
     flip: float
     """Probability of a mirrored target."""
     colour: float
@@ -58,12 +50,12 @@ class Reading:
     @property
     def condition(self) -> frozenset[str]:
         """Those of the condition."""
-        return either_form({*self.files.values(), *self.plain.values(), *self.mirrored.values()})
+        return either_form({*self.features.shapes, *self.mirrored.values()})
 
     def condition_file(self, role: str, *, plain: bool, mirror: bool) -> tuple[str, tuple[int, ...]]:
         """Suffix and shape of what a sample's condition is read from."""
-        suffix = self.plain.get(role, self.files[role]) if plain else self.files[role]
-        return self.mirrored.get(suffix, suffix) if mirror else suffix, self.shapes[suffix]
+        suffix = self.features.files[-1 if plain else 0][role]
+        return self.mirrored.get(suffix, suffix) if mirror else suffix, self.features.shapes[suffix]
 
     def target(self, crop: str) -> str:
         """Suffix of a crop as a target."""
@@ -89,10 +81,10 @@ def plan_reading(
     """
     notices: list[str] = []
     suffixes, augment = dataset.suffixes, config.augment
-    files, plain = [*require(dataset, reads, config.adapter), {}][:2]
+    features = features_of(dataset, reads, config.adapter)
     latents = _precomputed("latents", dataset, config.data, base, notices)
     text = _precomputed("text", dataset, config.data, base, notices)
-    texts = tuple(suffix for suffix in (_TEXT, _TEXT_POOLED) if text and suffix in suffixes)
+    texts = first_shapes(dataset, [suffix for suffix in (_TEXT, _TEXT_POOLED) if text and suffix in suffixes])
     if latents and not config.data.buckets:
         notices.append("data.buckets = false has no effect: precomputed latents are cut to buckets already.")
 
@@ -113,8 +105,8 @@ def plan_reading(
         )
 
     # The condition has to follow what is done to the target; what it cannot follow is left out.
-    features = [suffix for each in (files, plain) for role, suffix in each.items() if role != _MIRRORS_FREELY]
-    mirrored = {suffix: suffix.replace(".npy", "_mirror.npy") for suffix in features}
+    of_images = [suffix for suffix in features.shapes if suffix != _MIRRORS_FREELY]
+    mirrored = {suffix: suffix.replace(".npy", "_mirror.npy") for suffix in of_images}
     missing = [suffix for suffix in mirrored.values() if suffix not in suffixes]
     against = {}
     if latents:
@@ -124,16 +116,13 @@ def plan_reading(
         against["flip"] = (
             f"the shards have no {missing[0]}, which a mirrored target needs (make the dataset --with mirror)"
         )
-    if features and not latents:
+    if of_images and not latents:
         against["colour"] = "the variant reads image features, which hold the colours of the face"
     notices += [f"augment.{name} is off: {why}." for name, why in against.items() if getattr(augment, name)]
     flip, colour = (0.0 if name in against else getattr(augment, name) for name in ("flip", "colour"))
     return Reading(
-        files=files,
-        plain=plain,
+        features=features,
         mirrored=mirrored if flip else {},
-        shapes=first_shapes(dataset, [*files.values(), *plain.values(), *texts]),
-        unconditional=unconditional(dataset, reads, config.adapter),
         latents=latents,
         text=texts,
         flip=flip,

@@ -7,17 +7,25 @@ from pipeline.shared import tars
 from pipeline.shared.files import AnyPath
 from pipeline.shared.tars import Span, Wish
 from schemas.errors import CorruptShardError
+from schemas.shard import Manifest
 
 
 class Shard(NamedTuple):
-    """A finished shard that holds samples."""
+    """A finished shard."""
 
     folder: str
     """The dataset's folder, as it was given."""
-    name: str
     tar: AnyPath
-    kept: int
-    """Samples in it."""
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        return self.manifest.shard
+
+    @property
+    def kept(self) -> int:
+        """Samples in it."""
+        return self.manifest.kept
 
 
 class Raw(NamedTuple):

@@ -1,6 +1,7 @@
 """One consumer's endless stream of batches; one can go on at any of its batches."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count
 from random import Random
 
@@ -23,21 +24,19 @@ _EMPTY_EPOCHS = 3
 """A small share of a dataset may happen to have no crop in one epoch."""
 
 
+@dataclass
 class Consumer:
     """Reads its share of every epoch, one epoch after the other."""
 
-    def __init__(
-        self, dataset: Dataset, reading: Reading, config: TrainConfig, *, worker: int, consumer: int, consumers: int
-    ) -> None:
-        """The `consumer`-th of `consumers`; `worker` is its number in its own training process."""
-        self._dataset = dataset
-        self._reading = reading
-        self._config = config
-        self._worker = worker
-        self._consumer = consumer
-        self._consumers = consumers
-        self._wanted = reading.wanted
-        self._replays = False
+    dataset: Dataset
+    reading: Reading
+    config: TrainConfig
+    worker: int
+    """Its number in its own training process."""
+    consumer: int
+    """Its number among all `consumers`."""
+    consumers: int
+    _replays: bool = False
 
     def batches(self, epoch: int, index: int) -> Iterator[Batch]:
         """Batches from the `index`-th of an epoch on, without end.
@@ -52,31 +51,31 @@ class Consumer:
         for number in count(epoch):
             before, empty = index if number == epoch else 0, empty + 1
             self._replays = before > 0
-            for position, group in enumerate(grouped(self._planned(number), self._config.data.batch_size)):
+            for position, group in enumerate(grouped(self._planned(number), self.config.data.batch_size)):
                 self._replays = position + 1 < before
                 empty = 0
                 if position >= before:
-                    yield collate(group, self._reading, Position(self._worker, number, position))
+                    yield collate(group, self.reading, Position(self.worker, number, position))
             if empty == _EMPTY_EPOCHS:
-                folders = self._dataset.folders
+                folders = self.dataset.folders
                 raise SourceError(
                     f"None of the samples that were read from {folders} has any crop, or is of a kind in data.kinds."
                 )
 
     def _planned(self, epoch: int) -> Iterator[Planned]:
         """The consumer's samples of an epoch, planned and shuffled."""
-        config, shards = self._config, self._dataset.shards
-        draws = draws_generator(config.seed, epoch, self._consumer)
+        config, shards, wanted = self.config, self.dataset.shards, self.reading.wanted
+        draws = draws_generator(config.seed, epoch, self.consumer)
         shuffling = Random(int(draws.integers(2**63)))  # noqa: S311  # an order, not a secret
-        plan = Planner(self._reading, config, draws)
+        plan = Planner(self.reading, config, draws)
 
         def wish(suffix: str) -> bool | None:
-            if suffix not in self._wanted:
+            if suffix not in wanted:
                 return None
             return not self._replays or suffix == "json"
 
         kept = [shard.kept for shard in shards]
-        ranges = sample_ranges(kept, config.seed, epoch, self._consumer, self._consumers)
+        ranges = sample_ranges(kept, config.seed, epoch, self.consumer, self.consumers)
         if config.data.pairs or config.data.balance == "person":
             planned = self._by_person(ranges, wish, plan, draws.spawn(1)[0])
         else:
@@ -90,13 +89,13 @@ class Consumer:
     ) -> Iterator[Planned]:
         """All samples of the ranges, each planned with others of its person; or one of each person."""
         for index, start, stop in ranges:
-            shard = self._dataset.shards[index]
+            shard = self.dataset.shards[index]
             first, last = max(0, start - PAD), min(shard.kept, stop + PAD)
             numbered = enumerate(samples(shard, first, last, wish), first)
             raws = ((start <= number < stop, raw) for number, raw in numbered)
-            for members in persons(raws, self._reading.condition):
+            for members in persons(raws, self.reading.condition):
                 planned = (one for raw, others in members if (one := plan(raw, others)) is not None)
-                yield from one_of(planned, draws) if self._config.data.balance == "person" else planned
+                yield from one_of(planned, draws) if self.config.data.balance == "person" else planned
 
 
 def grouped(planned: Iterable[Planned], size: int) -> Iterator[Sequence[Planned]]:

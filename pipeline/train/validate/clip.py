@@ -19,14 +19,14 @@ from schemas.errors import WeightsError, first_line
 class Clip:
     """Both towers of a CLIP, from a folder in transformers' layout."""
 
-    def __init__(self, folder: str, device: torch.device) -> None:
-        """Load it; nothing is ever fetched.
+    def __init__(self, folder: str, device: str, option: str = "watch.clip") -> None:
+        """Load it; nothing is ever fetched. `option` is what the user gave it by.
 
         Raises:
             WeightsError: when the folder holds no whole CLIPModel with its tokenizer and preprocessor.
         """
         path, options = Path(folder).expanduser(), {"local_files_only": True}
-        wrong = f"watch.clip: {folder} is no folder of a whole CLIP (CLIPModel, tokenizer and image processor)"
+        wrong = f"{option}: {folder} is no folder of a whole CLIP (CLIPModel, tokenizer and image processor)"
         if not path.is_dir():
             raise WeightsError(f"{wrong}: there is no such folder.")
         try:

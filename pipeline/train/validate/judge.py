@@ -34,8 +34,10 @@ class Look(NamedTuple):
 class IdJudge:
     """The detector and the recogniser of an insightface pack, on the CPU."""
 
-    def __init__(self, pack: str) -> None:
+    def __init__(self, pack: str, option: str = "watch.judge") -> None:
         """Load a pack: a folder, or the name of one under ~/.insightface/models; nothing is ever fetched.
+
+        `option` is what the user gave it by.
 
         Raises:
             WeightsError: when there is no such folder, or it holds no detector or no recogniser.
@@ -46,10 +48,10 @@ class IdJudge:
         folder = next((folder for folder in folders if any(folder.glob("*.onnx"))), None)
         if folder is None:
             raise WeightsError(
-                f"watch.judge: {pack} is no folder with an insightface pack (*.onnx files): give the folder of one, "
+                f"{option}: {pack} is no folder with an insightface pack (*.onnx files): give the folder of one, "
                 f"such as {_PACKS}/antelopev2."
             )
-        self._app = _face_analysis(folder.resolve())
+        self._app = _face_analysis(folder.resolve(), option)
         self.name = folder.name
         files = {task: Path(model.model_file) for task, model in self._app.models.items()}
         hashes = {task: sha256_of_file(file) for task, file in files.items()}
@@ -81,26 +83,26 @@ class IdJudge:
         return vector / np.linalg.norm(vector)
 
 
-def _face_analysis(folder: Path) -> Any:
+def _face_analysis(folder: Path, option: str) -> Any:
     try:
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
         from insightface.app import FaceAnalysis
         from onnxruntime.capi import onnxruntime_pybind11_state as ort
     except ImportError as error:
-        raise ConfigError(f"watch.judge needs ONNX Runtime ({error}): pip install onnxruntime.") from error
-    lacks = "watch.judge: {} holds no {} model of insightface; give the folder of a whole pack."
+        raise ConfigError(f"{option} needs ONNX Runtime ({error}): pip install onnxruntime.") from error
+    lacks = f"{option}: {folder} holds no {{}} model of insightface; give the folder of a whole pack."
     no_models = (ort.Fail, ort.InvalidArgument, ort.InvalidGraph, ort.InvalidProtobuf, ort.NotImplemented, DecodeError)
     try:
         app = FaceAnalysis(
             str(folder), allowed_modules=["detection", "recognition"], providers=["CPUExecutionProvider"]
         )
     except AssertionError as error:  # without a detector
-        raise WeightsError(lacks.format(folder, "detection")) from error
+        raise WeightsError(lacks.format("detection")) from error
     except no_models as error:
         raise WeightsError(
-            f"watch.judge: a file in {folder} cannot be loaded by ONNX Runtime ({error}): fetch the pack again."
+            f"{option}: a file in {folder} cannot be loaded by ONNX Runtime ({error}): fetch the pack again."
         ) from error
     if "recognition" not in app.models:
-        raise WeightsError(lacks.format(folder, "recognition"))
+        raise WeightsError(lacks.format("recognition"))
     app.prepare(ctx_id=-1, det_size=_DET_SIZE)
     return app

@@ -100,7 +100,7 @@ def same(one: Batch, other: Batch) -> bool:
 
 def test_over_100_000_draws_no_condition_is_of_the_sample_itself(dataset: Dataset) -> None:
     photos = np.random.default_rng(0).integers(2, 60, 300).tolist()
-    shard = Shard("out", "a-00000", Path("a.tar"), sum(photos))
+    shard = Shard("out", Path("a.tar"), fake.manifest("a-00000", b"", sum(photos)))
     content = json.loads(fake.sample(0, has=("portrait",))["json"])
     raws = [
         Raw(shard, f"{person}-{each}", {"json": data, "portrait.jpg": b"", "arcface.npy": b""})
