@@ -127,4 +127,4 @@ def export_run(root: Path, step: int | None, folder: Path | None) -> list[Path]:
         OutputError: when RUN is no run, or has no such checkpoint.
     """
     run = RunFolder(root)
-    return export(run, run.required_description(), run.chosen(step), folder or root)
+    return export(run, run.description(), run.chosen(step), folder or root)

@@ -103,11 +103,11 @@ def prepared(call: Call) -> TrainJob:
     config = load_train_config(call.config_file, call.pairs, preset, **call.options)
 
     run = RunFolder(call.out or Path("runs") / f"{call.variant}-{base.name}")
-    before = run.description() if call.resume else None
+    before = run.description()["identity"].get("dataset") if call.resume and run.exists() else None
     if config.data.verify == "sha256":
         # The processes of a machine read the same disk, and a dataset may take hours: each hashes its share of it.
         rank, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        check_hashes(dataset, rank, ranks, hashed_before=before["identity"].get("dataset") if before else None)
+        check_hashes(dataset, rank, ranks, hashed_before=before)
     return TrainJob(config, preset, chosen, base, dataset, features, run, call.resume)
 
 

@@ -195,7 +195,7 @@ def _model(job: TrainJob, base: Base) -> AdapterModel:
         is_worth_it = job.config.steps >= _WORTH_COMPILING and has_one_shape
         is_compiled = base.device.type == "cuda" and is_worth_it and find_spec("triton") is not None
     if is_compiled:
-        model.compile_predict()
+        model.compile_forward()
     elif settings.channels_last:
         base.unet.to(memory_format=torch.channels_last)
     return model

@@ -258,7 +258,7 @@ def load_train_config(
     values: dict[str, Any] = {}
     merge(values, preset)
     merge(values, read_values(path, pairs))
-    merge(values, {name: value for name, value in options.items() if value is not None})
+    merge(values, options)
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:

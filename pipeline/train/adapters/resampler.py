@@ -55,7 +55,7 @@ class Perceiver(nn.Module):
         self.norm_out = nn.LayerNorm(width_out)
         self.layers = nn.ModuleList(nn.ModuleList([PerceiverAttention(dim), feed_forward(dim)]) for _ in range(DEPTH))
 
-    def gather(self, latents: Tensor, features: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, features: Tensor) -> Tensor:
         """(B, Q, dim) latents over (B, N, features) features -> (B, Q, width_out)."""
         features = self.proj_in(features)
         for block in self.layers:
@@ -64,9 +64,6 @@ class Perceiver(nn.Module):
             latents = latents + feed(latents)
         out: Tensor = self.norm_out(self.proj_out(latents))
         return out
-
-    def forward(self, latents: Tensor, features: Tensor) -> Tensor:
-        return self.gather(latents, features)
 
 
 class Resampler(Perceiver):
@@ -79,4 +76,4 @@ class Resampler(Perceiver):
 
     def forward(self, features: Tensor) -> Tensor:  # type: ignore[override]  # its latents are its own
         """(B, N, features) -> (B, queries, width_out)."""
-        return self.gather(self.latents.expand(len(features), -1, -1), features)
+        return super().forward(self.latents.expand(len(features), -1, -1), features)

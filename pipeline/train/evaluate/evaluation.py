@@ -77,7 +77,7 @@ def evaluate(call: Call) -> tuple[Path, dict[str, Any]] | None:
     features = features_of(dataset, subject.variant.reads, config.adapter)
     faces = first_faces(dataset, call.faces, subject.variant.reads, config.adapter, OTHERS)
     accelerator, watch, typed = make_accelerator(config.optim), config.watch, call.options.get("watch", {})
-    options = [f"--{name}" if name in typed else f"watch.{name}" for name in ("judge", "clip")]
+    options = [f"--{name}" if typed.get(name) else f"watch.{name}" for name in ("judge", "clip")]
     viewer = Viewer(watch.judge, watch.clip, str(accelerator.device), options)
     turns = turns_of(config, viewer, call.images)
 

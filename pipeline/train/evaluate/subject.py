@@ -108,9 +108,9 @@ def read_subject(path: Path, name: str, step: int | None) -> Subject:
     kind = ""
     if path.is_dir():
         run = RunFolder(path)
-        description = run.required_description()
+        description = run.description()
         step = run.chosen(step)
-        weights, average, _ = run.load(step)
+        weights, average = run.weights(step)
         tensors = weights if average is None else average
         file = run.folder(step) / ("adapter.safetensors" if average is None else "average.safetensors")
         sidecar, watch, folder = description["sidecar"], description.get("watch", {}), path / "evaluation"

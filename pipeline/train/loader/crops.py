@@ -1,8 +1,10 @@
 """Which crop of a photo is the target, and where it is cut."""
 
 import math
+from bisect import bisect
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -76,13 +78,8 @@ class Balance:
             weights = sum(self._weights[crop] for crop in candidates)
             picks = sum(self._counts[crop] for crop in candidates) + 1
             lacks = [max(0.0, self._weights[crop] / weights * picks - self._counts[crop]) for crop in candidates]
-            picked = candidates[lacks.index(max(lacks))]
-            left = draw * sum(lacks)
-            for crop, lack in zip(candidates, lacks, strict=True):
-                left -= lack
-                if left < 0:
-                    picked = crop
-                    break
+            index = bisect(list(accumulate(lacks)), draw * sum(lacks))
+            picked = candidates[index if index < len(candidates) else lacks.index(max(lacks))]
         self._counts[picked] += 1
         return picked
 

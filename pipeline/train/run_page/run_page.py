@@ -68,7 +68,7 @@ def write_page(run: RunFolder) -> Path:
     Raises:
         OutputError: when there is no run, its metrics are damaged, or the page cannot be written.
     """
-    description = run.required_description()
+    description = run.description()
     sidecar, metrics, events = description["sidecar"], curves.read_metrics(run.root / METRICS), _events(run.root)
     steps, bad = metrics["step"], curves.not_finite("loss", metrics)
     last = int(max([0, *steps[-1:], *(event["step"] for event in events[-1:])]))
