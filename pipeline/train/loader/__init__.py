@@ -1,12 +1,10 @@
 """Finished shards to typed batches; nothing is known here of how the shards were made."""
 
 from pipeline.train.loader.batches import Batch, Position
-from pipeline.train.loader.condition import Features, features_of
-from pipeline.train.loader.dataset import Dataset, check_hashes, open_dataset
+from pipeline.train.loader.dataset import Dataset, check_hashes, models_of, open_dataset
 from pipeline.train.loader.faces import Face, Photo, Pixels, first_faces
-from pipeline.train.loader.folders import models_of
 from pipeline.train.loader.loader import ShardLoader, worker_died
-from pipeline.train.loader.reading import Reading, plan_reading
+from pipeline.train.loader.reading import Features, Reading, features_of, plan_reading
 
 __all__ = [
     "Batch",

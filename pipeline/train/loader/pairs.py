@@ -7,8 +7,7 @@ from typing import TypeVar
 import numpy as np
 
 from pipeline.train.loader.dataset import Dataset
-from pipeline.train.loader.decode import meta
-from pipeline.train.loader.shards import Raw, samples
+from pipeline.train.loader.shards import Raw, meta, samples
 from schemas.errors import SourceError
 
 T = TypeVar("T")

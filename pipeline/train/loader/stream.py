@@ -1,9 +1,15 @@
-"""One consumer's endless stream of batches; one can go on at any of its batches."""
+"""One consumer's endless stream of batches; one can go on at any of its batches.
+
+A consumer is one loader process of one training process. Who reads what, and in which order, follows from seed, epoch
+and the number of consumers: the shards are permuted anew for each epoch, and the sequence of all their samples is cut
+into one contiguous range per consumer, so that one shard serves many consumers.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 from webdataset.filters import shuffle
@@ -11,7 +17,6 @@ from webdataset.filters import shuffle
 from pipeline.shared.tars import Wish
 from pipeline.train.loader.batches import Batch, Position, collate
 from pipeline.train.loader.dataset import Dataset
-from pipeline.train.loader.order import SampleRange, draws_generator, sample_ranges
 from pipeline.train.loader.pairs import PAD, one_of, persons
 from pipeline.train.loader.plan_sample import Planned, Planner
 from pipeline.train.loader.reading import Reading
@@ -19,6 +24,50 @@ from pipeline.train.loader.shards import samples
 from pipeline.train.settings import TrainConfig
 from schemas.buckets import Size
 from schemas.errors import SourceError
+
+_SHARDS, _DRAWS = 0, 1
+
+
+class SampleRange(NamedTuple):
+    """Consecutive samples of one shard."""
+
+    shard: int
+    """Index in the dataset."""
+    start: int
+    stop: int
+    """Samples [start, stop) of the shard."""
+
+
+def shard_order(seed: int, epoch: int, shards: int) -> list[int]:
+    """A permutation of the shards' indices."""
+    return [int(index) for index in np.random.default_rng([_SHARDS, seed, epoch]).permutation(shards)]
+
+
+def draws_generator(seed: int, epoch: int, consumer: int) -> np.random.Generator:
+    """What a consumer draws its samples' fates and its shuffling from."""
+    return np.random.default_rng([_DRAWS, seed, epoch, consumer])
+
+
+def sample_ranges(kept: Sequence[int], seed: int, epoch: int, consumer: int, consumers: int) -> list[SampleRange]:
+    """The consumer's part of an epoch, in reading order; together the consumers' parts are all samples, once each.
+
+    Args:
+        kept: samples of each shard.
+        seed: of the run.
+        epoch: from 0.
+        consumer: from 0.
+        consumers: how many there are.
+    """
+    total = sum(kept)
+    first, last = consumer * total // consumers, (consumer + 1) * total // consumers
+    ranges, position = [], 0
+    for shard in shard_order(seed, epoch, len(kept)):
+        start, stop = max(first - position, 0), min(last - position, kept[shard])
+        if start < stop:
+            ranges.append(SampleRange(shard, start, stop))
+        position += kept[shard]
+    return ranges
+
 
 _EMPTY_EPOCHS = 3
 """A small share of a dataset may happen to have no crop in one epoch."""

@@ -11,8 +11,7 @@ import cv2
 import numpy as np
 
 from pipeline.train.loader import Face, Pixels
-from pipeline.train.validate.clip import Clip
-from pipeline.train.validate.judge import IdJudge
+from pipeline.train.validate.judge import Clip, IdJudge
 from schemas.arcface import Floats, pose
 
 View = Mapping[str, Floats]

@@ -15,8 +15,8 @@ from pipeline.dataset.config import load_config
 from pipeline.dataset.finished.export_json import export_json
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.plan import make_plan
-from pipeline.train.loader.condition import require
 from pipeline.train.loader.dataset import open_dataset
+from pipeline.train.loader.reading import require
 from pipeline.train.settings import AdapterSettings, DataSettings
 from schemas.columns import schema
 from schemas.errors import OutputError, SourceError

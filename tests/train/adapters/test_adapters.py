@@ -12,8 +12,7 @@ from torch.nn.functional import gelu, layer_norm, linear, normalize
 
 from pipeline.train.adapters.attention import AdapterAttention, Lora, install, named_attention
 from pipeline.train.adapters.released import lora_tensors
-from pipeline.train.adapters.resampler import Perceiver, Resampler
-from pipeline.train.adapters.variants import VARIANTS, IdMlp, Widths, variant
+from pipeline.train.adapters.variants import VARIANTS, IdMlp, Perceiver, Resampler, Widths, variant
 from pipeline.train.settings import AdapterSettings
 from schemas.errors import ConfigError
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import save
 
 from pipeline.train.loader import Batch, Dataset, ShardLoader, features_of, first_faces, open_dataset
-from pipeline.train.loader.tokens import MixedTokens, mixed
+from pipeline.train.loader.batches import MixedTokens, mixed
 from pipeline.train.settings import AdapterSettings, TrainConfig
 from schemas.errors import CorruptShardError, SourceError
 from schemas.int8 import Quantised, dequantise, encode_int8, quantise

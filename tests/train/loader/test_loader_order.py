@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.train.loader.order import sample_ranges
+from pipeline.train.loader.stream import sample_ranges
 
 KEPT = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 

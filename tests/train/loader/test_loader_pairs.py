@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from pipeline.train.loader import Batch, Dataset, ShardLoader, open_dataset, plan_reading
+from pipeline.train.loader.batches import MixedTokens
 from pipeline.train.loader.pairs import WINDOW, persons
 from pipeline.train.loader.plan_sample import Planner
 from pipeline.train.loader.shards import Raw, Shard
-from pipeline.train.loader.tokens import MixedTokens
 from pipeline.train.settings import TrainConfig
 from schemas.errors import ConfigError, SourceError
 from schemas.shard import encode_npy
