@@ -22,7 +22,6 @@ from pipeline.train.loader import Batch, ShardLoader
 from pipeline.train.settings import OptimSettings
 from schemas.errors import ConfigError, FaceShardsError, OutputError
 
-
 _WORTH_COMPILING = 2000
 """Steps from which compiling, which takes as long as some 300 steps, is won back many times over."""
 _MOST_SKIPPED = 100

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.progress import track
 
@@ -94,21 +95,7 @@ def evaluate(call: Call) -> tuple[Path, dict[str, Any]] | None:
     for note in papers["notes"]:
         say(f"note: {note}")
     out = call.out or subject.folder
-    if accelerator.is_main_process:
-        with writing(out):
-            (out / "images").mkdir(parents=True, exist_ok=True)
-            for old in (out / "images").glob("[0-9]*-[0-9]*-[0-9]*.png"):
-                old.unlink()
-    accelerator.wait_for_everyone()
-    is_quiet = not (console.is_terminal and accelerator.is_main_process)
-    with torch.no_grad(), accelerator.split_between_processes(list(enumerate(faces))) as mine:
-        drawn = [
-            _person(number, face, turns, viewer, sampler, out)
-            for number, face in track(mine, "Drawing", console=console, transient=True, disable=is_quiet)
-        ]
-    # Where there are fewer faces than processes, some have drawn the last one too.
-    persons = [one for _, one in sorted({one.number: one for one in gather_object(drawn)}.items())]
-    accelerator.end_training()
+    persons = _persons(faces, turns, viewer, sampler, out, accelerator)
     if not accelerator.is_main_process:
         return None
     without: list[float] = []
@@ -202,6 +189,28 @@ class Person(NamedTuple):
     """Space -> mean distance between two images: of one prompt, for the pose of all."""
     pictures: dict[str, list[dict[str, str]]]
     """`photos` and `images` for the page, empty once there are enough on it."""
+
+
+def _persons(
+    faces: Sequence[Face], turns: Sequence[Turn], viewer: Viewer, sampler: Sampler, out: Path, accelerator: Accelerator
+) -> list[Person]:
+    """Draw all faces into `out`/images, each process its share; returns what all have drawn."""
+    if accelerator.is_main_process:
+        with writing(out):
+            (out / "images").mkdir(parents=True, exist_ok=True)
+            for old in (out / "images").glob("[0-9]*-[0-9]*-[0-9]*.png"):
+                old.unlink()
+    accelerator.wait_for_everyone()
+    is_quiet = not (console.is_terminal and accelerator.is_main_process)
+    with torch.no_grad(), accelerator.split_between_processes(list(enumerate(faces))) as mine:
+        drawn = [
+            _person(number, face, turns, viewer, sampler, out)
+            for number, face in track(mine, "Drawing", console=console, transient=True, disable=is_quiet)
+        ]
+    # Where there are fewer faces than processes, some have drawn the last one too.
+    persons = [one for _, one in sorted({one.number: one for one in gather_object(drawn)}.items())]
+    accelerator.end_training()
+    return persons
 
 
 def _person(number: int, face: Face, turns: Sequence[Turn], viewer: Viewer, sampler: Sampler, out: Path) -> Person:

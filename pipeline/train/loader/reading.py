@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from pipeline.train.loader.dataset import Dataset, first_samples
 from pipeline.train.loader.pairs import lonely
-from pipeline.train.loader.plan_sample import CROPS
 from pipeline.train.loader.shards import Raw, features
 from pipeline.train.settings import AdapterSettings, Condition, DataSettings, ImageEncoder, TrainConfig
 from schemas.errors import ConfigError, SourceError
@@ -22,6 +21,10 @@ from schemas.int8 import Quantised, dequantise
 from schemas.shard import EMBEDDINGS, either_form
 from schemas.targets import text_sha256, vae_sha256
 
+CROPS = ("portrait", "half", "full")
+_TEXT, _TEXT_POOLED = "text.npy", "text_pooled.npy"
+_MIRRORS_FREELY = "arcface.npy"
+"""Hardly changes when the face is mirrored."""
 _COLUMNS: dict[ImageEncoder, dict[str, str]] = {
     "clip-vit-h": {"arcface": "arcface", "pooled": "clip", "hidden": "clip_hidden"},
     "dinov2": {"arcface": "arcface", "pooled": "dino", "hidden": "dino"},
@@ -124,11 +127,6 @@ def first_shapes(dataset: Dataset, suffixes: Sequence[str]) -> dict[str, tuple[i
     """
     (first,) = first_samples(dataset, 1, suffixes)
     return {suffix: features(first, suffix).shape for suffix in suffixes}
-
-
-_TEXT, _TEXT_POOLED = "text.npy", "text_pooled.npy"
-_MIRRORS_FREELY = "arcface.npy"
-"""Hardly changes when the face is mirrored."""
 
 
 @dataclass(frozen=True)
