@@ -53,14 +53,17 @@ def run(
 
     Other commands: `export RUN`, `evaluate RUN|FILE`, `report RUN`, `config`; each has its own --help.
     """
-    from pipeline.train.job import Call, prepared
+    from pipeline.train.job import EMBEDDED, Call, prepared
     from pipeline.train.watch import say
 
     adapter = {"image_encoder": image_encoder, "init_from": init_from and str(init_from)}
     options = {"steps": steps, "seed": seed, "adapter": adapter}
     job = prepared(Call(tuple(shards or ["out"]), name, base, out, preset, config, tuple(sets or ()), resume, options))
-    for warning in job.warnings:
-        say(f"warning: {warning}")
+    if EMBEDDED in job.dataset.profiles:
+        say(
+            "warning: these shards are of the `embedded` profile: its features stand in for a face recogniser and CLIP,"
+            " and an adapter trained on them is for trying things out only."
+        )
     # Imported once a call was proved: diffusers takes seconds to load, and a mistake is to be shown at once.
     from pipeline.train.loop import train
 

@@ -65,16 +65,6 @@ class TrainJob:
             **without_free_keys(leaves(self.config.model_dump(mode="json"))),
         }
 
-    @property
-    def warnings(self) -> list[str]:
-        """What the user should know before it starts."""
-        if EMBEDDED not in self.dataset.profiles:
-            return []
-        return [
-            "these shards are of the `embedded` profile: its features stand in for a face recogniser and CLIP, and an "
-            "adapter trained on them is for trying things out only."
-        ]
-
 
 def prepared(call: Call) -> TrainJob:
     """Find the dataset and the base, merge the config, and prove that they fit the variant.

@@ -98,12 +98,10 @@ def evaluate(call: Call) -> tuple[Path, dict[str, Any]] | None:
     persons = _persons(faces, turns, viewer, sampler, out, accelerator)
     if not accelerator.is_main_process:
         return None
-    without: list[float] = []
-    if viewer.clip is not None:
-        model.switch_off()
-        with torch.no_grad():
-            alone = [viewer.clip.image(sampler(faces[0], turn.prompt, turn.seed)) for turn in turns]
-        without = [float(image @ turn.text) for image, turn in zip(alone, turns, strict=True) if turn.text is not None]
+    model.switch_off()
+    with torch.no_grad():
+        texts = [(turn, turn.text, viewer.clip) for turn in turns if turn.text is not None and viewer.clip]
+        without = [float(clip.image(sampler(faces[0], one.prompt, one.seed)) @ text) for one, text, clip in texts]
     settings = {
         "prompts": watch.validate_prompts,
         "images": call.images,
