@@ -5,13 +5,13 @@ It needs gradients, so it runs facexlib's ArcFace in torch.
 
 from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.train.adapters.released import DAMAGED
 from pipeline.train.objective import Noised, predicted_clean
 from pipeline.train.settings import ObjectiveSettings
 from schemas.arcface import ARCFACE_SIZE, ARCFACE_TEMPLATE
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from pipeline.train.loader import Batch
 
 WEIGHTS_URL = "https://github.com/xinntao/facexlib/releases/download/v0.1.0/recognition_arcface_ir_se50.pth"
-_NOT_WEIGHTS = (UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError, ValueError, LookupError)
-"""What torch raises for files that are no state dict, or one of another network."""
 
 
 def similarity_transform(kps: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +84,7 @@ class IdLoss:
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
             model.load_state_dict(state, strict=True, assign=True)
-        except _NOT_WEIGHTS as error:
+        except DAMAGED as error:
             raise WeightsError(
                 f"{weights} is not recognition_arcface_ir_se50.pth ({first_line(error)}): fetch {WEIGHTS_URL}."
             ) from error

@@ -64,10 +64,10 @@ def read_folder(given: str, *, manifests_may_differ: bool) -> DatasetFolder:
         raise SourceError(f"{given} cannot be opened: {error}") from error
     except OSError as error:
         raise SourceError(f"{given} cannot be read: {error}") from error
-    if not any(shard.kept for shard in shards):
+    if not any(shard.manifest.kept for shard in shards):
         lack = "no sample was kept" if shards else "there is no finished shard"
         raise SourceError(f"{given} holds nothing to train on ({lack}): run `make dataset` with OUT={given} first.")
-    for tar, manifest in ((shard.tar, shard.manifest) for shard in shards if shard.kept):
+    for tar, manifest in ((shard.tar, shard.manifest) for shard in shards if shard.manifest.kept):
         if tar.name not in manifest.files:
             raise SourceError(f"The manifest of {manifest.shard} names no {tar.name}: run `make dataset` again.")
         expected, length = manifest.files[tar.name]["bytes"], lengths.get(tar.name)
@@ -162,7 +162,7 @@ class Dataset:
 
     @property
     def samples(self) -> int:
-        return sum(shard.kept for shard in self.shards)
+        return sum(shard.manifest.kept for shard in self.shards)
 
 
 def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
@@ -180,12 +180,10 @@ def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
     folders = [read_folder(given, manifests_may_differ=data.verify == "size") for given in dirs]
     check_embedders(folders)
     digests = tuple(folder.digest for folder in folders)
-    shards = tuple(shard for folder in folders for shard in folder.shards if shard.kept)
+    shards = tuple(shard for folder in folders for shard in folder.shards if shard.manifest.kept)
     # The first samples of one shard per plan; of all but their json it is only noted that they are there.
     one_per_plan = {shard.manifest.plan_digest: shard for shard in reversed(shards)}.values()
-    peeked = [
-        list(samples(shard, 0, min(_PEEKED, shard.kept), lambda suffix: suffix == "json")) for shard in one_per_plan
-    ]
+    peeked = [list(samples(shard, 0, _PEEKED, lambda suffix: suffix == "json")) for shard in one_per_plan]
     suffixes = [as_npy(suffix for raw in raws for suffix in raw.files) for raws in peeked]
     made_by = [one for raws in peeked for raw in raws if (one := targets(raw))]
     dataset = Dataset(
@@ -275,8 +273,6 @@ def first_samples(dataset: Dataset, count: int, suffixes: Collection[str] = ()) 
     every = (
         raw
         for shard in dataset.shards
-        for raw in samples(
-            shard, 0, min(count, shard.kept), lambda suffix: suffix == "json" if suffix in wanted else None
-        )
+        for raw in samples(shard, 0, count, lambda suffix: suffix == "json" if suffix in wanted else None)
     )
     return islice(every, count)

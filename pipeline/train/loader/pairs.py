@@ -74,10 +74,9 @@ def lonely(dataset: Dataset) -> tuple[int, int]:
     """
     photos = alone = 0
     for shard in dataset.shards[:: max(1, len(dataset.shards) // _SHARDS)][:_SHARDS]:
-        count = min(_SAMPLES, shard.kept)
-        raws = samples(shard, 0, count, lambda suffix: True if suffix == "json" else None)
+        raws = samples(shard, 0, _SAMPLES, lambda suffix: True if suffix == "json" else None)
         sizes = [sum(1 for _ in members) for _, members in groupby(raws, key=person)]
-        if count < shard.kept and len(sizes) > 1:
+        if shard.manifest.kept > _SAMPLES and len(sizes) > 1:
             sizes.pop()  # of the last one there may be more
         photos, alone = photos + sum(sizes), alone + sizes.count(1)
     if photos == alone:

@@ -19,6 +19,9 @@ from schemas.int8 import Quantised, decode_int8
 from schemas.shard import INT8, Manifest, decode_npy
 from schemas.targets import Targets
 
+_END_OF_JPEG = b"\xff\xd9"
+_REDUCED = {1: cv2.IMREAD_COLOR, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4}
+
 
 class Shard(NamedTuple):
     """A finished shard."""
@@ -31,11 +34,6 @@ class Shard(NamedTuple):
     @property
     def name(self) -> str:
         return self.manifest.shard
-
-    @property
-    def kept(self) -> int:
-        """Samples in it."""
-        return self.manifest.kept
 
 
 class Raw(NamedTuple):
@@ -63,27 +61,24 @@ class Raw(NamedTuple):
 
 
 def samples(shard: Shard, start: int, stop: int, wish: Wish) -> Iterator[Raw]:
-    """Samples [start, stop) of a shard; a range that ends with the shard must be followed by nothing.
+    """Samples [start, stop) of a shard, fewer where it ends before; its last one must be followed by nothing.
 
     Raises:
         CorruptShardError: when the tar cannot be read so far, a sample has no json or a file twice, or there are more
             or fewer samples than the manifest says; names the shard, and the key where known.
     """
-    count = start
-    for key, files in tars.samples(shard.tar, start, None if stop == shard.kept else stop, wish):
+    count, kept = start, shard.manifest.kept
+    stop = min(stop, kept)
+    for key, files in tars.samples(shard.tar, start, None if stop == kept else stop, wish):
         if count == stop:
-            raise CorruptShardError(f"{shard.tar}: holds more samples than the {shard.kept} that its manifest says")
+            raise CorruptShardError(f"{shard.tar}: holds more samples than the {kept} that its manifest says")
         raw = Raw(shard, key, files)
         if "json" not in files:
             raise raw.corrupt("json", "is missing")
         yield raw
         count += 1
     if count != stop:
-        raise CorruptShardError(f"{shard.tar}: ends after {count} samples, its manifest says {shard.kept}")
-
-
-_END_OF_JPEG = b"\xff\xd9"
-_REDUCED = {1: cv2.IMREAD_COLOR, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4}
+        raise CorruptShardError(f"{shard.tar}: ends after {count} samples, its manifest says {kept}")
 
 
 def meta(raw: Raw) -> dict[str, Any]:

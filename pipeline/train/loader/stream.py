@@ -123,7 +123,7 @@ class Consumer:
                 return None
             return not self._replays or suffix == "json"
 
-        kept = [shard.kept for shard in shards]
+        kept = [shard.manifest.kept for shard in shards]
         ranges = sample_ranges(kept, config.seed, epoch, self.consumer, self.consumers)
         if config.data.pairs or config.data.balance == "person":
             planned = self._by_person(ranges, wish, plan, draws.spawn(1)[0])
@@ -139,8 +139,8 @@ class Consumer:
         """All samples of the ranges, each planned with others of its person; or one of each person."""
         for index, start, stop in ranges:
             shard = self.dataset.shards[index]
-            first, last = max(0, start - PAD), min(shard.kept, stop + PAD)
-            numbered = enumerate(samples(shard, first, last, wish), first)
+            first = max(0, start - PAD)
+            numbered = enumerate(samples(shard, first, stop + PAD, wish), first)
             raws = ((start <= number < stop, raw) for number, raw in numbered)
             for members in persons(raws, self.reading.condition):
                 planned = (one for raw, others in members if (one := plan(raw, others)) is not None)

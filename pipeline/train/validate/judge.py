@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from pipeline.shared.bases import card_licence
-from pipeline.train.base_model import UNREADABLE
+from pipeline.train.adapters.released import DAMAGED
 from pipeline.train.loader import Pixels
 from schemas.arcface import ARCFACE_SIZE, PACK_FILES, Floats
 from schemas.digest import sha256_of_file
@@ -130,7 +130,7 @@ class Clip:
             model, report = transformers.CLIPModel.from_pretrained(
                 path, use_safetensors=True, output_loading_info=True, **options
             )
-        except (*UNREADABLE, AttributeError) as error:
+        except DAMAGED as error:
             raise WeightsError(f"{wrong}: {first_line(error)}.") from error
         if report["missing_keys"]:  # an image tower alone, as IP-Adapter's folder has it
             raise WeightsError(f"{wrong}: its files lack {min(report['missing_keys'])}.")

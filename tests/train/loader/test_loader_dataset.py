@@ -41,7 +41,7 @@ def edited(path: Path, **changes: Any) -> None:
 
 def test_what_a_dataset_tells(out: Path) -> None:
     dataset = open_dataset([str(out)], DATA)
-    assert [(shard.name, shard.kept) for shard in dataset.shards] == [("a-00000", 3), ("b-00001", 2)]
+    assert [(shard.name, shard.manifest.kept) for shard in dataset.shards] == [("a-00000", 3), ("b-00001", 2)]
     assert dataset.samples == 5
     assert dataset.profiles == ("embedded",)
     assert {model["name"]: model["licence"] for model in dataset.models} == {
