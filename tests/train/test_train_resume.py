@@ -49,8 +49,10 @@ torch.set_num_threads(1)
 import pipeline.train.__main__ as trainer
 from pipeline.shared.bases import find_base
 from pipeline.train.base_model import Base
+from pipeline.train.loader.batches import albumentations
 from torch.utils.tensorboard import SummaryWriter
 import pipeline.train.loop
+albumentations()
 models, real = {}, Base._model
 def model(base, cls, part, dtype):
     key = base.source.name, part

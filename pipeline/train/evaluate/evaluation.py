@@ -230,9 +230,9 @@ def _person(number: int, face: Face, turns: Sequence[Turn], viewer: Viewer, samp
         if at < room:
             pictures["images"].append(reduced(image, title(turn.prompt, score)))
     one_prompt = [spread(made[at : at + images]) for at in range(0, len(made), images)]
-    means = {space: [one[space] for one in one_prompt if space in one] for space in ("pixels", "clip")}
+    of_prompts = {space: [one[space] for one in one_prompt if space in one] for space in ("pixels", "clip")}
     diversity = {space: value for space, value in spread(made).items() if space == "pose"}
-    diversity |= {space: fmean(some) for space, some in means.items() if some}
+    diversity |= {space: fmean(some) for space, some in of_prompts.items() if some}
     return Person(number, [photo.key for photo in photos], views, rows, diversity, pictures)
 
 

@@ -8,7 +8,6 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from pipeline.train.loader.plan_sample import Planned
@@ -49,7 +48,6 @@ def mixed(rows: Sequence[npt.NDArray[Any] | Quantised]) -> MixedTokens:
 
 
 _PIXELS_PER_LATENT = 8
-_COLOUR_CHANGES = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
 class Position(NamedTuple):
@@ -196,10 +194,17 @@ def target_pixels(planned: Planned, suffix: str) -> npt.NDArray[np.uint8]:
         image = cv2.resize(image, resized, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
     image = image[top : top + height, left : left + width]
     if planned.mirror:
-        image = image[:, ::-1]
+        image = albumentations().augmentations.geometric.functional.hflip(image)
     if planned.colour:
-        changed = Image.fromarray(np.ascontiguousarray(image))
-        for change, factor in zip(_COLOUR_CHANGES, planned.colour, strict=True):
-            changed = change(changed).enhance(factor)
-        image = np.asarray(changed)
+        functional, (brightness, contrast, saturation) = albumentations().augmentations.functional, planned.colour
+        image = functional.adjust_brightness_torchvision(np.ascontiguousarray(image), brightness)
+        image = functional.adjust_contrast_torchvision(image, contrast)
+        image = functional.adjust_saturation_torchvision(image, saturation)
     return image
+
+
+def albumentations() -> Any:
+    """The library, which is slow to load, and which most variants never need."""
+    import albumentations
+
+    return albumentations

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline.shared.configfile import leaves
 from pipeline.shared.files import forget_network_loops
-from pipeline.train.loader.batches import Batch
+from pipeline.train.loader.batches import Batch, albumentations
 from pipeline.train.loader.dataset import Dataset
 from pipeline.train.loader.reading import plan_reading
 from pipeline.train.loader.stream import Consumer
@@ -118,6 +118,8 @@ class ShardLoader:
             CorruptShardError: for a damaged sample; names shard and key.
             UserError: when a worker process was killed.
         """
+        if not self.reading.latents and (self.reading.flip or self.reading.colour):
+            albumentations()  # before processes are forked that would each load it
         first, consumers = self._rank * self._streams, self._world * self._streams
         streams = [
             Consumer(self._dataset, self.reading, self._config, worker, first + worker, consumers)

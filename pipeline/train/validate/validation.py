@@ -45,16 +45,6 @@ class Turn(NamedTuple):
     """Of the noise, from which all faces start: what differs is the face's."""
 
 
-class Drawing(NamedTuple):
-    """An image, and what judges see of it."""
-
-    turn: Turn
-    image: Pixels
-    view: View
-    score: dict[str, float]
-    """What is known of NAMES."""
-
-
 def turns_of(config: TrainConfig, viewer: Viewer, images: int = 1) -> list[Turn]:
     """So many images with each prompt, the same each time."""
     prompts = config.watch.validate_prompts
@@ -65,8 +55,12 @@ def turns_of(config: TrainConfig, viewer: Viewer, images: int = 1) -> list[Turn]
 
 def drawings(
     face: Face, photos: Sequence[View], turns: Sequence[Turn], viewer: Viewer, sampler: "Sampler"
-) -> Iterator[Drawing]:
-    """Draw a face; `photos` are what is seen of its condition's photo and of the others of the person."""
+) -> Iterator[tuple[Turn, Pixels, View, dict[str, float]]]:
+    """Draw a face; `photos` are what is seen of its condition's photo and of the others of the person.
+
+    Yields:
+        The turn, an image, what judges see of it, and what is known of NAMES.
+    """
     condition, *others = photos
     for turn in turns:
         image = sampler(face, turn.prompt, turn.seed)
@@ -79,7 +73,7 @@ def drawings(
         score |= {f"copy_paste_{space}": value for space, value in copy_paste(view, condition, others).items()}
         if turn.text is not None:
             score["clip_similarity"] = float(view["clip"] @ turn.text)
-        yield Drawing(turn, image, view, score)
+        yield turn, image, view, score
 
 
 def means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -124,18 +118,18 @@ class Validator:
             sampler = Sampler(self._base, model, self._job.features.unconditional, config)
             both = zip(self._faces, self._persons, strict=True)
             drawn = [list(drawings(face, seen, self._turns, self._viewer, sampler)) for face, seen in both]
-        rows = [
-            GridRow(face.photo.key, face.photo.face, [one.image for one in some], [_caption(one.score) for one in some])
-            for face, some in zip(self._faces, drawn, strict=True)
-        ]
+        rows = []
+        for face, some in zip(self._faces, drawn, strict=True):
+            _, images, _, scores = zip(*some, strict=True)
+            rows.append(GridRow(face.photo.key, face.photo.face, images, [_caption(score) for score in scores]))
         png = BytesIO()
         Image.fromarray(draw(config.watch.validate_prompts, rows)).save(png, "PNG")
         folder.mkdir(exist_ok=True)
         write_atomically(folder / f"step-{step:08d}.png", png.getvalue())
         same, strangers = (list(chain(*values)) for values in scale(self._persons))
         levels = {"id_same_person": same, "id_strangers": strangers if same else []}
-        scores = means([one.score for some in drawn for one in some])
-        return scores | {name: fmean(values) for name, values in levels.items() if values}
+        known = means([score for some in drawn for *_, score in some])
+        return known | {name: fmean(values) for name, values in levels.items() if values}
 
 
 def _caption(score: Mapping[str, float]) -> str:
