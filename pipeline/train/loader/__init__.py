@@ -1,10 +1,10 @@
 """Finished shards to typed batches; nothing is known here of how the shards were made."""
 
-from pipeline.train.loader.batches import Batch, Position
+from pipeline.train.loader.batches import Batch
 from pipeline.train.loader.dataset import Dataset, check_hashes, models_of, open_dataset
 from pipeline.train.loader.faces import Face, Photo, Pixels, first_faces
 from pipeline.train.loader.loader import ShardLoader, worker_died
-from pipeline.train.loader.reading import Features, Reading, features_of, plan_reading
+from pipeline.train.loader.reading import Features, features_of, plan_reading
 
 __all__ = [
     "Batch",
@@ -13,8 +13,6 @@ __all__ = [
     "Features",
     "Photo",
     "Pixels",
-    "Position",
-    "Reading",
     "ShardLoader",
     "check_hashes",
     "features_of",
