@@ -20,6 +20,8 @@ HEAD = 64
 """Width of an attention head in all published projections."""
 DEPTH, FF_MULT = 4, 4
 """Hard-wired in every program that reads such files."""
+ID_WIDTH = 512
+"""Width of a face recogniser's vector."""
 
 
 class PerceiverAttention(nn.Module):
@@ -86,10 +88,6 @@ class Resampler(Perceiver):
     def forward(self, features: Tensor) -> Tensor:  # type: ignore[override]  # its latents are its own
         """(B, N, features) -> (B, queries, width_out)."""
         return super().forward(self.latents.expand(len(features), -1, -1), features)
-
-
-ID_WIDTH = 512
-"""Width of a face recogniser's vector."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from pipeline.train.loader.reading import Reading, stored_row
 from pipeline.train.loader.shards import array, moments, picture
 from schemas.int8 import GROUP, Quantised
 
+_PIXELS_PER_LATENT = 8
+
 
 class MixedTokens(NamedTuple):
     """Features (B, T, D), each sample's in the form that it was stored in; `float` gives them as one tensor."""
@@ -45,9 +47,6 @@ def mixed(rows: Sequence[npt.NDArray[Any] | Quantised]) -> MixedTokens:
         torch.from_numpy(np.stack([row.scale for row in quantised])),
         torch.from_numpy(is_int8.argsort(kind="stable").argsort()),
     )
-
-
-_PIXELS_PER_LATENT = 8
 
 
 class Position(NamedTuple):

@@ -24,6 +24,13 @@ from schemas.targets import Targets
 
 _EMBEDDERS = ("face_embedder", "image_embedder")
 """Tasks whose models must be the same everywhere: their vectors are one adapter's input."""
+T = TypeVar("T")
+
+_HASHING_THREADS = 8
+_LOOKED_AT = 1000
+"""Samples without a caption after which it is believed that there is none."""
+_PEEKED = 4
+"""Samples per plan whose files tell what its shards hold: a crop may be absent from one."""
 
 
 class DatasetFolder(NamedTuple):
@@ -124,15 +131,6 @@ def check_embedders(folders: Sequence[DatasetFolder]) -> None:
 def models_of(task: str, models: Iterable[Mapping[str, str]]) -> list[str]:
     """Those of a task, by name with the beginning of their hashes."""
     return sorted({f"{one['name']} {one['sha256'][:12]}".strip() for one in models if one["task"] == task})
-
-
-T = TypeVar("T")
-
-_HASHING_THREADS = 8
-_LOOKED_AT = 1000
-"""Samples without a caption after which it is believed that there is none."""
-_PEEKED = 4
-"""Samples per plan whose files tell what its shards hold: a crop may be absent from one."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ from schemas.buckets import Fit, Size, buckets, fit_around, nearest
 
 _OTHER_SIDE = [1, 0, 2, 4, 3]
 """Left and right eye and mouth corner change sides in a mirror."""
+_COLOUR_RANGE = 0.2
+"""Largest relative change of brightness, contrast and saturation."""
+
 
 Box = Sequence[float]
 """x0, y0, x1, y1 in pixels."""
@@ -107,10 +110,6 @@ def random_square(size: Size, face: Box, side: int, at: tuple[float, float]) -> 
         last = min(middle.resized[axis] - side, math.floor(face[axis] * scale))
         starts.append(first + int(draw * (last - first + 1)) if first <= last else middle.offset[axis])
     return middle._replace(offset=(starts[0], starts[1]))
-
-
-_COLOUR_RANGE = 0.2
-"""Largest relative change of brightness, contrast and saturation."""
 
 
 class _Draws(NamedTuple):

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from random import Random
-from typing import NamedTuple
 
 import numpy as np
 from webdataset.filters import shuffle
@@ -26,26 +25,11 @@ from schemas.buckets import Size
 from schemas.errors import SourceError
 
 _SHARDS, _DRAWS = 0, 1
-
-
-class SampleRange(NamedTuple):
-    """Consecutive samples of one shard."""
-
-    shard: int
-    """Index in the dataset."""
-    start: int
-    stop: int
-    """Samples [start, stop) of the shard."""
-
-
-def shard_order(seed: int, epoch: int, shards: int) -> list[int]:
-    """A permutation of the shards' indices."""
-    return [int(index) for index in np.random.default_rng([_SHARDS, seed, epoch]).permutation(shards)]
-
-
-def draws_generator(seed: int, epoch: int, consumer: int) -> np.random.Generator:
-    """What a consumer draws its samples' fates and its shuffling from."""
-    return np.random.default_rng([_DRAWS, seed, epoch, consumer])
+"""Beginnings of seeds: of the shards' permutation, and of the draws for samples' fates and shuffling."""
+_EMPTY_EPOCHS = 3
+"""A small share of a dataset may happen to have no crop in one epoch."""
+SampleRange = tuple[int, int, int]
+"""Index of a shard, start and stop: its samples [start, stop)."""
 
 
 def sample_ranges(kept: Sequence[int], seed: int, epoch: int, consumer: int, consumers: int) -> list[SampleRange]:
@@ -61,16 +45,12 @@ def sample_ranges(kept: Sequence[int], seed: int, epoch: int, consumer: int, con
     total = sum(kept)
     first, last = consumer * total // consumers, (consumer + 1) * total // consumers
     ranges, position = [], 0
-    for shard in shard_order(seed, epoch, len(kept)):
+    for shard in np.random.default_rng([_SHARDS, seed, epoch]).permutation(len(kept)).tolist():
         start, stop = max(first - position, 0), min(last - position, kept[shard])
         if start < stop:
-            ranges.append(SampleRange(shard, start, stop))
+            ranges.append((shard, start, stop))
         position += kept[shard]
     return ranges
-
-
-_EMPTY_EPOCHS = 3
-"""A small share of a dataset may happen to have no crop in one epoch."""
 
 
 @dataclass
@@ -114,7 +94,7 @@ class Consumer:
     def _planned(self, epoch: int) -> Iterator[Planned]:
         """The consumer's samples of an epoch, planned and shuffled."""
         config, shards, wanted = self.config, self.dataset.shards, self.reading.wanted
-        draws = draws_generator(config.seed, epoch, self.consumer)
+        draws = np.random.default_rng([_DRAWS, config.seed, epoch, self.consumer])
         shuffling = Random(int(draws.integers(2**63)))  # noqa: S311  # an order, not a secret
         plan = Planner(self.reading, config, draws)
 
