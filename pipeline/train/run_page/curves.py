@@ -117,11 +117,14 @@ def thinned(steps: Floats, values: Floats, points: int = POINTS) -> Thinned:
     """Lowest, mean and highest value of at most `points` stretches of steps; not finite ones do not count."""
     known = np.isfinite(values)
     steps, values = steps[known], values[known]
-    at = np.ceil(steps * (points / steps.max(initial=1)))
-    table = pa.table({"at": at, "step": steps, "value": values}).group_by("at", use_threads=False)
-    how = [("step", "min"), ("step", "max"), ("value", "min"), ("value", "mean"), ("value", "max"), ("value", "count")]
-    stretches = table.aggregate(how)
-    return Thinned(*(stretches[f"{name}_{function}"].to_numpy() for name, function in how))
+    if not len(steps):
+        return Thinned(*[np.zeros(0)] * 6)
+    at = np.ceil(steps * (points / max(steps.max(), 1)))
+    starts = np.flatnonzero(np.diff(at, prepend=-1))
+    ends = np.append(starts[1:], len(at)) - 1
+    low, high = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
+    lines = (ends + 1 - starts).astype(np.float64)
+    return Thinned(steps[starts], steps[ends], low, np.add.reduceat(values, starts) / lines, high, lines)
 
 
 @dataclass(frozen=True)
