@@ -141,6 +141,7 @@ def _papers(
 ) -> dict[str, Any]:
     """What evaluation.json says of what was evaluated, on what and by whom; `notes` are what a reader must know."""
     answer, why = subject.held_out(dataset)
+    bases = {weight["sha256"] for weight in subject.sidecar.get("weights", ()) if weight["task"] == "base"}
     means_something = source.name not in TINY and EMBEDDED not in dataset.profiles
     judges = [*(viewer.judge.weights if viewer.judge else ()), *(viewer.clip.weights if viewer.clip else ())]
     licences = {model["sha256"]: model["licence"] for model in dataset.models if model["sha256"]}
@@ -160,7 +161,7 @@ def _papers(
         "No two photos of one person are known in these shards (python -m pipeline group finds them): copy-paste and "
         "how alike two real photos of a person are is not known.": not any(face.others for face in faces),
         f"There are {len(faces)} persons in the first samples, not {wanted}.": len(faces) < wanted,
-        "The base is not the one that the adapter was trained on.": subject.base_sha256 not in ("", source.sha256),
+        "The base is not the one that the adapter was trained on.": bool(bases - {"", source.sha256}),
     }
     return {
         "faceshards": metadata.version("faceshards"),

@@ -40,8 +40,6 @@ class Subject:
     """The section of that name of the run's settings, where it is a run."""
     kind: str
     """Layout of the base that the name of the file tells, else ""."""
-    base_sha256: str
-    """Of the base that it was trained on, "" where that is not known."""
     folder: Path
     """Where its evaluation belongs."""
 
@@ -118,12 +116,17 @@ def read_subject(path: Path, name: str, step: int | None) -> Subject:
         if step is not None:
             raise ConfigError(f"--step is for runs, and {path} is a file.")
         file, tensors, watch, folder = path, read_released(path), {}, path.with_name(f"evaluation-{path.stem}")
-        sidecar = _sidecar(path.with_suffix(".json"))
+        try:
+            sidecar = json.loads(path.with_suffix(".json").read_bytes())
+        except (OSError, ValueError):
+            sidecar = None
+        # What `export` writes, not what another program may have.
+        if not (isinstance(sidecar, dict) and {"variant", "recipe", "dataset"} <= sidecar.keys()):
+            sidecar = {}
     else:
         raise SourceError(
             f"{path} is neither the folder of a training run nor a file of an adapter ({' or '.join(_SUFFIXES)})."
         )
-    base_sha256 = next((one["sha256"] for one in sidecar.get("weights", ()) if one["task"] == "base"), "")
     known = sidecar.get("variant", "")
     if path.stem in _RELEASED and not known:
         chosen, kind = _RELEASED[path.stem]
@@ -136,13 +139,4 @@ def read_subject(path: Path, name: str, step: int | None) -> Subject:
     if name and sidecar and name != known:
         raise ConfigError(f"{path} is of the variant {known}, not {name}: leave --variant out.")
     about = {"name": path.resolve().name, "step": sidecar.get("steps", step), "sha256": sha256_of_file(file)}
-    return Subject(about, variant(name or known), tensors, sidecar, watch, kind, base_sha256, folder)
-
-
-def _sidecar(path: Path) -> dict[str, Any]:
-    """What `export` writes beside a file; nothing where another program wrote that JSON, or none is there."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) and {"variant", "recipe", "dataset"} <= content.keys() else {}
+    return Subject(about, variant(name or known), tensors, sidecar, watch, kind, folder)

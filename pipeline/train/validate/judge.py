@@ -55,8 +55,27 @@ class IdJudge:
                 f"{option}: {pack} is no folder with an insightface pack (*.onnx files): give the folder of one, "
                 f"such as {_PACKS}/antelopev2."
             )
-        self._app = _face_analysis(folder.resolve(), option)
-        self.name = folder.name
+        try:
+            from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+            from insightface.app import FaceAnalysis
+            from onnxruntime.capi import onnxruntime_pybind11_state as ort
+        except ImportError as error:
+            raise ConfigError(f"{option} needs ONNX Runtime ({error}): pip install onnxruntime.") from error
+        folder = folder.resolve()
+        lacks = "{}: {} holds no {} model of insightface; give the folder of a whole pack.".format
+        no_models = (ort.Fail, ort.InvalidArgument, ort.InvalidGraph, ort.InvalidProtobuf, ort.NotImplemented)
+        allowed = {"allowed_modules": list(_TASKS), "providers": ["CPUExecutionProvider"]}
+        try:
+            self._app: Any = FaceAnalysis(str(folder), **allowed)
+        except AssertionError as error:  # without a detector
+            raise WeightsError(lacks(option, folder, "detection")) from error
+        except (*no_models, DecodeError) as error:
+            raise WeightsError(
+                f"{option}: a file in {folder} cannot be loaded by ONNX Runtime ({error}): fetch the pack again."
+            ) from error
+        if "recognition" not in self._app.models:
+            raise WeightsError(lacks(option, folder, "recognition"))
+        self._app.prepare(ctx_id=-1, det_size=_DET_SIZE)
         files = {task: Path(model.model_file) for task, model in self._app.models.items()}
         hashes = {task: sha256_of_file(file) for task, file in files.items()}
         licences = {file.sha256: file.licence for file in PACK_FILES.values()}
@@ -85,31 +104,6 @@ class IdJudge:
         bgr = np.ascontiguousarray(small[..., ::-1])
         vector: npt.NDArray[np.float32] = self._app.models["recognition"].get_feat(bgr).flatten()
         return vector / np.linalg.norm(vector)
-
-
-def _face_analysis(folder: Path, option: str) -> Any:
-    try:
-        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-        from insightface.app import FaceAnalysis
-        from onnxruntime.capi import onnxruntime_pybind11_state as ort
-    except ImportError as error:
-        raise ConfigError(f"{option} needs ONNX Runtime ({error}): pip install onnxruntime.") from error
-    lacks = f"{option}: {folder} holds no {{}} model of insightface; give the folder of a whole pack."
-    no_models = (ort.Fail, ort.InvalidArgument, ort.InvalidGraph, ort.InvalidProtobuf, ort.NotImplemented, DecodeError)
-    try:
-        app = FaceAnalysis(
-            str(folder), allowed_modules=["detection", "recognition"], providers=["CPUExecutionProvider"]
-        )
-    except AssertionError as error:  # without a detector
-        raise WeightsError(lacks.format("detection")) from error
-    except no_models as error:
-        raise WeightsError(
-            f"{option}: a file in {folder} cannot be loaded by ONNX Runtime ({error}): fetch the pack again."
-        ) from error
-    if "recognition" not in app.models:
-        raise WeightsError(lacks.format("recognition"))
-    app.prepare(ctx_id=-1, det_size=_DET_SIZE)
-    return app
 
 
 class Clip:
