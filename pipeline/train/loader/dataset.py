@@ -13,7 +13,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from pipeline.shared.files import AnyPath, sizes, to_path
+from pipeline.shared.files import AnyPath, names, sizes, to_path
 from pipeline.train.loader.shards import Raw, Shard, meta, samples, targets
 from pipeline.train.settings import DataSettings
 from schemas.digest import sha256, sha256_of_json, sha256_of_stream
@@ -65,8 +65,8 @@ def read_folder(given: str, *, manifests_may_differ: bool) -> DatasetFolder:
         folder: AnyPath = root / "shards"
         if not folder.is_dir():
             root, folder = root.parent, root
-        lengths = sizes(folder)
-        shards = [Shard(given, folder / f"{name}.tar", _manifest(folder, name)) for name in finished_shards(lengths)]
+        lengths, finished = sizes(folder), finished_shards(names(folder))
+        shards = [Shard(given, folder / f"{name}.tar", _manifest(folder, name)) for name in finished]
     except OutputError as error:
         raise SourceError(f"{given} cannot be opened: {error}") from error
     except OSError as error:
