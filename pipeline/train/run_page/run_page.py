@@ -129,7 +129,7 @@ def _numbers(metrics: Metrics, starts: list[int]) -> Iterator[tuple[str, str]]:
 def _grids(folder: Path, metrics: Metrics) -> list[dict[str, Any]]:
     """Those of at most _GRIDS steps: every one, or every second, fourth, …, and the last. So few are new each time.
 
-    `step`, what is said `about` it, `uri`, and `size`: width and height.
+    `step`, words `about` it, `uri`, and `size`: width and height.
     """
     paths = {int(path.stem[5:]): path for path in folder.glob("step-*.png") if path.stem[5:].isdigit()}
     steps = sorted(paths)
