@@ -49,20 +49,26 @@ class Hub:
     @property
     def vae_sha256(self) -> str:
         """As `schemas.targets.vae_sha256` gives it of the folder."""
-        return self._sha256s("vae")[0]
+        return self._sha256("vae")
 
     @property
     def text_sha256(self) -> str:
         """As `schemas.targets.text_sha256` gives it of the folder."""
-        return "+".join(self._sha256s("text_encoder"))
+        return self._sha256("text_encoder")
 
-    def _sha256s(self, part: str) -> list[str]:
-        return [sha256 for file, (_, sha256) in self.weights.items() if file.startswith(part)]
+    def _sha256(self, part: str) -> str:
+        return "+".join(sha256 for file, (_, sha256) in self.weights.items() if file.startswith(part))
 
 
 _SD15 = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _MODELS = {"sd15": _SD15, "sdxl": {**_SD15, "text_encoder_2": "model"}}
 """Parts with weights, and how the names of their files begin."""
+
+
+def _files(kind: BaseKind, **parts: tuple[int, str]) -> dict[str, tuple[int, str]]:
+    return {f"{part}/{_MODELS[kind][part]}.safetensors": known for part, known in parts.items()}
+
+
 BASES = {
     "sd15": Hub(
         repository="stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -70,20 +76,12 @@ BASES = {
         kind="sd15",
         licence="CreativeML OpenRAIL-M",
         paper="Latent diffusion (arXiv 2112.10752)",
-        weights={
-            "unet/diffusion_pytorch_model.safetensors": (
-                3_438_167_540,
-                "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1",
-            ),
-            "vae/diffusion_pytorch_model.safetensors": (
-                334_643_276,
-                "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c",
-            ),
-            "text_encoder/model.safetensors": (
-                492_265_874,
-                "d008943c017f0092921106440254dbbe00b6a285f7883ec8ba160c3faad88334",
-            ),
-        },
+        weights=_files(
+            "sd15",
+            unet=(3_438_167_540, "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1"),
+            vae=(334_643_276, "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c"),
+            text_encoder=(492_265_874, "d008943c017f0092921106440254dbbe00b6a285f7883ec8ba160c3faad88334"),
+        ),
     ),
     "sdxl": Hub(
         repository="stabilityai/stable-diffusion-xl-base-1.0",
@@ -91,24 +89,13 @@ BASES = {
         kind="sdxl",
         licence="CreativeML Open RAIL++-M",
         paper="SDXL (arXiv 2307.01952)",
-        weights={
-            "unet/diffusion_pytorch_model.safetensors": (
-                10_270_077_736,
-                "357650fbfb3c7b4d94c1f5fd7664da819ad1ff5a839430484b4ec422d03f710a",
-            ),
-            "vae/diffusion_pytorch_model.safetensors": (
-                334_643_268,
-                "1598f3d24932bcfe6634e8b618ea1e30ab1d57f5aad13a6d2de446d2199f2341",
-            ),
-            "text_encoder/model.safetensors": (
-                492_265_168,
-                "5c3d6454dd2d23414b56aa1b5858a72487a656937847b6fea8d0606d7a42cdbc",
-            ),
-            "text_encoder_2/model.safetensors": (
-                2_778_702_264,
-                "3a6032f63d37ae02bbc74ccd6a27440578cd71701f96532229d0154f55a8d3ff",
-            ),
-        },
+        weights=_files(
+            "sdxl",
+            unet=(10_270_077_736, "357650fbfb3c7b4d94c1f5fd7664da819ad1ff5a839430484b4ec422d03f710a"),
+            vae=(334_643_268, "1598f3d24932bcfe6634e8b618ea1e30ab1d57f5aad13a6d2de446d2199f2341"),
+            text_encoder=(492_265_168, "5c3d6454dd2d23414b56aa1b5858a72487a656937847b6fea8d0606d7a42cdbc"),
+            text_encoder_2=(2_778_702_264, "3a6032f63d37ae02bbc74ccd6a27440578cd71701f96532229d0154f55a8d3ff"),
+        ),
     ),
 }
 """Name -> where its files come from, of the bases that are known by name."""

@@ -42,14 +42,14 @@ def read_values(path: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], more: Mapping[str, Any]) -> None:
-    """Put `more` over `base`, section by section."""
+    """Put `more` over `base`, section by section; None is not given."""
     for name, value in more.items():
         if isinstance(value, Mapping):
             inner = base.get(name)
             copy = dict(inner) if isinstance(inner, Mapping) else {}
             merge(copy, value)
             base[name] = copy
-        else:
+        elif value is not None:
             base[name] = value
 
 

@@ -4,6 +4,7 @@ They draw nothing, and load wherever the real ones do: for tests, and for trying
 """
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,13 @@ def write_tiny(folder: Path, kind: BaseKind) -> None:
         parts: dict[str, Any] = {
             "unet": diffusers.UNet2DConditionModel(**_UNET, **_UNETS[kind]),
             "vae": diffusers.AutoencoderKL(**_VAE, scaling_factor=0.18215 if kind == "sd15" else 0.13025),
-            "tokenizer": _tokenizer(folder),
+            "tokenizer": _tokenizer(),
         }
         pipeline: Any
         if kind == "sdxl":
             pipeline = diffusers.StableDiffusionXLPipeline(
                 **parts,
-                tokenizer_2=_tokenizer(folder),
+                tokenizer_2=_tokenizer(),
                 text_encoder=_text_encoder(_WIDTH // 2, projected=False),
                 text_encoder_2=_text_encoder(_WIDTH // 2, projected=True),
                 scheduler=diffusers.EulerDiscreteScheduler(**_NOISE),
@@ -98,7 +99,7 @@ def _text_encoder(width: int, *, projected: bool) -> Any:
     import transformers
 
     config = transformers.CLIPTextConfig(
-        vocab_size=len(_vocabulary()),
+        vocab_size=514,
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=3,
@@ -113,26 +114,16 @@ def _text_encoder(width: int, *, projected: bool) -> Any:
     return made(config).eval()
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer() -> Any:
     """CLIP's tokenizer over single bytes."""
     import transformers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    files = folder / ".tokenizer"
-    files.mkdir(parents=True, exist_ok=True)
-    (files / "vocab.json").write_text(json.dumps(_vocabulary()))
-    (files / "merges.txt").write_text("#version: 0.2\n")
-    try:
-        return transformers.CLIPTokenizer(str(files / "vocab.json"), str(files / "merges.txt"), model_max_length=77)
-    finally:
-        for path in files.iterdir():
-            path.unlink()
-        files.rmdir()
-
-
-def _vocabulary() -> dict[str, int]:
-    """Every byte inside a word, every byte at its end, and CLIP's two marks: 514 entries."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    letters = [chr(byte) for byte in shown] + [chr(256 + n) for n in range(len(hidden))]
+    # Every byte inside a word, every byte at its end, and CLIP's two marks.
+    letters = list(bytes_to_unicode().values())
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return {word: number for number, word in enumerate(words)}
+    with tempfile.TemporaryDirectory() as name:
+        vocabulary, merges = Path(name) / "vocab.json", Path(name) / "merges.txt"
+        vocabulary.write_text(json.dumps({word: number for number, word in enumerate(words)}))
+        merges.write_text("#version: 0.2\n")
+        return transformers.CLIPTokenizer(str(vocabulary), str(merges), model_max_length=77)

@@ -5,7 +5,7 @@ The loop is in `pipeline.train.loop`.
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -53,18 +53,17 @@ def run(
 
     Other commands: `export RUN`, `evaluate RUN|FILE`, `report RUN`, `config`; each has its own --help.
     """
-    from pipeline.train.job import Call, prepared
+    from pipeline.train.job import EMBEDDED, Call, prepared
     from pipeline.train.watch import say
 
-    adapter = {"image_encoder": image_encoder, "init_from": None if init_from is None else str(init_from)}
-    options: dict[str, Any] = {
-        "steps": steps,
-        "seed": seed,
-        "adapter": {key: value for key, value in adapter.items() if value is not None} or None,
-    }
+    adapter = {"image_encoder": image_encoder, "init_from": init_from and str(init_from)}
+    options = {"steps": steps, "seed": seed, "adapter": adapter}
     job = prepared(Call(tuple(shards or ["out"]), name, base, out, preset, config, tuple(sets or ()), resume, options))
-    for warning in job.warnings:
-        say(f"warning: {warning}")
+    if EMBEDDED in job.dataset.profiles:
+        say(
+            "warning: these shards are of the `embedded` profile: its features stand in for a face recogniser and CLIP,"
+            " and an adapter trained on them is for trying things out only."
+        )
     # Imported once a call was proved: diffusers takes seconds to load, and a mistake is to be shown at once.
     from pipeline.train.loop import train
 
@@ -131,12 +130,12 @@ def evaluate_command(
     from pipeline.train.evaluate.page import table
     from pipeline.train.watch import console
 
-    judges = {key: value for key, value in {"judge": judge, "clip": clip}.items() if value is not None}
-    options = {"seed": seed, "watch": judges}
+    options = {"seed": seed, "watch": {"judge": judge, "clip": clip}}
     folders = tuple(shards or ["out"])
-    folder, result = evaluate(
-        Call(subject, folders, name, base, step, out, prompts, faces, images, config, tuple(sets or ()), options)
-    )
+    call = Call(subject, folders, name, base, step, out, prompts, faces, images, config, tuple(sets or ()), options)
+    if (written := evaluate(call)) is None:  # another process than the main one
+        return
+    folder, result = written
     seen = Table("measure", "mean", "95 % interval", "beside it", box=None, pad_edge=False)
     for line in table(result):
         seen.add_row(*line)

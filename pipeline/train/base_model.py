@@ -10,20 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline.shared.bases import BaseSource
+from pipeline.train.adapters.released import DAMAGED
 from schemas.errors import WeightsError, first_line
 
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
-
-UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError)
-"""What from_pretrained raises for folders that do not hold what they should."""
-
 
 _ENCODERS = {"vae", "_texts", "_encoder"}
 """Parts of a Base that are loaded when they are first needed."""
@@ -88,7 +84,7 @@ class Base:
     def _load(self, cls: Any, part: str, **options: Any) -> Any:
         try:
             return cls.from_pretrained(str(self.source.folder / part), local_files_only=True, **options)
-        except UNREADABLE as error:
+        except DAMAGED as error:
             raise self._unusable(cls, part, first_line(error)) from error
 
     def _unusable(self, cls: Any, part: str, why: str) -> WeightsError:

@@ -12,7 +12,6 @@ from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.adapters.released import write_released
 from pipeline.train.adapters.variants import Variant
 from pipeline.train.job import TrainJob
-from pipeline.train.loader import conditions, unconditional
 from pipeline.train.run_folder import RunFolder, writing
 from schemas.errors import OutputError
 from schemas.targets import BaseKind
@@ -56,10 +55,10 @@ def described(job: TrainJob, model: AdapterModel) -> dict[str, Any]:
     """What run.json says: the identity of the run, and all that an export needs besides weights."""
     config, base, variant = job.config, job.base, job.variant
     encoder = config.adapter.image_encoder
-    nothing = unconditional(job.dataset, variant.reads, config.adapter)
-    picture = " or ".join(conditions(job.dataset, config.adapter))
+    picture = " or ".join(job.features.pictures)
     device = next(model.image_proj.parameters()).device
-    condition = {role: torch.from_numpy(value)[None].to(device, torch.float32) for role, value in nothing.items()}
+    nothing = job.features.unconditional.items()
+    condition = {role: torch.from_numpy(value)[None].to(device, torch.float32) for role, value in nothing}
     weights = [
         *job.dataset.models,
         {"name": base.name, "task": "base", "licence": base.licence, "sha256": base.sha256},
@@ -128,4 +127,4 @@ def export_run(root: Path, step: int | None, folder: Path | None) -> list[Path]:
         OutputError: when RUN is no run, or has no such checkpoint.
     """
     run = RunFolder(root)
-    return export(run, run.required_description(), run.chosen(step), folder or root)
+    return export(run, run.description(), run.chosen(step), folder or root)

@@ -3,14 +3,15 @@
 It needs gradients, so it runs facexlib's ArcFace in torch.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.train.adapters.released import DAMAGED
 from pipeline.train.objective import Noised, predicted_clean
 from pipeline.train.settings import ObjectiveSettings
 from schemas.arcface import ARCFACE_SIZE, ARCFACE_TEMPLATE
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from pipeline.train.loader import Batch
 
 WEIGHTS_URL = "https://github.com/xinntao/facexlib/releases/download/v0.1.0/recognition_arcface_ir_se50.pth"
-_NOT_WEIGHTS = (UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError, ValueError, LookupError)
-"""What torch raises for files that are no state dict, or one of another network."""
 
 
 def similarity_transform(kps: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +84,7 @@ class IdLoss:
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
             model.load_state_dict(state, strict=True, assign=True)
-        except _NOT_WEIGHTS as error:
+        except DAMAGED as error:
             raise WeightsError(
                 f"{weights} is not recognition_arcface_ir_se50.pth ({first_line(error)}): fetch {WEIGHTS_URL}."
             ) from error
@@ -111,37 +110,12 @@ class IdLoss:
         return vectors
 
 
-class PredictedIdLoss:
-    """The ID loss as a term of the objective: of clean images as the UNet predicts them at low noise."""
+def id_loss_of(settings: ObjectiveSettings, base: "Base") -> Callable[[Tensor, Noised, Tensor, "Batch"], Tensor] | None:
+    """The ID loss as a term of the objective, of clean images as the UNet predicts them at low noise; None where off.
 
-    def __init__(self, settings: ObjectiveSettings, base: "Base") -> None:
-        self._loss = IdLoss(Path(settings.id_loss_weights).expanduser(), base.device)
-        self._settings = settings
-        self._base = base
-
-    def __call__(self, noise_pred: Tensor, noised: Noised, latents: Tensor, batch: "Batch") -> Tensor:
-        """Weighted mean over the batch, a float32 scalar; samples of higher noise count as zero.
-
-        Args:
-            noise_pred: (B, 4, h, w) the UNet's output.
-            noised: what it was given.
-            latents: (B, 4, h, w) clean latents.
-            batch: its `kps` (B, 5, 2) are points of the face in pixels of the target.
-        """
-        limit = self._settings.id_loss_max_t * self._base.scheduler.config.num_train_timesteps
-        chosen = noised.timesteps < limit
-        if not chosen.any():
-            return torch.zeros((), device=latents.device)
-        some = Noised(*(part[chosen] for part in noised))
-        predicted = self._base.decode_pixels(predicted_clean(self._base.scheduler, noise_pred[chosen], some))
-        with torch.no_grad():
-            true = self._base.decode_pixels(latents[chosen])
-        losses = self._loss(predicted, batch.kps.to(latents.device)[chosen], true)
-        return self._settings.id_loss * losses.sum() / len(latents)
-
-
-def id_loss_of(settings: ObjectiveSettings, base: "Base") -> PredictedIdLoss | None:
-    """The ID loss that the settings ask for, or None.
+    It takes the UNet's output (B, 4, h, w), what the UNet was given, clean latents (B, 4, h, w), and the batch, whose
+    `kps` (B, 5, 2) are points of the face in pixels of the target. It gives the weighted mean over the batch, a float32
+    scalar; samples of higher noise count as zero.
 
     Raises:
         ConfigError: when it is on without weights.
@@ -154,4 +128,18 @@ def id_loss_of(settings: ObjectiveSettings, base: "Base") -> PredictedIdLoss | N
             "objective.id_loss needs a face recogniser: fetch"
             f" {WEIGHTS_URL} and set objective.id_loss_weights to the file."
         )
-    return PredictedIdLoss(settings, base)
+    loss = IdLoss(Path(settings.id_loss_weights).expanduser(), base.device)
+    limit = settings.id_loss_max_t * base.scheduler.config.num_train_timesteps
+
+    def term(noise_pred: Tensor, noised: Noised, latents: Tensor, batch: "Batch") -> Tensor:
+        chosen = noised.timesteps < limit
+        if not chosen.any():
+            return torch.zeros((), device=latents.device)
+        some = Noised(*(part[chosen] for part in noised))
+        predicted = base.decode_pixels(predicted_clean(base.scheduler, noise_pred[chosen], some))
+        with torch.no_grad():
+            true = base.decode_pixels(latents[chosen])
+        losses = loss(predicted, batch.kps.to(latents.device)[chosen], true)
+        return settings.id_loss * losses.sum() / len(latents)
+
+    return term

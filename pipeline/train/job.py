@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.shared.bases import BaseSource, find_base
 from pipeline.shared.configfile import leaves
 from pipeline.train.adapters.variants import Variant, Widths, variant
-from pipeline.train.loader import Dataset, check_hashes, open_dataset, require, widths
+from pipeline.train.loader import Dataset, Features, check_hashes, features_of, open_dataset
 from pipeline.train.run_folder import RunFolder
 from pipeline.train.settings import TrainConfig, load_train_config, without_free_keys
 from schemas.errors import ConfigError, SourceError, WeightsError
@@ -44,13 +44,14 @@ class TrainJob:
     variant: Variant
     base: BaseSource
     dataset: Dataset
+    features: Features
     run: RunFolder
     resume: bool
 
     @property
     def widths(self) -> Widths:
         """The widths that the adapter's shapes follow from."""
-        return Widths(self.base.kind, self.base.text_width, **widths(self.dataset, self.config.adapter))
+        return Widths(self.base.kind, self.base.text_width, **self.features.widths)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -64,16 +65,6 @@ class TrainJob:
             **without_free_keys(leaves(self.config.model_dump(mode="json"))),
         }
 
-    @property
-    def warnings(self) -> list[str]:
-        """What the user should know before it starts."""
-        if EMBEDDED not in self.dataset.profiles:
-            return []
-        return [
-            "these shards are of the `embedded` profile: its features stand in for a face recogniser and CLIP, and an "
-            "adapter trained on them is for trying things out only."
-        ]
-
 
 def prepared(call: Call) -> TrainJob:
     """Find the dataset and the base, merge the config, and prove that they fit the variant.
@@ -85,7 +76,7 @@ def prepared(call: Call) -> TrainJob:
     chosen = variant(call.variant)
     config = load_train_config(call.config_file, call.pairs, call.preset or "tiny", **call.options)
     dataset = open_dataset(call.shards, config.data)
-    require(dataset, chosen.reads, config.adapter)
+    features = features_of(dataset, chosen.reads, config.adapter)
 
     # What is not given: a real base for real features, else a tiny one, and the preset of the base.
     is_sdxl = (call.preset or "").startswith("sdxl")
@@ -102,12 +93,12 @@ def prepared(call: Call) -> TrainJob:
     config = load_train_config(call.config_file, call.pairs, preset, **call.options)
 
     run = RunFolder(call.out or Path("runs") / f"{call.variant}-{base.name}")
-    before = run.description() if call.resume else None
+    before = run.description()["identity"].get("dataset") if call.resume and run.exists() else None
     if config.data.verify == "sha256":
         # The processes of a machine read the same disk, and a dataset may take hours: each hashes its share of it.
         rank, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        check_hashes(dataset, rank, ranks, hashed_before=before["identity"].get("dataset") if before else None)
-    return TrainJob(config, preset, chosen, base, dataset, run, call.resume)
+        check_hashes(dataset, rank, ranks, hashed_before=before)
+    return TrainJob(config, preset, chosen, base, dataset, features, run, call.resume)
 
 
 def require_meaning(base: str, dataset: Dataset, config: TrainConfig) -> None:

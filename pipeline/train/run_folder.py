@@ -35,32 +35,26 @@ class RunFolder:
         self.root = root
         self.checkpoints = root / "checkpoints"
 
-    def description(self) -> dict[str, Any] | None:
-        """What run.json says, or None where there is no run.
+    def exists(self) -> bool:
+        """Whether there is a run."""
+        return (self.root / _RUN).exists()
+
+    def description(self) -> dict[str, Any]:
+        """What run.json says.
 
         Raises:
-            OutputError: when it cannot be read.
+            OutputError: when it cannot be read, or there is no run.
         """
         try:
             content = json.loads((self.root / _RUN).read_bytes())
             if not isinstance(content, dict) or not isinstance(content.get("identity"), dict):
                 raise ValueError("it does not describe a run")
         except FileNotFoundError:
-            return None
+            advice = "give the --out of a training run"
+            raise OutputError(f"{self.root} holds no run (there is no run.json): {advice}.") from None
         except (OSError, ValueError) as error:
             raise OutputError(f"{self.root / _RUN} cannot be read ({error}); choose another --out.") from error
         return content
-
-    def required_description(self) -> dict[str, Any]:
-        """What run.json says.
-
-        Raises:
-            OutputError: when it cannot be read, or there is no run.
-        """
-        description = self.description()
-        if description is None:
-            raise OutputError(f"{self.root} holds no run (there is no run.json): give the --out of a training run.")
-        return description
 
     def start(self, description: Mapping[str, Any], *, resume: bool) -> None:
         """Create the directory for a run, or go on in it.
@@ -68,10 +62,10 @@ class RunFolder:
         Raises:
             OutputError: when another run is there, or it cannot be written.
         """
-        before = self.description()
-        if before is not None and not resume:
+        if self.exists() and not resume:
             raise OutputError(f"{self.root} holds a run: give --resume to go on with it, or another --out.")
-        if before is not None:
+        if self.exists():
+            before = self.description()
             # A run that a release without some key began was trained as its default has it.
             defaults = leaves(TrainConfig().model_dump(mode="json"))
             was, now = (without_free_keys({**defaults, **each["identity"]}) for each in (before, description))

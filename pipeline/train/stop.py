@@ -2,10 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,17 +10,14 @@ from accelerate import Accelerator
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-@dataclass
 class StopSignal:
     """Waits for SIGINT and SIGTERM while it is open; a second SIGINT stops at once. A context manager.
 
     A second SIGTERM does not: launchers pass on what a cluster has sent to all processes already.
     """
 
-    _received: bool = False
-    _before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = field(default_factory=dict)
-
     def __enter__(self) -> "StopSignal":
+        self._received = False
         self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         return self
 

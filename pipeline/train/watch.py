@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from torch import Tensor
@@ -43,14 +43,6 @@ def warn_once() -> Warn:
             say(f"warning: {words}")
 
     return warn
-
-
-class Pace(NamedTuple):
-    """How fast some steps were."""
-
-    samples_per_s: float
-    data_wait: float
-    """Share of the time that was spent waiting for the loader, 0 to 1."""
 
 
 @dataclass
@@ -88,10 +80,13 @@ class StepClock:
             self._busy += time.perf_counter() - self._since
             self._since = None
 
-    def take(self) -> Pace:
-        """The pace since the last `take`, once the step was stopped."""
+    def take(self) -> dict[str, float]:
+        """The pace since the last `take`, once the step was stopped.
+
+        `samples_per_s`, and `data_wait`: which share of the time was spent waiting for the loader, 0 to 1.
+        """
         busy = max(self._busy, 1e-9)
-        pace = Pace(self._samples / busy, min(self._waited / busy, 1.0))
+        pace = {"samples_per_s": self._samples / busy, "data_wait": min(self._waited / busy, 1.0)}
         self._busy = self._waited = 0.0
         self._samples = 0
         return pace
@@ -132,31 +127,31 @@ class Watch:
         self._loss: Tensor | None = None
         self._batches = 0
         self._begun = time.monotonic()
-        self._screen: Screen | None = None
-        self._file: EventFile | None = None
-        self._history: EventFile | None = None
         self._board: Any = None
-        if not quiet:
-            self._screen = Screen(console, "train", "step {done:,} of {total}", config.steps, start)
-            drop_after(root / METRICS, start)
-            self._file, self._history = (EventFile(str(root / name), warn_once()) for name in (METRICS, HISTORY))
-            if config.watch.tensorboard and find_spec("tensorboard") is not None:
-                from torch.utils.tensorboard import SummaryWriter
+        self._quiet = quiet
+        if quiet:
+            return
+        self._screen = Screen(console, "train", "step {done:,} of {total}", config.steps, start)
+        drop_after(root / METRICS, start)
+        self._file, self._history = (EventFile(str(root / name), warn_once()) for name in (METRICS, HISTORY))
+        if config.watch.tensorboard and find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
 
-                # Without what was logged after `start` before.
-                self._board = SummaryWriter(str(root / "tensorboard"), purge_step=start + 1)
+            # Without what was logged after `start` before.
+            self._board = SummaryWriter(str(root / "tensorboard"), purge_step=start + 1)
 
     def __enter__(self) -> "Watch":
-        if self._screen is not None:
+        if not self._quiet:
             self._screen.__enter__()
-        self._happened("start")
+            self._happened("start")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._screen is not None:
-            self._screen.__exit__()
+        if self._quiet:
+            return
+        self._screen.__exit__()
         if error is None or isinstance(error, KeyboardInterrupt):
             self._happened("finished" if error is None and self._done >= self._config.steps else "stopped")
         else:
@@ -167,11 +162,10 @@ class Watch:
 
     def _happened(self, kind: str, words: str = "") -> None:
         """A line of RUN/history.jsonl."""
-        if self._history is not None:
-            event = {"time": round(time.time(), 3), "kind": kind, "step": self._done, "words": words}
-            self._history.write(event)
-            if self._hook is not None:
-                self._hook.call(event)
+        event = {"time": round(time.time(), 3), "kind": kind, "step": self._done, "words": words}
+        self._history.write(event)
+        if self._hook is not None:
+            self._hook.call(event)
 
     def batch(self, loss: Tensor, samples: int) -> None:
         """A batch went forward and back; its loss is read only when it is logged, so that a GPU need not wait."""
@@ -184,27 +178,26 @@ class Watch:
         self._done = step
         due = step % self._config.watch.log_every == 0 or step >= self._config.steps
         words = None
-        if due and self._screen is not None and self._loss is not None:
+        if due and not self._quiet and self._loss is not None:
             values = {"epoch": epoch, "loss": float(self._loss) / self._batches, "lr": float(lr)}
             if grad_norm is not None:
                 values["grad_norm"] = float(grad_norm)
             self.clock.stop()
-            pace = self.clock.take()
-            self.note(step, {**values, **pace._asdict(), "seconds": round(time.monotonic() - self._begun, 3)})
-            wait = f"data wait {100 * pace.data_wait:.1f} %"
-            words = f"loss {values['loss']:.4f}, {pace.samples_per_s:,.1f} samples/s, {wait}"
+            values |= self.clock.take()
+            self.note(step, {**values, "seconds": round(time.monotonic() - self._begun, 3)})
+            rate, wait = f"{values['samples_per_s']:,.1f} samples/s", f"data wait {100 * values['data_wait']:.1f} %"
+            words = f"loss {values['loss']:.4f}, {rate}, {wait}"
             self._loss, self._batches = None, 0
         self.clock.stop()
-        if self._screen is not None:
+        if not self._quiet:
             self._screen.advance(1, words)
 
     def note(self, step: int, values: Mapping[str, float]) -> None:
         """Write further numbers of a step, such as those of validation."""
-        if self._file is not None and values:
+        if values:
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
             self._file.write({"step": step, **finite})
         if self._hook is not None:
             self._hook.call({"time": round(time.time(), 3), "kind": "metrics", "step": step, **values})
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        for name, value in values.items() if self._board is not None else ():
+            self._board.add_scalar(name, value, step)

@@ -3,6 +3,7 @@ import random
 import tarfile
 import tracemalloc
 
+import fake_shards as fake
 import pytest
 from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -85,7 +86,7 @@ def test_a_file_that_claims_more_than_there_is_takes_no_memory(tmp_path, size):
         with pytest.raises(CorruptShardError, match="unexpected end of data"):
             list(unpack(path))
         with pytest.raises(CorruptShardError, match="unexpected end of data"):
-            list(samples(Shard("x", "a-00000", path, 1), 0, 1, lambda suffix: True))
+            list(samples(Shard("x", path, fake.manifest("a-00000", b"", 1)), 0, 1, lambda suffix: True))
         assert tracemalloc.get_traced_memory()[1] < 10_000_000
     finally:
         tracemalloc.stop()

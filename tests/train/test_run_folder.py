@@ -47,7 +47,7 @@ def names(folder):
 
 def test_a_new_folder_is_nothing_until_it_is_started(tmp_path):
     run = RunFolder(tmp_path / "run")
-    assert (run.description(), run.steps()) == (None, [])
+    assert (run.exists(), run.steps()) == (False, [])
     assert not run.root.exists()
     run.start(told(), resume=False)
     assert run.description() == told()

@@ -24,10 +24,11 @@ from safetensors.torch import load_file, save_file
 
 import pipeline.train.loop as trainer
 from pipeline.shared.bases import find_base
-from pipeline.train.inputs import Preparer
 from pipeline.train.job import Call, prepared
-from pipeline.train.loader import folders, reading
+from pipeline.train.loader import dataset as dataset_module
+from pipeline.train.loader import reading
 from pipeline.train.run_folder import RunFolder
+from pipeline.train.session import Preparer
 from pipeline.train.watch import METRICS
 from schemas.errors import ExitCode, FaceShardsError, UserError
 
@@ -425,8 +426,8 @@ def test_a_scaler_that_skips_all_ends_the_run(dataset, tmp_path, monkeypatch):
 
 
 def test_processes_of_a_machine_hash_the_dataset_once_and_a_resumed_run_not_again(dataset, tmp_path, monkeypatch):
-    hashed, real = [], folders.wrong_hash
-    monkeypatch.setattr("pipeline.train.loader.dataset.wrong_hash", lambda *of: hashed.append(of[0].name) or real(*of))
+    hashed, real = [], dataset_module._sha256
+    monkeypatch.setattr(dataset_module, "_sha256", lambda shard: hashed.append(shard.name) or real(shard))
     monkeypatch.chdir(tmp_path)
     call = Call((str(dataset),), "faceid", "tiny")
     for rank in (0, 1):
@@ -522,7 +523,7 @@ def test_weights_that_are_not_finite_are_never_saved(dataset, tmp_path):
 
 _OBSERVED = """
 import hashlib
-from pipeline.train.inputs import Preparer
+from pipeline.train.session import Preparer
 from pipeline.train.session import Session
 call_real, count_real = Preparer.__call__, Session.count_step
 def note(**what):

@@ -113,8 +113,8 @@ def test_the_pace_counts_waiting_and_computing_but_not_what_lies_between_steps(c
         clock.stop()
         clock.wait(1000.0)  # a checkpoint
     pace = clock.take()
-    assert pace.samples_per_s == pytest.approx(20 / 16)
-    assert pace.data_wait == pytest.approx(0.25)
+    assert pace["samples_per_s"] == pytest.approx(20 / 16)
+    assert pace["data_wait"] == pytest.approx(0.25)
 
 
 def scalars(folder):

@@ -7,7 +7,6 @@ of a UNet's processors in their order numbers them as published files do: 0, 1, 
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
@@ -95,9 +94,7 @@ class AdapterAttention(nn.Module):
 def _copy(frozen: nn.Linear) -> nn.Linear:
     """A trainable copy without bias, in float32: the published initial value of `to_k_ip` and `to_v_ip`."""
     copy = nn.Linear(frozen.in_features, frozen.out_features, bias=False, device=frozen.weight.device)
-    if not frozen.weight.is_meta:
-        with torch.no_grad():
-            copy.weight.copy_(frozen.weight)
+    copy.weight.data.copy_(frozen.weight.data)
     return copy
 
 

@@ -19,11 +19,11 @@ from schemas.targets import BaseKind
 _PARTS = ("image_proj", "ip_adapter")
 _LORA_LAYERS = {"to_q_lora": "to_q", "to_k_lora": "to_k", "to_v_lora": "to_v", "to_out_lora": "to_out_0"}
 """Module in an adapter file -> module in a LoRA file."""
-_DAMAGED = (
-    *(OSError, SafetensorError, RuntimeError, ValueError, EOFError, MemoryError, OverflowError),
+DAMAGED = (
+    *(OSError, SafetensorError, RuntimeError, ValueError, EOFError, MemoryError, OverflowError, pickle.UnpicklingError),
     *(AssertionError, AttributeError, LookupError, TypeError, struct.error),
 )
-"""What the readers raise for files that are torn or hold other things; torch's gives its own mistakes away."""
+"""What readers of weights raise for files that are torn or hold other things; torch's gives its own mistakes away."""
 
 
 def write_released(
@@ -117,7 +117,7 @@ def read_released(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:  # torch's own words would advise to load it all the same
         reason = "it is damaged, or holds pickled objects that are no tensors, which are never loaded"
         raise SourceError(f"{path} cannot be read as an adapter: {reason}.") from error
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise SourceError(f"{path} cannot be read as an adapter: {first_line(error)}.") from error
 
 

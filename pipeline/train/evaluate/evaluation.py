@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from rich.progress import track
 
 from pipeline.shared.atomic import write_atomically
@@ -19,14 +21,14 @@ from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.adapters.released import require_fit
 from pipeline.train.adapters.variants import Widths
 from pipeline.train.base_model import Base
-from pipeline.train.evaluate.page import Pictures, write_page
+from pipeline.train.evaluate.page import SHOWN, reduced, title, write_page
 from pipeline.train.evaluate.subject import Subject, read_subject
 from pipeline.train.job import DEFAULT_PRESETS, EMBEDDED, TINY, require_meaning
-from pipeline.train.loader import Dataset, Face, first_faces, open_dataset, unconditional, widths
+from pipeline.train.loader import Dataset, Face, features_of, first_faces, open_dataset
 from pipeline.train.loop import FROZEN, make_accelerator
 from pipeline.train.run_folder import writing
 from pipeline.train.settings import TrainConfig, load_train_config
-from pipeline.train.validate.validation import NAMES, OTHERS, Sampler, judged, viewer_of
+from pipeline.train.validate.validation import NAMES, OTHERS, Sampler, Turn, drawings, means, turns_of
 from pipeline.train.validate.views import View, Viewer, scale, spread
 from pipeline.train.watch import console, say
 from schemas.errors import ConfigError
@@ -55,8 +57,11 @@ class Call:
     """See `job.Call`."""
 
 
-def evaluate(call: Call) -> tuple[Path, dict[str, Any]]:
-    """Write evaluation.json, evaluation.html and images/ into a folder; returns that, and what the JSON says.
+def evaluate(call: Call) -> tuple[Path, dict[str, Any]] | None:
+    """Write evaluation.json, evaluation.html and images/ into a folder; one process of possibly several.
+
+    Returns:
+        The folder, and what the JSON says; None on other processes than the main one, which draw their share.
 
     Raises:
         UserError: for what is wrong with the call; nothing was written.
@@ -70,48 +75,46 @@ def evaluate(call: Call) -> tuple[Path, dict[str, Any]]:
     source = find_base(name or "sd15", sdxl=subject.kind == "sdxl")
     config = _config(call, subject, "tiny" if source.name in TINY else DEFAULT_PRESETS[source.kind])
     require_meaning(source.name, dataset, config)
-    reads = subject.variant.reads
-    faces = first_faces(dataset, call.faces, reads, config.adapter, OTHERS)
-    nothing = {role: torch.from_numpy(one) for role, one in unconditional(dataset, reads, config.adapter).items()}
-    accelerator = make_accelerator(config.optim)
-    viewer = viewer_of(config.watch, accelerator.device)
+    features = features_of(dataset, subject.variant.reads, config.adapter)
+    faces = first_faces(dataset, call.faces, subject.variant.reads, config.adapter, OTHERS)
+    accelerator, watch, typed = make_accelerator(config.optim), config.watch, call.options.get("watch", {})
+    options = [f"--{name}" if typed.get(name) else f"watch.{name}" for name in ("judge", "clip")]
+    viewer = Viewer(watch.judge, watch.clip, str(accelerator.device), options)
+    turns = turns_of(config, viewer, call.images)
 
     base = Base(source, accelerator.device, FROZEN.get(accelerator.mixed_precision, torch.float32))
-    shape = Widths(source.kind, source.text_width, **widths(dataset, config.adapter))
-    model = AdapterModel(base.unet, subject.variant, shape, config.adapter)
+    model = AdapterModel(
+        base.unet, subject.variant, Widths(source.kind, source.text_width, **features.widths), config.adapter
+    )
     require_fit(call.path, subject.tensors, model.trained(), subject.variant.name)
     model.load_trained(subject.tensors)
     model.to(base.device).eval()
-    sampler = Sampler(base, model, nothing, config)
+    sampler = Sampler(base, model, features.unconditional, config)
 
     papers = _papers(subject, dataset, source, viewer, faces, call.faces)
     for note in papers["notes"]:
         say(f"note: {note}")
     out = call.out or subject.folder
-    with writing(out):
-        (out / "images").mkdir(parents=True, exist_ok=True)
-        for old in (out / "images").glob("[0-9]*-[0-9]*-[0-9]*.png"):
-            old.unlink()
-    drawn = Drawn(config, call.images, viewer, out)
+    persons = _persons(faces, turns, viewer, sampler, out, accelerator)
+    if not accelerator.is_main_process:
+        return None
+    model.switch_off()
     with torch.no_grad():
-        for face in track(faces, "Drawing", console=console, transient=True, disable=not console.is_terminal):
-            drawn.person(face, sampler)
-        if viewer.clip is not None:
-            model.switch_off()
-            drawn.without_adapter(faces[0], sampler)
+        texts = [(turn, turn.text, viewer.clip) for turn in turns if turn.text is not None and viewer.clip]
+        without = [float(clip.image(sampler(faces[0], one.prompt, one.seed)) @ text) for one, text, clip in texts]
     settings = {
-        "prompts": config.watch.validate_prompts,
+        "prompts": watch.validate_prompts,
         "images": call.images,
         "seed": config.seed,
-        "steps": config.watch.validate_steps,
-        "guidance_scale": config.watch.guidance_scale,
+        "steps": watch.validate_steps,
+        "guidance_scale": watch.guidance_scale,
         "resolution": config.data.resolution,
     }
-    result = {"schema_version": SCHEMA_VERSION, **papers, "settings": settings, **drawn.result()}
-    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    seen = _result(persons, watch.validate_prompts, without)
+    result = {"schema_version": SCHEMA_VERSION, **papers, "settings": settings, **seen}
     with writing(out):
-        write_atomically(out / "evaluation.json", text.encode())
-        write_page(out / "evaluation.html", result, drawn.pictures)
+        write_atomically(out / "evaluation.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+        write_page(out / "evaluation.html", result, [one.pictures for one in persons if one.pictures["photos"]])
     return out, result
 
 
@@ -138,6 +141,7 @@ def _papers(
 ) -> dict[str, Any]:
     """What evaluation.json says of what was evaluated, on what and by whom; `notes` are what a reader must know."""
     answer, why = subject.held_out(dataset)
+    bases = {weight["sha256"] for weight in subject.sidecar.get("weights", ()) if weight["task"] == "base"}
     means_something = source.name not in TINY and EMBEDDED not in dataset.profiles
     judges = [*(viewer.judge.weights if viewer.judge else ()), *(viewer.clip.weights if viewer.clip else ())]
     licences = {model["sha256"]: model["licence"] for model in dataset.models if model["sha256"]}
@@ -157,7 +161,7 @@ def _papers(
         "No two photos of one person are known in these shards (python -m pipeline group finds them): copy-paste and "
         "how alike two real photos of a person are is not known.": not any(face.others for face in faces),
         f"There are {len(faces)} persons in the first samples, not {wanted}.": len(faces) < wanted,
-        "The base is not the one that the adapter was trained on.": subject.base_sha256 not in ("", source.sha256),
+        "The base is not the one that the adapter was trained on.": bool(bases - {"", source.sha256}),
     }
     return {
         "faceshards": metadata.version("faceshards"),
@@ -171,98 +175,95 @@ def _papers(
     }
 
 
-class Drawn:
-    """All that was drawn so far, and what was seen of it."""
+class Person(NamedTuple):
+    """What was drawn of a person."""
 
-    def __init__(self, config: TrainConfig, images: int, viewer: Viewer, out: Path) -> None:
-        """`images` of each face with each prompt go into `out`/images."""
-        self._prompts, self._seed = config.watch.validate_prompts, config.seed
-        self._images, self._viewer, self._out = images, viewer, out
-        self._texts = [viewer.clip.text(prompt) for prompt in self._prompts] if viewer.clip else []
-        self._rows: list[dict[str, Any]] = []
-        self._photos: list[list[str]] = []
-        self._views: list[list[View]] = []
-        self._diversity: list[dict[str, float]] = []
-        self._without: list[float] = []
-        self.pictures = Pictures()
+    number: int
+    keys: list[str]
+    """Of the photos, the condition's first."""
+    photos: list[View]
+    rows: list[dict[str, Any]]
+    """The images as in evaluation.json."""
+    diversity: dict[str, float]
+    """Space -> mean distance between two images: of one prompt, for the pose of all."""
+    pictures: dict[str, list[dict[str, str]]]
+    """`photos` and `images` for the page, empty once there are enough on it."""
 
-    def person(self, face: Face, sampler: Sampler) -> None:
-        """Draw a face with each prompt and seed, and look at the images and at the person's photos."""
-        photos = [face.photo, *face.others]
-        condition, *others = views = [self._viewer.photo(photo) for photo in photos]
-        number, made = len(self._photos), []
-        self._photos.append([photo.key for photo in photos])
-        self._views.append(views)
-        self.pictures.add_person([photo.crop for photo in photos])
-        for at, prompt in enumerate(self._prompts):
-            for turn in range(self._images):
-                name, noise = f"images/{number}-{at}-{turn}.png", self._seed + at * self._images + turn
-                image = sampler(face, prompt, noise)
-                with writing(self._out):
-                    write_atomically(self._out / name, cv2.imencode(".png", image[..., ::-1])[1].tobytes())
-                view = self._viewer.image(image)
-                score = judged(view, condition, others)
-                if self._viewer.judge is None:
-                    del score["faces_found"]
-                if self._texts:
-                    score["clip_similarity"] = float(view["clip"] @ self._texts[at])
-                pose = dict(zip(("yaw", "pitch", "roll"), map(float, view.get("pose", ())), strict=False))
-                row = {"person": number, "prompt": at, "seed": noise, "file": name, **score, **pose}
-                self._rows.append({key: round(one, 6) if isinstance(one, float) else one for key, one in row.items()})
-                self.pictures.add_image(image, prompt, score)
-                made.append(view)
-        one_prompt = [spread(made[at : at + self._images]) for at in range(0, len(made), self._images)]
-        means = {space: [one[space] for one in one_prompt if space in one] for space in ("pixels", "clip")}
-        pose_spread = {space: value for space, value in spread(made).items() if space == "pose"}
-        self._diversity.append(pose_spread | {space: fmean(some) for space, some in means.items() if some})
 
-    def without_adapter(self, face: Face, sampler: Sampler) -> None:
-        """What the base by itself makes of the same prompts and noise, where the sampler's adapter is switched off."""
-        assert self._viewer.clip is not None, "callers have a measure for it"
-        for at, prompt in enumerate(self._prompts):
-            for turn in range(self._images):
-                image = self._viewer.clip.image(sampler(face, prompt, self._seed + at * self._images + turn))
-                self._without.append(float(image @ self._texts[at]))
-
-    def result(self) -> dict[str, Any]:
-        """The part of evaluation.json that comes of the images."""
-        persons = range(len(self._photos))
-
-        def by_person(name: str) -> list[list[float]]:
-            return [[row[name] for row in self._rows if row["person"] == at and name in row] for at in persons]
-
-        results = {name: estimate(by_person(name)) for name in NAMES}
-        real = [spread(views) for views in self._views]
-        for space in ("pose", "pixels", "clip"):
-            results[f"diversity_{space}"] = estimate([one[space]] if space in one else [] for one in self._diversity)
-        same, strangers = scale(self._views)
-        levels = {
-            "id_same_person": estimate(same),
-            "id_strangers": estimate(strangers),
-            "clip_similarity_without_adapter": estimate([one] for one in self._without),
-            **{
-                f"diversity_{space}": estimate([one[space]] if space in one else [] for one in real)
-                for space in ("pose", "pixels", "clip")
-            },
-        }
-        by_prompt = [
-            {
-                "prompt": prompt,
-                **{
-                    name: round(fmean(values), 6)
-                    for name in NAMES
-                    if (values := [row[name] for row in self._rows if row["prompt"] == at and name in row])
-                },
-            }
-            for at, prompt in enumerate(self._prompts)
+def _persons(
+    faces: Sequence[Face], turns: Sequence[Turn], viewer: Viewer, sampler: Sampler, out: Path, accelerator: Accelerator
+) -> list[Person]:
+    """Draw all faces into `out`/images, each process its share; returns what all have drawn."""
+    if accelerator.is_main_process:
+        with writing(out):
+            (out / "images").mkdir(parents=True, exist_ok=True)
+            for old in (out / "images").glob("[0-9]*-[0-9]*-[0-9]*.png"):
+                old.unlink()
+    accelerator.wait_for_everyone()
+    is_quiet = not (console.is_terminal and accelerator.is_main_process)
+    with torch.no_grad(), accelerator.split_between_processes(list(enumerate(faces))) as mine:
+        drawn = [
+            _person(number, face, turns, viewer, sampler, out)
+            for number, face in track(mine, "Drawing", console=console, transient=True, disable=is_quiet)
         ]
-        return {
-            "results": {name: one for name, one in results.items() if one},
-            "levels": {name: one for name, one in levels.items() if one},
-            "by_prompt": by_prompt,
-            "persons": [{"condition": first, "others": others} for first, *others in self._photos],
-            "images": self._rows,
-        }
+    # Where there are fewer faces than processes, some have drawn the last one too.
+    persons = [one for _, one in sorted({one.number: one for one in gather_object(drawn)}.items())]
+    accelerator.end_training()
+    return persons
+
+
+def _person(number: int, face: Face, turns: Sequence[Turn], viewer: Viewer, sampler: Sampler, out: Path) -> Person:
+    """Draw a face with each prompt and seed into `out`/images, and look at the images beside the person's photos."""
+    photos, views = [face.photo, *face.others], viewer.photos(face)
+    images, room = len(turns) // (1 + turns[-1].number), SHOWN - number * (len(photos) + len(turns))
+    rows, made = [], []
+    pictures: dict[str, list[dict[str, str]]] = {"photos": [], "images": []}
+    if room > 0:
+        pictures["photos"] = [reduced(one.crop, "other photo" if at else "condition") for at, one in enumerate(photos)]
+    for at, (turn, image, view, score) in enumerate(drawings(face, views, turns, viewer, sampler)):
+        name = f"images/{number}-{turn.number}-{at % images}.png"
+        with writing(out):
+            write_atomically(out / name, cv2.imencode(".png", image[..., ::-1])[1].tobytes())
+        pose = dict(zip(("yaw", "pitch", "roll"), map(float, view.get("pose", ())), strict=False))
+        row = {"person": number, "prompt": turn.number, "seed": turn.seed, "file": name, **score, **pose}
+        rows.append({key: round(one, 6) if isinstance(one, float) else one for key, one in row.items()})
+        made.append(view)
+        if at < room:
+            pictures["images"].append(reduced(image, title(turn.prompt, score)))
+    one_prompt = [spread(made[at : at + images]) for at in range(0, len(made), images)]
+    of_prompts = {space: [one[space] for one in one_prompt if space in one] for space in ("pixels", "clip")}
+    diversity = {space: value for space, value in spread(made).items() if space == "pose"}
+    diversity |= {space: fmean(some) for space, some in of_prompts.items() if some}
+    return Person(number, [photo.key for photo in photos], views, rows, diversity, pictures)
+
+
+def _result(persons: Sequence[Person], prompts: Sequence[str], without: Sequence[float]) -> dict[str, Any]:
+    """The part of evaluation.json that comes of the images; `without` is CLIP similarity without the adapter."""
+    rows = [row for person in persons for row in person.rows]
+    results = {name: estimate([row[name] for row in one.rows if name in row] for one in persons) for name in NAMES}
+    same, strangers = scale([one.photos for one in persons])
+    levels = {
+        "id_same_person": estimate(same),
+        "id_strangers": estimate(strangers),
+        "clip_similarity_without_adapter": estimate([one] for one in without),
+    }
+    for where, spreads in (
+        (results, [one.diversity for one in persons]),
+        (levels, [spread(one.photos) for one in persons]),
+    ):
+        for space in ("pose", "pixels", "clip"):
+            where[f"diversity_{space}"] = estimate([one[space]] if space in one else [] for one in spreads)
+    by_prompt = [means([row for row in rows if row["prompt"] == at]) for at in range(len(prompts))]
+    return {
+        "results": {name: one for name, one in results.items() if one},
+        "levels": {name: one for name, one in levels.items() if one},
+        "by_prompt": [
+            {"prompt": prompt, **{name: round(value, 6) for name, value in scores.items()}}
+            for prompt, scores in zip(prompts, by_prompt, strict=True)
+        ],
+        "persons": [{"condition": one.keys[0], "others": one.keys[1:]} for one in persons],
+        "images": rows,
+    }
 
 
 def estimate(values: Iterable[Sequence[float]]) -> dict[str, float] | None:

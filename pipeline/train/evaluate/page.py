@@ -11,7 +11,7 @@ from pipeline.shared.page import data_uri, rendered
 from pipeline.train.loader import Pixels
 
 _SIDE, _QUALITY = 256, 80
-_SHOWN = 600
+SHOWN = 600
 """Pictures on the page, about 8 MB as text; those of further persons are in images/ alone."""
 TITLES = {
     "faces_found": "Images that show a face",
@@ -48,9 +48,8 @@ _SCALES: dict[str, tuple[float, float, dict[str, str]]] = {
     "Copy-paste": (-1.0, 1.0, {name: title for name, title in TITLES.items() if name.startswith("copy_paste")}),
 }
 """What is drawn on one scale: its ends, and names in `results` or `levels`."""
-
-
 _ENDS = ("mean", "low", "high", "p5", "p95")
+_SHORT = {"id_similarity": "ID", "id_to_others": "ID of others", "copy_paste_id": "copied", "clip_similarity": "CLIP"}
 
 
 def words(name: str, value: float) -> str:
@@ -74,38 +73,22 @@ def table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return lines
 
 
-class Pictures:
-    """What the page shows, reduced, person by person, up to a bound."""
-
-    def __init__(self) -> None:
-        self.persons: list[dict[str, list[dict[str, str]]]] = []
-        self._left = _SHOWN
-
-    def add_person(self, photos: Sequence[Pixels]) -> None:
-        """Begin with a person, of whose photos the first is the condition."""
-        shown = [self._reduced(photo, "condition" if at == 0 else "other photo") for at, photo in enumerate(photos)]
-        self.persons += [{"photos": shown, "images": []}] if self._left > 0 else []
-
-    def add_image(self, image: Pixels, prompt: str, score: Mapping[str, float]) -> None:
-        """An image of that person."""
-        about = [f"{title} {score[name]:.2f}" for name, title in _SHORT.items() if name in score]
-        lost = ["no face"] if score.get("faces_found") == 0 else []
-        if self._left > 0:
-            self.persons[-1]["images"].append(self._reduced(image, " · ".join([prompt, *lost, *about])))
-
-    def _reduced(self, picture: Pixels, title: str) -> dict[str, str]:
-        self._left -= 1
-        factor = min(_SIDE / max(picture.shape[:2]), 1)
-        small = cv2.resize(picture, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
-        jpeg = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])[1].tobytes()
-        return {"uri": data_uri(jpeg), "title": title}
+def title(prompt: str, score: Mapping[str, float]) -> str:
+    """What stands below an image."""
+    known = [f"{short} {score[name]:.2f}" for name, short in _SHORT.items() if name in score]
+    return " · ".join([prompt, *(["no face"] if score.get("faces_found") == 0 else []), *known])
 
 
-_SHORT = {"id_similarity": "ID", "id_to_others": "ID of others", "copy_paste_id": "copied", "clip_similarity": "CLIP"}
+def reduced(picture: Pixels, title: str) -> dict[str, str]:
+    """A picture for the page."""
+    factor = min(_SIDE / max(picture.shape[:2]), 1)
+    small = cv2.resize(picture, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
+    jpeg = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])[1].tobytes()
+    return {"uri": data_uri(jpeg), "title": title}
 
 
-def write_page(path: Path, result: Mapping[str, Any], pictures: Pictures) -> None:
-    """Write the page of what evaluation.json says."""
+def write_page(path: Path, result: Mapping[str, Any], persons: Sequence[Mapping[str, Any]]) -> None:
+    """Write the page of what evaluation.json says, with the pictures of the first persons."""
     scales, known = {}, {**result["results"], **result["levels"]}
     for title, (low, high, lines) in _SCALES.items():
         scales[title] = {
@@ -123,7 +106,7 @@ def write_page(path: Path, result: Mapping[str, Any], pictures: Pictures) -> Non
         result=result,
         table=table(result),
         scales={title: one for title, one in scales.items() if one["lines"]},
-        persons=pictures.persons,
+        persons=persons,
         titles=TITLES,
         words=words,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.train.adapters.released import read_released
 from pipeline.train.adapters.variants import VARIANTS, Variant, variant
-from pipeline.train.loader import Dataset
+from pipeline.train.loader import Dataset, models_of
 from pipeline.train.run_folder import RunFolder
 from schemas.digest import sha256_of_file
 from schemas.errors import ConfigError, SourceError
@@ -40,8 +40,6 @@ class Subject:
     """The section of that name of the run's settings, where it is a run."""
     kind: str
     """Layout of the base that the name of the file tells, else ""."""
-    base_sha256: str
-    """Of the base that it was trained on, "" where that is not known."""
     folder: Path
     """Where its evaluation belongs."""
 
@@ -86,10 +84,7 @@ class Subject:
         """
         tasks = {"face_embedder" if role == "arcface" else "image_embedder" for role in self.variant.reads}
         for task in sorted(tasks):
-            trained, given = (
-                sorted({f"{one['name']} {one['sha256'][:12]}".strip() for one in models if one["task"] == task})
-                for models in (self.sidecar.get("weights", ()), dataset.models)
-            )
+            trained, given = (models_of(task, models) for models in (self.sidecar.get("weights", ()), dataset.models))
             if trained and trained != given:
                 raise SourceError(
                     f"It was trained on vectors of the {task.replace('_', ' ')} {', '.join(trained)}, those of "
@@ -111,9 +106,9 @@ def read_subject(path: Path, name: str, step: int | None) -> Subject:
     kind = ""
     if path.is_dir():
         run = RunFolder(path)
-        description = run.required_description()
+        description = run.description()
         step = run.chosen(step)
-        weights, average, _ = run.load(step)
+        weights, average = run.weights(step)
         tensors = weights if average is None else average
         file = run.folder(step) / ("adapter.safetensors" if average is None else "average.safetensors")
         sidecar, watch, folder = description["sidecar"], description.get("watch", {}), path / "evaluation"
@@ -121,12 +116,17 @@ def read_subject(path: Path, name: str, step: int | None) -> Subject:
         if step is not None:
             raise ConfigError(f"--step is for runs, and {path} is a file.")
         file, tensors, watch, folder = path, read_released(path), {}, path.with_name(f"evaluation-{path.stem}")
-        sidecar = _sidecar(path.with_suffix(".json"))
+        try:
+            sidecar = json.loads(path.with_suffix(".json").read_bytes())
+        except (OSError, ValueError):
+            sidecar = None
+        # What `export` writes, not what another program may have.
+        if not (isinstance(sidecar, dict) and {"variant", "recipe", "dataset"} <= sidecar.keys()):
+            sidecar = {}
     else:
         raise SourceError(
             f"{path} is neither the folder of a training run nor a file of an adapter ({' or '.join(_SUFFIXES)})."
         )
-    base_sha256 = next((one["sha256"] for one in sidecar.get("weights", ()) if one["task"] == "base"), "")
     known = sidecar.get("variant", "")
     if path.stem in _RELEASED and not known:
         chosen, kind = _RELEASED[path.stem]
@@ -139,13 +139,4 @@ def read_subject(path: Path, name: str, step: int | None) -> Subject:
     if name and sidecar and name != known:
         raise ConfigError(f"{path} is of the variant {known}, not {name}: leave --variant out.")
     about = {"name": path.resolve().name, "step": sidecar.get("steps", step), "sha256": sha256_of_file(file)}
-    return Subject(about, variant(name or known), tensors, sidecar, watch, kind, base_sha256, folder)
-
-
-def _sidecar(path: Path) -> dict[str, Any]:
-    """What `export` writes beside a file; nothing where another program wrote that JSON, or none is there."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) and {"variant", "recipe", "dataset"} <= content.keys() else {}
+    return Subject(about, variant(name or known), tensors, sidecar, watch, kind, folder)

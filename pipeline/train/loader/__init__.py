@@ -1,28 +1,24 @@
 """Finished shards to typed batches; nothing is known here of how the shards were made."""
 
-from pipeline.train.loader.batches import Batch, Position
-from pipeline.train.loader.condition import conditions, require, unconditional, widths
-from pipeline.train.loader.dataset import Dataset, check_hashes, open_dataset
+from pipeline.train.loader.batches import Batch
+from pipeline.train.loader.dataset import Dataset, check_hashes, models_of, open_dataset
 from pipeline.train.loader.faces import Face, Photo, Pixels, first_faces
 from pipeline.train.loader.loader import ShardLoader, worker_died
-from pipeline.train.loader.reading import Reading, plan_reading
+from pipeline.train.loader.reading import Features, features_of, plan_reading
 
 __all__ = [
     "Batch",
     "Dataset",
     "Face",
+    "Features",
     "Photo",
     "Pixels",
-    "Position",
-    "Reading",
     "ShardLoader",
     "check_hashes",
-    "conditions",
+    "features_of",
     "first_faces",
+    "models_of",
     "open_dataset",
     "plan_reading",
-    "require",
-    "unconditional",
-    "widths",
     "worker_died",
 ]

@@ -10,14 +10,43 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.train.loader.condition import stored_row
-from pipeline.train.loader.decode import array, moments, picture
 from pipeline.train.loader.plan_sample import Planned
-from pipeline.train.loader.reading import Reading
-from pipeline.train.loader.tokens import MixedTokens, mixed
-from schemas.int8 import Quantised
+from pipeline.train.loader.reading import Reading, stored_row
+from pipeline.train.loader.shards import array, moments, picture
+from schemas.int8 import GROUP, Quantised
 
 _PIXELS_PER_LATENT = 8
+
+
+class MixedTokens(NamedTuple):
+    """Features (B, T, D), each sample's in the form that it was stored in; `float` gives them as one tensor."""
+
+    plain: Tensor
+    """(B - N, T, D) float16: of samples of float16 shards, and of "no face"; may be none."""
+    int8: Tensor
+    """(N, T, D)."""
+    scale: Tensor
+    """(N, T, ceil(D / GROUP)) float16."""
+    order: Tensor
+    """(B,) int64: where each sample lies in `plain` followed by `int8`."""
+
+    def float(self) -> Tensor:
+        """(B, T, D) float32, computed on the device that all of it lies on."""
+        steps = self.scale.float().repeat_interleave(GROUP, -1)[..., : self.int8.shape[-1]]
+        return torch.cat([self.plain.float(), self.int8 * steps])[self.order]
+
+
+def mixed(rows: Sequence[npt.NDArray[Any] | Quantised]) -> MixedTokens:
+    """Of samples' features (T, D), at least one of which is in int8."""
+    is_int8 = np.array([isinstance(row, Quantised) for row in rows])
+    plain = [row for row in rows if not isinstance(row, Quantised)]
+    quantised = [row for row in rows if isinstance(row, Quantised)]
+    return MixedTokens(
+        torch.from_numpy(np.array(plain, np.float16).reshape(len(plain), *quantised[0].shape)),
+        torch.from_numpy(np.stack([row.int8 for row in quantised])),
+        torch.from_numpy(np.stack([row.scale for row in quantised])),
+        torch.from_numpy(is_int8.argsort(kind="stable").argsort()),
+    )
 
 
 class Position(NamedTuple):
@@ -99,11 +128,11 @@ def collate(group: Sequence[Planned], reading: Reading, position: Position) -> B
             np.multiply(image.transpose(2, 0, 1), np.float32(1 / 127.5), out=out)
             out -= 1
     texts = {
-        suffix: _stacked([array(one.raw, suffix, reading.shapes[suffix]) for one in group], np.float16)
-        for suffix in reading.text
+        suffix: _stacked([array(one.raw, suffix, shape) for one in group], np.float16)
+        for suffix, shape in reading.text.items()
     }
     condition: dict[str, Tensor | MixedTokens] = {}
-    for role in reading.files:
+    for role in reading.features.files[0]:
         rows = [_condition(one, role, reading) for one in group]
         arrays = [row for row in rows if not isinstance(row, Quantised)]
         if len(arrays) == len(rows):
@@ -136,7 +165,7 @@ def _condition(planned: Planned, role: str, reading: Reading) -> npt.NDArray[Any
     """
     sources = planned.id_from if role == "arcface" else (planned.image_from,)
     if planned.uncond_image:
-        rows: list[Any] = [reading.unconditional[role]] * len(sources)
+        rows: list[Any] = [reading.features.unconditional[role]] * len(sources)
     else:
         file = reading.condition_file(role, plain=planned.plain, mirror=planned.mirror)
         rows = [stored_row(source, role, *file) for source in sources]

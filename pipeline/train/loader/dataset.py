@@ -1,35 +1,29 @@
-"""The dataset that is trained on: shards of one or more folders, and what they all hold."""
+"""The dataset that is trained on: finished shards of one or more folders, and what they all hold."""
 
+import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from pipeline.train.loader.decode import meta, targets
-from pipeline.train.loader.folders import (
-    DatasetFolder,
-    check_embedders,
-    check_lengths,
-    check_manifests,
-    dataset_files,
-    grouped_from,
-    read_folder,
-    wrong_hash,
-)
-from pipeline.train.loader.shards import Raw, Shard, samples
+from pipeline.shared.files import AnyPath, names, sizes, to_path
+from pipeline.train.loader.shards import Raw, Shard, meta, samples, targets
 from pipeline.train.settings import DataSettings
-from schemas.digest import sha256, sha256_of_json
-from schemas.errors import CorruptShardError, SourceError
-from schemas.shard import UNCONDITIONAL, Manifest, as_npy, either_form
+from schemas.digest import sha256, sha256_of_json, sha256_of_stream
+from schemas.errors import CorruptShardError, OutputError, SourceError
+from schemas.names import finished_shards
+from schemas.shard import DATASET, UNCONDITIONAL, Manifest, as_npy, dataset_digest, either_form
 from schemas.targets import Targets
 
+_EMBEDDERS = ("face_embedder", "image_embedder")
+"""Tasks whose models must be the same everywhere: their vectors are one adapter's input."""
 T = TypeVar("T")
 
 _HASHING_THREADS = 8
@@ -39,14 +33,112 @@ _PEEKED = 4
 """Samples per plan whose files tell what its shards hold: a crop may be absent from one."""
 
 
+class DatasetFolder(NamedTuple):
+    """One of the given folders."""
+
+    given: str
+    """As the user wrote it."""
+    root: AnyPath
+    """Where dataset.json lies."""
+    shards: Sequence[Shard]
+    """All that are finished, sorted by name."""
+    digest: str
+    files: dict[str, str]
+    """Name -> sha256 of the further files, as dataset.json tells; empty where it is not there (yet)."""
+    grouped_from: Sequence[str]
+    """Digests of the datasets that `group` made this one of."""
+
+
+def read_folder(given: str, *, manifests_may_differ: bool) -> DatasetFolder:
+    """Find the finished shards of a folder: the OUT of a `dataset` run, or its `shards`; tars are measured, not hashed.
+
+    `manifests_may_differ` from those that the dataset's last run came to its end with.
+
+    Raises:
+        SourceError: when it does not exist, cannot be read, holds no finished shard with samples, or files of it are
+            missing, were changed, or are of another length.
+    """
+    try:
+        root = to_path(given)
+        if not root.is_dir():
+            raise SourceError(f"{given} does not exist: --from-shards takes the OUT folders of `make dataset`.")
+        folder: AnyPath = root / "shards"
+        if not folder.is_dir():
+            root, folder = root.parent, root
+        lengths, finished = sizes(folder), finished_shards(names(folder))
+        shards = [Shard(given, folder / f"{name}.tar", _manifest(folder, name)) for name in finished]
+    except OutputError as error:
+        raise SourceError(f"{given} cannot be opened: {error}") from error
+    except OSError as error:
+        raise SourceError(f"{given} cannot be read: {error}") from error
+    if not any(shard.manifest.kept for shard in shards):
+        lack = "no sample was kept" if shards else "there is no finished shard"
+        raise SourceError(f"{given} holds nothing to train on ({lack}): run `make dataset` with OUT={given} first.")
+    for tar, manifest in ((shard.tar, shard.manifest) for shard in shards if shard.manifest.kept):
+        if tar.name not in manifest.files:
+            raise SourceError(f"The manifest of {manifest.shard} names no {tar.name}: run `make dataset` again.")
+        expected, length = manifest.files[tar.name]["bytes"], lengths.get(tar.name)
+        if length is None:
+            raise SourceError(f"{tar} is missing, though its manifest is there: copy the dataset again.")
+        if length != expected:
+            raise SourceError(f"{tar} has {length} bytes, its manifest says {expected}: copy the dataset again.")
+
+    digest, described = dataset_digest(shard.manifest for shard in shards), root / DATASET
+    try:
+        about = json.loads(described.read_bytes()) if described.exists() else {}
+        same = about.get("dataset_digest", digest) == digest
+        files = {name: str(entry["sha256"]) for name, entry in about.get("files", {}).items()}
+        grouped_from = list(about.get("plan", {}).get("settings", {}).get("group", {}).get("of", ()))
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise SourceError(f"{described} is damaged: run `make dataset` again.") from error
+    if not (same or manifests_may_differ):
+        raise SourceError(
+            f"The manifests of {given} are not those that {described} was written for: copy the dataset again (`python "
+            f"-m pipeline verify {given}` tells what differs), or train on what is there with --set data.verify=size."
+        )
+    return DatasetFolder(given, root, shards, digest, files, grouped_from)
+
+
+def _manifest(folder: AnyPath, name: str) -> Manifest:
+    path = folder / f"{name}.json"
+    text = path.read_bytes()
+    try:
+        manifest = Manifest.from_json(text)
+        if manifest.to_json().encode() != text or manifest.shard != name or not manifest.conserves_rows():
+            raise CorruptShardError("it was changed since it was written")
+    except CorruptShardError as error:
+        raise SourceError(f"{path} is damaged ({error}): remove it and run `make dataset` again.") from error
+    return manifest
+
+
+def check_embedders(folders: Sequence[DatasetFolder]) -> None:
+    """Refuse shards whose vectors come from different models.
+
+    Raises:
+        SourceError: names two folders and the models.
+    """
+    for task in _EMBEDDERS:
+        every = [(one.given, models_of(task, shard.manifest.models)) for one in folders for shard in one.shards]
+        used = [entry for entry in every if entry[1]]
+        for given, models in used:
+            if models != used[0][1]:
+                raise SourceError(
+                    f"The {task.replace('_', ' ')} of {used[0][0]} is {', '.join(used[0][1])}, that of {given} "
+                    f"{', '.join(models)}: train on datasets that were made with the same one."
+                )
+
+
+def models_of(task: str, models: Iterable[Mapping[str, str]]) -> list[str]:
+    """Those of a task, by name with the beginning of their hashes."""
+    return sorted({f"{one['name']} {one['sha256'][:12]}".strip() for one in models if one["task"] == task})
+
+
 @dataclass(frozen=True)
 class Dataset:
     """What can be trained on. All shards hold samples and were checked against their manifests."""
 
     shards: tuple[Shard, ...]
     """Folder by folder as given, sorted by name in each."""
-    manifests: tuple[Manifest, ...]
-    """Of the same shards."""
     profiles: tuple[str, ...]
     """Profiles that the shards were made with, sorted."""
     models: tuple[dict[str, str], ...]
@@ -68,7 +160,7 @@ class Dataset:
 
     @property
     def samples(self) -> int:
-        return sum(shard.kept for shard in self.shards)
+        return sum(shard.manifest.kept for shard in self.shards)
 
 
 def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
@@ -83,34 +175,26 @@ def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
     """
     if not dirs:
         raise SourceError("No dataset is given: --from-shards takes the OUT folders of `make dataset`.")
-    folders = [read_folder(given) for given in dirs]
+    folders = [read_folder(given, manifests_may_differ=data.verify == "size") for given in dirs]
     check_embedders(folders)
-    for folder in folders:
-        check_lengths(folder)
-        if data.verify == "sha256":
-            check_manifests(folder)
     digests = tuple(folder.digest for folder in folders)
-    listed = [entry for folder in folders for entry in folder.listed()]
-    manifests = [manifest for _, manifest in listed]
+    shards = tuple(shard for folder in folders for shard in folder.shards if shard.manifest.kept)
     # The first samples of one shard per plan; of all but their json it is only noted that they are there.
-    one_per_plan = {manifest.plan_digest: shard for shard, manifest in reversed(listed)}.values()
-    peeked = [
-        list(samples(shard, 0, min(_PEEKED, shard.kept), lambda suffix: suffix == "json")) for shard in one_per_plan
-    ]
+    one_per_plan = {shard.manifest.plan_digest: shard for shard in reversed(shards)}.values()
+    peeked = [list(samples(shard, 0, _PEEKED, lambda suffix: suffix == "json")) for shard in one_per_plan]
     suffixes = [as_npy(suffix for raw in raws for suffix in raw.files) for raws in peeked]
     made_by = [one for raws in peeked for raw in raws if (one := targets(raw))]
     dataset = Dataset(
-        shards=tuple(shard for shard, _ in listed),
-        manifests=tuple(manifests),
-        profiles=tuple(sorted({manifest.profile for manifest in manifests})),
-        models=_distinct(model for manifest in manifests for model in manifest.models),
-        lineage=tuple(dict.fromkeys([*digests, *(one for folder in folders for one in grouped_from(folder))])),
+        shards=shards,
+        profiles=tuple(sorted({shard.manifest.profile for shard in shards})),
+        models=_distinct(model for shard in shards for model in shard.manifest.models),
+        lineage=tuple(dict.fromkeys([*digests, *chain(*(folder.grouped_from for folder in folders))])),
         digest=digests[0] if len(digests) == 1 else sha256_of_json({str(i): one for i, one in enumerate(digests)}),
         unconditional=_unconditional(folders),
         suffixes=frozenset.intersection(*suffixes),
         targets=_distinct(replace(one, latents={}) for one in made_by),
     )
-    looked_at = chain(*peeked, first_samples(dataset, _LOOKED_AT, {"json"}))
+    looked_at = chain(*peeked, first_samples(dataset, _LOOKED_AT))
     if not data.allow_no_captions and not any(str(meta(raw).get("text") or "").strip() for raw in looked_at):
         raise SourceError(
             f"None of the first {min(_LOOKED_AT, dataset.samples):,} samples of {dataset.folders} has a caption: make "
@@ -120,14 +204,7 @@ def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
     return dataset
 
 
-def check_hashes(
-    dataset: Dataset,
-    rank: int = 0,
-    ranks: int = 1,
-    *,
-    hashed_before: str | None = None,
-    on_shard: Callable[[str], None] | None = None,
-) -> None:
+def check_hashes(dataset: Dataset, rank: int = 0, ranks: int = 1, *, hashed_before: str | None = None) -> None:
     """Compare the sha256 of tars with their manifests.
 
     Args:
@@ -135,20 +212,25 @@ def check_hashes(
         rank: this process, of `ranks` that do this together: each hashes a share.
         ranks: see `rank`.
         hashed_before: digest of a dataset that needs no second look.
-        on_shard: is called with the name of every tar that was hashed.
 
     Raises:
         CorruptShardError: for the first tar that differs.
     """
     if dataset.digest == hashed_before:
         return
-    shards, manifests = dataset.shards[rank::ranks], dataset.manifests[rank::ranks]
+    shards = dataset.shards[rank::ranks]
     with ThreadPoolExecutor(min(_HASHING_THREADS, os.cpu_count() or 1)) as pool:
-        for shard, wrong in zip(shards, pool.map(wrong_hash, shards, manifests), strict=True):
-            if wrong:
-                raise CorruptShardError(wrong)
-            if on_shard:
-                on_shard(shard.name)
+        for shard, digest in zip(shards, pool.map(_sha256, shards), strict=True):
+            if digest != shard.manifest.files[shard.tar.name]["sha256"]:
+                raise CorruptShardError(
+                    f"{shard.tar} is not the file of its manifest (sha256 {digest[:12]}…): copy the dataset again, or "
+                    f"make it anew; `python -m pipeline verify {shard.folder}` tells what is damaged."
+                )
+
+
+def _sha256(shard: Shard) -> str:
+    with shard.tar.open("rb") as stream:
+        return sha256_of_stream(stream)
 
 
 def _distinct(values: Iterable[T]) -> tuple[T, ...]:
@@ -163,7 +245,7 @@ def _unconditional(folders: Sequence[DatasetFolder]) -> dict[str, npt.NDArray[An
     """The features of the first folder that has them; all folders were made by the same models."""
     features: dict[str, npt.NDArray[Any]] = {}
     for folder in folders:
-        digest = dataset_files(folder).get(UNCONDITIONAL)
+        digest = folder.files.get(UNCONDITIONAL)
         if not digest:
             continue
         path = folder.root / UNCONDITIONAL
@@ -179,16 +261,16 @@ def _unconditional(folders: Sequence[DatasetFolder]) -> dict[str, npt.NDArray[An
     return features
 
 
-def first_samples(dataset: Dataset, count: int, suffixes: Collection[str]) -> Iterator[Raw]:
-    """The first samples in the order of the shards, undecoded, with the files of these suffixes, features in any form.
+def first_samples(dataset: Dataset, count: int, suffixes: Collection[str] = ()) -> Iterator[Raw]:
+    """The first samples in the order of the shards: json, and where the files of these suffixes are, in any form.
 
     Raises:
         CorruptShardError: when a tar cannot be read.
     """
-    wanted = either_form(suffixes)
+    wanted = either_form({"json", *suffixes})
     every = (
         raw
         for shard in dataset.shards
-        for raw in samples(shard, 0, min(count, shard.kept), lambda suffix: True if suffix in wanted else None)
+        for raw in samples(shard, 0, count, lambda suffix: suffix == "json" if suffix in wanted else None)
     )
     return islice(every, count)

@@ -2,22 +2,19 @@
 
 from collections.abc import Sequence
 from itertools import groupby, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.train.loader.condition import first_shapes, require, stored_row
-from pipeline.train.loader.crops import CROPS
-from pipeline.train.loader.dataset import Dataset
-from pipeline.train.loader.decode import meta, picture
+from pipeline.train.loader.dataset import Dataset, first_samples
 from pipeline.train.loader.pairs import person
-from pipeline.train.loader.shards import Raw, samples
+from pipeline.train.loader.reading import CROPS, features_of, stored_row
+from pipeline.train.loader.shards import Raw, meta, picture
 from pipeline.train.settings import AdapterSettings
 from schemas.int8 import Quantised, dequantise
-from schemas.shard import either_form
 
 Pixels = npt.NDArray[np.uint8]
 """(H, W, 3) RGB."""
@@ -64,22 +61,15 @@ def first_faces(
         others: most further photos of each person.
 
     Raises:
-        SourceError: as `require`.
+        SourceError: as `features_of`.
         CorruptShardError: names shard and key of a damaged sample.
     """
-    files = require(dataset, reads, adapter)[0]
-    shapes = first_shapes(dataset, list(files.values()))
-    wanted = either_form({"json", _FACE, *(f"{crop}.jpg" for crop in CROPS), *files.values()})
-    raws = (
-        raw
-        for shard in dataset.shards
-        for raw in samples(
-            shard, 0, min(_LOOKED_AT, shard.kept), lambda suffix: suffix == "json" if suffix in wanted else None
-        )
-    )
+    features = features_of(dataset, reads, adapter)
+    files = features.files[0]
+    raws = first_samples(dataset, _LOOKED_AT, [_FACE, *(f"{crop}.jpg" for crop in CROPS), *files.values()])
     several: list[list[Raw]] = []
     single: list[list[Raw]] = []
-    for _, members in groupby(islice(raws, _LOOKED_AT), key=lambda raw: (raw.shard.tar, person(raw))):
+    for _, members in groupby(raws, key=lambda raw: (raw.shard.tar, person(raw))):
         some = list(islice(members, 1 + others))
         (several if len(some) > 1 else single).append(some)
         if len(several) == count or (not others and len(single) == count):
@@ -87,15 +77,14 @@ def first_faces(
     return [
         Face(
             _photo(raw),
-            {role: _features(raw, role, suffix, shapes[suffix]) for role, suffix in files.items()},
+            {role: _tensor(stored_row(raw, role, suffix, features.shapes[suffix])) for role, suffix in files.items()},
             [_photo(other) for other in rest],
         )
         for raw, *rest in (several + single)[:count]
     ]
 
 
-def _features(raw: Raw, role: str, suffix: str, shape: tuple[int, ...]) -> Tensor:
-    stored = stored_row(raw, role, suffix, shape)
+def _tensor(stored: npt.NDArray[Any] | Quantised) -> Tensor:
     return torch.from_numpy(dequantise(stored) if isinstance(stored, Quantised) else stored.astype(np.float32))
 
 

@@ -68,8 +68,7 @@ class ShardLoader:
         # What a sample becomes, and whose turn it is: all of it must stay when a run is resumed.
         settings = config.model_dump(mode="json")
         same = leaves({name: settings[name] for name in ("seed", "augment", "guidance", "data")})
-        files = sorted({*reading.files.values(), *reading.plain.values()})
-        done = [reading.latents, list(reading.text), reading.flip, reading.colour, files]
+        done = [reading.latents, list(reading.text), reading.flip, reading.colour, sorted(reading.features.shapes)]
         self._identity = sha256_of_json(
             {**without_free_keys(same), "done": done, "who": [rank, world], "dataset": dataset.digest}
         )
@@ -98,7 +97,7 @@ class ShardLoader:
         """
         if state["identity"] != self._identity:
             raise ConfigError(
-                "The place in the data cannot be returned to: dataset, seed, data settings, variant and number of "
+                "The position in the data cannot be returned to: dataset, seed, data settings, variant and number of "
                 "processes must be those that the run was started with."
             )
         if state["deal"] == self._deal:
@@ -121,20 +120,14 @@ class ShardLoader:
         """
         if not self.reading.latents and (self.reading.flip or self.reading.colour):
             albumentations()  # before processes are forked that would each load it
-        consumers = [
-            Consumer(
-                self._dataset,
-                self.reading,
-                self._config,
-                worker=worker,
-                consumer=self._rank * self._streams + worker,
-                consumers=self._world * self._streams,
-            )
+        first, consumers = self._rank * self._streams, self._world * self._streams
+        streams = [
+            Consumer(self._dataset, self.reading, self._config, worker, first + worker, consumers)
             for worker in range(self._streams)
         ]
         batches = iter(
             DataLoader(
-                _Stream(consumers, self._positions, self._next),
+                _Stream(streams, self._positions, self._next),
                 batch_size=None,  # a Batch passes as it is
                 num_workers=self.workers,
                 worker_init_fn=_start_worker,
@@ -145,7 +138,10 @@ class ShardLoader:
         )
         try:
             while True:
-                batch = _next(batches)
+                try:
+                    batch = next(batches)
+                except (RuntimeError, EOFError, ConnectionError) as error:
+                    raise worker_died(error) or error from error
                 if isinstance(batch, FaceShardsError):
                     raise batch
                 worker, epoch, number = batch.position
@@ -156,30 +152,18 @@ class ShardLoader:
             del batches  # ends the workers
 
 
-def _next(batches: Iterator[Batch | FaceShardsError]) -> Batch | FaceShardsError:
-    try:
-        return next(batches)
-    except (EOFError, ConnectionError) as error:
-        # A worker was killed while it handed over a tensor's memory; torch notices later.
-        raise _died("it broke off") from error
-    except RuntimeError as error:
-        raise worker_died(error) or error from error
+def worker_died(error: Exception) -> UserError | None:
+    """The error for the user when a loader process died; None for other errors.
 
-
-def worker_died(error: RuntimeError) -> UserError | None:
-    """The error for the user when torch reports that a loader process died; None for other errors.
-
-    torch raises it wherever the training process happens to be, so callers of the loader may meet it too.
+    torch raises it wherever the training process happens to be, so callers of the loader may meet it too. A worker that
+    is killed while it hands over a tensor's memory is an EOFError or a ConnectionError; torch notices later.
     """
-    if not str(error).startswith(_WORKER_DIED):
+    how = str(error).split("\n")[0] if isinstance(error, RuntimeError) else "it broke off"
+    if isinstance(error, RuntimeError) and not how.startswith(_WORKER_DIED):
         return None
-    return _died(str(error).splitlines()[0])
-
-
-def _died(how: str) -> UserError:
     return UserError(
-        f"A loader process died ({how}): if memory or /dev/shm ran out, lower data.shuffle or "
-        "data.workers; --resume goes on from the last checkpoint."
+        f"A loader process died ({how}): if memory or /dev/shm ran out, lower data.shuffle or data.workers; --resume "
+        "goes on from the last checkpoint."
     )
 
 

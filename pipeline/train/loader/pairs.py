@@ -7,8 +7,7 @@ from typing import TypeVar
 import numpy as np
 
 from pipeline.train.loader.dataset import Dataset
-from pipeline.train.loader.decode import meta
-from pipeline.train.loader.shards import Raw, samples
+from pipeline.train.loader.shards import Raw, meta, samples
 from schemas.errors import SourceError
 
 T = TypeVar("T")
@@ -75,10 +74,9 @@ def lonely(dataset: Dataset) -> tuple[int, int]:
     """
     photos = alone = 0
     for shard in dataset.shards[:: max(1, len(dataset.shards) // _SHARDS)][:_SHARDS]:
-        count = min(_SAMPLES, shard.kept)
-        raws = samples(shard, 0, count, lambda suffix: True if suffix == "json" else None)
+        raws = samples(shard, 0, _SAMPLES, lambda suffix: True if suffix == "json" else None)
         sizes = [sum(1 for _ in members) for _, members in groupby(raws, key=person)]
-        if count < shard.kept and len(sizes) > 1:
+        if shard.manifest.kept > _SAMPLES and len(sizes) > 1:
             sizes.pop()  # of the last one there may be more
         photos, alone = photos + sum(sizes), alone + sizes.count(1)
     if photos == alone:

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from matplotlib.ticker import MaxNLocator
 from pyarrow.json import ReadOptions, read_json
+from scipy.ndimage import uniform_filter1d
 
 from schemas.errors import OutputError, first_line
 
@@ -110,10 +112,6 @@ class Thinned(NamedTuple):
     high: Floats
     lines: Floats
 
-    @property
-    def x(self) -> Floats:
-        return (self.first + self.last) / 2
-
 
 def thinned(steps: Floats, values: Floats, points: int = POINTS) -> Thinned:
     """Lowest, mean and highest value of at most `points` stretches of steps; not finite ones do not count."""
@@ -168,10 +166,14 @@ def _chart(name: str, kind: Kind, curve: Thinned, metrics: Metrics, last: int) -
     low, high = min([float(curve.mean.min()), *levels.values()]), max([float(curve.mean.max()), *levels.values()])
     is_log = kind.low is None and low > 0 and high / low > _LOGARITHMIC
     if is_log:
-        axis = _powers(low, high)
+        first, end = np.floor(np.log10(low)), np.ceil(np.log10(high))
+        stride = np.ceil((end - first) / 5)
+        axis = 10 ** np.arange(first, end + stride, stride)
     else:
         spare = (low == high) * (abs(high) / 2 or 1)
-        axis = _round_numbers(low - spare if kind.low is None else min(kind.low, low), kind.high or high + spare)
+        bottom = low - spare if kind.low is None else min(kind.low, low)
+        ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(bottom, kind.high or high + spare)
+        axis = np.asarray(ticks)
     scale = np.log if is_log else np.asarray
 
     def down(values: Floats) -> Floats:
@@ -200,35 +202,12 @@ def _chart(name: str, kind: Kind, curve: Thinned, metrics: Metrics, last: int) -
         [(float(at), kind.words(value)) for at, value in zip(down(axis), axis, strict=True)][::-1],
         _path(np.append(x, x[::-1]), down(np.append(curve.high, curve.low[::-1]))) + "z",
         _path(x, y),
-        _path(x, _smooth(y)) if kind.smooth and len(x) > _FEW else "",
+        _path(x, uniform_filter1d(y, _SMOOTH, mode="nearest")) if kind.smooth and len(x) > _FEW else "",
         "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x, y, strict=True)) if len(x) <= _FEW else "",
         [(round(a, 1), round(b - a, 1), text) for a, b, text in zip([0, *ends[:-1]], ends, words, strict=True)],
         [(float(down(np.array(value))), f"{words} {kind.words(value)}") for words, value in levels.items()],
         [(a, b - a + WIDTH / POINTS) for a, b in zip(across(gone.first), across(gone.last), strict=True)],
     )
-
-
-def _round_numbers(low: float, high: float) -> Floats:
-    """Evenly spaced ones around low and high, some five."""
-    least = (high - low) / 4
-    power = 10 ** np.floor(np.log10(least))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= least * 0.999)
-    return np.asarray(step * np.arange(np.floor(low / step + 1e-6), np.ceil(high / step - 1e-6) + 1))
-
-
-def _powers(low: float, high: float) -> Floats:
-    """Powers of ten around low and high, at most six."""
-    first, last = np.floor(np.log10(low)), np.ceil(np.log10(high))
-    stride = np.ceil((last - first) / 5)
-    return np.asarray(10 ** np.arange(first, last + stride, stride))
-
-
-def _smooth(values: Floats) -> Floats:
-    """Means over neighbours, of which there are as many before as behind."""
-    sums = np.append(0, np.cumsum(values))
-    at = np.arange(len(values))
-    reach = np.minimum(np.minimum(at, at[::-1]), _SMOOTH // 2)
-    return np.asarray((sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1))
 
 
 def _path(x: Floats, y: Floats) -> str:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -29,17 +28,6 @@ _GRID_PX, _GRID_BYTES, _QUALITY = 1280, 250_000, 80
 _RECENT = 0.05
 """Share of the run that the numbers on top are means of."""
 _EVENTS = 30
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The validation images of a step."""
-
-    step: int
-    about: str
-    uri: str
-    size: tuple[int, int]
-    """Width and height."""
 
 
 @contextmanager
@@ -68,7 +56,7 @@ def write_page(run: RunFolder) -> Path:
     Raises:
         OutputError: when there is no run, its metrics are damaged, or the page cannot be written.
     """
-    description = run.required_description()
+    description = run.description()
     sidecar, metrics, events = description["sidecar"], curves.read_metrics(run.root / METRICS), _events(run.root)
     steps, bad = metrics["step"], curves.not_finite("loss", metrics)
     last = int(max([0, *steps[-1:], *(event["step"] for event in events[-1:])]))
@@ -76,7 +64,7 @@ def write_page(run: RunFolder) -> Path:
     grids = _grids(run.root / "validation", metrics)
     page = rendered(
         Path(__file__).with_name("run_page"),
-        data=[{"about": grid.about, "position": 100 * grid.step / max(last, 1)} for grid in grids],
+        data=[{"about": grid["about"], "position": 100 * grid["step"] / max(last, 1)} for grid in grids],
         sidecar=sidecar,
         last=last,
         total=sidecar["recipe"]["steps"],
@@ -138,8 +126,11 @@ def _numbers(metrics: Metrics, starts: list[int]) -> Iterator[tuple[str, str]]:
         yield "epoch", f"{np.nanmax(metrics['epoch'], initial=0):,.0f}"
 
 
-def _grids(folder: Path, metrics: Metrics) -> list[Grid]:
-    """Those of at most _GRIDS steps: every one, or every second, fourth, …, and the last. So few are new each time."""
+def _grids(folder: Path, metrics: Metrics) -> list[dict[str, Any]]:
+    """Those of at most _GRIDS steps: every one, or every second, fourth, …, and the last. So few are new each time.
+
+    `step`, words `about` it, `uri`, and `size`: width and height.
+    """
     paths = {int(path.stem[5:]): path for path in folder.glob("step-*.png") if path.stem[5:].isdigit()}
     steps = sorted(paths)
     stride = 1
@@ -149,7 +140,7 @@ def _grids(folder: Path, metrics: Metrics) -> list[Grid]:
     for name in ("id_similarity", "faces_found"):
         values = metrics.get(name, metrics["step"][:0])
         judged[name] = {int(metrics["step"][at]): values[at] for at in np.flatnonzero(np.isfinite(values))}
-    grids = []
+    grids: list[dict[str, Any]] = []
     for step in sorted({*steps[::stride], *steps[-1:]}):
         about = [f"{step:,}"]
         if step in judged["id_similarity"]:
@@ -157,12 +148,12 @@ def _grids(folder: Path, metrics: Metrics) -> list[Grid]:
         if step in judged["faces_found"]:
             about.append(f"faces in {curves.percent(judged['faces_found'][step])}")
         picture = _picture(paths[step], paths[step].stat().st_mtime_ns)
-        grids += [Grid(step, ", ".join(about), *picture)] if picture else []
+        grids += [{"step": step, "about": ", ".join(about), **picture}] if picture else []
     return grids
 
 
 @lru_cache(2 * _GRIDS)
-def _picture(path: Path, mtime_ns: int) -> tuple[str, tuple[int, int]] | None:
+def _picture(path: Path, mtime_ns: int) -> dict[str, Any] | None:
     """A picture, reduced, for the page, and its size; None where it cannot be read."""
     image = cv2.imread(str(path))
     if image is None:
@@ -174,5 +165,5 @@ def _picture(path: Path, mtime_ns: int) -> tuple[str, tuple[int, int]] | None:
         small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
         jpeg = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])[1].tobytes()
         if len(jpeg) <= _GRID_BYTES:
-            return data_uri(jpeg), size
+            return {"uri": data_uri(jpeg), "size": size}
         side = side * 3 // 4

@@ -1,6 +1,6 @@
-"""The judge of images: whether they show a face, whose, and how it is turned, by an insightface pack.
+"""The judges of images: an insightface pack, and CLIP.
 
-It is best another pack than the one that made the condition, which has learned to please that one.
+The pack is best another one than that which made the condition, which has learned to please that one.
 """
 
 import warnings
@@ -10,11 +10,15 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import numpy.typing as npt
+import torch
+import transformers
 
+from pipeline.shared.bases import card_licence
+from pipeline.train.adapters.released import DAMAGED
 from pipeline.train.loader import Pixels
-from schemas.arcface import ARCFACE_SIZE, PACK_FILES
+from schemas.arcface import ARCFACE_SIZE, PACK_FILES, Floats
 from schemas.digest import sha256_of_file
-from schemas.errors import ConfigError, WeightsError
+from schemas.errors import ConfigError, WeightsError, first_line
 
 _DET_SIZE = (640, 640)
 NOT_KNOWN = "not known"
@@ -34,8 +38,10 @@ class Look(NamedTuple):
 class IdJudge:
     """The detector and the recogniser of an insightface pack, on the CPU."""
 
-    def __init__(self, pack: str) -> None:
+    def __init__(self, pack: str, option: str = "watch.judge") -> None:
         """Load a pack: a folder, or the name of one under ~/.insightface/models; nothing is ever fetched.
+
+        `option` is what the user gave it by.
 
         Raises:
             WeightsError: when there is no such folder, or it holds no detector or no recogniser.
@@ -46,11 +52,30 @@ class IdJudge:
         folder = next((folder for folder in folders if any(folder.glob("*.onnx"))), None)
         if folder is None:
             raise WeightsError(
-                f"watch.judge: {pack} is no folder with an insightface pack (*.onnx files): give the folder of one, "
+                f"{option}: {pack} is no folder with an insightface pack (*.onnx files): give the folder of one, "
                 f"such as {_PACKS}/antelopev2."
             )
-        self._app = _face_analysis(folder.resolve())
-        self.name = folder.name
+        try:
+            from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+            from insightface.app import FaceAnalysis
+            from onnxruntime.capi import onnxruntime_pybind11_state as ort
+        except ImportError as error:
+            raise ConfigError(f"{option} needs ONNX Runtime ({error}): pip install onnxruntime.") from error
+        folder = folder.resolve()
+        lacks = "{}: {} holds no {} model of insightface; give the folder of a whole pack.".format
+        no_models = (ort.Fail, ort.InvalidArgument, ort.InvalidGraph, ort.InvalidProtobuf, ort.NotImplemented)
+        allowed = {"allowed_modules": list(_TASKS), "providers": ["CPUExecutionProvider"]}
+        try:
+            self._app: Any = FaceAnalysis(str(folder), **allowed)
+        except AssertionError as error:  # without a detector
+            raise WeightsError(lacks(option, folder, "detection")) from error
+        except (*no_models, DecodeError) as error:
+            raise WeightsError(
+                f"{option}: a file in {folder} cannot be loaded by ONNX Runtime ({error}): fetch the pack again."
+            ) from error
+        if "recognition" not in self._app.models:
+            raise WeightsError(lacks(option, folder, "recognition"))
+        self._app.prepare(ctx_id=-1, det_size=_DET_SIZE)
         files = {task: Path(model.model_file) for task, model in self._app.models.items()}
         hashes = {task: sha256_of_file(file) for task, file in files.items()}
         licences = {file.sha256: file.licence for file in PACK_FILES.values()}
@@ -81,26 +106,46 @@ class IdJudge:
         return vector / np.linalg.norm(vector)
 
 
-def _face_analysis(folder: Path) -> Any:
-    try:
-        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-        from insightface.app import FaceAnalysis
-        from onnxruntime.capi import onnxruntime_pybind11_state as ort
-    except ImportError as error:
-        raise ConfigError(f"watch.judge needs ONNX Runtime ({error}): pip install onnxruntime.") from error
-    lacks = "watch.judge: {} holds no {} model of insightface; give the folder of a whole pack."
-    no_models = (ort.Fail, ort.InvalidArgument, ort.InvalidGraph, ort.InvalidProtobuf, ort.NotImplemented, DecodeError)
-    try:
-        app = FaceAnalysis(
-            str(folder), allowed_modules=["detection", "recognition"], providers=["CPUExecutionProvider"]
-        )
-    except AssertionError as error:  # without a detector
-        raise WeightsError(lacks.format(folder, "detection")) from error
-    except no_models as error:
-        raise WeightsError(
-            f"watch.judge: a file in {folder} cannot be loaded by ONNX Runtime ({error}): fetch the pack again."
-        ) from error
-    if "recognition" not in app.models:
-        raise WeightsError(lacks.format(folder, "recognition"))
-    app.prepare(ctx_id=-1, det_size=_DET_SIZE)
-    return app
+class Clip:
+    """Both towers of a CLIP, from a folder in transformers' layout."""
+
+    def __init__(self, folder: str, device: str, option: str = "watch.clip") -> None:
+        """Load it; nothing is ever fetched. `option` is what the user gave it by.
+
+        Raises:
+            WeightsError: when the folder holds no whole CLIPModel with its tokenizer and preprocessor.
+        """
+        path, options = Path(folder).expanduser(), {"local_files_only": True}
+        wrong = f"{option}: {folder} is no folder of a whole CLIP (CLIPModel, tokenizer and image processor)"
+        if not path.is_dir():
+            raise WeightsError(f"{wrong}: there is no such folder.")
+        try:
+            self._processor: Any = transformers.CLIPProcessor.from_pretrained(path, **options)
+            model, report = transformers.CLIPModel.from_pretrained(
+                path, use_safetensors=True, output_loading_info=True, **options
+            )
+        except DAMAGED as error:
+            raise WeightsError(f"{wrong}: {first_line(error)}.") from error
+        if report["missing_keys"]:  # an image tower alone, as IP-Adapter's folder has it
+            raise WeightsError(f"{wrong}: its files lack {min(report['missing_keys'])}.")
+        self._model: Any = model.eval().requires_grad_(False).to(device)
+        about = {"name": path.resolve().name, "task": "clip", "licence": card_licence(path) or NOT_KNOWN}
+        self.weights = [{**about, "sha256": sha256_of_file(file)} for file in sorted(path.glob("*.safetensors"))]
+
+    @torch.no_grad()
+    def image(self, image: Pixels) -> Floats:
+        """(H, W, 3) RGB to a unit vector."""
+        pixels = self._processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+        return self._unit(self._model.get_image_features(pixel_values=pixels.to(self._model.device)))
+
+    @torch.no_grad()
+    def text(self, prompt: str) -> Floats:
+        """A prompt, cut at as many tokens as the model takes, to a unit vector."""
+        words = self._processor.tokenizer([prompt], truncation=True, return_tensors="pt").to(self._model.device)
+        return self._unit(self._model.get_text_features(**words))
+
+    @staticmethod
+    def _unit(features: Any) -> Floats:
+        # A tensor, or from transformers 5 on an output that holds it.
+        vector: Floats = getattr(features, "pooler_output", features)[0].double().cpu().numpy()
+        return np.asarray(vector / np.linalg.norm(vector))

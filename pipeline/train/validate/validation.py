@@ -3,22 +3,22 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
+from itertools import chain
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy.typing as npt
 import torch
 from PIL import Image
-from torch import Tensor
 
 from pipeline.shared.atomic import write_atomically
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.base_model import Base
-from pipeline.train.loader import Face, Pixels, first_faces, unconditional
-from pipeline.train.settings import TrainConfig, WatchSettings
-from pipeline.train.validate.clip import Clip
+from pipeline.train.loader import Face, Pixels, first_faces
+from pipeline.train.settings import TrainConfig
 from pipeline.train.validate.grid import GridRow, draw
-from pipeline.train.validate.judge import IdJudge
 from pipeline.train.validate.views import DISTANCES, View, Viewer, copy_paste, scale
+from schemas.arcface import Floats
 
 if TYPE_CHECKING:
     from pipeline.train.job import TrainJob
@@ -33,6 +33,54 @@ NAMES = (
 """What may be known of an image."""
 
 
+class Turn(NamedTuple):
+    """What is drawn of each face."""
+
+    number: int
+    """Of the prompt."""
+    prompt: str
+    text: Floats | None
+    """The prompt as CLIP has it."""
+    seed: int
+    """Of the noise, from which all faces start: what differs is the face's."""
+
+
+def turns_of(config: TrainConfig, viewer: Viewer, images: int = 1) -> list[Turn]:
+    """So many images with each prompt, the same each time."""
+    prompts = config.watch.validate_prompts
+    texts = [viewer.clip.text(prompt) if viewer.clip else None for prompt in prompts]
+    numbers = [turn // images for turn in range(images * len(prompts))]
+    return [Turn(number, prompts[number], texts[number], config.seed + at) for at, number in enumerate(numbers)]
+
+
+def drawings(
+    face: Face, photos: Sequence[View], turns: Sequence[Turn], viewer: Viewer, sampler: "Sampler"
+) -> Iterator[tuple[Turn, Pixels, View, dict[str, float]]]:
+    """Draw a face; `photos` are what is seen of its condition's photo and of the others of the person.
+
+    Yields:
+        The turn, an image, what judges see of it, and what is known of NAMES.
+    """
+    condition, *others = photos
+    for turn in turns:
+        image = sampler(face, turn.prompt, turn.seed)
+        view = viewer.image(image)
+        score = {"faces_found": float("id" in view)} if viewer.judge else {}
+        if "id" in view and "id" in condition:
+            score["id_similarity"] = float(view["id"] @ condition["id"])
+            if others:
+                score["id_to_others"] = fmean(float(view["id"] @ other["id"]) for other in others)
+        score |= {f"copy_paste_{space}": value for space, value in copy_paste(view, condition, others).items()}
+        if turn.text is not None:
+            score["clip_similarity"] = float(view["clip"] @ turn.text)
+        yield turn, image, view, score
+
+
+def means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of what is known of images, in the order of NAMES."""
+    return {name: fmean(values) for name in NAMES if (values := [one[name] for one in scores if name in one])}
+
+
 class Validator:
     """Samples a grid of images with the adapter as it is, and writes RUN/validation/step-XXXXXXXX.png."""
 
@@ -43,21 +91,17 @@ class Validator:
             WeightsError: when the judge's pack is not there.
             CorruptShardError: when a sample cannot be read.
         """
-        config = job.config
-        self._config, self._base = config, base
-        self._folder = job.run.root / "validation"
+        self._job, self._base, config = job, base, job.config
         self._faces: Sequence[Face] = ()
-        if not config.watch.validate_every:
-            return
-        self._faces = first_faces(job.dataset, config.watch.validate_faces, job.variant.reads, config.adapter, OTHERS)
-        nothing = unconditional(job.dataset, job.variant.reads, config.adapter)
-        self._nothing = {role: torch.from_numpy(features) for role, features in nothing.items()}
-        self._viewer = viewer = viewer_of(config.watch, torch.device("cpu"))
-        self._persons = [[viewer.photo(photo) for photo in (face.photo, *face.others)] for face in self._faces]
-        self._texts = [viewer.clip.text(prompt) for prompt in config.watch.validate_prompts] if viewer.clip else []
+        if config.watch.validate_every:
+            count, reads = config.watch.validate_faces, job.variant.reads
+            self._faces = first_faces(job.dataset, count, reads, config.adapter, OTHERS)
+            self._viewer = Viewer(config.watch.judge, config.watch.clip)
+            self._turns = turns_of(config, self._viewer)
+            self._persons = [self._viewer.photos(face) for face in self._faces]
 
     def is_due(self, step: int, is_last: bool) -> bool:
-        every = self._config.watch.validate_every
+        every = self._job.config.watch.validate_every
         return bool(every) and (is_last or step % every == 0)
 
     def run(self, model: AdapterModel, step: int) -> dict[str, float]:
@@ -69,70 +113,40 @@ class Validator:
             `id_to_others` and copy_paste_… (see `views.copy_paste`), and of the real photos, the same at each step,
             `id_same_person` and `id_strangers`; with CLIP `clip_similarity`.
         """
-        prompts, seed = self._config.watch.validate_prompts, self._config.seed
+        config, folder = self._job.config, self._job.run.root / "validation"
         with _undisturbed(model, self._base):
-            sampler = Sampler(self._base, model, self._nothing, self._config)
-            # All faces of a column start from the same noise, at each step too: what differs is the face's.
-            images = [
-                [sampler(face, prompt, seed + column) for column, prompt in enumerate(prompts)] for face in self._faces
-            ]
-        seen, rows = [], []
-        for face, made, (condition, *others) in zip(self._faces, images, self._persons, strict=True):
-            views = [self._viewer.image(image) for image in made]
-            scores = [judged(view, condition, others) for view in views]
-            for score, view, text in zip(scores, views, self._texts, strict=False):
-                score["clip_similarity"] = float(view["clip"] @ text)
-            captions = ["" if self._viewer.judge is None else _caption(score) for score in scores]
-            rows.append(GridRow(face.photo.key, face.photo.face, made, captions))
-            seen += scores
+            sampler = Sampler(self._base, model, self._job.features.unconditional, config)
+            both = zip(self._faces, self._persons, strict=True)
+            drawn = [list(drawings(face, seen, self._turns, self._viewer, sampler)) for face, seen in both]
+        rows = []
+        for face, some in zip(self._faces, drawn, strict=True):
+            _, images, _, scores = zip(*some, strict=True)
+            rows.append(GridRow(face.photo.key, face.photo.face, images, [_caption(score) for score in scores]))
         png = BytesIO()
-        Image.fromarray(draw(prompts, rows)).save(png, "PNG")
-        self._folder.mkdir(exist_ok=True)
-        write_atomically(self._folder / f"step-{step:08d}.png", png.getvalue())
-        means = {name: fmean(values) for name in NAMES if (values := [one[name] for one in seen if name in one])}
-        if self._viewer.judge is None:
-            means.pop("faces_found")
-        same, strangers = ([value for some in values for value in some] for values in scale(self._persons))
-        return (
-            means
-            | ({"id_same_person": fmean(same)} if same else {})
-            | ({"id_strangers": fmean(strangers)} if same and strangers else {})
-        )
-
-
-def viewer_of(watch: WatchSettings, device: torch.device) -> Viewer:
-    """The judges that the settings name.
-
-    Raises:
-        WeightsError: when the judge's pack or CLIP's folder is not there.
-    """
-    return Viewer(IdJudge(watch.judge) if watch.judge else None, Clip(watch.clip, device) if watch.clip else None)
-
-
-def judged(image: View, condition: View, others: Sequence[View]) -> dict[str, float]:
-    """Name -> what is seen of an image, beside the photo of its condition and the person's other photos."""
-    score = {"faces_found": float("id" in image)}
-    if "id" in image and "id" in condition:
-        score["id_similarity"] = float(image["id"] @ condition["id"])
-        if others:
-            score["id_to_others"] = fmean(float(image["id"] @ other["id"]) for other in others)
-    return score | {f"copy_paste_{space}": value for space, value in copy_paste(image, condition, others).items()}
+        Image.fromarray(draw(config.watch.validate_prompts, rows)).save(png, "PNG")
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / f"step-{step:08d}.png", png.getvalue())
+        same, strangers = (list(chain(*values)) for values in scale(self._persons))
+        levels = {"id_same_person": same, "id_strangers": strangers if same else []}
+        known = means([score for some in drawn for *_, score in some])
+        return known | {name: fmean(values) for name, values in levels.items() if values}
 
 
 def _caption(score: Mapping[str, float]) -> str:
     copied = f", copied {score['copy_paste_id']:.2f}" if "copy_paste_id" in score else ""
-    return f"ID {score['id_similarity']:.2f}{copied}" if "id_similarity" in score else "no face"
+    no_face = "no face" if "faces_found" in score else ""
+    return f"ID {score['id_similarity']:.2f}{copied}" if "id_similarity" in score else no_face
 
 
 class Sampler:
     """The stock pipeline of the base, handed the adapter's UNet and image tokens."""
 
     def __init__(
-        self, base: Base, model: AdapterModel, unconditional: Mapping[str, Tensor], config: TrainConfig
+        self, base: Base, model: AdapterModel, unconditional: Mapping[str, npt.NDArray[Any]], config: TrainConfig
     ) -> None:
         """Sample as the settings say; `unconditional` is role -> features of no face, one sample's."""
         self._base, self._model, self._config = base, model, config
-        self._unconditional = unconditional
+        self._unconditional = {role: torch.from_numpy(features) for role, features in unconditional.items()}
         self._pipeline: Any = base.sampler()
 
     def __call__(self, face: Face, prompt: str, seed: int) -> Pixels:

@@ -10,9 +10,8 @@ from statistics import fmean
 import cv2
 import numpy as np
 
-from pipeline.train.loader import Photo, Pixels
-from pipeline.train.validate.clip import Clip
-from pipeline.train.validate.judge import IdJudge
+from pipeline.train.loader import Face, Pixels
+from pipeline.train.validate.judge import Clip, IdJudge
 from schemas.arcface import Floats, pose
 
 View = Mapping[str, Floats]
@@ -43,8 +42,16 @@ DISTANCES: dict[str, Callable[[Floats, Floats], float]] = {
 class Viewer:
     """Looks at pictures with the judges that there are."""
 
-    def __init__(self, judge: IdJudge | None, clip: Clip | None) -> None:
-        self.judge, self.clip = judge, clip
+    def __init__(
+        self, judge: str, clip: str, device: str = "cpu", options: Sequence[str] = ("watch.judge", "watch.clip")
+    ) -> None:
+        """Load those that are not "": an insightface pack, and a whole CLIP for `device`; `options` gave them.
+
+        Raises:
+            WeightsError: when the pack or CLIP's folder is not there.
+        """
+        self.judge = IdJudge(judge, options[0]) if judge else None
+        self.clip = Clip(clip, device, options[1]) if clip else None
 
     def image(self, image: Pixels) -> View:
         """A picture (H, W, 3), RGB."""
@@ -60,12 +67,15 @@ class Viewer:
                 view["pose"] = angles
         return view
 
-    def photo(self, photo: Photo) -> View:
-        """A real photo; where the judge sees no face, whose it is follows from the aligned face of the shards."""
-        view = dict(self.image(photo.crop))
-        if self.judge is not None and "id" not in view:
-            view["id"] = self.judge.embed(photo.face).astype(np.float64)
-        return view
+    def photos(self, face: Face) -> list[View]:
+        """Photos of a person, the condition's first; an aligned face tells whose it is where the judge sees none."""
+        views: list[View] = []
+        for photo in (face.photo, *face.others):
+            view = self.image(photo.crop)
+            if self.judge is not None and "id" not in view:
+                view = {**view, "id": self.judge.embed(photo.face).astype(np.float64)}
+            views.append(view)
+        return views
 
 
 def copy_paste(image: View, condition: View, others: Sequence[View]) -> dict[str, float]:

@@ -15,8 +15,8 @@ from pipeline.dataset.config import load_config
 from pipeline.dataset.finished.export_json import export_json
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.plan import make_plan
-from pipeline.train.loader.condition import require
 from pipeline.train.loader.dataset import open_dataset
+from pipeline.train.loader.reading import features_of
 from pipeline.train.settings import AdapterSettings, DataSettings
 from schemas.columns import schema
 from schemas.errors import OutputError, SourceError
@@ -63,7 +63,7 @@ def test_the_trainer_and_the_export_say_what_to_do(tmp_path):
     dataset = open_dataset([out], DataSettings())
     for role in ("arcface", "hidden"):
         with pytest.raises(SourceError, match=r"make the dataset again with --set pack\.embeddings=true"):
-            require(dataset, [role], AdapterSettings())
+            features_of(dataset, [role], AdapterSettings())
     with pytest.raises(OutputError, match=r"again with --set pack\.embeddings=true"):
         export_json(Path(out), tmp_path / "list")
 

@@ -12,8 +12,7 @@ from torch.nn.functional import gelu, layer_norm, linear, normalize
 
 from pipeline.train.adapters.attention import AdapterAttention, Lora, install, named_attention
 from pipeline.train.adapters.released import lora_tensors
-from pipeline.train.adapters.resampler import Perceiver, Resampler
-from pipeline.train.adapters.variants import VARIANTS, IdMlp, Widths, variant
+from pipeline.train.adapters.variants import VARIANTS, IdMlp, Perceiver, Resampler, Widths, variant
 from pipeline.train.settings import AdapterSettings
 from schemas.errors import ConfigError
 
@@ -280,7 +279,7 @@ def test_compiled_it_is_one_graph_that_computes_the_same(tiny, kind, monkeypatch
     # Traced, not generated, which takes minutes on a CPU; a second graph would be an error.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, fullgraph=True, backend="eager"))
     plain, compiled = (adapted(copy_of(tiny[kind]), "faceid-plusv2", kind, moved=True).train() for _ in range(2))
-    compiled.compile_predict()
+    compiled.compile_forward()
     outputs = []
     for model in (plain, compiled):
         model.image_proj.p_drop = 0.0

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,12 @@ import pages
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 import pipeline.train.__main__ as trainer
 from pipeline.shared.bases import find_base
+from pipeline.train.evaluate import evaluation
 from pipeline.train.evaluate.evaluation import estimate
 from pipeline.train.evaluate.subject import read_subject
 from pipeline.train.loader import open_dataset
@@ -108,6 +111,21 @@ def test_a_run_gets_the_same_json_each_time_which_says_what_it_is_worth(trained,
     other = evaluated(tmp_path / "other", *words, "--seed", "1", "--step", "1")
     assert other["subject"]["step"] == 1
     assert other["images"][0]["copy_paste_pixels"] != result["images"][0]["copy_paste_pixels"]
+
+
+def test_several_processes_share_the_persons_and_the_main_one_writes_the_same(trained, tmp_path, monkeypatch):
+    words = [trained / "run", "--from-shards", trained / "other"]
+    whole, drawn = evaluated(tmp_path / "whole", *words), []
+    # One after the other, as a second process and a first one that gathers what both drew; the first makes the folder.
+    (tmp_path / "out" / "images").mkdir(parents=True)
+    for share, is_main in (slice(2, None), False), (slice(2), True):
+        monkeypatch.setattr(Accelerator, "is_main_process", property(lambda _, is_main=is_main: is_main))
+        monkeypatch.setattr(Accelerator, "split_between_processes", lambda _, every, s=share: nullcontext(every[s]))
+        monkeypatch.setattr(evaluation, "gather_object", lambda mine: drawn.extend(mine) or drawn)
+        assert call(["evaluate", *QUICK, *words, "--out", tmp_path / "out"]) == 0
+        assert (tmp_path / "out" / "evaluation.json").exists() == is_main
+    assert [one.number for one in drawn] == [2, 0, 1]
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_bytes()) == whole
 
 
 def test_shards_that_it_was_trained_on_are_called_so_also_once_they_are_grouped(trained, tmp_path):
@@ -337,9 +355,10 @@ def test_the_page_has_each_image_beside_its_condition_and_the_person_s_other_pho
         (["run", "--prompts", "empty.txt"], ["empty.txt holds no prompt"]),
         (["run", "--prompts", "none.txt"], ["none.txt cannot be read"]),
         (["run", "--prompts", "photo.jpg"], ["photo.jpg cannot be read"]),
-        (["run", "--judge", "nopack"], ["watch.judge: nopack"]),
-        (["run", "--clip", "noclip"], ["watch.clip: noclip", "no such folder"]),
-        (["run", "--clip", "run"], ["watch.clip: run is no folder of a whole CLIP"]),
+        (["run", "--judge", "nopack"], ["--judge: nopack"]),
+        (["run", "--clip", "noclip"], ["--clip: noclip", "no such folder"]),
+        (["run", "--set", "watch.judge=nopack"], ["watch.judge: nopack"]),
+        (["run", "--clip", "run"], ["--clip: run is no folder of a whole CLIP"]),
         (["run", "--base", "sd16"], ["'sd16'"]),
         (["run", "--set", "watch.validate_step=1"], ["watch.validate_steps"]),
         (["run", "--out", "photo.jpg/below"], ["photo.jpg/below cannot be written"]),

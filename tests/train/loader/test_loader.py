@@ -75,7 +75,7 @@ def keys(batches: list[Batch]) -> list[str]:
 
 
 def every_key(dataset: Dataset) -> list[str]:
-    return sorted(f"{shard.name}-{number:03d}" for shard in dataset.shards for number in range(shard.kept))
+    return sorted(f"{shard.name}-{number:03d}" for shard in dataset.shards for number in range(shard.manifest.kept))
 
 
 def same(one: Batch, other: Batch) -> bool:

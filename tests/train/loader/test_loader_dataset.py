@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.train.loader import check_hashes, first_faces, open_dataset, plan_reading, require, unconditional, widths
+from pipeline.train.loader import check_hashes, features_of, first_faces, open_dataset, plan_reading
+from pipeline.train.loader import dataset as dataset_module
 from pipeline.train.settings import AdapterSettings, DataSettings, TrainConfig
 from schemas.errors import CorruptShardError, SourceError
 from schemas.shard import Manifest, dataset_digest
@@ -40,7 +41,7 @@ def edited(path: Path, **changes: Any) -> None:
 
 def test_what_a_dataset_tells(out: Path) -> None:
     dataset = open_dataset([str(out)], DATA)
-    assert [(shard.name, shard.kept) for shard in dataset.shards] == [("a-00000", 3), ("b-00001", 2)]
+    assert [(shard.name, shard.manifest.kept) for shard in dataset.shards] == [("a-00000", 3), ("b-00001", 2)]
     assert dataset.samples == 5
     assert dataset.profiles == ("embedded",)
     assert {model["name"]: model["licence"] for model in dataset.models} == {
@@ -137,13 +138,15 @@ def test_a_flipped_bit_is_found_by_hash_unless_it_was_hashed_before(out: Path) -
     check_hashes(dataset, hashed_before=dataset.digest)
 
 
-def test_processes_share_the_hashing(tmp_path: Path) -> None:
+def test_processes_share_the_hashing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = {f"a-{number:05d}": fake.counted(number, 1) for number in range(5)}
     dataset = open_dataset([fake.write(tmp_path, shards)], DATA)
     hashed: list[list[str]] = [[], [], []]
+    of_shard = dataset_module._sha256
     for rank in range(3):
-        check_hashes(dataset, rank, 3, on_shard=hashed[rank].append)
-    assert hashed == [["a-00000", "a-00003"], ["a-00001", "a-00004"], ["a-00002"]]
+        monkeypatch.setattr(dataset_module, "_sha256", lambda one: hashed[rank].append(one.name) or of_shard(one))  # noqa: B023
+        check_hashes(dataset, rank, 3)
+    assert [sorted(names) for names in hashed] == [["a-00000", "a-00003"], ["a-00001", "a-00004"], ["a-00002"]]
 
 
 def test_a_damaged_manifest(out: Path) -> None:
@@ -223,41 +226,43 @@ def test_dataset_json_may_be_missing_but_not_damaged(out: Path) -> None:
 
 def test_columns_that_a_variant_reads_must_be_there(out: Path) -> None:
     dataset = open_dataset([str(out)], DATA)
-    assert require(dataset, ("arcface", "hidden"), AdapterSettings()) == [
-        {"arcface": "arcface.npy", "hidden": "clip_hidden.npy"}
-    ]
+    features = features_of(dataset, ("arcface", "hidden"), AdapterSettings())
+    assert features.files == ({"arcface": "arcface.npy", "hidden": "clip_hidden.npy"},)
     with pytest.raises(SourceError, match=r"no dino\.npy: .*models\.image_embedder=dinov2"):
-        require(dataset, ("hidden",), DINO)
+        features_of(dataset, ("hidden",), DINO)
     for condition in ("plain", "both"):
         with pytest.raises(SourceError, match=r"no clip_hidden_plain\.npy: .*segment\.condition=plain"):
-            require(dataset, ("hidden",), AdapterSettings(condition=condition))
+            features_of(dataset, ("hidden",), AdapterSettings(condition=condition))
 
 
 def test_hidden_features_need_those_of_an_empty_picture(tmp_path: Path) -> None:
     bare = open_dataset([fake.write(tmp_path / "bare", {"a-00000": fake.counted(0, 1)}, empty=None)], DATA)
-    assert require(bare, ("arcface", "pooled"), AdapterSettings())
+    assert features_of(bare, ("arcface", "pooled"), AdapterSettings())
     with pytest.raises(SourceError, match=r"clip_hidden .*writes unconditional\.safetensors"):
-        require(bare, ("hidden",), AdapterSettings())
+        features_of(bare, ("hidden",), AdapterSettings())
 
 
 def test_what_stands_for_no_face(tmp_path: Path) -> None:
     samples = [{**fake.sample(0), "dino.npy": fake.encode_npy(np.zeros(fake.HIDDEN, np.float16))}]
     dataset = open_dataset([fake.write(tmp_path / "out", {"a-00000": samples})], DATA)
-    clip = unconditional(dataset, ("arcface", "pooled", "hidden"), AdapterSettings())
+    clip = features_of(dataset, ("arcface", "pooled", "hidden"), AdapterSettings()).unconditional
     assert not clip["arcface"].any()
     assert clip["arcface"].shape == (512,)
     assert not clip["pooled"].any()
     assert clip["pooled"].shape == (fake.POOLED,)
     np.testing.assert_array_equal(clip["hidden"], fake.EMPTY["clip_hidden"])
-    dino = unconditional(dataset, ("pooled", "hidden"), DINO)
+    dino = features_of(dataset, ("pooled", "hidden"), DINO).unconditional
     np.testing.assert_array_equal(dino["pooled"], fake.EMPTY["dino"][0])
     np.testing.assert_array_equal(dino["hidden"], fake.EMPTY["dino"])
 
 
 def test_widths_come_from_the_shards(out: Path) -> None:
     dataset = open_dataset([str(out)], DATA)
-    assert widths(dataset, AdapterSettings()) == {"features": fake.HIDDEN[1], "pooled": fake.POOLED}
-    assert widths(dataset, DINO) == {}
+    widths = {"features": fake.HIDDEN[1], "pooled": fake.POOLED}
+    for reads in ((), ("pooled",), ("arcface", "pooled", "hidden")):
+        read = {{"hidden": "features"}.get(role, role) for role in reads}
+        expected = {name: width for name, width in widths.items() if name in read}
+        assert features_of(dataset, reads, AdapterSettings()).widths == expected
 
 
 def test_suffixes_are_those_of_all_plans(tmp_path: Path) -> None:
@@ -290,7 +295,7 @@ def reading(tmp_path: Path, samples: Any, reads: tuple[str, ...] = ("arcface",),
 
 def test_images_of_id_only_variants_are_augmented(tmp_path: Path) -> None:
     read = reading(tmp_path, [fake.sample(0)])
-    assert (read.latents, read.text, read.flip, read.colour) == (False, (), 0.5, 0.5)
+    assert (read.latents, read.text, read.flip, read.colour) == (False, {}, 0.5, 0.5)
     assert read.notices == ()
     assert read.wanted == {"json", "arcface.npy", "portrait.jpg", "half.jpg", "full.jpg"}
 
@@ -312,7 +317,7 @@ def test_mirrored_features_switch_the_flip_on(tmp_path: Path) -> None:
 def test_latents_are_taken_where_they_are_and_switch_augmentation_off(tmp_path: Path) -> None:
     read = reading(tmp_path, [fake.encoded(0, mirror=True)], ("hidden",))
     assert read.latents
-    assert read.text == ("text.npy",)
+    assert list(read.text) == ["text.npy"]
     assert (read.flip, read.colour) == (0, 0)
     assert len(read.notices) == 2
     assert "full.jpg" not in read.wanted
@@ -321,7 +326,7 @@ def test_latents_are_taken_where_they_are_and_switch_augmentation_off(tmp_path: 
 def test_images_can_be_asked_for(tmp_path: Path) -> None:
     read = reading(tmp_path, [fake.encoded(0)], latents="images", text="captions")
     assert not read.latents
-    assert read.text == ()
+    assert read.text == {}
 
 
 @pytest.mark.parametrize("what", ["latents", "text"])
@@ -347,7 +352,7 @@ def test_targets_of_another_base(tmp_path: Path) -> None:
     (base / "text_encoder/model.safetensors").write_bytes(b"weights")
     config = TrainConfig.model_validate({"data": {"resolution": 64}})
     read = plan_reading(dataset, ("arcface",), config, base)
-    assert (read.latents, read.text) == (False, ())
+    assert (read.latents, read.text) == (False, {})
     assert sum("encoded by tiny" in notice for notice in read.notices) == 2
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.numpy import save
 
-from pipeline.train.loader import Batch, Dataset, ShardLoader, first_faces, open_dataset, require, unconditional, widths
-from pipeline.train.loader.tokens import MixedTokens, mixed
+from pipeline.train.loader import Batch, Dataset, ShardLoader, features_of, first_faces, open_dataset
+from pipeline.train.loader.batches import MixedTokens, mixed
 from pipeline.train.settings import AdapterSettings, TrainConfig
 from schemas.errors import CorruptShardError, SourceError
 from schemas.int8 import Quantised, dequantise, encode_int8, quantise
@@ -147,10 +147,13 @@ def test_a_batch_in_int8_moves_as_a_whole(stored: Dataset) -> None:
 
 def test_validation_and_widths_read_int8(stored: Dataset) -> None:
     assert {"clip_hidden.npy", "dino.npy", "clip_hidden_mirror.npy"} <= stored.suffixes
-    assert require(stored, ("hidden",), AdapterSettings()) == [{"hidden": "clip_hidden.npy"}]
-    assert widths(stored, AdapterSettings()) == {"features": fake.HIDDEN[1], "pooled": fake.POOLED}
-    assert widths(stored, DINO) == {"features": fake.HIDDEN[1], "pooled": fake.HIDDEN[1]}
-    assert unconditional(stored, ("hidden",), AdapterSettings())["hidden"].dtype == np.float16
+    features = features_of(stored, ("pooled", "hidden"), AdapterSettings())
+    assert features.files == ({"pooled": "clip.npy", "hidden": "clip_hidden.npy"},)
+    assert features.widths == {"features": fake.HIDDEN[1], "pooled": fake.POOLED}
+    assert features_of(stored, ("pooled", "hidden"), DINO).widths == dict.fromkeys(
+        ["features", "pooled"], fake.HIDDEN[1]
+    )
+    assert features.unconditional["hidden"].dtype == np.float16
     for adapter in (AdapterSettings(), DINO):
         for number, face in enumerate(first_faces(stored, 24, ALL, adapter), start=1):
             for features in face.condition.values():

@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.train.loader.order import sample_ranges
+from pipeline.train.loader.stream import sample_ranges
 
 KEPT = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
@@ -15,9 +15,9 @@ def test_consumers_share_an_epoch_without_gap_or_overlap(
     kept: list[int], seed: int, epoch: int, consumers: int
 ) -> None:
     parts = [sample_ranges(kept, seed, epoch, consumer, consumers) for consumer in range(consumers)]
-    seen = Counter((one.shard, number) for part in parts for one in part for number in range(one.start, one.stop))
+    seen = Counter((shard, number) for part in parts for shard, *ends in part for number in range(*ends))
     assert seen == Counter((shard, number) for shard, count in enumerate(kept) for number in range(count))
-    sizes = [sum(one.stop - one.start for one in part) for part in parts]
+    sizes = [sum(stop - start for _, start, stop in part) for part in parts]
     assert max(sizes) - min(sizes) <= 1
     assert all(size >= 1 for size in sizes) == (sum(kept) >= consumers)
 
@@ -25,5 +25,5 @@ def test_consumers_share_an_epoch_without_gap_or_overlap(
 @given(KEPT, st.integers(0, 99))
 def test_a_consumer_opens_only_the_shards_of_its_range_and_each_once(kept: list[int], seed: int) -> None:
     for consumer in range(3):
-        opened = [one.shard for one in sample_ranges(kept, seed, 0, consumer, 3)]
+        opened = [shard for shard, *_ in sample_ranges(kept, seed, 0, consumer, 3)]
         assert len(set(opened)) == len(opened)

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from pipeline.train.loader import Batch, Dataset, ShardLoader, open_dataset, plan_reading
+from pipeline.train.loader.batches import MixedTokens
 from pipeline.train.loader.pairs import WINDOW, persons
 from pipeline.train.loader.plan_sample import Planner
 from pipeline.train.loader.shards import Raw, Shard
-from pipeline.train.loader.tokens import MixedTokens
 from pipeline.train.settings import TrainConfig
 from schemas.errors import ConfigError, SourceError
 from schemas.shard import encode_npy
@@ -100,7 +100,7 @@ def same(one: Batch, other: Batch) -> bool:
 
 def test_over_100_000_draws_no_condition_is_of_the_sample_itself(dataset: Dataset) -> None:
     photos = np.random.default_rng(0).integers(2, 60, 300).tolist()
-    shard = Shard("out", "a-00000", Path("a.tar"), sum(photos))
+    shard = Shard("out", Path("a.tar"), fake.manifest("a-00000", b"", sum(photos)))
     content = json.loads(fake.sample(0, has=("portrait",))["json"])
     raws = [
         Raw(shard, f"{person}-{each}", {"json": data, "portrait.jpg": b"", "arcface.npy": b""})

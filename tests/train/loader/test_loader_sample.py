@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.train.loader.crops import CROPS, Balance, TargetCrop, bucketed, random_square
-from pipeline.train.loader.plan_sample import Planned, Planner
-from pipeline.train.loader.reading import Reading
+from pipeline.train.loader import Features
+from pipeline.train.loader.plan_sample import Balance, Planned, Planner, TargetCrop, bucketed, random_square
+from pipeline.train.loader.reading import CROPS, Reading
 from pipeline.train.loader.shards import Raw, Shard
 from pipeline.train.settings import CropWeights, TrainConfig
 from schemas.buckets import buckets, fit
 from schemas.errors import CorruptShardError
 
-SHARD = Shard("out", "a-00000", Path("out/shards/a-00000.tar"), 1)
+SHARD = Shard("out", Path("out/shards/a-00000.tar"), fake.manifest("a-00000", b"", 1))
 
 
 def crop(side: int, target: int = 64) -> TargetCrop:
@@ -102,13 +102,10 @@ def test_only_the_whole_photo_has_an_aspect_of_its_own() -> None:
 
 
 READING = Reading(
-    files={"arcface": "arcface.npy"},
-    plain={},
+    features=Features(("segmented",), ({"arcface": "arcface.npy"},), {"arcface.npy": (512,)}, {}),
     mirrored={},
-    shapes={"arcface.npy": (512,)},
-    unconditional={},
     latents=False,
-    text=(),
+    text={},
     flip=0.5,
     colour=0.0,
     alternatives=0.0,

@@ -61,9 +61,11 @@ def validator(job, base):
 
 
 def sample(validator, model, face=0, column=0, **changes):
-    config = validator._config
+    config = validator._job.config
     watch = config.watch.model_copy(update=changes)
-    sampler = Sampler(validator._base, model, validator._nothing, config.model_copy(update={"watch": watch}))
+    sampler = Sampler(
+        validator._base, model, validator._job.features.unconditional, config.model_copy(update={"watch": watch})
+    )
     with torch.no_grad():
         return sampler(validator._faces[face], PROMPTS[column], config.seed + column)
 
@@ -103,11 +105,12 @@ def test_an_image_is_what_the_model_s_own_predictions_lead_to(validator, model, 
     """A DDIM loop by hand, through `forward` as in training: halves of the guidance must not be mixed up."""
     model.eval()
     condition = {role: value[None] for role, value in validator._faces[0].condition.items()}
-    nothing = {role: value[None] for role, value in validator._nothing.items()}
+    unconditional = validator._job.features.unconditional
+    nothing = {role: torch.from_numpy(value)[None] for role, value in unconditional.items()}
     schedule = base.sampler().scheduler
     schedule.set_timesteps(2)
-    side = validator._config.data.resolution // 8
-    latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(validator._config.seed))
+    side = validator._job.config.data.resolution // 8
+    latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(validator._job.config.seed))
     prompt, empty = base.encode_text([PROMPTS[0]]).embeds, base.encode_text([""]).embeds
     with torch.no_grad():
         for time in schedule.timesteps:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.train.loader import Photo
+from pipeline.train.loader import Face, Photo
 from pipeline.train.validate.views import DISTANCES, Viewer, copy_paste, scale, spread
 
 SEEDS = st.integers(0, 10_000)
@@ -72,6 +72,7 @@ def test_spread_and_scale_do_not_depend_on_the_order(seed):
 
 def test_without_a_judge_pixels_are_seen_from_black_to_white():
     black, white = np.zeros((64, 48, 3), np.uint8), np.full((50, 70, 3), 255, np.uint8)
-    viewer = Viewer(None, None)
+    viewer = Viewer("", "")
     assert spread([viewer.image(black), viewer.image(white)]) == {"pixels": pytest.approx(1)}
-    assert viewer.photo(Photo("x", black, cv2.resize(white, (9, 9)))).keys() == {"pixels"}
+    photo = Photo("x", black, cv2.resize(white, (9, 9)))
+    assert [list(view) for view in viewer.photos(Face(photo, {}, [photo]))] == [["pixels"], ["pixels"]]
