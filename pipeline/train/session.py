@@ -1,111 +1,29 @@
-"""All that changes while a run goes, into a checkpoint and back; and what the model is called with."""
+"""All that changes while a run goes, into a checkpoint and back."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
 
+from pipeline.train import optim
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.adapters.released import read_released, require_fit
-from pipeline.train.base_model import Base, TextEmbeds
+from pipeline.train.base_model import Base
+from pipeline.train.inputs import Preparer
 from pipeline.train.job import TrainJob
-from pipeline.train.loader import Batch, ShardLoader
-from pipeline.train.settings import OptimSettings
-from schemas.errors import ConfigError, FaceShardsError, OutputError
+from pipeline.train.loader import ShardLoader
+from schemas.errors import FaceShardsError, OutputError
 
 _WORTH_COMPILING = 2000
 """Steps from which compiling, which takes as long as some 300 steps, is won back many times over."""
 _MOST_SKIPPED = 100
 """Optimiser steps in a row that the fp16 scaler may skip: it begins at 2^16 and halves its scale at each."""
-
-
-class Inputs(NamedTuple):
-    """One forward pass, but for the noise."""
-
-    latents: Tensor
-    """(B, 4, h, w) float32."""
-    text: Tensor
-    """(B, 77, text)."""
-    condition: dict[str, Tensor]
-    """Role -> features of the faces, float32."""
-    added: dict[str, Tensor] | None
-    """SDXL's `text_embeds` (B, P) and `time_ids` (B, 6)."""
-
-
-@dataclass
-class Preparer:
-    """Encodes what the shards do not hold, and puts "no caption" where the text was drawn to be unconditional."""
-
-    base: Base
-    generator: torch.Generator
-    """On the CPU; samples latents."""
-    _empty: TextEmbeds | None = None
-
-    def __call__(self, batch: Batch) -> Inputs:
-        """A batch on the base's device."""
-        base, dropped = self.base, batch.uncond_text.tolist()
-        # As it is stored, half or a quarter of the bytes, from pinned memory and without waiting; made float32 there.
-        batch = batch.to(base.device)
-        if batch.text_embeds is None:
-            captions = ["" if drop else text for text, drop in zip(batch.captions, dropped, strict=True)]
-            text = base.encode_text(captions)
-        else:
-            text = self._precomputed(batch)
-        added = None
-        if base.kind == "sdxl":
-            assert text.pooled is not None
-            # Never in bf16, which rounds whole numbers above 256.
-            added = {"text_embeds": text.pooled, "time_ids": batch.size_ids}
-        if batch.latents is not None:
-            mean, log_variance = batch.latents.float().chunk(2, dim=1)
-            drawn = torch.randn(mean.shape, generator=self.generator)
-            drawn = (drawn.pin_memory() if mean.is_cuda else drawn).to(mean.device, non_blocking=True)
-            latents = mean + (log_variance / 2).exp() * drawn
-        else:
-            assert batch.pixels is not None
-            latents = base.encode_images(batch.pixels, self.generator)
-        return Inputs(latents, text.embeds, {role: value.float() for role, value in batch.condition.items()}, added)
-
-    def _precomputed(self, batch: Batch) -> TextEmbeds:
-        """The texts of the shards; nothing but the embedding of no caption, made once, needs the text encoders then."""
-        if self._empty is None:
-            self._empty = self.base.encode_text([""])
-            self.base.release_encoders()
-        dtype, drop = self.base.dtype, batch.uncond_text
-        assert batch.text_embeds is not None
-        embeds = torch.where(drop.view(-1, 1, 1), self._empty.embeds.to(dtype), batch.text_embeds.to(dtype))
-        if batch.text_pooled is None or self._empty.pooled is None:
-            return TextEmbeds(embeds, None)
-        return TextEmbeds(
-            embeds, torch.where(drop.view(-1, 1), self._empty.pooled.to(dtype), batch.text_pooled.to(dtype))
-        )
-
-
-def optimizer_of(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' 8-bit AdamW.
-
-    Raises:
-        ConfigError: when bitsandbytes is configured and not installed.
-    """
-    options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, "betas": settings.betas}
-    if not settings.eight_bit:
-        # Fused: one pass over the weights, and no temporary copies of all of them.
-        return torch.optim.AdamW(parameters, **options, fused=True)
-    if find_spec("bitsandbytes") is None:
-        raise ConfigError("optim.eight_bit needs bitsandbytes, which is not installed: pip install bitsandbytes.")
-    import bitsandbytes
-
-    adam: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, **options)
-    return adam
 
 
 class Session:
@@ -124,11 +42,8 @@ class Session:
         parameters = list(self.trained.values())
         decay = config.optim.ema_decay
         self.average: Any | None = EMAModel(parameters, decay=decay) if decay else None
-        optimizer = optimizer_of(parameters, config.optim)
-        # Warm-up, then constant or a cosine to zero.
-        name = {"constant": "constant_with_warmup", "cosine": "cosine"}[config.optim.schedule]
-        warmup = config.optim.warmup_steps
-        self.schedule: Any = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=config.steps)
+        optimizer = optim.optimizer(parameters, config.optim)
+        self.schedule = optim.schedule(optimizer, config.optim, config.steps)
         torch.manual_seed(config.seed + 1 + rank)
         self.generator = torch.Generator().manual_seed(config.seed + 1 + rank)
         self.forward, self.optimizer = accelerator.prepare(self.model, optimizer)
@@ -280,7 +195,7 @@ def _model(job: TrainJob, base: Base) -> AdapterModel:
         is_worth_it = job.config.steps >= _WORTH_COMPILING and has_one_shape
         is_compiled = base.device.type == "cuda" and is_worth_it and find_spec("triton") is not None
     if is_compiled:
-        model.compile_forward()
+        model.compile_predict()
     elif settings.channels_last:
         base.unet.to(memory_format=torch.channels_last)
     return model

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from pipeline.train.inputs import Preparer
 from pipeline.train.loader.shards import Raw, moments
-from pipeline.train.session import Preparer
 from schemas.shard import encode_npy
 
 

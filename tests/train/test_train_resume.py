@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 
 import pipeline.train.loop as trainer
 from pipeline.shared.bases import find_base
+from pipeline.train.inputs import Preparer
 from pipeline.train.job import Call, prepared
 from pipeline.train.loader import dataset as dataset_module
 from pipeline.train.loader import reading
 from pipeline.train.run_folder import RunFolder
-from pipeline.train.session import Preparer
 from pipeline.train.watch import METRICS
 from schemas.errors import ExitCode, FaceShardsError, UserError
 
@@ -523,7 +523,7 @@ def test_weights_that_are_not_finite_are_never_saved(dataset, tmp_path):
 
 _OBSERVED = """
 import hashlib
-from pipeline.train.session import Preparer
+from pipeline.train.inputs import Preparer
 from pipeline.train.session import Session
 call_real, count_real = Preparer.__call__, Session.count_step
 def note(**what):

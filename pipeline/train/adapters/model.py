@@ -1,7 +1,7 @@
 """A frozen UNet with the trainable parts of one adapter."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,8 @@ class AdapterModel(nn.Module):
         self.image_proj = variant.image_proj(widths, settings)
         self.ip_adapter = install(unet, lora_rank=settings.lora_rank if variant.lora else 0)
         self.unet = unet
+        self.predict: Callable[..., Tensor] = self._predict
+        """What `forward` calls: projection, UNet and LoRA in one."""
 
     def tokens(self, condition: Mapping[str, Tensor]) -> Tensor:
         """Image tokens (B, T, text) of a condition: role -> features, batch first."""
@@ -40,7 +42,7 @@ class AdapterModel(nn.Module):
         condition: Mapping[str, Tensor],
         added: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """The UNet's prediction (B, 4, h, w), in the UNet's precision: projection, UNet and LoRA in one.
+        """The UNet's prediction (B, 4, h, w), in the UNet's precision.
 
         Args:
             noisy_latents: (B, 4, h, w).
@@ -49,6 +51,16 @@ class AdapterModel(nn.Module):
             condition: role -> features of the faces.
             added: SDXL's `text_embeds` (B, P) and `time_ids` (B, 6).
         """
+        return self.predict(noisy_latents, timesteps, text, condition, added)
+
+    def _predict(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        condition: Mapping[str, Tensor],
+        added: Mapping[str, Tensor] | None,
+    ) -> Tensor:
         tokens = self.tokens(condition)
         weight = self.unet.conv_in.weight
         # The frozen UNet computes in its own precision as it is. Autocast would take its norms and all that follows
@@ -64,12 +76,12 @@ class AdapterModel(nn.Module):
             )[0]
         return predicted
 
-    def compile_forward(self) -> None:
+    def compile_predict(self) -> None:
         """Let `forward` run as one compiled graph; the first call compiles, and a call with another shape once more."""
         # diffusers asks for torch's version inside, behind a cache that dynamo traces through.
         warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`-wrapped function")
         keep_channels_last(self.unet)
-        self.forward = torch.compile(self.forward)  # type: ignore[method-assign]
+        self.predict = torch.compile(self._predict)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters under their published flat keys, `image_proj.…` and `ip_adapter.…`."""

@@ -279,7 +279,7 @@ def test_compiled_it_is_one_graph_that_computes_the_same(tiny, kind, monkeypatch
     # Traced, not generated, which takes minutes on a CPU; a second graph would be an error.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, fullgraph=True, backend="eager"))
     plain, compiled = (adapted(copy_of(tiny[kind]), "faceid-plusv2", kind, moved=True).train() for _ in range(2))
-    compiled.compile_forward()
+    compiled.compile_predict()
     outputs = []
     for model in (plain, compiled):
         model.image_proj.p_drop = 0.0
