@@ -105,7 +105,7 @@ class Client:
     def _socket(self, address: tuple[int, int, int, str, tuple[str, int]]) -> socket.socket:
         """The last lock: no socket is made for an address that may not be connected to."""
         family, kind, protocol, _, (host, port, *_) = address
-        if not self._guard.permits(host, port):
+        if not self._guard.allows(host, port):
             raise PermissionError(errno.EACCES, "an address that must not be connected to")
         return socket.socket(family, kind, protocol)
 
