@@ -15,7 +15,7 @@ from stages.models.heads import PHOTO_FILE
 from stages.models.papers import WEIGHTS, Weight, WeightFile
 from stages.models.torch_backend import prepare
 from stages.models.tower import load_folder
-from stages.models.weights import find, located, states
+from stages.models.weights import find, located, weight_state
 from stages.settings import ModelSettings
 
 CLASSES = (
@@ -34,7 +34,7 @@ CLASSES = (
 def photo_papers(settings: ModelSettings) -> Weight:
     """The head as weights of one file, beside those of clip-vit-h, wherever these are or belong."""
     images, text = WEIGHTS["clip-vit-h"], WEIGHTS["clip-vit-h-text"]
-    file = WeightFile(str(states([images], settings)[0].target / PHOTO_FILE), "photo")
+    file = WeightFile(str(weight_state(images, settings).target / PHOTO_FILE), "photo")
     return replace(text, name="photo", files=(file,), preprocessing="image_embeds of CLIP", made_of=text)
 
 
