@@ -3,6 +3,7 @@
 import asyncio
 from functools import partial
 
+from schemas.drops import DropReason
 from schemas.urls import Url
 from stages.base import Dropped
 from stages.fetch.address import Guard, parse, redirected
@@ -14,7 +15,8 @@ from stages.fetch.http.deadline import Deadline
 from stages.fetch.manners.hosts import Hosts
 from stages.fetch.manners.refusals import Refusals
 from stages.fetch.manners.robots import Robots
-from stages.fetch.status import bare, check_head
+from stages.fetch.robots_tag import opted_out
+from stages.fetch.status import bare, check_status
 from stages.fetch.times import Stopwatch
 from stages.runtime import Runtime
 from stages.settings import Settings
@@ -91,7 +93,11 @@ class Fetcher:
                 if not pending.ahead.may_begin(pending.index):
                     return None
                 async with deadline.running(), self._client.get(url) as answer:
-                    if check_head(answer.status, answer.robots_tags, answer.retry_after, self._download):
+                    # the wish of a site counts on every hop of a redirect chain
+                    is_heeded = self._download.respect_opt_out and answer.status < 400
+                    if is_heeded and opted_out(answer.robots_tags, self._download.user_agent):
+                        raise Dropped(DropReason.OPTED_OUT)
+                    if check_status(answer.status, answer.retry_after):
                         result: bytes | Url = redirected(url, answer.location, hops, self._download)
                     else:
                         body = Body(self._settings)

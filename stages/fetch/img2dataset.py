@@ -45,8 +45,7 @@ class Img2dataset(Native):
 
     def _begin(self, begun: Sequence[Pending]) -> None:
         for pending in begun:
-            pending.work = self._pool.submit(self._outcome, pending)
-            pending.work.add_done_callback(pending.done)
+            pending.begin(self._pool.submit(self._outcome, pending))
 
     def _outcome(self, pending: Pending) -> Outcome:
         failure: Exception | None = None

@@ -59,7 +59,7 @@ class Native:
         def begin() -> None:
             self._fetcher.refusals.refresh()
             for pending in begun:
-                pending.begin(self._fetcher.outcome(pending))
+                pending.begin(self._loop.create_task(self._fetcher.outcome(pending)))
 
         self._call(begin)
 

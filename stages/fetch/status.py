@@ -1,13 +1,11 @@
 """What the head of an answer means for a row, and which failures are tried again."""
 
 import errno
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 from schemas.drops import DropReason
 from stages.base import Dropped
-from stages.fetch import robots_tag
 from stages.settings import DownloadSettings
 
 TRANSIENT = frozenset(
@@ -46,19 +44,6 @@ class Refused(Dropped):
         super().__init__(reason)
         self.retry_after_s = retry_after_s
         """How long the server wants to be left alone, seconds."""
-
-
-def check_head(status: int, robots_tags: Iterable[str], retry_after: str | None, settings: DownloadSettings) -> bool:
-    """Judge the head of a response; True when it is a redirect.
-
-    `robots_tags` are its X-Robots-Tag values. The wish of a site counts on every hop of a redirect chain.
-
-    Raises:
-        Dropped: for an opt-out, and for a status other than 2xx (and the redirects).
-    """
-    if settings.respect_opt_out and status < 400 and robots_tag.opted_out(robots_tags, settings.user_agent):
-        raise Dropped(DropReason.OPTED_OUT)
-    return check_status(status, retry_after)
 
 
 def check_status(status: int, retry_after: str | None) -> bool:
