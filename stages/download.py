@@ -34,26 +34,11 @@ class Download:
     reads: ClassVar[tuple[str, ...]] = ("url", "image_ref")
     writes: ClassVar[tuple[str, ...]] = ("image", "sha256", "n_bytes", "width", "height")
     drops: ClassVar[tuple[DropReason, ...]] = (
-        DropReason.BAD_URL,
-        DropReason.SMALL_IMAGE,
-        DropReason.FORBIDDEN_ADDRESS,
-        DropReason.DNS_ERROR,
-        DropReason.CONNECTION_ERROR,
-        DropReason.TIMEOUT,
-        DropReason.HOST_DOWN,
-        DropReason.NOT_FOUND,
-        DropReason.ACCESS_DENIED,
-        DropReason.RATE_LIMITED,
-        DropReason.HTTP_ERROR,
-        DropReason.SERVER_ERROR,
-        DropReason.REDIRECT_LOOP,
-        DropReason.TOO_MANY_BYTES,
-        DropReason.EMPTY_BODY,
-        DropReason.INCOMPLETE_BODY,
-        DropReason.ROBOTS_TXT,
-        DropReason.OPTED_OUT,
-        DropReason.NOT_IN_TAR,
-        DropReason.NO_FILE,
+        *(DropReason.BAD_URL, DropReason.SMALL_IMAGE, DropReason.FORBIDDEN_ADDRESS, DropReason.DNS_ERROR),
+        *(DropReason.CONNECTION_ERROR, DropReason.TIMEOUT, DropReason.HOST_DOWN, DropReason.NOT_FOUND),
+        *(DropReason.ACCESS_DENIED, DropReason.RATE_LIMITED, DropReason.HTTP_ERROR, DropReason.SERVER_ERROR),
+        *(DropReason.REDIRECT_LOOP, DropReason.TOO_MANY_BYTES, DropReason.EMPTY_BODY, DropReason.INCOMPLETE_BODY),
+        *(DropReason.ROBOTS_TXT, DropReason.OPTED_OUT, DropReason.NOT_IN_TAR, DropReason.NO_FILE),
         DropReason.NOT_AN_IMAGE,
     )
 

@@ -30,12 +30,8 @@ class Encode(RowStage):
     name: ClassVar[str] = "encode"
     reads: ClassVar[tuple[str, ...]] = ("text", "bbox", "portrait", "half", "full", "crops")
     writes: ClassVar[tuple[str, ...]] = (
-        "latents_portrait",
-        "latents_half",
-        "latents_full",
-        "text_embeds",
-        "text_pooled",
-        "targets",
+        *("latents_portrait", "latents_half", "latents_full"),
+        *("text_embeds", "text_pooled", "targets"),
     )
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:

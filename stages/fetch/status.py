@@ -9,16 +9,14 @@ from stages.base import Dropped
 from stages.settings import DownloadSettings
 
 TRANSIENT = frozenset(
-    {
-        DropReason.CONNECTION_ERROR,
-        DropReason.RATE_LIMITED,
-        DropReason.SERVER_ERROR,
-        DropReason.INCOMPLETE_BODY,
-    }
+    {DropReason.CONNECTION_ERROR, DropReason.RATE_LIMITED, DropReason.SERVER_ERROR, DropReason.INCOMPLETE_BODY}
 )
 """Reasons that a further attempt may avert; no other is ever retried within a run's first pass."""
 
-SECOND_CHANCE = TRANSIENT | {DropReason.TIMEOUT, DropReason.DNS_ERROR, DropReason.HOST_DOWN}
+HOST_TROUBLE = TRANSIENT | {DropReason.TIMEOUT}
+"""What counts against a host. All else shows that it is up."""
+
+SECOND_CHANCE = HOST_TROUBLE | {DropReason.DNS_ERROR, DropReason.HOST_DOWN}
 """Reasons that a pass hours later may avert: the network's and the host's trouble, never a refusal."""
 
 LOCAL_TROUBLE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL})
@@ -27,13 +25,10 @@ LOCAL_TROUBLE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBU
 _BACK_OFF_S = 0.25
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _REASONS = {
-    401: DropReason.ACCESS_DENIED,
-    402: DropReason.ACCESS_DENIED,
-    403: DropReason.ACCESS_DENIED,
-    404: DropReason.NOT_FOUND,
-    410: DropReason.NOT_FOUND,
+    **dict.fromkeys((401, 402, 403, 451), DropReason.ACCESS_DENIED),
+    **dict.fromkeys((404, 410), DropReason.NOT_FOUND),
     429: DropReason.RATE_LIMITED,
-    451: DropReason.ACCESS_DENIED,
+    **dict.fromkeys(range(500, 600), DropReason.SERVER_ERROR),
 }
 
 
@@ -56,8 +51,7 @@ def check_status(status: int, retry_after: str | None) -> bool:
         return False
     if status in _REDIRECTS:
         return True
-    fallback = DropReason.SERVER_ERROR if 500 <= status < 600 else DropReason.HTTP_ERROR
-    raise Refused(_REASONS.get(status, fallback), _seconds(retry_after))
+    raise Refused(_REASONS.get(status, DropReason.HTTP_ERROR), _seconds(retry_after))
 
 
 def _seconds(retry_after: str | None) -> float | None:

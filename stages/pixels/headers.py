@@ -13,19 +13,13 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from pkgutil import resolve_name
 from typing import NamedTuple
 
 import cv2
 from PIL import Image as Pillow
 from PIL import features
-from PIL.AvifImagePlugin import AvifImageFile
-from PIL.BmpImagePlugin import BmpImageFile
-from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import TiffImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 
 from schemas.drops import Dropped, DropReason
 from stages.pixels import decoding, jpeg
@@ -33,16 +27,10 @@ from stages.pixels import decoding, jpeg
 Pillow.MAX_IMAGE_PIXELS = None  # the cap is filter.max_pixels, judged before any decode
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # broken files are counted as drops, not logged one by one
 
+_PLUGINS = ("Jpeg", "Png", "WebP", "Gif", "Bmp", "Tiff", *(["Avif"] if features.check("avif") else []))
 OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
-    "JPEG": JpegImageFile,
-    "PNG": PngImageFile,
-    "WEBP": WebPImageFile,
-    "GIF": GifImageFile,
-    "BMP": BmpImageFile,
-    "TIFF": TiffImageFile,
+    name.upper(): resolve_name(f"PIL.{name}ImagePlugin:{name}ImageFile") for name in _PLUGINS
 }
-if features.check("avif"):
-    OPENERS["AVIF"] = AvifImageFile
 
 _FORMAT = re.compile(
     rb"(?P<JPEG>\xff\xd8\xff)|(?P<PNG>\x89PNG\r\n\x1a\n)|(?P<WEBP>RIFF....WEBP)|(?P<GIF>GIF8[79]a)"
@@ -72,19 +60,8 @@ _FRAMES, _APP1 = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}, 0xE1
 DEEP_MODES = frozenset({"I;16", "I;16B", "I;16L"})
 
 DECODER_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    OverflowError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-    cv2.error,
-    AssertionError,
-    AttributeError,
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, RuntimeError),
+    *(struct.error, zlib.error, cv2.error, AssertionError, AttributeError),
 )
 """What Pillow and OpenCV raise for bytes that they cannot read: what `PIL.Image.open` expects, and more."""
 

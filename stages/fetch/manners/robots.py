@@ -14,7 +14,7 @@ from stages.fetch.http.client import Client
 from stages.fetch.http.deadline import Deadline
 from stages.fetch.manners.hosts import Hosts
 from stages.fetch.once import Once
-from stages.fetch.status import check_status
+from stages.fetch.status import HOST_TROUBLE, check_status
 from stages.settings import DownloadSettings
 
 PATH = "/robots.txt"
@@ -40,15 +40,6 @@ _MOST_KEPT = 8 << 20
 _AGENT = re.compile(r"[ \t]*user[- ]?agent\b", re.IGNORECASE)
 _VERSION = re.compile(r"^([ \t]*user[- ]?agent[ \t]*:[ \t]*[a-z_-]+)/[^\s#]*", re.IGNORECASE | re.MULTILINE)
 _UNROOTED = re.compile(r"^([ \t]*(?:dis)?allow[ \t]*:[ \t]*)(?=[^/*$#\s])", re.IGNORECASE | re.MULTILINE)
-_FAILED = frozenset(
-    {
-        DropReason.SERVER_ERROR,
-        DropReason.RATE_LIMITED,
-        DropReason.TIMEOUT,
-        DropReason.CONNECTION_ERROR,
-        DropReason.INCOMPLETE_BODY,
-    }
-)
 _UNREACHABLE = frozenset({DropReason.FORBIDDEN_ADDRESS, DropReason.DNS_ERROR})
 
 
@@ -125,7 +116,7 @@ class Robots:
             # A host that says no to robots.txt (4xx), or sends us in circles or astray, has none: all is allowed. Where
             # a server fails, the RFC (2.3.1) wants everything disallowed: its rows are dropped for that failure, which
             # a later pass may find mended. A host that cannot be reached has failed for its images too.
-            if failure.reason in _FAILED or (failure.reason in _UNREACHABLE and len(trail) == 1):
+            if failure.reason in HOST_TROUBLE or (failure.reason in _UNREACHABLE and len(trail) == 1):
                 raise
             return ALL
         if len(text) < _LARGE:
