@@ -14,7 +14,7 @@ from stages.models.backends import backend
 from stages.models.heads import PHOTO_FILE
 from stages.models.papers import WEIGHTS, Weight, WeightFile
 from stages.models.torch_backend import prepare
-from stages.models.tower import load_folder
+from stages.models.tower import load_folder, load_tokenizer
 from stages.models.weights import find, located, weight_state
 from stages.settings import ModelSettings
 
@@ -56,10 +56,7 @@ def photo_head(settings: ModelSettings) -> tuple[Path, bytes]:
     find(embedder.papers, settings)
     images, folder = located(embedder.papers, "image_embedder", settings)[0], find(embedder.text, settings)
     model = load_folder(transformers.CLIPModel, folder, "cpu")
-    try:
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{folder} has no CLIP tokenizer ({error}): fetch {embedder.text.name} again.") from error
+    tokenizer = load_tokenizer(folder)
     with safe_open(images, framework="pt") as file:
         projection, own = file.get_tensor("visual_projection.weight").float(), model.visual_projection.weight
     if projection.shape != own.shape or not torch.allclose(projection, own, atol=1e-3):

@@ -161,8 +161,8 @@ def crop_box(bbox: npt.ArrayLike, width: int, height: int, framing: Framing) -> 
     across, down = _visible(x0, x1, width), _visible(y0, y1, height)
     if max(across[1] - across[0], down[1] - down[0]) > side:
         return f"the face does not fit into a square of {side} px"
-    left = _place((x0 + x1) / 2 - side / 2, across, side, width)
-    top = _place((y0 + y1) / 2 - side * framing.centre, down, side, height)
+    left = _start((x0 + x1) / 2 - side / 2, across, side, width)
+    top = _start((y0 + y1) / 2 - side * framing.centre, down, side, height)
     return Box(left, top, left + side, top + side)
 
 
@@ -170,7 +170,7 @@ def _visible(low: float, high: float, limit: int) -> tuple[int, int]:
     return min(max(floor(low), 0), limit), max(min(ceil(high), limit), 0)
 
 
-def _place(wanted: float, face: tuple[int, int], side: int, limit: int) -> int:
+def _start(wanted: float, face: tuple[int, int], side: int, limit: int) -> int:
     """The start of a stretch of `side` within 0..limit that covers `face`, as near to `wanted` as can be."""
     first, last = max(0, face[1] - side), min(limit - side, face[0])
     return min(max(round(wanted), first), last)
