@@ -7,6 +7,7 @@ give the rows of a batch in the order height, width, image, anchor.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,30 +202,11 @@ def _slice(values: Any, starts: Any, ends: Any, axes: Any = None, steps: Any = N
     return values[tuple(picked)]
 
 
-def _concat(*values: Any, axis: int) -> Any:
-    if isinstance(values[0], list):
-        return [side for sides in values for side in sides]
-    return torch.cat(values, axis)
-
-
-def _gather(shape: list[int], indices: Any, axis: int = 0) -> Any:
-    """Sides of a shape: one, or some."""
-    return [shape[index] for index in indices] if isinstance(indices, list) else shape[indices]
-
-
 def _unsqueeze(x: Any, given: Any = None, *, axes: Sequence[int] = ()) -> Any:
     if not isinstance(x, torch.Tensor):
         return [x]
     for axis in sorted(axes if given is None else given):
         x = x.unsqueeze(axis)
-    return x
-
-
-def _squeeze(x: Any, given: Any = None, *, axes: Sequence[int] = ()) -> Any:
-    if isinstance(x, list):
-        return x[0]
-    for axis in sorted(axes if given is None else given, reverse=True):
-        x = x.squeeze(axis)
     return x
 
 
@@ -242,12 +224,6 @@ def _reshape_each(x: Any, shape: Any, **_: Any) -> Any:
     return x.reshape([x.shape[0], *map(int, shape)])
 
 
-def _clip(x: Any, low: Any = None, high: Any = None, **limits: float) -> Any:
-    low = limits.get("min") if low is None else float(low)
-    high = limits.get("max") if high is None else float(high)
-    return x.clamp(low, high)
-
-
 def _quantise(x: torch.Tensor) -> tuple[torch.Tensor, float, None]:
     """`x` rounded to the 256 levels of its range, as DynamicQuantizeLinear does it for one image; scale; no zero point.
 
@@ -261,13 +237,15 @@ def _quantise(x: torch.Tensor) -> tuple[torch.Tensor, float, None]:
     return ((levels - zero) * scale).to(x.dtype), _QUANTUM, None
 
 
-_OPERATORS: dict[str, Callable[..., Any]] = {
+_OPERATORS: dict[str, Callable[..., Any]] = {  # a list is a shape, of which some sides are taken or put together
     "Add": lambda a, b: a + b,
     "AveragePool": _average_pool,
     "BatchNormalization": lambda x, w, b, mean, var, epsilon=1e-5, **_: F.batch_norm(x, mean, var, w, b, eps=epsilon),
     "Cast": lambda x, **_: x,
-    "Clip": _clip,
-    "Concat": _concat,
+    "Clip": lambda x, low=None, high=None, min=None, max=None: x.clamp(
+        min if low is None else low, max if high is None else high
+    ),
+    "Concat": lambda *values, axis: [*chain(*values)] if isinstance(values[0], list) else torch.cat(values, axis),
     "Constant": lambda **_: None,
     "Conv": _conv,
     "ConvInteger": lambda x, weight, *_, **attributes: _conv(x, weight, **attributes),
@@ -275,7 +253,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "Dropout": lambda x, *_, **__: x,
     "DynamicQuantizeLinear": _quantise,
     "Flatten": lambda x, axis=1: x.flatten(axis),
-    "Gather": _gather,
+    "Gather": lambda shape, at, axis=0: [shape[side] for side in at] if isinstance(at, list) else shape[at],
     "Gemm": _gemm,
     "GlobalAveragePool": lambda x: x.mean((2, 3), keepdim=True),
     "Identity": lambda x: x,
@@ -291,7 +269,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "Shape": lambda x: list(x.shape),
     "Sigmoid": torch.sigmoid,
     "Slice": _slice,
-    "Squeeze": _squeeze,
+    "Squeeze": lambda x, at=None, axes=(): x[0] if isinstance(x, list) else x.squeeze(tuple(at or axes)),
     "Sub": lambda a, b: a - b,
     "Transpose": lambda x, perm: x.permute(perm),
     "Unsqueeze": _unsqueeze,
