@@ -161,10 +161,18 @@ class WeightState(NamedTuple):
 
 
 def weight_state(weight: Weight, settings: ModelSettings, *, task: str = "", hashes: bool = False) -> WeightState:
-    """Where a weight is, or what a task needs of it; with `hashes`, its files are read and compared too."""
-    given = _given(weight, settings, task)
-    installed = (path for path in map(weight.under, roots()) if not _absent(weight, path, task))
-    path = given or next(installed, None)
+    """Where a weight is, or what a task needs of it; with `hashes`, its files are read and compared too.
+
+    Raises:
+        WeightsError: when its path in `models.paths` is wrong.
+    """
+    given = Path(settings.paths[weight.name]).expanduser() if weight.name in settings.paths else None
+    if given and given.is_dir() and not weight.is_folder:
+        given /= weight.files[0].name
+    for absent in _absent(weight, given, task) if given else ():
+        setting = f"models.paths.{weight.name} = {settings.paths[weight.name]!r}"
+        raise WeightsError(f"{setting} is wrong: {absent} does not exist; correct it.")
+    path = given or next((path for path in map(weight.under, roots()) if not _absent(weight, path, task)), None)
     state, is_ready = "given" if given else "found" if path else "missing", path is not None
     if path and hashes:
         wrong = [at.name for file, at in weight.paths(path, task).items() if not _matches(at, file)]
@@ -177,19 +185,6 @@ def roots() -> list[Path]:
     """The folders in which weights are looked for, in order."""
     given = os.environ.get("FACESHARDS_MODELS")
     return [Path(given).expanduser(), cache_root()] if given else [cache_root()]
-
-
-def _given(weight: Weight, settings: ModelSettings, task: str) -> Path | None:
-    """The path that the user set for a weight; it is not compared with the known sha256."""
-    text = settings.paths.get(weight.name)
-    if text is None:
-        return None
-    path = Path(text).expanduser()
-    if path.is_dir() and not weight.is_folder:
-        path /= weight.files[0].name
-    for absent in _absent(weight, path, task):
-        raise WeightsError(f"models.paths.{weight.name} = {text!r} is wrong: {absent} does not exist; correct it.")
-    return path
 
 
 def _absent(weight: Weight, path: Path, task: str) -> list[Path]:
