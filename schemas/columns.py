@@ -12,8 +12,6 @@ import pyarrow as pa
 
 @dataclass(frozen=True)
 class Column:
-    """One typed field of a record."""
-
     name: str
     type: pa.DataType
     doc: str

@@ -47,8 +47,6 @@ class BadUrl(ValueError):
 
 
 class Url(NamedTuple):
-    """A URL that may be fetched."""
-
     scheme: str
     """http or https."""
     host: str

@@ -47,7 +47,6 @@ class Download:
         self._stored, self._reader = Stored(settings), ThreadPoolExecutor(1, thread_name_prefix="faceshards-stored")
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Fetch the rows of one table, as many at a time as the settings allow."""
         return next(self.stream(iter([table])))
 
     def stream(self, tables: Iterator[pa.Table], most_rows: int = MOST_ROWS) -> Iterator[pa.Table]:
@@ -88,11 +87,9 @@ class Download:
                 yield to_table(rows, self.writes, self.drops)
 
     def take_times(self) -> FetchTimes:
-        """Times of hosts and the resolver since the last call."""
         return self._engine.take_times()
 
     def close(self) -> None:
-        """Let go of the engine's threads and connections."""
         self._engine.close()
         self._reader.shutdown(cancel_futures=True)
         self._stored.close()

@@ -56,7 +56,6 @@ class EmbedImage:
             raise WeightsError(f"The heads of this run ({wanted}) are not on this machine, or are others: copy them.")
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Embed all rows; columns that the backend does not give stay null."""
         if self._embedder is None:
             return to_table([{}] * table.num_rows, self.writes, self.drops)
         segment, images = self._settings.segment, {}

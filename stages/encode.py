@@ -35,7 +35,6 @@ class Encode(RowStage):
     )
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
-        """Load the encoders that `settings.encode` asks for, which the run located."""
         super().__init__(settings, runtime)
         encode, source = settings.encode, runtime.encoders
         if (encode.latents or encode.text) and source is None:

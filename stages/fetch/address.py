@@ -82,7 +82,6 @@ class Guard:
         return url
 
     def allows(self, address: str | IPv4Address | IPv6Address, port: int) -> bool:
-        """Whether this address may be connected to."""
         is_public = _is_public(address)
         return self._loopback or port == self._sample_port if is_public is None else is_public
 

@@ -31,8 +31,6 @@ _TOKEN = "faceshards"  # noqa: S105 (a product name)
 
 
 class Img2dataset(Native):
-    """Fetches with img2dataset."""
-
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
         super().__init__(settings, runtime)
         self._settings = settings.download

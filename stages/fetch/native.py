@@ -54,8 +54,6 @@ class Native:
         self._finalizer()
 
     def _begin(self, begun: Sequence[Pending]) -> None:
-        """Start the work on some URLs."""
-
         def begin() -> None:
             self._fetcher.refusals.refresh()
             for pending in begun:

@@ -33,8 +33,6 @@ _REASONS = {
 
 
 class Refused(Dropped):
-    """The server's status says no."""
-
     def __init__(self, reason: DropReason, retry_after_s: float | None = None) -> None:
         super().__init__(reason)
         self.retry_after_s = retry_after_s

@@ -33,7 +33,6 @@ _BUFFER = 4 << 20
 
 
 def of_file(path: str) -> str:
-    """The reference of a whole file."""
     return f"{path}#"
 
 
@@ -158,7 +157,6 @@ class _Column:
     """A column of a parquet file that is read forwards, through small buffers: a row group may hold gigabytes."""
 
     def __init__(self, path: str, column: str, row: int) -> None:
-        """Open it at the row group of a row."""
         self.name = path, column
         self._file = fsspec.open(path, "rb").open()
         self._parquet = pq.ParquetFile(self._file, pre_buffer=False, buffer_size=_BUFFER)

@@ -32,8 +32,6 @@ PHOTO_FILE = "photo.safetensors"
 
 
 class Layer(NamedTuple):
-    """A linear layer."""
-
     weight: Doubles
     """(out, in)"""
     bias: Doubles

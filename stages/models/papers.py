@@ -9,8 +9,6 @@ from schemas.arcface import INSIGHTFACE_LICENCE, PACK_FILES
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file of a weight."""
-
     name: str
     task: str
     """The task that it does; empty for a config that only goes with the weights."""
@@ -24,8 +22,6 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class Weight:
-    """A known weight: its papers and its files."""
-
     name: str
     files: tuple[WeightFile, ...]
     licence: str

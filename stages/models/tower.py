@@ -72,7 +72,6 @@ class Tower:
         return Batches(features, size or (1 if device == "cpu" else _GPU_BATCH), device, graphs=graphs)
 
     def unconditional(self) -> Features:
-        """Features of one all-zero tensor of pixels; see the protocol."""
         import torch
 
         with torch.inference_mode():

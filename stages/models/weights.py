@@ -265,7 +265,6 @@ def _downloaded(weight: Weight, files: list[WeightFile], folder: Path) -> Iterat
 
 
 def _retrieve(file: WeightFile, folder: Path) -> Path:
-    """Download a file by its URL, and compare its sha256."""
     import pooch
 
     pooch.get_logger().setLevel("WARNING")

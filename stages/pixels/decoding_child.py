@@ -42,7 +42,6 @@ _EXTRANEOUS = 32
 
 
 def main(link: socket.socket, file: int, canvas: int) -> None:
-    """Answer until nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))

@@ -67,8 +67,6 @@ DECODER_ERRORS = (
 
 
 class Header(NamedTuple):
-    """What an image file says of itself."""
-
     format: str
     """JPEG, PNG, WEBP, GIF, BMP, TIFF or AVIF."""
     width: int

@@ -56,7 +56,6 @@ class Rules:
         self._name = name
 
     def allow(self, url: Url) -> bool:
-        """Whether this URL may be fetched."""
         return self._rules is None or self._rules.can_fetch(str(url), self._name)
 
 
