@@ -95,14 +95,14 @@ class Fetcher:
                 async with deadline.running(), self._client.get(url) as answer:
                     # the wish of a site counts on every hop of a redirect chain
                     is_heeded = self._download.respect_opt_out and answer.status < 400
-                    if is_heeded and opted_out(answer.robots_tags, self._download.user_agent):
+                    if is_heeded and opted_out(answer.headers.getall("X-Robots-Tag", ()), self._download.user_agent):
                         raise Dropped(DropReason.OPTED_OUT)
-                    if check_status(answer.status, answer.retry_after):
+                    if check_status(answer.status, answer.headers.get("Retry-After")):
                         result: bytes | Url = redirected(url, answer.location, hops, self._download)
                     else:
                         body = Body(self._settings)
-                        body.announce(answer.length)
-                        async for piece in answer.pieces():
+                        body.announce(answer.content_length)
+                        async for piece in answer.pieces(self._download.max_bytes):
                             body.feed(piece)
                             pending.weigh(len(body))
                         result = body.finish()

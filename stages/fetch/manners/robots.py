@@ -129,8 +129,8 @@ class Robots:
         while True:
             url = trail[-1]
             async with self._hosts.connections(url.host), deadline.running(), self._client.get(url) as answer:
-                if not check_status(answer.status, answer.retry_after):
-                    async for piece in answer.pieces():
+                if not check_status(answer.status, answer.headers.get("Retry-After")):
+                    async for piece in answer.pieces(self._settings.max_bytes):
                         text += piece
                         if len(text) >= MOST_BYTES:
                             break
