@@ -56,17 +56,13 @@ class Url(NamedTuple):
     """Path and query, as they are sent."""
 
     @property
-    def authority(self) -> str:
-        """Host, and port where it is not the scheme's own: the value of the Host header."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == _DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
-
-    @property
     def origin(self) -> Origin:
         return self[:3]
 
     def __str__(self) -> str:
-        return f"{self.scheme}://{self.authority}{self.target}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port == _DEFAULT_PORTS[self.scheme] else f":{self.port}"
+        return f"{self.scheme}://{host}{port}{self.target}"
 
 
 def parse(text: str | None) -> Url:

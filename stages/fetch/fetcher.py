@@ -15,8 +15,7 @@ from stages.fetch.http.deadline import Deadline
 from stages.fetch.manners.hosts import Hosts
 from stages.fetch.manners.refusals import Refusals
 from stages.fetch.manners.robots import Robots
-from stages.fetch.robots_tag import opted_out
-from stages.fetch.status import bare, check_status
+from stages.fetch.status import bare, check_status, opted_out
 from stages.fetch.times import Stopwatch
 from stages.runtime import Runtime
 from stages.settings import Settings

@@ -22,8 +22,7 @@ from stages.fetch.address import parse
 from stages.fetch.ahead import Pending
 from stages.fetch.engine import Outcome
 from stages.fetch.native import Native
-from stages.fetch.robots_tag import DIRECTIVES
-from stages.fetch.status import bare
+from stages.fetch.status import DIRECTIVES, bare
 from stages.runtime import Runtime
 from stages.settings import Settings
 

@@ -1,6 +1,8 @@
 """What the head of an answer means for a row, and which failures are tried again."""
 
 import errno
+import re
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
@@ -30,6 +32,11 @@ _REASONS = {
     429: DropReason.RATE_LIMITED,
     **dict.fromkeys(range(500, 600), DropReason.SERVER_ERROR),
 }
+DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
+"""Of X-Robots-Tag: the wish of a site not to be used for AI training (img2dataset's list)."""
+
+_WITH_VALUE = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
+_WORD = re.compile(r"[a-z0-9_-]+")
 
 
 class Refused(Dropped):
@@ -50,6 +57,25 @@ def check_status(status: int, retry_after: str | None) -> bool:
     if status in _REDIRECTS:
         return True
     raise Refused(_REASONS.get(status, DropReason.HTTP_ERROR), _seconds(retry_after))
+
+
+def opted_out(tags: Iterable[str], agent: str) -> bool:
+    """Whether any X-Robots-Tag value holds an opt-out that is meant for everyone, or for this User-Agent.
+
+    `name: directive, ...` is meant for the bot of that name alone, up to the next name.
+    """
+    our_words = _WORD.findall(agent.lower())
+    for tag in tags:
+        is_meant = True
+        for piece in tag.lower().split(","):
+            name, colon, rest = (part.strip() for part in piece.partition(":"))
+            if colon and name in _WITH_VALUE:
+                continue
+            if colon:
+                is_meant = name == "*" or name in our_words
+            if is_meant and (rest if colon else name) in DIRECTIVES:
+                return True
+    return False
 
 
 def _seconds(retry_after: str | None) -> float | None:

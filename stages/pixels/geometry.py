@@ -88,7 +88,8 @@ def warp_labels(labels: npt.NDArray[np.uint8], kps: npt.ArrayLike, size: int) ->
 
     `kps` are the five points in the photo.
     """
-    return _warp(labels, compose(norm_matrix(kps, size), invert(ffhq_matrix(kps))), size, 0, cv2.INTER_NEAREST)
+    matrix = norm_matrix(kps, size) @ np.vstack([invert(ffhq_matrix(kps)), [0, 0, 1]])
+    return _warp(labels, matrix, size, 0, cv2.INTER_NEAREST)
 
 
 def inside_photo(kps: npt.ArrayLike, width: int, height: int, size: int) -> npt.NDArray[np.bool_]:
@@ -103,12 +104,6 @@ def foreground(face: Image, mask: npt.NDArray[np.uint8], keep: tuple[int, ...], 
     """(H, W, 3) RGB face with every pixel whose label in mask (H, W) is not in `keep` replaced by the RGB `fill`."""
     kept = np.isin(mask, keep)[:, :, None]
     return np.where(kept, face, np.array(fill, np.uint8))
-
-
-def compose(after: Matrix, before: Matrix) -> Matrix:
-    """The (2, 3) matrix that does `before`, then `after`."""
-    matrix: Matrix = after @ np.vstack([before, [0, 0, 1]])
-    return matrix
 
 
 def invert(matrix: Matrix) -> Matrix:
