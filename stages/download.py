@@ -13,9 +13,8 @@ from schemas.digest import sha256
 from schemas.drops import DropReason
 from stages.base import DROP, Dropped, to_table
 from stages.fetch import ENGINES
-from stages.fetch.engine import MOST_ROWS, Engine, Outcome
+from stages.fetch.engine import MOST_ROWS, Engine, FetchTimes, Outcome
 from stages.fetch.stored import Stored
-from stages.fetch.times import FetchTimes
 from stages.runtime import Runtime
 from stages.settings import Settings
 

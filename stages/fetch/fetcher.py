@@ -9,14 +9,13 @@ from stages.base import Dropped
 from stages.fetch.address import Guard, parse, redirected
 from stages.fetch.ahead import Pending, Slots
 from stages.fetch.body import Body
-from stages.fetch.engine import Outcome
+from stages.fetch.engine import Outcome, Stopwatch
 from stages.fetch.http.client import Client
 from stages.fetch.http.deadline import Deadline
 from stages.fetch.manners.hosts import Hosts
 from stages.fetch.manners.refusals import Refusals
 from stages.fetch.manners.robots import Robots
 from stages.fetch.status import bare, check_status, opted_out
-from stages.fetch.times import Stopwatch
 from stages.runtime import Runtime
 from stages.settings import Settings
 

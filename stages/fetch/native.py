@@ -9,9 +9,8 @@ from threading import Thread
 from typing import Any
 
 from stages.fetch.ahead import Ahead, Pending
-from stages.fetch.engine import MOST_ROWS, Outcome
+from stages.fetch.engine import MOST_ROWS, FetchTimes, Outcome
 from stages.fetch.fetcher import Fetcher
-from stages.fetch.times import FetchTimes
 from stages.runtime import Runtime
 from stages.settings import Settings
 

@@ -72,7 +72,7 @@ _MODEL = "model.safetensors"
 _WORDS = "vocab.json merges.txt tokenizer_config.json special_tokens_map.json preprocessor_config.json"
 _CELEBAMASK = "code MIT; weights trained on CelebAMask-HQ: non-commercial research and education only"
 _FILES: dict[str, tuple[int, str]] = {
-    **{f"{name}.onnx": (file.bytes, file.sha256) for name, file in PACK_FILES.items()},
+    **{f"{name}.onnx": file for name, file in PACK_FILES.items()},
     "buffalo_l.zip": (288_621_354, "80ffe37d8a5940d59a7384c201a2a38d4741f2f3c51eef46ebb28218a7b0ca2f"),
     "buffalo_m.zip": (275_951_529, "d98264bd8f2dc75cbc2ddce2a14e636e02bb857b3051c234b737bf3b614edca9"),
     "buffalo_s.zip": (127_607_557, "d85a87f503f691807cd8bb97128bdf7a0660326cd9cd02657127fa978bab8b5e"),

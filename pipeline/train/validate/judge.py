@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.train.loader import Pixels
-from schemas.arcface import ARCFACE_SIZE, PACK_FILES
+from schemas.arcface import ARCFACE_SIZE, LICENCES
 from schemas.digest import sha256_of_file
 from schemas.errors import ConfigError, WeightsError
 
@@ -53,9 +53,8 @@ class IdJudge:
         self.name = folder.name
         files = {task: Path(model.model_file) for task, model in self._app.models.items()}
         hashes = {task: sha256_of_file(file) for task, file in files.items()}
-        licences = {file.sha256: file.licence for file in PACK_FILES.values()}
         self.weights = [
-            {"name": files[task].stem, "task": _TASKS[task], "sha256": sha, "licence": licences.get(sha, NOT_KNOWN)}
+            {"name": files[task].stem, "task": _TASKS[task], "sha256": sha, "licence": LICENCES.get(sha, NOT_KNOWN)}
             for task, sha in hashes.items()
         ]
         """name, task (detector, face_embedder), sha256 and licence, which is known by the hash."""
