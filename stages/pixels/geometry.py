@@ -127,37 +127,28 @@ class Box(NamedTuple):
     y1: int
 
 
-class Framing(NamedTuple):
-    """How a square crop shows a face."""
+def crop_box(
+    bbox: npt.ArrayLike, width: int, height: int, share: float, tolerance: float, centre: float, min_side: int
+) -> Box | str:
+    """The square of a photo that shows a face, or why the photo cannot give it, as a sentence.
 
-    share: float
-    """Face height / side."""
-    tolerance: float
-    """How far the share may exceed that, relatively, where the photo is too small."""
-    centre: float
-    """Where the centre of the face is wished for, share of the side from the top."""
-    min_side: int
-    """Smallest side, pixels of the photo."""
-
-
-def crop_box(bbox: npt.ArrayLike, width: int, height: int, framing: Framing) -> Box | str:
-    """The square of a photo that shows a face as `framing` says, or why the photo cannot give it, as a sentence.
-
-    `bbox` is the face's box in the photo of width x height; it may reach beyond it. The square lies in the photo,
-    and holds all of the face that the photo holds.
+    `bbox` is the face's box in the photo of width x height; it may reach beyond it. The square lies in the photo, and
+    holds all of the face that the photo holds. `share` is face height / side, and may be exceeded by `tolerance`,
+    relatively, where the photo is too small; the face's centre is wished for at `centre`, share of the side from the
+    top; `min_side` is the smallest side, pixels of the photo.
     """
     x0, y0, x1, y1 = (float(edge) for edge in np.asarray(bbox, np.float64))
-    exact = ceil((y1 - y0) / framing.share)
+    exact = ceil((y1 - y0) / share)
     side = max(1, min(exact, width, height))
-    if side < exact and (y1 - y0) / side > framing.share * (1 + framing.tolerance):
+    if side < exact and (y1 - y0) / side > share * (1 + tolerance):
         return f"the photo is too small: a square of {exact} px is wanted, {side} px is there"
-    if side < framing.min_side:
-        return f"the crop would be too small: {side} px, the least is {framing.min_side}"
+    if side < min_side:
+        return f"the crop would be too small: {side} px, the least is {min_side}"
     across, down = _visible(x0, x1, width), _visible(y0, y1, height)
     if max(across[1] - across[0], down[1] - down[0]) > side:
         return f"the face does not fit into a square of {side} px"
     left = _start((x0 + x1) / 2 - side / 2, across, side, width)
-    top = _start((y0 + y1) / 2 - side * framing.centre, down, side, height)
+    top = _start((y0 + y1) / 2 - side * centre, down, side, height)
     return Box(left, top, left + side, top + side)
 
 
