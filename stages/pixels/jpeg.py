@@ -7,7 +7,6 @@ import io
 import re
 from collections.abc import Iterator
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,16 +27,10 @@ class Endless(ValueError):
     """The file has far more segments than any picture."""
 
 
-class JpegSegment(NamedTuple):
-    """A marker, which stands four bytes before the content that follows it."""
+def segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, start and end of the content of the segments up to the first scan, which is the last one.
 
-    marker: int
-    start: int
-    end: int
-
-
-def segments(data: bytes) -> Iterator[JpegSegment]:
-    """The segments up to the first scan, which is the last one.
+    A marker stands four bytes before its content.
 
     Raises:
         ValueError: when the data end before it.
@@ -54,7 +47,7 @@ def segments(data: bytes) -> Iterator[JpegSegment]:
             raise ValueError("the end comes before the first scan")
         length = 0 if marker == 0 or marker in _BARE else int.from_bytes(data[start : start + 2])
         if length:
-            yield JpegSegment(marker, start + 2, start + length)
+            yield marker, start + 2, start + length
         if marker == _SOS:
             return
         position = start + length
