@@ -79,7 +79,8 @@ def test_labels_outside_of_the_ffhq_crop_are_background() -> None:
     # the norm_crop lies well within the FFHQ crop for any real face: these points are those of none
     kps = np.add(KPS, [[0, 0], [0, 0], [0, 0], [0, -60], [0, -60]])
     grid = np.stack(np.meshgrid(np.arange(224), np.arange(224)), axis=-1).reshape(-1, 2)
-    matrix = geometry.compose(geometry.ffhq_matrix(kps), geometry.invert(geometry.norm_matrix(kps, 224)))
+    to_photo = np.vstack([geometry.invert(geometry.norm_matrix(kps, 224)), [0, 0, 1]])
+    matrix = geometry.ffhq_matrix(kps) @ to_photo
     moved = geometry.transform_points(matrix, grid)
     beyond = np.maximum(-moved, moved - 511).max(axis=1).reshape(224, 224)
     warped = geometry.warp_labels(np.full((512, 512), 9, np.uint8), kps, 224)
