@@ -39,7 +39,7 @@ def asker(most=100, weigh=lambda _: 1):
 def test_what_was_learned_is_remembered_for_a_day_and_failures_for_a_minute(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(once.time, "monotonic", lambda: now)
-    get, learned = asker()
+    get, learned = asker(3)
     for _ in range(2):
         assert get("a", "a", "bad", "bad") == ["A", "A", "server_error", "server_error"]
     assert learned == {"a": 1, "bad": 1}
@@ -49,6 +49,11 @@ def test_what_was_learned_is_remembered_for_a_day_and_failures_for_a_minute(monk
     now += 24 * 3600
     get("a")
     assert learned == {"a": 2, "bad": 2}
+    for _ in range(9):  # what is learned again takes no more room
+        now += 25 * 3600
+        get("a", "b", "bad")
+    get("a", "b", "bad")
+    assert learned == {"a": 11, "b": 9, "bad": 11}
 
 
 def test_trouble_of_this_machine_reaches_all_who_wait_and_is_not_remembered():
