@@ -23,7 +23,7 @@ from schemas.int8 import decode_int8
 from schemas.shard import Manifest, decode_npy
 from schemas.targets import Targets
 from stages.base import Dropped
-from stages.fetch import address, robots_tag
+from stages.fetch import address, status
 from stages.fetch.manners.robots import Rules
 from stages.pixels import headers, images
 
@@ -145,7 +145,7 @@ def read_robots(data: bytes, folder: Path) -> str:
 
 
 def read_tags(data: bytes, folder: Path) -> str:
-    return str(robots_tag.opted_out([data.decode("latin-1")], "faceshards/0.1"))
+    return str(status.opted_out([data.decode("latin-1")], "faceshards/0.1"))
 
 
 def read_url(data: bytes, folder: Path) -> str:

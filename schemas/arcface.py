@@ -1,7 +1,5 @@
 """An aligned face as ArcFace's recognisers expect it; shared by who embeds faces and who trains against them."""
 
-from typing import NamedTuple
-
 import numpy as np
 import numpy.typing as npt
 
@@ -19,27 +17,19 @@ ARCFACE_TEMPLATE = (
 """Its five points, x and y: eyes, nose, corners of the mouth, the image's left first (insightface, face_align.py)."""
 
 
-class PackFile(NamedTuple):
-    """A known file of a detector or a recogniser."""
-
-    bytes: int
-    sha256: str
-    licence: str
-
-
 INSIGHTFACE_LICENCE = "insightface pretrained models: non-commercial research only"
-_KNOWN = {
+PACK_FILES = {
     "det_10g": (16_923_827, "5838f7fe053675b1c7a08b633df49e7af5495cee0493c7dcf6697200b85b5b91"),
     "det_2.5g": (3_292_009, "041f73f47371333d1d17a6fee6c8ab4e6aecabefe398ff32cca4e2d5eaee0af9"),
     "det_500m": (2_524_817, "5e4447f50245bbd7966bd6c0fa52938c61474a04ec7def48753668a9d8b4ea3a"),
     "w600k_r50": (174_383_860, "4c06341c33c2ca1f86781dab0e829f88ad5b64be9fba56e56bc9ebdefc619e43"),
     "w600k_mbf": (13_616_099, "9cc6e4a75f0e2bf0b1aed94578f144d15175f357bdc05e815e5c4a02b319eb4f"),
     "glintr100": (260_665_334, "4ab1d6435d639628a6f3e5008dd4f929edf4c4124b1a7169e1048f9fef534cdf"),
+    "auraface": (260_694_151, "a7933ea5330113b01c9b60351d8f4c33003f145d8470ac5f0e52ee2effe25c60"),
 }
-PACK_FILES = {name: PackFile(*file, INSIGHTFACE_LICENCE) for name, file in _KNOWN.items()} | {
-    "auraface": PackFile(260_694_151, "a7933ea5330113b01c9b60351d8f4c33003f145d8470ac5f0e52ee2effe25c60", "Apache-2.0"),
-}
-"""Files of insightface's packs, and AuraFace: whatever folder they lie in, the hash tells their licence."""
+"""Bytes and sha256 of the files of insightface's packs, and of AuraFace."""
+LICENCES = {sha: "Apache-2.0" if name == "auraface" else INSIGHTFACE_LICENCE for name, (_, sha) in PACK_FILES.items()}
+"""sha256 -> licence: whatever folder a file lies in, the hash tells its licence."""
 
 _DEPTH = 0.5
 """How far the tip of a nose stands out, in distances between the eyes."""

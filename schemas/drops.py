@@ -10,7 +10,6 @@ class DropReason(StrEnum):
     sentence: str
 
     def __new__(cls, value: str, sentence: str) -> "DropReason":
-        """Make a member that is the string `value` and carries its explanation."""
         member = str.__new__(cls, value)
         member._value_ = value
         member.sentence = sentence

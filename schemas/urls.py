@@ -47,8 +47,6 @@ class BadUrl(ValueError):
 
 
 class Url(NamedTuple):
-    """A URL that may be fetched."""
-
     scheme: str
     """http or https."""
     host: str
@@ -58,17 +56,13 @@ class Url(NamedTuple):
     """Path and query, as they are sent."""
 
     @property
-    def authority(self) -> str:
-        """Host, and port where it is not the scheme's own: the value of the Host header."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == _DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
-
-    @property
     def origin(self) -> Origin:
         return self[:3]
 
     def __str__(self) -> str:
-        return f"{self.scheme}://{self.authority}{self.target}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port == _DEFAULT_PORTS[self.scheme] else f":{self.port}"
+        return f"{self.scheme}://{host}{port}{self.target}"
 
 
 def parse(text: str | None) -> Url:
@@ -85,16 +79,16 @@ def parse(text: str | None) -> Url:
     if plain and not _DOT.search(plain[4]):
         url = Url(plain[1], plain[2].lower(), int(plain[3] or _DEFAULT_PORTS[plain[1]]), plain[4])
     else:
-        parts = _split(written)
+        scheme, user, host, port, path, query = _split(written)
         # A name and password in a URL are somebody's: they are not for us to use.
-        if parts.user or _CONTROL.search(written):
+        if user or _CONTROL.search(written):
             raise BadUrl("a user's name or a control character")
         try:
-            path, query = quote(parts.path, safe=_SENT), quote(parts.query, safe=_SENT)
+            path, query = quote(path, safe=_SENT), quote(query, safe=_SENT)
         except UnicodeEncodeError as error:
             raise BadUrl("text that is none") from error
         target = f"{path}?{query}" if query else path
-        url = Url(parts.scheme, parts.host, parts.port or _DEFAULT_PORTS[parts.scheme], target)
+        url = Url(scheme, host, port or _DEFAULT_PORTS[scheme], target)
     if url.port in OTHER_SERVICES or url.port > 0xFFFF:
         raise BadUrl("a port of another service than the web")
     return url
@@ -113,13 +107,13 @@ def identity(text: str) -> str:
             query = _decoded_query(query)
         return f"{compared[1].lower().rstrip('.')}{compared[2] or '/'}{'' if query == '?' else query}"
     try:
-        parts = _split(text.strip())
-        path = _decoded(parts.path)
-        query = _decoded_query(f"?{parts.query}") if parts.query else ""
+        _, _, host, number, path, query = _split(text.strip())
+        path = _decoded(path)
+        query = _decoded_query(f"?{query}") if query else ""
     except ValueError:
         return text.strip()
-    port = "" if parts.port in (None, *_DEFAULT_PORTS.values()) else f":{parts.port}"
-    return f"{parts.host.rstrip('.')}{port}{path}{query}"
+    port = "" if number in (None, *_DEFAULT_PORTS.values()) else f":{number}"
+    return f"{host.rstrip('.')}{port}{path}{query}"
 
 
 def host_of(text: str) -> str:
@@ -128,23 +122,16 @@ def host_of(text: str) -> str:
     if compared:
         return compared[1].lower().rstrip(".")
     try:
-        return _split(text.strip()).host.rstrip(".")
+        return _split(text.strip())[2].rstrip(".")
     except BadUrl:
         return ""
 
 
-class _Parts(NamedTuple):
-    scheme: str
-    user: str | None
-    host: str
-    port: int | None
-    """None where it is not written."""
-    path: str
-    """As it is written, but without dot segments; `/` where there is none."""
-    query: str
+def _split(written: str) -> tuple[str, str | None, str, int | None, str, str]:
+    """Scheme, user, host, port (None where it is not written), path and query.
 
-
-def _split(written: str) -> _Parts:
+    The path has no dot segments, and is `/` where there is none; else both are as they are written.
+    """
     try:
         scheme, netloc, path, query, _ = urlsplit(written)
         authority = _AUTHORITY.fullmatch(netloc)
@@ -156,7 +143,7 @@ def _split(written: str) -> _Parts:
         raise BadUrl(str(error)) from error
     if not _HOST.fullmatch(host) or int(port or 0) > 0xFFFF:
         raise BadUrl("neither a name nor an address")
-    return _Parts(scheme, user, host, int(port) if port else None, _resolved(path or "/"), query)
+    return scheme, user, host, int(port) if port else None, _resolved(path or "/"), query
 
 
 def _ascii(host: str) -> str:

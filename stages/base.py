@@ -52,7 +52,6 @@ class Record(Mapping[str, Any]):
 
 
 def records(table: pa.Table) -> list[Record]:
-    """The rows of a table."""
     columns = dict(zip(table.column_names, table.columns, strict=True))
     return [Record(columns, index) for index in range(table.num_rows)]
 
@@ -73,7 +72,6 @@ class RowStage:
         raise TypeError(f"{type(self).__name__} does not define row()")
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Apply `row` to each record."""
         rows = []
         for record in records(table):
             try:
@@ -93,7 +91,6 @@ class BatchStage(RowStage):
         raise TypeError(f"{type(self).__name__} does not define given()")
 
     def computed(self, given: Sequence[Any]) -> Sequence[Any]:
-        """What the model makes of each."""
         raise TypeError(f"{type(self).__name__} does not define computed()")
 
     def written(self, record: Mapping[str, Any], output: Any) -> dict[str, Any]:

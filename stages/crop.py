@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from stages.base import RowStage
-from stages.pixels.geometry import Box, Framing, crop_box
+from stages.pixels.geometry import Box, crop_box
 from stages.pixels.images import encode_jpeg, photo_of, shrink
 
 _FACE_CENTRE = {"portrait": 0.45, "half": 0.28}
@@ -31,9 +31,8 @@ class Crop(RowStage):
             if name == "full":
                 box = self._whole(face_height, width, height)
             else:
-                share = getattr(settings.face_share, name)
-                framing = Framing(share, settings.tolerance, _FACE_CENTRE[name], settings.size)
-                box = crop_box(bbox, width, height, framing)
+                framing = getattr(settings.face_share, name), settings.tolerance, _FACE_CENTRE[name], settings.size
+                box = crop_box(bbox, width, height, *framing)
             if isinstance(box, str):
                 crops[name] = {"absent": box}
                 continue

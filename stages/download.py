@@ -4,7 +4,7 @@ import pkgutil
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import chain
 from typing import ClassVar
 
 import pyarrow as pa
@@ -13,9 +13,8 @@ from schemas.digest import sha256
 from schemas.drops import DropReason
 from stages.base import DROP, Dropped, to_table
 from stages.fetch import ENGINES
-from stages.fetch.engine import MOST_ROWS, Engine, Outcome
+from stages.fetch.engine import MOST_ROWS, Engine, FetchTimes, Outcome
 from stages.fetch.stored import Stored
-from stages.fetch.times import FetchTimes
 from stages.runtime import Runtime
 from stages.settings import Settings
 
@@ -34,36 +33,19 @@ class Download:
     reads: ClassVar[tuple[str, ...]] = ("url", "image_ref")
     writes: ClassVar[tuple[str, ...]] = ("image", "sha256", "n_bytes", "width", "height")
     drops: ClassVar[tuple[DropReason, ...]] = (
-        DropReason.BAD_URL,
-        DropReason.SMALL_IMAGE,
-        DropReason.FORBIDDEN_ADDRESS,
-        DropReason.DNS_ERROR,
-        DropReason.CONNECTION_ERROR,
-        DropReason.TIMEOUT,
-        DropReason.HOST_DOWN,
-        DropReason.NOT_FOUND,
-        DropReason.ACCESS_DENIED,
-        DropReason.RATE_LIMITED,
-        DropReason.HTTP_ERROR,
-        DropReason.SERVER_ERROR,
-        DropReason.REDIRECT_LOOP,
-        DropReason.TOO_MANY_BYTES,
-        DropReason.EMPTY_BODY,
-        DropReason.INCOMPLETE_BODY,
-        DropReason.ROBOTS_TXT,
-        DropReason.OPTED_OUT,
-        DropReason.NOT_IN_TAR,
-        DropReason.NO_FILE,
+        *(DropReason.BAD_URL, DropReason.SMALL_IMAGE, DropReason.FORBIDDEN_ADDRESS, DropReason.DNS_ERROR),
+        *(DropReason.CONNECTION_ERROR, DropReason.TIMEOUT, DropReason.HOST_DOWN, DropReason.NOT_FOUND),
+        *(DropReason.ACCESS_DENIED, DropReason.RATE_LIMITED, DropReason.HTTP_ERROR, DropReason.SERVER_ERROR),
+        *(DropReason.REDIRECT_LOOP, DropReason.TOO_MANY_BYTES, DropReason.EMPTY_BODY, DropReason.INCOMPLETE_BODY),
+        *(DropReason.ROBOTS_TXT, DropReason.OPTED_OUT, DropReason.NOT_IN_TAR, DropReason.NO_FILE),
         DropReason.NOT_AN_IMAGE,
     )
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
-        self._settings = settings
         self._engine: Engine = pkgutil.resolve_name(ENGINES[settings.download.engine])(settings, runtime)
         self._stored, self._reader = Stored(settings), ThreadPoolExecutor(1, thread_name_prefix="faceshards-stored")
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Fetch the rows of one table, as many at a time as the settings allow."""
         return next(self.stream(iter([table])))
 
     def stream(self, tables: Iterator[pa.Table], most_rows: int = MOST_ROWS) -> Iterator[pa.Table]:
@@ -71,57 +53,42 @@ class Download:
 
         `tables` is read ahead, in this thread. What becomes of a row does not depend on the tables' sizes.
         """
-        waiting: deque[_Batch] = deque()
+        waiting: deque[list[str | None]] = deque()
+        """The `image_ref` of each row, by tables."""
+        reading: deque[Future[list[Outcome]] | None] = deque()
+        """Of the first tables that wait: the images that lie somewhere."""
 
         def urls() -> Iterator[str | None]:
             for table in tables:
-                waiting.append(_Batch(table))
-                yield from waiting[-1].urls
+                waiting.append(table["image_ref"].to_pylist())
+                # The engine drops what is no URL at once: so its outcomes keep step with the rows.
+                rows = zip(table["url"].to_pylist(), waiting[-1], strict=True)
+                yield from (url if ref is None else None for url, ref in rows)
 
         fetched: list[Outcome] = []
         for outcome in chain(self._engine.stream(urls(), most_rows), [None]):
             if outcome is not None:
                 fetched.append(outcome)
-            while waiting and len(waiting[0].urls) == len(fetched):
-                for batch in islice(waiting, _STORED_AHEAD):
-                    batch.read_stored(self._reader, self._stored)
-                outcomes, fetched = waiting.popleft().outcomes(fetched), []
+            while waiting and len(waiting[0]) == len(fetched):
+                while len(reading) < min(_STORED_AHEAD, len(waiting)):
+                    refs = [ref for ref in waiting[len(reading)] if ref is not None]
+                    reading.append(self._reader.submit(self._stored.read, refs) if refs else None)
+                read = reading.popleft()
+                stored, pairs = iter(read.result() if read else ()), zip(waiting.popleft(), fetched, strict=True)
+                outcomes = (fetch if ref is None else next(stored) for ref, fetch in pairs)
                 rows = [
                     {**outcome.measured, DROP: outcome.reason}
                     if isinstance(outcome, Dropped)
                     else {"image": outcome, "sha256": sha256(outcome), "n_bytes": len(outcome)}
                     for outcome in outcomes
                 ]
+                fetched = []
                 yield to_table(rows, self.writes, self.drops)
 
     def take_times(self) -> FetchTimes:
-        """Times of hosts and the resolver since the last call."""
         return self._engine.take_times()
 
     def close(self) -> None:
-        """Let go of the engine's threads and connections."""
         self._engine.close()
         self._reader.shutdown(cancel_futures=True)
         self._stored.close()
-
-
-class _Batch:
-    """The rows of one table: each is fetched, or lies somewhere."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self._refs = table["image_ref"].to_pylist()
-        self._stored: Future[list[Outcome]] | None = None
-        # The engine drops what is no URL at once: so its outcomes keep step with the rows.
-        rows = zip(table["url"].to_pylist(), self._refs, strict=True)
-        self.urls = [url if ref is None else None for url, ref in rows]
-
-    def read_stored(self, pool: ThreadPoolExecutor, reader: Stored) -> None:
-        """Begin to read the images that lie somewhere, unless that was begun before."""
-        refs = [ref for ref in self._refs if ref is not None]
-        if refs and self._stored is None:
-            self._stored = pool.submit(reader.read, refs)
-
-    def outcomes(self, fetched: list[Outcome]) -> list[Outcome]:
-        """One outcome per row, given what the engine made of `urls`."""
-        stored = iter(self._stored.result() if self._stored else ())
-        return [outcome if ref is None else next(stored) for ref, outcome in zip(self._refs, fetched, strict=True)]

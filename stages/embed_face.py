@@ -24,7 +24,6 @@ class EmbedFace:
     drops: ClassVar[tuple[DropReason, ...]] = (DropReason.BAD_EMBEDDING, *reasons("embed_face"))
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
-        """Load the face embedder, and what scores faces."""
         self._is_packed, self._limits = settings.pack.embeddings, settings.filter
         make = backend("face_embedder", settings.models.face_embedder)
         self._embedder: FaceEmbedder = make(settings.models, runtime.device)

@@ -56,7 +56,6 @@ class EmbedImage:
             raise WeightsError(f"The heads of this run ({wanted}) are not on this machine, or are others: copy them.")
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Embed all rows; columns that the backend does not give stay null."""
         if self._embedder is None:
             return to_table([{}] * table.num_rows, self.writes, self.drops)
         segment, images = self._settings.segment, {}
@@ -79,8 +78,12 @@ class EmbedImage:
                     features |= {f"{name}{plain}_mirror": column for name, column in mirrored.items()}
             measured = self._measured(features, table.slice(start, step))
             for i, row in enumerate(measured):
-                files = dict(self._file(name, column[i]) for name, column in features.items())
-                rows.append({**files, **row, DROP: poor(self.name, row, self._settings.filter)})
+                for name, column in features.items():
+                    if column.ndim == 3 and self._settings.pack.hidden == "int8":  # tokens, (N, T, D)
+                        row[f"{name}_int8"] = encode_int8(quantise(column[i]))
+                    else:
+                        row[name] = encode_npy(column[i])
+                rows.append({**row, DROP: poor(self.name, row, self._settings.filter)})
         return to_table(rows, self.writes, self.drops)
 
     def _measured(self, features: Mapping[str, npt.NDArray[np.float16]], rows: pa.Table) -> list[dict[str, Any]]:
@@ -102,9 +105,3 @@ class EmbedImage:
             for row, value in zip(measured, head(vectors[name]).tolist(), strict=True):
                 row[MEASURES[name]] = value
         return measured
-
-    def _file(self, name: str, features: npt.NDArray[np.float16]) -> tuple[str, bytes]:
-        """Column and content: of the features of a whole picture always npy, of its tokens (T, D) as is configured."""
-        if features.ndim == 2 and self._settings.pack.hidden == "int8":
-            return f"{name}_int8", encode_int8(quantise(features))
-        return name, encode_npy(features)

@@ -8,63 +8,53 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import cv2
-import pyarrow as pa
 
 from schemas.buckets import Fit, Size, buckets, fit_around, nearest
-from schemas.drops import DropReason
 from schemas.errors import PlanError
 from schemas.shard import encode_npy
 from schemas.targets import Targets
-from stages.base import to_table
+from stages.base import RowStage
 from stages.models.backends import Image
 from stages.models.encoders import TextEncoder, Vae
 from stages.models.torch_backend import DEVICE
 from stages.pixels.images import decode_jpeg
-from stages.runtime import EncoderSource, Runtime
+from stages.runtime import Runtime
 from stages.settings import Settings
 
 _CROPS = ("portrait", "half", "full")
 
 
-class Encode:
+class Encode(RowStage):
     """Encodes the crops and the caption by the encoders of the base that `settings.encode` names; drops nothing."""
 
     name: ClassVar[str] = "encode"
     reads: ClassVar[tuple[str, ...]] = ("text", "bbox", "portrait", "half", "full", "crops")
     writes: ClassVar[tuple[str, ...]] = (
-        "latents_portrait",
-        "latents_half",
-        "latents_full",
-        "text_embeds",
-        "text_pooled",
-        "targets",
+        *("latents_portrait", "latents_half", "latents_full"),
+        *("text_embeds", "text_pooled", "targets"),
     )
-    drops: ClassVar[tuple[DropReason, ...]] = ()
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
-        """Load the encoders that `settings.encode` asks for, which the run located."""
+        super().__init__(settings, runtime)
         encode, source = settings.encode, runtime.encoders
         if (encode.latents or encode.text) and source is None:
             raise PlanError("encode needs the encoders of a base: make_plan finds them, and adds them to the runtime.")
         self._source = source
-        self._resolution = encode.resolution
         self._sizes = buckets(encode.resolution)
         self._vae = Vae(source, runtime.device) if source and encode.latents else None
         self._text = TextEncoder(source, runtime.device) if source and encode.text else None
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """Encode all rows, one after the other; all columns are null where nothing is wanted."""
+    def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
         source = self._source
-        rows = [self._row(record, source) for record in table.to_pylist()] if source else [{}] * len(table)
-        return to_table(rows, self.writes, self.drops)
-
-    def _row(self, record: Mapping[str, Any], source: EncoderSource) -> dict[str, Any]:
+        if source is None:
+            return {}
         columns: dict[str, Any] = {}
         cuts: dict[str, Fit] = {}
         if self._vae is not None:
             for crop in _CROPS:
-                if record[crop] is not None:
-                    image = decode_jpeg(record[crop])
+                data = record[crop]
+                if data is not None:
+                    image = decode_jpeg(data)
                     cuts[crop] = fit_crop(crop, image, record, self._sizes)
                     with DEVICE:
                         columns[f"latents_{crop}"] = encode_npy(self._vae.encode(cut(image, cuts[crop])))
@@ -72,7 +62,7 @@ class Encode:
             with DEVICE:
                 columns |= {name: encode_npy(array) for name, array in self._text.encode(record["text"] or "").items()}
         targets = Targets(
-            source.name, source.kind, source.vae_sha256, source.text_sha256, self._resolution, latents=cuts
+            source.name, source.kind, source.vae_sha256, source.text_sha256, self.settings.encode.resolution, cuts
         )
         return {**columns, "targets": targets.to_json()}
 

@@ -52,7 +52,6 @@ class Metadata:
         self._seen = SeenUrls()
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """The reason of each row, or null."""
         limits, shortest = self.settings.metadata, self.settings.filter.min_image_px
         urls, tags = pc.utf8_trim_whitespace(table["url"]), pc.utf8_upper(pc.utf8_trim_whitespace(table["nsfw"]))
         fetched = _mask(pc.is_valid(table["image_ref"]))

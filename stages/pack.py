@@ -12,32 +12,10 @@ _DIGITS = 4
 """Decimals of measurements in the json: a ten-thousandth of a pixel."""
 
 REPEATED = (
-    "key",
-    "part",
-    "row",
-    "url",
-    "source_kind",
-    "source_file",
-    "text",
-    "text_alternatives",
-    "sha256",
-    "n_bytes",
-    "format",
-    "width",
-    "height",
-    "bbox",
-    "kps",
-    "det_score",
-    "face_px",
-    "sharpness",
-    "brightness",
-    "roll_deg",
-    "mask_share",
-    "embedding_norm",
-    "punsafe",
-    "pwatermark",
-    "crops",
-    "targets",
+    *("key", "part", "row", "url", "source_kind", "source_file", "text", "text_alternatives"),
+    *("sha256", "n_bytes", "format", "width", "height"),
+    *("bbox", "kps", "det_score", "face_px", "sharpness", "brightness", "roll_deg", "mask_share", "embedding_norm"),
+    *("punsafe", "pwatermark", "crops", "targets"),
 )
 """Columns that the json repeats."""
 

@@ -31,7 +31,6 @@ class Segment(BatchStage):
     drops: ClassVar[tuple[DropReason, ...]] = (DropReason.EMPTY_MASK, *reasons("segment"))
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
-        """Load the segmenter."""
         super().__init__(settings, runtime)
         make = backend("segmenter", settings.models.segmenter)
         self._segmenter: Any = make(settings.models, runtime.device)

@@ -13,7 +13,7 @@ from stages.models.backends import REGISTRIES, backend, backends
 from stages.models.heads import head_cards, read_head
 from stages.models.papers import Weight, WeightFile
 from stages.models.photo import photo_papers
-from stages.models.weights import WeightState, known, known_weights, roots, states
+from stages.models.weights import WeightState, known, known_weights, roots, weight_state
 from stages.settings import ModelSettings
 
 _OTHERWISE = {
@@ -78,7 +78,7 @@ def state_of(weight: Weight, settings: ModelSettings, *, hashes: bool = False) -
     A base may have other files than the published ones, of half precision for instance, and still be used.
     """
     if weight.made_of:
-        state, models = states([weight], settings)[0], settings.model_copy(update={"image_embedder": "clip-vit-h"})
+        state, models = weight_state(weight, settings), settings.model_copy(update={"image_embedder": "clip-vit-h"})
         if not hashes or not state.path:
             return state
         try:
@@ -87,7 +87,7 @@ def state_of(weight: Weight, settings: ModelSettings, *, hashes: bool = False) -
             return state._replace(state=f"wrong: {error}", is_ready=False)
         return state._replace(state="verified")
     if weight.name not in BASES:
-        return states([weight], settings, hashes=hashes)[0]
+        return weight_state(weight, settings, hashes=hashes)
     folder = base_folder(weight.name)
     if folder is None:
         return WeightState(weight, "missing", None, is_ready=False)

@@ -77,18 +77,13 @@ class Endpoint:
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         async with aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=None)) as session:
+            return await asyncio.gather(*(self._caption(session, gate, image) for image in images))
 
-            async def one(image: Image) -> str:
-                async with gate:
-                    return await self._caption(session, image)
-
-            return await asyncio.gather(*map(one, images))
-
-    async def _caption(self, session: aiohttp.ClientSession, image: Image) -> str:
+    async def _caption(self, session: aiohttp.ClientSession, gate: asyncio.Semaphore, image: Image) -> str:
         """The caption of a picture; tries again after what may pass, as long as there is time."""
         settings, failure = self._settings, "no answer"
         try:
-            async with asyncio.timeout(settings.timeout_s) as limit:
+            async with gate, asyncio.timeout(settings.timeout_s) as limit:
                 for attempt in range(settings.retries + 1):
                     try:
                         return await self._answer(session, image)

@@ -6,8 +6,10 @@ cloud metadata) are refused after the name was resolved, on every hop.
 
 import re
 import socket
+from collections.abc import Container
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from typing import Any
 from urllib.parse import urljoin
 
 from schemas import urls
@@ -20,11 +22,13 @@ SAMPLE_HOST = "sample.localhost"
 """Host of the bundled sample part: no real host can have this name (RFC 6761)."""
 
 _NUMERIC = re.compile(r"(?:0x[0-9a-f]*|[0-9]+)(?:\.(?:0x[0-9a-f]*|[0-9]+)){0,3}\.?", re.IGNORECASE)
+_REFUSED: tuple[Container[Any], ...] = (
+    *map(IPv4Network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")),
+    *map(IPv6Network, ("2002::/16", "3fff::/20")),
+)
+"""Special purpose (and Oracle's metadata), the 6to4 relay, Azure's metadata; 6to4, which leads to any IPv4 address, and
+documentation: global by the tables of Python 3.11."""
 _GLOBAL_UNICAST = IPv6Network("2000::/3")
-_REFUSED_4 = tuple(map(IPv4Network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")))
-"""Special purpose (and Oracle's metadata), the 6to4 relay, Azure's metadata: global by the tables of Python 3.11."""
-_REFUSED_6 = tuple(map(IPv6Network, ("2002::/16", "3fff::/20")))
-"""6to4, which leads to any IPv4 address, and documentation: global by the same tables."""
 _NAT64 = IPv6Network("64:ff9b::/96")
 
 
@@ -77,35 +81,23 @@ class Guard:
             raise Dropped(DropReason.FORBIDDEN_ADDRESS)
         return url
 
-    def allows(self, address: IPv4Address | IPv6Address, port: int) -> bool:
-        plain = _embedded(address)
-        if plain.is_loopback:
-            return self._loopback or (self._sample_port is not None and port == self._sample_port)
-        return _is_public(plain)
-
-    def permits(self, address: str, port: int) -> bool:
-        """Whether this address, written as a resolver writes it, may be connected to."""
-        return self.allows(_parsed(address), port)
-
-
-_parsed = lru_cache(4096)(ip_address)
+    def allows(self, address: str | IPv4Address | IPv6Address, port: int) -> bool:
+        is_public = _is_public(address)
+        return self._loopback or port == self._sample_port if is_public is None else is_public
 
 
 @lru_cache(4096)
-def _is_public(address: IPv4Address | IPv6Address) -> bool:
-    if isinstance(address, IPv4Address):
-        return address.is_global and not address.is_multicast and not any(address in net for net in _REFUSED_4)
-    return address.is_global and address in _GLOBAL_UNICAST and not any(address in net for net in _REFUSED_6)
-
-
-@lru_cache(4096)
-def _embedded(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
-    """The IPv4 address that an IPv4-mapped or NAT64 address leads to; others as they are."""
-    if isinstance(address, IPv4Address):
-        return address
-    if address in _NAT64:
-        return IPv4Address(int(address) & 0xFFFFFFFF)
-    return address.ipv4_mapped or address
+def _is_public(address: str | IPv4Address | IPv6Address) -> bool | None:
+    """Of an address, or of the IPv4 address that an IPv4-mapped or NAT64 one leads to; None for loopback."""
+    leads_to = ip_address(address)
+    if isinstance(leads_to, IPv6Address):
+        is_nat64 = leads_to in _NAT64
+        leads_to = IPv4Address(int(leads_to) & 0xFFFFFFFF) if is_nat64 else leads_to.ipv4_mapped or leads_to
+    if leads_to.is_loopback:
+        return None
+    if leads_to.version == 6 and leads_to not in _GLOBAL_UNICAST:
+        return False
+    return leads_to.is_global and not leads_to.is_multicast and not any(leads_to in network for network in _REFUSED)
 
 
 @lru_cache(4096)

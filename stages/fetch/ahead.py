@@ -3,12 +3,11 @@
 import asyncio
 import heapq
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from itertools import islice
 from threading import Event
-from typing import Any
 
 from stages.fetch.engine import Outcome
 
@@ -32,31 +31,27 @@ class Pending:
         self.index = index
         """Its position in the stream."""
         self.work: asyncio.Future[Outcome] | Future[Outcome] | None = None
-        """The task, or the call in a thread, that fetches it."""
-        self.is_done = False
+        """The task of the loop, or the call in a thread, that fetches it."""
         self._weight = 0
 
-    def begin(self, work: Coroutine[Any, Any, Outcome]) -> None:
-        """Start the work as a task of this loop."""
-        self.work = asyncio.get_running_loop().create_task(work)
-        self.work.add_done_callback(self.done)
+    def begin(self, work: asyncio.Future[Outcome] | Future[Outcome]) -> None:
+        self.work = work
+        work.add_done_callback(self._done)
 
     def weigh(self, size: int) -> None:
         """Count so many bytes as held for this URL. Called on the loop alone."""
         self.ahead.arrived += size - self._weight
         self._weight = size
 
-    def done(self, work: "asyncio.Future[Outcome] | Future[Outcome]") -> None:
-        """Take note of the end of the work, from whatever thread."""
-        self.work = work  # a call in a thread may end before it is noted
-        self.is_done = True
+    def _done(self, _: object) -> None:
         if self.ahead.awaited is self:
             self.ahead.ready.set()
 
-    def result(self) -> Outcome:
-        """The outcome, which is not held any more; raises what stopped the work."""
+    def result(self) -> Outcome | None:
+        """The outcome, which is not held any more, None while it is not there; raises what stopped the work."""
+        if self.work is None or not self.work.done():
+            return None
         self.ahead.taken += self._weight
-        assert self.work is not None, "it is done"
         return self.work.result()
 
 
@@ -115,7 +110,7 @@ class Ahead:
         Args:
             urls: Read as far ahead as is begun.
             most_rows: How many are begun before their turn.
-            begin: Starts the work on some URLs, whose `done` is called in the end.
+            begin: Starts the work on some URLs.
             call: Calls a function on the loop.
         """
         source, waiting = enumerate(urls), deque[Pending]()
@@ -131,23 +126,17 @@ class Ahead:
                 if not waiting:
                     return
                 self.awaited = waiting.popleft()
-                while not self.awaited.is_done:
+                while (outcome := self.awaited.result()) is None:
                     if self.is_held_back:
                         call(self.go_on)
                     self.ready.wait()
                     self.ready.clear()
-                outcome = self.awaited.result()
                 if self.is_held_back and self.awaited.index % _OFTEN == 0:
                     call(self.go_on)
                 yield outcome
         finally:
-            call(_give_up, [*waiting, *filter(None, [self.awaited])])
-
-
-def _give_up(left: Sequence[Pending]) -> None:
-    for pending in left:
-        if pending.work is not None:
-            pending.work.cancel()
+            left = [*waiting, *filter(None, [self.awaited])]
+            call(lambda: [pending.work.cancel() for pending in left if pending.work is not None])
 
 
 class Slots:

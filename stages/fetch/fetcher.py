@@ -3,19 +3,19 @@
 import asyncio
 from functools import partial
 
+from schemas.drops import DropReason
 from schemas.urls import Url
 from stages.base import Dropped
 from stages.fetch.address import Guard, parse, redirected
 from stages.fetch.ahead import Pending, Slots
 from stages.fetch.body import Body
-from stages.fetch.engine import Outcome
+from stages.fetch.engine import Outcome, Stopwatch
 from stages.fetch.http.client import Client
 from stages.fetch.http.deadline import Deadline
 from stages.fetch.manners.hosts import Hosts
 from stages.fetch.manners.refusals import Refusals
 from stages.fetch.manners.robots import Robots
-from stages.fetch.status import bare, check_head
-from stages.fetch.times import Stopwatch
+from stages.fetch.status import bare, check_status, opted_out
 from stages.runtime import Runtime
 from stages.settings import Settings
 
@@ -91,12 +91,16 @@ class Fetcher:
                 if not pending.ahead.may_begin(pending.index):
                     return None
                 async with deadline.running(), self._client.get(url) as answer:
-                    if check_head(answer.status, answer.robots_tags, answer.retry_after, self._download):
+                    # the wish of a site counts on every hop of a redirect chain
+                    is_heeded = self._download.respect_opt_out and answer.status < 400
+                    if is_heeded and opted_out(answer.headers.getall("X-Robots-Tag", ()), self._download.user_agent):
+                        raise Dropped(DropReason.OPTED_OUT)
+                    if check_status(answer.status, answer.headers.get("Retry-After")):
                         result: bytes | Url = redirected(url, answer.location, hops, self._download)
                     else:
                         body = Body(self._settings)
-                        body.announce(answer.length)
-                        async for piece in answer.pieces():
+                        body.announce(answer.content_length)
+                        async for piece in answer.pieces(self._download.max_bytes):
                             body.feed(piece)
                             pending.weigh(len(body))
                         result = body.finish()

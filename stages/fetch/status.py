@@ -1,26 +1,24 @@
 """What the head of an answer means for a row, and which failures are tried again."""
 
 import errno
+import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 from schemas.drops import DropReason
 from stages.base import Dropped
-from stages.fetch import robots_tag
 from stages.settings import DownloadSettings
 
 TRANSIENT = frozenset(
-    {
-        DropReason.CONNECTION_ERROR,
-        DropReason.RATE_LIMITED,
-        DropReason.SERVER_ERROR,
-        DropReason.INCOMPLETE_BODY,
-    }
+    {DropReason.CONNECTION_ERROR, DropReason.RATE_LIMITED, DropReason.SERVER_ERROR, DropReason.INCOMPLETE_BODY}
 )
 """Reasons that a further attempt may avert; no other is ever retried within a run's first pass."""
 
-SECOND_CHANCE = TRANSIENT | {DropReason.TIMEOUT, DropReason.DNS_ERROR, DropReason.HOST_DOWN}
+HOST_TROUBLE = TRANSIENT | {DropReason.TIMEOUT}
+"""What counts against a host. All else shows that it is up."""
+
+SECOND_CHANCE = HOST_TROUBLE | {DropReason.DNS_ERROR, DropReason.HOST_DOWN}
 """Reasons that a pass hours later may avert: the network's and the host's trouble, never a refusal."""
 
 LOCAL_TROUBLE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL})
@@ -29,36 +27,23 @@ LOCAL_TROUBLE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBU
 _BACK_OFF_S = 0.25
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _REASONS = {
-    401: DropReason.ACCESS_DENIED,
-    402: DropReason.ACCESS_DENIED,
-    403: DropReason.ACCESS_DENIED,
-    404: DropReason.NOT_FOUND,
-    410: DropReason.NOT_FOUND,
+    **dict.fromkeys((401, 402, 403, 451), DropReason.ACCESS_DENIED),
+    **dict.fromkeys((404, 410), DropReason.NOT_FOUND),
     429: DropReason.RATE_LIMITED,
-    451: DropReason.ACCESS_DENIED,
+    **dict.fromkeys(range(500, 600), DropReason.SERVER_ERROR),
 }
+DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
+"""Of X-Robots-Tag: the wish of a site not to be used for AI training (img2dataset's list)."""
+
+_WITH_VALUE = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
+_WORD = re.compile(r"[a-z0-9_-]+")
 
 
 class Refused(Dropped):
-    """The server's status says no."""
-
     def __init__(self, reason: DropReason, retry_after_s: float | None = None) -> None:
         super().__init__(reason)
         self.retry_after_s = retry_after_s
         """How long the server wants to be left alone, seconds."""
-
-
-def check_head(status: int, robots_tags: Iterable[str], retry_after: str | None, settings: DownloadSettings) -> bool:
-    """Judge the head of a response; True when it is a redirect.
-
-    `robots_tags` are its X-Robots-Tag values. The wish of a site counts on every hop of a redirect chain.
-
-    Raises:
-        Dropped: for an opt-out, and for a status other than 2xx (and the redirects).
-    """
-    if settings.respect_opt_out and status < 400 and robots_tag.opted_out(robots_tags, settings.user_agent):
-        raise Dropped(DropReason.OPTED_OUT)
-    return check_status(status, retry_after)
 
 
 def check_status(status: int, retry_after: str | None) -> bool:
@@ -71,8 +56,26 @@ def check_status(status: int, retry_after: str | None) -> bool:
         return False
     if status in _REDIRECTS:
         return True
-    fallback = DropReason.SERVER_ERROR if 500 <= status < 600 else DropReason.HTTP_ERROR
-    raise Refused(_REASONS.get(status, fallback), _seconds(retry_after))
+    raise Refused(_REASONS.get(status, DropReason.HTTP_ERROR), _seconds(retry_after))
+
+
+def opted_out(tags: Iterable[str], agent: str) -> bool:
+    """Whether any X-Robots-Tag value holds an opt-out that is meant for everyone, or for this User-Agent.
+
+    `name: directive, ...` is meant for the bot of that name alone, up to the next name.
+    """
+    our_words = _WORD.findall(agent.lower())
+    for tag in tags:
+        is_meant = True
+        for piece in tag.lower().split(","):
+            name, colon, rest = (part.strip() for part in piece.partition(":"))
+            if colon and name in _WITH_VALUE:
+                continue
+            if colon:
+                is_meant = name == "*" or name in our_words
+            if is_meant and (rest if colon else name) in DIRECTIVES:
+                return True
+    return False
 
 
 def _seconds(retry_after: str | None) -> float | None:

@@ -9,6 +9,7 @@ import errno
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from urllib.parse import quote, unquote
 
 import fsspec
@@ -33,7 +34,6 @@ _BUFFER = 4 << 20
 
 
 def of_file(path: str) -> str:
-    """The reference of a whole file."""
     return f"{path}#"
 
 
@@ -68,48 +68,40 @@ class Stored:
             SourceError: when a tar or parquet file, or the folder of a file, cannot be opened or read.
         """
         outcomes: list[Outcome] = [Dropped(DropReason.NOT_IN_TAR)] * len(refs)
-        wanted: dict[str, list[tuple[int, int, str, int]]] = defaultdict(list)
         files: dict[int, str] = {}
+        inside: dict[str, list[tuple[int, int, str, int]]] = defaultdict(list)
         for index, ref in enumerate(refs):
             path, _, of = ref.rpartition("#")
             match = _OF.fullmatch(of) if path else None
-            if match is None:
-                continue
-            if match["file"] is not None:
+            if match and match["file"] is not None:
                 files[index] = path
-            else:
+            elif match:
                 start, size = match["offset"] or match["row"], match["size"] or 0
-                wanted[path].append((int(start), int(size), unquote(match["column"] or ""), index))
-        for index, outcome in self._files(files):
+                inside[path].append((int(start), int(size), unquote(match["column"] or ""), index))
+        # In the order of each file: one pass, also over a remote one.
+        members = (self._inside(path, sorted(entries)) for path, entries in inside.items())
+        for index, outcome in chain(self._files(files), *members):
             outcomes[index] = outcome
-        for path, entries in wanted.items():
-            try:
-                # In the order of the file: one pass, also over a remote one.
-                for index, outcome in self._inside(path, sorted(entries)):
-                    outcomes[index] = outcome
-            except (OSError, pa.ArrowException, KeyError) as error:
-                raise SourceError(
-                    f"{path} cannot be read ({error}): restore the existing download, or fetch anew."
-                ) from error
         return outcomes
 
     def _inside(self, path: str, entries: Sequence[tuple[int, int, str, int]]) -> Iterator[tuple[int, Outcome]]:
         """The outcomes of spans of a tar, or cells of a parquet file, with their indices."""
-        if entries[0][2]:
-            for row, _, column, index in entries:
-                data = self._column(path, column, row).value(row)
-                yield index, self._outcome(data, None) if data is not None else Dropped(DropReason.NOT_IN_TAR)
-            return
-        with fsspec.open(path, "rb") as tar:
-            for offset, size, _, index in entries:
-                data = b""
-                if size <= self._settings.download.max_bytes:  # else its size alone drops it
+        most = self._settings.download.max_bytes
+        try:
+            if entries[0][2]:
+                for row, _, column, index in entries:
+                    yield index, self._outcome(self._column(path, column, row).value(row), None)
+                return
+            with fsspec.open(path, "rb") as tar:
+                for offset, size, _, index in entries:
                     tar.seek(offset)
-                    data = tar.read(size)
-                    if len(data) != size:  # the tar was cut off: its writer was killed
-                        yield index, Dropped(DropReason.NOT_IN_TAR)
-                        continue
-                yield index, self._outcome(data, size)
+                    data = tar.read(size) if size <= most else b""  # its size alone drops it
+                    is_cut_off = size <= most and len(data) != size  # with the tar, whose writer was killed
+                    yield index, self._outcome(None if is_cut_off else data, size)
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise SourceError(
+                f"{path} cannot be read ({error}): restore the existing download, or fetch anew."
+            ) from error
 
     def _files(self, paths: dict[int, str]) -> Iterator[tuple[int, Outcome]]:
         """The outcomes of whole files, with their indices; a remote file system fetches them at the same time."""
@@ -127,7 +119,9 @@ class Stored:
                 raise SourceError(f"{path} cannot be read: {content}") from content
             yield index, Dropped(DropReason.NO_FILE)
 
-    def _outcome(self, data: bytes, size: int | None) -> Outcome:
+    def _outcome(self, data: bytes | None, size: int | None) -> Outcome:
+        if data is None:
+            return Dropped(DropReason.NOT_IN_TAR)
         body = Body(self._settings)
         try:
             body.announce(size)
@@ -158,7 +152,6 @@ class _Column:
     """A column of a parquet file that is read forwards, through small buffers: a row group may hold gigabytes."""
 
     def __init__(self, path: str, column: str, row: int) -> None:
-        """Open it at the row group of a row."""
         self.name = path, column
         self._file = fsspec.open(path, "rb").open()
         self._parquet = pq.ParquetFile(self._file, pre_buffer=False, buffer_size=_BUFFER)

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from schemas.errors import WeightsError
 from stages.models.backends import Image
 from stages.models.torch_backend import HALF, normalise, prepare
-from stages.models.tower import load_folder
+from stages.models.tower import load_folder, load_tokenizer
 from stages.runtime import Device, EncoderSource
 
 Halves = npt.NDArray[np.float16]
@@ -55,13 +54,7 @@ class TextEncoder:
         names = [("", "CLIPTextModel"), *([("_2", "CLIPTextModelWithProjection")] if self._is_sdxl else [])]
         self._encoders = []
         for suffix, cls in names:
-            words = Path(source.folder, f"tokenizer{suffix}")
-            try:
-                tokenizer = transformers.CLIPTokenizer.from_pretrained(str(words), local_files_only=True)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise WeightsError(
-                    f"{words} cannot be loaded as a CLIP tokenizer ({error}): fetch the base again."
-                ) from error
+            tokenizer = load_tokenizer(Path(source.folder, f"tokenizer{suffix}"))
             encoder = Path(source.folder, f"text_encoder{suffix}")
             self._encoders.append((tokenizer, load_folder(getattr(transformers, cls), encoder, device)))
 

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import onnxruntime
 
 from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
 from stages.models.backends import Floats, Image, ModelCard
-from stages.models.onnx import ERRORS
+from stages.models.onnx import ERRORS, cpu_session
 from stages.models.papers import WEIGHTS, Weight
 from stages.models.torch_backend import HALF, normalise
 from stages.models.weights import card, find, stated_card
@@ -28,11 +27,8 @@ class Fiqa:
 
     def __init__(self, settings: ModelSettings, device: Device) -> None:
         path = _given(settings) or find(_PAPERS, settings)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = cpu_session(path)
             fed = self._session.get_inputs()[0]
             self._input, self._side = fed.name, fed.shape[-1]
             numbers = self._run(np.zeros((112, 112, 3), np.uint8)).size

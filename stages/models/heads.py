@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from schemas.digest import sha256_of_file
 from schemas.errors import ConfigError, WeightsError
 from stages.models.backends import ModelCard, backend
-from stages.models.weights import located, stated_card, states
+from stages.models.weights import located, stated_card, weight_state
 from stages.settings import ModelSettings, Settings
 
 Doubles = npt.NDArray[np.float64]
@@ -32,8 +32,6 @@ PHOTO_FILE = "photo.safetensors"
 
 
 class Layer(NamedTuple):
-    """A linear layer."""
-
     weight: Doubles
     """(out, in)"""
     bias: Doubles
@@ -113,7 +111,7 @@ def heads_of(settings: Settings) -> dict[str, Head]:
     embedder = backend("image_embedder", models.image_embedder)
     files = {name: Path(path).expanduser() for name, path in models.heads.items() if path}
     if hasattr(embedder, "text") and settings.pack.embeddings:
-        folder = states([embedder.papers], models)[0].path
+        folder = weight_state(embedder.papers, models).path
         if folder and "photo" not in models.heads and (folder / PHOTO_FILE).is_file():
             files["photo"] = folder / PHOTO_FILE
     elif files:

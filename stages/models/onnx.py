@@ -25,25 +25,32 @@ ERRORS = (
 """What ONNX Runtime raises for a file, or for what a file does not take."""
 
 
+def session_options() -> onnxruntime.SessionOptions:
+    """One thread: parallel work is one process per core, and sums must not depend on the thread count."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
+
+
+def cpu_session(path: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(str(path), session_options(), providers=["CPUExecutionProvider"])
+
+
 def load(path: Path, task: str, device: Device) -> Any:
     """The model that insightface makes of an ONNX file; `task` is detection or recognition.
-
-    One thread on the CPU: parallel work is one process per core, and sums must not depend on the thread count.
 
     Raises:
         WeightsError: when the file is not a model for the task.
         PlanError: when a GPU is wanted and ONNX Runtime does not run the model there.
     """
     cv2.setNumThreads(1)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
     providers = ["CPUExecutionProvider"]
     if device == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         providers.insert(0, "CUDAExecutionProvider")
     declared = task if has_model_package_manifest(path.parent) else None
     try:
-        model = get_model(str(path), model_task=declared, providers=providers, sess_options=options)
+        model = get_model(str(path), model_task=declared, providers=providers, sess_options=session_options())
     except ERRORS as error:
         raise WeightsError(f"{path} cannot be loaded by ONNX Runtime ({error}): fetch it again.") from error
     if getattr(model, "taskname", None) != task:

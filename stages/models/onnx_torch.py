@@ -7,7 +7,7 @@ give the rows of a batch in the order height, width, image, anchor.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,8 +62,7 @@ class OnnxModule(torch.nn.Module):
         self.output_names = self._outputs
         self._host: dict[str, Any] = {"": None}
         self._steps: list[_Step] = []
-        of_images: set[str] = {self._input}
-        transposed: set[str] = set()
+        of_images, transposed, on_host = {self._input}, set[str](), set[str]()
         for node in graph.node:
             attributes = {given.name: onnx.helper.get_attribute_value(given) for given in node.attribute}
             if node.op_type == "Constant":
@@ -82,19 +81,19 @@ class OnnxModule(torch.nn.Module):
             if node.op_type != "Shape" and of_images.intersection(node.input):
                 of_images.update(node.output)
             self._steps.append(_Step(compute, tuple(node.input), tuple(node.output), attributes))
+            on_host.update(node.input[_DEVICE_INPUTS.get(node.op_type, 99) :])
             if node.op_type in ("ConvInteger", "MatMulInteger"):
-                self._dequantise(node.input, arrays)
-        for step, node in zip(self._steps, [node for node in graph.node if node.op_type != "Constant"], strict=True):
-            for name in step.inputs[_DEVICE_INPUTS.get(node.op_type, 99) :]:
-                self._host[name] = arrays.get(name)
+                weights = arrays[node.input[1]]
+                if weights.dtype.kind in "iu":  # as multiples of 1 / 128 of their scale, instead of the integers
+                    zero = arrays[node.input[3]].astype(np.float32) if len(node.input) > 3 else np.float32(0)
+                    arrays[node.input[1]] = (weights.astype(np.float32) - zero) / np.float32(_QUANTUM)
         self._keys: dict[str, str] = {}
         for name, array in arrays.items():
-            if name in self._host or array.dtype.kind in "iub":
+            if name in on_host or array.dtype.kind in "iub":
                 self._host[name] = array.ravel().tolist() if array.ndim else array.item()
             else:
                 self._keys[name] = f"constant{len(self._keys)}"
                 self.register_buffer(self._keys[name], torch.from_numpy(array.copy()))
-
         self._round_no_output()
 
     def _round_no_output(self) -> None:
@@ -120,23 +119,12 @@ class OnnxModule(torch.nn.Module):
             values.update(zip(outputs, results if isinstance(results, tuple) else (results,), strict=False))
         return tuple(values[name] for name in self._outputs)
 
-    @staticmethod
-    def _dequantise(inputs: Sequence[str], arrays: dict[str, Any]) -> None:
-        """Quantised weights as multiples of 1 / 128 of their scale, instead of the integers."""
-        weights = arrays[inputs[1]]
-        if weights.dtype.kind in "iu":
-            zero = arrays[inputs[3]].astype(np.float32) if len(inputs) > 3 else np.float32(0)
-            arrays[inputs[1]] = (weights.astype(np.float32) - zero) / np.float32(_QUANTUM)
-
 
 def one_by_one(path: Path) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
     """The same file on ONNX Runtime's CPU, for what `OnnxModule` gives to be compared with: takes one image."""
-    import onnxruntime
+    from stages.models.onnx import cpu_session
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = cpu_session(path)
     name = session.get_inputs()[0].name
 
     def outputs(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -146,27 +134,19 @@ def one_by_one(path: Path) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
     return outputs
 
 
-def _conv(
-    x: Any,
-    weight: Any,
-    bias: Any = None,
-    *,
-    strides: Sequence[int] = (1, 1),
-    pads: Sequence[int] = (0, 0, 0, 0),
-    dilations: Sequence[int] = (1, 1),
-    group: int = 1,
-    auto_pad: bytes = b"NOTSET",
-    **_: Any,
-) -> Any:
-    x, padding = _padded(x, pads, auto_pad, 0.0)
-    return F.conv2d(x, weight, bias, tuple(strides), padding, tuple(dilations), group)
+def _conv(x: Any, weight: Any, bias: Any = None, *, strides: Any = (1, 1), group: int = 1, **others: Any) -> Any:
+    dilations = tuple(others.get("dilations", (1, 1)))
+    x, padding = _padded(x, 0.0, **others)
+    return F.conv2d(x, weight, bias, tuple(strides), padding, dilations, group)
 
 
-def _conv_in_float32(x: Any, *constants: Any, **attributes: Any) -> Any:
-    return _conv(x.float(), *(constant.float() for constant in constants), **attributes)
+def _conv_in_float32(x: Any, *weights: Any, **attributes: Any) -> Any:
+    return _conv(x.float(), *(weight.float() for weight in weights), **attributes)
 
 
-def _padded(x: Any, pads: Sequence[int], auto_pad: bytes, value: float | None) -> tuple[Any, tuple[int, int]]:
+def _padded(
+    x: Any, value: float | None, *, pads: Sequence[int] = (0, 0, 0, 0), auto_pad: bytes = b"NOTSET", **_: Any
+) -> tuple[Any, tuple[int, int]]:
     """`x` with what cannot be left to torch's own symmetrical padding, and that padding; no `value` is for averages."""
     if auto_pad not in (b"NOTSET", b"VALID"):
         raise NotImplementedError(f"auto_pad {auto_pad!r}")
@@ -178,36 +158,20 @@ def _padded(x: Any, pads: Sequence[int], auto_pad: bytes, value: float | None) -
     return F.pad(x, (left, right, top, bottom), value=value), (0, 0)
 
 
-def _pool(
-    x: Any,
-    *,
-    kernel_shape: Sequence[int],
-    strides: Sequence[int] = (1, 1),
-    pads: Sequence[int] = (0, 0, 0, 0),
-    ceil_mode: int = 0,
-    auto_pad: bytes = b"NOTSET",
-    is_average: bool = False,
-    count_include_pad: int = 0,
-    **_: Any,
-) -> Any:
-    x, padding = _padded(x, pads, auto_pad, None if is_average else float("-inf"))
-    if is_average:
-        return F.avg_pool2d(x, tuple(kernel_shape), tuple(strides), padding, bool(ceil_mode), bool(count_include_pad))
+def _max_pool(x: Any, *, kernel_shape: Any, strides: Any = (1, 1), ceil_mode: int = 0, **borders: Any) -> Any:
+    x, padding = _padded(x, float("-inf"), **borders)
     return F.max_pool2d(x, tuple(kernel_shape), tuple(strides), padding, ceil_mode=bool(ceil_mode))
 
 
-def _gemm(
-    a: Any,
-    b: Any,
-    c: Any = None,
-    *,
-    alpha: float = 1.0,
-    beta: float = 1.0,
-    transA: int = 0,  # noqa: N803  # ONNX's own names
-    transB: int = 0,  # noqa: N803
-) -> Any:
-    product = alpha * ((a.T if transA else a) @ (b.T if transB else b))
-    return product if c is None else product + beta * c
+def _average_pool(x: Any, *, kernel_shape: Any, strides: Any = (1, 1), ceil_mode: int = 0, **borders: Any) -> Any:
+    x, padding = _padded(x, None, **borders)
+    counts_borders = bool(borders.get("count_include_pad"))
+    return F.avg_pool2d(x, tuple(kernel_shape), tuple(strides), padding, bool(ceil_mode), counts_borders)
+
+
+def _gemm(a: Any, b: Any, c: Any = 0, *, alpha: float = 1, beta: float = 1, **transposed: int) -> Any:
+    left, right = (x.T if transposed.get(name) else x for x, name in ((a, "transA"), (b, "transB")))
+    return alpha * (left @ right) + beta * c
 
 
 def _resize(
@@ -238,30 +202,11 @@ def _slice(values: Any, starts: Any, ends: Any, axes: Any = None, steps: Any = N
     return values[tuple(picked)]
 
 
-def _concat(*values: Any, axis: int) -> Any:
-    if isinstance(values[0], list):
-        return [side for sides in values for side in sides]
-    return torch.cat(values, axis)
-
-
-def _gather(shape: list[int], indices: Any, axis: int = 0) -> Any:
-    """Sides of a shape: one, or some."""
-    return [shape[index] for index in indices] if isinstance(indices, list) else shape[indices]
-
-
 def _unsqueeze(x: Any, given: Any = None, *, axes: Sequence[int] = ()) -> Any:
     if not isinstance(x, torch.Tensor):
         return [x]
     for axis in sorted(axes if given is None else given):
         x = x.unsqueeze(axis)
-    return x
-
-
-def _squeeze(x: Any, given: Any = None, *, axes: Sequence[int] = ()) -> Any:
-    if isinstance(x, list):
-        return x[0]
-    for axis in sorted(axes if given is None else given, reverse=True):
-        x = x.squeeze(axis)
     return x
 
 
@@ -279,12 +224,6 @@ def _reshape_each(x: Any, shape: Any, **_: Any) -> Any:
     return x.reshape([x.shape[0], *map(int, shape)])
 
 
-def _clip(x: Any, low: Any = None, high: Any = None, **limits: float) -> Any:
-    low = limits.get("min") if low is None else float(low)
-    high = limits.get("max") if high is None else float(high)
-    return x.clamp(low, high)
-
-
 def _quantise(x: torch.Tensor) -> tuple[torch.Tensor, float, None]:
     """`x` rounded to the 256 levels of its range, as DynamicQuantizeLinear does it for one image; scale; no zero point.
 
@@ -298,13 +237,15 @@ def _quantise(x: torch.Tensor) -> tuple[torch.Tensor, float, None]:
     return ((levels - zero) * scale).to(x.dtype), _QUANTUM, None
 
 
-_OPERATORS: dict[str, Callable[..., Any]] = {
+_OPERATORS: dict[str, Callable[..., Any]] = {  # a list is a shape, of which some sides are taken or put together
     "Add": lambda a, b: a + b,
-    "AveragePool": partial(_pool, is_average=True),
+    "AveragePool": _average_pool,
     "BatchNormalization": lambda x, w, b, mean, var, epsilon=1e-5, **_: F.batch_norm(x, mean, var, w, b, eps=epsilon),
     "Cast": lambda x, **_: x,
-    "Clip": _clip,
-    "Concat": _concat,
+    "Clip": lambda x, low=None, high=None, min=None, max=None: x.clamp(
+        min if low is None else low, max if high is None else high
+    ),
+    "Concat": lambda *values, axis: [*chain(*values)] if isinstance(values[0], list) else torch.cat(values, axis),
     "Constant": lambda **_: None,
     "Conv": _conv,
     "ConvInteger": lambda x, weight, *_, **attributes: _conv(x, weight, **attributes),
@@ -312,14 +253,14 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "Dropout": lambda x, *_, **__: x,
     "DynamicQuantizeLinear": _quantise,
     "Flatten": lambda x, axis=1: x.flatten(axis),
-    "Gather": _gather,
+    "Gather": lambda shape, at, axis=0: [shape[side] for side in at] if isinstance(at, list) else shape[at],
     "Gemm": _gemm,
     "GlobalAveragePool": lambda x: x.mean((2, 3), keepdim=True),
     "Identity": lambda x: x,
     "LeakyRelu": lambda x, alpha=0.01: F.leaky_relu(x, alpha),
     "MatMul": lambda a, b: a @ b,
     "MatMulInteger": lambda x, weight, *_: x @ weight,
-    "MaxPool": _pool,
+    "MaxPool": _max_pool,
     "Mul": lambda a, b: a * b,
     "PRelu": lambda x, slope: F.prelu(x, slope.flatten()),
     "Relu": F.relu,
@@ -328,7 +269,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "Shape": lambda x: list(x.shape),
     "Sigmoid": torch.sigmoid,
     "Slice": _slice,
-    "Squeeze": _squeeze,
+    "Squeeze": lambda x, at=None, axes=(): x[0] if isinstance(x, list) else x.squeeze(tuple(at or axes)),
     "Sub": lambda a, b: a - b,
     "Transpose": lambda x, perm: x.permute(perm),
     "Unsqueeze": _unsqueeze,

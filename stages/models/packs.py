@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from schemas.arcface import INSIGHTFACE_LICENCE
 from schemas.digest import sha256_of_file
@@ -13,6 +14,7 @@ from stages.models.weights import card, find, located
 from stages.settings import ModelSettings
 
 _UNUSED = ("1k3d68.onnx", "2d106det.onnx", "genderage.onnx")
+_MANIFEST = "manifest.json"
 _MANIFEST_TASKS = {"detector": "detection", "face_embedder": "recognition"}
 
 
@@ -44,9 +46,10 @@ def pack_file(task: str, settings: ModelSettings) -> Path:
         raise _no_task(task, settings)
     # a folder of unknown origin: by its manifest, known names, then graphs
     folder = Path(settings.pack).expanduser()
-    declared = _manifest_file(folder, task)
-    if declared:
-        return declared
+    if declared := _declared(folder, task):
+        if not (folder / declared[0]).is_file():
+            raise WeightsError(f"{folder / _MANIFEST} names {declared[0]}, which is not there: correct or remove it.")
+        return folder / declared[0]
     names = {file.name for weight in WEIGHTS.values() for file in weight.files if file.task == task}
     others = {file.name for weight in WEIGHTS.values() for file in weight.files} - names
     candidates = sorted(path for path in folder.glob("*.onnx") if path.name not in (*_UNUSED, *others))
@@ -56,29 +59,24 @@ def pack_file(task: str, settings: ModelSettings) -> Path:
     raise WeightsError(f"The pack {folder} holds no ONNX file for the {task}: set models.pack to a folder with one.")
 
 
-def _manifest_file(folder: Path, task: str) -> Path | None:
-    """The manifest of insightface of version 2 names a file per task; older ones do not count."""
-    manifest = folder / "manifest.json"
+def _declared(folder: Path, task: str) -> tuple[str, Any] | None:
+    """A task's file and preprocessing by insightface's manifest of version 2; older ones do not count."""
+    manifest = folder / _MANIFEST
     if not manifest.is_file():
         return None
     try:
         content = json.loads(manifest.read_bytes())
         if content.get("manifest_version") != 2:
             return None
-        path = folder / str(content["tasks"][_MANIFEST_TASKS[task]]["file"])
+        entry = content["tasks"][_MANIFEST_TASKS[task]]
+        return str(entry["file"]), entry.get("preprocessing")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{manifest} names no file for the {task} ({error!r}): correct or remove it.") from error
-    if not path.is_file():
-        raise WeightsError(f"{manifest} names {path.name}, which is not there: correct or remove it.")
-    return path
 
 
 def declared_pixels(path: Path, task: str) -> tuple[float, float] | None:
     """Mean and standard deviation of pixels as the manifest beside a file declares them; None where there is none."""
-    manifest = path.parent / "manifest.json"
-    if not manifest.is_file():
-        return None
-    pixels = json.loads(manifest.read_bytes()).get("tasks", {}).get(_MANIFEST_TASKS[task], {}).get("preprocessing")
+    _, pixels = _declared(path.parent, task) or ("", None)
     if pixels == "embedded":
         return 0.0, 1.0
     return (float(pixels["mean"]), float(pixels["std"])) if pixels else None
@@ -111,10 +109,10 @@ def pack_card(task: str, settings: ModelSettings) -> ModelCard:
         return replace(card(weight, task, settings), name=f"{settings.pack}/{located(weight, task, settings)[0].name}")
     path = pack_file(task, settings)
     sha256 = sha256_of_file(path)
-    weights = (known for known in WEIGHTS.values() if any(file.sha256 == sha256 for file in known.files))
     name = f"{Path(settings.pack).expanduser().resolve().name}/{path.name}"
-    for weight in weights:
-        return ModelCard(name, task, sha256, weight.licence, weight.commercial)
+    for weight in WEIGHTS.values():
+        if any(file.sha256 == sha256 for file in weight.files):
+            return ModelCard(name, task, sha256, weight.licence, weight.commercial)
     return ModelCard(name, task, sha256, INSIGHTFACE_LICENCE, False)
 
 

@@ -9,8 +9,6 @@ from schemas.arcface import INSIGHTFACE_LICENCE, PACK_FILES
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file of a weight."""
-
     name: str
     task: str
     """The task that it does; empty for a config that only goes with the weights."""
@@ -24,8 +22,6 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class Weight:
-    """A known weight: its papers and its files."""
-
     name: str
     files: tuple[WeightFile, ...]
     licence: str
@@ -72,247 +68,173 @@ class Weight:
         return {file: path / file.name if self.is_folder else path for file in needed}
 
 
+_MODEL = "model.safetensors"
+_WORDS = "vocab.json merges.txt tokenizer_config.json special_tokens_map.json preprocessor_config.json"
 _CELEBAMASK = "code MIT; weights trained on CelebAMask-HQ: non-commercial research and education only"
-_SCRFD = "SCRFD (arXiv 2105.04714), ArcFace (arXiv 1801.07698)"
-_SCRFD_INPUT = (
-    "detector: RGB letterboxed to det_size, (x - 127.5) / 128; recogniser: RGB 112 norm_crop, (x - 127.5) / 127.5"
-)
-_ZIPS = "https://github.com/deepinsight/insightface/releases/download/v0.7"
-_OPENCV_ZOO = "https://github.com/opencv/opencv_zoo/raw/47534e27c9851bb1128ccc0102f1145e27f23f98"
-_EDIFFIQA = "8bdc41bb5e3db55a99aec2902412f3d930524892"
-_FACEXLIB = "https://github.com/xinntao/facexlib/releases/download"
+_FILES: dict[str, tuple[int, str]] = {
+    **{f"{name}.onnx": file for name, file in PACK_FILES.items()},
+    "buffalo_l.zip": (288_621_354, "80ffe37d8a5940d59a7384c201a2a38d4741f2f3c51eef46ebb28218a7b0ca2f"),
+    "buffalo_m.zip": (275_951_529, "d98264bd8f2dc75cbc2ddce2a14e636e02bb857b3051c234b737bf3b614edca9"),
+    "buffalo_s.zip": (127_607_557, "d85a87f503f691807cd8bb97128bdf7a0660326cd9cd02657127fa978bab8b5e"),
+    "buffalo_sc.zip": (14_969_382, "57d31b56b6ffa911c8a73cfc1707c73cab76efe7f13b675a05223bf42de47c72"),
+    "antelopev2.zip": (360_662_982, "8e182f14fc6e80b3bfa375b33eb6cff7ee05d8ef7633e738d1c89021dcf0c5c5"),
+    "face_detection_yunet_2023mar.onnx": (
+        232_589,
+        "8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4",
+    ),
+    "parsing_bisenet.pth": (53_289_463, "468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567"),
+    "parsing_parsenet.pth": (85_331_193, "3d558d8d0e42c20224f13cf5a29c79eba2d59913419f945545d8cf7b72920de2"),
+    "recognition_arcface_ir_se50.pth": (
+        175_367_323,
+        "a035c768259b98ab1ce0e646312f48b9e1e218197a0f80ac6765e88f8b6ddf28",
+    ),
+    "clip-vit-h": (2_528_373_448, "6ca9667da1ca9e0b0f75e46bb030f7e011f44f86cbfb8d5a36590fcd7507b030"),
+    "clip-vit-h-text": (3_944_552_236, "036e6e2bd49697511f4f8b8cb5ee465f93025f7a69a145eadeb9a881ace9b18d"),
+    "ediffiqa_tiny_jun2024.onnx": (7_272_678, "9426c899cc0f01665240cb7d9e7f98e18e24e456c178326c771a43da289bfc6a"),
+    "dinov2": (1_217_522_888, "399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23"),
+    "dinov2's config": (549, "12df51c069a2dc1305e34ba71ef58bc2407ea553b75f4722a1715c1bce3bbed0"),
+}
+"""Bytes and sha256 of files by their names, or by those of their weights."""
 
 
-def _insightface_pack(name: str, detector: WeightFile, recogniser: WeightFile, size: int, sha256: str) -> Weight:
+def _pack(name: str, detector: str, recogniser: str) -> Weight:
     """A pack of insightface's release: only detection and recognition are taken out of its zip."""
+    page, version = "https://github.com/deepinsight/insightface/releases", "v0.7"
+    same = {"scrfd_10g_bnkps.onnx": "det_10g.onnx"}
+    files = {detector: "detector", recogniser: "face_embedder"}
     return Weight(
-        name=name,
-        files=(detector, recogniser),
-        archive=WeightFile(f"{name}.zip", "", size, sha256, f"{_ZIPS}/{name}.zip"),
-        licence=INSIGHTFACE_LICENCE,
+        name,
+        tuple(WeightFile(file, task, *_FILES[same.get(file, file)]) for file, task in files.items()),
+        INSIGHTFACE_LICENCE,
         commercial=False,
-        source="https://github.com/deepinsight/insightface/releases/tag/v0.7",
-        revision="v0.7",
-        paper=_SCRFD,
-        preprocessing=_SCRFD_INPUT,
+        source=f"{page}/tag/{version}",
+        revision=version,
+        paper="SCRFD (arXiv 2105.04714), ArcFace (arXiv 1801.07698)",
+        preprocessing="detector: RGB letterboxed to det_size, (x - 127.5) / 128; "
+        "recogniser: RGB 112 norm_crop, (x - 127.5) / 127.5",
+        archive=WeightFile(f"{name}.zip", "", *_FILES[f"{name}.zip"], f"{page}/download/{version}/{name}.zip"),
     )
 
 
+def _facexlib(name: str, task: str, file: str, version: str, licence: str, paper: str, preprocessing: str) -> Weight:
+    page = "https://github.com/xinntao/facexlib/releases"
+    files = (WeightFile(file, task, *_FILES[file], f"{page}/download/{version}/{file}"),)
+    return Weight(name, files, licence, False, f"{page}/tag/{version}", version, paper, preprocessing)
+
+
+def _opencv_zoo(name: str, task: str, path: str, revision: str, licence: str, paper: str, preprocessing: str) -> Weight:
+    zoo, (folder, file) = "https://github.com/opencv/opencv_zoo", path.rsplit("/", 1)
+    files = (WeightFile(file, task, *_FILES[file], f"{zoo}/raw/{revision}/{path}"),)
+    return Weight(name, files, licence, True, f"{zoo}/tree/main/{folder}", revision, paper, preprocessing)
+
+
+def _hub(
+    name: str,
+    repository: str,
+    revision: str,
+    files: tuple[WeightFile, ...],
+    licence: str,
+    paper: str,
+    preprocessing: str,
+) -> Weight:
+    page = f"https://huggingface.co/{repository}"
+    return Weight(name, files, licence, True, page, revision, paper, preprocessing, repository)
+
+
 _ALL = (
-    _insightface_pack(
-        "buffalo_l",
-        WeightFile("det_10g.onnx", "detector", *PACK_FILES["det_10g"][:2]),
-        WeightFile("w600k_r50.onnx", "face_embedder", *PACK_FILES["w600k_r50"][:2]),
-        288_621_354,
-        "80ffe37d8a5940d59a7384c201a2a38d4741f2f3c51eef46ebb28218a7b0ca2f",
-    ),
-    _insightface_pack(
-        "buffalo_m",
-        WeightFile("det_2.5g.onnx", "detector", *PACK_FILES["det_2.5g"][:2]),
-        WeightFile("w600k_r50.onnx", "face_embedder", *PACK_FILES["w600k_r50"][:2]),
-        275_951_529,
-        "d98264bd8f2dc75cbc2ddce2a14e636e02bb857b3051c234b737bf3b614edca9",
-    ),
-    _insightface_pack(
-        "buffalo_s",
-        WeightFile("det_500m.onnx", "detector", *PACK_FILES["det_500m"][:2]),
-        WeightFile("w600k_mbf.onnx", "face_embedder", *PACK_FILES["w600k_mbf"][:2]),
-        127_607_557,
-        "d85a87f503f691807cd8bb97128bdf7a0660326cd9cd02657127fa978bab8b5e",
-    ),
-    _insightface_pack(
-        "buffalo_sc",
-        WeightFile("det_500m.onnx", "detector", *PACK_FILES["det_500m"][:2]),
-        WeightFile("w600k_mbf.onnx", "face_embedder", *PACK_FILES["w600k_mbf"][:2]),
-        14_969_382,
-        "57d31b56b6ffa911c8a73cfc1707c73cab76efe7f13b675a05223bf42de47c72",
-    ),
-    _insightface_pack(
-        "antelopev2",
-        WeightFile("scrfd_10g_bnkps.onnx", "detector", *PACK_FILES["det_10g"][:2]),
-        WeightFile("glintr100.onnx", "face_embedder", *PACK_FILES["glintr100"][:2]),
-        360_662_982,
-        "8e182f14fc6e80b3bfa375b33eb6cff7ee05d8ef7633e738d1c89021dcf0c5c5",
-    ),
-    Weight(
-        name="auraface",
-        files=(
-            WeightFile(
-                "auraface_glintr100.onnx",
-                "face_embedder",
-                *PACK_FILES["auraface"][:2],
-                "glintr100.onnx",
-            ),
-        ),
+    _pack("buffalo_l", "det_10g.onnx", "w600k_r50.onnx"),
+    _pack("buffalo_m", "det_2.5g.onnx", "w600k_r50.onnx"),
+    _pack("buffalo_s", "det_500m.onnx", "w600k_mbf.onnx"),
+    _pack("buffalo_sc", "det_500m.onnx", "w600k_mbf.onnx"),
+    _pack("antelopev2", "scrfd_10g_bnkps.onnx", "glintr100.onnx"),
+    _hub(
+        "auraface",
+        "fal/AuraFace-v1",
+        "af6d057c9b0ec4071d4c49c80e3539258798b609",
+        (WeightFile("auraface_glintr100.onnx", "face_embedder", *_FILES["auraface.onnx"], "glintr100.onnx"),),
         licence="Apache-2.0",
-        commercial=True,
-        source="https://huggingface.co/fal/AuraFace-v1",
-        repository="fal/AuraFace-v1",
-        revision="af6d057c9b0ec4071d4c49c80e3539258798b609",
         paper="ArcFace (arXiv 1801.07698)",
         preprocessing="RGB 112 norm_crop, (x - 127.5) / 127.5",
     ),
-    Weight(
-        name="yunet",
-        files=(
-            WeightFile(
-                "face_detection_yunet_2023mar.onnx",
-                "detector",
-                232_589,
-                "8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4",
-                f"{_OPENCV_ZOO}/models/face_detection_yunet/face_detection_yunet_2023mar.onnx",
-            ),
-        ),
+    _opencv_zoo(
+        "yunet",
+        "detector",
+        "models/face_detection_yunet/face_detection_yunet_2023mar.onnx",
+        "47534e27c9851bb1128ccc0102f1145e27f23f98",
         licence="MIT",
-        commercial=True,
-        source="https://github.com/opencv/opencv_zoo/tree/main/models/face_detection_yunet",
-        revision="47534e27c9851bb1128ccc0102f1145e27f23f98",
         paper="YuNet (doi 10.1007/s11633-023-1423-y)",
         preprocessing="BGR 0..255, long side at most det_size",
     ),
-    Weight(
-        name="bisenet",
-        files=(
-            WeightFile(
-                "parsing_bisenet.pth",
-                "segmenter",
-                53_289_463,
-                "468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567",
-                f"{_FACEXLIB}/v0.2.0/parsing_bisenet.pth",
-            ),
-        ),
+    _facexlib(
+        "bisenet",
+        "segmenter",
+        "parsing_bisenet.pth",
+        "v0.2.0",
         licence=_CELEBAMASK,
-        commercial=False,
-        source="https://github.com/xinntao/facexlib/releases/tag/v0.2.0",
-        revision="v0.2.0",
         paper="BiSeNet (arXiv 1808.00897), CelebAMask-HQ (arXiv 1907.11922)",
         preprocessing="RGB 512, ImageNet mean and standard deviation",
     ),
-    Weight(
-        name="parsenet",
-        files=(
-            WeightFile(
-                "parsing_parsenet.pth",
-                "segmenter",
-                85_331_193,
-                "3d558d8d0e42c20224f13cf5a29c79eba2d59913419f945545d8cf7b72920de2",
-                f"{_FACEXLIB}/v0.2.2/parsing_parsenet.pth",
-            ),
-        ),
+    _facexlib(
+        "parsenet",
+        "segmenter",
+        "parsing_parsenet.pth",
+        "v0.2.2",
         licence=_CELEBAMASK,
-        commercial=False,
-        source="https://github.com/xinntao/facexlib/releases/tag/v0.2.2",
-        revision="v0.2.2",
         paper="PSFR-GAN (arXiv 2009.08709), CelebAMask-HQ (arXiv 1907.11922)",
         preprocessing="RGB 512, (x / 255 - 0.5) / 0.5",
     ),
-    Weight(
-        name="arcface-ir-se50",
-        files=(
-            WeightFile(
-                "recognition_arcface_ir_se50.pth",
-                "id_loss",
-                175_367_323,
-                "a035c768259b98ab1ce0e646312f48b9e1e218197a0f80ac6765e88f8b6ddf28",
-                f"{_FACEXLIB}/v0.1.0/recognition_arcface_ir_se50.pth",
-            ),
-        ),
+    _facexlib(
+        "arcface-ir-se50",
+        "id_loss",
+        "recognition_arcface_ir_se50.pth",
+        "v0.1.0",
         licence="code MIT; weights trained on MS-Celeb-1M: non-commercial research only",
-        commercial=False,
-        source="https://github.com/xinntao/facexlib/releases/tag/v0.1.0",
-        revision="v0.1.0",
         paper="ArcFace (arXiv 1801.07698)",
         preprocessing="BGR 112 norm_crop, (x - 127.5) / 127.5",
     ),
-    Weight(
-        name="clip-vit-h",
-        files=(
+    _hub(
+        "clip-vit-h",
+        "h94/IP-Adapter",
+        "018e402774aeeddd60609b4ecdb7e298259dc729",
+        (
             WeightFile("config.json", "", source="models/image_encoder/config.json"),
-            WeightFile(
-                "model.safetensors",
-                "image_embedder",
-                2_528_373_448,
-                "6ca9667da1ca9e0b0f75e46bb030f7e011f44f86cbfb8d5a36590fcd7507b030",
-                "models/image_encoder/model.safetensors",
-            ),
+            WeightFile(_MODEL, "image_embedder", *_FILES["clip-vit-h"], f"models/image_encoder/{_MODEL}"),
         ),
         licence="Apache-2.0 (h94/IP-Adapter; OpenCLIP ViT-H/14 laion2B: MIT)",
-        commercial=True,
-        source="https://huggingface.co/h94/IP-Adapter",
-        repository="h94/IP-Adapter",
-        revision="018e402774aeeddd60609b4ecdb7e298259dc729",
         paper="OpenCLIP scaling laws (arXiv 2212.07143), IP-Adapter (arXiv 2308.06721)",
         preprocessing="RGB 224, CLIP mean and standard deviation",
     ),
-    Weight(
-        name="clip-vit-h-text",
-        files=(
+    _hub(
+        "clip-vit-h-text",
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
+        (
             WeightFile("config.json", "", source="config.json"),
-            WeightFile(
-                "model.safetensors",
-                "text",
-                3_944_552_236,
-                "036e6e2bd49697511f4f8b8cb5ee465f93025f7a69a145eadeb9a881ace9b18d",
-                "model.safetensors",
-            ),
-            *(
-                WeightFile(name, "", source=name)
-                for name in (
-                    *("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
-                    "preprocessor_config.json",
-                )
-            ),
+            WeightFile(_MODEL, "text", *_FILES["clip-vit-h-text"], _MODEL),
+            *(WeightFile(name, "", source=name) for name in _WORDS.split()),
         ),
         licence="MIT",
-        commercial=True,
-        source="https://huggingface.co/laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        repository="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        revision="1c2b8495b28150b8a4922ee1c8edee224c284c0c",
         paper="OpenCLIP scaling laws (arXiv 2212.07143)",
         preprocessing="words, at most 77 tokens",
     ),
-    Weight(
-        name="ediffiqa-t",
-        files=(
-            WeightFile(
-                "ediffiqa_tiny_jun2024.onnx",
-                "fiqa",
-                7_272_678,
-                "9426c899cc0f01665240cb7d9e7f98e18e24e456c178326c771a43da289bfc6a",
-                f"https://github.com/opencv/opencv_zoo/raw/{_EDIFFIQA}/models/"
-                "face_image_quality_assessment_ediffiqa/ediffiqa_tiny_jun2024.onnx",
-            ),
-        ),
+    _opencv_zoo(
+        "ediffiqa-t",
+        "fiqa",
+        "models/face_image_quality_assessment_ediffiqa/ediffiqa_tiny_jun2024.onnx",
+        "8bdc41bb5e3db55a99aec2902412f3d930524892",
         licence="CC-BY-4.0 (opencv_zoo; trained on VGGFace2)",
-        commercial=True,
-        source="https://github.com/opencv/opencv_zoo/tree/main/models/face_image_quality_assessment_ediffiqa",
-        revision=_EDIFFIQA,
         paper="eDifFIQA (IEEE T-BIOM 2024, ieeexplore document 10468647)",
         preprocessing="RGB 112 norm_crop, (x / 255 - 0.5) / 0.5",
     ),
-    Weight(
-        name="dinov2",
-        files=(
-            WeightFile(
-                "config.json",
-                "",
-                549,
-                "12df51c069a2dc1305e34ba71ef58bc2407ea553b75f4722a1715c1bce3bbed0",
-                "config.json",
-            ),
-            WeightFile(
-                "model.safetensors",
-                "image_embedder",
-                1_217_522_888,
-                "399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23",
-                "model.safetensors",
-            ),
+    _hub(
+        "dinov2",
+        "facebook/dinov2-large",
+        "47b73eefe95e8d44ec3623f8890bd894b6ea2d6c",
+        (
+            WeightFile("config.json", "", *_FILES["dinov2's config"], "config.json"),
+            WeightFile(_MODEL, "image_embedder", *_FILES["dinov2"], _MODEL),
         ),
         licence="Apache-2.0",
-        commercial=True,
-        source="https://huggingface.co/facebook/dinov2-large",
-        repository="facebook/dinov2-large",
-        revision="47b73eefe95e8d44ec3623f8890bd894b6ea2d6c",
         paper="DINOv2 (arXiv 2304.07193)",
         preprocessing="RGB 224, ImageNet mean and standard deviation",
     ),

@@ -14,8 +14,8 @@ from stages.models.backends import backend
 from stages.models.heads import PHOTO_FILE
 from stages.models.papers import WEIGHTS, Weight, WeightFile
 from stages.models.torch_backend import prepare
-from stages.models.tower import load_folder
-from stages.models.weights import find, located, states
+from stages.models.tower import load_folder, load_tokenizer
+from stages.models.weights import find, located, weight_state
 from stages.settings import ModelSettings
 
 CLASSES = (
@@ -34,7 +34,7 @@ CLASSES = (
 def photo_papers(settings: ModelSettings) -> Weight:
     """The head as weights of one file, beside those of clip-vit-h, wherever these are or belong."""
     images, text = WEIGHTS["clip-vit-h"], WEIGHTS["clip-vit-h-text"]
-    file = WeightFile(str(states([images], settings)[0].target / PHOTO_FILE), "photo")
+    file = WeightFile(str(weight_state(images, settings).target / PHOTO_FILE), "photo")
     return replace(text, name="photo", files=(file,), preprocessing="image_embeds of CLIP", made_of=text)
 
 
@@ -56,10 +56,7 @@ def photo_head(settings: ModelSettings) -> tuple[Path, bytes]:
     find(embedder.papers, settings)
     images, folder = located(embedder.papers, "image_embedder", settings)[0], find(embedder.text, settings)
     model = load_folder(transformers.CLIPModel, folder, "cpu")
-    try:
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{folder} has no CLIP tokenizer ({error}): fetch {embedder.text.name} again.") from error
+    tokenizer = load_tokenizer(folder)
     with safe_open(images, framework="pt") as file:
         projection, own = file.get_tensor("visual_projection.weight").float(), model.visual_projection.weight
     if projection.shape != own.shape or not torch.allclose(projection, own, atol=1e-3):

@@ -128,6 +128,7 @@ class Batches:
         self._read = read or (lambda *outputs: list(zip(*map(to_host, outputs), strict=True)))
         self._graphs = graphs and device == "cuda"
         self._of_shape: dict[tuple[int, ...], tuple[Any, Any, Callable[[], tuple[Any, ...]]]] = {}
+        """Pinned images of two batches, their tensor on the device for one, and what computes with the latter."""
         self._together = Together(self._computed)
 
     def __call__(self, images: Iterable[Image], *options: Any) -> list[Any]:
@@ -140,7 +141,13 @@ class Batches:
 
         shape, *options = kind
         with DEVICE, torch.inference_mode():
-            hosts, given, run = self._prepared(shape)
+            if shape not in self._of_shape:
+                full = (self.size, *shape)
+                hosts = torch.zeros((2, *full), dtype=torch.uint8, pin_memory=self.device == "cuda")
+                given = torch.zeros(full, dtype=torch.uint8, device=self.device)
+                run = self._captured(given) if self._graphs else partial(self._compute, given)
+                self._of_shape[shape] = (hosts, given, run)
+            hosts, given, run = self._of_shape[shape]
         batches = [images[start : start + self.size] for start in range(0, len(images), self.size)]
         results: list[Any] = []
         _fill(hosts[0], batches[0])
@@ -153,18 +160,6 @@ class Batches:
                 # Results are on the host when they are read, so that nothing reads the pinned memory any more either.
                 results += self._read(*(output[: len(batch)] for output in outputs), *options)
         return results
-
-    def _prepared(self, shape: tuple[int, ...]) -> tuple[Any, Any, Callable[[], tuple[Any, ...]]]:
-        """Pinned images of two batches, their tensor on the device for one, and what computes with the latter."""
-        import torch
-
-        if shape not in self._of_shape:
-            full = (self.size, *shape)
-            hosts = torch.zeros((2, *full), dtype=torch.uint8, pin_memory=self.device == "cuda")
-            given = torch.zeros(full, dtype=torch.uint8, device=self.device)
-            run = self._captured(given) if self._graphs else partial(self._compute, given)
-            self._of_shape[shape] = (hosts, given, run)
-        return self._of_shape[shape]
 
     def _captured(self, given: Any) -> Callable[[], tuple[Any, ...]]:
         import torch

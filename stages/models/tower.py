@@ -73,7 +73,6 @@ class Tower:
         return Batches(features, size or (1 if device == "cpu" else _GPU_BATCH), device, graphs=graphs)
 
     def unconditional(self) -> Features:
-        """Features of one all-zero tensor of pixels; see the protocol."""
         import torch
 
         with torch.inference_mode():
@@ -124,3 +123,13 @@ def load_folder(model_class: Any, folder: Path, device: str, gpu_dtype: str = "f
         first = sorted(info["missing_keys"])[0]
         raise WeightsError(f"{folder} is no complete {model_class.__name__} ({first} is missing): fetch it again.")
     return model.eval().requires_grad_(False).to(device)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """A CLIP tokenizer of a local folder; raises WeightsError when it holds none."""
+    import transformers
+
+    try:
+        return transformers.CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{folder} cannot be loaded as a CLIP tokenizer ({error}): fetch it again.") from error

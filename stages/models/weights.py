@@ -11,7 +11,7 @@ import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import NamedTuple
@@ -61,19 +61,17 @@ def find(weight: Weight, settings: ModelSettings, task: str = "") -> Path:
     Raises:
         WeightsError: when it is missing and may not be fetched, or a file has the wrong sha256.
     """
-    path = _given(weight, settings, task)
-    if path:
-        return path
-    path = _installed(weight, task)
-    if path is None and settings.allow_download:
+    state = weight_state(weight, settings, task=task, hashes=weight.name not in settings.paths)
+    if state.path is None and settings.allow_download:
         return fetch(weight)
-    if path is None:
-        raise WeightsError(f"The weights {weight.name!r} are missing: {_remedy(weight, weight.under(roots()[0]))}")
-    for file, location in weight.paths(path, task).items():
-        if not _matches(location, file):
-            wrong = f"{location} has sha256 {sha256_of_file(location)}, not {file.sha256}"
-            raise WeightsError(f"{wrong}: delete it, then {_remedy(weight, path)}")
-    return path
+    if state.path is None:
+        raise WeightsError(f"The weights {weight.name!r} are missing: {_remedy(weight, state.target)}")
+    if not state.is_ready:
+        files = weight.paths(state.path, task).items()
+        file, path = next((file, path) for file, path in files if not _matches(path, file))
+        wrong = f"{path} has sha256 {sha256_of_file(path)}, not {file.sha256}"
+        raise WeightsError(f"{wrong}: delete it, then {_remedy(weight, state.path)}")
+    return state.path
 
 
 def located(weight: Weight, task: str, settings: ModelSettings) -> tuple[Path, bool]:
@@ -82,8 +80,8 @@ def located(weight: Weight, task: str, settings: ModelSettings) -> tuple[Path, b
     Raises:
         WeightsError: when the weight holds no such file, or its path in `models.paths` is wrong.
     """
-    (state,) = states([weight], settings, task=task, hashes=True)
-    for file, path in weight.paths(state.path or weight.under(roots()[0]), task).items():
+    state = weight_state(weight, settings, task=task, hashes=True)
+    for file, path in weight.paths(state.target, task).items():
         if file.task == task:
             return path, state.is_ready
     raise WeightsError(f"The weights {weight.name!r} do not hold a {task}.")
@@ -120,17 +118,14 @@ def not_allowed(cards: Iterable[ModelCard | Weight], settings: ModelSettings) ->
     """A sentence that names all weights whose licence is not on the list `models.licences`, and what to do."""
     if not settings.licences:
         return ""
-    out = {f"{card.name} ({card.licence})": None for card in cards if not _is_listed(card.licence, settings)}
+    listed = re.compile("|".join(map(translate, settings.licences)), re.IGNORECASE)
+    out = {f"{card.name} ({card.licence})": None for card in cards if not listed.match(card.licence)}
     if not out:
         return ""
     return (
         f"models.licences allows {', '.join(settings.licences)} alone, which leaves out: {'; '.join(out)}. "
         "Choose other models, another profile, or add the licence."
     )
-
-
-def _is_listed(licence: str, settings: ModelSettings) -> bool:
-    return any(fnmatchcase(licence.lower(), pattern.lower()) for pattern in settings.licences)
 
 
 def unaccepted(cards: Iterable[ModelCard], settings: ModelSettings) -> str:
@@ -165,21 +160,25 @@ class WeightState(NamedTuple):
         return self.path or self.weight.under(roots()[0])
 
 
-def states(
-    weights: Iterable[Weight], settings: ModelSettings, *, task: str = "", hashes: bool = False
-) -> list[WeightState]:
-    """Where weights are, or what a task needs of them; with `hashes`, their files are read and compared too."""
-    rows = []
-    for weight in weights:
-        given = _given(weight, settings, task)
-        path = given or _installed(weight, task)
-        state, is_ready = "given" if given else "found" if path else "missing", path is not None
-        if path and hashes:
-            wrong = [at.name for file, at in weight.paths(path, task).items() if not _matches(at, file)]
-            state = f"{'given, ' if given else ''}wrong sha256: {', '.join(wrong)}" if wrong else "verified"
-            is_ready = not wrong or given is not None
-        rows.append(WeightState(weight, state, path, is_ready))
-    return rows
+def weight_state(weight: Weight, settings: ModelSettings, *, task: str = "", hashes: bool = False) -> WeightState:
+    """Where a weight is, or what a task needs of it; with `hashes`, its files are read and compared too.
+
+    Raises:
+        WeightsError: when its path in `models.paths` is wrong.
+    """
+    given = Path(settings.paths[weight.name]).expanduser() if weight.name in settings.paths else None
+    if given and given.is_dir() and not weight.is_folder:
+        given /= weight.files[0].name
+    for absent in _absent(weight, given, task) if given else ():
+        setting = f"models.paths.{weight.name} = {settings.paths[weight.name]!r}"
+        raise WeightsError(f"{setting} is wrong: {absent} does not exist; correct it.")
+    path = given or next((path for path in map(weight.under, roots()) if not _absent(weight, path, task)), None)
+    state, is_ready = "given" if given else "found" if path else "missing", path is not None
+    if path and hashes:
+        wrong = [at.name for file, at in weight.paths(path, task).items() if not _matches(at, file)]
+        state = f"{'given, ' if given else ''}wrong sha256: {', '.join(wrong)}" if wrong else "verified"
+        is_ready = not wrong or given is not None
+    return WeightState(weight, state, path, is_ready)
 
 
 def roots() -> list[Path]:
@@ -188,26 +187,8 @@ def roots() -> list[Path]:
     return [Path(given).expanduser(), cache_root()] if given else [cache_root()]
 
 
-def _given(weight: Weight, settings: ModelSettings, task: str = "") -> Path | None:
-    """The path that the user set for a weight; it is not compared with the known sha256."""
-    text = settings.paths.get(weight.name)
-    if text is None:
-        return None
-    path = Path(text).expanduser()
-    if path.is_dir() and not weight.is_folder:
-        path /= weight.files[0].name
-    absent = [location for location in weight.paths(path, task).values() if not location.is_file()]
-    if absent:
-        raise WeightsError(f"models.paths.{weight.name} = {text!r} is wrong: {absent[0]} does not exist; correct it.")
-    return path
-
-
-def _installed(weight: Weight, task: str = "") -> Path | None:
-    for root in roots():
-        path = weight.under(root)
-        if all(location.is_file() for location in weight.paths(path, task).values()):
-            return path
-    return None
+def _absent(weight: Weight, path: Path, task: str) -> list[Path]:
+    return [location for location in weight.paths(path, task).values() if not location.is_file()]
 
 
 def _matches(path: Path, file: WeightFile) -> bool:
@@ -284,7 +265,6 @@ def _downloaded(weight: Weight, files: list[WeightFile], folder: Path) -> Iterat
 
 
 def _retrieve(file: WeightFile, folder: Path) -> Path:
-    """Download a file by its URL, and compare its sha256."""
     import pooch
 
     pooch.get_logger().setLevel("WARNING")

@@ -95,31 +95,33 @@ class Decoder:
 
     def _answer(self, data: bytes, **request: Any) -> dict[str, Any]:
         """The answer of a child, of another one where the first died of it."""
-        attempts = starts = 0
-        while attempts < _ATTEMPTS:
-            child, self._child = self._child or _Child(self._file, self._canvas), None
-            if not child.is_ready():
-                starts += 1
-                if starts == _STARTS:
-                    raise ShardError(  # none of the errors that tell of a damaged file
-                        f"The process in which images are decoded ended {starts} times before it took one: "
-                        f"`{sys.executable} -c 'import stages.pixels.decoding_child'` may say why."
-                    )
-                continue
-            attempts += 1
+        for _ in range(_ATTEMPTS):
+            child = self._living()
             written = 0
             while written < len(data):
                 written += os.pwrite(self._file, memoryview(data)[written:], written)
             os.ftruncate(self._file, len(data))
-            answer = child.ask(request)
-            if answer is not None:
+            message = child.message(json.dumps(request).encode())
+            if message:
                 self._child = child  # one that was not waited for is never used again: its answer is to another file
+                answer: dict[str, Any] = json.loads(message)
                 if "reason" in answer:
                     raise Dropped(next(reason for reason in DropReason if reason == answer["reason"]))
                 return answer
             if child.is_out_of_time:
                 break
         raise Dropped(DropReason.DECODER_CRASH)
+
+    def _living(self) -> "_Child":
+        """A child that waits for requests, this one's or a new one; it is the caller's from now on."""
+        for _ in range(_STARTS):
+            child, self._child = self._child or _Child(self._file, self._canvas), None
+            if child.is_ready():
+                return child
+        raise ShardError(  # none of the errors that tell of a damaged file
+            f"The process in which images are decoded ended {_STARTS} times before it took one: "
+            f"`{sys.executable} -c 'import stages.pixels.decoding_child'` may say why."
+        )
 
 
 class _Child:
@@ -150,19 +152,14 @@ class _Child:
     def is_ready(self) -> bool:
         """Whether it lives, and has begun to wait for requests; the child is gone where not."""
         if not self._is_ready:
-            self._is_ready = bool(self._message())  # the first, which says that it has all that it needs
+            self._is_ready = bool(self.message())  # the first, which says that it has all that it needs
         elif self._process.poll() is not None:  # somebody killed it since its last answer
             self._end()
             return False
         return self._is_ready
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
-        """The answer to a request; None when there is none, and the child is gone then."""
-        answer = self._message(json.dumps(request).encode())
-        content: dict[str, Any] | None = json.loads(answer) if answer else None
-        return content
-
-    def _message(self, request: bytes = b"") -> bytes:
+    def message(self, request: bytes = b"") -> bytes:
+        """What comes from it, to a request or unasked; nothing when there is nothing, and the child is gone then."""
         answer = b""
         try:
             if request:

@@ -42,7 +42,6 @@ _EXTRANEOUS = 32
 
 
 def main(link: socket.socket, file: int, canvas: int) -> None:
-    """Answer until nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
@@ -168,15 +167,10 @@ def _jpeg_pixels(data: bytes, canvas: Image, factor: int) -> Image:
 
 def turned(pixels: Image, orientation: int) -> Image:
     """A view that undoes an EXIF orientation: 1 upright, 2-4 mirrored and half turned, 5-8 lying on a side."""
-    return {
-        2: lambda: pixels[:, ::-1],
-        3: lambda: pixels[::-1, ::-1],
-        4: lambda: pixels[::-1],
-        5: lambda: pixels.transpose(1, 0, 2),
-        6: lambda: np.rot90(pixels, -1),
-        7: lambda: np.rot90(pixels, 2).transpose(1, 0, 2),
-        8: lambda: np.rot90(pixels, 1),
-    }.get(orientation, lambda: pixels)()
+    if orientation > 4:
+        pixels = pixels.transpose(1, 0, 2)
+    flips = (orientation - 1) % 4  # 1: left to right, 2: both, 3: top to bottom
+    return pixels[:: -1 if flips > 1 else 1, :: -1 if flips in (1, 2) else 1]
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ def warp_labels(labels: npt.NDArray[np.uint8], kps: npt.ArrayLike, size: int) ->
 
     `kps` are the five points in the photo.
     """
-    return _warp(labels, compose(norm_matrix(kps, size), invert(ffhq_matrix(kps))), size, 0, cv2.INTER_NEAREST)
+    matrix = norm_matrix(kps, size) @ np.vstack([invert(ffhq_matrix(kps)), [0, 0, 1]])
+    return _warp(labels, matrix, size, 0, cv2.INTER_NEAREST)
 
 
 def inside_photo(kps: npt.ArrayLike, width: int, height: int, size: int) -> npt.NDArray[np.bool_]:
@@ -103,12 +104,6 @@ def foreground(face: Image, mask: npt.NDArray[np.uint8], keep: tuple[int, ...], 
     """(H, W, 3) RGB face with every pixel whose label in mask (H, W) is not in `keep` replaced by the RGB `fill`."""
     kept = np.isin(mask, keep)[:, :, None]
     return np.where(kept, face, np.array(fill, np.uint8))
-
-
-def compose(after: Matrix, before: Matrix) -> Matrix:
-    """The (2, 3) matrix that does `before`, then `after`."""
-    matrix: Matrix = after @ np.vstack([before, [0, 0, 1]])
-    return matrix
 
 
 def invert(matrix: Matrix) -> Matrix:
@@ -132,37 +127,28 @@ class Box(NamedTuple):
     y1: int
 
 
-class Framing(NamedTuple):
-    """How a square crop shows a face."""
+def crop_box(
+    bbox: npt.ArrayLike, width: int, height: int, share: float, tolerance: float, centre: float, min_side: int
+) -> Box | str:
+    """The square of a photo that shows a face, or why the photo cannot give it, as a sentence.
 
-    share: float
-    """Face height / side."""
-    tolerance: float
-    """How far the share may exceed that, relatively, where the photo is too small."""
-    centre: float
-    """Where the centre of the face is wished for, share of the side from the top."""
-    min_side: int
-    """Smallest side, pixels of the photo."""
-
-
-def crop_box(bbox: npt.ArrayLike, width: int, height: int, framing: Framing) -> Box | str:
-    """The square of a photo that shows a face as `framing` says, or why the photo cannot give it, as a sentence.
-
-    `bbox` is the face's box in the photo of width x height; it may reach beyond it. The square lies in the photo,
-    and holds all of the face that the photo holds.
+    `bbox` is the face's box in the photo of width x height; it may reach beyond it. The square lies in the photo, and
+    holds all of the face that the photo holds. `share` is face height / side, and may be exceeded by `tolerance`,
+    relatively, where the photo is too small; the face's centre is wished for at `centre`, share of the side from the
+    top; `min_side` is the smallest side, pixels of the photo.
     """
     x0, y0, x1, y1 = (float(edge) for edge in np.asarray(bbox, np.float64))
-    exact = ceil((y1 - y0) / framing.share)
+    exact = ceil((y1 - y0) / share)
     side = max(1, min(exact, width, height))
-    if side < exact and (y1 - y0) / side > framing.share * (1 + framing.tolerance):
+    if side < exact and (y1 - y0) / side > share * (1 + tolerance):
         return f"the photo is too small: a square of {exact} px is wanted, {side} px is there"
-    if side < framing.min_side:
-        return f"the crop would be too small: {side} px, the least is {framing.min_side}"
+    if side < min_side:
+        return f"the crop would be too small: {side} px, the least is {min_side}"
     across, down = _visible(x0, x1, width), _visible(y0, y1, height)
     if max(across[1] - across[0], down[1] - down[0]) > side:
         return f"the face does not fit into a square of {side} px"
-    left = _place((x0 + x1) / 2 - side / 2, across, side, width)
-    top = _place((y0 + y1) / 2 - side * framing.centre, down, side, height)
+    left = _start((x0 + x1) / 2 - side / 2, across, side, width)
+    top = _start((y0 + y1) / 2 - side * centre, down, side, height)
     return Box(left, top, left + side, top + side)
 
 
@@ -170,7 +156,7 @@ def _visible(low: float, high: float, limit: int) -> tuple[int, int]:
     return min(max(floor(low), 0), limit), max(min(ceil(high), limit), 0)
 
 
-def _place(wanted: float, face: tuple[int, int], side: int, limit: int) -> int:
+def _start(wanted: float, face: tuple[int, int], side: int, limit: int) -> int:
     """The start of a stretch of `side` within 0..limit that covers `face`, as near to `wanted` as can be."""
     first, last = max(0, face[1] - side), min(limit - side, face[0])
     return min(max(round(wanted), first), last)

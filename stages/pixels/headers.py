@@ -13,20 +13,13 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from itertools import islice
+from pkgutil import resolve_name
 from typing import NamedTuple
 
 import cv2
 from PIL import Image as Pillow
 from PIL import features
-from PIL.AvifImagePlugin import AvifImageFile
-from PIL.BmpImagePlugin import BmpImageFile
-from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import TiffImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 
 from schemas.drops import Dropped, DropReason
 from stages.pixels import decoding, jpeg
@@ -34,16 +27,10 @@ from stages.pixels import decoding, jpeg
 Pillow.MAX_IMAGE_PIXELS = None  # the cap is filter.max_pixels, judged before any decode
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # broken files are counted as drops, not logged one by one
 
+_PLUGINS = ("Jpeg", "Png", "WebP", "Gif", "Bmp", "Tiff", *(["Avif"] if features.check("avif") else []))
 OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
-    "JPEG": JpegImageFile,
-    "PNG": PngImageFile,
-    "WEBP": WebPImageFile,
-    "GIF": GifImageFile,
-    "BMP": BmpImageFile,
-    "TIFF": TiffImageFile,
+    name.upper(): resolve_name(f"PIL.{name}ImagePlugin:{name}ImageFile") for name in _PLUGINS
 }
-if features.check("avif"):
-    OPENERS["AVIF"] = AvifImageFile
 
 _FORMAT = re.compile(
     rb"(?P<JPEG>\xff\xd8\xff)|(?P<PNG>\x89PNG\r\n\x1a\n)|(?P<WEBP>RIFF....WEBP)|(?P<GIF>GIF8[79]a)"
@@ -67,29 +54,19 @@ APART = frozenset({"TIFF", "AVIF"})
 _CHUNKS = 50_000
 """Steps of a walk over chunks; 50 MB of PNG in chunks of 8 KiB are 6,400."""
 _PLAIN_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
+_JPEG_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
+_FRAMES, _APP1 = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}, 0xE1
+"""JPEG's markers."""
 DEEP_MODES = frozenset({"I;16", "I;16B", "I;16L"})
 
 DECODER_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    OverflowError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-    cv2.error,
-    AssertionError,
-    AttributeError,
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, RuntimeError),
+    *(struct.error, zlib.error, cv2.error, AssertionError, AttributeError),
 )
 """What Pillow and OpenCV raise for bytes that they cannot read: what `PIL.Image.open` expects, and more."""
 
 
 class Header(NamedTuple):
-    """What an image file says of itself."""
-
     format: str
     """JPEG, PNG, WEBP, GIF, BMP, TIFF or AVIF."""
     width: int
@@ -152,8 +129,8 @@ def check_whole(data: bytes, header: Header) -> None:
         raise Dropped(DropReason.TRUNCATED_IMAGE)
     # a decoder would take minutes for what has few pixels
     scans = jpeg.count_scans(data) if header.format == "JPEG" else 0
-    chunks = sum(1 for _ in islice(png_chunks(data), _CHUNKS)) if header.format == "PNG" else 0
-    if scans > jpeg.MAX_SCANS or chunks == _CHUNKS:
+    is_endless = header.format == "PNG" and sum(1 for _ in chunks("PNG", data)) == _CHUNKS
+    if scans > jpeg.MAX_SCANS or is_endless:
         raise Dropped(DropReason.CORRUPT_IMAGE)
 
 
@@ -210,8 +187,15 @@ def _orientation(exif: bytes) -> int:
 
 
 def _jpeg(data: bytes) -> Stored:
-    frame = jpeg.read_frame(data)
-    return Stored(frame.width, frame.height, frame.mode, _orientation(frame.exif))
+    """The frame and the EXIF block before the first scan (ITU T.81, B.2.2)."""
+    frame, exif = b"", b""
+    for marker, start, end in jpeg.segments(data):
+        if marker in _FRAMES and not frame:
+            frame = data[start:end]
+        elif marker == _APP1 and not exif and data[start : start + 6] == b"Exif\0\0":
+            exif = data[start:end]
+    depth, height, width, colours = struct.unpack_from(">BHHB", frame)
+    return Stored(width, height, _JPEG_MODES.get(colours, "") if depth == 8 else "", _orientation(exif))
 
 
 def _png(data: bytes) -> Stored:
@@ -220,24 +204,12 @@ def _png(data: bytes) -> Stored:
     if kind != b"IHDR" or checksum != zlib.crc32(data[12:29]):
         raise ValueError("a PNG that does not begin with its size")
     exif = b""
-    for name, start, size in png_chunks(data):
+    for name, start, end in chunks("PNG", data):
         if name == b"eXIf":
-            exif = data[start : start + size]
+            exif = data[start:end]
         elif name == b"IDAT":
             return Stored(width, height, "I;16" if (depth, colours) == (16, 0) else "RGBA", _orientation(exif))
-    raise ValueError("the PNG ends before its pixels")
-
-
-def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Name, start and size of the content of each chunk whose head is there."""
-    position = 8
-    for _ in range(_CHUNKS):
-        if position + 8 > len(data):
-            return
-        size, name = struct.unpack_from(">I4s", data, position)
-        yield name, position + 8, size
-        position += 12 + size
-    raise ValueError("too many chunks")
+    raise ValueError("the PNG ends before its pixels, or has too many other chunks")
 
 
 def _gif(data: bytes) -> Stored:
@@ -262,28 +234,29 @@ def _webp(data: bytes) -> Stored:
         width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
     else:
         raise ValueError(f"a WebP file that begins with {kind!r}")
-    exif = b""
-    if kind == b"VP8X" and data[20] & 0x08:  # its header announces it
-        span = next(((start, size) for name, start, size in webp_chunks(data) if name == b"EXIF"), None)
-        if span is None:
-            raise ValueError("the WebP file ends before its EXIF chunk, or has too many others")
-        exif = data[span[0] : sum(span)]
-    return Stored(width, height, "RGBA", _orientation(exif))
+    if kind == b"VP8X" and data[20] & 0x08:  # its header announces EXIF
+        for name, start, end in chunks("WEBP", data):
+            if name == b"EXIF":
+                return Stored(width, height, "RGBA", _orientation(data[start:end]))
+        raise ValueError("the WebP file ends before its EXIF chunk, or has too many others")
+    return Stored(width, height, "RGBA", 1)
 
 
 _READERS: dict[str, Callable[[bytes], Stored]] = {"JPEG": _jpeg, "PNG": _png, "GIF": _gif, "WEBP": _webp}
 """Formats read without Pillow, which walks over hostile ones for minutes. Its code for BMP has no loop."""
 
 
-def webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Name, start and size of the content of each chunk whose head is there, of no more than _CHUNKS."""
-    position = 12
+def chunks(format: str, data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Name, start and end of the content of each chunk of a PNG or WebP file whose head is there; _CHUNKS at most."""
+    is_png = format == "PNG"
+    position = 8 if is_png else 12
     for _ in range(_CHUNKS):
-        if position + 8 > len(data):
+        head = data[position : position + 8]
+        if len(head) < 8:
             return
-        kind, size = struct.unpack_from("<4sI", data, position)
-        yield kind, position + 8, size
-        position += 8 + size + size % 2
+        name, size = (head[4:], int.from_bytes(head[:4])) if is_png else (head[:4], int.from_bytes(head[4:], "little"))
+        yield name, position + 8, position + 8 + size
+        position += 12 + size if is_png else 8 + size + size % 2
 
 
 def undecodable(format: str, data: bytes, error: Exception) -> Dropped:
@@ -308,8 +281,6 @@ def _ends_early(format: str, data: bytes) -> bool:
 
 
 def has_png_end(data: bytes) -> bool:
-    """Whether the chunks of a PNG lead to its last one."""
-    try:
-        return any(name == b"IEND" for name, _, _ in png_chunks(data))
-    except ValueError:  # likewise
-        return True
+    """Whether the chunks of a PNG lead to its last one, or are too many to tell."""
+    names = [name for name, _, _ in chunks("PNG", data)]
+    return b"IEND" in names or len(names) == _CHUNKS

@@ -7,7 +7,6 @@ import io
 import re
 from collections.abc import Iterator
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +17,9 @@ _SEGMENTS = 4096
 MAX_SCANS = 100
 """Usual progressive files have about 10; each further one costs a walk over all blocks, however short it is."""
 
-_DQT, _APP1, _SOS, _EOI = 0xDB, 0xE1, 0xDA, 0xD9
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_DQT, _SOS, _EOI = 0xDB, 0xDA, 0xD9
 _BARE = frozenset({0x01, *range(0xD0, 0xD9)})
 """Markers without a length."""
-_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
 _NOT_FILL = re.compile(rb"[^\xff]")
 
 
@@ -30,29 +27,10 @@ class Endless(ValueError):
     """The file has far more segments than any picture."""
 
 
-class JpegSegment(NamedTuple):
-    """A marker with what follows it."""
+def segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, start and end of the content of the segments up to the first scan, which is the last one.
 
-    marker: int
-    position: int
-    """Of the marker."""
-    start: int
-    """Where its content begins."""
-    end: int
-
-
-class JpegFrame(NamedTuple):
-    """What stands before the first scan."""
-
-    width: int
-    height: int
-    mode: str
-    """L, RGB or CMYK; anything else is no 8-bit picture of known colours."""
-    exif: bytes
-
-
-def segments(data: bytes) -> Iterator[JpegSegment]:
-    """The segments up to the first scan, which is the last one.
+    A marker stands four bytes before its content.
 
     Raises:
         ValueError: when the data end before it.
@@ -69,29 +47,11 @@ def segments(data: bytes) -> Iterator[JpegSegment]:
             raise ValueError("the end comes before the first scan")
         length = 0 if marker == 0 or marker in _BARE else int.from_bytes(data[start : start + 2])
         if length:
-            yield JpegSegment(marker, start - 2, start + 2, start + length)
+            yield marker, start + 2, start + length
         if marker == _SOS:
             return
         position = start + length
     raise Endless("too many segments")
-
-
-def read_frame(data: bytes) -> JpegFrame:
-    """Size, mode and EXIF block of a file, or of its beginning up to the first scan.
-
-    Raises:
-        ValueError: when that is not there.
-    """
-    frame, exif = b"", b""
-    for marker, _, start, end in segments(data):
-        if marker in _FRAMES and not frame:
-            frame = data[start:end]
-        elif marker == _APP1 and not exif and data[start : start + 6] == b"Exif\0\0":
-            exif = data[start:end]
-    if len(frame) < 6:
-        raise ValueError("no frame before the first scan")
-    height, width = int.from_bytes(frame[1:3]), int.from_bytes(frame[3:5])
-    return JpegFrame(width, height, _MODES.get(frame[5], "") if frame[0] == 8 else "", exif)
 
 
 def first_scan(data: bytes) -> int | None:
@@ -101,7 +61,7 @@ def first_scan(data: bytes) -> int | None:
         Endless: when nobody can tell.
     """
     try:
-        return next((segment.position for segment in segments(data) if segment.marker == _SOS), None)
+        return next((start - 4 for marker, start, _ in segments(data) if marker == _SOS), None)
     except Endless:
         raise
     except ValueError:
@@ -122,7 +82,7 @@ def quality(data: bytes) -> int:
 
 def _table(data: bytes) -> npt.NDArray[np.int64] | None:
     """(64,) the first quantisation table, in the order of the file (ITU T.81, B.2.4.1)."""
-    for marker, _, start, end in segments(data):
+    for marker, start, end in segments(data):
         if marker == _DQT and start < end:
             kind = ">u2" if data[start] >> 4 else "u1"
             table = np.frombuffer(data[start + 1 : end], kind, min(64, (end - start - 1) // np.dtype(kind).itemsize))

@@ -4,10 +4,9 @@ A file that says nothing proves nothing; and a C2PA manifest alone does not coun
 """
 
 import re
-from collections.abc import Iterator
 
 from stages.pixels import jpeg
-from stages.pixels.headers import png_chunks, webp_chunks
+from stages.pixels.headers import chunks
 
 _MARKS = re.compile(
     rb"(?P<trainedAlgorithmicMedia>digitalsourcetype/trainedAlgorithmicMedia)"
@@ -20,21 +19,20 @@ _MARKS = re.compile(
 """IPTC's digital source type, in XMP or in a C2PA manifest, and the names and settings that generators write."""
 _MOST = 4_000_000
 """Bytes of metadata that are searched."""
-_OF_JPEG = frozenset({*range(0xE1, 0xF0), 0xFE})
-_OF_PNG = frozenset({b"tEXt", b"iTXt", b"eXIf", b"caBX"})
-_OF_WEBP = frozenset({b"EXIF", b"XMP ", b"C2PA"})
+_CARRIERS: dict[str, frozenset[bytes | int]] = {
+    "JPEG": frozenset({*range(0xE1, 0xF0), 0xFE}),
+    "PNG": frozenset({b"tEXt", b"iTXt", b"eXIf", b"caBX"}),
+    "WEBP": frozenset({b"EXIF", b"XMP ", b"C2PA"}),
+}
+"""Segments and chunks that hold metadata."""
 
 
 def ai_mark(format: str, data: bytes) -> str:
     """The name of the first mark in a whole file (a group of _MARKS), empty without one; of JPEG, PNG and WebP only."""
-    spans: Iterator[tuple[int, int]] = iter(())
-    if format == "JPEG":
-        spans = ((one.start, one.end) for one in jpeg.segments(data) if one.marker in _OF_JPEG)
-    elif format in ("PNG", "WEBP"):
-        walk, names = (png_chunks, _OF_PNG) if format == "PNG" else (webp_chunks, _OF_WEBP)
-        spans = ((start, start + size) for name, start, size in walk(data) if name in names)
-    texts = bytearray()
-    for start, end in spans:
-        texts += data[start : min(end, start + _MOST - len(texts))]
+    names, texts = _CARRIERS.get(format, frozenset()), bytearray()
+    walk = jpeg.segments(data) if format == "JPEG" else chunks(format, data) if names else ()
+    for name, start, end in walk:
+        if name in names:
+            texts += data[start : min(end, start + _MOST - len(texts))]
     match = _MARKS.search(texts.replace(b"\0", b""))  # UserComment may be UTF-16
     return match.lastgroup or "" if match else ""

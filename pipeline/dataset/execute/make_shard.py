@@ -20,7 +20,7 @@ from schemas.columns import KEPT
 from schemas.errors import FaceShardsError, LostError
 from schemas.shard import Manifest
 from stages import Step
-from stages.fetch.times import FetchTimes
+from stages.fetch.engine import FetchTimes
 from stages.pixels import images
 
 FETCH_ROWS = 32

@@ -16,7 +16,7 @@ import transformers
 from pipeline.shared.bases import card_licence
 from pipeline.train.adapters.released import DAMAGED
 from pipeline.train.loader import Pixels
-from schemas.arcface import ARCFACE_SIZE, PACK_FILES, Floats
+from schemas.arcface import ARCFACE_SIZE, LICENCES, Floats
 from schemas.digest import sha256_of_file
 from schemas.errors import ConfigError, WeightsError, first_line
 
@@ -78,9 +78,8 @@ class IdJudge:
         self._app.prepare(ctx_id=-1, det_size=_DET_SIZE)
         files = {task: Path(model.model_file) for task, model in self._app.models.items()}
         hashes = {task: sha256_of_file(file) for task, file in files.items()}
-        licences = {file.sha256: file.licence for file in PACK_FILES.values()}
         self.weights = [
-            {"name": files[task].stem, "task": _TASKS[task], "sha256": sha, "licence": licences.get(sha, NOT_KNOWN)}
+            {"name": files[task].stem, "task": _TASKS[task], "sha256": sha, "licence": LICENCES.get(sha, NOT_KNOWN)}
             for task, sha in hashes.items()
         ]
         """name, task (detector, face_embedder), sha256 and licence, which is known by the hash."""

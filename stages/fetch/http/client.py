@@ -7,6 +7,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import cast
 from urllib.parse import quote
 
 import aiohttp
@@ -16,11 +17,11 @@ from schemas.drops import DropReason
 from schemas.urls import Url
 from stages.base import Dropped
 from stages.fetch.address import Guard
+from stages.fetch.engine import Stopwatch
 from stages.fetch.http.connections import Connector, is_reused
 from stages.fetch.http.inflate import LARGE_PIECE, inflated
 from stages.fetch.http.resolve import Resolver
 from stages.fetch.status import LOCAL_TROUBLE, user_agent
-from stages.fetch.times import Stopwatch
 from stages.settings import DownloadSettings
 
 _IDLE_S = 5.0
@@ -39,7 +40,6 @@ class Client:
     def __init__(self, settings: DownloadSettings, guard: Guard, stopwatch: Stopwatch) -> None:
         self._guard = guard
         self._resolver = Resolver(self._guard, stopwatch)
-        self._max_bytes = settings.max_bytes
         connector = Connector(
             _most_waiting(settings.concurrency),
             limit=0,
@@ -52,6 +52,7 @@ class Client:
         # Neither trust_env nor cookies: what was not configured here must not slip in from the environment.
         self._session = aiohttp.ClientSession(
             connector=connector,
+            response_class=Answer,
             headers={"User-Agent": user_agent(settings), "Accept": "*/*", "Accept-Encoding": "identity"},
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
@@ -86,26 +87,24 @@ class Client:
         """
         url = self._guard.route(url)
         with _reasons(DropReason.CONNECTION_ERROR):
-            response = await self._response(URL(str(url), encoded=True))
+            answer = None
+            while answer is None:
+                is_reused.set(False)
+                try:
+                    answer = await self._session.get(URL(str(url), encoded=True), allow_redirects=False)
+                except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+                    if not is_reused.get():
+                        raise
+                    # A host closed a waiting connection before the request came: that says nothing of the host.
         try:
-            yield Answer(response, self._max_bytes)
+            yield cast(Answer, answer)
         finally:
-            response.release()
-
-    async def _response(self, url: URL) -> aiohttp.ClientResponse:
-        while True:
-            is_reused.set(False)
-            try:
-                return await self._session.get(url, allow_redirects=False)
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-                if not is_reused.get():
-                    raise
-                # A host closed a connection that had waited before the request came: that says nothing of the host.
+            answer.release()
 
     def _socket(self, address: tuple[int, int, int, str, tuple[str, int]]) -> socket.socket:
         """The last lock: no socket is made for an address that may not be connected to."""
         family, kind, protocol, _, (host, port, *_) = address
-        if not self._guard.permits(host, port):
+        if not self._guard.allows(host, port):
             raise PermissionError(errno.EACCES, "an address that must not be connected to")
         return socket.socket(family, kind, protocol)
 
@@ -123,44 +122,33 @@ def _most_waiting(at_a_time: int) -> int:
     return 4 * at_a_time if soft == resource.RLIM_INFINITY else max(0, min(4 * at_a_time, soft - 2 * at_a_time - 512))
 
 
-class Answer:
+class Answer(aiohttp.ClientResponse):
     """The head of an answer, and the body to come."""
-
-    def __init__(self, response: aiohttp.ClientResponse, max_bytes: int) -> None:
-        self._response = response
-        self._max_bytes = max_bytes
-        self.status = response.status
-        self.robots_tags = response.headers.getall("X-Robots-Tag", [])
-        self.retry_after = response.headers.get("Retry-After")
-
-    @property
-    def length(self) -> int | None:
-        return self._response.content_length
 
     @property
     def location(self) -> str | None:
         """Where it redirects to; bytes beyond ASCII are percent-encoded as they came, whatever encoding they are in."""
-        for name, value in self._response.raw_headers:
+        for name, value in self.raw_headers:
             if name.lower() == b"location":
                 return quote(value.strip(), safe=_ASCII)
         return None
 
-    async def pieces(self) -> AsyncIterator[bytes]:
+    async def pieces(self, max_bytes: int) -> AsyncIterator[bytes]:
         """The body, its codings undone.
 
         Raises:
             Dropped: INCOMPLETE_BODY, HTTP_ERROR, or TOO_MANY_BYTES where more came than may be kept.
             OSError: for this machine's own trouble.
         """
-        unpacker = inflated(self._response.headers.get("Content-Encoding", ""))
-        content, size, tiny = self._response.content, 0, 0
+        unpacker = inflated(self.headers.get("Content-Encoding", ""))
+        size = tiny = 0
         while True:
             with _reasons(DropReason.INCOMPLETE_BODY):
-                piece = await content.readany()
+                piece = await self.content.readany()
             if not piece:
                 break
             size += len(piece)
-            if size > self._max_bytes:
+            if size > max_bytes:
                 raise Dropped(DropReason.TOO_MANY_BYTES)
             if unpacker is None:
                 yield piece
@@ -170,7 +158,7 @@ class Answer:
                     if len(part) >= LARGE_PIECE:
                         await asyncio.sleep(0)  # a bomb unfolds in the turns of others
             tiny = max(0, tiny + (1 if len(piece) < _TINY else -1))
-            transport = self._response.connection and self._response.connection.transport
+            transport = self.connection and self.connection.transport
             if tiny > _MOST_TINY and isinstance(transport, asyncio.ReadTransport):
                 transport.pause_reading()
                 await asyncio.sleep(_GATHER_S)

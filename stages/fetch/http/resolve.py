@@ -3,18 +3,17 @@
 import asyncio
 import socket
 import time
-from collections import OrderedDict
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from schemas.drops import DropReason
 from stages.base import Dropped
 from stages.fetch.address import Guard, literal
+from stages.fetch.engine import RESOLVER, Stopwatch
+from stages.fetch.once import Once
 from stages.fetch.status import LOCAL_TROUBLE
-from stages.fetch.times import RESOLVER, Stopwatch
 
 _KEPT_S = 300.0
-_FAILED_S = 60.0
 _MOST_HOSTS = 20_000
 _MOST_TRIED = 4
 """Addresses that are tried of one name; an answer may hold hundreds."""
@@ -48,9 +47,12 @@ class Resolver(AbstractResolver):
     """aiohttp's source of addresses: looked up in threads, once per name, remembered. Used on the loop alone."""
 
     def __init__(self, guard: Guard, stopwatch: Stopwatch) -> None:
-        self._guard, self._stopwatch = guard, stopwatch
-        self._known: OrderedDict[str, tuple[float, Addresses | DropReason]] = OrderedDict()
-        self._tasks: dict[str, asyncio.Task[Addresses | DropReason]] = {}
+        self._guard = guard
+
+        def learn(host: str) -> asyncio.Future[Addresses]:
+            return asyncio.get_running_loop().run_in_executor(None, look_up, host, stopwatch)
+
+        self._known = Once(learn, _KEPT_S, _MOST_HOSTS)
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
@@ -65,16 +67,8 @@ class Resolver(AbstractResolver):
         if address is not None:
             addresses: Addresses = [(socket.AF_INET if address.version == 4 else socket.AF_INET6, str(address))]
         else:
-            until, answer = self._known.get(host, (0.0, DropReason.DNS_ERROR))
-            if until < asyncio.get_running_loop().time():
-                if host not in self._tasks:
-                    self._tasks[host] = asyncio.get_running_loop().create_task(self._look_up(host))
-                # Whoever waits may run out of time; the answer is still good for those after.
-                answer = await asyncio.shield(self._tasks[host])
-            if isinstance(answer, DropReason):
-                raise Dropped(answer)
-            addresses = answer
-        permitted = [each for each in addresses if self._guard.permits(each[1], port)]
+            addresses = await self._known.get(host)
+        permitted = [each for each in addresses if self._guard.allows(each[1], port)]
         if not permitted:
             raise Dropped(DropReason.FORBIDDEN_ADDRESS)
         return [
@@ -86,19 +80,3 @@ class Resolver(AbstractResolver):
 
     async def close(self) -> None:
         """Aiohttp wants it; look-ups end with the loop."""
-
-    async def _look_up(self, host: str) -> Addresses | DropReason:
-        loop = asyncio.get_running_loop()
-        answer: Addresses | DropReason
-        try:
-            answer = await loop.run_in_executor(None, look_up, host, self._stopwatch)
-        except Dropped as dropped:
-            answer = dropped.reason
-        finally:
-            del self._tasks[host]
-        kept_s = _FAILED_S if isinstance(answer, DropReason) else _KEPT_S
-        self._known[host] = loop.time() + kept_s, answer
-        self._known.move_to_end(host)
-        if len(self._known) > _MOST_HOSTS:
-            self._known.popitem(last=False)
-        return answer

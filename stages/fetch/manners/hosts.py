@@ -15,19 +15,9 @@ from dataclasses import dataclass
 from schemas.drops import DropReason
 from schemas.urls import Origin, Url
 from stages.base import Dropped
-from stages.fetch.status import Refused
+from stages.fetch.status import HOST_TROUBLE, Refused
 from stages.settings import DownloadSettings
 
-_TROUBLE = frozenset(
-    {
-        DropReason.TIMEOUT,
-        DropReason.CONNECTION_ERROR,
-        DropReason.INCOMPLETE_BODY,
-        DropReason.SERVER_ERROR,
-        DropReason.RATE_LIMITED,
-    }
-)
-"""What counts against a host. All else shows that it is up."""
 _FIRST_REST_S = 10.0
 _LONGEST_REST_S = 600.0
 """Also the longest that a Retry-After is heeded without another request."""
@@ -111,7 +101,7 @@ class Hosts:
     def record(self, origin: Origin, failure: Dropped | None) -> None:
         """Take note of how a request to a host ended; None for well."""
         now = time.monotonic()
-        if failure is None or failure.reason not in _TROUBLE:
+        if failure is None or failure.reason not in HOST_TROUBLE:
             host = self._known.pop(origin, None)
             if host is not None and now < host.until and host.reason is not DropReason.HOST_DOWN:
                 # It answers, but it wants rest: requests that were out already do not end that.

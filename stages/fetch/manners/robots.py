@@ -2,8 +2,6 @@
 
 import asyncio
 import re
-import time
-from collections import OrderedDict
 from functools import partial
 
 from protego import Protego
@@ -15,7 +13,8 @@ from stages.fetch.address import redirected
 from stages.fetch.http.client import Client
 from stages.fetch.http.deadline import Deadline
 from stages.fetch.manners.hosts import Hosts
-from stages.fetch.status import check_status
+from stages.fetch.once import Once
+from stages.fetch.status import HOST_TROUBLE, check_status
 from stages.settings import DownloadSettings
 
 PATH = "/robots.txt"
@@ -34,8 +33,6 @@ _AT_A_TIME = 128
 
 _KEPT_S = 24 * 3600.0
 """RFC 9309, 2.4."""
-_FAILED_S = 60.0
-"""How long a host whose robots.txt could not be had is left alone."""
 _MOST_HOSTS = 20_000
 _MOST_KEPT = 8 << 20
 """Bytes of robots.txt files whose rules are remembered, of all hosts together; rules take some ten times as much."""
@@ -43,15 +40,6 @@ _MOST_KEPT = 8 << 20
 _AGENT = re.compile(r"[ \t]*user[- ]?agent\b", re.IGNORECASE)
 _VERSION = re.compile(r"^([ \t]*user[- ]?agent[ \t]*:[ \t]*[a-z_-]+)/[^\s#]*", re.IGNORECASE | re.MULTILINE)
 _UNROOTED = re.compile(r"^([ \t]*(?:dis)?allow[ \t]*:[ \t]*)(?=[^/*$#\s])", re.IGNORECASE | re.MULTILINE)
-_FAILED = frozenset(
-    {
-        DropReason.SERVER_ERROR,
-        DropReason.RATE_LIMITED,
-        DropReason.TIMEOUT,
-        DropReason.CONNECTION_ERROR,
-        DropReason.INCOMPLETE_BODY,
-    }
-)
 _UNREACHABLE = frozenset({DropReason.FORBIDDEN_ADDRESS, DropReason.DNS_ERROR})
 
 
@@ -68,7 +56,6 @@ class Rules:
         self._name = name
 
     def allow(self, url: Url) -> bool:
-        """Whether this URL may be fetched."""
         return self._rules is None or self._rules.can_fetch(str(url), self._name)
 
 
@@ -98,16 +85,6 @@ def name_of(user_agent: str) -> str:
     return name[0].lower() if name else "*"
 
 
-def judge(failure: DropReason, hops: int) -> Rules | DropReason:
-    """What it means that a robots.txt could not be had, after so many redirects (RFC 9309, 2.3.1).
-
-    A host that says no to robots.txt (4xx), or sends us in circles or astray, has none: all is allowed. Where a
-    server fails, the RFC wants everything disallowed: its rows are dropped for that failure, which a later pass may
-    find mended. A host that cannot be reached has failed for its images too.
-    """
-    return failure if failure in _FAILED or (failure in _UNREACHABLE and hops == 0) else ALL
-
-
 class Robots:
     """Fetches each host's robots.txt while its URLs wait; used on the loop alone."""
 
@@ -117,8 +94,7 @@ class Robots:
         self._settings = settings.model_copy(update={"max_redirects": _MOST_REDIRECTS})
         self._name = name_of(settings.user_agent)
         self._turns = asyncio.Semaphore(_AT_A_TIME)
-        self._tasks: dict[Origin, asyncio.Task[Rules | DropReason]] = {}
-        self._known = Memory()
+        self._known = Once(self._learn, _KEPT_S, _MOST_KEPT, lambda rules: max(rules.size, _MOST_KEPT // _MOST_HOSTS))
 
     async def check(self, url: Url) -> None:
         """Wait until it is known whether this URL may be fetched.
@@ -126,36 +102,25 @@ class Robots:
         Raises:
             Dropped: ROBOTS_TXT when it may not, or why the host's robots.txt could not be had.
         """
-        if not self._settings.respect_robots:
-            return
-        known = self._known.get(url.origin)
-        if known is None:
-            task = self._tasks.get(url.origin)
-            if task is None:
-                task = self._tasks[url.origin] = asyncio.get_running_loop().create_task(self._learn(url))
-            # Whoever waits may be given up; the answer is still good for those after.
-            known = await asyncio.shield(task)
-        if isinstance(known, DropReason):
-            raise Dropped(known)
-        if not known.allow(url):
+        if self._settings.respect_robots and not (await self._known.get(url.origin)).allow(url):
             raise Dropped(DropReason.ROBOTS_TXT)
 
-    async def _learn(self, url: Url) -> Rules | DropReason:
-        trail = [url._replace(target=PATH)]
+    async def _learn(self, origin: Origin) -> Rules:
+        trail = [Url(*origin, PATH)]
         deadline = Deadline(min(LIMIT_S, self._settings.timeout_s))
         try:
             async with self._turns:
                 text = await deadline.persist(partial(self._attempt, trail, deadline), self._settings)
-            if len(text) < _LARGE:
-                learnt: Rules | DropReason = Rules(text, self._name)
-            else:
-                learnt = await asyncio.get_running_loop().run_in_executor(None, Rules, text, self._name)
         except Dropped as failure:
-            learnt = judge(failure.reason, len(trail) - 1)
-        finally:
-            del self._tasks[url.origin]
-        self._known.put(url.origin, learnt)
-        return learnt
+            # A host that says no to robots.txt (4xx), or sends us in circles or astray, has none: all is allowed. Where
+            # a server fails, the RFC (2.3.1) wants everything disallowed: its rows are dropped for that failure, which
+            # a later pass may find mended. A host that cannot be reached has failed for its images too.
+            if failure.reason in HOST_TROUBLE or (failure.reason in _UNREACHABLE and len(trail) == 1):
+                raise
+            return ALL
+        if len(text) < _LARGE:
+            return Rules(text, self._name)
+        return await asyncio.get_running_loop().run_in_executor(None, Rules, text, self._name)
 
     async def _attempt(self, trail: list[Url], deadline: Deadline) -> bytes:
         """The first bytes of a robots.txt, behind its redirects."""
@@ -164,40 +129,10 @@ class Robots:
         while True:
             url = trail[-1]
             async with self._hosts.connections(url.host), deadline.running(), self._client.get(url) as answer:
-                if not check_status(answer.status, answer.retry_after):
-                    async for piece in answer.pieces():
+                if not check_status(answer.status, answer.headers.get("Retry-After")):
+                    async for piece in answer.pieces(self._settings.max_bytes):
                         text += piece
                         if len(text) >= MOST_BYTES:
                             break
                     return bytes(text[:MOST_BYTES])
                 trail.append(redirected(url, answer.location, len(trail) - 1, self._settings))
-
-
-class Memory:
-    """What hosts allow, or why that could not be had; bounded."""
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[Origin, tuple[float, Rules | DropReason]] = OrderedDict()
-        self._size = 0
-
-    def get(self, origin: Origin) -> Rules | DropReason | None:
-        """What is known of a host; None when its robots.txt is to be fetched."""
-        until, known = self._known.get(origin, (0.0, None))
-        return known if until > time.monotonic() else None
-
-    def put(self, origin: Origin, learnt: Rules | DropReason) -> None:
-        """Remember it, and forget the oldest if that is too much."""
-        kept_s = _KEPT_S if isinstance(learnt, Rules) else _FAILED_S
-        self._drop(origin)
-        self._known[origin] = time.monotonic() + kept_s, learnt
-        self._size += _size(learnt)
-        while len(self._known) > _MOST_HOSTS or (self._size > _MOST_KEPT and len(self._known) > 1):
-            self._drop(next(iter(self._known)))
-
-    def _drop(self, origin: Origin) -> None:
-        _, known = self._known.pop(origin, (0.0, ALL))
-        self._size -= _size(known)
-
-
-def _size(known: Rules | DropReason) -> int:
-    return known.size if isinstance(known, Rules) else 0

@@ -1,11 +1,7 @@
-"""Face parsing by facexlib's BiSeNet or ParseNet, loaded by facexlib itself from a verified file."""
+"""Face parsing by facexlib's BiSeNet or ParseNet."""
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from pickle import UnpicklingError
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -46,18 +42,18 @@ class FacexlibParser:
         prepare(device)
         self.runtime = f"torch {device}"
         self._name = settings.parser
-        from facexlib.parsing import init_parsing_model
+        import torch
+        from facexlib.parsing import bisenet, parsenet
 
         path = find(WEIGHTS[self._name], settings)
-        with TemporaryDirectory() as folder, _no_pickled_code():
-            # facexlib looks for a file under the only name that it knows: otherwise it would fetch one
-            (Path(folder) / WEIGHTS[self._name].files[0].name).symlink_to(path.resolve())
-            try:
-                model = init_parsing_model(self._name, device="cpu", model_rootpath=folder)
-            except (UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
-                raise WeightsError(
-                    f"{path} holds no weights of facexlib's {self._name} ({error}): fetch it again."
-                ) from error
+        is_bisenet = self._name == "bisenet"
+        model = bisenet.BiSeNet(num_class=19) if is_bisenet else parsenet.ParseNet(512, 512, parsing_ch=19)
+        try:
+            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except (UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
+            raise WeightsError(
+                f"{path} holds no weights of facexlib's {self._name} ({error}): fetch it again."
+            ) from error
         self._batches = label_batches(model, _MEAN_STD[self._name], device, compiled=settings.compile)
         if device == "cuda":
             self._require_batches_equal_singles()
@@ -100,16 +96,3 @@ def label_batches(
         return (model(normalise(images))[0].argmax(1).to(torch.uint8),)
 
     return Batches(labels, _GPU_BATCH if device == "cuda" else 1, device, compiled=compiled)
-
-
-@contextmanager
-def _no_pickled_code() -> Iterator[None]:
-    """Make `torch.load` inside facexlib refuse all but tensors, whatever the environment says."""
-    before = os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        if before is not None:
-            os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = before

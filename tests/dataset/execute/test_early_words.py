@@ -9,7 +9,7 @@ from pipeline.dataset.execute.early_words import EarlyWords
 from pipeline.dataset.execute.make_shard import Advanced, Started
 from pipeline.dataset.execute.tally import Tally
 from schemas.columns import KEPT
-from stages.fetch.times import RESOLVER, FetchTimes
+from stages.fetch.engine import RESOLVER, FetchTimes
 
 ORDINARY = {
     # of rows that their metadata lets live: a third of the links is dead, nine in ten are dropped in all

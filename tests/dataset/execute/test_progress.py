@@ -10,7 +10,7 @@ from pipeline.dataset.execute.tally import Tally, details
 from pipeline.shared import terminal
 from schemas.columns import KEPT
 from schemas.shard import Manifest
-from stages.fetch.times import RESOLVER, FetchTimes
+from stages.fetch.engine import RESOLVER, FetchTimes
 
 MANIFEST = Manifest("p-00000", "embedded", "ab", 10, 4, {"no_face": 6}, [], {})
 

@@ -18,8 +18,8 @@ from schemas.drops import DropReason
 from stages.base import DROP
 from stages.download import Download
 from stages.fetch.body import Body
+from stages.fetch.engine import RESOLVER
 from stages.fetch.http import resolve
-from stages.fetch.times import RESOLVER
 from stages.runtime import Runtime
 from stages.settings import DownloadSettings, Settings
 

@@ -4,13 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.drops import DropReason
 from stages.fetch import address
 from stages.fetch.manners import robots
-from stages.fetch.manners.robots import Memory, Rules
-
-HOST = ("http", "a.test", 80)
-NOTHING = Rules(b"User-agent: *\nDisallow: /")
+from stages.fetch.manners.robots import Rules
 
 
 def url(target):
@@ -141,33 +137,3 @@ def test_more_rules_than_can_be_heeded_are_a_no(kind):
 )
 def test_our_name(agent, name):
     assert robots.name_of(agent) == name
-
-
-def test_what_was_learnt_is_remembered_for_a_day_and_failures_for_a_minute(monkeypatch):
-    now = 1000.0
-    monkeypatch.setattr(robots.time, "monotonic", lambda: now)
-    memory, other = Memory(), ("http", "b.test", 80)
-    assert memory.get(HOST) is None
-    memory.put(HOST, NOTHING)
-    memory.put(other, DropReason.SERVER_ERROR)
-    assert (memory.get(HOST), memory.get(other)) == (NOTHING, DropReason.SERVER_ERROR)
-    now += 70
-    assert (memory.get(HOST), memory.get(other)) == (NOTHING, None)
-    now += 24 * 3600
-    assert memory.get(HOST) is None
-
-
-def test_the_memory_is_bounded_by_hosts_and_by_bytes(monkeypatch):
-    monkeypatch.setattr(robots, "_MOST_HOSTS", 10)
-    monkeypatch.setattr(robots, "_MOST_KEPT", 1000)
-    memory = Memory()
-    for n in range(50):
-        memory.put(("http", f"{n}.test", 80), NOTHING)
-    assert [memory.get(("http", f"{n}.test", 80)) is NOTHING for n in (39, 40, 49)] == [False, True, True]
-    large = Rules(rules("Disallow: /" + "x" * 600).encode(), "faceshards")
-    for n in range(3):
-        memory.put(("http", f"large{n}.test", 80), large)
-    assert memory.get(("http", "large1.test", 80)) is None
-    assert memory.get(("http", "large2.test", 80)) is large
-    memory.put(("http", "large2.test", 80), NOTHING)
-    assert memory.get(("http", "large2.test", 80)) is NOTHING

@@ -5,8 +5,7 @@ import pytest
 
 from schemas.drops import DropReason
 from stages.base import Dropped
-from stages.fetch.robots_tag import opted_out
-from stages.fetch.status import Refused, check_head, user_agent, wait_s
+from stages.fetch.status import Refused, check_status, opted_out, user_agent, wait_s
 from stages.settings import DownloadSettings
 
 OURS = "faceshards/0.1 (+image dataset builder)"
@@ -52,13 +51,13 @@ def test_no_opt_outs(tag):
 )
 def test_refusals(status, reason):
     with pytest.raises(Dropped) as caught:
-        check_head(status, [], None, SETTINGS)
+        check_status(status, None)
     assert caught.value.reason == reason
 
 
 def refusal(retry_after):
     with pytest.raises(Refused) as caught:
-        check_head(503, [], retry_after, SETTINGS)
+        check_status(503, retry_after)
     return caught.value
 
 

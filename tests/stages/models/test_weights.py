@@ -421,7 +421,7 @@ def test_a_list_of_licences_is_a_gate_that_nothing_else_opens() -> None:
 
 def test_list_and_check_tell_the_state(toy: Weight, places: Path) -> None:
     def state(settings: ModelSettings) -> tuple[str, str]:
-        listed, checked = (weights.states([toy], settings, hashes=hashes)[0].state for hashes in (False, True))
+        listed, checked = (weights.weight_state(toy, settings, hashes=hashes).state for hashes in (False, True))
         return listed, checked
 
     assert state(ModelSettings()) == ("missing", "missing")

@@ -59,7 +59,7 @@ def png(*before: bytes, head: bytes = b"", pixels: bytes = b"", behind: bytes = 
 
 def frame_of(content: bytes, place: int, value: int) -> bytes:
     """A JPEG with another byte in its frame header: 0 precision, 2 low byte of the height, 5 components."""
-    start = next(s.start for s in jpeg.segments(content) if s.marker in (0xC0, 0xC2))
+    start = next(start for marker, start, _ in jpeg.segments(content) if marker in (0xC0, 0xC2))
     return content[: start + place] + bytes([value]) + content[start + place + 1 :]
 
 
