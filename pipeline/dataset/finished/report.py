@@ -99,9 +99,6 @@ def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, tar
         reasons.append({**reason, "cards": own})
         cards += own
     labels = frozenset[int]().union(*(card.labels for card in kept)) - {0}
-    parts: dict[str, Counter[str]] = defaultdict(Counter)  # a row that had a second chance counts in every round
-    for one in manifests:
-        parts[shard_origin(one.shard)[0]].update(shards=1, rows=one.rows_in, kept=one.kept)
     page = rendered(
         Path(__file__).with_name("report"),
         data={
@@ -115,7 +112,7 @@ def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, tar
         settings=leaves(dataset.get("plan", {}).get("settings", {})),
         funnel=counted,
         tar_bytes=sum(manifest.files.get(f"{manifest.shard}.tar", {}).get("bytes", 0) for manifest in manifests),
-        parts=sorted(parts.items()),
+        parts=_parts(manifests),
         given=numbers.given,
         made=numbers.made,
         charts=list(report_numbers.charts(numbers.histograms)),
@@ -135,6 +132,14 @@ def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, tar
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
     return counted
+
+
+def _parts(manifests: Sequence[Manifest]) -> list[tuple[str, Counter[str]]]:
+    """Name, and shards, rows and kept rows of each part; a row that had a second chance counts in every round."""
+    parts: dict[str, Counter[str]] = defaultdict(Counter)
+    for one in manifests:
+        parts[shard_origin(one.shard)[0]].update(shards=1, rows=one.rows_in, kept=one.kept)
+    return sorted(parts.items())
 
 
 def _numbered(cards: Iterable[Card], start: int, pictures: bool) -> list[Card]:
