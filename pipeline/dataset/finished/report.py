@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import chain, islice, starmap
+from itertools import chain, count, islice, starmap
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,12 +92,13 @@ def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, tar
         if explorer:
             explorer.add(evidence(ledger))
     grouped = "group" in dataset.get("plan", {}).get("settings", {})
-    kept = _numbered(_kept_cards(out, manifests, limits), 0, pictures)
-    cards, reasons = list(kept), []
-    for reason in _reasons(out, manifests, limits, counted):
-        own = _numbered(reason["cards"] if drops else [], len(cards), pictures)
-        reasons.append({**reason, "cards": own})
-        cards += own
+    number = count()
+    kept = _numbered(_kept_cards(out, manifests, limits), number, pictures)
+    reasons = [
+        {**reason, "cards": _numbered(reason["cards"] if drops else [], number, pictures)}
+        for reason in _reasons(out, manifests, limits, counted)
+    ]
+    cards = chain(kept, *(reason["cards"] for reason in reasons))
     labels = frozenset[int]().union(*(card.labels for card in kept)) - {0}
     page = rendered(
         Path(__file__).with_name("report"),
@@ -142,9 +143,9 @@ def _parts(manifests: Sequence[Manifest]) -> list[tuple[str, Counter[str]]]:
     return sorted(parts.items())
 
 
-def _numbered(cards: Iterable[Card], start: int, pictures: bool) -> list[Card]:
+def _numbered(cards: Iterable[Card], number: Iterator[int], pictures: bool) -> list[Card]:
     bare: dict[str, Any] = {} if pictures else {"pictures": [], "labels": frozenset()}
-    return [replace(card, number=number, **bare) for number, card in enumerate(cards, start)]
+    return [replace(card, number=next(number), **bare) for card in cards]
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:

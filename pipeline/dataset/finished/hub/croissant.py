@@ -1,6 +1,7 @@
 """Croissant 1.1 with the fields of responsible AI: what a dataset is, for programs."""
 
 import json
+from typing import Any
 
 from pipeline.dataset.finished.hub.about import About
 from schemas.columns import COLUMNS
@@ -75,17 +76,11 @@ def croissant(about: About, base: str = "") -> str:
         key = {**source, "extract": {"fileProperty": "filename"}, "transform": {"regex": r"^([^.]+)"}}
         content = {**source, "extract": {"fileProperty": "content"}}
         type = "sc:ImageObject" if _FORMATS[name.rpartition(".")[2]].startswith("image/") else "sc:Text"
-        fields = [
-            {"@type": "cr:Field", "@id": f"{name}/key", "name": "key", "dataType": "sc:Text", "source": key},
-            {
-                "@type": "cr:Field",
-                "@id": f"{name}/content",
-                "name": "content",
-                "description": CONTENTS[name],
-                "dataType": type,
-                "source": content,
-            },
-        ]
+        described = (
+            {"name": "key", "dataType": "sc:Text", "source": key},
+            {"name": "content", "description": CONTENTS[name], "dataType": type, "source": content},
+        )
+        fields = [{"@type": "cr:Field", "@id": f"{name}/{one['name']}", **one} for one in described]
         records.append({"@type": "cr:RecordSet", "@id": name, "name": name, "field": fields})
     first, last = (date.date().isoformat() for date in about.made)
     document = {
