@@ -213,7 +213,7 @@ def _reasons(
     Of what a threshold dropped there are more, and those that it barely dropped come first.
     """
     left = _DROP_BYTES
-    for name, count in counted.dropped.items():
+    for name, dropped in counted.dropped.items():
         wanted = _BARELY if name in _BY_THRESHOLD else _DROPS
         ranked: list[tuple[bool, float, int, Card]] = []
         for manifest in spread([manifest for manifest in manifests if manifest.dropped.get(name)], wanted):
@@ -232,4 +232,4 @@ def _reasons(
         cards = [card for *_, card in sorted(ranked, key=lambda entry: entry[:3])[:wanted]]
         left -= sum(card.length for card in cards)
         sentence = next((known.sentence for known in DropReason if known == name), "")
-        yield {"name": name, "sentence": sentence, "count": count, "cards": cards}
+        yield {"name": name, "sentence": sentence, "count": dropped, "cards": cards}
