@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.finished.replay import Floats, floats, points, posed
-from schemas.columns import KEPT
+from schemas.columns import KEPT, LEDGER
 from schemas.drops import DropReason
 from stages.download import Download
 from stages.filter import POSE, QUALITIES
@@ -20,13 +20,6 @@ from stages.metadata import Metadata
 CROPS = ("portrait", "half", "full")
 
 _CAPTIONS = {"captions": "caption_chars", "further captions": "further_chars"}
-
-COLUMNS = (
-    *("url", "source_kind", "stage", "width", "height", "bbox", "kps", "det_score", "face_px", "second_score"),
-    *("sharpness", "brightness", "mask_share", "embedding_norm", "caption_chars", "further_chars", "crops_made"),
-    *("jpeg_quality", "ai_mark", "occlusion", "fiqa", "photo", "aesthetic", "nsfw_score"),
-)
-"""Columns of the ledger, beside the verdict, that are counted."""
 
 _MOST_HOSTS = 200_000
 _HOST = r"^\s*[A-Za-z]+://(?:[^/?#@]*@)?(?P<host>[^/?#:]+)"
@@ -93,6 +86,13 @@ MEASURES = (
     Measure("nsfw_score", "Score of not being safe for work", "", _even(0, 1, 40)),
     Measure("caption_chars", "Length of the caption, where there is one", "characters", _doubling(1, 2048, 3)),
 )
+
+
+COLUMNS = (
+    *("url", "source_kind", "stage", "width", "height", "bbox", "kps", "further_chars", "crops_made"),
+    *(one.name for one in MEASURES if one.name in LEDGER),
+)
+"""Columns of the ledger, beside the verdict, that are counted."""
 
 
 def measured(ledger: pa.Table) -> dict[str, Floats]:
