@@ -108,7 +108,7 @@ class Pictures:
         names = [name for file in self.metadata for name in probe(self._path(file))[0].names]
         records = [record for file in self._lists for record in self._records(file)]
         beside = (f"{stem}.json" for image in self.images for stem in (posixpath.splitext(image)[0], image))
-        contents = self._contents(list(islice(filter(self._names.__contains__, beside), PROBED)))
+        contents = self._contents(list(islice(filter(self.files.__contains__, beside), PROBED)))
         records += [parse_record(content or b"") for content in contents]
         return list(dict.fromkeys([*names, *(key for record in records for key in record or ())]))
 
