@@ -25,7 +25,6 @@ from pipeline.dataset.out.ledger import (
     read_dataset,
     read_ledger,
     read_manifests,
-    shards_folder,
 )
 from pipeline.shared import files as storage
 from pipeline.shared.configfile import leaves
@@ -79,14 +78,13 @@ def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, tar
         OutputError: when OUT is no dataset, or cannot be written.
         CorruptShardError: when a file of a shard that is read is damaged; names it.
     """
-    shards_folder(out)
     manifests, counted = read_manifests(out), funnel(out)
     dataset = read_dataset(out) if (out / DATASET).exists() else {}  # it may not have been copied along
     plan = {**dataset, **vars(manifests[0])} if manifests else dataset
-    explorer: Explorer | None = None
+    explorer, limits, numbers = None, FilterSettings(), Numbers()
     with suppress(OutputError):  # nothing says by which thresholds the shards were made
         explorer = Explorer(*thresholds(out))
-    limits, numbers = explorer.limits if explorer else FilterSettings(), Numbers()
+        limits = explorer.limits
     for ledger in ledgers(out, [*replay.COLUMNS, *report_numbers.COLUMNS]):
         numbers.add(ledger)
         if explorer:
@@ -114,12 +112,10 @@ def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, tar
         funnel=counted,
         tar_bytes=sum(manifest.files.get(f"{manifest.shard}.tar", {}).get("bytes", 0) for manifest in manifests),
         parts=_parts(manifests),
-        given=numbers.given,
-        made=numbers.made,
+        numbers=numbers,
         charts=list(report_numbers.charts(numbers.histograms)),
         persons=persons(out, spread(manifests, _PERSON_SHARDS), manifests, pictures=pictures) if grouped else None,
         hosts=numbers.largest_hosts(_HOSTS),
-        all_hosts=len(numbers.hosts),
         fates=report_numbers.FATES,
         samples=kept,
         reasons=reasons,
