@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -171,7 +170,7 @@ def status(folder: Folder = "out", as_json: AsJson = False) -> None:
 
     now = read(to_path(folder))
     if as_json:
-        typer.echo(json.dumps({**asdict(now), "seconds_left": now.seconds_left}, indent=2))
+        typer.echo(json.dumps(now, indent=2))
     else:
         say(text_of(now, to_path(folder), time.time()))
 

@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich import box
@@ -14,7 +14,7 @@ from pipeline.options import console, errors, say
 
 if TYPE_CHECKING:
     from pipeline.dataset.estimate import Range
-    from pipeline.dataset.forecast import Counted, Forecast
+    from pipeline.dataset.forecast import Counted
     from pipeline.dataset.job import Job
 
 _ALIVE, _FACE, _CLEAN, _PHOTO_BYTES, _SAMPLE_BYTES = (0.5, 0.87), 0.12, (0.4, 0.6), (3e5, 6.5e5), (1.8e6, 2.2e6)
@@ -50,6 +50,7 @@ def show(job: "Job", out: str, sample: int | None, seed: int, cost_per_hour: flo
     result = forecast(job, output.root, counts, draw, errors) if draw and counts.candidates else None
     prior = None if draw else _prior(job, counts)
     if as_json:
+        cost = {"cost": result["wall_hours"] * cost_per_hour} if result and cost_per_hour is not None else {}
         document = {
             "parts": len(job.parts),
             **{name: getattr(counts, name) for name in ("rows", "candidates", "shards", "done")},
@@ -59,9 +60,9 @@ def show(job: "Job", out: str, sample: int | None, seed: int, cost_per_hour: flo
             "is_ready": not job.plan.refusal,
             "refusal": job.plan.refusal,
             "prior_not_measured": prior,
-            "forecast": result and result.to_json(cost_per_hour),
+            "forecast": result and {**result, **cost, "level": 0.9},
         }
-        typer.echo(json.dumps(document, indent=2))
+        typer.echo(json.dumps(document, indent=2, default=asdict))
         return
     if result:
         _show_forecast(result, len(job.parts), cost_per_hour)
@@ -118,27 +119,27 @@ def _show_prior(prior: dict[str, list[float]]) -> None:
     )
 
 
-def _show_forecast(of: "Forecast", parts: int, cost_per_hour: float | None) -> None:
-    counts = of.counted
+def _show_forecast(of: dict[str, Any], parts: int, cost_per_hour: float | None) -> None:
+    counts = of["counted"]
     origin = f"{parts:,} parts" if parts > 1 else "1 part"
     say(f"\nForecast for {origin}: {counts.rows:,} rows, {counts.candidates:,} pass the metadata filter (counted)")
-    if of.is_exact:
-        say(f"Run for real: all of these, and {of.kept_of_run:,} were kept. Nothing was written to OUT.")
+    if of["is_exact"]:
+        say(f"Run for real: all of these, and {of['kept_of_run']:,} were kept. Nothing was written to OUT.")
     else:
         say(
-            f"Run for real: {of.run:,} of these, drawn from all parts (--seed {of.seed}); "
-            f"{of.kept_of_run:,} were kept.\nAll else is extrapolated. Nothing was written to OUT."
+            f"Run for real: {of['run']:,} of these, drawn from all parts (--seed {of['seed']}); "
+            f"{of['kept_of_run']:,} were kept.\nAll else is extrapolated. Nothing was written to OUT."
         )
     table = Table("", "estimate", "90 % range", box=box.ASCII)
     table.columns[1].justify = table.columns[2].justify = "right"
-    hours = of.wall_hours
-    held = f"{of.gpus} GPU{'s'[: of.gpus > 1]}" if of.gpus else f"{of.cores} core{'s'[: of.cores > 1]}"
+    hours = of["wall_hours"]
+    number, unit = (of["gpus"], "GPU") if of["gpus"] else (of["cores"], "core")
     rows: list[tuple[str, Range, Callable[[float], str]]] = [
-        ("images kept", of.kept, _number),
-        ("bytes fetched", of.bytes_fetched, _bytes),
-        ("bytes on disk", of.bytes_on_disk, _bytes),
+        ("images kept", of["kept"], _number),
+        ("bytes fetched", of["bytes_fetched"], _bytes),
+        ("bytes on disk", of["bytes_on_disk"], _bytes),
         ("wall time", hours, _time),
-        (f"{'GPU' if of.gpus else 'core'} hours ({held} held)", hours * (of.gpus or of.cores), _hours),
+        (f"{unit} hours ({number} {unit}{'s'[: number > 1]} held)", hours * number, _hours),
     ]
     if cost_per_hour is not None:
         rows.append((f"cost at {cost_per_hour:g} an hour", hours * cost_per_hour, "{:,.2f}".format))
@@ -149,14 +150,14 @@ def _show_forecast(of: "Forecast", parts: int, cost_per_hour: float | None) -> N
         )
     console.print(table)
     say("Time is of this machine and network, under the load of now; a start counts once.")
-    if not of.kept_of_run:
+    if not of["kept_of_run"]:
         say("No row that was run was kept: the upper end on disk assumes 2.2 MB an image.")
-    if given_up := of.given_up:
+    if given_up := of["given_up"]:
         say(f"Fetched are whole files; 4 to 64 kB come for each of {_number(given_up)} that start too small.")
     say("")
-    for label, loss in zip(("Costs most:", "Then:", "Then:"), of.reasons, strict=False):
+    for label, loss in zip(("Costs most:", "Then:", "Then:"), of["reasons"], strict=False):
         say(f"{label:11} {loss.cause}, {100 * loss.share:.1f} % of the rows that get so far")
-    ending = [loss for loss in of.thresholds if loss.rows]
+    ending = [loss for loss in of["thresholds"] if loss.rows]
     say(f"Each threshold of filter.* alone ends, by these rows and the metadata{':' if ending else ', no row.'}")
     for loss in ending:
         say(f"  {loss.cause}: about {_number(loss.rows)} rows")

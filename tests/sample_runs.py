@@ -19,7 +19,7 @@ from rich.console import Console
 
 from pipeline.dataset.config import load_config
 from pipeline.dataset.job import make_dataset, prepared
-from pipeline.dataset.source.sample_pictures import FILES
+from pipeline.dataset.source.sample import FILES
 from schemas.errors import ExitCode
 from stages.models.detectors.haar import Haar
 from stages.models.segmenters.grabcut import GrabCut

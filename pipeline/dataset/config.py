@@ -48,16 +48,12 @@ EXTRAS = ("latents", "text", "mirror")
 """The words of `--with`: switches of `encode`."""
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class ExecutorSettings(Section):
     """Who does the work. None of this changes the bytes of a shard."""
 
     name: Literal["auto", "local", "ray"] = "auto"
     """`local`: this process. `ray`: worker processes, on this machine or a cluster. `auto`: local for the sample."""
-    workers: int = Field(default_factory=_cores, ge=1)
+    workers: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1)
     """Model processes on Ray; the local executor always works in its one process. With GPUs, the cores that decode
     for them, shared evenly."""
     gpus: int = Field(0, ge=0)

@@ -1,6 +1,6 @@
 """From a sample to the whole: totals with ranges that hold for few, for skewed, and for unequal parts.
 
-The sample is one of equal weights, stratified over the parts (`source.draw`). Its sums have no more variance than those
+The sample is one of equal weights, stratified over the parts (`seeds.Draw`). Its sums have no more variance than those
 of a simple random sample of the same size: what a part gives cannot vary between draws (Hoeffding 1956 for counts). So
 ranges for simple random samples are on the safe side, whatever the parts hold. A variance within parts would be the
 sharper tool where each part gives many rows; of a hundred parts that give five each, most show no variance at all.

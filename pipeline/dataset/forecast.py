@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from math import ceil, inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -172,43 +172,7 @@ class Loss:
     """Of those that get so far."""
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """For the whole of SHARDS; JSON-able as a dict."""
-
-    run: int
-    """Rows that were run for real."""
-    seed: int
-    counted: Counted
-    is_exact: bool
-    """Whether these were all rows; then only the time is a guess for the next run."""
-    kept_of_run: int
-    kept: Range
-    bytes_fetched: Range
-    """Image files that arrive whole; those of existing downloads and folders are not fetched."""
-    given_up: float
-    """Photos whose first bytes showed that they are too small."""
-    bytes_on_disk: Range
-    """All of OUT."""
-    wall_hours: Range
-    cores: int
-    """That are held for the run."""
-    gpus: int
-    reasons: tuple[Loss, ...]
-    """By what drops the largest share of those that get so far."""
-    thresholds: tuple[Loss, ...]
-    """What each of filter.* ends by itself: without it, these rows would go on."""
-
-    def to_json(self, cost_per_hour: float | None) -> dict[str, Any]:
-        """With what follows from the hours."""
-        held = ("gpu_hours", self.gpus) if self.gpus else ("core_hours", self.cores)
-        more = {held[0]: asdict(self.wall_hours * held[1])}
-        if cost_per_hour is not None:
-            more["cost"] = asdict(self.wall_hours * cost_per_hour)
-        return {**asdict(self), **more, "level": 0.9}
-
-
-def forecast(job: Job, out: AnyPath, counts: Counted, draw: Draw, screen: Console) -> Forecast:
+def forecast(job: Job, out: AnyPath, counts: Counted, draw: Draw, screen: Console) -> dict[str, Any]:
     """Run the drawn rows into a folder that goes away, and extrapolate. What OUT is to forget is not fetched.
 
     At least one row has to pass the metadata filter.
@@ -236,8 +200,10 @@ def forecast(job: Job, out: AnyPath, counts: Counted, draw: Draw, screen: Consol
         return extrapolated(job, folder, counts, draw, clock, is_whole=is_whole)
 
 
-def extrapolated(job: Job, folder: Path, counts: Counted, draw: Draw, clock: Clock, *, is_whole: bool) -> Forecast:
-    """From the OUT of the drawn rows to the whole."""
+def extrapolated(
+    job: Job, folder: Path, counts: Counted, draw: Draw, clock: Clock, *, is_whole: bool
+) -> dict[str, Any]:
+    """From the OUT of the drawn rows to the whole of SHARDS; JSON-able where dataclasses become dicts."""
     ledger = pa.concat_tables(ledgers(folder, [*COLUMNS, "key", "part", "n_bytes"]))
     if is_whole:
         ledger = ledger.filter(pc.not_equal(ledger["stage"], Metadata.name))
@@ -263,22 +229,26 @@ def extrapolated(job: Job, folder: Path, counts: Counted, draw: Draw, clock: Clo
         seconds = clock.seconds(population, counts.shards, at_a_time)
         seconds += Range.within(counts.seconds, _MACHINE)
     limits, factor = thresholds(folder)
-    return Forecast(
-        run=size,
-        seed=draw.seed,
-        counted=counts,
-        is_exact=size == population,
-        kept_of_run=len(keys),
-        kept=kept,
-        bytes_fetched=fetched,
-        given_up=float(early.sum()) * population / size,
-        bytes_on_disk=disk,
-        wall_hours=seconds * (1 / 3600),
-        cores=1 if executor.name == "local" else executor.workers,
-        gpus=executor.gpus,
-        reasons=tuple(_reasons(folder, counts, population / max(1, size))),
-        thresholds=tuple(_by_thresholds(ledger, limits, factor, counts)),
-    )
+    hours, cores, gpus = seconds * (1 / 3600), 1 if executor.name == "local" else executor.workers, executor.gpus
+    return {
+        "run": size,  # rows that were run for real
+        "seed": draw.seed,
+        "counted": counts,
+        "is_exact": size == population,  # these were all rows: only the time is a guess for the next run
+        "kept_of_run": len(keys),
+        "kept": kept,
+        "bytes_fetched": fetched,  # image files that arrive whole, but for those of existing downloads and folders
+        "given_up": float(early.sum()) * population / size,  # photos whose first bytes showed that they are too small
+        "bytes_on_disk": disk,  # all of OUT
+        "wall_hours": hours,
+        "cores": cores,  # that are held for the run
+        "gpus": gpus,
+        # By what drops the largest share of those that get so far.
+        "reasons": _reasons(folder, counts, population / max(1, size)),
+        # What each of filter.* ends by itself: without it, these rows would go on.
+        "thresholds": _by_thresholds(ledger, limits, factor, counts),
+        "gpu_hours" if gpus else "core_hours": hours * (gpus or cores),
+    }
 
 
 def _on_disk(folder: Path, files: dict[Path, int], keys: list[str], size: int, counts: Counted) -> Range:

@@ -32,10 +32,9 @@ from pipeline.dataset.out.ledger import (
     shards_folder,
     summary,
 )
-from pipeline.dataset.out.lists import entries
 from pipeline.dataset.out.lost import lost_errors
 from pipeline.dataset.out.output import Output, fingerprint
-from pipeline.dataset.out.takedowns import DROPS, Takedowns, blank
+from pipeline.dataset.out.takedowns import DROPS, Takedowns, blank, entries
 from pipeline.dataset.source.formats import parse_record
 from pipeline.shared.files import AnyPath, Draft, parquet, write
 from pipeline.shared.tars import BROKEN, created, members, read

@@ -86,15 +86,13 @@ def read_faces(out: AnyPath) -> Faces:
     if len(set(persons.tolist())) == len(persons):
         raise OutputError(f"No person in {out} has two photos, so nothing can be compared.")
     by_points = posed(table["kps"], np.ones(len(persons), bool))
-    values = {name: by_points[name] if name in by_points else floats(table[name]) for name in _MEASURES}
-    return Faces(persons, np.stack(vectors)[order], {name: _goodness(name, one) for name, one in values.items()})
-
-
-def _goodness(name: str, values: Floats) -> Floats:
-    """Larger is better: as thresholds have it; of what has a least and a most, nearness to the median."""
-    if len(_SIDES[name]) == 2:
-        return -abs(values - np.nanmedian(values)) if np.isfinite(values).any() else values
-    return values if _SIDES[name] == {True} else -abs(values)
+    goodness = {}
+    for name in _MEASURES:  # as thresholds have it; of what has a least and a most, nearness to the median
+        values = by_points[name] if name in by_points else floats(table[name])
+        if len(_SIDES[name]) == 2 and np.isfinite(values).any():
+            values = -abs(values - np.nanmedian(values))
+        goodness[name] = -abs(values) if _SIDES[name] == {False} else values
+    return Faces(persons, np.stack(vectors)[order], goodness)
 
 
 def curve(faces: Faces, name: str, similarity: float) -> Curve | None:

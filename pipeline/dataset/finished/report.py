@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import chain, islice, starmap
+from itertools import chain, count, islice, starmap
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +25,6 @@ from pipeline.dataset.out.ledger import (
     read_dataset,
     read_ledger,
     read_manifests,
-    shards_folder,
 )
 from pipeline.shared import files as storage
 from pipeline.shared.configfile import leaves
@@ -79,29 +78,26 @@ def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, tar
         OutputError: when OUT is no dataset, or cannot be written.
         CorruptShardError: when a file of a shard that is read is damaged; names it.
     """
-    shards_folder(out)
     manifests, counted = read_manifests(out), funnel(out)
     dataset = read_dataset(out) if (out / DATASET).exists() else {}  # it may not have been copied along
     plan = {**dataset, **vars(manifests[0])} if manifests else dataset
-    explorer: Explorer | None = None
+    explorer, limits, numbers = None, FilterSettings(), Numbers()
     with suppress(OutputError):  # nothing says by which thresholds the shards were made
         explorer = Explorer(*thresholds(out))
-    limits, numbers = explorer.limits if explorer else FilterSettings(), Numbers()
+        limits = explorer.limits
     for ledger in ledgers(out, [*replay.COLUMNS, *report_numbers.COLUMNS]):
         numbers.add(ledger)
         if explorer:
             explorer.add(evidence(ledger))
     grouped = "group" in dataset.get("plan", {}).get("settings", {})
-    kept = _numbered(_kept_cards(out, manifests, limits), 0, pictures)
-    cards, reasons = list(kept), []
-    for reason in _reasons(out, manifests, limits, counted):
-        own = _numbered(reason["cards"] if drops else [], len(cards), pictures)
-        reasons.append({**reason, "cards": own})
-        cards += own
+    number = count()
+    kept = _numbered(_kept_cards(out, manifests, limits), number, pictures)
+    reasons = [
+        {**reason, "cards": _numbered(reason["cards"] if drops else [], number, pictures)}
+        for reason in _reasons(out, manifests, limits, counted)
+    ]
+    cards = chain(kept, *(reason["cards"] for reason in reasons))
     labels = frozenset[int]().union(*(card.labels for card in kept)) - {0}
-    parts: dict[str, Counter[str]] = defaultdict(Counter)  # a row that had a second chance counts in every round
-    for one in manifests:
-        parts[shard_origin(one.shard)[0]].update(shards=1, rows=one.rows_in, kept=one.kept)
     page = rendered(
         Path(__file__).with_name("report"),
         data={
@@ -115,13 +111,11 @@ def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, tar
         settings=leaves(dataset.get("plan", {}).get("settings", {})),
         funnel=counted,
         tar_bytes=sum(manifest.files.get(f"{manifest.shard}.tar", {}).get("bytes", 0) for manifest in manifests),
-        parts=sorted(parts.items()),
-        given=numbers.given,
-        made=numbers.made,
+        parts=_parts(manifests),
+        numbers=numbers,
         charts=list(report_numbers.charts(numbers.histograms)),
         persons=persons(out, spread(manifests, _PERSON_SHARDS), manifests, pictures=pictures) if grouped else None,
         hosts=numbers.largest_hosts(_HOSTS),
-        all_hosts=len(numbers.hosts),
         fates=report_numbers.FATES,
         samples=kept,
         reasons=reasons,
@@ -137,9 +131,17 @@ def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, tar
     return counted
 
 
-def _numbered(cards: Iterable[Card], start: int, pictures: bool) -> list[Card]:
+def _parts(manifests: Sequence[Manifest]) -> list[tuple[str, Counter[str]]]:
+    """Name, and shards, rows and kept rows of each part; a row that had a second chance counts in every round."""
+    parts: dict[str, Counter[str]] = defaultdict(Counter)
+    for one in manifests:
+        parts[shard_origin(one.shard)[0]].update(shards=1, rows=one.rows_in, kept=one.kept)
+    return sorted(parts.items())
+
+
+def _numbered(cards: Iterable[Card], number: Iterator[int], pictures: bool) -> list[Card]:
     bare: dict[str, Any] = {} if pictures else {"pictures": [], "labels": frozenset()}
-    return [replace(card, number=number, **bare) for number, card in enumerate(cards, start)]
+    return [replace(card, number=next(number), **bare) for card in cards]
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
@@ -207,7 +209,7 @@ def _reasons(
     Of what a threshold dropped there are more, and those that it barely dropped come first.
     """
     left = _DROP_BYTES
-    for name, count in counted.dropped.items():
+    for name, dropped in counted.dropped.items():
         wanted = _BARELY if name in _BY_THRESHOLD else _DROPS
         ranked: list[tuple[bool, float, int, Card]] = []
         for manifest in spread([manifest for manifest in manifests if manifest.dropped.get(name)], wanted):
@@ -226,4 +228,4 @@ def _reasons(
         cards = [card for *_, card in sorted(ranked, key=lambda entry: entry[:3])[:wanted]]
         left -= sum(card.length for card in cards)
         sentence = next((known.sentence for known in DropReason if known == name), "")
-        yield {"name": name, "sentence": sentence, "count": count, "cards": cards}
+        yield {"name": name, "sentence": sentence, "count": dropped, "cards": cards}

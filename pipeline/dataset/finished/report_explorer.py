@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.dataset.finished.replay import OUTCOMES, THRESHOLDS, Evidence, Floats
+from pipeline.dataset.finished.replay import OFF, OUTCOMES, THRESHOLDS, Evidence, Floats
 from pipeline.dataset.finished.report_numbers import MEASURES, positions
 from stages.filter import QUALITIES, Quality, is_least
 from stages.screen import SEEN_PX
@@ -90,7 +90,6 @@ class Explorer:
         cells = merged.sort_by([(name, "ascending") for name in merged.column_names])
         packed = [cells[name].to_numpy().astype("<u4" if name == "count" else np.uint8) for name in cells.column_names]
         measures = {key: one for one in MEASURES for key in one.thresholds}
-        off = {quality.key: quality.off for quality in QUALITIES}
         thresholds = [
             {
                 "name": key,
@@ -98,7 +97,7 @@ class Explorer:
                 "least": is_least(key),
                 "stops": self.stops[key],
                 "limit": getattr(self.limits, key),
-                "off": off.get(key),
+                "off": OFF.get(key),
                 "measure": measures[key].name if key in measures else "pixels",
                 "marks": positions(measures[key], self.stops[key]) if key in measures else [],
             }
@@ -135,11 +134,10 @@ def distances(rows: Evidence, limits: FilterSettings) -> Floats:
 
     Sizes of images do not count: nobody has to look whether 1,023 pixels are too few.
     """
-    off = {quality.key: quality.off for quality in QUALITIES}
     nearest: Floats = np.full(len(rows.outcome), np.inf)
     for key, values in rows.values.items():
         limit = getattr(limits, key)
-        if key not in _OF_IMAGES and limit != off.get(key):
+        if key not in _OF_IMAGES and limit != OFF.get(key):
             known = np.isfinite(values) & (values > 0)
             nearest = np.where(known, np.minimum(nearest, abs(values / (limit or 1) - 1)), nearest)
     return nearest

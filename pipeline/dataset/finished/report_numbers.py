@@ -1,8 +1,9 @@
 """What the report counts of the ledgers: distributions of all that was measured, and hosts by what became of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.finished.replay import Floats, floats, points, posed
-from schemas.columns import KEPT
+from schemas.columns import KEPT, LEDGER
 from schemas.drops import DropReason
 from stages.download import Download
 from stages.filter import POSE, QUALITIES
@@ -19,13 +20,6 @@ from stages.metadata import Metadata
 CROPS = ("portrait", "half", "full")
 
 _CAPTIONS = {"captions": "caption_chars", "further captions": "further_chars"}
-
-COLUMNS = (
-    *("url", "source_kind", "stage", "width", "height", "bbox", "kps", "det_score", "face_px", "second_score"),
-    *("sharpness", "brightness", "mask_share", "embedding_norm", "caption_chars", "further_chars", "crops_made"),
-    *("jpeg_quality", "ai_mark", "occlusion", "fiqa", "photo", "aesthetic", "nsfw_score"),
-)
-"""Columns of the ledger, beside the verdict, that are counted."""
 
 _MOST_HOSTS = 200_000
 _HOST = r"^\s*[A-Za-z]+://(?:[^/?#@]*@)?(?P<host>[^/?#:]+)"
@@ -94,6 +88,13 @@ MEASURES = (
 )
 
 
+COLUMNS = (
+    *("url", "source_kind", "stage", "width", "height", "bbox", "kps", "further_chars", "crops_made"),
+    *(one.name for one in MEASURES if one.name in LEDGER),
+)
+"""Columns of the ledger, beside the verdict, that are counted."""
+
+
 def measured(ledger: pa.Table) -> dict[str, Floats]:
     """Measure -> its values (N,) in these rows; NaN where it was not measured."""
     values = {one.name: floats(ledger[one.name]) for one in MEASURES if one.name in COLUMNS}
@@ -125,23 +126,18 @@ def fates(ledger: pa.Table) -> npt.NDArray[np.int64]:
     return at
 
 
-@dataclass
 class Numbers:
     """Sums over ledgers."""
 
-    histograms: dict[str, npt.NDArray[np.int64]] = field(
-        default_factory=lambda: {measure.name: np.zeros((2, len(measure.edges) - 1), np.int64) for measure in MEASURES}
-    )
-    """Measure -> (2, bins): kept rows, dropped rows."""
-    hosts: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
-    """Host -> (FATES,) rows; of very many hosts, those with the most rows."""
-    given: dict[str, npt.NDArray[np.int64]] = field(
-        default_factory=lambda: {name: np.zeros((2, 2), np.int64) for name in (*_CAPTIONS, *CROPS)}
-    )
-    """What rows may have -> (2, 2): of the kept those that have it and those of which it is known; of the dropped."""
-
-    made: int = 0
-    """Kept rows whose images a model made."""
+    def __init__(self) -> None:
+        self.histograms = {one.name: np.zeros((2, len(one.edges) - 1), np.int64) for one in MEASURES}
+        """Measure -> (2, bins): kept rows, dropped rows."""
+        self.hosts: dict[str, npt.NDArray[np.int64]] = {}
+        """Host -> (FATES,) rows; of very many hosts, those with the most rows."""
+        self.given = {name: np.zeros((2, 2), np.int64) for name in (*_CAPTIONS, *CROPS)}
+        """What rows may have -> (2, 2): of the kept those that have it, and of which it is known; of the dropped."""
+        self.made = 0
+        """Kept rows whose images a model made."""
 
     def add(self, ledger: pa.Table) -> None:
         """Count the rows of a ledger, which has COLUMNS and verdicts."""
@@ -177,23 +173,12 @@ def positions(measure: Measure, values: Sequence[float]) -> list[float]:
     return [round(float(np.interp(value, measure.edges, shares)), 4) for value in values]
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A distribution as the page draws it."""
+def charts(histograms: Mapping[str, npt.NDArray[np.int64]]) -> Iterator[dict[str, Any]]:
+    """The distributions of all measures of which there is any, as the page draws them.
 
-    measure: Measure
-    bars: list[tuple[float, float, str]]
-    """Per bin: kept rows / most kept rows of a bin, the same of dropped rows, and both in words."""
-    kept: int
-    dropped: int
-    medians: tuple[str, str]
-    """Of kept and dropped rows, to the width of a bin."""
-    ticks: tuple[str, ...]
-    """Beginning, middle and end of the axis."""
-
-
-def charts(histograms: Mapping[str, npt.NDArray[np.int64]]) -> Iterator[Chart]:
-    """Those of all measures of which there is any."""
+    `bars` are, per bin, kept rows / most kept rows of a bin, the same of dropped rows, and both in words; `medians` are
+    of kept and of dropped rows, to the width of a bin; `ticks` beginning, middle and end of the axis.
+    """
     for measure in MEASURES:
         counts = histograms[measure.name]
         kept, dropped = (int(total) for total in counts.sum(axis=1))
@@ -208,8 +193,10 @@ def charts(histograms: Mapping[str, npt.NDArray[np.int64]]) -> Iterator[Chart]:
         ]
         low, middle, high = (measure.edges[at] for at in (0, len(measure.edges) // 2, -1))
         ticks = tuple(_with_unit(measure, edge).removesuffix(" characters") for edge in (low, middle, high))
-        medians = (_median(measure, counts[0]), _median(measure, counts[1]))
-        yield Chart(measure, bars, kept, dropped, medians, ticks)
+        yield {
+            **{"measure": measure, "bars": bars, "kept": kept, "dropped": dropped, "ticks": ticks},
+            "medians": (_median(measure, counts[0]), _median(measure, counts[1])),
+        }
 
 
 def _median(measure: Measure, counts: npt.NDArray[np.int64]) -> str:

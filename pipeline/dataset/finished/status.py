@@ -1,9 +1,8 @@
 """How a run goes, or went, from the files in OUT alone: whoever asks may sit at another terminal or machine."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -20,43 +19,10 @@ _SILENT_S = 900.0
 """Without any news for longer, a run may be dead: executor.shard_timeout_s gives up a shard after as long."""
 
 
-@dataclass(frozen=True)
-class Status:
-    """JSON-able as a dict; times are seconds since 1970, those of the file system that holds OUT."""
-
-    is_over: bool
-    shards: int
-    rows: int
-    kept: int
-    dropped: dict[str, int]
-    """Reason -> rows, the most frequent first; only reasons that occur."""
-    planned_rows: int | None
-    """Input rows of the parts that the last run was started for, where all parts say how many they have."""
-    planned_done: int
-    """Of these, in finished shards."""
-    begun: float
-    last_shard: float | None
-    rows_per_second: float | None
-    """Of the run that is, or was the last, since it began."""
-    recent_rows_per_second: float | None
-    """Of the hour before its last shard."""
-    in_the_making: dict[str, float] | None
-    """Shard -> when its files grew last; None where OUT is remote: a store shows whole objects only."""
-    live: dict[str, Any] | None
-    """What the run itself says of the rows that it has finished, at `time`; None when it is over. See docs/watching.md.
-    """
-
-    @property
-    def seconds_left(self) -> float | None:
-        """By the recent pace; None where the pace or the total is not known, and 0 for a run that is over."""
-        pace = self.recent_rows_per_second or self.rows_per_second
-        if self.is_over or self.planned_rows is None or not pace:
-            return 0.0 if self.is_over else None
-        return max(0, self.planned_rows - self.planned_done) / pace
-
-
-def status(out: AnyPath) -> Status:
+def status(out: AnyPath) -> dict[str, Any]:
     """Read manifests and times of files, and ledgers where rows had second chances. Nothing is locked or written.
+
+    Times are seconds since 1970, those of the file system that holds OUT.
 
     Raises:
         OutputError: when OUT is no dataset.
@@ -78,23 +44,34 @@ def status(out: AnyPath) -> Status:
         for name, written in sorted(files.items(), key=lambda entry: entry[1])
         if name.startswith(TEMPORARY)
     }
-    return Status(
-        is_over=is_over,
-        shards=len(manifests),
-        rows=counted["rows_in"],
-        kept=counted["kept"],
-        dropped={reason: n for reason, n in sorted(counted["dropped"].items(), key=lambda one: -one[1]) if n},
-        planned_rows=sum(rows or 0 for rows in planned.values()) if planned and None not in planned.values() else None,
-        planned_done=sum(
-            one.rows_in for one in manifests if shard_origin(one.shard) in {(part, 0) for part in planned}
-        ),
-        begun=begun,
-        last_shard=max(ends.values(), default=None),
-        rows_per_second=_pace(of_run, begun),
-        recent_rows_per_second=_pace(of_run, max(begun, of_run[-1][0] - _RECENT_S)) if of_run else None,
-        in_the_making=None if isinstance(out, RemotePath) else drafts,
-        live=live,
-    )
+    planned_rows = sum(rows or 0 for rows in planned.values()) if planned and None not in planned.values() else None
+    done = sum(one.rows_in for one in manifests if shard_origin(one.shard) in {(part, 0) for part in planned})
+    pace = _pace(of_run, begun)
+    recent = _pace(of_run, max(begun, of_run[-1][0] - _RECENT_S)) if of_run else None
+    seconds_left = 0.0 if is_over else None
+    if not is_over and planned_rows is not None and (recent or pace):
+        seconds_left = max(0, planned_rows - done) / (recent or pace or 1)
+    return {
+        "is_over": is_over,
+        "shards": len(manifests),
+        "rows": counted["rows_in"],
+        "kept": counted["kept"],
+        # Reason -> rows, the most frequent first; only reasons that occur.
+        "dropped": {reason: n for reason, n in sorted(counted["dropped"].items(), key=lambda one: -one[1]) if n},
+        # Input rows of the parts that the last run was started for, where all parts say how many they have.
+        "planned_rows": planned_rows,
+        "planned_done": done,  # of these, in finished shards
+        "begun": begun,
+        "last_shard": max(ends.values(), default=None),
+        "rows_per_second": pace,  # of the run that is, or was the last, since it began
+        "recent_rows_per_second": recent,  # of the hour before its last shard
+        # Shard -> when its files grew last; None where OUT is remote: a store shows whole objects only.
+        "in_the_making": None if isinstance(out, RemotePath) else drafts,
+        # What the run itself says of the rows that it has finished, at `time`; None when it is over: docs/watching.md.
+        "live": live,
+        # By the recent pace; None where the pace or the total is not known, and 0 for a run that is over.
+        "seconds_left": seconds_left,
+    }
 
 
 def _pace(ends: Sequence[tuple[float, int]], since: float) -> float | None:
@@ -103,36 +80,41 @@ def _pace(ends: Sequence[tuple[float, int]], since: float) -> float | None:
     return rows / (ends[-1][0] - since) if rows else None
 
 
-def text_of(status: Status, out: AnyPath, now: float) -> str:
+def text_of(status: Mapping[str, Any], out: AnyPath, now: float) -> str:
     """For people, a line per fact."""
 
     def share(rows: int) -> str:
-        return f"{rows:,} ({100 * rows / max(1, status.rows):.1f} %)"
+        return f"{rows:,} ({100 * rows / max(1, status['rows']):.1f} %)"
 
     def ago(then: float) -> str:
         return f"{timedelta(seconds=max(0, round(now - then)))} ago"
 
-    plural = "" if status.shards == 1 else "s"
-    lines = [f"{out}: {status.shards:,} shard{plural}, {status.rows:,} rows, kept {share(status.kept)}"]
-    failed = sum(status.dropped.get(reason, 0) for reason in SECOND_CHANCE)
+    plural = "" if status["shards"] == 1 else "s"
+    lines = [f"{out}: {status['shards']:,} shard{plural}, {status['rows']:,} rows, kept {share(status['kept'])}"]
+    failed = sum(status["dropped"].get(reason, 0) for reason in SECOND_CHANCE)
     lines.append(f"Failed for the network's or a server's trouble: {share(failed)}")
-    lines += [f"  {reason}: {share(rows)}" for reason, rows in status.dropped.items()]
-    if status.rows and not status.kept:
-        lines.append(why_nothing(f"{status.rows:,} rows", status.dropped))
-    if status.is_over:
-        return "\n".join([*lines, f"The run is over, {ago(status.begun)}."])
-    paces = [(status.rows_per_second, "since the run began"), (status.recent_rows_per_second, "in the last hour of it")]
+    lines += [f"  {reason}: {share(rows)}" for reason, rows in status["dropped"].items()]
+    if status["rows"] and not status["kept"]:
+        lines.append(why_nothing(f"{status['rows']:,} rows", status["dropped"]))
+    if status["is_over"]:
+        return "\n".join([*lines, f"The run is over, {ago(status['begun'])}."])
+    paces = [
+        (status["rows_per_second"], "since the run began"),
+        (status["recent_rows_per_second"], "in the last hour of it"),
+    ]
     pace = ", ".join(f"{rows:,.1f} rows/s {when}" for rows, when in paces if rows) or "no shard is done yet"
-    lines.append(f"The run began {ago(status.begun)}: {pace}")
-    if status.planned_rows is not None:
-        left = "" if status.seconds_left is None else f", about {timedelta(seconds=round(status.seconds_left))} left"
-        lines.append(f"{status.planned_done:,} of {status.planned_rows:,} rows are done{left}")
-    making, live = status.in_the_making, status.live
+    lines.append(f"The run began {ago(status['begun'])}: {pace}")
+    if status["planned_rows"] is not None:
+        left = (
+            "" if status["seconds_left"] is None else f", about {timedelta(seconds=round(status['seconds_left']))} left"
+        )
+        lines.append(f"{status['planned_done']:,} of {status['planned_rows']:,} rows are done{left}")
+    making, live = status["in_the_making"], status["live"]
     if live is not None:
         lines.append(f"By its own count, {ago(live['time'])}: {live['rows']:,} rows, kept {live['kept']:,}")
         lines += [f"  {line}" for line in details(live)]
         lines += [f"WARNING: {text}" for text in live["warnings"].values()]
-    news = max([status.begun, status.last_shard or 0, live["time"] if live else 0, *(making or {}).values()])
+    news = max([status["begun"], status["last_shard"] or 0, live["time"] if live else 0, *(making or {}).values()])
     if making:
         lines.append(f"In the making: {', '.join(making)}")
     if making == {} or now - news > _SILENT_S:

@@ -1,7 +1,7 @@
 """`verify`: whether every file of a dataset is what its manifest says, and every sample what the contract says."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -135,35 +135,34 @@ def _shard_problems(
     out: AnyPath, shard: str, manifest: Manifest, forgotten: Forgotten | None, embeddings: bool | None
 ) -> Iterator[Problem]:
     """What is wrong with a shard: its manifest, the bytes of its files, and then what they hold."""
-    folder, name = out / "shards", f"{shard}.json"
-    for message in manifest_problems(shard, manifest, (folder / name).read_bytes()):
-        yield Problem(shard, name, None, message)
+    folder = out / "shards"
+
+    def of(suffix: str, messages: Iterable[str]) -> Iterator[Problem]:
+        return (Problem(shard, f"{shard}.{suffix}", None, message) for message in messages)
+
+    yield from of("json", manifest_problems(shard, manifest, (folder / f"{shard}.json").read_bytes()))
     damaged = set()
     for suffix in ("parquet", "tar"):
         file = f"{shard}.{suffix}"
-        for message in _file_problems(folder / file, manifest.files.get(file, {}), name):
+        for problem in of(suffix, _file_problems(folder / file, manifest.files.get(file, {}), f"{shard}.json")):
             damaged.add(suffix)
-            yield Problem(shard, file, None, message)
+            yield problem
     if "parquet" in damaged:
         return
-
-    name = f"{shard}.parquet"
     try:
-        ledger = complete(parquet(folder / name).read())
+        ledger = complete(parquet(folder / f"{shard}.parquet").read())
         ledger.validate(full=True)
     except UNREADABLE as error:
-        yield Problem(shard, name, None, f"not a ledger: {error}")
+        yield from of("parquet", [f"not a ledger: {error}"])
         return
     if not ledger.schema.equals(LEDGER_SCHEMA):
-        yield Problem(shard, name, None, "its columns or types are not those of a ledger")
+        yield from of("parquet", ["its columns or types are not those of a ledger"])
         return
-    for message in ledger_problems(manifest, ledger):
-        yield Problem(shard, name, None, message)
+    yield from of("parquet", ledger_problems(manifest, ledger))
     if forgotten:
         left = ledger.filter(pa.array(forgotten.rows_in(ledger)))
-        for key in left["key"].to_pylist():
-            yield Problem(shard, name, key, "it was to be forgotten: give `forget` DIR alone, and it goes on")
-
+        message = "it was to be forgotten: give `forget` DIR alone, and it goes on"
+        yield from (Problem(shard, f"{shard}.parquet", key, message) for key in left["key"].to_pylist())
     if "tar" not in damaged:
         name = f"{shard}.tar"
         for key, message in tar_problems(folder / name, ledger, embeddings=embeddings):

@@ -15,9 +15,8 @@ import pyarrow.parquet as pq
 
 from pipeline.dataset.out.forgotten import finish, load
 from pipeline.dataset.out.ledger import counts, read_ledger
-from pipeline.dataset.out.lists import Listed
 from pipeline.dataset.out.lost import lost_errors
-from pipeline.dataset.out.takedowns import DROPS, Takedowns
+from pipeline.dataset.out.takedowns import DROPS, Listed, Takedowns
 from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import Rows, tombstones
 from pipeline.shared import tars

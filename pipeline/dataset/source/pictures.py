@@ -60,8 +60,8 @@ class Pictures:
 
     folder: str
     """Absolute path or fsspec URL, without a slash at its end."""
-    files: tuple[str, ...]
-    """Those below it, relative to it, sorted; none with a dot before its name or that of a folder."""
+    files: Mapping[str, None]
+    """Those below it, relative to it, as sorted keys; none with a dot before its name or that of a folder."""
     aliases: Aliases
     left_out: int = 0
     """Links that lead out of the folder or nowhere, pipes, devices."""
@@ -74,7 +74,7 @@ class Pictures:
             root = f"{os.path.realpath(folder)}/"
             real = (path for path in paths if os.path.isfile(path))  # pipes and devices are none
             inside = [path for path in real if not os.path.islink(path) or os.path.realpath(path).startswith(root)]
-        files = tuple(one[len(folder) + 1 :] for one in inside)
+        files = dict.fromkeys(one[len(folder) + 1 :] for one in inside)
         return Pictures(folder, files, aliases, len(paths) - len(inside))
 
     @cached_property
@@ -108,7 +108,7 @@ class Pictures:
         names = [name for file in self.metadata for name in probe(self._path(file))[0].names]
         records = [record for file in self._lists for record in self._records(file)]
         beside = (f"{stem}.json" for image in self.images for stem in (posixpath.splitext(image)[0], image))
-        contents = self._contents(list(islice(filter(self._names.__contains__, beside), PROBED)))
+        contents = self._contents(list(islice(filter(self.files.__contains__, beside), PROBED)))
         records += [parse_record(content or b"") for content in contents]
         return list(dict.fromkeys([*names, *(key for record in records for key in record or ())]))
 
@@ -150,7 +150,7 @@ class Pictures:
             for index, image in enumerate(images)
             for suffix in BESIDE
             for name in (f"{posixpath.splitext(image)[0]}.{suffix}", f"{image}.{suffix}")
-            if name in self._names
+            if name in self.files
         ]
         samples: list[dict[str, bytes]] = [{} for _ in images]
         for (index, suffix, _), content in zip(files, self._contents([name for *_, name in files]), strict=True):
@@ -171,10 +171,6 @@ class Pictures:
                 if isinstance(content, Exception):
                     raise content
             yield content
-
-    @cached_property
-    def _names(self) -> frozenset[str]:
-        return frozenset(self.files)
 
     @cached_property
     def named(self) -> "Named":

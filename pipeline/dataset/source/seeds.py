@@ -129,15 +129,6 @@ def _joined(tables: list[pa.Table]) -> pa.Table:
     return table.take(np.arange(table.num_rows)).combine_chunks()
 
 
-@dataclass
-class _Stratum:
-    """The candidates of a part: how many there are, and those of the least keys, by which they are sorted."""
-
-    size: int
-    keys: npt.NDArray[np.float64]
-    rows: pa.Table
-
-
 class Draw:
     """`size` of the candidates, each with the same chance; same parts and seed, same rows.
 
@@ -150,29 +141,29 @@ class Draw:
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed = size, seed
-        self._strata: dict[str, _Stratum] = {}
+        self._strata: dict[str, tuple[int, npt.NDArray[np.float64], pa.Table]] = {}
+        """Part -> how many candidates it has, and those of the least keys, by which they are sorted."""
 
     @property
     def population(self) -> int:
         """Candidates so far."""
-        return sum(stratum.size for stratum in self._strata.values())
+        return sum(size for size, _, _ in self._strata.values())
 
     def add(self, seeds: Seeds) -> None:
         """The candidates of a part's next shard."""
         rows = seeds.table.filter(pc.is_null(seeds.table["verdict"]))
         if seeds.part not in self._strata:
             population = max(1, self.population)
-            for part in self._strata.values():  # none gives more than its share, which only shrinks as others come
-                most = self.size * part.size // population + 1
-                part.keys, part.rows = part.keys[:most], part.rows.slice(0, most)
-            self._strata[seeds.part] = _Stratum(0, np.empty(0), rows.slice(0, 0))
-        part = self._strata[seeds.part]
-        number = len(self._strata)
-        keys = np.concatenate([part.keys, np.random.default_rng([self.seed, number, part.size]).random(rows.num_rows)])
+            for part, (size, keys, held) in self._strata.items():
+                most = self.size * size // population + 1  # no more than its share, which only shrinks as others come
+                self._strata[part] = size, keys[:most], held.slice(0, most)
+        size, keys, held = self._strata.setdefault(seeds.part, (0, np.empty(0), rows.slice(0, 0)))
+        dice = np.random.default_rng([self.seed, len(self._strata), size])
+        keys = np.concatenate([keys, dice.random(rows.num_rows)])
         order = np.argsort(keys)[: self.size]
         # take() copies: slices would carry the whole of their shards along.
-        table = pa.concat_tables([part.rows, rows]).take(pa.array(order)).combine_chunks()
-        self._strata[seeds.part] = _Stratum(part.size + rows.num_rows, keys[order], table)
+        table = pa.concat_tables([held, rows]).take(pa.array(order)).combine_chunks()
+        self._strata[seeds.part] = size + rows.num_rows, keys[order], table
 
     def rows(self) -> pa.Table:
         """The sample in random order, columns as in `Seeds`; all candidates where there are fewer."""
@@ -181,7 +172,7 @@ class Draw:
         strata = [strata[number] for number in dice.permutation(len(strata))]
         size = min(self.size, self.population)
         points = (dice.random() + np.arange(size)) * self.population / max(1, size)
-        ends = np.cumsum([part.size for part in strata])
+        ends = np.cumsum([part_size for part_size, _, _ in strata])
         shares = np.bincount(np.searchsorted(ends, points, side="right"), minlength=len(strata))
-        table = pa.concat_tables([part.rows.slice(0, int(share)) for part, share in zip(strata, shares, strict=True)])
+        table = pa.concat_tables([rows.slice(0, int(n)) for (_, _, rows), n in zip(strata, shares, strict=True)])
         return table.take(pa.array(dice.permutation(table.num_rows))).combine_chunks()

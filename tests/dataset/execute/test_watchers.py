@@ -137,8 +137,8 @@ def test_a_run_whose_network_is_gone_says_so_early_and_at_its_end_why_it_kept_no
     assert found[-1]["nothing_kept"].startswith(sentence)
     assert sentence in text_of(status(out), out, 0)
 
-    assert [one.live["shards"]["made"] for one in seen][:: len(seen) - 1] == [0, 5]
-    told = text_of(seen[-2], out, seen[-2].live["time"])
+    assert [one["live"]["shards"]["made"] for one in seen][:: len(seen) - 1] == [0, 5]
+    told = text_of(seen[-2], out, seen[-2]["live"]["time"])
     assert "By its own count, 0:00:00 ago: 2,500 rows, kept 0" in told
     assert "WARNING: None of the first 1,000 rows has a caption" in told
     assert not (out / LIVE).exists()

@@ -46,11 +46,11 @@ def test_charts_are_of_what_was_measured_and_say_it_in_words():
     sums["det_score"][:, 30] = [3, 1]
     sums["det_score"][0, 31] = 1
     (chart,) = charts(sums)
-    assert (chart.kept, chart.dropped, chart.medians) == (4, 1, ("0.76", "0.76"))
-    assert chart.bars[30] == (1.0, 1.0, "0.75 to 0.78: 3 kept, 1 dropped")
-    assert chart.bars[31][0] == pytest.approx(1 / 3)
+    assert (chart["kept"], chart["dropped"], chart["medians"]) == (4, 1, ("0.76", "0.76"))
+    assert chart["bars"][30] == (1.0, 1.0, "0.75 to 0.78: 3 kept, 1 dropped")
+    assert chart["bars"][31][0] == pytest.approx(1 / 3)
     sums["occlusion"][0, 0] = 2
-    assert [one.medians for one in charts(sums)] == [("0.76", "0.76"), ("under 0.03", "–")]
+    assert [one["medians"] for one in charts(sums)] == [("0.76", "0.76"), ("under 0.03", "–")]
 
 
 def test_a_file_that_is_no_jpeg_is_not_called_one_of_full_quality():

@@ -418,7 +418,7 @@ def test_ledgers_of_earlier_releases_are_read_as_ever(out):
     seal(out)
     assert told(out) == []
     assert Output(out).is_done(SHARD, fake.plan())
-    assert (status(out).rows, write_report(out).kept) == (12, 4)
+    assert (status(out)["rows"], write_report(out).kept) == (12, 4)
     assert "are counted in 2 of 12 rows" in (out / "report.html").read_text(encoding="utf-8")
     assert replay(out, FilterSettings(), 0)[1]["kept"] == 4
     assert forget(out, urls=("http://photos.example/a/0.jpg",)).kept == {SHARD: 1}

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.dataset.out.lists import Listed
+from pipeline.dataset.out.takedowns import Listed
 from schemas.errors import SourceError
 
 URL, OTHER, THIRD = "http://a.test/x%2F.jpg?a=1", "https://b.test/ü.jpg", "http://c.test/"

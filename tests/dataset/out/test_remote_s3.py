@@ -13,7 +13,7 @@ from sample_runs import SHARDS, begun, command, contents, make
 from server import AWS_OF_NOBODY
 
 from pipeline.dataset.finished.verify import verify
-from pipeline.dataset.source.sample_pictures import FILES
+from pipeline.dataset.source.sample import FILES
 from pipeline.shared.files import RemotePath, to_path
 from schemas.errors import ExitCode, OutputError
 from schemas.names import finished_shards

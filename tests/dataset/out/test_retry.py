@@ -20,7 +20,7 @@ from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.job import make_dataset, prepared
 from pipeline.dataset.out.ledger import funnel, read_ledger, read_manifests
 from pipeline.dataset.out.output import Output
-from pipeline.dataset.source import sample_pictures
+from pipeline.dataset.source import sample
 from pipeline.shared.tars import unpack
 from schemas.errors import ExitCode
 from schemas.names import shard_name, shard_origin
@@ -38,7 +38,7 @@ class Server:
     def __init__(self) -> None:
         self.failing = {**FLAKY, GONE: 404}
         self.hits: Counter[int] = Counter()
-        face, plain = sample_pictures.FILES["astronaut.jpg"](), sample_pictures.FILES["small.jpg"]()
+        face, plain = sample.FILES["astronaut.jpg"](), sample.FILES["small.jpg"]()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):

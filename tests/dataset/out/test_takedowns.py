@@ -5,8 +5,7 @@ import pytest
 
 from pipeline.dataset.execute.runner import judge_seeds
 from pipeline.dataset.out.forgotten import Forgotten
-from pipeline.dataset.out.lists import Listed
-from pipeline.dataset.out.takedowns import DROPS, KEEPS, Takedowns
+from pipeline.dataset.out.takedowns import DROPS, KEEPS, Listed, Takedowns
 from pipeline.dataset.rows import WITNESS_SCHEMA, Rows, split_seeds
 from schemas.columns import LEDGER_SCHEMA, SEED_SCHEMA
 from stages.metadata import Metadata

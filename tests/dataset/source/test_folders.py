@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from pipeline.__main__ import app
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.source.parts import SourceSettings, find_parts
-from pipeline.dataset.source.sample_pictures import FILES
+from pipeline.dataset.source.sample import FILES
 from pipeline.dataset.source.seeds import seed_tables
 from pipeline.shared.tars import unpack
 from schemas.errors import ExitCode, SourceError

@@ -20,8 +20,7 @@ from sample_runs import make
 from skimage import data as samples
 
 from pipeline.dataset.finished.verify import verify
-from pipeline.dataset.source.sample import sample_rows
-from pipeline.dataset.source.sample_pictures import FILES
+from pipeline.dataset.source.sample import FILES, sample_rows
 from schemas.drops import DropReason
 from schemas.errors import ExitCode, ShardError
 from stages.base import Dropped

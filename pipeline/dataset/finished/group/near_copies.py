@@ -83,7 +83,13 @@ def without_copies(
     ranked = np.lexsort((numbers, -worth))
     rank = np.empty_like(ranked)
     rank[ranked] = numbers
-    original = _of_one_hash(vectors, looks.hashes[:, 0], rank)
+    original, photo = numbers.copy(), looks.hashes[:, 0]
+    order = np.lexsort((rank, photo))  # copies of one hash first: some lie in the web a thousand times
+    begins = np.diff(photo[order], prepend=~photo[order[:1]]) != 0
+    first = order[np.flatnonzero(begins)[np.cumsum(begins) - 1]]
+    for at in np.flatnonzero(~begins):
+        if vectors[order[at]] @ vectors[first[at]] >= _COPY:
+            original[order[at]] = first[at]
     while True:
         alive = np.flatnonzero(original == numbers)
         pairs, full = mutual_neighbours(vectors, alive, least)
@@ -99,15 +105,3 @@ def without_copies(
             while (original[original] != original).any():  # what a copy was one of turned out to be one itself
                 original = original[original]
             return original, pairs.where(stays[pairs.one] & stays[pairs.other])
-
-
-def _of_one_hash(vectors: Vectors, photo: Hashes, rank: Numbers) -> Numbers:
-    """(N,) as `without_copies` has it, of photos with one hash (N,) alone: some lie in the web a thousand times."""
-    original = np.arange(len(photo))
-    order = np.lexsort((rank, photo))
-    begins = np.diff(photo[order], prepend=~photo[order[:1]]) != 0
-    first = order[np.flatnonzero(begins)[np.cumsum(begins) - 1]]
-    for at in np.flatnonzero(~begins):
-        if vectors[order[at]] @ vectors[first[at]] >= _COPY:
-            original[order[at]] = first[at]
-    return original

@@ -1,6 +1,7 @@
 """Croissant 1.1 with the fields of responsible AI: what a dataset is, for programs."""
 
 import json
+from typing import Any
 
 from pipeline.dataset.finished.hub.about import About
 from schemas.columns import COLUMNS
@@ -75,22 +76,38 @@ def croissant(about: About, base: str = "") -> str:
         key = {**source, "extract": {"fileProperty": "filename"}, "transform": {"regex": r"^([^.]+)"}}
         content = {**source, "extract": {"fileProperty": "content"}}
         type = "sc:ImageObject" if _FORMATS[name.rpartition(".")[2]].startswith("image/") else "sc:Text"
-        fields = [
-            {"@type": "cr:Field", "@id": f"{name}/key", "name": "key", "dataType": "sc:Text", "source": key},
-            {
-                "@type": "cr:Field",
-                "@id": f"{name}/content",
-                "name": "content",
-                "description": CONTENTS[name],
-                "dataType": type,
-                "source": content,
-            },
-        ]
+        described = (
+            {"name": "key", "dataType": "sc:Text", "source": key},
+            {"name": "content", "description": CONTENTS[name], "dataType": type, "source": content},
+        )
+        fields = [{"@type": "cr:Field", "@id": f"{name}/{one['name']}", **one} for one in described]
         records.append({"@type": "cr:RecordSet", "@id": name, "name": name, "field": fields})
     first, last = (date.date().isoformat() for date in about.made)
+    document = {
+        "@context": _CONTEXT,
+        "@type": "sc:Dataset",
+        "conformsTo": ["http://mlcommons.org/croissant/1.1", "http://mlcommons.org/croissant/RAI/1.0"],
+        "name": about.name,
+        "description": f"{about.funnel.kept:,} photos with exactly one face, their captions, crops and face masks.",
+        "license": "No licence is given: the images are under the terms of their owners. README.md tells more.",
+        "url": base or "README.md",
+        "creator": {"@type": "sc:Organization", "name": "Whoever published this dataset"},
+        "citeAs": f"{about.name}, made with faceshards, dataset {about.dataset.get('dataset_digest', '')[:16]}",
+        "datePublished": last,
+        "version": "1.0.0",
+        "isLiveDataset": False,
+        **_responsible(about, first, last),
+        "distribution": [*files, *sets],
+        "recordSet": records,
+    }
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+def _responsible(about: About, first: str, last: str) -> dict[str, Any]:
+    """What the vocabulary of responsible AI has words for."""
     models = "; ".join(f"{one['task']}: {one['name']} ({one['licence']})" for one in about.models)
     dropped = ", ".join(f"{reason} {n:,}" for reason, n in about.funnel.dropped.items())
-    responsible = {
+    values = {
         "dataCollection": f"Rows of {', '.join(about.sources)}, whose images were fetched from their URLs or files.",
         "dataCollectionType": ["Web Scraping", "Secondary Data Analysis"],
         "dataCollectionMissingData": f"Rows that were dropped, by reason: {dropped or 'none'}.",
@@ -117,21 +134,4 @@ def croissant(about: About, base: str = "") -> str:
         ],
         "dataReleaseMaintenancePlan": "Take-downs: `python -m pipeline forget`, then `push`, which rewrites history.",
     }
-    document = {
-        "@context": _CONTEXT,
-        "@type": "sc:Dataset",
-        "conformsTo": ["http://mlcommons.org/croissant/1.1", "http://mlcommons.org/croissant/RAI/1.0"],
-        "name": about.name,
-        "description": f"{about.funnel.kept:,} photos with exactly one face, their captions, crops and face masks.",
-        "license": "No licence is given: the images are under the terms of their owners. README.md tells more.",
-        "url": base or "README.md",
-        "creator": {"@type": "sc:Organization", "name": "Whoever published this dataset"},
-        "citeAs": f"{about.name}, made with faceshards, dataset {about.dataset.get('dataset_digest', '')[:16]}",
-        "datePublished": last,
-        "version": "1.0.0",
-        "isLiveDataset": False,
-        **{f"rai:{name}": value for name, value in responsible.items()},
-        "distribution": [*files, *sets],
-        "recordSet": records,
-    }
-    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    return {f"rai:{name}": value for name, value in values.items()}
