@@ -45,7 +45,7 @@ def list_models(
 
     All that are known; with --profile, --config or --set those that such a run needs.
     """
-    from pipeline.dataset.inventory import document, known_models, named, needed, text_of
+    from pipeline.dataset.needed_weights import document, known_models, named, needed, text_of
 
     settings, only = _chosen(config, sets, profile)
     weights = needed(settings) if only else known_models(settings.models).values()
@@ -67,7 +67,7 @@ def check_models(
     that is named or needed is missing, and when any is damaged or cannot be loaded.
     """
     from pipeline.dataset.check_models import checks
-    from pipeline.dataset.inventory import known_models, named, state_of
+    from pipeline.dataset.needed_weights import known_models, named, state_of
 
     settings, only = _chosen(config, sets, profile)
     here = [one for one in known_models(settings.models).values() if state_of(one, settings.models).path]
@@ -93,7 +93,7 @@ def fetch_models(
     Files of the hub go on where they were interrupted. `photo`, by which runs tell photos from art, is made here: of
     the whole CLIP (3.9 GB to fetch, 5 GB of memory), which is removed again unless it is named or was there before.
     """
-    from pipeline.dataset.inventory import named, needed
+    from pipeline.dataset.needed_weights import named, needed
     from stages.models.weights import fetch, not_allowed
 
     settings, _ = _chosen(config, sets, profile)
@@ -107,9 +107,9 @@ def fetch_models(
 
 def _photo(weight: "Weight", settings: "Config", wanted: "Sequence[Weight]") -> Path:
     """The head of `photo`, made if it is not there or not of the weights that are; what it is made of is fetched."""
-    from pipeline.dataset.inventory import state_of
+    from pipeline.dataset.needed_weights import state_of
     from pipeline.shared.atomic import write_atomically
-    from stages.models.photo import photo_head
+    from stages.models.photo_or_art import photo_head
 
     there, whole = state_of(weight, settings.models, hashes=True), weight.made_of
     if there.is_ready or whole is None:

@@ -28,6 +28,7 @@ from schemas.drops import DropReason
 from stages import STAGES
 from stages.base import Stage
 from stages.filter import FROM_POINTS, QUALITIES
+from stages.models import REGISTRIES
 from stages.models import backends as models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -326,14 +327,12 @@ def methods(protocol: type) -> set[str]:
     return {name for name, _ in inspect.getmembers(protocol, inspect.isroutine) if not name.startswith("_")}
 
 
-@pytest.mark.parametrize("task", models.REGISTRIES)
+@pytest.mark.parametrize("task", REGISTRIES)
 def test_registered_task_has_a_protocol(task: str) -> None:
     assert methods(PROTOCOLS[task]) - {"cards"}
 
 
-@pytest.mark.parametrize(
-    ("task", "name"), [(task, name) for task, known in models.REGISTRIES.items() for name in known]
-)
+@pytest.mark.parametrize(("task", "name"), [(task, name) for task, known in REGISTRIES.items() for name in known])
 def test_backend_has_its_protocols_methods(task: str, name: str) -> None:
     backend = models.backend(task, name)
     assert inspect.isclass(backend)

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from pipeline.dataset.config import Config
-from pipeline.dataset.inventory import Use, needed, state_of, uses
+from pipeline.dataset.needed_weights import Use, needed, state_of, uses
 from pipeline.shared.bases import BASES
 from schemas.errors import ShardError, UserError
 from stages.caption.stage import captioner_class

@@ -15,8 +15,9 @@ from rich.console import Console
 from pipeline.dataset.config import Config
 from pipeline.dataset.execute import local
 from pipeline.dataset.execute.make_shard import METADATA, Event, Execute, Finished
-from pipeline.dataset.execute.progress import RunScreen, Watchers
+from pipeline.dataset.execute.progress import RunScreen
 from pipeline.dataset.execute.runner import judge_seeds
+from pipeline.dataset.execute.watchers import Watchers
 from pipeline.dataset.finished.forget import take_down_listed
 from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.report import write_report

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from pipeline.dataset.config import EXTRAS, Config
-from pipeline.dataset.inventory import base_papers, block, described, lacking, state_of
+from pipeline.dataset.needed_weights import base_papers, block, described, lacking, state_of
 from pipeline.shared.bases import BASES, find_base
 from schemas.columns import COLUMNS, LEDGER, SEED
 from schemas.digest import sha256_of_json

@@ -8,6 +8,7 @@ from schemas.urls import Url
 from stages.base import Dropped
 from stages.fetch.address import Guard, parse, redirected
 from stages.fetch.ahead import Pending, Slots
+from stages.fetch.answer import bare, check_status, opted_out
 from stages.fetch.body import Body
 from stages.fetch.engine import Outcome, Stopwatch
 from stages.fetch.http.client import Client
@@ -15,7 +16,6 @@ from stages.fetch.http.deadline import Deadline
 from stages.fetch.manners.hosts import Hosts
 from stages.fetch.manners.refusals import Refusals
 from stages.fetch.manners.robots import Robots
-from stages.fetch.status import bare, check_status, opted_out
 from stages.runtime import Runtime
 from stages.settings import Settings
 

@@ -20,9 +20,9 @@ from urllib.request import Request
 from stages.base import Dropped
 from stages.fetch.address import parse
 from stages.fetch.ahead import Pending
+from stages.fetch.answer import DIRECTIVES, bare
 from stages.fetch.engine import Outcome
 from stages.fetch.native import Native
-from stages.fetch.status import DIRECTIVES, bare
 from stages.runtime import Runtime
 from stages.settings import Settings
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from schemas.arrays import Floats as Floats
 from schemas.arrays import Image as Image
 from schemas.errors import ConfigError
+from stages.models import REGISTRIES
 from stages.models.papers import Weight
 from stages.runtime import Device
 from stages.settings import ModelSettings, Settings
@@ -130,29 +131,6 @@ class ImageEmbedder(Backend, Protocol):
         zeros stand for no face.
         """
 
-
-REGISTRIES: dict[str, dict[str, str]] = {
-    "detector": {
-        "scrfd": "stages.models.detectors.scrfd:Scrfd",
-        "yunet": "stages.models.detectors.yunet:YuNet",
-        "haar": "stages.models.detectors.haar:Haar",
-    },
-    "segmenter": {
-        "facexlib": "stages.models.segmenters.facexlib:FacexlibParser",
-        "grabcut": "stages.models.segmenters.grabcut:GrabCut",
-    },
-    "face_embedder": {
-        "arcface": "stages.models.face_embedders.arcface:ArcFace",
-        "lbp": "stages.models.face_embedders.lbp:Lbp",
-    },
-    "fiqa": {"ediffiqa-t": "stages.models.fiqa:Fiqa"},
-    "image_embedder": {
-        "clip-vit-h": "stages.models.image_embedders.clip:ClipVitH",
-        "dinov2": "stages.models.image_embedders.dinov2:DinoV2",
-        "patches": "stages.models.image_embedders.patches:Patches",
-    },
-}
-"""Task -> registry name -> backend class."""
 
 ONNX_FILES = {"fiqa": "ediffiqa-t"}
 """Task -> the backend of a file that is given by its path."""

@@ -20,7 +20,8 @@ from filelock import FileLock
 
 from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
-from stages.models.backends import REGISTRIES, ModelCard, backend
+from stages.models import REGISTRIES
+from stages.models.backends import ModelCard, backend
 from stages.models.papers import WEIGHTS, Weight, WeightFile
 from stages.settings import ModelSettings
 

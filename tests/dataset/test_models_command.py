@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 
 from pipeline.__main__ import app
 from pipeline.dataset.check_models import measured
-from pipeline.dataset.inventory import known_models
+from pipeline.dataset.needed_weights import known_models
 from pipeline.shared.bases import BASES
-from stages.models.backends import REGISTRIES, backend
+from stages.models import REGISTRIES
+from stages.models.backends import backend
 from stages.settings import ModelSettings
 
 ALL = known_models(ModelSettings())

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.dataset.config import load_config
-from pipeline.dataset.inventory import known_models, needed
+from pipeline.dataset.needed_weights import known_models, needed
 from pipeline.dataset.plan import make_plan, prove
 from pipeline.models_command import fetch_models
 from pipeline.shared.bases import BASES, find_base
@@ -15,7 +15,7 @@ from schemas.shard import SUFFIXES
 from stages import STAGES
 from stages.align import Align
 from stages.filter import QUALITIES
-from stages.models.backends import REGISTRIES
+from stages.models import REGISTRIES
 from stages.models.heads import MEASURES
 from stages.runtime import Runtime
 

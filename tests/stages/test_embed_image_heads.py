@@ -29,7 +29,7 @@ from stages.embed_image import EmbedImage
 from stages.models.heads import heads_of, read_head
 from stages.models.image_embedders.clip import ClipVitH
 from stages.models.papers import WEIGHTS, WeightFile
-from stages.models.photo import CLASSES, photo_head
+from stages.models.photo_or_art import CLASSES, photo_head
 from stages.models.torch_backend import prepare
 from stages.pixels.images import encode_jpeg, encode_png
 from stages.runtime import Runtime

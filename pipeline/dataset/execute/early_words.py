@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.dataset.out.ledger import why_nothing
-from stages.fetch.status import SECOND_CHANCE
+from stages.fetch.answer import SECOND_CHANCE
 
 _ROWS = 1_000
 """Fetched rows that are judged together: of an ordinary thousand, tens are kept."""

@@ -8,8 +8,8 @@ from typing import Any
 from pipeline.dataset.execute.make_shard import Advanced, Event, Finished, Started
 from schemas.columns import KEPT
 from stages import STAGES
+from stages.fetch.answer import SECOND_CHANCE
 from stages.fetch.engine import RESOLVER, FetchTimes
-from stages.fetch.status import SECOND_CHANCE
 
 _MOST_HOSTS = 2_000
 """Hosts that are remembered; of twice as many, those that spent the least time in all are let go."""

@@ -35,7 +35,7 @@ from pipeline.dataset.out.ledger import (
 from pipeline.dataset.out.lost import lost_errors
 from pipeline.dataset.out.output import Output, fingerprint
 from pipeline.dataset.out.takedowns import DROPS, Takedowns, blank, entries
-from pipeline.dataset.source.formats import parse_record
+from pipeline.dataset.source.metadata_files import parse_record
 from pipeline.shared.files import AnyPath, Draft, parquet, write
 from pipeline.shared.tars import BROKEN, created, members, read
 from schemas.columns import KEPT, LEDGER_SCHEMA, complete

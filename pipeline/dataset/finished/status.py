@@ -12,7 +12,7 @@ from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import AnyPath, RemotePath, times
 from schemas.names import shard_origin
 from schemas.shard import DATASET
-from stages.fetch.status import SECOND_CHANCE
+from stages.fetch.answer import SECOND_CHANCE
 
 _RECENT_S = 3600.0
 _SILENT_S = 900.0

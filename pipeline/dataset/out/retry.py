@@ -21,7 +21,7 @@ from pipeline.dataset.source.seeds import Seeds, iter_again
 from pipeline.shared.files import AnyPath
 from schemas.errors import SourceError
 from schemas.names import shard_origin
-from stages.fetch.status import SECOND_CHANCE
+from stages.fetch.answer import SECOND_CHANCE
 
 RowNumbers = npt.NDArray[np.int64]
 _NO_ROWS: RowNumbers = np.zeros(0, np.int64)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from pydantic import Field
 
-from pipeline.dataset.source import formats
+from pipeline.dataset.source import metadata_files
 from pipeline.dataset.source import webdataset_tars as tars
 from pipeline.dataset.source.aliases import (
     ALIASES,
@@ -34,7 +34,7 @@ from schemas.names import SAMPLE, part_name, part_number, split_kind, split_spec
 from schemas.section import Section
 from schemas.shard import DATASET
 
-_KINDS = f"{formats.EXTENSIONS} or .tar"
+_KINDS = f"{metadata_files.EXTENSIONS} or .tar"
 _PROBES_AT_A_TIME = 8
 _MOST_LISTED = 6
 
@@ -94,10 +94,10 @@ class Part:
             return replace(self, rows=len(self.pictures.images))
         if self.kind == "tar":
             return replace(self, rows=tars.rows_in(self.path))
-        columns, rows = formats.probe(self.path)
+        columns, rows = metadata_files.probe(self.path)
         require(self.path, columns.names, self.columns)
-        usual = (self.columns["image"],) if "image" in self.columns else formats.IMAGE_COLUMNS
-        image = formats.image_column(columns, usual)
+        usual = (self.columns["image"],) if "image" in self.columns else metadata_files.IMAGE_COLUMNS
+        image = metadata_files.image_column(columns, usual)
         aliases = mapped(FILE_ALIASES if image else ALIASES, self.columns)
         if image is None:
             require_url(self.path, columns.names, aliases)
@@ -118,7 +118,7 @@ class Part:
         if self.kind == "tar":
             return tars.tables(self.path, mapped(STORED_ALIASES, self.columns))
         aliases = mapped(ALIASES if self.image is None else FILE_ALIASES, self.columns)
-        return formats.tables(self.path, aliases, self.image)
+        return metadata_files.tables(self.path, aliases, self.image)
 
 
 def find_parts(spec: str, settings: SourceSettings) -> list[Part]:
@@ -267,7 +267,7 @@ def _no_access(error: OSError) -> None:
 def data_files(paths: list[str]) -> list[str]:
     """The files among some that are parts; a parquet beside a tar of the same name describes that tar and is none."""
     beside = {tars.table_path(path) for path in paths if tars.is_tar(path)}
-    return [path for path in paths if tars.is_tar(path) or (formats.format_of(path) and path not in beside)]
+    return [path for path in paths if tars.is_tar(path) or (metadata_files.format_of(path) and path not in beside)]
 
 
 def _listing(folder: str) -> str:

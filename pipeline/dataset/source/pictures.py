@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.source.aliases import FILE_ALIASES, FILE_NAMES, Aliases, resolve
-from pipeline.dataset.source.formats import (
+from pipeline.dataset.source.metadata_files import (
     BESIDE,
     IMAGE_SUFFIXES,
     PROBED,

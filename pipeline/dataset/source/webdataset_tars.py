@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from pipeline.dataset.source.aliases import STORED_ALIASES, Aliases
-from pipeline.dataset.source.formats import (
+from pipeline.dataset.source.metadata_files import (
     BESIDE,
     IMAGE_SUFFIXES,
     PROBED,

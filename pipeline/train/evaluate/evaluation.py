@@ -28,8 +28,8 @@ from pipeline.train.loader import Dataset, Face, features_of, first_faces, open_
 from pipeline.train.loop import FROZEN, make_accelerator
 from pipeline.train.run_folder import writing
 from pipeline.train.settings import TrainConfig, load_train_config
+from pipeline.train.validate.distances import View, Viewer, scale, spread
 from pipeline.train.validate.validation import NAMES, OTHERS, Sampler, Turn, drawings, means, turns_of
-from pipeline.train.validate.views import View, Viewer, scale, spread
 from pipeline.train.watch import console, say
 from schemas.errors import ConfigError
 

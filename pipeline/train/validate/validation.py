@@ -16,8 +16,8 @@ from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.base_model import Base
 from pipeline.train.loader import Face, Pixels, first_faces
 from pipeline.train.settings import TrainConfig
+from pipeline.train.validate.distances import DISTANCES, View, Viewer, copy_paste, scale
 from pipeline.train.validate.grid import GridRow, draw
-from pipeline.train.validate.views import DISTANCES, View, Viewer, copy_paste, scale
 from schemas.arcface import Floats
 
 if TYPE_CHECKING:

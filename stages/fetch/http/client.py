@@ -17,11 +17,11 @@ from schemas.drops import DropReason
 from schemas.urls import Url
 from stages.base import Dropped
 from stages.fetch.address import Guard
+from stages.fetch.answer import LOCAL_TROUBLE, user_agent
 from stages.fetch.engine import Stopwatch
 from stages.fetch.http.connections import Connector, is_reused
 from stages.fetch.http.inflate import LARGE_PIECE, inflated
 from stages.fetch.http.resolve import Resolver
-from stages.fetch.status import LOCAL_TROUBLE, user_agent
 from stages.settings import DownloadSettings
 
 _IDLE_S = 5.0

@@ -7,7 +7,7 @@ from itertools import count
 
 from schemas.drops import DropReason
 from stages.base import Dropped
-from stages.fetch.status import wait_s
+from stages.fetch.answer import wait_s
 from stages.settings import DownloadSettings
 
 

@@ -9,9 +9,9 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from schemas.drops import DropReason
 from stages.base import Dropped
 from stages.fetch.address import Guard, literal
+from stages.fetch.answer import LOCAL_TROUBLE
 from stages.fetch.engine import RESOLVER, Stopwatch
 from stages.fetch.once import Once
-from stages.fetch.status import LOCAL_TROUBLE
 
 _KEPT_S = 300.0
 _MOST_HOSTS = 20_000

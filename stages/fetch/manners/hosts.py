@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from schemas.drops import DropReason
 from schemas.urls import Origin, Url
 from stages.base import Dropped
-from stages.fetch.status import HOST_TROUBLE, Refused
+from stages.fetch.answer import HOST_TROUBLE, Refused
 from stages.settings import DownloadSettings
 
 _FIRST_REST_S = 10.0

@@ -10,11 +10,11 @@ from schemas.drops import DropReason
 from schemas.urls import Origin, Url
 from stages.base import Dropped
 from stages.fetch.address import redirected
+from stages.fetch.answer import HOST_TROUBLE, check_status
 from stages.fetch.http.client import Client
 from stages.fetch.http.deadline import Deadline
 from stages.fetch.manners.hosts import Hosts
 from stages.fetch.once import Once
-from stages.fetch.status import HOST_TROUBLE, check_status
 from stages.settings import DownloadSettings
 
 PATH = "/robots.txt"

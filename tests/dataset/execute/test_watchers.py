@@ -17,7 +17,7 @@ from rich.console import Console
 from sample_runs import SHARDS, contents, make
 
 from pipeline.dataset.config import WatchSettings
-from pipeline.dataset.execute import progress
+from pipeline.dataset.execute import watchers as watching
 from pipeline.dataset.execute.progress import RunScreen
 from pipeline.dataset.finished.status import status, text_of
 from pipeline.dataset.finished.verify import foreign_files, verify
@@ -98,7 +98,7 @@ def test_events_metrics_and_hook_of_a_run_whose_bytes_they_do_not_change(whole, 
 def test_what_cannot_watch_is_one_sentence_before_anything_is_written(tmp_path, setting, words):
     name, _, value = setting.format(here=tmp_path).partition("=")
     with pytest.raises(UserError, match=words):
-        progress.Watchers(RunScreen(Console(), 1), tmp_path / "out", WatchSettings(**{name: value}))
+        watching.Watchers(RunScreen(Console(), 1), tmp_path / "out", WatchSettings(**{name: value}))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -112,14 +112,14 @@ def test_a_run_whose_network_is_gone_says_so_early_and_at_its_end_why_it_kept_no
     """Into a store, whose `status` knows as much while the run goes on."""
     MemoryFileSystem.store.clear()
     out, part, seen = to_path("memory://bucket/watched"), tmp_path / "part.parquet", []
-    monkeypatch.setattr(progress, "_REMOTE_EVERY_S", 0.0)
-    take = progress.Watchers.take
+    monkeypatch.setattr(watching, "_REMOTE_EVERY_S", 0.0)
+    take = watching.Watchers.take
 
     def watched(self, event):
         take(self, event)
         seen.append(status(out))
 
-    monkeypatch.setattr(progress.Watchers, "take", watched)
+    monkeypatch.setattr(watching.Watchers, "take", watched)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     urls = [f"http://127.0.0.{n % 200 + 1}:{port}/{n}.jpg" for n in range(2_500)]
@@ -160,7 +160,7 @@ def test_trouble_with_the_last_event_is_an_event_of_the_file(tmp_path, monkeypat
     monkeypatch.setitem(globals(), "hook", lambda event: event["kind"] != "end" or (waits and free.wait()) or 1 / 0)
     settings = WatchSettings(hook="my_hooks:hook", events=str(tmp_path / "e.jsonl"))
     screen = RunScreen(Console(file=io.StringIO()), 1)
-    with suppress(KeyboardInterrupt), progress.Watchers(screen, tmp_path, settings) as watchers:
+    with suppress(KeyboardInterrupt), watching.Watchers(screen, tmp_path, settings) as watchers:
         watchers.begin()
         raise KeyboardInterrupt
     free.set()

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.dataset.execute.runner import judge_seeds
-from pipeline.dataset.source import formats
+from pipeline.dataset.source import metadata_files
 from pipeline.dataset.source.parts import Part, SourceSettings, find_parts
 from pipeline.dataset.source.seeds import iter_shards
 from pipeline.dataset.source.values import score, size
@@ -415,7 +415,7 @@ def test_csv_with_lines_in_captions_and_late_surprises(tmp_path):
 
 
 def test_csv_captions_may_break_where_a_block_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "_CSV_BLOCK", 64)
+    monkeypatch.setattr(metadata_files, "_CSV_BLOCK", 64)
     lines = [f'http://a.org/{n},"{"x" * (n % 23)}\ny",{n + 1024}' for n in range(60)]
     (tmp_path / "p.csv").write_text("\ufeffurl,text,width\n" + "\n".join(lines))
     assert [row["text"] for row in rows(tmp_path / "p.csv")] == ["x" * (n % 23) + "\ny" for n in range(60)]
@@ -496,7 +496,7 @@ def test_shards_depend_on_the_rows_alone(tmp_path, runs, rows_per_shard, group, 
     )
     pq.write_table(table, tmp_path / "p.parquet", row_group_size=group)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "BATCH_ROWS", batch)
+        patch.setattr(metadata_files, "BATCH_ROWS", batch)
         found = shards(Part("p", f"{tmp_path}/p.parquet", None, "metadata"), rows_per_shard)
     assert [seeds.table.num_rows for seeds in found] == plain_cut(alive, rows_per_shard)
     assert [seeds.name for seeds in found] == [f"p-{number:05d}" for number in range(len(found))]
@@ -542,7 +542,7 @@ def test_a_part_is_streamed(tmp_path):
     stage = Metadata(Settings(), Runtime())
     stream = iter_shards(part, HERE, watched)
     next(stream)
-    assert largest == formats.BATCH_ROWS
+    assert largest == metadata_files.BATCH_ROWS
     assert sum(seeds.candidates for seeds in stream) == 199_000
 
 

@@ -2,8 +2,8 @@ import pytest
 
 from schemas.drops import DropReason
 from stages.base import Dropped
+from stages.fetch.answer import SECOND_CHANCE, Refused
 from stages.fetch.manners import hosts
-from stages.fetch.status import SECOND_CHANCE, Refused
 from stages.settings import DownloadSettings
 
 A, B = ("http", "a.test", 80), ("http", "b.test", 80)

@@ -5,7 +5,7 @@ import pytest
 
 from schemas.drops import DropReason
 from stages.base import Dropped
-from stages.fetch.status import Refused, check_status, opted_out, user_agent, wait_s
+from stages.fetch.answer import Refused, check_status, opted_out, user_agent, wait_s
 from stages.settings import DownloadSettings
 
 OURS = "faceshards/0.1 (+image dataset builder)"

@@ -25,8 +25,8 @@ from pipeline.dataset.config import load_config
 from pipeline.dataset.plan import make_plan
 from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
-from stages.models import packs, weights
-from stages.models.backends import REGISTRIES, Faces, Image, ModelCard
+from stages.models import REGISTRIES, packs, weights
+from stages.models.backends import Faces, Image, ModelCard
 from stages.models.papers import WEIGHTS, Weight, WeightFile
 from stages.settings import ModelSettings
 

@@ -9,10 +9,11 @@ from schemas.digest import sha256_of_file
 from schemas.errors import UserError, WeightsError
 from stages.caption.stage import captioner_class
 from stages.filter import unused
-from stages.models.backends import REGISTRIES, backend, backends
+from stages.models import REGISTRIES
+from stages.models.backends import backend, backends
 from stages.models.heads import head_cards, read_head
 from stages.models.papers import Weight, WeightFile
-from stages.models.photo import photo_papers
+from stages.models.photo_or_art import photo_papers
 from stages.models.weights import WeightState, known, known_weights, roots, weight_state
 from stages.settings import ModelSettings
 

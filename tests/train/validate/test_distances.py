@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.train.loader import Face, Photo
-from pipeline.train.validate.views import DISTANCES, Viewer, copy_paste, scale, spread
+from pipeline.train.validate.distances import DISTANCES, Viewer, copy_paste, scale, spread
 
 SEEDS = st.integers(0, 10_000)
 
