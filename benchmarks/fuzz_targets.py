@@ -23,7 +23,7 @@ from schemas.int8 import decode_int8
 from schemas.shard import Manifest, decode_npy
 from schemas.targets import Targets
 from stages.base import Dropped
-from stages.fetch import address, status
+from stages.fetch import address, answer
 from stages.fetch.manners.robots import Rules
 from stages.pixels import headers, images
 
@@ -95,7 +95,9 @@ def read_tar(data: bytes, folder: Path) -> str:
     path = folder / "a-00000.tar"
     path.write_bytes(data)
     with contextlib.suppress(CorruptShardError):
-        for _ in shards.samples(shards.Shard("x", "a-00000", path, 3), 0, 3, lambda suffix: True):
+        for _ in shards.samples(
+            shards.Shard("x", path, Manifest("a-00000", "p", "d", 3, 3, {}, [], {})), 0, 3, lambda suffix: True
+        ):
             pass
     with contextlib.suppress(SourceError):
         webdataset_tars.rows_in(str(path))
@@ -145,7 +147,7 @@ def read_robots(data: bytes, folder: Path) -> str:
 
 
 def read_tags(data: bytes, folder: Path) -> str:
-    return str(status.opted_out([data.decode("latin-1")], "faceshards/0.1"))
+    return str(answer.opted_out([data.decode("latin-1")], "faceshards/0.1"))
 
 
 def read_url(data: bytes, folder: Path) -> str:

@@ -103,7 +103,7 @@ def make(folder: Path, kind: BaseKind, resolution: int, samples: int, *, is_tiny
     if is_tiny:
         base = find_base("tiny", sdxl=kind == "sdxl").folder
     elif not base.is_dir():
-        _write_base(base, kind)
+        write_base(base, kind)
     vision, shards = f"vision{'-tiny' * is_tiny}", f"out-{base.name}-{resolution}-{samples}"
     made = Made(base, folder / vision, folder / shards, folder / "photos")
     if not made.vision.is_dir():
@@ -114,16 +114,16 @@ def make(folder: Path, kind: BaseKind, resolution: int, samples: int, *, is_tiny
     return made
 
 
-def _write_base(folder: Path, kind: BaseKind) -> None:
+def write_base(folder: Path, kind: BaseKind) -> None:
     factor = 0.18215 if kind == "sd15" else 0.13025
     _write_model(folder / "unet", lambda: diffusers.UNet2DConditionModel(**UNETS[kind]))
     _write_model(folder / "vae", lambda: diffusers.AutoencoderKL(**VAE, scaling_factor=factor))
     _write_model(folder / "text_encoder", lambda: _text_encoder("text_encoder"))
-    tiny._tokenizer(folder).save_pretrained(folder / "tokenizer")
+    tiny.tokenizer().save_pretrained(folder / "tokenizer")
     if kind == "sdxl":
         _write_model(folder / "text_encoder_2", lambda: _text_encoder("text_encoder_2"))
-        tiny._tokenizer(folder).save_pretrained(folder / "tokenizer_2")
-    diffusers.DDPMScheduler(**tiny._plain_noise()).save_pretrained(folder / "scheduler")
+        tiny.tokenizer().save_pretrained(folder / "tokenizer_2")
+    diffusers.DDPMScheduler(**tiny.NOISE).save_pretrained(folder / "scheduler")
 
 
 def _text_encoder(part: str) -> Any:

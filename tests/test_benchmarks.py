@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 import report
 import scaling
+import torch
+import train_made
+
+from pipeline.shared.bases import find_base
+from pipeline.train.base_model import Base
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = ("whole", "whole-10g", "stages", "executors", "sizes", "ledgers", "loader", "scaling", "group")
@@ -130,3 +135,18 @@ def test_more_nodes_help_until_something_shared_is_busy():
     rates = {nodes: scaling.cluster(cpu, nodes, gpus=0)[0] for nodes in (1, 10, 100)}
     assert rates[10] == pytest.approx(10 * rates[1], rel=0.02)
     assert scaling.cluster(cpu, 1000, gpus=1)[0] == pytest.approx(1e4, rel=0.02)  # what the driver manages
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_a_base_of_a_published_layout_is_written_as_the_trainer_reads_it(kind, tmp_path, monkeypatch):
+    narrow = {"block_out_channels": (32,) * (4 if kind == "sd15" else 3), "layers_per_block": 1}
+    narrow |= {"attention_head_dim": 8} | ({"transformer_layers_per_block": 1} if kind == "sdxl" else {})
+    monkeypatch.setitem(train_made.UNETS, kind, train_made.UNETS[kind] | narrow)
+    monkeypatch.setitem(train_made.VAE, "block_out_channels", (32,) * 4)
+    for part in train_made.TEXTS.values():
+        monkeypatch.setitem(part, "num_hidden_layers", 1)
+    train_made.write_base(tmp_path / kind, kind)
+    base = Base(find_base(str(tmp_path / kind)), torch.device("cpu"), torch.float32)
+    text = base.encode_text(["a face"])
+    assert text.embeds.shape == (1, 77, 768 if kind == "sd15" else 2048)
+    assert (text.pooled is None) == (kind == "sd15")

@@ -13,7 +13,7 @@ from schemas.targets import BaseKind
 _SEED = 15
 _WIDTH = 128
 """Text width: two heads of 64, as the published projections need whole heads."""
-_NOISE: dict[str, Any] = {
+NOISE: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -71,23 +71,23 @@ def write_tiny(folder: Path, kind: BaseKind) -> None:
         parts: dict[str, Any] = {
             "unet": diffusers.UNet2DConditionModel(**_UNET, **_UNETS[kind]),
             "vae": diffusers.AutoencoderKL(**_VAE, scaling_factor=0.18215 if kind == "sd15" else 0.13025),
-            "tokenizer": _tokenizer(),
+            "tokenizer": tokenizer(),
         }
         pipeline: Any
         if kind == "sdxl":
             pipeline = diffusers.StableDiffusionXLPipeline(
                 **parts,
-                tokenizer_2=_tokenizer(),
+                tokenizer_2=tokenizer(),
                 text_encoder=_text_encoder(_WIDTH // 2, projected=False),
                 text_encoder_2=_text_encoder(_WIDTH // 2, projected=True),
-                scheduler=diffusers.EulerDiscreteScheduler(**_NOISE),
+                scheduler=diffusers.EulerDiscreteScheduler(**NOISE),
                 add_watermarker=False,
             )
         else:
             pipeline = diffusers.StableDiffusionPipeline(
                 **parts,
                 text_encoder=_text_encoder(_WIDTH, projected=False),
-                scheduler=diffusers.DDIMScheduler(**_NOISE, clip_sample=False, set_alpha_to_one=False),
+                scheduler=diffusers.DDIMScheduler(**NOISE, clip_sample=False, set_alpha_to_one=False),
                 safety_checker=None,
                 feature_extractor=None,
                 requires_safety_checker=False,
@@ -114,7 +114,7 @@ def _text_encoder(width: int, *, projected: bool) -> Any:
     return made(config).eval()
 
 
-def _tokenizer() -> Any:
+def tokenizer() -> Any:
     """CLIP's tokenizer over single bytes."""
     import transformers
     from transformers.convert_slow_tokenizer import bytes_to_unicode
