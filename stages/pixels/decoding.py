@@ -40,8 +40,8 @@ _ANSWER_S = 10.0 * CPU_S
 _CANVAS = 96 << 20
 """Bytes for pixels that stay mapped in the child; where a photo needs more, they come and go with it."""
 _MESSAGE = 4096
-_KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(128 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
-"""The child's libc keeps the memory of one photo for the next: getting it anew costs a fifth of a PNG's time."""
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(128 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
+"""A process's libc keeps the memory of one photo for the next: getting it anew costs a fifth of a PNG's time."""
 
 
 class Decoder:
@@ -140,7 +140,7 @@ class _Child:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=files,
-                env={**os.environ, **_KEEP_MEMORY, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env={**os.environ, **KEEP_MEMORY, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
         except OSError as error:  # too many processes, no memory: not the file's doing either
             self._socket.close()
