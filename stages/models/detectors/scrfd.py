@@ -39,9 +39,9 @@ _LOOKS = {(0, 1): 1.0, (0, -1): 0.8, (45, 1): 0.6, (-45, 1): 0.6, (90, 1): 0.6, 
 then, since dogs and flowers are faces there more often than faces are turned."""
 _SURROUNDINGS = 3.0, 4.0
 """Sides of what is cut out for it / side of the box."""
-_NOTHING, _CENTRE, _CONTRAST = 0.23, 0.25, 88
-"""The best score under which it is no face, of boxes whose centre is at most this share of its side away, where its
-pixels have so many grey levels from the 5th to the 95th percentile: what is dark or in haze is not seen closer."""
+_NOTHING, _CONTRAST = 0.23, 88
+"""The best score, of boxes whose centre is within its side, under which it is no face, where its pixels have so many
+grey levels from the 5th to the 95th percentile: what is dark or in haze is not seen closer."""
 _LARGEST = 320
 """Longer side of a picture in which a face may fill anything: one of 350 px and more is seen less and less."""
 
@@ -141,15 +141,15 @@ class Scrfd:
     def _looked_again(self, images: Sequence[Image], results: list[Faces]) -> list[Faces]:
         """`results`, with less for doubtful boxes beside the best face of a photo that are no faces when seen closer.
 
-        Each is seen upright, mirrored and turned, with more and less around it; where it shows anything, its first score
-        stands.
+        Each is seen upright, mirrored and turned, with more and less around it; if it shows anything, its score stands.
         """
         low, high = self._second_look
         doubtful = []
         for i, faces in enumerate(results):
-            if np.any(faces.score >= self._threshold):
-                others = apart(faces.bbox, faces.bbox[0]) & (faces.score >= low) & (faces.score < high)
-                doubtful += [(i, j) for j in np.flatnonzero(others) if _contrast(images[i], faces.bbox[j]) >= _CONTRAST]
+            others = np.flatnonzero(apart(faces.bbox, faces.bbox[0])) if np.any(faces.score >= self._threshold) else ()
+            if len(others) and faces.score[others].max() < high:  # else there is a second face anyway
+                weak = [j for j in others if faces.score[j] >= low]
+                doubtful += [(i, j) for j in weak if _contrast(images[i], faces.bbox[j]) >= _CONTRAST]
         if not doubtful:
             return results
         crops = []
@@ -157,7 +157,9 @@ class Scrfd:
             for around in _SURROUNDINGS:
                 # without smoothing, a large reduction would leave little of a blurred face
                 by = max(1, int(around * np.ptp(results[i].bbox[j].reshape(2, 2), axis=0).max() / _CROP))
-                image = cv2.resize(images[i], None, fx=1 / by, fy=1 / by, interpolation=cv2.INTER_AREA)
+                image = images[i]
+                if by > 1:
+                    image = cv2.resize(image, None, fx=1 / by, fy=1 / by, interpolation=cv2.INTER_AREA)
                 box, score = results[i].bbox[[j]] / np.float32(by), results[i].score[[j]]
                 for turn, step in _LOOKS:
                     (crop,) = _closer(image, box, score, turn, around)
@@ -170,9 +172,9 @@ class Scrfd:
             seen = 0.0
             for around in _SURROUNDINGS:
                 for weight, (_, scores, boxes) in zip(_LOOKS.values(), islice(looks, len(_LOOKS)), strict=True):
-                    # the box is in the middle; the face beside it may stand at the edge
+                    # the box is in the middle, if not well placed; the face beside it may stand at the edge
                     aside = np.abs((boxes[:, :2] + boxes[:, 2:]) / 2 - _CROP / 2).max(axis=1, initial=0)
-                    seen = max(seen, weight * float(scores[aside <= _CENTRE * _CROP / around].max(initial=0)))
+                    seen = max(seen, weight * float(scores[aside <= _CROP / around / 2].max(initial=0)))
             if seen < _NOTHING:
                 score = again[i].score.copy()
                 score[j] = seen
