@@ -34,7 +34,7 @@ _DOUBTFUL, _CERTAIN = 0.1, 0.3
 of them turned, dark or blurred, none scored under 0.18, four under 0.3; of faceless photos 43 % score 0.1, 3 % 0.3."""
 _CROP, _AROUND, _MOST_CROPS = 128, 2.0, 8
 """Side of what is looked at closer, pixels; that of the square / longer side of the box in it; boxes of one photo."""
-_LOOKS = {(0, 1): 1.0, (0, -1): 0.8, (45, 1): 0.6, (-45, 1): 0.6, (90, 1): 0.6, (-90, 1): 0.6, (180, 1): 0.6}
+_LOOKS = {(0, 1): 1.0, (0, -1): 0.8} | {(turn, 1): 0.6 for turn in (45, -45, 90, -90, 135, -135, 180)}
 """How a doubtful second box is looked at: degrees by which it is turned, and -1 where mirrored -> what a score counts
 then, since dogs and flowers are faces there more often than faces are turned."""
 _SURROUNDINGS = 3.0, 4.0
