@@ -206,9 +206,9 @@ class ModelSettings(Section):
     """Side of the square that the detector sees, pixels."""
     det_thresh: float = Field(0.5, gt=0, lt=1)
     """Smallest detector score of a face."""
-    second_look: tuple[Score, Score] = (0, 0)
+    second_look: tuple[Score, Score] = (0.4, 0.7)
     """Scores, from and below, of boxes beside a face that are looked at closer before they count as a second face
-    (where the detector can: scrfd), such as [0.4, 0.7]; [0, 0]: none."""
+    (where the detector can: scrfd); [0, 0]: none."""
     paths: dict[str, str] = Field(default_factory=dict)
     """Weight name -> file or folder, looked at before all else, such as {yunet = "/models/yunet.onnx"}."""
     licences: tuple[str, ...] = ()

@@ -146,8 +146,8 @@ class Plan:
             settings["models"]["decoding"] = "gpu"
         if works[Screen.name]:
             settings["models"]["screen"] = {"factor": works[Screen.name], "thresh": models.screen_thresh}
-        if low < high and hasattr(backend("detector", models.detector), "screen"):
-            settings["models"]["second_look"] = [low, high]
+        if low < high and (rule := getattr(backend("detector", models.detector), "closer_look", None)):
+            settings["models"]["second_look"] = {"scores": [low, high], "rule": rule}
         encode: dict[str, Any] = {name: True for name in EXTRAS if getattr(config.encode, name)}
         if config.encode.latents:
             encode |= {"latents": "moments", "resolution": config.encode.resolution}

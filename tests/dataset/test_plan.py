@@ -16,6 +16,7 @@ from stages import STAGES
 from stages.align import Align
 from stages.filter import QUALITIES
 from stages.models import REGISTRIES
+from stages.models.detectors.scrfd import Scrfd
 from stages.models.heads import MEASURES
 from stages.runtime import Runtime
 
@@ -93,18 +94,19 @@ def test_the_form_of_hidden_states_belongs_to_the_plan_where_it_is_not_the_usual
 
 
 def test_the_closer_look_belongs_to_the_plan_where_the_detector_can():
-    closer = "models.second_look=[0.4,0.7]"
-    assert plan_of("models.detector=haar", closer).digest == plan_of("models.detector=haar").digest
+    haar = "models.detector=haar"
+    assert plan_of(haar, "models.second_look=[0,0]").digest == plan_of(haar).digest
     with pytest.raises(ConfigError, match=r"second_look"):
         plan_of("models.second_look=[0.4,1.5]")
 
 
 @pytest.mark.real_data
-def test_a_plan_without_the_closer_look_is_as_before_there_was_one(data):
+def test_the_plan_names_the_rule_of_the_closer_look_and_without_it_is_as_before_there_was_one(data):
     pack = f"models.pack={data / 'models' / 'real'}", "models.accept_noncommercial=true", "models.detector=scrfd"
-    usual, closer = plan_of(*pack), plan_of(*pack, "models.second_look=[0.4,0.7]")
-    assert closer.identity["settings"]["models"].pop("second_look") == [0.4, 0.7]
-    assert usual.identity == closer.identity
+    usual, without = plan_of(*pack), plan_of(*pack, "models.second_look=[0,0]")
+    rule = usual.identity["settings"]["models"].pop("second_look")
+    assert rule == {"scores": [0.4, 0.7], "rule": Scrfd.closer_look}
+    assert usual.identity == without.identity
 
 
 def test_an_unknown_backend_names_the_known_ones():

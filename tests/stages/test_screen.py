@@ -337,50 +337,50 @@ def oddities(data):
 
 
 @pytest.fixture(scope="module")
-def twice(data):
-    return Scrfd(settings(data, second_look=[0.4, 0.7]).models, "cpu")
+def once(data):
+    return Scrfd(settings(data, second_look=[0, 0]).models, "cpu")
 
 
-def second_scores(detector, twice, file):
+def second_scores(once, detector, file):
     image = photo(sha256(file), file)
-    return tuple(measure(each.detect(image), 0.5)["second_score"] for each in (detector, twice))
+    return tuple(measure(each.detect(image), 0.5)["second_score"] for each in (once, detector))
 
 
 @pytest.mark.real_data
-def test_what_is_no_face_when_seen_closer_is_no_second_face(material, oddities, detector, twice):
+def test_what_is_no_face_when_seen_closer_is_no_second_face(material, oddities, once, detector):
     """A dog's ear beside a face; in haze, where a face would not be seen either, it stays one."""
     file = next(composed.with_others(*material, oddities, 1, seed=1150, each=6))
     image = photo(sha256(file), file)
-    (first,) = detector.detect_all([image])
+    (first,) = once.detect_all([image])
     haze = (image * 0.4 + 100).astype(np.uint8)
-    closer, hazy = (twice._looked_again([each], [first])[0] for each in (image, haze))
+    closer, hazy = (detector._looked_again([each], [first])[0] for each in (image, haze))
     assert [measure(faces, 0.5)["second_score"] > 0.4 for faces in (first, closer, hazy)] == [True, False, True]
 
 
 @pytest.mark.real_data
 @pytest.mark.parametrize("seed", [2, 4])
-def test_a_poor_second_face_stays_one(material, detector, twice, seed):
-    first, closer = second_scores(detector, twice, next(composed.with_others(*material, material[0], 1, seed)))
+def test_a_poor_second_face_stays_one(material, once, detector, seed):
+    first, closer = second_scores(once, detector, next(composed.with_others(*material, material[0], 1, seed)))
     assert 0.4 < first == closer < 0.7
 
 
 @pytest.mark.real_data
 @pytest.mark.long
-def test_torch_looks_closer_in_batches_and_says_the_same(material, oddities, data, detector, twice):
-    on_torch = Scrfd(settings(data, second_look=[0.4, 0.7], runtime={"detector": "torch"}).models, "cpu")
+def test_torch_looks_closer_in_batches_and_says_the_same(material, oddities, data, once, detector):
+    on_torch = Scrfd(settings(data, runtime={"detector": "torch"}).models, "cpu")
     odd = next(composed.with_others(*material, oddities, 1, seed=1150, each=6))
     poor = next(composed.with_others(*material, material[0], 1, seed=2))
     images = [photo(sha256(file), file) for file in (odd, poor)]
-    firsts = detector.detect_all(images)
-    for one, other in zip(twice._looked_again(images, firsts), on_torch._looked_again(images, firsts), strict=True):
+    firsts = once.detect_all(images)
+    for one, other in zip(detector._looked_again(images, firsts), on_torch._looked_again(images, firsts), strict=True):
         np.testing.assert_allclose(one.score, other.score, atol=0.02)
 
 
 @pytest.mark.real_data
 @pytest.mark.long
-def test_of_many_poor_second_faces_none_passes_by_the_closer_look(material, detector, twice):
+def test_of_many_poor_second_faces_none_passes_by_the_closer_look(material, once, detector):
     """On a drawn ground: in a photo, boxes that show no face may pass, as they should."""
     faces, grounds = material
-    pairs = [second_scores(detector, twice, f) for f in composed.with_others(faces, grounds[-1:], faces, 80, seed=9)]
+    pairs = [second_scores(once, detector, f) for f in composed.with_others(faces, grounds[-1:], faces, 80, seed=9)]
     doubtful = [(first, closer) for first, closer in pairs if 0.4 < first < 0.7]
     assert (len(doubtful) >= 6, [pair for pair in doubtful if pair[1] <= 0.4]) == (True, []), len(doubtful)

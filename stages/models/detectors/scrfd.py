@@ -34,12 +34,14 @@ _DOUBTFUL, _CERTAIN = 0.1, 0.3
 of them turned, dark or blurred, none scored under 0.18, four under 0.3; of faceless photos 43 % score 0.1, 3 % 0.3."""
 _CROP, _AROUND, _MOST_CROPS = 128, 2.0, 8
 """Side of what is looked at closer, pixels; that of the square / longer side of the box in it; boxes of one photo."""
-_TURNS, _SURROUNDINGS = {0: 1.0, 45: 0.6, -45: 0.6, 90: 0.6, -90: 0.6, 180: 0.6}, (3.0, 4.0)
-"""How a doubtful second box is looked at: degrees by which it is turned -> what a score counts then, since turned dogs
-and flowers are faces more often than faces are turned; and sides of what is cut out / side of the box."""
-_NOTHING, _CENTRE, _CONTRAST = 0.22, 0.25, 100
-"""The best score under which it is no face, of boxes whose centre is at most this share of its side away, where its
-pixels have so many grey levels from the 5th to the 95th percentile: what is dark or in haze is not seen closer."""
+_LOOKS = {(0, 1): 1.0, (0, -1): 0.8} | {(turn, 1): 0.6 for turn in (45, -45, 90, -90, 135, -135, 180)}
+"""How a doubtful second box is looked at: degrees by which it is turned, and -1 where mirrored -> what a score counts
+then, since dogs and flowers are faces there more often than faces are turned."""
+_SURROUNDINGS = 3.0, 4.0
+"""Sides of what is cut out for it / side of the box."""
+_NOTHING, _CONTRAST = 0.23, 88
+"""The best score, of boxes whose centre is within its side, under which it is no face, where its pixels have so many
+grey levels from the 5th to the 95th percentile: what is dark or in haze is not seen closer."""
 _LARGEST = 320
 """Longer side of a picture in which a face may fill anything: one of 350 px and more is seen less and less."""
 
@@ -63,6 +65,8 @@ class Scrfd:
     """A screen's score from which the bordered photo is worth a look at full size."""
     border: ClassVar[float] = 0.5
     """Width of the border / longer side of the photo."""
+    closer_look: ClassVar[int] = 3
+    """Version of the rule of `models.second_look`, which a plan names: to be raised when the rule changes."""
 
     def __init__(self, settings: ModelSettings, device: Device) -> None:
         path = pack_file("detector", settings)
@@ -137,14 +141,15 @@ class Scrfd:
     def _looked_again(self, images: Sequence[Image], results: list[Faces]) -> list[Faces]:
         """`results`, with less for doubtful boxes beside the best face of a photo that are no faces when seen closer.
 
-        Each is seen upright and turned, with more and less around it; where it shows anything, its first score stands.
+        Each is seen upright, mirrored and turned, with more and less around it; if it shows anything, its score stands.
         """
         low, high = self._second_look
         doubtful = []
         for i, faces in enumerate(results):
-            if np.any(faces.score >= self._threshold):
-                others = apart(faces.bbox, faces.bbox[0]) & (faces.score >= low) & (faces.score < high)
-                doubtful += [(i, j) for j in np.flatnonzero(others) if _contrast(images[i], faces.bbox[j]) >= _CONTRAST]
+            others = np.flatnonzero(apart(faces.bbox, faces.bbox[0])) if np.any(faces.score >= self._threshold) else ()
+            if len(others) and faces.score[others].max() < high:  # else there is a second face anyway
+                weak = [j for j in others if faces.score[j] >= low]
+                doubtful += [(i, j) for j in weak if _contrast(images[i], faces.bbox[j]) >= _CONTRAST]
         if not doubtful:
             return results
         crops = []
@@ -152,9 +157,13 @@ class Scrfd:
             for around in _SURROUNDINGS:
                 # without smoothing, a large reduction would leave little of a blurred face
                 by = max(1, int(around * np.ptp(results[i].bbox[j].reshape(2, 2), axis=0).max() / _CROP))
-                image = cv2.resize(images[i], None, fx=1 / by, fy=1 / by, interpolation=cv2.INTER_AREA)
+                image = images[i]
+                if by > 1:
+                    image = cv2.resize(image, None, fx=1 / by, fy=1 / by, interpolation=cv2.INTER_AREA)
                 box, score = results[i].bbox[[j]] / np.float32(by), results[i].score[[j]]
-                crops += [crop for turn in _TURNS for crop in _closer(image, box, score, turn, around)]
+                for turn, step in _LOOKS:
+                    (crop,) = _closer(image, box, score, turn, around)
+                    crops.append(np.ascontiguousarray(crop[:, ::step]))
         if self._model.static_input_size:
             crops = [np.pad(crop, ((0, self._size - _CROP), (0, self._size - _CROP), (0, 0))) for crop in crops]
         looks = iter(self._model.screened(crops, _DOUBTFUL))
@@ -162,10 +171,10 @@ class Scrfd:
         for i, j in doubtful:
             seen = 0.0
             for around in _SURROUNDINGS:
-                for weight, (_, scores, boxes) in zip(_TURNS.values(), islice(looks, len(_TURNS)), strict=True):
-                    # the box is in the middle; the face beside it may stand at the edge
+                for weight, (_, scores, boxes) in zip(_LOOKS.values(), islice(looks, len(_LOOKS)), strict=True):
+                    # the box is in the middle, if not well placed; the face beside it may stand at the edge
                     aside = np.abs((boxes[:, :2] + boxes[:, 2:]) / 2 - _CROP / 2).max(axis=1, initial=0)
-                    seen = max(seen, weight * float(scores[aside <= _CENTRE * _CROP / around].max(initial=0)))
+                    seen = max(seen, weight * float(scores[aside <= _CROP / around / 2].max(initial=0)))
             if seen < _NOTHING:
                 score = again[i].score.copy()
                 score[j] = seen
