@@ -31,7 +31,8 @@ class Size(RowStage):
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Measure one image; a small one is called small even when it is truncated too."""
-        header = read_header(record["image"])
+        data = record["image"]  # once: each reading of it copies the file
+        header = read_header(data)
         measured = header._asdict()
         limits = self.settings.filter
         if min(header.width, header.height) < limits.min_image_px:
@@ -39,8 +40,8 @@ class Size(RowStage):
         if header.width * header.height > limits.max_pixels:
             raise Dropped(DropReason.TOO_MANY_PIXELS, **measured)
         try:
-            check_whole(record["image"], header)
+            check_whole(data, header)
         except Dropped as dropped:
             raise Dropped(dropped.reason, **measured) from dropped
-        quality = jpeg.quality(record["image"]) if header.format == "JPEG" else 100
-        return {**measured, "jpeg_quality": quality, "ai_mark": ai_mark(header.format, record["image"])}
+        quality = jpeg.quality(data) if header.format == "JPEG" else 100
+        return {**measured, "jpeg_quality": quality, "ai_mark": ai_mark(header.format, data)}
