@@ -17,8 +17,7 @@ import hostile
 import hypothesis
 import pytest
 import servers
-from filelock import FileLock
-from sample_runs import remembered_models
+from sample_runs import remembered_models, shared
 from typer.testing import CliRunner
 
 # The suite tries the same examples each time: what turns red was changed. New ones are looked for with
@@ -115,7 +114,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dataset(shared_folder: Path) -> Path:
     """The OUT of `make dataset` on the bundled sample, made once for all; tests must not write to it."""
     out = shared_folder / "dataset"
-    with FileLock(f"{out}.lock"):
+    with shared(shared_folder):
         if not (out / "README.md").exists():  # what a run writes last
             from pipeline.__main__ import app
 

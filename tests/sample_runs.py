@@ -4,6 +4,7 @@ import copy
 import functools
 import hashlib
 import io
+import pickle
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+from filelock import FileLock
 from rich.console import Console
 
 from pipeline.dataset.config import load_config
+from pipeline.dataset.finished.report_cards import Card
 from pipeline.dataset.job import make_dataset, prepared
 from pipeline.dataset.source.sample import FILES
 from schemas.errors import ExitCode
@@ -35,9 +38,10 @@ _computed: dict[Any, Any] = {}
 def _remembering(compute: Callable[..., Any]) -> Callable[..., Any]:
     """The same, computed once for the same pixels."""
 
+    @functools.wraps(compute)
     def remembered(model: Any, *arrays: Any) -> Any:
         pixels = (hashlib.blake2b(np.ascontiguousarray(array)).digest() for array in arrays)
-        key = compute, getattr(model, "_long_side", 0), *pixels
+        key = compute.__qualname__, getattr(model, "_long_side", 0), *pixels
         if key not in _computed:
             _computed[key] = compute(model, *arrays)
         return copy.deepcopy(_computed[key])
@@ -45,13 +49,35 @@ def _remembering(compute: Callable[..., Any]) -> Callable[..., Any]:
     return remembered
 
 
+def _card_of(sample: Any, content: Any, real: Callable[..., Card] = Card.of_sample) -> Card:
+    key = real.__qualname__, sample.key, hashlib.blake2b(b"".join(sample.files.values())).digest()
+    if key not in _computed:
+        _computed[key] = real(sample, content)
+    return copy.deepcopy(_computed[key])
+
+
+@contextmanager
+def shared(folder: Path) -> Iterator[None]:
+    """Within is one process of a test run at a time, which remembers what the first of them did."""
+    file = folder / "computed"
+    with FileLock(f"{file}.lock"):
+        if file.exists():
+            pictures, computed = pickle.loads(file.read_bytes())
+            _drawn.update({name: lambda picture=picture: picture for name, picture in pictures.items()})
+            _computed.update(computed)
+        yield
+        if not file.exists():
+            file.write_bytes(pickle.dumps(({name: draw() for name, draw in _drawn.items()}, _computed)))
+
+
 @contextmanager
 def remembered_models() -> Iterator[None]:
-    """Within, what draws the sample's pictures, finds their faces and cuts them out works once for all runs."""
+    """Within, all runs draw the sample's pictures, find faces, cut them out and reduce them for the report once."""
     with (
         patch.dict(FILES, _drawn),
         patch.object(Haar, "detect", _remembering(Haar.detect)),
         patch.object(GrabCut, "segment", _remembering(GrabCut.segment)),
+        patch.object(Card, "of_sample", staticmethod(_card_of)),
     ):
         yield
 

@@ -7,7 +7,7 @@ import time
 import fuzz
 import pytest
 
-SECONDS = 0.3
+SECONDS = 0.2
 MOST = 400
 
 

@@ -114,8 +114,8 @@ def test_plan_without_weights_is_a_whole_plan_that_says_what_is_missing(part, tm
     monkeypatch.setenv("FACESHARDS_MODELS", str(tmp_path / "models"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     words = ["--shards", str(part), "--out", str(tmp_path / "out")]
-    planned = subprocess.run([sys.executable, "-m", "pipeline", "plan", *words], capture_output=True, text=True)
-    assert planned.returncode == 0, planned.stderr
+    planned = CliRunner().invoke(app, ["plan", *words])
+    assert planned.exit_code == 0, planned.output
     assert "Shards: 1 of" in planned.stdout
     listed, verdict = planned.stdout.rstrip("\n").split("Missing on this machine:")[1].rsplit("\n", 1)
     assert verdict.startswith(

@@ -50,13 +50,13 @@ def nothing(tmp_path, monkeypatch):
     return tmp_path / "models"
 
 
-def in_a_pipe(command: list[str]) -> str:
-    done = subprocess.run(command, env={**os.environ, "COLUMNS": "80"}, capture_output=True, text=True, check=True)
-    return done.stdout
+def in_a_pipe(*words: str) -> str:
+    return CliRunner().invoke(app, words, env={"COLUMNS": "80"}).stdout
 
 
-def on_a_terminal(command: list[str]) -> str:
+def on_a_terminal(*words: str) -> str:
     """What a terminal of 80 columns gets."""
+    command = [sys.executable, "-m", "pipeline", *words]
     reader, writer = pty.openpty()
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     with subprocess.Popen(command, stdin=writer, stdout=writer, stderr=writer) as process:
@@ -74,7 +74,7 @@ def on_a_terminal(command: list[str]) -> str:
 
 @pytest.mark.parametrize("read", [in_a_pipe, on_a_terminal])
 def test_nothing_of_the_list_is_cut(read, nothing):
-    lines = read([sys.executable, "-m", "pipeline", "models", "list"]).splitlines()
+    lines = read("models", "list").splitlines()
     text = "\n".join(lines)
     assert "…" not in text
     for weight in known_models(ModelSettings()).values():

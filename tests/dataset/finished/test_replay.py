@@ -30,11 +30,12 @@ def drawn_limits(rng: random.Random) -> FilterSettings:
     )
 
 
-def test_ledgers_are_judged_as_the_stages_would_judge_the_photos():
+@pytest.mark.parametrize("draws", [120, pytest.param(400, marks=pytest.mark.long)])
+def test_ledgers_are_judged_as_the_stages_would_judge_the_photos(draws):
     rng = random.Random(0)
     photos = [judged_rows.photo(rng) for _ in range(300)]
     seen = Counter()
-    for _ in range(200):
+    for _ in range(draws):
         before, after = drawn_limits(rng), drawn_limits(rng)
         rows = [judged_rows.recorded(truth, before) for truth in photos]
         measured = evidence(pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA))
