@@ -67,7 +67,7 @@ def _start(executor: ExecutorSettings) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if not executor.ray_address:
         cpus = executor.workers + executor.gpus
-        os.environ.update(KEEP_MEMORY)  # for its workers: a row among small ones costs a twelfth less
+        os.environ.update(KEEP_MEMORY)  # for its workers: makers fault in a quarter of the pages
         try:
             ray.init("local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
         except Exception as error:  # it raises no more special one when a process of its node does not start
