@@ -66,6 +66,6 @@ class Caption(BatchStage):
 
 def captioner_class(models: ModelSettings) -> type[Captioner]:
     """What `models.captioner` names: an endpoint by its URL, or a folder."""
-    kind = "endpoint:Endpoint" if "://" in models.captioner else "folder:Folder"
+    kind = "endpoint:Endpoint" if "://" in models.captioner else "transformers_model:Folder"
     cls: type[Captioner] = pkgutil.resolve_name(f"stages.caption.{kind}")
     return cls

@@ -57,8 +57,12 @@ NAMES = (
 )
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("command", ["dataset", "plan"])
+@pytest.mark.parametrize(
+    ("command", "name"),
+    # plan neither writes nor starts anything, and needs no weights
+    [("dataset", name) for name in NAMES]
+    + [("plan", name) for name in NAMES if not ("out" in name or "absent" in name or name == "missing weights")],
+)
 def test_a_mistake_is_one_sentence_and_nothing_is_written(name, command, part, tmp_path, monkeypatch):
     monkeypatch.delenv("LAION_ROOT", raising=False)
     monkeypatch.setenv("FACESHARDS_MODELS", str(tmp_path / "none"))
@@ -66,8 +70,6 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(name, command, part, t
     cases = mistakes(tmp_path, part)
     assert tuple(cases) == NAMES
     words, named = cases[name]
-    if command == "plan" and ("out" in name or "absent" in name or name == "missing weights"):
-        pytest.skip("plan neither writes nor starts anything, and needs no weights")
     out = tmp_path / "out"
     result = CliRunner().invoke(app, [command, *(["--out", str(out)] if "--out" not in words else []), *words])
     assert isinstance(result.exception, UserError), result.output
