@@ -137,8 +137,9 @@ class Run:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """All files of a dataset but the report, which tells of times."""
-    paths = sorted(path for path in out.rglob("*") if path.is_file() and path.name != "report.html")
+    """All files of a dataset but the report, which tells of times, and the cards, which tell of days."""
+    dated = ("report.html", "README.md", "croissant.json")
+    paths = sorted(path for path in out.rglob("*") if path.is_file() and path.name not in dated)
     return {str(path.relative_to(out)): path.read_bytes() for path in paths}
 
 

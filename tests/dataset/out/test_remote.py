@@ -1,6 +1,7 @@
 """OUT behind an fsspec URL: equal bytes, the manifest last without any rename, and what a store that fails leaves."""
 
 import errno
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +79,11 @@ def objects() -> dict[str, bytes]:
 
 def files(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def undated(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Without the days on which shards were made, as cards say them: midnight may lie between two datasets."""
+    return {name: re.sub(rb"\d{4}-\d\d-\d\d", b"DAY", content) for name, content in files.items()}
 
 
 def shards() -> dict[str, list]:
@@ -162,7 +168,7 @@ def test_a_whole_run_into_memory_equals_a_local_one(whole):
     assert make(memory)[0] is ExitCode.OK
     store = {path: file.getvalue() for path, file in MemoryFileSystem.store.items() if path.startswith("/faces/")}
     found = {path.removeprefix("/faces/"): content for path, content in store.items()}
-    assert found == files(whole)
+    assert undated(found) == undated(files(whole))
     assert verify(memory) == []
     assert make(memory)[0] is ExitCode.OK  # a rerun
     MemoryFileSystem.store.clear()
