@@ -1,9 +1,8 @@
 """An aligned face as ArcFace's recognisers expect it; shared by who embeds faces and who trains against them."""
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from schemas.arrays import Doubles
 
 ARCFACE_SIZE = 112
 """Side, pixels."""
@@ -35,7 +34,7 @@ _DEPTH = 0.5
 """How far the tip of a nose stands out, in distances between the eyes."""
 
 
-def pose(kps: Floats) -> tuple[Floats, Floats, Floats]:
+def pose(kps: Doubles) -> tuple[Doubles, Doubles, Doubles]:
     """Yaw, pitch and roll (N,), degrees, that five points (N, 5, 2) suggest; NaN where they suggest none.
 
     Yaw is positive where the nose points to the image's right, pitch where it points down, roll clockwise. The nose is

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from schemas.arcface import Floats, pose
+from schemas.arcface import pose
+from schemas.arrays import Doubles
 from schemas.drops import DropReason
 from stages.base import Dropped, RowStage
 from stages.settings import FilterSettings
@@ -172,6 +173,6 @@ def unused(limits: FilterSettings) -> set[str]:
     return {quality.key for quality in QUALITIES if getattr(limits, quality.key) == quality.off}
 
 
-def from_points(kps: Floats) -> Floats:
+def from_points(kps: Doubles) -> Doubles:
     """(4, N): yaw, pitch and roll as `pose` has them, and the distance of the eyes, of five points (N, 5, 2)."""
     return np.stack([*pose(kps), np.hypot(*(kps[:, 1] - kps[:, 0]).T)])

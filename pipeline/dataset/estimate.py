@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from scipy.stats import hypergeom
 from scipy.stats import t as student
 
+from schemas.arrays import Doubles
+
 TAIL = 0.1 / 3 / 2
 """Chance to lie beyond either end of a range."""
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def count(hits: int, size: int, population: int) -> Range:
     return Range(population * hits / size, possible[min(low, len(possible) - 1)], possible[max(0, above - 1)])
 
 
-def total(values: Floats, population: int, typical: float) -> Range:
+def total(values: Doubles, population: int, typical: float) -> Range:
     """The sum of amounts, many of which are 0, over a population, by those of a sample.
 
     How many are not 0, and the mean of those, are independent: their relative errors add as squares, on a log scale
@@ -80,14 +79,14 @@ def total(values: Floats, population: int, typical: float) -> Range:
     return Range(estimate, max(estimate * math.exp(-low), float(amounts.sum())), estimate * math.exp(high))
 
 
-def rate(amounts: Floats, sizes: Floats) -> Range:
+def rate(amounts: Doubles, sizes: Doubles) -> Range:
     """Amount per unit of size, by batches that have some of both: the ratio of their sums."""
     ratio = float(amounts.sum() / sizes.sum())
     deviations = (amounts - ratio * sizes) / max(float(amounts.mean()), 1e-12)
     return Range.within(ratio, math.exp(_error(deviations) * _quantile(len(amounts))))
 
 
-def _error(deviations: Sequence[float] | Floats) -> float:
+def _error(deviations: Sequence[float] | Doubles) -> float:
     """Relative standard error of a mean of relative deviations; two more, of 100 %, are added: few show too little."""
     return math.sqrt((float(np.sum(np.square(deviations))) + 2) / (len(deviations) + 1) / len(deviations))
 

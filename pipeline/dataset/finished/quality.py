@@ -14,10 +14,11 @@ import pyarrow.compute as pc
 from rich import box
 from rich.table import Table
 
-from pipeline.dataset.finished.replay import Floats, floats, ledgers, posed
+from pipeline.dataset.finished.replay import floats, ledgers, posed
 from pipeline.dataset.out.ledger import shard_names
 from pipeline.shared.files import AnyPath
 from pipeline.shared.tars import samples
+from schemas.arrays import Doubles
 from schemas.columns import KEPT
 from schemas.errors import OutputError
 from schemas.shard import decode_npy
@@ -39,7 +40,7 @@ class Faces:
     persons: npt.NDArray[np.int64]
     vectors: npt.NDArray[np.float32]
     """(N, 512), of unit length."""
-    goodness: dict[str, Floats]
+    goodness: dict[str, Doubles]
     """Measure -> (N,), larger is better; NaN where it was not measured."""
 
 

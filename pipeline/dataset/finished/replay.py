@@ -22,6 +22,7 @@ from rich.table import Table
 from pipeline.dataset.out.ledger import Rounds, occurrences, read_ledger, shard_names, shards_folder
 from pipeline.shared.configfile import explain, merge, read_values
 from pipeline.shared.files import AnyPath
+from schemas.arrays import Doubles
 from schemas.columns import KEPT, LATER
 from schemas.drops import DropReason
 from schemas.errors import ConfigError, CorruptShardError, OutputError
@@ -65,7 +66,6 @@ COLUMNS = tuple(
 )
 """Columns of the ledger, beside the verdict, that thresholds depend on."""
 
-Floats = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.int16]
 
 
@@ -78,7 +78,7 @@ def code(outcome: str) -> int:
 class Evidence:
     """What thresholds judge of N rows, and what becomes of those that pass them all."""
 
-    values: Mapping[str, Floats]
+    values: Mapping[str, Doubles]
     """Each of THRESHOLDS -> (N,) what it judges; infinite: the row passes, or fails, any.
 
     Worse than the threshold that lets everything pass: what was not measured.
@@ -155,7 +155,7 @@ def evidence(ledger: pa.Table) -> Evidence:
     return Evidence(values, outcome)
 
 
-def posed(kps: pa.ChunkedArray, chosen: npt.NDArray[np.bool_]) -> dict[str, Floats]:
+def posed(kps: pa.ChunkedArray, chosen: npt.NDArray[np.bool_]) -> dict[str, Doubles]:
     """FROM_POINTS -> (N,) what five points suggest, where chosen and known; NaN elsewhere."""
     rows = np.flatnonzero(chosen & pc.is_valid(kps).to_numpy())
     faces = points(kps.combine_chunks().take(pa.array(rows))).reshape(-1, 5, 2)
@@ -164,19 +164,19 @@ def posed(kps: pa.ChunkedArray, chosen: npt.NDArray[np.bool_]) -> dict[str, Floa
     return dict(zip(FROM_POINTS, values, strict=True))
 
 
-def points(values: pa.FixedSizeListArray) -> Floats:
+def points(values: pa.FixedSizeListArray) -> Doubles:
     """All numbers of (nested) lists of fixed size without nulls."""
     while pa.types.is_fixed_size_list(values.type):
         values = values.flatten()
-    numbers: Floats = values.to_numpy(zero_copy_only=False).astype(np.float64)
+    numbers: Doubles = values.to_numpy(zero_copy_only=False).astype(np.float64)
     return numbers
 
 
-def floats(column: pa.ChunkedArray) -> Floats:
+def floats(column: pa.ChunkedArray) -> Doubles:
     """(N,) with NaN for null: exactly the numbers that a stage sees; a text counts as one unless it is empty."""
     if pa.types.is_string(column.type):
         column = pc.not_equal(column, "")
-    values: Floats = pc.cast(column, pa.float64()).to_numpy()
+    values: Doubles = pc.cast(column, pa.float64()).to_numpy()
     return values
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.dataset.finished.replay import OFF, OUTCOMES, THRESHOLDS, Evidence, Floats
+from pipeline.dataset.finished.replay import OFF, OUTCOMES, THRESHOLDS, Evidence
 from pipeline.dataset.finished.report_numbers import MEASURES, positions
+from schemas.arrays import Doubles
 from stages.filter import QUALITIES, Quality, is_least
 from stages.screen import SEEN_PX
 from stages.settings import FilterSettings
@@ -129,12 +130,12 @@ def _summed(cells: pa.Table) -> pa.Table:
     return sums.select([*names, "count_sum"]).rename_columns(cells.column_names)
 
 
-def distances(rows: Evidence, limits: FilterSettings) -> Floats:
+def distances(rows: Evidence, limits: FilterSettings) -> Doubles:
     """(N,) how far each face is from the nearest threshold, as a share of it; infinite: no threshold judges it.
 
     Sizes of images do not count: nobody has to look whether 1,023 pixels are too few.
     """
-    nearest: Floats = np.full(len(rows.outcome), np.inf)
+    nearest: Doubles = np.full(len(rows.outcome), np.inf)
     for key, values in rows.values.items():
         limit = getattr(limits, key)
         if key not in _OF_IMAGES and limit != OFF.get(key):

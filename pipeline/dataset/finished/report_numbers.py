@@ -10,7 +10,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset.finished.replay import Floats, floats, points, posed
+from pipeline.dataset.finished.replay import floats, points, posed
+from schemas.arrays import Doubles
 from schemas.columns import KEPT, LEDGER
 from schemas.drops import DropReason
 from stages.download import Download
@@ -32,11 +33,11 @@ _REFUSALS = (
 _ARRIVED = (DropReason.SMALL_IMAGE, DropReason.NOT_AN_IMAGE)
 
 
-def _even(low: float, high: float, count: int) -> Floats:
+def _even(low: float, high: float, count: int) -> Doubles:
     return np.linspace(low, high, count + 1)
 
 
-def _doubling(low: float, high: float, per_octave: int = 4) -> Floats:
+def _doubling(low: float, high: float, per_octave: int = 4) -> Doubles:
     return np.geomspace(low, high, int(np.log2(high / low)) * per_octave + 1)
 
 
@@ -47,7 +48,7 @@ class Measure:
     name: str
     title: str
     unit: str
-    edges: Floats
+    edges: Doubles
     """(bins + 1,), ascending."""
     threshold: str = ""
     """The key of `filter` that judges it, beside those of `stages.filter`."""
@@ -95,7 +96,7 @@ COLUMNS = (
 """Columns of the ledger, beside the verdict, that are counted."""
 
 
-def measured(ledger: pa.Table) -> dict[str, Floats]:
+def measured(ledger: pa.Table) -> dict[str, Doubles]:
     """Measure -> its values (N,) in these rows; NaN where it was not measured."""
     values = {one.name: floats(ledger[one.name]) for one in MEASURES if one.name in COLUMNS}
     values["caption_chars"] = np.where(values["caption_chars"] > 0, values["caption_chars"], np.nan)
@@ -107,7 +108,7 @@ def measured(ledger: pa.Table) -> dict[str, Floats]:
     return values | {"image_px": np.minimum(width, height), "face_share": share} | posed(ledger["kps"], known)
 
 
-def _holds(lists: pa.ListArray, word: str) -> Floats:
+def _holds(lists: pa.ListArray, word: str) -> Doubles:
     """(N,) 1 where a list holds a word, 0 where it does not, NaN where there is none."""
     held = np.where(lists.is_valid().to_numpy(zero_copy_only=False), 0, np.nan)
     held[pc.list_parent_indices(lists).filter(pc.equal(pc.list_flatten(lists), word)).to_numpy()] = 1

@@ -16,6 +16,7 @@ from pipeline.dataset.out.ledger import occurrences, read_ledger
 from pipeline.shared.files import AnyPath, RemotePath
 from pipeline.shared.page import data_uri
 from pipeline.shared.tars import samples
+from schemas.arrays import Floats
 from schemas.columns import KEPT
 from schemas.errors import CorruptShardError
 from schemas.shard import Manifest, decode_npy
@@ -28,8 +29,6 @@ _LOOKED_AT, _LOOKED_AT_REMOTE = 512, 64
 _SHOWN, _FACES = 8, 6
 _FACE_PX = 96
 _WANTED = ("arcface.npy", "face.jpg")
-
-Floats = npt.NDArray[np.float32]
 
 
 def persons(out: AnyPath, chosen: Sequence[Manifest], every: Sequence[Manifest], *, pictures: bool) -> dict[str, Any]:

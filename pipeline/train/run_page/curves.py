@@ -14,10 +14,10 @@ from matplotlib.ticker import MaxNLocator
 from pyarrow.json import ReadOptions, read_json
 from scipy.ndimage import uniform_filter1d
 
+from schemas.arrays import Doubles
 from schemas.errors import OutputError, first_line
 
-Floats = npt.NDArray[np.float64]
-Metrics = Mapping[str, Floats]
+Metrics = Mapping[str, Doubles]
 """Name -> values (lines,), NaN where a line has no finite one; `step` is among them."""
 
 POINTS = 240
@@ -74,7 +74,7 @@ _NOT_DRAWN = ("step", "epoch", "seconds", *_REAL)
 _EACH_STEP = ("loss", "grad_norm")
 
 
-def read_metrics(path: Path) -> dict[str, Floats]:
+def read_metrics(path: Path) -> dict[str, Doubles]:
     """All numbers of a run; nothing where none is written yet. A torn last line is left out.
 
     Raises:
@@ -104,16 +104,16 @@ def not_finite(name: str, metrics: Metrics) -> npt.NDArray[np.bool_]:
 class Thinned(NamedTuple):
     """A curve of few points, each of which stands for the lines of as many steps; all arrays are (N,)."""
 
-    first: Floats
-    last: Floats
+    first: Doubles
+    last: Doubles
     """Steps that a point stands for."""
-    low: Floats
-    mean: Floats
-    high: Floats
-    lines: Floats
+    low: Doubles
+    mean: Doubles
+    high: Doubles
+    lines: Doubles
 
 
-def thinned(steps: Floats, values: Floats, points: int = POINTS) -> Thinned:
+def thinned(steps: Doubles, values: Doubles, points: int = POINTS) -> Thinned:
     """Lowest, mean and highest value of at most `points` stretches of steps; not finite ones do not count."""
     known = np.isfinite(values)
     steps, values = steps[known], values[known]
@@ -176,13 +176,13 @@ def _chart(name: str, kind: Kind, curve: Thinned, metrics: Metrics, last: int) -
         axis = np.asarray(ticks)
     scale = np.log if is_log else np.asarray
 
-    def down(values: Floats) -> Floats:
+    def down(values: Doubles) -> Doubles:
         bottom, top = scale(axis[[0, -1]])
         with np.errstate(all="ignore"):
             shares = np.nan_to_num((scale(values) - bottom) / (top - bottom), nan=0, posinf=1, neginf=0)
         return np.asarray(HEIGHT * (1 - np.clip(shares, 0, 1)))
 
-    def across(steps: Floats) -> Floats:
+    def across(steps: Doubles) -> Doubles:
         return WIDTH * steps / max(last, 1)
 
     x, y = across((curve.first + curve.last) / 2), down(curve.mean)
@@ -210,5 +210,5 @@ def _chart(name: str, kind: Kind, curve: Thinned, metrics: Metrics, last: int) -
     )
 
 
-def _path(x: Floats, y: Floats) -> str:
+def _path(x: Doubles, y: Doubles) -> str:
     return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x, y, strict=True))

@@ -18,6 +18,7 @@ from pipeline.train.run_folder import RunFolder, writing
 from pipeline.train.run_page import curves
 from pipeline.train.run_page.curves import Metrics
 from pipeline.train.watch import HISTORY, METRICS, say
+from schemas.arrays import Doubles
 from schemas.errors import OutputError
 
 REPORT = "report.html"
@@ -102,7 +103,7 @@ def _events(root: Path) -> list[dict[str, Any]]:
     return events
 
 
-def _recent(values: curves.Floats) -> float:
+def _recent(values: Doubles) -> float:
     """Mean of the latest values that are finite, NaN where none is."""
     known = values[np.isfinite(values)]
     return float(known[-max(round(_RECENT * len(known)), 1) :].mean()) if len(known) else float("nan")

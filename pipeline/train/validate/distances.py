@@ -12,24 +12,25 @@ import numpy as np
 
 from pipeline.train.loader import Face, Pixels
 from pipeline.train.validate.judge import Clip, IdJudge
-from schemas.arcface import Floats, pose
+from schemas.arcface import pose
+from schemas.arrays import Doubles
 
-View = Mapping[str, Floats]
+View = Mapping[str, Doubles]
 """Space -> the picture's point in it; a picture without a face has none in `id` and `pose`."""
 _THUMBNAIL = (32, 32)
 _ALIKE = 1e-3
 """Photos that are nearer to each other are one, so that nothing can be nearer to either."""
 
 
-def _angle(a: Floats, b: Floats) -> float:
+def _angle(a: Doubles, b: Doubles) -> float:
     return float(np.arccos(np.clip(a @ b, -1, 1)))
 
 
-def _straight(a: Floats, b: Floats) -> float:
+def _straight(a: Doubles, b: Doubles) -> float:
     return float(np.linalg.norm(a - b))
 
 
-DISTANCES: dict[str, Callable[[Floats, Floats], float]] = {
+DISTANCES: dict[str, Callable[[Doubles, Doubles], float]] = {
     "id": _angle,
     "clip": _angle,
     "pose": _straight,
@@ -108,7 +109,7 @@ def spread(views: Sequence[View]) -> dict[str, float]:
 
 def scale(persons: Sequence[Sequence[View]]) -> tuple[list[list[float]], list[list[float]]]:
     """ID similarity of real photos, for each person: between two of the person, and to the first of each stranger."""
-    ids: list[list[Floats]] = [[view["id"] for view in views if "id" in view] for views in persons]
+    ids: list[list[Doubles]] = [[view["id"] for view in views if "id" in view] for views in persons]
     same = [[float(a @ b) for a, b in combinations(own, 2)] for own in ids]
     strangers = [[float(own[0] @ other[0]) for other in ids if own and other and other is not own] for own in ids]
     return same, strangers

@@ -16,7 +16,8 @@ import transformers
 from pipeline.shared.bases import card_licence
 from pipeline.train.adapters.released import DAMAGED
 from pipeline.train.loader import Pixels
-from schemas.arcface import ARCFACE_SIZE, LICENCES, Floats
+from schemas.arcface import ARCFACE_SIZE, LICENCES
+from schemas.arrays import Doubles
 from schemas.digest import sha256_of_file
 from schemas.errors import ConfigError, WeightsError, first_line
 
@@ -132,19 +133,19 @@ class Clip:
         self.weights = [{**about, "sha256": sha256_of_file(file)} for file in sorted(path.glob("*.safetensors"))]
 
     @torch.no_grad()
-    def image(self, image: Pixels) -> Floats:
+    def image(self, image: Pixels) -> Doubles:
         """(H, W, 3) RGB to a unit vector."""
         pixels = self._processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
         return self._unit(self._model.get_image_features(pixel_values=pixels.to(self._model.device)))
 
     @torch.no_grad()
-    def text(self, prompt: str) -> Floats:
+    def text(self, prompt: str) -> Doubles:
         """A prompt, cut at as many tokens as the model takes, to a unit vector."""
         words = self._processor.tokenizer([prompt], truncation=True, return_tensors="pt").to(self._model.device)
         return self._unit(self._model.get_text_features(**words))
 
     @staticmethod
-    def _unit(features: Any) -> Floats:
+    def _unit(features: Any) -> Doubles:
         # A tensor, or from transformers 5 on an output that holds it.
-        vector: Floats = getattr(features, "pooler_output", features)[0].double().cpu().numpy()
+        vector: Doubles = getattr(features, "pooler_output", features)[0].double().cpu().numpy()
         return np.asarray(vector / np.linalg.norm(vector))

@@ -18,7 +18,7 @@ from pipeline.train.loader import Face, Pixels, first_faces
 from pipeline.train.settings import TrainConfig
 from pipeline.train.validate.distances import DISTANCES, View, Viewer, copy_paste, scale
 from pipeline.train.validate.grid import GridRow, draw
-from schemas.arcface import Floats
+from schemas.arrays import Doubles
 
 if TYPE_CHECKING:
     from pipeline.train.job import TrainJob
@@ -39,7 +39,7 @@ class Turn(NamedTuple):
     number: int
     """Of the prompt."""
     prompt: str
-    text: Floats | None
+    text: Doubles | None
     """The prompt as CLIP has it."""
     seed: int
     """Of the noise, from which all faces start: what differs is the face's."""

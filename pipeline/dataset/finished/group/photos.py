@@ -25,10 +25,10 @@ from pipeline.dataset.out.takedowns import Takedowns
 from pipeline.dataset.rows import filtered
 from pipeline.shared.files import AnyPath, read_range
 from pipeline.shared.tars import NATIVE, corrupt_errors, members, read
+from schemas.arrays import Floats, Image
 from schemas.columns import KEPT, LEDGER, LEDGER_SCHEMA
 from schemas.errors import CorruptShardError, OutputError
 from schemas.shard import decode_npy
-from stages.models.backends import Floats, Image
 from stages.pixels.images import decode_jpeg
 
 _WIDTH = 512
