@@ -6,6 +6,7 @@ for (const chip of all("[data-reason]", $("chips") || document.createElement("p"
     all("section.reason").forEach((one) => { one.hidden = chip.dataset.reason !== "" && one.dataset.reason !== chip.dataset.reason; });
   });
 }
+for (const link of all('.funnel a')) link.addEventListener("click", () => $("chips").firstElementChild.click()); // none is hidden
 if ($("order")) {
   const sheet = $("kept-cards"), cards = all("article", sheet);
   $("order").addEventListener("change", () => {

@@ -153,7 +153,7 @@ class Card:
         pictures.append(Picture("mask", data_uri(masked(face, mask, _CROP_PX))))
         for name in ("portrait", "half"):
             if name in crops:
-                title = f"{name} {crops[name].shape[1]} px"
+                title = f"{name} {crops[name].shape[1]}\N{NO-BREAK SPACE}px"
                 pictures.append(Picture(title, data_uri(reduced(crops[name], _CROP_PX))))
             else:
                 pictures.append(Picture(name, absent=_shortened(described[name]["absent"])))

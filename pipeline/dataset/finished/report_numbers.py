@@ -41,6 +41,10 @@ def _doubling(low: float, high: float, per_octave: int = 4) -> Doubles:
     return np.geomspace(low, high, int(np.log2(high / low)) * per_octave + 1)
 
 
+_YES_NO = "yes or no"
+"""The unit of what is 0 or 1."""
+
+
 @dataclass(frozen=True)
 class Measure:
     """One measurement, and the bins that it is counted in; what lies outside counts in the outermost."""
@@ -75,7 +79,7 @@ MEASURES = (
     Measure("roll", "Roll", "°", _even(-90, 90, 36)),
     Measure("eye_px", "Distance of the eyes", "px", _doubling(4, 1024)),
     Measure("jpeg_quality", "Quality of the JPEG file (100: or another format)", "", _even(0, 100, 40)),
-    Measure("ai_mark", "Says that a model made it (1: it does)", "", _even(0, 1, 40)),
+    Measure("ai_mark", "Says that a model made it", _YES_NO, _even(0, 1, 2)),
     Measure("sharpness", "Sharpness of the face crop", "", _doubling(1, 16384, 3)),
     Measure("brightness", "Brightness of the face crop", "", _even(0, 255, 34)),
     Measure("mask_share", "Share of the face crop in the mask", "", _even(0, 1, 40)),
@@ -177,32 +181,36 @@ def positions(measure: Measure, values: Sequence[float]) -> list[float]:
 def charts(histograms: Mapping[str, npt.NDArray[np.int64]]) -> Iterator[dict[str, Any]]:
     """The distributions of all measures of which there is any, as the page draws them.
 
-    `bars` are, per bin, kept rows / most kept rows of a bin, the same of dropped rows, and both in words; `medians` are
-    of kept and of dropped rows, to the width of a bin; `ticks` beginning, middle and end of the axis.
+    `bars` are, per bin, kept rows / most kept rows of a bin, the same of dropped rows, and both in words; `about` has
+    the medians of kept and of dropped rows, to the width of a bin; `ticks` beginning, middle and end of the axis.
     """
     for measure in MEASURES:
         counts = histograms[measure.name]
-        kept, dropped = (int(total) for total in counts.sum(axis=1))
-        if not kept + dropped:
+        totals = dict(zip(("kept", "dropped"), counts.sum(axis=1).tolist(), strict=True))
+        if not any(totals.values()):
             continue
         heights = counts / np.maximum(counts.max(axis=1, keepdims=True), 1)
-        steps = [_with_unit(measure, edge) for edge in measure.edges]
-        spans = [f"{low} to {high}" for low, high in pairwise(steps)]
+        low, *_, high = steps = [_with_unit(measure, edge) for edge in measure.edges]
+        spans, ticks = [f"{low} to {high}" for low, high in pairwise(steps)], (low, steps[len(steps) // 2], high)
+        amounts, what = [_median(measure, row) for row in counts], "median "
+        if measure.unit == _YES_NO:
+            spans, ticks, amounts, what = ["no", "yes"], ("no", "", "yes"), [f"{row[1]:,}" for row in counts], "yes: "
         bars = [
             (float(up), float(down), f"{span}: {one:,} kept, {other:,} dropped")
             for (up, down), (one, other), span in zip(heights.T, counts.T.tolist(), spans, strict=True)
         ]
-        low, middle, high = (measure.edges[at] for at in (0, len(measure.edges) // 2, -1))
-        ticks = tuple(_with_unit(measure, edge).removesuffix(" characters") for edge in (low, middle, high))
+        about = [
+            f"{amount} of {total:,} {name}"
+            for amount, (name, total) in zip(amounts, totals.items(), strict=True)
+            if total
+        ]
         yield {
-            **{"measure": measure, "bars": bars, "kept": kept, "dropped": dropped, "ticks": ticks},
-            "medians": (_median(measure, counts[0]), _median(measure, counts[1])),
+            **{"measure": measure, "bars": bars, "about": what + ", ".join(about)},
+            "ticks": [tick.removesuffix(" characters") for tick in ticks],
         }
 
 
 def _median(measure: Measure, counts: npt.NDArray[np.int64]) -> str:
-    if not counts.sum():
-        return "–"
     at = int(np.searchsorted(counts.cumsum(), counts.sum() / 2))
     if at == 0:  # most often all are 0, which the middle of the bin would not say
         return f"under {_with_unit(measure, measure.edges[1])}"
@@ -211,4 +219,4 @@ def _median(measure: Measure, counts: npt.NDArray[np.int64]) -> str:
 
 def _with_unit(measure: Measure, value: float) -> str:
     digits = 0 if measure.unit or abs(value) >= 10 or value == round(value) else 2
-    return f"{value:.{digits}f}{'' if measure.unit == '°' else ' '}{measure.unit}".strip()
+    return f"{value:,.{digits}f}{'' if measure.unit == '°' else ' '}{measure.unit}".strip()

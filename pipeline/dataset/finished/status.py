@@ -93,6 +93,8 @@ def text_of(status: Mapping[str, Any], out: AnyPath, now: float) -> str:
     lines = [f"{out}: {status['shards']:,} shard{plural}, {status['rows']:,} rows, kept {share(status['kept'])}"]
     failed = sum(status["dropped"].get(reason, 0) for reason in SECOND_CHANCE)
     lines.append(f"Failed for the network's or a server's trouble: {share(failed)}")
+    if status["dropped"]:
+        lines.append("Dropped, the most frequent reasons first:")
     lines += [f"  {reason}: {share(rows)}" for reason, rows in status["dropped"].items()]
     if status["rows"] and not status["kept"]:
         lines.append(why_nothing(f"{status['rows']:,} rows", status["dropped"]))

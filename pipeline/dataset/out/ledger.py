@@ -271,7 +271,7 @@ def why_nothing(rows: str, dropped: Mapping[str, int]) -> str:
 def funnel_table(funnel: Funnel) -> Table:
     """The funnel for a terminal or a log: a line per stage, and one per reason below it."""
     title = f"Funnel of {funnel.shards:,} shard{'' if funnel.shards == 1 else 's'}"
-    table = Table("stage", "rows", "%", title=title, title_justify="left", box=box.ASCII)
+    table = Table("stage", "rows in", "%", title=title, title_justify="left", box=box.ASCII)
     table.columns[1].justify = table.columns[2].justify = "right"
     lines: list[tuple[str, int, str | None]] = []
     for row in funnel.rows:

@@ -197,6 +197,16 @@ def test_a_dataset_that_kept_nothing_has_a_page(tmp_path):
     assert "800 × 600" in page.text
 
 
+def test_what_a_run_has_not_has_no_section_and_its_parts_name_it(tmp_path):
+    out = fake.write(tmp_path, {"mine-00000": [fake.dead("a", 0, "download", "no_file") | {"url": None}]})
+    text = text_of(out)
+    assert "<title>faceshards: mine: 0 of 1 rows kept</title>" in text
+    assert "Hosts" not in text
+    assert "<h3 hidden>Quality of the face</h3>" in text, "of which nothing was measured"
+    assert "#drop-no_file" in Page(text).values("a", "href")
+    assert "drop-no_file" in Page(text).values("section", "id")
+
+
 def test_a_run_that_finished_nothing_has_a_page(tmp_path):
     page = page_of(fake.write(tmp_path, {}, finish=False))
     assert "0 of 0 rows kept" in page.text

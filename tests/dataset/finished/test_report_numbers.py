@@ -46,11 +46,14 @@ def test_charts_are_of_what_was_measured_and_say_it_in_words():
     sums["det_score"][:, 30] = [3, 1]
     sums["det_score"][0, 31] = 1
     (chart,) = charts(sums)
-    assert (chart["kept"], chart["dropped"], chart["medians"]) == (4, 1, ("0.76", "0.76"))
+    assert chart["about"] == "median 0.76 of 4 kept, 0.76 of 1 dropped"
     assert chart["bars"][30] == (1.0, 1.0, "0.75 to 0.78: 3 kept, 1 dropped")
     assert chart["bars"][31][0] == pytest.approx(1 / 3)
     sums["occlusion"][0, 0] = 2
-    assert [one["medians"] for one in charts(sums)] == [("0.76", "0.76"), ("under 0.03", "–")]
+    sums["ai_mark"][:, 0] = [9, 4]
+    sums["ai_mark"][0, 1] = 3
+    about = [one["about"] for one in charts(sums)]
+    assert about[1:] == ["yes: 3 of 12 kept, 0 of 4 dropped", "median under 0.03 of 2 kept"], "of none, nothing is said"
 
 
 def test_a_file_that_is_no_jpeg_is_not_called_one_of_full_quality():

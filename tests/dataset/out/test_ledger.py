@@ -124,5 +124,5 @@ def test_the_table_reads_in_a_log(out):
     Console(file=stream, width=60, force_terminal=False).print(funnel_table(funnel(out)))
     text = stream.getvalue()
     assert text.isascii()
-    assert "|   - small_face  |    2 |  15.4 |" in text
-    assert "| kept            |    4 |  30.8 |" in text
+    assert "|   - small_face  |       2 |  15.4 |" in text
+    assert "| kept            |       4 |  30.8 |" in text

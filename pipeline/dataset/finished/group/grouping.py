@@ -113,8 +113,8 @@ class Layout:
         copies = len(self.person) - int(photos.sum())
         several = photos[photos > 1]
         return (
-            f"{copies:,} near-copies; {len(several):,} persons with several photos, {several.sum():,} in all; "
-            f"{(photos == 1).sum():,} photos alone."
+            f"Near-copies: {copies:,}; persons with several photos: {len(several):,}, with {several.sum():,} photos; "
+            f"with one: {(photos == 1).sum():,}."
         )
 
 
