@@ -147,13 +147,15 @@ def _encode(suffix: str, image: npt.NDArray[np.uint8], options: list[int]) -> by
     return bytes(data)
 
 
-def decode_jpeg(data: bytes) -> Image:
+def decode_jpeg(data: bytes, shown_px: int = 0) -> Image:
     """(H, W, 3) uint8 RGB of a JPEG that `encode_jpeg` made.
+
+    Where `shown_px` is given, it may come reduced, which is cheaper, as long as no side is under so many pixels.
 
     Raises:
         ValueError: when the bytes are no whole JPEG.
     """
-    pixels: Image = simplejpeg.decode_jpeg(data, "RGB")
+    pixels: Image = simplejpeg.decode_jpeg(data, "RGB", min_height=shown_px, min_width=shown_px)
     return pixels
 
 

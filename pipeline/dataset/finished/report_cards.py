@@ -139,13 +139,15 @@ class Card:
 
         Raises one of DECODER_ERRORS when it is damaged.
         """
-        crops = {name: decode_jpeg(sample.files[f"{name}.jpg"]) for name in CROPS if f"{name}.jpg" in sample.files}
+        names = [name for name in CROPS if f"{name}.jpg" in sample.files]
+        shown_px = {name: _PHOTO_PX if name == names[-1] else _CROP_PX for name in names}
+        crops = {name: decode_jpeg(sample.files[f"{name}.jpg"], shown_px[name]) for name in names}
         face, mask = decode_jpeg(sample.files["face.jpg"]), decode_png(sample.files["mask.png"])
         described = content["crops"]
         if not crops:
             pictures = [Picture("photo", absent=described["full"]["absent"])]
         else:
-            widest = list(crops)[-1]
+            widest = names[-1]
             photo = marked(crops[widest], _PHOTO_PX, described[widest]["box"], content["bbox"], content["kps"])
             title = "photo" if widest == "full" else f"{widest} (no full: {described['full']['absent']})"
             pictures = [Picture(title, data_uri(photo))]
@@ -153,7 +155,7 @@ class Card:
         pictures.append(Picture("mask", data_uri(masked(face, mask, _CROP_PX))))
         for name in ("portrait", "half"):
             if name in crops:
-                title = f"{name} {crops[name].shape[1]}\N{NO-BREAK SPACE}px"
+                title = f"{name} {described[name]['size'][0]}\N{NO-BREAK SPACE}px"
                 pictures.append(Picture(title, data_uri(reduced(crops[name], _CROP_PX))))
             else:
                 pictures.append(Picture(name, absent=_shortened(described[name]["absent"])))

@@ -336,6 +336,17 @@ def test_own_jpegs_keep_colour_at_full_resolution() -> None:
     assert np.abs(images.decode_jpeg(data).astype(int) - stripes).mean() < 4
 
 
+@pytest.mark.parametrize("side", [40, 100, 101, 400])
+def test_own_jpegs_may_come_reduced_but_never_below_what_is_shown(side: int) -> None:
+    whole = np.array(picture().resize((600, 400)))
+    small = images.decode_jpeg(images.encode_jpeg(whole, 95), side)
+    height, width = small.shape[:2]
+    assert side <= height <= max(2 * side, 100)
+    assert abs(width - height * 3 / 2) < 2
+    again = cv2.resize(whole, (width, height), interpolation=cv2.INTER_AREA)
+    assert np.abs(small.astype(int) - again).mean() < 4
+
+
 @pytest.mark.parametrize("shape", [(50, 40, 3), (50, 40)])
 def test_own_pngs_are_lossless(shape: tuple[int, ...]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
