@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from rich.progress import track
+from rich.console import Console
 
 from pipeline.shared.atomic import write_atomically
 from pipeline.shared.bases import BaseSource, find_base
+from pipeline.shared.terminal import Screen
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.adapters.released import require_fit
 from pipeline.train.adapters.variants import Widths
@@ -200,19 +201,22 @@ def _persons(
             for old in (out / "images").glob("[0-9]*-[0-9]*-[0-9]*.png"):
                 old.unlink()
     accelerator.wait_for_everyone()
-    is_quiet = not (console.is_terminal and accelerator.is_main_process)
-    with torch.no_grad(), accelerator.split_between_processes(list(enumerate(faces))) as mine:
-        drawn = [
-            _person(number, face, turns, viewer, sampler, out)
-            for number, face in track(mine, "Drawing", console=console, transient=True, disable=is_quiet)
-        ]
+    shown_on = console if accelerator.is_main_process else Console(quiet=True)
+    with (
+        torch.no_grad(),
+        accelerator.split_between_processes(list(enumerate(faces))) as mine,
+        Screen(shown_on, "draw", "{done:,} of {total} images", len(mine) * len(turns)) as screen,
+    ):
+        drawn = [_person(number, face, turns, viewer, sampler, out, screen) for number, face in mine]
     # Where there are fewer faces than processes, some have drawn the last one too.
     persons = [one for _, one in sorted({one.number: one for one in gather_object(drawn)}.items())]
     accelerator.end_training()
     return persons
 
 
-def _person(number: int, face: Face, turns: Sequence[Turn], viewer: Viewer, sampler: Sampler, out: Path) -> Person:
+def _person(
+    number: int, face: Face, turns: Sequence[Turn], viewer: Viewer, sampler: Sampler, out: Path, screen: Screen
+) -> Person:
     """Draw a face with each prompt and seed into `out`/images, and look at the images beside the person's photos."""
     photos, views = [face.photo, *face.others], viewer.photos(face)
     images, room = len(turns) // (1 + turns[-1].number), SHOWN - number * (len(photos) + len(turns))
@@ -230,6 +234,7 @@ def _person(number: int, face: Face, turns: Sequence[Turn], viewer: Viewer, samp
         made.append(view)
         if at < room:
             pictures["images"].append(reduced(image, title(turn.prompt, score)))
+        screen.advance(1, f"person {number + 1}")
     one_prompt = [spread(made[at : at + images]) for at in range(0, len(made), images)]
     of_prompts = {space: [one[space] for one in one_prompt if space in one] for space in ("pixels", "clip")}
     diversity = {space: value for space, value in spread(made).items() if space == "pose"}

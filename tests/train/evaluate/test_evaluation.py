@@ -7,6 +7,7 @@ import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import cv2
@@ -18,8 +19,11 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from rich.console import Console
+from rich.text import Text
 
 import pipeline.train.__main__ as trainer
+from pipeline.shared import terminal
 from pipeline.shared.bases import find_base
 from pipeline.train.evaluate import evaluation
 from pipeline.train.evaluate.evaluation import estimate
@@ -126,6 +130,19 @@ def test_several_processes_share_the_persons_and_the_main_one_writes_the_same(tr
         assert (tmp_path / "out" / "evaluation.json").exists() == is_main
     assert [one.number for one in drawn] == [2, 0, 1]
     assert json.loads((tmp_path / "out" / "evaluation.json").read_bytes()) == whole
+
+
+def test_progress_is_a_bar_on_a_terminal_and_plain_lines_elsewhere(trained, tmp_path, monkeypatch, capsys):
+    words = [trained / "run", "--from-shards", trained / "other"]
+    monkeypatch.setattr(terminal, "LINE_EVERY_S", 0.0)
+    evaluated(tmp_path / "lines", *words)
+    lines = [line for line in capsys.readouterr().out.splitlines() if " images, person " in line]
+    assert [line.partition(",")[0] for line in lines] == [f"{done} of 6 images" for done in range(1, 7)]
+    assert re.fullmatch(r"1 of 6 images, person 1, about \d+ min left", lines[0])
+    assert lines[-1] == "6 of 6 images, person 3"
+    monkeypatch.setattr(evaluation, "console", screen := Console(file=StringIO(), force_terminal=True, width=90))
+    evaluated(tmp_path / "bar", *words)
+    assert "6/6 person 3" in Text.from_ansi(screen.file.getvalue()).plain
 
 
 def test_shards_that_it_was_trained_on_are_called_so_also_once_they_are_grouped(trained, tmp_path):
