@@ -66,7 +66,7 @@ BLOCKS = [
 
 @pytest.fixture(scope="module")
 def folder(dataset, tmp_path_factory) -> Path:
-    """Where all of it runs: `out` is the sample's dataset, `photos` has its pictures, with captions beside them."""
+    """Where all of it runs: `out` is the sample's dataset, `photos` has its pictures (one is lisa.jpg) with captions."""
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(dataset, folder / "out")
     runner = CliRunner()
@@ -74,6 +74,7 @@ def folder(dataset, tmp_path_factory) -> Path:
     assert done.exit_code == 0, done.output
     (folder / "exported/images").rename(folder / "photos")
     shutil.rmtree(folder / "exported")
+    min((folder / "photos").iterdir()).rename(folder / "photos" / "lisa.jpg")
     for path in [*(folder / "photos").iterdir()]:
         path.with_suffix(".txt").write_text("a photo of a person")
     return folder

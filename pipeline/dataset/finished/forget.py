@@ -6,7 +6,7 @@ killed before leaves the old shard as it was, whoever is killed after it leaves 
 """
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from io import BytesIO
@@ -84,8 +84,8 @@ def forget(
 
     Raises:
         SourceError: when a list cannot be read.
-        OutputError: when OUT is no dataset, cannot be written or is in use, for what is no site or no sha256, or when
-            there is nothing at all.
+        OutputError: when OUT is no dataset, cannot be written or is in use, for what is no site or no sha256, for a
+            file that is in no row of a whole dataset, or when there is nothing at all.
         LostError: when OUT cannot be written any more.
         CorruptShardError: when the list of earlier take-downs, dataset.json or a manifest is damaged.
     """
@@ -97,9 +97,15 @@ def forget(
         for word, given in (("url", urls), ("sha256", contents), ("other", domains))
     )
     with nullcontext() if dry_run else output.locked():
-        forgotten = load(out).adding(urls=urls, domains=domains, contents=contents, files=files)
+        before = load(out)
+        forgotten = before.adding(urls=urls, domains=domains, contents=contents, files=files)
         if not forgotten:
             raise OutputError("There is nothing to forget: give --url, --domain, --sha256, --file or --list.")
+        if unknown := _in_no_row(out, [name for name in files if before.adding(files=[name]) != before]):
+            raise OutputError(
+                f"No row of {out} has the file {min(unknown)!r}: give its source_file as the ledger has it, which "
+                "begins below the folder of the images; a file with URLs, sites and sha256 goes by --list."
+            )
         if dry_run:
             return _matches(out, Takedowns(forgotten))[1]
         try:
@@ -119,6 +125,20 @@ def forget(
                 f"{out} cannot be written any more ({error.strerror or error}): what is left is forgotten by the same "
                 "call, once it can be."
             ) from error
+
+
+def _in_no_row(out: AnyPath, files: Sequence[str]) -> set[str]:
+    """Names of image files that are in no row; none before a run came to its end, which may still meet them."""
+    left = set(files) if files and "shards" in read_dataset(out) else set()
+    for shard in shard_names(out) if left else ():
+        try:
+            ledger = read_ledger(out, shard, ("part", "source_file"))
+        except CorruptShardError:  # they may be there
+            return set()
+        rows = zip(ledger["part"].to_pylist(), ledger["source_file"].to_pylist(), strict=True)
+        there = {form for part, name in rows if name for form in (name, f"{part}/{name}")}
+        left = {name for name in left if name.removeprefix("./") not in there}
+    return left
 
 
 def take_down_listed(output: Output) -> Gone:

@@ -21,7 +21,7 @@ from pipeline.dataset.source.parts import SourceSettings, find_parts
 from pipeline.dataset.source.sample import FILES
 from pipeline.dataset.source.seeds import seed_tables
 from pipeline.shared.tars import unpack
-from schemas.errors import ExitCode, SourceError
+from schemas.errors import ExitCode, OutputError, SourceError
 from stages.base import DROP
 from stages.download import Download
 from stages.fetch import stored
@@ -122,9 +122,16 @@ def test_a_file_is_forgotten_by_its_name(made, out, tmp_path):
     words = ["dataset", "--shards", f"made:{made}", "--out", str(tmp_path), "--profile", "embedded"]
     words += ["--executor", "local", "--set", "source.rows_per_shard=2"]
     assert CliRunner().invoke(app, words).exit_code == 0
-    files = ["--file", "a #1.jpg", "--file", f"{made.name.replace(' ', '-')}/sub/warm.webp", "--file", "no/such.jpg"]
+    files = ["--file", "a #1.jpg", "--file", f"{made.name.replace(' ', '-')}/sub/warm.webp"]
+    before = contents(tmp_path)
+    for wrong in (f"{made}/a #1.jpg", "no/such.jpg"):  # neither the path on this machine, nor that of a list
+        refused = CliRunner().invoke(app, ["forget", str(tmp_path), *files, "--file", wrong])
+        assert isinstance(refused.exception, OutputError)
+        assert f"has the file {wrong!r}" in str(refused.exception)
+    assert (contents(tmp_path), (tmp_path / "forgotten.json").exists()) == (before, False)
     done = CliRunner().invoke(app, ["forget", str(tmp_path), *files])
     assert "Forgotten: 2 rows, 2 of them samples, in 2 shards." in done.output
+    assert CliRunner().invoke(app, ["forget", str(tmp_path), *files]).exit_code == 0  # as after an interruption
     assert picked(samples(tmp_path).values(), "source_file") == [("sub/grüße\nx.jpg",)]
     assert verify(tmp_path) == []
     assert b"warm" not in b"".join(contents(tmp_path).values())
@@ -132,6 +139,11 @@ def test_a_file_is_forgotten_by_its_name(made, out, tmp_path):
         path.unlink()  # all is made anew, without what was forgotten
     assert CliRunner().invoke(app, words).exit_code == 0
     assert picked(samples(tmp_path).values(), "source_file") == [("sub/grüße\nx.jpg",)]
+    described = json.loads((tmp_path / "dataset.json").read_text())
+    del described["shards"]  # as before a run came to its end
+    (tmp_path / "dataset.json").write_text(json.dumps(described))
+    done = CliRunner().invoke(app, ["forget", str(tmp_path), "--file", "to/come.jpg"])
+    assert (done.exit_code, "later runs into it will not fetch it" in done.output) == (0, True)
 
 
 def test_a_folder_that_changed_mixes_no_shards(made, out, tmp_path):
