@@ -138,11 +138,8 @@ class Node:
         return sum(process.cpu_times().user for process in self.actors("_Models"))
 
     def has_models(self) -> bool:
-        """Whether models are there and wait: Ray's titles do not tell this from models that are loaded."""
-        before = self.models_seconds()
-        if before:
-            time.sleep(3)
-        return 0 < self.models_seconds() < before + 0.1
+        """Whether models are loaded."""
+        return any(not title(process).startswith("ray::_Models.__init__") for process in self.actors("_Models"))
 
     def kill(self) -> None:
         """As if its plug were pulled."""

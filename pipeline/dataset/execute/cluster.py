@@ -211,7 +211,8 @@ class _Crew:
             attempt.maker = self._idle[attempt.node].pop()
         else:
             options: dict[str, Any] = {"scheduling_strategy": NodeAffinitySchedulingStrategy(attempt.node, soft=True)}
-            attempt.maker = ray.remote(num_cpus=0, **options)(_Maker).remote(self._plan, self._output)
+            # A byte of memory, since Ray draws a node at random for actors that ask for nothing at all.
+            attempt.maker = ray.remote(num_cpus=0, memory=1, **options)(_Maker).remote(self._plan, self._output)
         attempt.progress = time.monotonic()
         self.running[attempt.maker.make.remote(attempt.seeds, attempt.actor.handle, self._ahead)] = attempt
 

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from sample_runs import begun, contents
 
@@ -39,7 +41,10 @@ def test_two_workers_make_the_same_bytes_and_go_on_when_the_node_of_one_is_gone(
     words = ["--ray-address", cluster.address, "--set", "executor.workers=2", "--set", "executor.batch_rows=1"]
     words += ["--set", f"watch.events={out}/events.jsonl"]
     process = begun(out, *words, shards=2, env={**os.environ, "RAY_AUTH_MODE": "disabled"})
-    assert process.poll() is None, process.communicate()
+    (raylet,) = node.all_processes["raylet"]
+    while not any("ray::_Maker" in child.cmdline()[0] for child in psutil.Process(raylet.process.pid).children()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
     cluster.remove_node(node, allow_graceful=False)
     said, errors = process.communicate(timeout=400)
     assert process.returncode == 0, said + errors
