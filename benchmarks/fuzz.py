@@ -27,8 +27,7 @@ from pathlib import Path
 from fuzz_inputs import mutated
 from fuzz_targets import TARGETS
 
-from schemas.drops import DropReason
-from stages.base import Dropped
+from schemas.drops import Dropped, DropReason
 from stages.pixels import decoding
 
 SECONDS = 2.0

@@ -18,11 +18,11 @@ from pipeline.dataset.source.parts import Part
 from pipeline.dataset.source.values import to_seeds
 from pipeline.shared import tars
 from pipeline.train.loader import shards
+from schemas.drops import Dropped
 from schemas.errors import ConfigError, CorruptShardError, OutputError, SourceError
 from schemas.int8 import decode_int8
 from schemas.shard import Manifest, decode_npy
 from schemas.targets import Targets
-from stages.base import Dropped
 from stages.fetch import address, answer
 from stages.fetch.manners.robots import Rules
 from stages.pixels import headers, images

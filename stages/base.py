@@ -6,8 +6,7 @@ from typing import Any, ClassVar, Protocol
 import pyarrow as pa
 
 from schemas.columns import COLUMNS
-from schemas.drops import Dropped as Dropped  # raised by row-wise stages; there, since decoders know no more of this
-from schemas.drops import DropReason
+from schemas.drops import Dropped, DropReason
 from stages.runtime import Runtime
 from stages.settings import Settings
 

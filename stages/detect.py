@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from schemas.arrays import Image
 from schemas.drops import DropReason
 from stages.base import BatchStage
-from stages.models.backends import Faces, Image, backend
+from stages.models.backends import Faces, backend
 from stages.models.boxes import apart, areas
 from stages.pixels.images import photo_of
 from stages.runtime import Runtime

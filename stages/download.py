@@ -10,8 +10,8 @@ from typing import ClassVar
 import pyarrow as pa
 
 from schemas.digest import sha256
-from schemas.drops import DropReason
-from stages.base import DROP, Dropped, to_table
+from schemas.drops import Dropped, DropReason
+from stages.base import DROP, to_table
 from stages.fetch import ENGINES
 from stages.fetch.engine import MOST_ROWS, Engine, FetchTimes, Outcome
 from stages.fetch.stored import Stored

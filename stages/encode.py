@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 
 import cv2
 
+from schemas.arrays import Image
 from schemas.buckets import Fit, Size, buckets, fit_around, nearest
 from schemas.errors import PlanError
 from schemas.shard import encode_npy
 from schemas.targets import Targets
 from stages.base import RowStage
-from stages.models.backends import Image
 from stages.models.encoders import TextEncoder, Vae
 from stages.models.torch_backend import DEVICE
 from stages.pixels.images import decode_jpeg

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from schemas.arcface import pose
 from schemas.arrays import Doubles
-from schemas.drops import DropReason
-from stages.base import Dropped, RowStage
+from schemas.drops import Dropped, DropReason
+from stages.base import RowStage
 from stages.settings import FilterSettings
 
 _MIN_EYE_DISTANCE = 0.05

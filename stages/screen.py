@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from schemas.drops import DropReason
-from stages.base import BatchStage, Dropped
-from stages.models.backends import Image, ReducedLook, backend
+from schemas.arrays import Image
+from schemas.drops import Dropped, DropReason
+from stages.base import BatchStage
+from stages.models.backends import ReducedLook, backend
 from stages.pixels.decoding import decoder
 from stages.pixels.images import reduced
 from stages.runtime import Runtime

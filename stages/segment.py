@@ -7,11 +7,12 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from schemas.drops import DropReason
+from schemas.arrays import Floats, Image
+from schemas.drops import Dropped, DropReason
 from stages.align import FACE_SIZE
-from stages.base import BatchStage, Dropped
+from stages.base import BatchStage
 from stages.filter import reasons, require
-from stages.models.backends import Floats, Image, backend
+from stages.models.backends import backend
 from stages.pixels.geometry import ffhq_crop, ffhq_matrix, inside_photo, norm_matrix, transform_points, warp_labels
 from stages.pixels.images import encode_png, photo_of
 from stages.runtime import Runtime

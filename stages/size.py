@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from schemas.drops import DropReason
-from stages.base import Dropped, RowStage
+from schemas.drops import Dropped, DropReason
+from stages.base import RowStage
 from stages.pixels import jpeg
 from stages.pixels.headers import check_whole, read_header
 from stages.pixels.marks import ai_mark

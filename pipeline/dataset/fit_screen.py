@@ -9,8 +9,8 @@ from rich.table import Table
 from pipeline.dataset.config import Config
 from pipeline.dataset.plan import make_plan
 from schemas.digest import sha256
+from schemas.drops import Dropped
 from schemas.errors import ConfigError, SourceError
-from stages.base import Dropped
 from stages.detect import measure
 from stages.filter import judge
 from stages.models.backends import backend

@@ -9,8 +9,9 @@ from typing import Any
 import aiohttp
 from pydantic import BaseModel, Field, ValidationError
 
+from schemas.arrays import Image
 from schemas.errors import PlanError, ShardError, first_line
-from stages.models.backends import Image, ModelCard
+from stages.models.backends import ModelCard
 from stages.models.torch_backend import Together
 from stages.pixels.images import encode_jpeg
 from stages.runtime import Device

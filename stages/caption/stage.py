@@ -7,8 +7,9 @@ import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
+from schemas.arrays import Image
 from stages.base import BatchStage
-from stages.models.backends import Image, ModelCard
+from stages.models.backends import ModelCard
 from stages.pixels.images import decode_jpeg, shrink
 from stages.runtime import Device, Runtime
 from stages.settings import ModelSettings, Settings

@@ -6,9 +6,10 @@ from typing import Any
 
 import yaml
 
+from schemas.arrays import Image
 from schemas.digest import sha256_of_file, sha256_of_json
 from schemas.errors import WeightsError
-from stages.models.backends import Image, ModelCard
+from stages.models.backends import ModelCard
 from stages.models.torch_backend import DEVICE, prepare
 from stages.models.tower import load_folder
 from stages.models.weights import stated_card

@@ -13,9 +13,8 @@ from typing import Any
 from urllib.parse import urljoin
 
 from schemas import urls
-from schemas.drops import DropReason
+from schemas.drops import Dropped, DropReason
 from schemas.urls import Url
-from stages.base import Dropped
 from stages.settings import DownloadSettings
 
 SAMPLE_HOST = "sample.localhost"

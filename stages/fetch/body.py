@@ -1,7 +1,6 @@
 """A body as it arrives: bounded, and looked at early, so that a hopeless one is not read to its end."""
 
-from schemas.drops import DropReason
-from stages.base import Dropped
+from schemas.drops import Dropped, DropReason
 from stages.pixels import headers
 from stages.settings import Settings
 

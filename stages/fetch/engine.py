@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from stages.base import Dropped
+from schemas.drops import Dropped
 from stages.runtime import Runtime
 from stages.settings import Settings
 

@@ -3,9 +3,8 @@
 import asyncio
 from functools import partial
 
-from schemas.drops import DropReason
+from schemas.drops import Dropped, DropReason
 from schemas.urls import Url
-from stages.base import Dropped
 from stages.fetch.address import Guard, parse, redirected
 from stages.fetch.ahead import Pending, Slots
 from stages.fetch.answer import bare, check_status, opted_out

@@ -17,7 +17,7 @@ from io import BytesIO
 from types import ModuleType, SimpleNamespace
 from urllib.request import Request
 
-from stages.base import Dropped
+from schemas.drops import Dropped
 from stages.fetch.address import parse
 from stages.fetch.ahead import Pending
 from stages.fetch.answer import DIRECTIVES, bare

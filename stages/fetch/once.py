@@ -5,8 +5,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
-from schemas.drops import DropReason
-from stages.base import Dropped
+from schemas.drops import Dropped, DropReason
 
 K = TypeVar("K")
 V = TypeVar("V")

@@ -18,9 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from schemas.drops import DropReason
+from schemas.drops import Dropped, DropReason
 from schemas.errors import SourceError
-from stages.base import Dropped
 from stages.fetch.body import Body
 from stages.fetch.engine import Outcome
 from stages.settings import Settings

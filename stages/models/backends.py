@@ -9,8 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from schemas.arrays import Floats as Floats
-from schemas.arrays import Image as Image
+from schemas.arrays import Floats, Image
 from schemas.errors import ConfigError
 from stages.models import REGISTRIES
 from stages.models.papers import Weight

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from stages.models.backends import Floats
+from schemas.arrays import Floats
 
 _SAME_FACE_IOU = 0.3
 _OVERLAP = 0.4

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stages.models.backends import Image
+from schemas.arrays import Image
 from stages.models.torch_backend import HALF, normalise, prepare
 from stages.models.tower import load_folder, load_tokenizer
 from stages.runtime import Device, EncoderSource

@@ -5,9 +5,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from schemas.arrays import Floats, Image
 from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
-from stages.models.backends import Floats, Image, ModelCard
+from stages.models.backends import ModelCard
 from stages.models.onnx import ERRORS, cpu_session
 from stages.models.papers import WEIGHTS, Weight
 from stages.models.torch_backend import HALF, normalise

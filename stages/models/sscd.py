@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image as Pillow
 
+from schemas.arrays import Floats, Image
 from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError, first_line
-from stages.models.backends import Floats, Image
 from stages.models.torch_backend import IMAGENET, normalise, prepare
 
 COPY = 0.75

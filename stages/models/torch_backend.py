@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from schemas.arrays import Floats, Image
 from schemas.errors import PlanError
-from stages.models.backends import Floats, Image
 from stages.runtime import Device
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

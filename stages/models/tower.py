@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from schemas.arrays import Image
 from schemas.errors import PlanError, WeightsError
-from stages.models.backends import Image, ModelCard
+from stages.models.backends import ModelCard
 from stages.models.papers import Weight
 from stages.models.torch_backend import Batches, normaliser, prepare, to_host
 from stages.models.weights import card, find

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from skimage.transform import SimilarityTransform
 
 from schemas.arcface import ARCFACE_SIZE, ARCFACE_TEMPLATE
-from stages.models.backends import Floats, Image
+from schemas.arrays import Floats, Image
 
 Matrix = npt.NDArray[np.float64]
 """(2, 3): maps x y 1 to x y."""

@@ -10,8 +10,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+from schemas.arrays import Image
 from schemas.errors import PlanError
-from stages.models.backends import Image
 from stages.models.torch_backend import DEVICE, Together, prepare, to_host
 from stages.pixels.decoding_child import turned
 from stages.pixels.headers import format_of, read_stored

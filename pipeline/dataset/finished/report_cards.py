@@ -11,8 +11,8 @@ import numpy.typing as npt
 from pipeline.dataset.finished.report_numbers import CROPS
 from pipeline.shared.page import data_uri
 from pipeline.shared.tars import Sample
+from schemas.arrays import Image
 from stages.filter import FROM_POINTS, POSE, from_points
-from stages.models.backends import Image
 from stages.pixels.images import decode_jpeg, decode_png, encode_jpeg, shrink
 
 _QUALITY = 80

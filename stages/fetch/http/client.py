@@ -13,9 +13,8 @@ from urllib.parse import quote
 import aiohttp
 from yarl import URL
 
-from schemas.drops import DropReason
+from schemas.drops import Dropped, DropReason
 from schemas.urls import Url
-from stages.base import Dropped
 from stages.fetch.address import Guard
 from stages.fetch.answer import LOCAL_TROUBLE, user_agent
 from stages.fetch.engine import Stopwatch

@@ -3,8 +3,7 @@
 import zlib
 from collections.abc import Iterator
 
-from schemas.drops import DropReason
-from stages.base import Dropped
+from schemas.drops import Dropped, DropReason
 
 LARGE_PIECE = 256 << 10
 """Bytes that are unfolded at a time."""

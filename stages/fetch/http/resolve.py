@@ -6,8 +6,7 @@ import time
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-from schemas.drops import DropReason
-from stages.base import Dropped
+from schemas.drops import Dropped, DropReason
 from stages.fetch.address import Guard, literal
 from stages.fetch.answer import LOCAL_TROUBLE
 from stages.fetch.engine import RESOLVER, Stopwatch

@@ -12,9 +12,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from schemas.drops import DropReason
+from schemas.drops import Dropped, DropReason
 from schemas.urls import Origin, Url
-from stages.base import Dropped
 from stages.fetch.answer import HOST_TROUBLE, Refused
 from stages.settings import DownloadSettings
 

@@ -5,9 +5,8 @@ from collections.abc import Iterable
 from hashlib import blake2b
 from threading import Lock
 
-from schemas.drops import DropReason
+from schemas.drops import Dropped, DropReason
 from schemas.urls import Url
-from stages.base import Dropped
 
 REMEMBERED = (DropReason.OPTED_OUT, DropReason.ACCESS_DENIED, DropReason.FORBIDDEN_ADDRESS)
 """Answers that are meant. (What robots.txt disallows is never requested at all.)"""

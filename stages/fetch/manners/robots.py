@@ -6,9 +6,8 @@ from functools import partial
 
 from protego import Protego
 
-from schemas.drops import DropReason
+from schemas.drops import Dropped, DropReason
 from schemas.urls import Origin, Url
-from stages.base import Dropped
 from stages.fetch.address import redirected
 from stages.fetch.answer import HOST_TROUBLE, check_status
 from stages.fetch.http.client import Client

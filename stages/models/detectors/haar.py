@@ -14,9 +14,10 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from schemas.arrays import Floats, Image
 from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
-from stages.models.backends import Faces, Floats, Image, ModelCard, WithoutWeights
+from stages.models.backends import Faces, ModelCard, WithoutWeights
 from stages.runtime import Device
 from stages.settings import ModelSettings
 

@@ -20,8 +20,9 @@ from typing import Any, ClassVar, NamedTuple
 import cv2
 import numpy as np
 
+from schemas.arrays import Floats, Image
 from schemas.errors import ConfigError, WeightsError
-from stages.models.backends import Faces, Floats, Image, ModelCard, ReducedLook, runtime_of
+from stages.models.backends import Faces, ModelCard, ReducedLook, runtime_of
 from stages.models.boxes import Candidates, apart, without_overlaps
 from stages.models.packs import pack_card, pack_file, pack_weights
 from stages.models.papers import Weight

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from schemas.arrays import Floats, Image
 from schemas.errors import PlanError, WeightsError
-from stages.models.backends import Floats, Image
 from stages.models.boxes import Candidates
 from stages.models.onnx_torch import OnnxModule, one_by_one
 from stages.models.packs import declared_pixels

@@ -3,8 +3,9 @@
 import cv2
 import numpy as np
 
+from schemas.arrays import Image
 from schemas.errors import WeightsError
-from stages.models.backends import Faces, Image, ModelCard
+from stages.models.backends import Faces, ModelCard
 from stages.models.papers import WEIGHTS, Weight
 from stages.models.weights import card, find
 from stages.runtime import Device

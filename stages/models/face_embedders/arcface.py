@@ -6,8 +6,9 @@ from typing import Any
 import cv2
 import numpy as np
 
+from schemas.arrays import Floats, Image
 from schemas.errors import WeightsError
-from stages.models.backends import Floats, Image, ModelCard, runtime_of
+from stages.models.backends import ModelCard, runtime_of
 from stages.models.packs import pack_card, pack_file, pack_weights
 from stages.models.papers import Weight
 from stages.models.torch_backend import DEVICE

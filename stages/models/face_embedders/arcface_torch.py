@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from schemas.arrays import Floats, Image
 from schemas.errors import PlanError, WeightsError
-from stages.models.backends import Floats, Image
 from stages.models.onnx_torch import OnnxModule, one_by_one
 from stages.models.packs import declared_pixels
 from stages.models.torch_backend import Batches, normaliser, on_device, prepare

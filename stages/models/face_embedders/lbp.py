@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from stages.models.backends import Floats, Image, WithoutWeights
+from schemas.arrays import Floats, Image
+from stages.models.backends import WithoutWeights
 from stages.runtime import Device
 from stages.settings import ModelSettings
 

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from schemas.arrays import Floats, Image
 from schemas.errors import PlanError, WeightsError
-from stages.models.backends import Floats, Image, ModelCard
+from stages.models.backends import ModelCard
 from stages.models.papers import WEIGHTS, Weight
 from stages.models.torch_backend import HALF, IMAGENET, Batches, normaliser, on_device, prepare
 from stages.models.weights import card, find

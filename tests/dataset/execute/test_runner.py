@@ -7,9 +7,9 @@ from pipeline.dataset.execute.make_shard import regrouped
 from pipeline.dataset.execute.runner import Loaded, apply
 from pipeline.dataset.rows import Rows
 from schemas.columns import LEDGER, SEED_SCHEMA
-from schemas.drops import DropReason
+from schemas.drops import Dropped, DropReason
 from schemas.errors import ContractError
-from stages.base import DROP, Dropped, RowStage
+from stages.base import DROP, RowStage
 from stages.runtime import Runtime
 from stages.settings import Settings
 

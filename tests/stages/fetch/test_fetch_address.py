@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.drops import DropReason
-from stages.base import Dropped
+from schemas.drops import Dropped, DropReason
 from stages.fetch.address import Guard, parse, redirected
 from stages.settings import DownloadSettings
 

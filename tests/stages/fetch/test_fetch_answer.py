@@ -3,8 +3,7 @@ from email.utils import format_datetime
 
 import pytest
 
-from schemas.drops import DropReason
-from stages.base import Dropped
+from schemas.drops import Dropped, DropReason
 from stages.fetch.answer import Refused, check_status, opted_out, user_agent, wait_s
 from stages.settings import DownloadSettings
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.base import Dropped
+from schemas.drops import Dropped
 from stages.fetch.body import Body
 from stages.pixels import headers
 from stages.settings import DownloadSettings, Settings

@@ -1,7 +1,6 @@
 import pytest
 
-from schemas.drops import DropReason
-from stages.base import Dropped
+from schemas.drops import Dropped, DropReason
 from stages.fetch.answer import SECOND_CHANCE, Refused
 from stages.fetch.manners import hosts
 from stages.settings import DownloadSettings

@@ -5,8 +5,7 @@ from collections import Counter
 
 import pytest
 
-from schemas.drops import DropReason
-from stages.base import Dropped
+from schemas.drops import Dropped, DropReason
 from stages.fetch import once
 from stages.fetch.once import Once
 

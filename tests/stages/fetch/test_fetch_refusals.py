@@ -1,7 +1,6 @@
 import pytest
 
-from schemas.drops import DropReason
-from stages.base import Dropped
+from schemas.drops import Dropped, DropReason
 from stages.fetch.address import parse
 from stages.fetch.manners import refusals
 from stages.fetch.manners.refusals import Refusals

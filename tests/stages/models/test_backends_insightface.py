@@ -12,9 +12,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from schemas.arrays import Image
 from schemas.errors import ConfigError, PlanError, WeightsError
 from stages.models import packs
-from stages.models.backends import Faces, Image
+from stages.models.backends import Faces
 from stages.models.detectors import scrfd
 from stages.models.detectors.scrfd import Scrfd
 from stages.models.detectors.yunet import YuNet

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from schemas.arrays import Image
 from schemas.errors import PlanError, WeightsError
-from stages.models.backends import Image
 from stages.models.image_embedders.clip import ClipVitH
 from stages.models.image_embedders.dinov2 import DinoV2
 from stages.models.segmenters.facexlib import _TO_BISENET, FacexlibParser

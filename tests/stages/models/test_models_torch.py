@@ -12,8 +12,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from schemas.arrays import Image
 from schemas.errors import PlanError, WeightsError
-from stages.models.backends import Faces, Image
+from stages.models.backends import Faces
 from stages.models.boxes import without_overlaps
 from stages.models.detectors.scrfd import Scrfd, _letterbox, _proof_photos
 from stages.models.face_embedders.arcface import ArcFace

@@ -23,10 +23,11 @@ from typer.testing import CliRunner
 from pipeline.__main__ import app
 from pipeline.dataset.config import load_config
 from pipeline.dataset.plan import make_plan
+from schemas.arrays import Image
 from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
 from stages.models import REGISTRIES, packs, weights
-from stages.models.backends import Faces, Image, ModelCard
+from stages.models.backends import Faces, ModelCard
 from stages.models.papers import WEIGHTS, Weight, WeightFile
 from stages.settings import ModelSettings
 

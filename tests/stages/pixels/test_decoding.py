@@ -21,9 +21,8 @@ from skimage import data as samples
 
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.source.sample import FILES, sample_rows
-from schemas.drops import DropReason
+from schemas.drops import Dropped, DropReason
 from schemas.errors import ExitCode, ShardError
-from stages.base import Dropped
 from stages.pixels import decoding, headers, images
 
 SIDE = 200

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, features
 from skimage import data as samples
 
-from stages.base import Dropped
+from schemas.drops import Dropped
 from stages.pixels import decoding, headers, images, jpeg
 from stages.runtime import Runtime
 from stages.settings import Settings

@@ -13,8 +13,7 @@ from PIL import Image, ImageCms, features
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from skimage import data as samples
 
-from schemas.drops import DropReason
-from stages.base import Dropped
+from schemas.drops import Dropped, DropReason
 from stages.pixels import images
 from stages.pixels.headers import Header, check_whole, is_web_page, read_header, sniff
 from stages.pixels.images import PhotoCache, thumbnail

@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.dataset.finished.group.persons import NEIGHBOURS, Numbers, Pairs, Vectors, mutual_neighbours
+from schemas.arrays import Image
 from stages.models import sscd
-from stages.models.backends import Image
 
 SIDE = 24
 """Of the details of faces, pixels."""
