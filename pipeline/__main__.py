@@ -16,6 +16,7 @@ import typer
 from pipeline import models_command
 from pipeline.dataset.execute.watchdog import is_hanging
 from pipeline.options import AsJson, ConfigFile, Folder, ProfileName, Sets, console, errors, say
+from pipeline.shared.process import standard_streams, trouble_of_machine
 from schemas.errors import CorruptShardError, ExitCode, LostError, UserError, WeightsError
 from schemas.names import SAMPLE
 
@@ -365,6 +366,7 @@ _NO_TELEMETRY = {
 
 def main() -> None:
     """Run the command line, with the exit codes of schemas.errors."""
+    standard_streams()
     os.environ.update(_NO_TELEMETRY)
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
         signal.signal(number, signal.default_int_handler)
@@ -378,6 +380,9 @@ def main() -> None:
             sys.exit(ExitCode.USER_ERROR)
         except (CorruptShardError, LostError) as error:
             say(f"error: {error}{'; `verify` tells more.' if isinstance(error, CorruptShardError) else ''}", errors)
+            sys.exit(ExitCode.SHARDS_FAILED)
+        except OSError as error:
+            say(f"error: {trouble_of_machine(error)}", errors)
             sys.exit(ExitCode.SHARDS_FAILED)
         except KeyboardInterrupt:
             errors.print("Interrupted. Finished shards are kept; the same command goes on.")

@@ -16,7 +16,7 @@ from typing import Any
 from platformdirs import user_cache_dir
 
 from schemas.digest import sha256_of_file, sha256_of_json
-from schemas.errors import SourceError, WeightsError
+from schemas.errors import SourceError, WeightsError, first_line
 from schemas.targets import BaseKind
 
 _TINY_VERSION = 1
@@ -225,6 +225,8 @@ def _tiny(kind: BaseKind) -> Path:
     folder = parent / f"tiny-{kind}-v{_TINY_VERSION}"
     if folder.is_dir():
         return folder
+    from safetensors import SafetensorError
+
     from pipeline.shared.tiny import write_tiny
 
     try:
@@ -233,7 +235,8 @@ def _tiny(kind: BaseKind) -> Path:
             made = Path(temporary) / folder.name
             write_tiny(made, kind)
             made.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter for a full disk
         if not folder.is_dir():
-            raise WeightsError(f"{parent} cannot be written ({error.strerror}): set XDG_CACHE_HOME.") from error
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise WeightsError(f"{parent} cannot be written ({reason}): set XDG_CACHE_HOME.") from error
     return folder

@@ -293,7 +293,10 @@ def parquet(file: AnyPath) -> pq.ParquetFile:
     Raises:
         OSError: when it cannot be read.
     """
-    return pq.ParquetFile(pa.BufferReader(file.read_bytes()) if isinstance(file, RemotePath) else file)
+    # pyarrow takes a path as text that has to be Unicode, and bytes as they are.
+    return pq.ParquetFile(
+        pa.BufferReader(file.read_bytes()) if isinstance(file, RemotePath) else pa.OSFile(bytes(file))
+    )
 
 
 def forget_network_loops() -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.shared.process import standard_streams, trouble_of_machine
 from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, UserError
 
 # Each command imports what it needs: torch takes a second and a half, and `--help` is answered at once.
@@ -164,6 +165,7 @@ def _say(text: str, **options: bool) -> None:
 
 def main() -> None:
     """Run the command line, with the exit codes of schemas.errors."""
+    standard_streams()
     # `--from-shards DIR …` as click understands it: a flag and arguments; training is what is done by default.
     words: list[str] = []
     for item in sys.argv[1:]:
@@ -178,6 +180,9 @@ def main() -> None:
         sys.exit(ExitCode.USER_ERROR)
     except FaceShardsError as error:
         _say(f"error: {error}")
+        sys.exit(ExitCode.SHARDS_FAILED)
+    except OSError as error:
+        _say(f"error: {trouble_of_machine(error)}")
         sys.exit(ExitCode.SHARDS_FAILED)
     except RuntimeError as error:
         from pipeline.train.loader import worker_died

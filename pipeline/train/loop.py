@@ -9,6 +9,7 @@ from pipeline.train.base_model import Base
 from pipeline.train.export import described, export
 from pipeline.train.id_loss import id_loss_of
 from pipeline.train.job import TrainJob
+from pipeline.train.run_folder import partly_done
 from pipeline.train.run_page.run_page import page_of
 from pipeline.train.session import Session
 from pipeline.train.settings import OptimSettings
@@ -46,6 +47,7 @@ def train(job: TrainJob) -> ExitCode:
         say(f"note: {notice}")
 
     with (
+        partly_done(),
         page_of(run, quiet=not is_main) as write_page,
         Watch(run.root, config, session.step, console, hook, quiet=not is_main) as watch,
         StopSignal() as stop,
@@ -90,8 +92,9 @@ def train(job: TrainJob) -> ExitCode:
     if session.step < config.steps:
         say(f"Stopped at step {session.step}; the same command with --resume goes on.")
         return ExitCode.INTERRUPTED
-    for path in export(run, description, session.step, run.root) if is_main else ():
-        console.print(str(path), highlight=False, soft_wrap=True)
+    with partly_done():
+        for path in export(run, description, session.step, run.root) if is_main else ():
+            console.print(str(path), highlight=False, soft_wrap=True)
     for note in description["sidecar"]["loading"] if is_main else ():
         say(note)
     write_page()  # with those files

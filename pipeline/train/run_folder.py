@@ -22,7 +22,7 @@ from pipeline.shared.atomic import TEMPORARY, fsync_file, fsync_folder, write_at
 from pipeline.shared.configfile import leaves
 from pipeline.train.adapters.released import save_tensors
 from pipeline.train.settings import TrainConfig, without_free_keys
-from schemas.errors import OutputError, first_line
+from schemas.errors import LostError, OutputError, first_line
 
 _STEP = "step-"
 _ADAPTER, _AVERAGE, _STATE, _RUN = "adapter.safetensors", "average.safetensors", "state.pt", "run.json"
@@ -168,6 +168,17 @@ class RunFolder:
             raise OutputError(
                 f"The checkpoint {folder} cannot be read ({first_line(error)}): remove it, then resume."
             ) from error
+
+
+@contextmanager
+def partly_done() -> Iterator[None]:
+    """Tell an RUN that cannot be written any more from one that never could."""
+    try:
+        yield
+    except OutputError as error:
+        raise LostError(
+            f"{error} Checkpoints are kept: once it can be, the same command with --resume goes on."
+        ) from error
 
 
 @contextmanager

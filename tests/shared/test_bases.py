@@ -1,6 +1,7 @@
 """Bases by name and by path: found where they lie, made where they are tiny, refused in one sentence otherwise."""
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -140,6 +141,13 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert "XDG_CACHE_HOME" in refusal("tiny", WeightsError)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        assert "File too large" in refusal("tiny", WeightsError)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # ---------------------------------------------------------------------------------------- real ones, by name

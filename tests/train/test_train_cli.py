@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -367,3 +368,15 @@ def test_a_sample_that_is_damaged_behind_the_manifest_s_back_names_shard_and_key
     assert tar.name in last
     assert re.search(r"sample-\d+\.arcface\.npy", last)
     assert not list(Path("run").glob("*.safetensors"))
+
+
+def test_a_disk_that_fills_up_on_the_way_is_partial_work(cli, dataset, real):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        code, _, err = cli("--from-shards", dataset, *FACEID, "--out", "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 3
+    assert "cannot be written" in err.splitlines()[-1]
+    assert "--resume goes on" in err.splitlines()[-1]

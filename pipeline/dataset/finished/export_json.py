@@ -3,14 +3,15 @@
 import io
 import json
 import math
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pipeline.dataset.out.ledger import read_manifests
 from pipeline.shared.files import AnyPath, Draft, fsync_names
 from pipeline.shared.tars import Sample, unpack
-from schemas.errors import CorruptShardError, OutputError
+from schemas.errors import CorruptShardError, LostError, OutputError
 from schemas.shard import decode_npy
 
 LIST = "data.json"
@@ -37,6 +38,7 @@ def export_json(
 
     Raises:
         OutputError: when OUT is no dataset or has no embeddings, or `folder` is not empty or cannot be written.
+        LostError: when `folder` cannot be written any more.
         CorruptShardError: when a tar is not as long as its manifest says, or a sample lacks a file; names both.
     """
     manifests = read_manifests(out)
@@ -57,7 +59,7 @@ def export_json(
         raise OutputError(f"{folder} cannot be written: {error.strerror or error}.") from error
     listed = left_out = 0
     root = f"{folder.resolve()}/" if absolute else ""
-    with closing(Draft(folder / LIST)) as draft:
+    with _lost_errors(folder), closing(Draft(folder / LIST)) as draft:
         draft.stream.write(b"[")  # one JSON array, an entry a line, which is never held as a whole
         for tar in tars:
             for sample in unpack(tar):
@@ -75,8 +77,18 @@ def export_json(
         draft.stream.write(b"\n]\n")
         draft.fsync()
         draft.publish()
-    fsync_names(folder)
+        fsync_names(folder)
     return listed, left_out
+
+
+@contextmanager
+def _lost_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LostError(
+            f"{folder} cannot be written any more ({error.strerror or error}): remove it, and give the same call again."
+        ) from error
 
 
 def _export(sample: Sample, folder: Path, crop: Crop, id_format: IdFormat) -> dict[str, Any] | None:

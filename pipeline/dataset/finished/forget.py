@@ -125,6 +125,8 @@ def forget(
                 f"{out} cannot be written any more ({error.strerror or error}): what is left is forgotten by the same "
                 "call, once it can be."
             ) from error
+        except OutputError as error:
+            raise LostError(f"{str(error).rstrip('.')}, once all else was done: give the same call again.") from error
 
 
 def _in_no_row(out: AnyPath, files: Sequence[str]) -> set[str]:

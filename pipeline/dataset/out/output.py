@@ -300,7 +300,7 @@ class ShardWriter:
         drafts = self._tar_draft, self._ledger_draft
         with lost_errors(self._output.root):
             self._tar.close()
-            pq.write_table(ledger.cast(LEDGER_SCHEMA), self._ledger_draft.path, compression="zstd")
+            pq.write_table(ledger.cast(LEDGER_SCHEMA), self._ledger_draft.stream, compression="zstd")
             for draft in drafts:
                 draft.fsync()
             manifest = Manifest(

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import resource
 from pathlib import Path
 
 import fake_dataset as fake
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from pipeline.__main__ import app
 from pipeline.dataset.finished.export_json import export_json
 from pipeline.shared.tars import unpack
-from schemas.errors import CorruptShardError, OutputError
+from schemas.errors import CorruptShardError, LostError, OutputError
 from schemas.shard import decode_npy
 from stages.pixels.images import decode_jpeg
 
@@ -94,6 +95,17 @@ def test_a_folder_that_is_not_empty_and_a_dir_that_is_no_dataset_are_refused(out
     with pytest.raises(OutputError, match="no finished shard"):
         export_json(tmp_path / "empty", tmp_path / "list")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "kept"]
+
+
+def test_a_disk_that_is_full_is_one_sentence_and_there_is_no_list(out, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(LostError, match="cannot be written any more"):
+            export_json(out, tmp_path / "list")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "list").glob("*.json"))
 
 
 def test_a_tar_of_another_length_is_named_before_anything_is_written(tmp_path):

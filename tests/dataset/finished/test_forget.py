@@ -362,6 +362,15 @@ def test_a_disk_that_fills_up_before_dataset_json_is_not_damage(out, monkeypatch
     assert verify(out) == []
 
 
+def test_a_report_that_cannot_be_written_is_partial_work(out, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.dataset.finished.report.storage.write", lambda *_: (out / "no" / "file").touch())
+        with pytest.raises(LostError, match=r"report\.html cannot be written: No such file"):
+            forget(out, urls=(KEPT_URL,))
+    forget(out)
+    assert KEPT_URL not in (out / "report.html").read_text()
+
+
 def test_a_run_in_the_same_folder_is_not_disturbed(out):
     handle = os.open(out / "shards", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)

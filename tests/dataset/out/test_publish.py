@@ -1,11 +1,14 @@
 import tarfile
 
+import fake_dataset as fake
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset.config import load_config
+from pipeline.dataset.finished.verify import verify
+from pipeline.dataset.out.ledger import read_ledger
 from pipeline.dataset.out.output import Output, ShardWriter, differences
 from pipeline.dataset.plan import make_plan
 from pipeline.dataset.rows import WITNESS_SCHEMA, Rows, tombstones
@@ -174,3 +177,9 @@ def test_two_plans_differ_in_the_model_that_is_another():
     before, now = plan(("detector", "scrfd", 64 * "a"), segmenter), plan(("detector", "scrfd", 64 * "b"), segmenter)
     assert list(differences(before, now)) == [f"models.detector scrfd was '{12 * 'a'}', is now '{12 * 'b'}'"]
     assert list(differences(before, plan(segmenter))) == [f"models.detector scrfd was '{12 * 'a'}', is now not set"]
+
+
+def test_names_of_folders_need_not_be_unicode(tmp_path):
+    out = fake.write(tmp_path / "caf\udce9", {"a-00000": fake.mixed("a")})
+    assert verify(out) == []
+    assert read_ledger(out, "a-00000", ("row",)).num_rows == 6
