@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from schemas.section import Section
 
@@ -178,8 +178,8 @@ class ModelSettings(Section):
     parser: Literal["bisenet", "parsenet"] = "bisenet"
     """The face parser of facexlib."""
     runtime: dict[Literal["detector", "face_embedder"], Literal["onnxruntime", "torch"]] = Field(default_factory=dict)
-    """What computes the ONNX files of the pack, per task; a task that is not named gets onnxruntime on a CPU, which is
-    faster there, and torch on a GPU, where it takes batches."""
+    """What computes the ONNX files of the pack: onnxruntime or torch, one word for all or per task; a task that is not
+    named gets onnxruntime on a CPU, which is faster there, and torch on a GPU, where it takes batches."""
     compile: bool = False
     """On a GPU, have torch.compile make kernels for the detector, the parser and the recogniser where torch computes
     them: 1.6 to 2.7 times as fast for about 10 s each at every start."""
@@ -218,6 +218,11 @@ class ModelSettings(Section):
     """Needed once for weights whose licence forbids commercial use; the licence is stamped into every manifest."""
     allow_download: bool = False
     """Fetch missing weights during a run; otherwise only `models fetch` does."""
+
+    @field_validator("runtime", mode="before")
+    @classmethod
+    def _one_word_for_all(cls, value: object) -> object:
+        return dict.fromkeys(("detector", "face_embedder"), value) if isinstance(value, str) else value
 
 
 class CaptionSettings(Section):

@@ -47,6 +47,18 @@ def mistakes(tmp_path: Path, part: Path) -> dict[str, tuple[list[str], str]]:
         "unknown pack": (["--shards", str(part), "--set", "models.pack=buffalo_x", "--executor", "local"], "buffalo_l"),
         "unknown executor": (["--shards", str(part), "--executor", "spark"], "executor.name"),
         "unknown weight": (["--shards", str(part), "--set", "models.paths.yunett=x", *EMBEDDED], "yunet"),
+        "damaged weights": (
+            [
+                "--shards",
+                str(part),
+                "--set",
+                "models.detector=yunet",
+                "--set",
+                f"models.paths.yunet={broken}",
+                *EMBEDDED,
+            ],
+            "broken.parquet cannot be loaded",
+        ),
     }
 
 
@@ -54,14 +66,18 @@ NAMES = (
     *("unknown word", "missing part", "no root", "unreadable parquet", "missing column", "out below a file"),
     *("out as a url", "config typo", "config file", "missing weights", "unknown word, no weights"),
     *("absent gpu", "absent cluster", "unknown pack", "unknown executor", "unknown weight"),
+    "damaged weights",
 )
+
+
+NO_MATTER_TO_PLAN = ("missing weights", "damaged weights")
 
 
 @pytest.mark.parametrize(
     ("command", "name"),
     # plan neither writes nor starts anything, and needs no weights
     [("dataset", name) for name in NAMES]
-    + [("plan", name) for name in NAMES if not ("out" in name or "absent" in name or name == "missing weights")],
+    + [("plan", name) for name in NAMES if not ("out" in name or "absent" in name or name in NO_MATTER_TO_PLAN)],
 )
 def test_a_mistake_is_one_sentence_and_nothing_is_written(name, command, part, tmp_path, monkeypatch):
     monkeypatch.delenv("LAION_ROOT", raising=False)

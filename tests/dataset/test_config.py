@@ -74,3 +74,12 @@ def test_the_executor_given_on_the_command_line_must_be_known():
 def test_profiles_only_set_what_the_config_knows():
     for name in PROFILES:
         assert load_config(None, [], profile=name).profile == name
+
+
+def test_one_word_names_what_computes_all_tasks_and_a_task_may_be_named_alone():
+    assert (
+        load_config(None, ["models.runtime=torch"]).models
+        == load_config(None, ["models.runtime.detector=torch", "models.runtime.face_embedder=torch"]).models
+    )
+    with pytest.raises(ConfigError, match="'onnxruntime' or 'torch'"):
+        load_config(None, ["models.runtime=tensorrt"])

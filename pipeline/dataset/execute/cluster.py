@@ -22,6 +22,7 @@ from ray.exceptions import (
     OutOfMemoryError,
     RayActorError,
     RayError,
+    RayTaskError,
     WorkerCrashedError,
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -34,7 +35,7 @@ from pipeline.dataset.out.output import Output
 from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import Rows
 from pipeline.dataset.source.seeds import Seeds
-from schemas.errors import LostError, ShardError
+from schemas.errors import LostError, ShardError, UserError
 
 _RETRIES = 3
 """Further attempts at a batch whose actor died, and at a shard whose maker did."""
@@ -137,15 +138,18 @@ class _Actors:
         """See which are placed, and replace those whose node died.
 
         Raises:
-            LostError: when the models cannot be loaded, or no actor got ready for long.
+            UserError: when the models cannot be loaded, and never were.
+            LostError: when the models cannot be loaded any more, or no actor got ready for long.
         """
         had_some = bool(self._placed())
         for actor in list(self._all):
             if not actor.is_placed and ray.wait([actor.answer], timeout=0)[0]:
                 try:
                     actor.node, actor.answer, self._failures = ray.get(actor.answer), None, 0
-                except RayActorError as error:
+                except (RayActorError, UserError) as error:
                     self._failures += 1
+                    if isinstance(error, RayTaskError) and not any(other.node for other in self._all):
+                        raise error.cause from None
                     if self._failures > _RETRIES:
                         cause = str(error).strip().rpartition("\n")[2]
                         raise LostError(f"The models could not be loaded, so the run stops: {cause}") from error
@@ -290,15 +294,27 @@ class _Models:
     """A worker of the models, which it loads once."""
 
     def __init__(self, plan: Plan) -> None:
-        self._steps = load_models(plan)
+        self._mistake: UserError | None = None
+        try:
+            self._steps = load_models(plan)
+        except UserError as error:  # Ray would write the trace of what ends an actor's start, and start it again
+            self._mistake = error
 
     def node_id(self) -> str:
-        """Where it was placed."""
+        """Where it was placed.
+
+        Raises:
+            UserError: when it could not load the models.
+        """
+        if self._mistake:
+            raise self._mistake
         node_id: str = ray.get_runtime_context().get_node_id()
         return node_id
 
     def apply(self, rows: Rows) -> Rows:
         """All its steps on one batch; runs in `Pool.threads` threads at a time."""
+        if self._mistake:
+            raise self._mistake
         return apply_all(self._steps, rows)
 
 

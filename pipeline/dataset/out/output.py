@@ -24,7 +24,7 @@ from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import AnyPath, Draft, RemotePath, fsync_names, names, write
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.digest import sha256_of_stream
-from schemas.errors import CorruptShardError, LostError, OutputError, ShardError, SourceError, first_line
+from schemas.errors import CorruptShardError, LostError, OutputError, ShardError, SourceError, UserError, first_line
 from schemas.names import finished_shards
 from schemas.shard import DATASET, PLAIN, SUFFIXES, Manifest, dataset_text, sample_files
 from stages.pixels.images import thumbnail
@@ -58,6 +58,7 @@ class Output:
         """
         listed = Listed(plan.config.download.removed)
         with contextlib.ExitStack() as stack:
+            is_new = not (self.root / DATASET).exists()
             self.make_folders()
             try:
                 stack.enter_context(self.locked())
@@ -79,6 +80,13 @@ class Output:
                 raise OutputError(f"OUT {self.root} cannot be written: {trouble}.") from error
             try:
                 yield
+            except UserError:  # such as models that do not load: then nothing is to have been written
+                if is_new and not names(self.shards):
+                    (self.root / DATASET).unlink(missing_ok=True)
+                    for folder in () if isinstance(self.root, RemotePath) else (self.shards, self.drops, self.root):
+                        with contextlib.suppress(OSError):  # what is not empty holds files of others
+                            Path(str(folder)).rmdir()
+                raise
             finally:
                 with contextlib.suppress(OSError):  # of an OUT that is gone or read-only, which ended the run
                     self.clear()

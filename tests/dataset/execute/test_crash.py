@@ -326,6 +326,20 @@ def test_what_ends_all_before_anything_runs_ends_a_run_on_ray_too(monkeypatch):
         list(cluster.run(plan, unreadable(), None, guard))
 
 
+@pytest.mark.long
+def test_models_that_do_not_load_on_ray_end_the_run_as_a_mistake_and_nothing_is_written(tmp_path):
+    damaged = tmp_path / "yunet.onnx"
+    damaged.write_bytes(b"no model")
+    words = ("--set", "models.detector=yunet", "--set", f"models.paths.yunet={damaged}")
+    done = subprocess.run(command(tmp_path / "out", *ON_RAY, *words), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("yunet.onnx cannot be loaded"), "Traceback" in done.stderr) == (
+        2,
+        1,
+        False,
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_address_where_nobody_listens_is_found_out_at_once_in_ipv6_too():
     from pipeline.dataset.execute import cluster_node
 
