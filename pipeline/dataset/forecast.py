@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from math import ceil, inf
 from pathlib import Path
@@ -103,8 +103,8 @@ class Sampled(Job):
     def rows(self) -> int:
         return sum(seeds.table.num_rows for seeds in self.drawn)
 
-    def shards(self) -> Iterator[Seeds]:
-        return iter(self.drawn)
+    def shards_by_part(self) -> Iterator[Iterable[Seeds]]:
+        return iter([self.drawn])
 
     @staticmethod
     def of(job: Job, rows: pa.Table) -> "Sampled":

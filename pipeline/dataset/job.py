@@ -56,10 +56,14 @@ class Job:
 
     def shards(self) -> Iterator[Seeds]:
         """Seed rows of every shard, part after part."""
+        return chain.from_iterable(self.shards_by_part())
+
+    def shards_by_part(self) -> Iterator[Iterable[Seeds]]:
+        """The same, each part by itself."""
         metadata = self.plan.steps[0].stage()
         for part in self.parts:
             stage = metadata(self.plan.config, self.plan.runtime)  # one per part: it remembers the URLs before
-            yield from iter_shards(part, self.plan.config.source, partial(judge_seeds, stage))
+            yield iter_shards(part, self.plan.config.source, partial(judge_seeds, stage))
 
 
 @contextmanager
@@ -127,13 +131,13 @@ def make_dataset(
         work = _Work(output, plan, screen, watchers)
         # A shard that is made anew takes those along that gave its rows a second chance.
         further = [name for name in shard_names(out) if shard_origin(name)[1]]
-        work.make(execute, work.pending(job.shards(), further))
+        work.make(execute, work.pending(job.shards_by_part(), further))
         screen.say(str(work.captions))
         if retry and work.failed:
             screen.say("Some shards failed: second chances wait until all are done.")
         elif retry:
             again = second_chances(job.parts, plan.config.source, out, partial(output.is_done, plan=plan))
-            pending = work.pending(again)
+            pending = work.pending([again])
             first = next(pending, None)
             if first is not None:
                 with start(plan) as execute:  # once more: a run that is over leaves no worker behind
@@ -193,29 +197,30 @@ class _Work:
                     if event.lost:
                         raise LostError(event.error)
 
-    def pending(self, shards: Iterable[Seeds], further: Sequence[str] = ()) -> Iterator[Seeds]:
-        """The shards that are not done; a part that turns out unreadable half-way fails, and the rest goes on.
+    def pending(self, parts: Iterable[Iterable[Seeds]], further: Sequence[str] = ()) -> Iterator[Seeds]:
+        """The shards that are not done; a part that turns out unreadable half-way fails, and the others go on.
 
         Of `further`, the shards of second chances, those go that hold rows of a shard which is to be made.
         """
         listed = sizes(self.output.shards)
-        try:
-            for seeds in shards:
-                self.captions.add(seeds)
-                # What must not be used is marked after shards are cut, so that their borders stay.
-                seeds = replace(seeds, table=self.output.takedowns.judged(seeds.table))
-                with lost_errors(self.output.root):
-                    done = self.output.is_done(seeds.name, self.plan, listed, seeds.table.num_rows)
-                    if not done:
-                        discard(self.output, further, seeds)
-                if done:
-                    self.output.require_same_files(seeds.name, seeds.table)
-                    self.screen.done_before(seeds.table.num_rows)
-                else:
-                    yield seeds
-        except UserError as error:
-            self.watchers.take(Finished.failed(METADATA, error))
-            self.failed.append(METADATA)
+        for shards in parts:
+            try:
+                for seeds in shards:
+                    self.captions.add(seeds)
+                    # What must not be used is marked after shards are cut, so that their borders stay.
+                    seeds = replace(seeds, table=self.output.takedowns.judged(seeds.table))
+                    with lost_errors(self.output.root):
+                        done = self.output.is_done(seeds.name, self.plan, listed, seeds.table.num_rows)
+                        if not done:
+                            discard(self.output, further, seeds)
+                    if done:
+                        self.output.require_same_files(seeds.name, seeds.table)
+                        self.screen.done_before(seeds.table.num_rows)
+                    else:
+                        yield seeds
+            except UserError as error:
+                self.watchers.take(Finished.failed(METADATA, error))
+                self.failed.append(METADATA)
 
 
 Start = Callable[[Plan], AbstractContextManager[Execute]]

@@ -106,13 +106,15 @@ def test_the_labelled_photos_end_as_labelled(data, labels, photo_server, tmp_pat
     assert (len(verdicts), list(verdicts.values()).count("kept")) == (28, 10)
 
 
-def test_a_part_that_breaks_off_half_way_gives_3_and_keeps_what_came_before(tmp_path):
+def test_a_part_that_breaks_off_half_way_gives_3_and_stops_nothing_before_or_after_it(tmp_path):
     part = tmp_path / "part.jsonl"
     row = {"url": "http://127.0.0.1:9/a.jpg", "width": 10, "height": 10}
     lines = [json.dumps({**row, "url": f"{row['url']}?{n}"}) for n in range(60_000)]
     part.write_text("\n".join(lines) + '\n{"url": "http://127.0.0.1')
-    code, text = make(tmp_path / "out", "source.rows_per_shard=100", shards=str(part), profile="embedded")
+    (tmp_path / "whole.jsonl").write_text(f"{lines[0]}\n")
+    shards = f"{part},{tmp_path}/whole.jsonl"
+    code, text = make(tmp_path / "out", "source.rows_per_shard=100", shards=shards, profile="embedded")
     assert code is ExitCode.SHARDS_FAILED
     assert "part.jsonl" in text
     assert verify(tmp_path / "out") == []
-    assert len(manifests(tmp_path / "out")) >= 1
+    assert {"part-00000", "whole-00000"} < {*manifests(tmp_path / "out")}
