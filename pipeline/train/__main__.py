@@ -14,6 +14,10 @@ from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, UserErr
 
 # Each command imports what it needs: torch takes a second and a half, and `--help` is answered at once.
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+_LESS_MEMORY = (
+    "Set optim.gradient_checkpointing=true, with which --resume goes on too, or begin anew with a smaller "
+    "data.batch_size."
+)
 _COMMANDS = ("run", "export", "evaluate", "report", "config")
 
 
@@ -187,9 +191,12 @@ def main() -> None:
     except RuntimeError as error:
         from pipeline.train.loader import worker_died
 
-        if worker_died(error) is None:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, of the GPU, on whichever process
+            _say(f"error: {str(error).splitlines()[0]} {_LESS_MEMORY}", from_any_process=True)
+        elif worker_died(error) is None:
             raise
-        _say(f"error: {worker_died(error)}")
+        else:
+            _say(f"error: {worker_died(error)}")
         sys.exit(ExitCode.SHARDS_FAILED)
     except KeyboardInterrupt:
         begins = (

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.shared.bases import BaseSource
 from pipeline.train.adapters.released import DAMAGED
+from pipeline.train.objective import sent
 from schemas.errors import WeightsError, first_line
 
 diffusers.utils.logging.set_verbosity_error()
@@ -102,8 +103,8 @@ class Base:
         posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
         latents = posterior.mean.float()
         if generator is not None:
-            noise = torch.randn(latents.shape, generator=generator).to(latents)
-            latents = latents + posterior.std.float() * noise
+            noise = torch.randn(latents.shape, generator=generator)
+            latents = latents + posterior.std.float() * sent(noise, latents.device)
         scaled: Tensor = latents * self.vae.config.scaling_factor
         return scaled
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pipeline.train.base_model import Base, TextEmbeds
 from pipeline.train.loader import Batch
+from pipeline.train.objective import sent
 
 
 class Inputs(NamedTuple):
@@ -50,8 +51,7 @@ class Preparer:
         if batch.latents is not None:
             mean, log_variance = batch.latents.float().chunk(2, dim=1)
             drawn = torch.randn(mean.shape, generator=self.generator)
-            drawn = (drawn.pin_memory() if mean.is_cuda else drawn).to(mean.device, non_blocking=True)
-            latents = mean + (log_variance / 2).exp() * drawn
+            latents = mean + (log_variance / 2).exp() * sent(drawn, mean.device)
         else:
             assert batch.pixels is not None
             latents = base.encode_images(batch.pixels, self.generator)

@@ -109,7 +109,7 @@ def make_accelerator(settings: OptimSettings) -> Accelerator:
     """
     precision, has_gpu = settings.precision, torch.cuda.is_available()
     if precision == "auto":
-        precision = "bf16" if has_gpu and torch.cuda.is_bf16_supported() else "no"
+        precision = "bf16" if has_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     if precision == "fp16" and not has_gpu:
         raise ConfigError(
             "optim.precision = fp16 needs a GPU, and torch has none here; use no (or bf16, slow on CPUs)."

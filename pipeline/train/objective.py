@@ -47,11 +47,7 @@ def noised(
     noise = torch.randn(latents.shape, generator=generator)
     if settings.noise_offset:
         noise += settings.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
-    # From pinned memory, so without waiting for the steps that are still being computed there.
-    timesteps, noise = (
-        (drawn.pin_memory() if latents.is_cuda else drawn).to(latents.device, non_blocking=True)
-        for drawn in (timesteps, noise)
-    )
+    timesteps, noise = sent(timesteps, latents.device), sent(noise, latents.device)
     noisy: Tensor = scheduler.add_noise(latents, noise, timesteps)
     kind = _prediction_type(scheduler)
     if kind == "v_prediction":
@@ -59,6 +55,11 @@ def noised(
     else:
         target = noise if kind == "epsilon" else latents
     return Noised(noisy, noise, timesteps, target)
+
+
+def sent(drawn: Tensor, device: torch.device) -> Tensor:
+    """What was drawn on the CPU, on a device: by pinned memory, so without waiting for the steps under way."""
+    return (drawn.pin_memory() if device.type == "cuda" else drawn).to(device, non_blocking=True)
 
 
 def weights(scheduler: "DDPMScheduler", timesteps: Tensor, gamma: float) -> Tensor:

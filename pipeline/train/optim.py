@@ -20,8 +20,9 @@ def optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> to
     """
     options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, "betas": settings.betas}
     if not settings.eight_bit:
-        # Fused: one pass over the weights, and no temporary copies of all of them.
-        return torch.optim.AdamW(parameters, **options, fused=True)
+        # Fused: one pass over the weights, and no temporary copies of all of them. Not with fp16's scaler: a fused
+        # step leaves itself out, and nobody learns that it was.
+        return torch.optim.AdamW(parameters, **options, fused=settings.precision != "fp16")
     if find_spec("bitsandbytes") is None:
         raise ConfigError("optim.eight_bit needs bitsandbytes, which is not installed: pip install bitsandbytes.")
     import bitsandbytes

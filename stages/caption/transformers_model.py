@@ -59,11 +59,11 @@ class Folder:
         given = self._processor(images=pictures, return_tensors="pt", **words)
         with DEVICE, torch.inference_mode():
             given = given.to(self._model.device, self._model.dtype)
-            tokens = self._model.generate(**given, max_new_tokens=self._most, do_sample=False, num_beams=1)
-        if self._words:  # those that chat repeat the question, those with an encoder do not
-            question = given["input_ids"]
-            if torch.equal(tokens[:, : question.shape[1]], question):
-                tokens = tokens[:, question.shape[1] :]
+            tokens = self._model.generate(**given, max_new_tokens=self._most, do_sample=False, num_beams=1).cpu()
+            question = given["input_ids"].cpu() if self._words else None
+        # those that chat repeat the question, those with an encoder do not
+        if question is not None and torch.equal(tokens[:, : question.shape[1]], question):
+            tokens = tokens[:, question.shape[1] :]
         captions: list[str] = self._processor.batch_decode(tokens, skip_special_tokens=True)
         return captions
 

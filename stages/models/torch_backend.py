@@ -22,6 +22,11 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 DEVICE = Lock()
 """Held by the thread of this process that computes on the device: while a CUDA graph is captured, no other may."""
 
+_FULL_PX = 1024 * 1024
+"""Of a picture, up to which a batch of it has its full size: a long panorama would need all memory in such a batch."""
+_MOST_SHAPES = 24
+"""Of pictures, for which what computes them is kept; photos of strangers have any number of shapes."""
+
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
 
 
@@ -99,9 +104,9 @@ class _Given:
 class Batches:
     """A function of images that is computed in batches of one size, the last one filled up with whatever is there.
 
-    So kernels do not change with how many images there are, and an image's numbers do not depend on the others. On a
-    GPU the function is captured once per shape of images, as a CUDA graph: one launch instead of hundreds. Threads
-    that call it share its batches.
+    So kernels do not change with how many images there are, and an image's numbers do not depend on the others. Very
+    large images have smaller batches, for each shape of one size too. On a GPU the function is captured once per shape
+    of images, as a CUDA graph: one launch instead of hundreds. Threads that call it share its batches.
     """
 
     def __init__(
@@ -126,7 +131,8 @@ class Batches:
             compute = torch.compile(compute, dynamic=False)
         self._compute = compute
         self._read = read or (lambda *outputs: list(zip(*map(to_host, outputs), strict=True)))
-        self._graphs = graphs and device == "cuda"
+        self._pool = torch.cuda.graph_pool_handle() if graphs and device == "cuda" else None
+        """Memory that the graphs share: one at a time is replayed, and what it gave is read before the next is."""
         self._of_shape: dict[tuple[int, ...], tuple[Any, Any, Callable[[], tuple[Any, ...]]]] = {}
         """Pinned images of two batches, their tensor on the device for one, and what computes with the latter."""
         self._together = Together(self._computed)
@@ -142,13 +148,15 @@ class Batches:
         shape, *options = kind
         with DEVICE, torch.inference_mode():
             if shape not in self._of_shape:
-                full = (self.size, *shape)
-                hosts = torch.zeros((2, *full), dtype=torch.uint8, pin_memory=self.device == "cuda")
-                given = torch.zeros(full, dtype=torch.uint8, device=self.device)
-                run = self._captured(given) if self._graphs else partial(self._compute, given)
+                while len(self._of_shape) >= _MOST_SHAPES:
+                    del self._of_shape[next(iter(self._of_shape))]
+                size = max(1, self.size * _FULL_PX // max(_FULL_PX, shape[0] * shape[1]))
+                hosts = torch.zeros((2, size, *shape), dtype=torch.uint8, pin_memory=self.device == "cuda")
+                given = torch.zeros((size, *shape), dtype=torch.uint8, device=self.device)
+                run = self._captured(given) if self._pool else partial(self._compute, given)
                 self._of_shape[shape] = (hosts, given, run)
-            hosts, given, run = self._of_shape[shape]
-        batches = [images[start : start + self.size] for start in range(0, len(images), self.size)]
+            hosts, given, run = self._of_shape[shape] = self._of_shape.pop(shape)  # the last one used is the last
+        batches = [images[start : start + len(given)] for start in range(0, len(images), len(given))]
         results: list[Any] = []
         _fill(hosts[0], batches[0])
         for number, batch in enumerate(batches):
@@ -171,7 +179,7 @@ class Batches:
                 self._compute(given)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             outputs = self._compute(given)
 
         def replay() -> tuple[Any, ...]:

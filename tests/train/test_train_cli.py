@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
 
 import pipeline.train.__main__ as trainer
@@ -380,3 +381,13 @@ def test_a_disk_that_fills_up_on_the_way_is_partial_work(cli, dataset, real):
     assert code == 3
     assert "cannot be written" in err.splitlines()[-1]
     assert "--resume goes on" in err.splitlines()[-1]
+
+
+def test_a_gpu_whose_memory_is_full_is_one_sentence(cli, dataset, monkeypatch):
+    def train(job):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nException raised from malloc")
+
+    monkeypatch.setattr("pipeline.train.loop.train", train)
+    code, _, err = cli("--from-shards", dataset, *FACEID)
+    assert code == 3
+    assert err.splitlines()[-1].startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB. Set optim.gradient_")

@@ -13,6 +13,9 @@ from pipeline.train.adapters.attention import install
 from pipeline.train.adapters.variants import Variant, Widths
 from pipeline.train.settings import AdapterSettings
 
+_MOST_SHAPES = 64
+"""Of batches that are compiled, each by itself; torch would give up after eight."""
+
 
 class AdapterModel(nn.Module):
     """The UNet whose attention layers were given an adapter; only `image_proj` and `ip_adapter` are trained."""
@@ -76,12 +79,25 @@ class AdapterModel(nn.Module):
             )[0]
         return predicted
 
-    def compile_predict(self) -> None:
-        """Let `forward` run as one compiled graph; the first call compiles, and a call with another shape once more."""
+    def compile_predict(self, batch_size: int) -> None:
+        """Let `forward` run as one compiled graph; the first call compiles, and a call with another shape once more.
+
+        Batches of other sizes, which are what is left at the end of an epoch, are computed without it.
+        """
         # diffusers asks for torch's version inside, behind a cache that dynamo traces through.
         warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`-wrapped function")
         keep_channels_last(self.unet)
-        self.predict = torch.compile(self._predict)
+        # As many shapes as there are buckets; and one graph also where processes average gradients, which torch would
+        # cut into pieces for them, though what is trained is small.
+        torch._dynamo.config.recompile_limit = _MOST_SHAPES
+        torch._dynamo.config.optimize_ddp = False
+        compiled = torch.compile(self._predict, dynamic=False)
+
+        def predict(noisy_latents: Tensor, *others: Any) -> Tensor:
+            run = compiled if len(noisy_latents) == batch_size else self._predict
+            return run(noisy_latents, *others)
+
+        self.predict = predict
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters under their published flat keys, `image_proj.…` and `ip_adapter.…`."""

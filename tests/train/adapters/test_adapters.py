@@ -279,7 +279,7 @@ def test_compiled_it_is_one_graph_that_computes_the_same(tiny, kind, monkeypatch
     # Traced, not generated, which takes minutes on a CPU; a second graph would be an error.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, fullgraph=True, backend="eager"))
     plain, compiled = (adapted(copy_of(tiny[kind]), "faceid-plusv2", kind, moved=True).train() for _ in range(2))
-    compiled.compile_predict()
+    compiled.compile_predict(2)
     outputs = []
     for model in (plain, compiled):
         model.image_proj.p_drop = 0.0
@@ -294,6 +294,23 @@ def test_compiled_it_is_one_graph_that_computes_the_same(tiny, kind, monkeypatch
     (gradient,) = torch.autograd.grad(norm(x).square().sum(), x)
     assert norm(x).is_contiguous(memory_format=torch.channels_last)
     assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_what_is_left_of_an_epoch_is_not_compiled_for(tiny, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        torch, "compile", lambda run, **_: lambda noisy, *of: sizes.append(len(noisy)) or run(noisy, *of)
+    )
+    model = adapted(copy_of(tiny["sd15"]), "ip-adapter")
+    model.compile_predict(2)
+    for count in (2, 1, 2):
+        inputs = (
+            numbers(0, count, 4, 8, 8),
+            torch.zeros(count, dtype=torch.long),
+            numbers(1, count, 77, model.widths.text),
+        )
+        assert len(model(*inputs, {"pooled": numbers(2, count, model.widths.pooled)})) == count
+    assert sizes == [2, 2]
 
 
 def test_under_autocast_the_frozen_unet_computes_in_its_own_precision(tiny):

@@ -1,0 +1,99 @@
+"""Whole runs on a pretended GPU: all tensors where they belong, and nothing that waits for it between logged steps."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from pretended_gpu import pretended_gpu
+from train_made import VISION, write_shards
+
+import pipeline.train.loop as trainer
+from pipeline.shared.bases import find_base
+from pipeline.train.adapters.model import AdapterModel
+from pipeline.train.job import Call, prepared
+from pipeline.train.loader import ShardLoader
+from pipeline.train.session import Session
+from schemas.errors import ConfigError, ExitCode
+
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
+
+@pytest.fixture
+def on_gpu(monkeypatch, tmp_path):
+    """Train two batches of precomputed samples over and over; gives the job, and what the host waited for by step."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    waits = {}
+
+    class Pinning(ShardLoader):
+        """As the loader of a real GPU has batches."""
+
+        def __init__(self, *given, pin_memory, **named):
+            assert pin_memory
+            super().__init__(*given, **named)
+
+        def __iter__(self):
+            return (replace(batch.pin_memory()) for batch in super().__iter__())
+
+    def run(name, base, *pairs, steps=4):
+        shards = tmp_path / base
+        if not shards.exists():
+            write_shards(shards, find_base(base), 64, 4, VISION[True], hidden="int8")
+        sets = ("adapter.lora_rank=4", "watch.tensorboard=false", "watch.log_every=2", "data.verify=size", *pairs)
+        job = prepared(Call((str(shards),), name, base, tmp_path / "run", pairs=sets, options={"steps": steps}))
+        with pretended_gpu(monkeypatch) as gpu:
+
+            class Counting(Session):
+                def count_step(self):
+                    waits[self.step] = len(gpu.waits)
+                    gpu.waits.clear()
+                    return super().count_step()
+
+            monkeypatch.setattr(trainer, "Session", Counting)
+            monkeypatch.setattr("pipeline.train.session.ShardLoader", Pinning)
+            assert trainer.train(job) == ExitCode.OK
+        return job, waits
+
+    return run
+
+
+@pytest.mark.parametrize(("name", "base"), [("faceid-plusv2", "tiny"), ("plus-face", "tiny-sdxl")])
+def test_between_logged_steps_nothing_waits_for_the_gpu(name, base, on_gpu):
+    _, waits = on_gpu(name, base)
+    # Of a step counted here belongs what was logged at the end of the one before: the loss and the gradient's norm.
+    assert (waits[1], waits[2], waits[3]) == (0, 2, 0)
+
+
+def test_a_step_that_fp16s_scaler_leaves_out_is_noticed(on_gpu, monkeypatch):
+    scalers, steps = [], []
+
+    def scaler(*_, **__):
+        scalers.append(torch.amp.GradScaler("cuda", init_scale=2.0**60, backoff_factor=2.0**-20))
+        return scalers[-1]
+
+    monkeypatch.setattr("accelerate.accelerator.get_grad_scaler", scaler)
+    real = Session.optimizer_step
+    monkeypatch.setattr(Session, "optimizer_step", lambda session: steps.append(session.step) or real(session))
+    job, _ = on_gpu("faceid", "tiny", "optim.precision=fp16", steps=2)
+    skipped = (60 - math.log2(scalers[0].get_scale())) / 20
+    assert skipped >= 1
+    assert len(steps) == 2 + skipped
+    assert job.run.steps() == [2]
+
+
+@pytest.mark.parametrize("compilers", [True, False])
+def test_by_itself_it_compiles_long_runs_where_that_works(compilers, on_gpu, monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr("pipeline.train.session._WORTH_COMPILING", 1)
+    monkeypatch.setattr("pipeline.train.session.find_spec", lambda name: name)
+    monkeypatch.setattr("shutil.which", lambda name: name if compilers else None)
+    monkeypatch.setattr(AdapterModel, "compile_predict", lambda _, batch_size: compiled.append(batch_size))
+    monkeypatch.delenv("CC", raising=False)
+    on_gpu("ip-adapter", "tiny", "data.crops.full=0", steps=1)
+    assert compiled == [2] * compilers
+    assert ("not compiled" in capsys.readouterr().err) != compilers
+    if not compilers:
+        with pytest.raises(ConfigError, match="install gcc"):
+            on_gpu("ip-adapter", "tiny-sdxl", "optim.compile=true", steps=1)
