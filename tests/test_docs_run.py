@@ -66,7 +66,7 @@ BLOCKS = [
 
 @pytest.fixture(scope="module")
 def folder(dataset, tmp_path_factory) -> Path:
-    """Where all of it runs: `out` is the sample's dataset, `photos` has its pictures (one is lisa.jpg) with captions."""
+    """Where all of it runs: `out` is the sample's dataset, `photos` its pictures (one is lisa.jpg) and captions."""
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(dataset, folder / "out")
     runner = CliRunner()
