@@ -133,8 +133,9 @@ def plan(
 ) -> None:
     """Prove the plan and show what would be done, and what is missing for it; nothing is written to OUT.
 
-    With --sample, N rows are drawn from all parts and run for real, for which weights and licences are needed: images,
-    bytes, hours and costs of the whole follow, with ranges.
+    With --sample, N rows are drawn from all parts and run for real, for which
+    weights and licences are needed: images, bytes, hours and costs of the whole
+    follow, with ranges.
     """
     from pipeline.plan_command import show
 
@@ -302,8 +303,8 @@ def push(
 ) -> None:
     """Publish DIR on the Hugging Face hub: shards, ledgers, card, report, without any picture of dropped photos.
 
-    The same call goes on where it stopped, and brings the copy to what DIR is now: after `forget`, what was taken out
-    goes from the copy's history too.
+    The same call goes on where it stopped, and brings the copy to what DIR is
+    now: after `forget`, what was taken out goes from the copy's history too.
     """
     from pipeline.dataset.finished.hub import push as finished
     from pipeline.shared.files import to_path
@@ -329,8 +330,9 @@ def export_json(
 ) -> None:
     """Write DIR as single files and FOLDER/data.json, the list that the published IP-Adapter scripts read.
 
-    The published FaceID script reads it with `--id-format pt-numpy --absolute`; from torch 2.6 on, start that script
-    with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment, since torch refuses pickled arrays otherwise.
+    The published FaceID script reads it with `--id-format pt-numpy --absolute`;
+    from torch 2.6 on, start that script with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1
+    in the environment, since torch refuses pickled arrays otherwise.
     """
     from pipeline.dataset.finished import export_json as finished
     from pipeline.shared.files import to_path

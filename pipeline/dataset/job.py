@@ -27,6 +27,7 @@ from pipeline.dataset.out.output import Output
 from pipeline.dataset.out.retry import discard, second_chances
 from pipeline.dataset.out.unconditional import write_unconditional
 from pipeline.dataset.plan import Plan, make_plan
+from pipeline.dataset.source.laion import OLD_LAION, is_old_laion
 from pipeline.dataset.source.parts import Part, find_parts
 from pipeline.dataset.source.sample import sample_server, write_sample
 from pipeline.dataset.source.seeds import Captions, Seeds, iter_shards
@@ -51,8 +52,10 @@ class Job:
 
     @property
     def notes(self) -> list[str]:
-        """What the sources leave out."""
-        return [note for part in self.parts if part.pictures for note in part.pictures.named.notes]
+        """What the sources leave out, and what they should not be."""
+        notes = [note for part in self.parts if part.pictures for note in part.pictures.named.notes]
+        is_old = is_old_laion([part.origin for part in self.parts], [part.name for part in self.parts])
+        return [*notes, *([f"WARNING: {OLD_LAION}"] if is_old else [])]
 
     def shards(self) -> Iterator[Seeds]:
         """Seed rows of every shard, part after part."""

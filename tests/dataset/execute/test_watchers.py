@@ -2,11 +2,15 @@
 
 import io
 import json
+import os
+import re
+import signal
 import socket
 import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +31,7 @@ from pipeline.shared.files import to_path
 from schemas.errors import ExitCode, UserError
 
 CALLS: list[dict] = []
+DOCS = Path(__file__).parents[3] / "docs/watching.md"
 
 
 def hook(event):
@@ -144,6 +149,15 @@ def test_a_run_whose_network_is_gone_says_so_early_and_at_its_end_why_it_kept_no
     assert not (out / LIVE).exists()
     assert foreign_files(out) == []
     MemoryFileSystem.store.clear()
+
+
+def test_the_hook_of_the_docs_ends_a_run_where_it_is_in_vain(monkeypatch):
+    names: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(import os\n.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)[0], names)
+    monkeypatch.setattr(os, "kill", lambda *words: CALLS.append(words))
+    for about in ("captions", "network", "nothing_kept"):
+        names["stop"]({"kind": "warning", "about": about, "text": ""})
+    assert [(os.getpid(), signal.SIGINT)] * 2 == CALLS
 
 
 def test_a_run_without_rows_says_so(tmp_path):

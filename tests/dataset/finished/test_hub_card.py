@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_shards
 import numpy as np
@@ -14,6 +15,7 @@ from pipeline.dataset.finished.hub import about
 from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.hub.croissant import croissant
 from pipeline.dataset.finished.verify import foreign_files
+from pipeline.dataset.job import Job
 from pipeline.dataset.out.ledger import Funnel, FunnelRow, read_ledger, read_manifests, shard_names
 from pipeline.dataset.source.parts import Part
 from pipeline.shared.tars import unpack
@@ -143,6 +145,10 @@ def test_old_lists_of_laion_are_warned_of_by_card_and_croissant(tmp_path, path, 
     is_made, path = path.startswith("made:"), path.removeprefix("made:")
     part = Part(part_name(path.partition("?")[0]), path, None, "metadata", "made" if is_made else "web")
     assert part.origin == origin
+    notes = Job(SimpleNamespace(), (part,)).notes
+    assert [note.startswith("WARNING") and "2,236 links" in note for note in notes] == [True] * warned, (
+        "before a download"
+    )
     out = Path(fake_shards.write(tmp_path / "out", {f"{part.name}-00000": fake_shards.counted(0, 1)}))
     (out / "dataset.json").write_text(json.dumps({"sources": [origin], "profile": "insightface"}))
     write_card(out, counted(1), read_manifests(out))

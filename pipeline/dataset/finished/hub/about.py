@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from pipeline.dataset.finished.report_numbers import CROPS
 from pipeline.dataset.out.ledger import Funnel, read_dataset
+from pipeline.dataset.source.laion import is_old_laion
 from pipeline.shared.files import AnyPath, times
 from pipeline.shared.tars import Sample, unpack
 from schemas.columns import COLUMNS
@@ -25,8 +26,6 @@ Feature = dict[str, Any]
 _VIEWED_BYTES = 2_000_000
 """Larger rows are not shown by the hub's viewer."""
 _HEAVY = re.compile(r"(clip_hidden|dino|latents\.|text\.)")
-_LAION = re.compile(r"laion|^part-\d{5}-[0-9a-f-]{36}-c000", re.IGNORECASE)
-_RE_LAION = re.compile(r"re-?laion", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,7 @@ class About:
 
     @property
     def is_old_laion(self) -> bool:
-        """Whether the lists are LAION's, and nothing says that they are of Re-LAION."""
-        files_are = any(map(_LAION.search, self.parts))
-        return any((files_are or _LAION.search(one)) and not _RE_LAION.search(one) for one in self.sources)
+        return is_old_laion(self.sources, self.parts)
 
     @property
     def light(self) -> list[Feature]:

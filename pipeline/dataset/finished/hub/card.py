@@ -11,8 +11,9 @@ import jinja2
 import yaml
 
 from pipeline.dataset.finished.hub.about import About
-from pipeline.dataset.finished.hub.croissant import BIASES, CONTENTS, OLD_LAION, croissant
+from pipeline.dataset.finished.hub.croissant import BIASES, CONTENTS, croissant
 from pipeline.dataset.out.ledger import Funnel
+from pipeline.dataset.source.laion import OLD_LAION
 from pipeline.shared.files import AnyPath, write
 from schemas.errors import OutputError
 from schemas.shard import CARD, CROISSANT, Manifest

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from pipeline.dataset.finished.hub.about import About
+from pipeline.dataset.source.laion import OLD_LAION
 from schemas.columns import COLUMNS
 from schemas.shard import PLAIN, SUFFIXES
 
@@ -28,11 +29,6 @@ _CONTEXT = {
     "rai": "http://mlcommons.org/croissant/RAI/",
     "sc": "https://schema.org/",
 }
-OLD_LAION = (
-    "Nothing here says that the source metadata is Re-LAION (August 2024), from which 2,236 links to suspected child "
-    "sexual abuse material were removed. Do not publish this dataset, or anything made of it, unless you know that it "
-    "is: make it again from Re-LAION."
-)
 BIASES = (
     "Who is photographed, captioned in the list's language and still online is not a sample of mankind. Detector, "
     "quality and size thresholds drop faces unevenly by skin tone, age, pose and covering; nothing here was labelled "

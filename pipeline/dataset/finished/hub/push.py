@@ -15,10 +15,11 @@ from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from pipeline.dataset.finished.hub.card import write_card
-from pipeline.dataset.finished.hub.croissant import OLD_LAION, croissant
+from pipeline.dataset.finished.hub.croissant import croissant
 from pipeline.dataset.finished.report import REPORT, write_report
 from pipeline.dataset.out.ledger import read_manifests
 from pipeline.dataset.out.output import Output, fingerprint
+from pipeline.dataset.source.laion import OLD_LAION
 from pipeline.shared.files import AnyPath, RemotePath
 from schemas.errors import CorruptShardError, LostError, OutputError, first_line
 from schemas.names import finished_shards
