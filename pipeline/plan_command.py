@@ -39,9 +39,12 @@ def show(job: "Job", out: str, sample: int | None, seed: int, cost_per_hour: flo
     draw = Draw(sample, seed) if sample else None
     counts = counted(job, output, errors, draw)
     if not as_json:
+        reasons = ", ".join(
+            f"{reason} {rows:,}" for reason, rows in sorted(counts.dropped.items(), key=lambda one: -one[1])
+        )
         say(
-            f"Parts: {len(job.parts):,}; rows: {counts.rows:,}, "
-            f"of which {counts.candidates:,} pass the metadata filter\n{counts.captions}\n"
+            f"Parts: {len(job.parts):,}; rows: {counts.rows:,}, of which {counts.candidates:,} pass the metadata filter"
+            f"{f' (dropped: {reasons})' if reasons else ''}\n{counts.captions}\n"
             f"Shards: {counts.shards:,} of up to {job.plan.config.source.rows_per_shard:,} candidate rows; "
             f"{counts.done:,} done, {counts.shards - counts.done:,} left\nPlan: {job.plan.digest[:16]}"
         )
@@ -53,7 +56,7 @@ def show(job: "Job", out: str, sample: int | None, seed: int, cost_per_hour: flo
         cost = {"cost": result["wall_hours"] * cost_per_hour} if result and cost_per_hour is not None else {}
         document = {
             "parts": len(job.parts),
-            **{name: getattr(counts, name) for name in ("rows", "candidates", "shards", "done")},
+            **{name: getattr(counts, name) for name in ("rows", "candidates", "dropped", "shards", "done")},
             "captions": counts.captions.captions,
             "notes": job.notes,
             "plan_digest": job.plan.digest,
@@ -72,7 +75,8 @@ def show(job: "Job", out: str, sample: int | None, seed: int, cost_per_hour: flo
         _show_prior(prior)
     if job.plan.lacks:
         say(f"\nMissing on this machine:\n\n{job.plan.shopping_list}")
-    say(f"Verdict: {f'NOT READY. {job.plan.refusal}' if job.plan.refusal else 'ready.'}")
+    ready = "ready." if counts.candidates else "ready, but no row passes the metadata filter."
+    say(f"Verdict: {f'NOT READY. {job.plan.refusal}' if job.plan.refusal else ready}")
 
 
 def _show_steps(job: "Job") -> None:

@@ -79,9 +79,9 @@ def counted(job: Job, output: Output, screen: Console, draw: Draw | None) -> Cou
             counts.candidates += seeds.candidates
             counts.captions.add(seeds)
             counts.done += output.is_done(seeds.name, job.plan, listed)
+            counts.dropped = dict(Counter(counts.dropped) + occurrences(seeds.table["verdict"].drop_null()))
             if draw is not None:
                 draw.add(seeds)
-                counts.dropped = dict(Counter(counts.dropped) + occurrences(seeds.table["verdict"].drop_null()))
                 if seeds.name == shard_name(seeds.part, 0):  # one of each part is measured
                     dead, ledger = split_seeds(seeds.table).dead, pa.BufferOutputStream()
                     pq.write_table(dead, ledger, compression="zstd")

@@ -122,7 +122,15 @@ def test_each_command_explains_itself(words):
 def test_plan_shows_steps_models_and_work_and_writes_nothing(tmp_path):
     result = CliRunner().invoke(app, ["plan", "--out", str(tmp_path / "out")], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
-    words = ("embed_face", "several_faces", "grabcut", "Intel License", "22 pass the metadata filter", "1 left")
+    words = (
+        "embed_face",
+        "several_faces",
+        "grabcut",
+        "Intel License",
+        "22 pass the metadata filter",
+        "unsafe 2",
+        "1 left",
+    )
     for word in (*words, "Verdict: ready."):
         assert word in result.output
     assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ from pathlib import Path
 import fake_dataset as fake
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -176,6 +177,16 @@ def forecast_of(*words: str) -> dict:
     result = CliRunner().invoke(app, ["plan", "--json", "--set", "download.retries=0", *words], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
+
+
+def test_a_plan_says_what_the_metadata_drops(tmp_path):
+    urls = [f"http://photos.example/{n}.jpg" for n in range(3)]
+    pq.write_table(pa.table({"url": urls, "width": [99, 99, 9999], "height": [99] * 3}), tmp_path / "small.parquet")
+    words = ("--shards", str(tmp_path / "small.parquet"), "--profile", "embedded", "--out", str(tmp_path / "out"))
+    text = CliRunner().invoke(app, ["plan", *words], catch_exceptions=False).output
+    assert "rows: 3, of which 0 pass the metadata filter (dropped: small_image 3)" in text
+    assert "Verdict: ready, but no row passes the metadata filter." in text
+    assert forecast_of(*words)["dropped"] == {"small_image": 3}
 
 
 def test_a_sample_is_run_for_real_and_leaves_nothing(tmp_path, monkeypatch, whole, remembered):

@@ -56,7 +56,8 @@ class Gone:
 
     def __str__(self) -> str:
         rows, samples, shards = sum(map(len, self.rows.values())), sum(self.kept.values()), len(self.rows)
-        return f"{rows:,} rows, {samples:,} of them samples, in {shards:,} shard{'' if shards == 1 else 's'}"
+        many = ["" if count == 1 else "s" for count in (rows, shards)]
+        return f"{rows:,} row{many[0]}, {samples:,} of them samples, in {shards:,} shard{many[1]}"
 
 
 def forget(
