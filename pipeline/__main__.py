@@ -331,8 +331,7 @@ def export_json(
     """Write DIR as single files and FOLDER/data.json, the list that the published IP-Adapter scripts read.
 
     The published FaceID script reads it with `--id-format pt-numpy --absolute`;
-    from torch 2.6 on, start that script with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1
-    in the environment, since torch refuses pickled arrays otherwise.
+    from torch 2.6 on, set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 for that script.
     """
     from pipeline.dataset.finished import export_json as finished
     from pipeline.shared.files import to_path
