@@ -5,9 +5,10 @@
     python benchmarks/gpu --log         # and put the table on top of docs/LOG.md; benchmarks/report.py does for a FILE
 
 In the order of their importance: that batches and runtimes compute the same, photos per second of the data side,
-samples per second of the trainer on SD1.5, then on SDXL. Models have the published sizes and random weights, which are
-made in memory; the small pack and the photos, where given, are real. Every result is appended to FILE at once, a part
-that fails or takes too long is recorded there, and the next one begins.
+samples per second of the trainer on SD1.5, then on SDXL, and what might make it faster (`--only levers`, some four
+minutes more). Models have the published sizes and random weights, which are made in memory; the small pack and the
+photos, where given, are real. Every result is appended to FILE at once, a part that fails or takes too long is recorded
+there, and the next one begins.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import inference
+import levers
 import report
 import training
 
@@ -43,7 +45,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     record = report.recorder(args.out, args.smoke, name, torch=torch.__version__)
     failed = False
-    for part, run in (*inference.parts(args), *training.parts(args)):
+    for part, run in (*inference.parts(args), *training.parts(args), *levers.parts(args)):
         left = args.limit - (time.monotonic() - begun)
         if args.only not in part:
             continue

@@ -6,6 +6,7 @@ says so, and the next one begins.
 
 import argparse
 import functools
+import gc
 import signal
 import tempfile
 import time
@@ -59,3 +60,9 @@ def run(args: argparse.Namespace, device: str, record: Record, left: float) -> N
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             note({"seconds": round(time.monotonic() - begun, 2)})
+    if device == "cuda":  # what trains next is another process, and needs the memory
+        import torch
+
+        del bench
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -1,7 +1,9 @@
 """The product's stages from encoded bytes to embeddings, as its worker with a GPU runs them; its networks alone."""
 
+import copy
 import itertools
 import os
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,12 +36,24 @@ def sameness(bench: Bench) -> None:
 
 def networks(bench: Bench) -> None:
     """Images per second of each network, from the host's memory and back, in the product's batches."""
+    import torch
+
+    from stages.models.torch_backend import Batches
+
     made = bench.networks
+    planar = copy.copy(made.detector)  # channels first, which may be faster for it
+    planar._module = copy.deepcopy(planar._module).to(memory_format=torch.contiguous_format)
+    planar._normalise = lambda images: made.detector._normalise(images).contiguous()
+    planar.batches = Batches(
+        planar._decoded, made.detector.batches.size, bench.device, read=made.detector.batches._read
+    )
     large, screen, parsed = (128, 64, 64) if bench.smoke else (640, 224, 512)
     for name, batches, side, *options in (
         ("tower", made.tower._batches, 224),
         (f"detector, {large} px", made.detector.batches, large, 0.2),
         (f"detector, {screen} px", made.detector.batches, screen, 0.2),
+        (f"detector, {large} px, channels first", planar.batches, large, 0.2),
+        (f"detector, {screen} px, channels first", planar.batches, screen, 0.2),
         ("recogniser", made.recogniser.batches, 112),
         ("parser", made.parser._batches, parsed),
     ):
@@ -136,7 +150,7 @@ def product(bench: Bench) -> None:
                 try:
                     time.sleep(settle)
                     before = snapshot()
-                    time.sleep(seconds)
+                    busy = _gpu_busy(seconds)
                     elapsed, cpu, photos, kept, *fill = snapshot() - before
                 finally:  # also when the step is over time
                     over.set()
@@ -149,6 +163,7 @@ def product(bench: Bench) -> None:
                     "rows": rows,
                     "photos_per_s": round(photos / elapsed, 1),
                     "kept_per_s": round(kept / elapsed, 1),
+                    "gpu_busy": busy,
                     "cores_of_this_process": round(cpu / elapsed, 2),
                     "images_per_batch": {
                         name: round(given / max(computed, 1), 1)
@@ -158,6 +173,20 @@ def product(bench: Bench) -> None:
             )
     finally:
         images.set_decoding(1)
+
+
+def _gpu_busy(seconds: float) -> float | None:
+    """Wait, and look once a second at the share of time in which kernels ran, as NVML has it; None where it is not."""
+    end, shares = time.perf_counter() + seconds, []
+    while (left := end - time.perf_counter()) > 0:
+        time.sleep(min(left, 1.0))
+        try:
+            command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0"]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
+            shares.append(float(done.stdout) / 100)
+        except (OSError, ValueError, subprocess.SubprocessError):
+            continue
+    return round(sum(shares) / len(shares), 2) if shares else None
 
 
 def _steps(bench: Bench, rows: int) -> tuple[list[Any], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 LOOP = Path(__file__).parents[1] / "train_loop.py"
-MEMORY = Path("/dev/shm")  # nothing is written to a disk
+MEMORY, ROOM = Path("/dev/shm"), 24e9  # nothing is written to a disk, where bases and what loaders read ahead fit
 
 
 class Case(NamedTuple):
@@ -54,7 +55,8 @@ def run(
     if left < case.seconds and not args.smoke:
         record({"skipped": f"{left:.0f} s left, about {case.seconds} needed"})
         return
-    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
+    has_room = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM
+    with tempfile.TemporaryDirectory(dir=MEMORY if has_room else None) as folder:
         results = Path(folder) / "results.json"
         command = [sys.executable, str(LOOP), f"--json={results}", f"--folder={folder}", "--turns=1"]
         command += [f"--kind={case.kind}", f"--variant={case.variant}"]
