@@ -37,4 +37,4 @@ def _of_file(path: str, size: int, mtime_ns: int) -> str:
 def sha256_of_json(value: Mapping[str, Any]) -> str:
     """Of a JSON-able mapping in canonical form: sorted keys, no white space, UTF-8."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return sha256(text.encode())
+    return sha256(text.encode(errors="surrogatepass"))  # JSON may hold halves of surrogates

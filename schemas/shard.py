@@ -150,6 +150,7 @@ class Manifest:
             return False
         numbers += [*self.dropped.values(), *(entry.get("bytes") for entry in self.files.values())]
         words += [entry.get("sha256") for entry in entries]
+        words += [model.get(name) for model in self.models for name in ("name", "task", "licence")]
         return all(isinstance(word, str) for word in words) and all(
             type(number) is int and number >= 0 for number in numbers
         )
@@ -168,6 +169,7 @@ class Manifest:
         try:
             fields = json.loads(text)
             manifest = Manifest(**{name: fields[name] for name in Manifest.__dataclass_fields__})
+            manifest.to_json().encode()  # JSON may hold halves of surrogates, which are no text
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorruptShardError(f"not a manifest: {type(error).__name__}: {error}") from error
         if not manifest._has_its_types():

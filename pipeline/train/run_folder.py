@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from errno import EINVAL
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,10 @@ class RunFolder:
             if differing:
                 raise OutputError(f"{self.root} was trained otherwise ({'; '.join(differing)}): choose another --out.")
         with writing(self.root):
+            try:
+                str(self.root).encode()
+            except UnicodeEncodeError:  # TensorBoard and safetensors take no other names
+                raise OSError(EINVAL, "its name is no Unicode") from None
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_atomically(self.root / _RUN, (json.dumps(description, indent=2, sort_keys=True) + "\n").encode())
         for stray in self.checkpoints.glob(f"{TEMPORARY}*"):

@@ -203,7 +203,7 @@ class WatchSettings(Section):
 class TrainConfig(Section):
     """Everything that `--config FILE` and `--set a.b=c` can say."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Of initial weights, noise, order and augmentation."""
     steps: int = Field(200_000, ge=1)
     """Optimiser steps."""

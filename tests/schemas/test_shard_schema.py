@@ -85,3 +85,17 @@ def test_each_file_of_a_sample_is_a_payload_column_and_suffixes_are_sorted():
 def test_the_digest_does_not_depend_on_the_order_of_keys():
     assert sha256_of_json({"a": 1, "b": {"c": 2, "d": 3}}) == sha256_of_json({"b": {"d": 3, "c": 2}, "a": 1})
     assert sha256_of_json({"a": 1}) != sha256_of_json({"a": 2})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"models": [{"name": "x", "task": "detector", "sha256": "ab"}]},
+        {"models": [{"name": "x", "task": "detector", "sha256": "ab", "licence": ["MIT"]}]},
+        {"profile": "\ud800"},
+    ],
+)
+def test_what_a_manifest_must_hold_is_there_and_is_text(changes):
+    text = json.dumps({**json.loads(MANIFEST.to_json()), **changes})
+    with pytest.raises(CorruptShardError, match="not a manifest"):
+        Manifest.from_json(text)

@@ -118,8 +118,12 @@ def read_dataset(out: AnyPath) -> dict[str, Any]:
         CorruptShardError: when it is not there or no JSON object.
     """
     try:
-        return dict(json.loads((out / DATASET).read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        dataset = dict(json.loads((out / DATASET).read_bytes()))
+        json.dumps(dataset, ensure_ascii=False).encode()  # JSON may hold halves of surrogates, which are no text
+        for section in dataset.get("plan", {}).get("settings", {}).values():
+            section.items()
+        return dataset
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptShardError(f"{DATASET}: cannot be read: {error}") from error
 
 

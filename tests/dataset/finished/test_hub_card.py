@@ -19,6 +19,7 @@ from pipeline.dataset.job import Job
 from pipeline.dataset.out.ledger import Funnel, FunnelRow, read_ledger, read_manifests, shard_names
 from pipeline.dataset.source.parts import Part
 from pipeline.shared.tars import unpack
+from schemas.errors import CorruptShardError
 from schemas.names import part_name
 from schemas.shard import decode_npy
 
@@ -157,3 +158,12 @@ def test_old_lists_of_laion_are_warned_of_by_card_and_croissant(tmp_path, path, 
         assert ("2,236 links" in text) is warned
         assert origin in text
         assert "secret" not in text
+
+
+def test_a_manifest_that_names_no_tar_is_damage(tmp_path):
+    out = Path(fake_shards.write(tmp_path / "out", {"a-00000": fake_shards.counted(0, 1)}))
+    (out / "dataset.json").write_text(json.dumps({"profile": "insightface"}))
+    manifest = json.loads((out / "shards" / "a-00000.json").read_text())
+    (out / "shards" / "a-00000.json").write_text(json.dumps({**manifest, "files": {}}))
+    with pytest.raises(CorruptShardError, match=r"a-00000\.json: it names no tar"):
+        write_card(out, counted(1), read_manifests(out))

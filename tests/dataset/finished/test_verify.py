@@ -17,16 +17,18 @@ from typer.testing import CliRunner
 
 from pipeline.__main__ import app
 from pipeline.dataset.finished.forget import forget
+from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.replay import replay
 from pipeline.dataset.finished.report import write_report
 from pipeline.dataset.finished.status import status
 from pipeline.dataset.finished.verify import foreign_files, verify
 from pipeline.dataset.out.forgotten import Forgotten
 from pipeline.dataset.out.forgotten import save as save_forgotten
+from pipeline.dataset.out.ledger import funnel, read_manifests
 from pipeline.dataset.out.output import Output, fingerprint
 from schemas.columns import LEDGER_SCHEMA
 from schemas.digest import sha256_of_json
-from schemas.errors import OutputError
+from schemas.errors import CorruptShardError, OutputError
 from schemas.int8 import encode_int8, quantise
 from schemas.shard import UNCONDITIONAL, Manifest, encode_npy
 from stages.settings import FilterSettings
@@ -459,3 +461,14 @@ def test_a_sample_that_breaks_the_contract_is_named(out):
     edit_tar(out, lambda files: files.update({f"{FIRST}.face.jpg": b"junk"}))
     assert (f"{SHARD}.tar", FIRST, "face.jpg is not a JPEG") in told(out)
     assert {(file, key) for file, key, _ in told(out)} == {(f"{SHARD}.tar", FIRST)}
+
+
+@pytest.mark.parametrize("sections", [{"filter": []}, {"filter": {"min_face_px": "\ud800"}}, [], None])
+def test_a_plan_that_is_none_is_damage_for_every_reader(whole, tmp_path, sections):
+    out = Path(shutil.copytree(whole, tmp_path / "copy"))
+    dataset = json.loads((out / "dataset.json").read_text())
+    dataset["plan"]["settings"] = sections
+    (out / "dataset.json").write_text(json.dumps(dataset, indent=2, sort_keys=True) + "\n")
+    assert {file for file, _, _ in told(out)} == {"dataset.json"}
+    with pytest.raises(CorruptShardError, match=r"dataset\.json"):
+        write_card(out, funnel(out), read_manifests(out))

@@ -6,6 +6,7 @@ from typing import Any
 from pipeline.dataset.finished.hub.about import About
 from pipeline.dataset.source.laion import OLD_LAION
 from schemas.columns import COLUMNS
+from schemas.errors import CorruptShardError
 from schemas.shard import PLAIN, SUFFIXES
 
 _CONTEXT = {
@@ -40,7 +41,14 @@ CONTENTS |= {plain: CONTENTS[native] for native, plain in PLAIN.items()}
 
 
 def croissant(about: About, base: str = "") -> str:
-    """The text of croissant.json; `base` is the URL, with a slash at its end, under which the dataset is published."""
+    """The text of croissant.json; `base` is the URL, with a slash at its end, under which the dataset is published.
+
+    Raises:
+        CorruptShardError: names a manifest without its tar.
+    """
+    kept = [one for one in about.manifests if one.kept]
+    if lacking := [one.shard for one in kept if f"{one.shard}.tar" not in one.files]:
+        raise CorruptShardError(f"{lacking[0]}.json: it names no tar")
     files = [
         {
             "@type": "cr:FileObject",
@@ -51,8 +59,7 @@ def croissant(about: About, base: str = "") -> str:
             "encodingFormat": "application/x-tar",
             "sha256": one.files[f"{one.shard}.tar"]["sha256"],
         }
-        for one in about.manifests
-        if one.kept
+        for one in kept
     ]
     names = [one["name"] for one in about.features if one["name"].rpartition(".")[2] in _FORMATS]
     sets = [
