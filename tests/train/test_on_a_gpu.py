@@ -6,12 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from facexlib.recognition.arcface_arch import Backbone
 from pretended_gpu import pretended_gpu
 from train_made import VISION, write_shards
 
 import pipeline.train.loop as trainer
 from pipeline.shared.bases import find_base
 from pipeline.train.adapters.model import AdapterModel
+from pipeline.train.evaluate import evaluation
 from pipeline.train.job import Call, prepared
 from pipeline.train.loader import ShardLoader
 from pipeline.train.session import Session
@@ -20,11 +22,15 @@ from schemas.errors import ConfigError, ExitCode
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
+def forget_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 @pytest.fixture
 def on_gpu(monkeypatch, tmp_path):
     """Train two batches of precomputed samples over and over; gives the job, and what the host waited for by step."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerate()
     waits = {}
 
     class Pinning(ShardLoader):
@@ -97,3 +103,36 @@ def test_by_itself_it_compiles_long_runs_where_that_works(compilers, on_gpu, mon
     if not compilers:
         with pytest.raises(ConfigError, match="install gcc"):
             on_gpu("ip-adapter", "tiny-sdxl", "optim.compile=true", steps=1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("base", ["tiny", "tiny-sdxl"])
+def test_whatever_else_a_run_may_do_goes_on_a_gpu_too(base, dataset, tmp_path, monkeypatch):
+    """Images, captions and every term of the objective; validation; averaged weights; resumed; evaluated."""
+    recogniser = tmp_path / "ir_se50.pth"
+    torch.save(Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se").state_dict(), recogniser)
+    sets = (
+        *("adapter.lora_rank=4", "watch.tensorboard=false", "optim.ema_decay=0.9", "optim.accumulate=2"),
+        *("watch.validate_every=1", "watch.validate_faces=1", "watch.validate_steps=1"),
+        *("optim.gradient_checkpointing=true", "objective.min_snr_gamma=5", "objective.noise_offset=0.05"),
+        *(
+            "objective.id_loss=0.1",
+            "objective.id_loss_max_t=1",
+            f"objective.id_loss_weights={recogniser}",
+        ),
+    )
+    monkeypatch.setattr(
+        "pipeline.train.session.ShardLoader", lambda *of, pin_memory, **named: ShardLoader(*of, **named)
+    )
+    with pretended_gpu(monkeypatch):
+        for steps in (1, 2):
+            forget_accelerate()
+            options = {"pairs": sets, "options": {"steps": steps}, "resume": steps > 1}
+            call = Call((str(dataset),), "faceid-plusv2", base, tmp_path / "run", **options)
+            assert trainer.train(prepared(call)) == ExitCode.OK
+        forget_accelerate()
+        pairs = ("watch.validate_steps=1",)
+        folder, _ = evaluation.evaluate(
+            evaluation.Call(tmp_path / "run", (str(dataset),), faces=1, images=1, pairs=pairs)
+        )
+    assert (folder / "evaluation.json").exists()
