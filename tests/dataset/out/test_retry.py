@@ -148,8 +148,8 @@ def test_only_transient_failures_are_fetched_again_into_further_shards(server, p
     captions = {s.key: json.loads(s.files["json"])["text"] for s in unpack(out / "shards" / "part-r1_00000.tar")}
     assert captions == {"part-000000005": "caption 5"}
     page = (out / "report.html").read_text()
-    assert '<div class="reason">server_error</div>' in page
-    assert '<div class="reason">rate_limited</div>' not in page
+    assert '<div class="reason"><a href="#drop-server_error">' in page
+    assert '<div class="reason"><a href="#drop-rate_limited">' not in page
 
 
 def test_each_call_is_a_round_for_what_failed_in_the_one_before(server, part, tmp_path):
