@@ -3,7 +3,7 @@
 QUALITIES are thresholds on how good a face is, a line each, which stages, `replay` and the sliders of the report judge.
 One more is a line there, its reason in `schemas.drops`, its key in `FilterSettings` with a default that lets everything
 pass, a call of `require` in the stage that measures it, and for a new measure its bins in `MEASURES` of the report's
-`report_numbers`.
+`report_numbers` and some values in `some_qualities` of tests/judged_rows.py.
 """
 
 from collections.abc import Mapping

@@ -99,7 +99,7 @@ def command(out: object, *words: str) -> list[str]:
 
 
 def manifests(out: Any) -> list[str]:
-    return sorted(path.stem for path in (out / "shards").glob("*.json"))
+    return sorted(path.name.removesuffix(".json") for path in (out / "shards").glob("*.json"))
 
 
 def contents(out: Any) -> dict[str, bytes]:

@@ -227,6 +227,8 @@ class _Work:
 
 
 Start = Callable[[Plan], AbstractContextManager[Execute]]
+_RAY_TOKEN = secrets.token_hex(32)
+"""Of this process: other users of the machine cannot join its Ray, and no token file is left in the home folder."""
 
 
 def executor_of(config: Config) -> Start:
@@ -234,9 +236,8 @@ def executor_of(config: Config) -> Start:
     if config.executor.name == "local":
         return local.started
     if not config.executor.ray_address:
-        # Read when Ray is imported. A token of this run alone: other users of the machine cannot join its Ray, and no
-        # token file is left in the home folder.
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+        # Ray remembers what it read when it was imported.
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=_RAY_TOKEN)
     from pipeline.dataset.execute import cluster  # Ray takes seconds to import
 
     return cluster.started

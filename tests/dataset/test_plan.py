@@ -215,7 +215,9 @@ def test_the_pool_without_and_with_gpus():
     def pool_of(*sets):
         plan = plan_of(*sets)
         pool = plan.pool
-        assert [step.stage().name for step in pool.steps][::8] == ["screen", "encode"]
+        names = [step.stage().name for step in pool.steps]
+        assert names[0] == "screen"
+        assert "encode" in names
         return pool.workers, pool.cpus, pool.gpus, pool.threads, plan.batch_rows
 
     assert pool_of("executor.workers=3") == (3, 1, 0, 1, 8)

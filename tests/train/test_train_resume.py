@@ -53,10 +53,10 @@ from pipeline.train.loader.batches import albumentations
 from torch.utils.tensorboard import SummaryWriter
 import pipeline.train.loop
 albumentations()
-models, real = {}, Base._model
+models, load_model = {}, Base._model  # names that no `first` gives to something else
 def model(base, cls, part, dtype):
     key = base.source.name, part
-    models[key] = models.get(key) or real(base, cls, part, dtype)
+    models[key] = models.get(key) or load_model(base, cls, part, dtype)
     return models[key]
 Base._model = model
 base = Base(find_base("tiny"), torch.device("cpu"), torch.float32)
@@ -233,7 +233,7 @@ def test_killed_at_a_random_moment_and_resumed(whole, server, dataset, tmp_path)
     print(f"seed {seed}: killed {delay:.3f} s after the first checkpoint")  # noqa: T201  # to do it again
     run = RunFolder(tmp_path / "run")
     child = server.start(*words(dataset, name, run.root), first=_KILL_SOON, env={"DELAY_S": f"{delay}"})
-    assert child.end() == -signal.SIGKILL
+    assert child.end() == -signal.SIGKILL, child.said
     before = run.steps()
     assert not exported(run)
     again = server.start(*words(dataset, name, run.root, "--resume"))

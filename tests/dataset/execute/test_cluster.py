@@ -15,6 +15,7 @@ from sample_runs import begun, contents
 
 from pipeline.dataset.config import Config, ExecutorSettings
 from pipeline.dataset.execute import cluster_node
+from pipeline.dataset.job import executor_of
 from schemas.errors import PlanError
 from stages.base import Runtime
 
@@ -77,6 +78,13 @@ def test_a_cluster_may_still_lack_nodes_but_not_for_the_first_worker_nor_reach_o
             required(address, **have)
     with pytest.raises(PlanError, match="served on this machine alone"):
         required("head:6379", nodes=("here", "there"), sample_port=1, **enough)
+
+
+def test_all_runs_of_a_process_give_ray_the_token_that_it_remembers(monkeypatch):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "")
+    tokens = {executor_of(Config()) and os.environ["RAY_AUTH_TOKEN"] for _ in range(2)}
+    assert [len(token) for token in tokens] == [64]
 
 
 @pytest.mark.long
