@@ -1,4 +1,4 @@
-"""Embed the face: who it is, as a vector of unit length and the length that it had; and how well that can be told."""
+"""Embed the face: who it is, as a vector of unit length and the length that it had; and how good it is for that."""
 
 from typing import Any, ClassVar
 

@@ -229,7 +229,7 @@ class CaptionSettings(Section):
     """A further caption, by `models.captioner`."""
 
     prompt: str = "Describe this photo in one sentence."
-    """What chat models and endpoints are asked; models that only caption (BLIP, GIT) take none."""
+    """The prompt of chat models and endpoints; models that only caption (BLIP, GIT) take none."""
     max_tokens: int = Field(77, ge=1)
     """Most tokens of an answer; what exceeds them is cut off."""
     max_side: int = Field(1024, ge=16)

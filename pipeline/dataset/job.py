@@ -123,7 +123,7 @@ def make_dataset(
         screen,
     ):
         output.sources = sorted({*output.sources, *(part.origin for part in job.parts)})
-        # For `status`, which may be asked elsewhere; when the run comes to its end, its counts stand there.
+        # For `status`, from any terminal; when the run comes to its end, its counts stand there.
         output.describe(plan, {"planned": {part.name: part.rows for part in job.parts}})
         gone = take_down_listed(output)
         if gone.rows:
@@ -148,7 +148,7 @@ def make_dataset(
             elif not work.failed:
                 screen.say("Second chances: no row failed for a reason that may have passed.")
         counted = _finish(output, plan)
-        silent = counted.kept or (work.failed and not counted.rows_in)  # that all failed was said
+        silent = counted.kept or (work.failed and not counted.rows_in)  # where all failed, that is known
         nothing = "" if silent else why_nothing(f"{counted.rows_in:,} rows", counted.dropped)
         code = ExitCode.SHARDS_FAILED if work.failed else ExitCode.OK
         watchers.end(
@@ -201,7 +201,7 @@ class _Work:
                         raise LostError(event.error)
 
     def pending(self, parts: Iterable[Iterable[Seeds]], further: Sequence[str] = ()) -> Iterator[Seeds]:
-        """The shards that are not done; a part that turns out unreadable half-way fails, and the others go on.
+        """The shards that are not done; a part that turns out unreadable in the middle fails, and the others go on.
 
         Of `further`, the shards of second chances, those go that hold rows of a shard which is to be made.
         """

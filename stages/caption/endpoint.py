@@ -57,7 +57,7 @@ class Endpoint:
         self._settings = settings.caption
         self._url = settings.models.captioner.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self._key = _key(settings)
-        # threads share what may be under way at a time
+        # threads share one bound on requests at a time
         self._together = Together(lambda _, images: asyncio.run(self._captions(images)))
 
     @classmethod

@@ -15,7 +15,7 @@ class WeightFile:
     bytes: int = 0
     """Length; 0 when not known."""
     sha256: str = ""
-    """Hex; empty when no public source was found for it."""
+    """Hex; empty when no public source gives it."""
     source: str = ""
     """Its URL, or its path in the weight's repository; empty when it comes in the weight's archive."""
 

@@ -26,7 +26,7 @@ from stages.pixels import images
 FETCH_ROWS = 32
 """Rows that leave the fetching together. Most are dropped there; the living go on in batches of `Plan.batch_rows`."""
 METADATA = "metadata"
-"""Names a shard where a part proves unreadable half-way: nobody knows the shards that it would have given."""
+"""Names a shard where a part proves unreadable in the middle: nobody knows the shards that it would have given."""
 _MOST_HELD = 64
 """Fetched batches that wait for living rows."""
 
