@@ -216,7 +216,7 @@ def verify(folder: Folder = "out") -> None:
         where = f"{problem.file}{f' [{problem.key}]' if problem.key else ''}"
         say(f"{where}: {problem.message}", errors)
     if problems:
-        errors.print(f"{len(problems)} problems found.")
+        errors.print(f"Problems found: {len(problems)}.")
         raise typer.Exit(ExitCode.SHARDS_FAILED)
     say(f"{folder}: all shards verify.")
 

@@ -151,9 +151,8 @@ def find_parts(spec: str, settings: SourceSettings) -> list[Part]:
         for part in named:
             name, path = part.name, part.path
             if path in by_path:
-                raise SourceError(
-                    f"SHARDS names {path} twice, as {by_path[path].name!r} and as {name!r}: leave one out."
-                )
+                names = " and as ".join(dict.fromkeys((repr(by_path[path].name), repr(name))))
+                raise SourceError(f"SHARDS names {path} twice, as {names}: leave one out.")
             if name in by_name:
                 raise SourceError(
                     f"Two parts would be called {name!r}: {by_name[name].path} and {path}; rename one, or run them "
