@@ -16,7 +16,7 @@ import typer
 from pipeline import models_command
 from pipeline.dataset.execute.watchdog import is_hanging
 from pipeline.options import AsJson, ConfigFile, Folder, ProfileName, Sets, console, errors, say
-from pipeline.shared.process import standard_streams, trouble_of_machine
+from pipeline.shared.process import on_interrupt, standard_streams, trouble_of_machine
 from schemas.errors import CorruptShardError, ExitCode, LostError, UserError, WeightsError
 from schemas.names import SAMPLE
 
@@ -369,8 +369,7 @@ def main() -> None:
     """Run the command line, with the exit codes of schemas.errors."""
     standard_streams()
     os.environ.update(_NO_TELEMETRY)
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
-        signal.signal(number, signal.default_int_handler)
+    on_interrupt(signal.default_int_handler)
     try:
         try:
             app()
@@ -389,6 +388,7 @@ def main() -> None:
             errors.print("Interrupted. Finished shards are kept; the same command goes on.")
             sys.exit(ExitCode.INTERRUPTED)
     except SystemExit as end:
+        on_interrupt(signal.SIG_DFL)  # whoever cannot wait for the end of all that was begun gets no traceback
         sys.stdout.flush()
         sys.stderr.flush()
         if is_hanging():  # the interpreter would wait for threads that never end

@@ -1,8 +1,12 @@
 """What a command owes to the process that it is: open streams, and one sentence where the machine fails it."""
 
 import os
+import signal
 import sys
+from collections.abc import Callable
 from errno import EDQUOT, EFBIG, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC, EROFS
+from types import FrameType
+from typing import Any
 
 _MACHINE = (EDQUOT, EFBIG, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC, EROFS)
 """Errors of disks and tables that are full or broken: no bug, whoever meets them."""
@@ -25,6 +29,12 @@ def standard_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # as long as the process
         elif getattr(stream, "errors", "") == "strict":
             stream.reconfigure(errors="backslashreplace")
+
+
+def on_interrupt(handler: Callable[[int, FrameType | None], Any] | signal.Handlers) -> None:
+    """What Ctrl-C does, and SIGTERM: also in a background job, which a shell starts with SIGINT ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def trouble_of_machine(error: OSError) -> str:

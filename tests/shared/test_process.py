@@ -2,6 +2,7 @@
 
 import errno
 import io
+import signal
 import subprocess
 import sys
 
@@ -38,6 +39,27 @@ def test_no_text_is_too_strange_to_be_printed(monkeypatch):
     assert written.buffer.getvalue() == b"caf\\xe9 \\udcff\n"
 
 
+@pytest.fixture
+def signals():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_second_interrupt_while_all_ends_is_no_traceback(monkeypatch):
+    def app():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline_cli, "app", app)
+    with pytest.raises(SystemExit) as end:
+        pipeline_cli.main()
+    assert end.value.code == 130
+    assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.usefixtures("signals")
 @pytest.mark.parametrize("module", [pipeline_cli, trainer])
 def test_a_machine_that_fails_is_one_sentence_and_a_bug_is_none(module, monkeypatch, capsys):
     def failing(number):
