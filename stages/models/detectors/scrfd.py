@@ -35,14 +35,17 @@ _DOUBTFUL, _CERTAIN = 0.1, 0.3
 of them turned, dark or blurred, none scored under 0.18, four under 0.3; of faceless photos 43 % score 0.1, 3 % 0.3."""
 _CROP, _AROUND, _MOST_CROPS = 128, 2.0, 8
 """Side of what is looked at closer, pixels; that of the square / longer side of the box in it; boxes of one photo."""
-_LOOKS = {(0, 1): 1.0, (0, -1): 0.8} | {(turn, 1): 0.6 for turn in (45, -45, 90, -90, 135, -135, 180)}
-"""How a doubtful second box is looked at: degrees by which it is turned, and -1 where mirrored -> what a score counts
-then, since dogs and flowers are faces there more often than faces are turned."""
-_SURROUNDINGS = 3.0, 4.0
-"""Sides of what is cut out for it / side of the box."""
-_NOTHING, _CONTRAST = 0.23, 88
-"""The best score, of boxes whose centre is within its side, under which it is no face, where its pixels have so many
-grey levels from the 5th to the 95th percentile: what is dark or in haze is not seen closer."""
+_WIDE = {(0, 1): 1.0, (0, -1): 0.8} | {(turn, 1): 0.6 for turn in (45, -45, 90, -90, 135, -135, 180)}
+_LOOKS = {1.5: {(0, 1): 0.7, (0, -1): 0.56}, 3.0: _WIDE, 4.0: _WIDE}
+"""How a doubtful second box is looked at: side of what is cut out for it / its own -> degrees by which it is turned,
+and -1 where mirrored -> what a score counts then, since dogs and flowers are faces there more often than faces are
+turned. From near, since little is around a face that was cut out of another picture."""
+_NOTHING, _LIKELY = (0.25, 0.32), 0.5
+"""The best score, of boxes whose centre is within its side, under which it is no face: where the first score is less
+than 0.5, and where not, since faces that are hardly seen closer are hardly seen at first either."""
+_CONTRAST, _SHOWN = 88, 0.5
+"""What it must have for that, else a face would not be seen closer either, as in the dark, in haze, or in a corner:
+grey levels from the 5th to the 95th percentile of its pixels; the share of a square of three sides that is photo."""
 _LARGEST = 320
 """Longer side of a picture in which a face may fill anything: one of 350 px and more is seen less and less."""
 
@@ -66,7 +69,7 @@ class Scrfd:
     """A screen's score from which the bordered photo is worth a look at full size."""
     border: ClassVar[float] = 0.5
     """Width of the border / longer side of the photo."""
-    closer_look: ClassVar[int] = 3
+    closer_look: ClassVar[int] = 4
     """Version of the rule of `models.second_look`, which a plan names: to be raised when the rule changes."""
 
     def __init__(self, settings: ModelSettings, device: Device) -> None:
@@ -155,14 +158,14 @@ class Scrfd:
             return results
         crops = []
         for i, j in doubtful:
-            for around in _SURROUNDINGS:
+            for around, turns in _LOOKS.items():
                 # without smoothing, a large reduction would leave little of a blurred face
                 by = max(1, int(around * np.ptp(results[i].bbox[j].reshape(2, 2), axis=0).max() / _CROP))
                 image = images[i]
                 if by > 1:
                     image = cv2.resize(image, None, fx=1 / by, fy=1 / by, interpolation=cv2.INTER_AREA)
                 box, score = results[i].bbox[[j]] / np.float32(by), results[i].score[[j]]
-                for turn, step in _LOOKS:
+                for turn, step in turns:
                     (crop,) = _closer(image, box, score, turn, around)
                     crops.append(np.ascontiguousarray(crop[:, ::step]))
         if self._model.static_input_size:
@@ -171,12 +174,12 @@ class Scrfd:
         again = list(results)
         for i, j in doubtful:
             seen = 0.0
-            for around in _SURROUNDINGS:
-                for weight, (_, scores, boxes) in zip(_LOOKS.values(), islice(looks, len(_LOOKS)), strict=True):
+            for around, turns in _LOOKS.items():
+                for weight, (_, scores, boxes) in zip(turns.values(), islice(looks, len(turns)), strict=True):
                     # the box is in the middle, if not well placed; the face beside it may stand at the edge
                     aside = np.abs((boxes[:, :2] + boxes[:, 2:]) / 2 - _CROP / 2).max(axis=1, initial=0)
                     seen = max(seen, weight * float(scores[aside <= _CROP / around / 2].max(initial=0)))
-            if seen < _NOTHING:
+            if seen < _NOTHING[int(results[i].score[j] >= _LIKELY)]:
                 score = again[i].score.copy()
                 score[j] = seen
                 again[i] = again[i]._replace(score=score)
@@ -235,10 +238,13 @@ def _reduced_looks(network: Any, images: Sequence[Image], lowest: float, *, is_s
 
 
 def _contrast(image: Image, box: Floats) -> float:
-    """Grey levels from the 5th to the 95th percentile of the pixels in a box; 0 where it has none in the photo."""
+    """Grey levels from the 5th to the 95th percentile of the pixels in a box; 0 where too little around it is photo."""
+    centre, reach = (box[:2] + box[2:]) / 2, 1.5 * np.ptp(box.reshape(2, 2), axis=0).max()
+    shown = np.ptp(np.clip((centre - reach, centre + reach), 0, image.shape[1::-1]), axis=0)
+    if shown.prod() < _SHOWN * (2 * reach) ** 2:
+        return 0.0
     x1, y1, x2, y2 = np.clip(box, 0, None).astype(int)
-    pixels = image[y1 : y2 + 1, x1 : x2 + 1].mean(axis=2)
-    return float(np.ptp(np.percentile(pixels, (5, 95)))) if pixels.size else 0.0
+    return float(np.ptp(np.percentile(image[y1 : y2 + 1, x1 : x2 + 1].mean(axis=2), (5, 95))))
 
 
 def _closer(image: Image, boxes: Floats, scores: Floats, turn: float = 0, around: float = _AROUND) -> list[Image]:
