@@ -148,7 +148,7 @@ class Batches:
         shape, *options = kind
         with DEVICE, torch.inference_mode():
             if shape not in self._of_shape:
-                while len(self._of_shape) >= _MOST_SHAPES:
+                if len(self._of_shape) == _MOST_SHAPES:
                     del self._of_shape[next(iter(self._of_shape))]
                 size = max(1, self.size * _FULL_PX // max(_FULL_PX, shape[0] * shape[1]))
                 hosts = torch.zeros((2, size, *shape), dtype=torch.uint8, pin_memory=self.device == "cuda")

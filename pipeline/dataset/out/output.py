@@ -58,7 +58,7 @@ class Output:
         """
         listed = Listed(plan.config.download.removed)
         with contextlib.ExitStack() as stack:
-            is_new = not (self.root / DATASET).exists()
+            is_new = False
             self.make_folders()
             try:
                 stack.enter_context(self.locked())
@@ -66,8 +66,12 @@ class Output:
                 self.takedowns = Takedowns(load(self.root), listed)
                 self.refuse_other_plan(plan, replan=replan)
                 self.clear()
-                with contextlib.suppress(OSError, ValueError, KeyError):
+                try:
                     self.sources = json.loads((self.root / DATASET).read_bytes())["sources"]
+                except FileNotFoundError:
+                    is_new = True
+                except (OSError, ValueError, KeyError):
+                    pass
                 if replan:
                     for shard in finished_shards(names(self.shards)):
                         with contextlib.suppress(CorruptShardError):  # it counts as not done
