@@ -58,7 +58,7 @@ class Output:
         """
         listed = Listed(plan.config.download.removed)
         with contextlib.ExitStack() as stack:
-            is_new = False
+            is_new = not (self.root / DATASET).exists()
             self.make_folders()
             try:
                 stack.enter_context(self.locked())
@@ -66,12 +66,8 @@ class Output:
                 self.takedowns = Takedowns(load(self.root), listed)
                 self.refuse_other_plan(plan, replan=replan)
                 self.clear()
-                try:
+                with contextlib.suppress(OSError, ValueError, KeyError):
                     self.sources = json.loads((self.root / DATASET).read_bytes())["sources"]
-                except FileNotFoundError:
-                    is_new = True
-                except (OSError, ValueError, KeyError):
-                    pass
                 if replan:
                     for shard in finished_shards(names(self.shards)):
                         with contextlib.suppress(CorruptShardError):  # it counts as not done
