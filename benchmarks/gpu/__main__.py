@@ -20,6 +20,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
+import bare
 import inference
 import levers
 import report
@@ -40,6 +41,8 @@ def main() -> None:
 
     if not args.smoke and not torch.cuda.is_available():
         sys.exit("There is no GPU here that torch can use: nothing was measured. --smoke shows that it runs.")
+    if args.smoke:
+        bare.pretend()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     begun = time.monotonic()
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -86,7 +87,7 @@ class AdapterModel(nn.Module):
         """
         # diffusers asks for torch's version inside, behind a cache that dynamo traces through.
         warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`-wrapped function")
-        keep_channels_last(self.unet)
+        suit_compiler(self.unet)
         # As many shapes as there are buckets; and one graph also where processes average gradients, which torch would
         # cut into pieces for them, though what is trained is small.
         torch._dynamo.config.recompile_limit = _MOST_SHAPES
@@ -130,21 +131,35 @@ class _ChannelsLast(torch.autograd.Function):
         return gradient.contiguous(memory_format=torch.channels_last)
 
 
-def keep_channels_last(unet: Any) -> None:
-    """Let group norms give channels_last, and take gradients in it, so that a compiled graph computes them so.
+def suit_compiler(unet: Any) -> None:
+    """Write anew what diffusers' UNet does in a form that torch compiles well; the values are the same.
 
-    As torch traces them they leave that format, and the gradient of every convolution is copied: 8 % of a step's time.
+    As torch traces them, group norms and every `contiguous` leave channels_last, and each convolution behind them
+    copies its input or gradient, some twice. GEGLU's gradient is written as one tensor of two halves, which takes three
+    times as long as its bytes need. Of a step of SD1.5 the norms cost 8 %, the other copies 5 %, GEGLU 4 %.
     """
 
-    def forward(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    def norm(module: nn.GroupNorm, x: Tensor) -> Tensor:
         if x.ndim != 4:
-            return functional.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-        x = _ChannelsLast.apply(x)  # type: ignore[no-untyped-call]
-        x = functional.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-        kept: Tensor = _ChannelsLast.apply(x)  # type: ignore[no-untyped-call]
-        return kept
+            return functional.group_norm(x, module.num_groups, module.weight, module.bias, module.eps)
+        x = _channels_last(x)
+        return _channels_last(functional.group_norm(x, module.num_groups, module.weight, module.bias, module.eps))
+
+    def convolution(module: nn.Conv2d, x: Tensor) -> Tensor:
+        return _channels_last(module._conv_forward(_channels_last(x), module.weight, module.bias))
+
+    def geglu(module: GEGLU, x: Tensor) -> Tensor:
+        halves = zip(module.proj.weight.chunk(2), module.proj.bias.chunk(2), strict=True)
+        hidden, gate = (functional.linear(x, weight, bias) for weight, bias in halves)
+        return hidden * functional.gelu(gate)
 
     unet.to(memory_format=torch.channels_last)
-    for norm in unet.modules():
-        if isinstance(norm, nn.GroupNorm):
-            norm.forward = partial(forward, norm)  # type: ignore[method-assign]
+    suited: dict[type, Callable[..., Tensor]] = {nn.GroupNorm: norm, nn.Conv2d: convolution, GEGLU: geglu}
+    for module in unet.modules():
+        if type(module) in suited:
+            module.forward = partial(suited[type(module)], module)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    changed: Tensor = _ChannelsLast.apply(x)  # type: ignore[no-untyped-call]
+    return changed
