@@ -89,6 +89,17 @@ def test_a_step_that_fp16s_scaler_leaves_out_is_noticed(on_gpu, monkeypatch):
     assert job.run.steps() == [2]
 
 
+@pytest.mark.parametrize(("samples", "is_long"), [(4, True), (5, False)])
+def test_how_long_a_run_is_its_samples_say(samples, is_long, on_gpu, monkeypatch):
+    compiled = []
+    monkeypatch.setattr("pipeline.train.session._WORTH_COMPILING", samples)
+    monkeypatch.setattr("pipeline.train.session.find_spec", lambda name: name)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr(AdapterModel, "compile_predict", lambda _, batch_size: compiled.append(batch_size))
+    on_gpu("ip-adapter", "tiny", "data.crops.full=0", "optim.accumulate=2", steps=1)
+    assert bool(compiled) == is_long  # one step of two batches of two
+
+
 @pytest.mark.parametrize("compilers", [True, False])
 def test_by_itself_it_compiles_long_runs_where_that_works(compilers, on_gpu, monkeypatch, capsys):
     compiled = []
