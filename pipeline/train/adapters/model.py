@@ -2,15 +2,13 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pipeline.train.adapters.attention import install
+from pipeline.train.adapters.frozen import keep_less, suit_compiler
 from pipeline.train.adapters.variants import Variant, Widths
 from pipeline.train.settings import AdapterSettings
 
@@ -25,6 +23,7 @@ class AdapterModel(nn.Module):
         """Freeze `unet` (a UNet2DConditionModel), and install the variant into it."""
         super().__init__()
         unet.requires_grad_(False)
+        keep_less(unet)
         self.variant = variant
         self.widths = widths
         self.image_proj = variant.image_proj(widths, settings)
@@ -117,49 +116,3 @@ class AdapterModel(nn.Module):
         assert own.keys() == tensors.keys(), "callers compare keys first, to say which file is wrong"
         for key, tensor in own.items():
             tensor.copy_(tensors[key])
-
-
-class _ChannelsLast(torch.autograd.Function):
-    """The same values in channels_last, forward and backward."""
-
-    @staticmethod
-    def forward(_: Any, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last)
-
-    @staticmethod
-    def backward(_: Any, gradient: Tensor) -> Tensor:
-        return gradient.contiguous(memory_format=torch.channels_last)
-
-
-def suit_compiler(unet: Any) -> None:
-    """Write anew what diffusers' UNet does in a form that torch compiles well; the values are the same.
-
-    As torch traces them, group norms and every `contiguous` leave channels_last, and each convolution behind them
-    copies its input or gradient, some twice. GEGLU's gradient is written as one tensor of two halves, which takes three
-    times as long as its bytes need. Of a step of SD1.5 the norms cost 8 %, the other copies 5 %, GEGLU 4 %.
-    """
-
-    def norm(module: nn.GroupNorm, x: Tensor) -> Tensor:
-        if x.ndim != 4:
-            return functional.group_norm(x, module.num_groups, module.weight, module.bias, module.eps)
-        x = _channels_last(x)
-        return _channels_last(functional.group_norm(x, module.num_groups, module.weight, module.bias, module.eps))
-
-    def convolution(module: nn.Conv2d, x: Tensor) -> Tensor:
-        return _channels_last(module._conv_forward(_channels_last(x), module.weight, module.bias))
-
-    def geglu(module: GEGLU, x: Tensor) -> Tensor:
-        halves = zip(module.proj.weight.chunk(2), module.proj.bias.chunk(2), strict=True)
-        hidden, gate = (functional.linear(x, weight, bias) for weight, bias in halves)
-        return hidden * functional.gelu(gate)
-
-    unet.to(memory_format=torch.channels_last)
-    suited: dict[type, Callable[..., Tensor]] = {nn.GroupNorm: norm, nn.Conv2d: convolution, GEGLU: geglu}
-    for module in unet.modules():
-        if type(module) in suited:
-            module.forward = partial(suited[type(module)], module)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    changed: Tensor = _ChannelsLast.apply(x)  # type: ignore[no-untyped-call]
-    return changed
