@@ -236,5 +236,8 @@ def pretended_gpu(monkeypatch):
 
     for module in ("nn.utils.clip_grad", "optim.optimizer"):
         monkeypatch.setattr(importlib.import_module(f"torch.{module}"), "_group_tensors_by_device_and_dtype", by_device)
+    # Recomputed tensors are compared with those of before, whose device was read within the modes or beyond them.
+    checks = importlib.import_module("torch.utils.checkpoint")._allowed_determinism_checks_to_fns
+    monkeypatch.setitem(checks, "default", lambda tensor: (tensor.shape, tensor.dtype))
     with gpu.modes():
         yield gpu
