@@ -5,10 +5,10 @@
     python benchmarks/gpu --log         # and put the table on top of docs/LOG.md; benchmarks/report.py does for a FILE
 
 In the order of their importance: that batches and runtimes compute the same, photos per second of the data side,
-samples per second of the trainer on SD1.5, then on SDXL, and what might make it faster (`--only levers`, some four
-minutes more). Models have the published sizes and random weights, which are made in memory; the small pack and the
-photos, where given, are real. Every result is appended to FILE at once, a part that fails or takes too long is recorded
-there, and the next one begins.
+samples per second of the trainer on SD1.5, then on SDXL, and what might make it faster (`--only levers`, as many
+minutes more as there are). Models have the published sizes and random weights, which are made in memory; the small
+pack and the photos, where given, are real. Every result is appended to FILE at once, a part that fails or takes too
+long is recorded there, and the next one begins.
 """
 
 import argparse
