@@ -291,6 +291,11 @@ def test_compiled_it_is_one_graph_that_computes_the_same(tiny, kind, monkeypatch
     gradients = {key: weight.grad for key, weight in plain.trained().items()}
     for key, weight in compiled.trained().items():
         torch.testing.assert_close(weight.grad, gradients[key], rtol=1e-3, atol=1e-6)
+    norm = compiled.unet.down_blocks[0].resnets[0].norm1
+    x = torch.rand(1, norm.num_channels, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    (gradient,) = torch.autograd.grad(norm(x).square().sum(), x)
+    assert norm(x).is_contiguous(memory_format=torch.channels_last)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
