@@ -5,8 +5,9 @@ A hostile file may consist of millions of empty segments, or of scans: whoever w
 
 import io
 import re
+import struct
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -77,16 +78,20 @@ def count_scans(data: bytes) -> int:
 def quality(data: bytes) -> int:
     """The quality, 1 to 100, at which libjpeg takes the table that is nearest to a file's first; 0 without a table."""
     table = _table(data)
-    return 0 if table is None else 1 + int(np.abs(_tables() - table).sum(axis=1).argmin())
+    return 0 if table is None else _quality(table)
 
 
-def _table(data: bytes) -> npt.NDArray[np.int64] | None:
-    """(64,) the first quantisation table, in the order of the file (ITU T.81, B.2.4.1)."""
+@lru_cache
+def _quality(table: tuple[int, ...]) -> int:
+    return 1 + int(np.abs(_tables() - table).sum(axis=1).argmin())
+
+
+def _table(data: bytes) -> tuple[int, ...] | None:
+    """The 64 values of the first quantisation table, in the order of the file (ITU T.81, B.2.4.1)."""
     for marker, start, end in segments(data):
         if marker == _DQT and start < end:
-            kind = ">u2" if data[start] >> 4 else "u1"
-            table = np.frombuffer(data[start + 1 : end], kind, min(64, (end - start - 1) // np.dtype(kind).itemsize))
-            return table.astype(np.int64) if len(table) == 64 else None
+            kind, content = ">64H" if data[start] >> 4 else "64B", data[start + 1 : end]
+            return struct.unpack_from(kind, content) if len(content) >= struct.calcsize(kind) else None
     return None
 
 

@@ -57,8 +57,8 @@ def _applied(step: Loaded, rows: Rows, result: pa.Table | None) -> Rows:
     """Rows with what a stage made of the living ones."""
     stage, alive = step.stage, rows.alive
     if alive.num_rows == 0 or result is None:
-        names = tuple(n for n in COLUMNS if n in step.keep and n in {*alive.column_names, *stage.writes})
-        return replace(rows, alive=schema(names).empty_table())
+        known = step.keep & {*alive.column_names, *stage.writes}
+        return replace(rows, alive=schema(tuple(name for name in COLUMNS if name in known)).empty_table())
     written, drop = checked(stage, alive, result)
     columns = {column.name: alive[column.name] for column in alive.schema} | {n: written[n] for n in stage.writes}
     keep = [name for name in COLUMNS if name in step.keep and name in columns]
@@ -66,7 +66,8 @@ def _applied(step: Loaded, rows: Rows, result: pa.Table | None) -> Rows:
     survivors = alive
     if drop.null_count < len(drop):  # what is filtered is copied: only where rows fall, and only what is needed of them
         dropped = pc.is_valid(drop)
-        needed = [name for name in columns if name in {*keep, *stage.writes}]
+        used = {*keep, *stage.writes}
+        needed = [name for name in columns if name in used]
         survivors = filtered(alive.select(needed), pc.invert(dropped))
         fallen = filtered(alive.select([name for name in columns if COLUMNS[name].ledger]), dropped)
         dead = pa.concat_tables([dead, tombstones(fallen, drop.drop_null(), stage.name)])

@@ -266,6 +266,24 @@ def one_face(faces: Faces) -> bool:
 
 
 @pytest.mark.real_data
+@pytest.mark.parametrize("shape", [(640, 640), (192, 192), (128, 256)])
+def test_boxes_are_decoded_bit_by_bit_as_insightface_does(
+    shape: tuple[int, int], real: ModelSettings, keepers: dict[str, Image]
+) -> None:
+    network = scrfd._network(real, "cpu")
+    for photo in [*itertools.islice(keepers.values(), 3), RNG.integers(0, 256, (*shape, 3), np.uint8)]:
+        canvas = cv2.resize(photo, shape[::-1])
+        theirs = [np.concatenate(parts) for parts in network._model.forward(canvas, 0.02)]
+        assert len(theirs[0]) > 0
+        (ours,) = network([canvas], 0.02)
+        for values, expected in zip(ours, (theirs[0].ravel(), *theirs[1:]), strict=True):
+            np.testing.assert_array_equal(values, expected)
+        ((best, scores, boxes),) = network.screened([canvas], 0.02)  # by a session for any size
+        assert best == scores.max() == pytest.approx(theirs[0].max(), abs=1e-5)
+        np.testing.assert_allclose(boxes, theirs[1], atol=0.01)
+
+
+@pytest.mark.real_data
 @pytest.mark.filterwarnings("ignore:`estimate` is deprecated:FutureWarning")
 def test_same_faces_and_vectors_as_insightfaces_loop(real: ModelSettings, app: Any, keepers: dict[str, Image]) -> None:
     from insightface.utils import face_align
