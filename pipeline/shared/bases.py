@@ -151,6 +151,11 @@ def find_base(name: str, *, sdxl: bool = False) -> BaseSource:
             )
         return _described(name, known, hub.licence)
     folder = Path(name)
+    if folder.is_file():
+        raise SourceError(
+            f"The base {name} is a single file: write it as a folder first, by diffusers' "
+            "StableDiffusionPipeline.from_single_file(…).save_pretrained(FOLDER), or StableDiffusionXLPipeline's."
+        )
     if not folder.is_dir():
         near = get_close_matches(name.lower(), _NAMES, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
@@ -174,7 +179,16 @@ def _described(name: str, folder: Path, licence: str) -> BaseSource:
             raise WeightsError(
                 f"{folder}/{part} has no {stem}.safetensors; fetch it (pickled weights are not loaded, .fp16 ones are)."
             )
-    _json(folder, "scheduler/scheduler_config.json")
+    # Read as a DDPM schedule, that of another process would train on noise of another, made-up one; and latents that
+    # are not just scaled would be of the wrong size. Both without a word.
+    noise, vae = _json(folder, "scheduler/scheduler_config.json"), _json(folder, "vae/config.json")
+    if "beta_schedule" not in noise or noise.get("use_flow_sigmas"):
+        raise SourceError(
+            f"{folder}/scheduler ({noise.get('_class_name')}) is no noise schedule of betas, as Stable Diffusion 1.5 "
+            "and SDXL have: bases of EDM or flow matching cannot be trained."
+        )
+    if any(vae.get(key) for key in ("latents_mean", "shift_factor")):
+        raise SourceError(f"{folder}/vae shifts its latents (latents_mean, shift_factor): it cannot be trained.")
     for part in _TOKENIZERS[kind]:
         if not (folder / part / "tokenizer.json").is_file():
             _json(folder, f"{part}/vocab.json")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.shared.bases import find_base
-from pipeline.shared.tiny import write_tiny
+from pipeline.shared.tiny import NOISE, write_tiny
 from schemas.errors import SourceError, UserError, WeightsError
 
 TINY = {"sd15": "tiny", "sdxl": "tiny-sdxl"}
@@ -300,3 +300,29 @@ def test_unets_of_other_layouts_are_refused(values, tmp_path):
     folder = copy(tmp_path / "base")
     change(folder / "unet" / "config.json", **values)
     assert next(iter(values)) in refusal(folder)
+
+
+EDM = {"_class_name": "EDMDPMSolverMultistepScheduler", "prediction_type": "epsilon", "sigma_data": 0.5, "rho": 7.0}
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+
+
+@pytest.mark.parametrize("noise", [EDM, FLOW, {**NOISE, "_class_name": "Euler", "use_flow_sigmas": True}])
+def test_schedules_of_other_processes_are_refused(noise, tmp_path):
+    """Read as DDPM's, they would be linear betas from 1e-4 to 0.02, which such a base never saw."""
+    folder = copy(tmp_path / "base", "sdxl")
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(noise))
+    assert str(noise["_class_name"]) in refusal(folder)
+
+
+@pytest.mark.parametrize("values", [{"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}, {"shift_factor": 0.1}])
+def test_vaes_that_shift_their_latents_are_refused(values, tmp_path):
+    folder = copy(tmp_path / "base", "sdxl")
+    change(folder / "vae" / "config.json", **values)
+    assert next(iter(values)) in refusal(folder)
+    change(folder / "vae" / "config.json", **dict.fromkeys(values))
+    assert find_base(str(folder)).kind == "sdxl", "as diffusers writes it for all others"
+
+
+def test_a_single_file_is_answered_by_how_to_make_a_folder_of_it(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert "from_single_file" in refusal(tmp_path / "model.safetensors")
