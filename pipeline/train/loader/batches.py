@@ -84,7 +84,7 @@ class Batch:
     """(B,) bool; the caller replaces the text there."""
     size_ids: Tensor
     """(B, 6) float32, SDXL's micro-conditioning: height and width of the crop's picture, top and left of the cut in the
-    scaled picture, height and width of the target; pixels, not changed by mirroring."""
+    scaled picture, mirrored where the target is, height and width of the target; pixels."""
     kps: Tensor
     """(B, 5, 2) float32: x y of the face's points in pixels of the target."""
     position: Position
@@ -139,7 +139,7 @@ def collate(group: Sequence[Planned], reading: Reading, position: Position) -> B
             condition[role] = _stacked(arrays, np.float16 if role == "hidden" else np.float32)
         else:
             condition[role] = mixed(rows)
-    sizes = [(*one.size[::-1], *one.fit.offset[::-1], height, width) for one in group]
+    sizes = [(*one.size[::-1], one.fit.offset[1], _left(one), height, width) for one in group]
     return Batch(
         keys=tuple(one.raw.key for one in group),
         crops=tuple(one.crop for one in group),
@@ -170,6 +170,12 @@ def _condition(planned: Planned, role: str, reading: Reading) -> npt.NDArray[Any
         file = reading.condition_file(role, plain=planned.plain, mirror=planned.mirror)
         rows = [stored_row(source, role, *file) for source in sources]
     return rows[0] if len(rows) == 1 else np.stack(rows)
+
+
+def _left(planned: Planned) -> int:
+    """Columns that are missing on the left of a target: of a mirrored one those that were cut off on the right."""
+    resized, (left, _), (width, _) = planned.fit
+    return resized[0] - width - left if planned.mirror else left
 
 
 def _stacked(rows: Sequence[npt.NDArray[Any]], dtype: type[np.floating[Any]]) -> Tensor:

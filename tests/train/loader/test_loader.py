@@ -219,16 +219,23 @@ def test_batches_of_images(dataset: Dataset) -> None:
     assert {tuple(batch.size_ids[0, 4:].tolist()) for batch in squares} == {(64, 64)}
 
 
-def test_sizes_and_cuts_are_those_of_the_picture(dataset: Dataset) -> None:
-    for batch in epoch(ShardLoader(dataset, ID, config(buckets=False, batch_size=1, augment={"flip": 0}))):
+@pytest.mark.parametrize("flip", [0, 1])
+def test_sizes_and_cuts_are_those_of_the_picture_as_it_is_seen(dataset: Dataset, flip: int) -> None:
+    lefts = set()
+    for batch in epoch(ShardLoader(dataset, ID, config(buckets=False, batch_size=1, augment={"flip": flip}))):
         height, width, top, left, *_ = map(int, batch.size_ids[0].tolist())
         assert (width, height) == fake.SIZES[batch.crops[0]]
         assert top == 0
         assert batch.pixels is not None
-        # Red grows over the width of the scaled picture, so that the first column tells where the cut is.
+        # Red grows (mirrored: falls) over the width of the scaled picture, so that the first column tells where the
+        # cut is.
         scaled = width * 64 / height
-        first = batch.pixels[0, 0, :, 0].mean().item()
-        assert abs((first + 1) / 2 - left / scaled) < 0.03
+        red = (batch.pixels[0, 0, :, 0].mean().item() + 1) / 2
+        assert abs((1 - red if flip else red) - left / scaled) < 0.03
+        lefts.add(left / scaled)
+    assert max(abs(left - (1 - 64 * 112 / (160 * 64)) / 2) for left in lefts if left) > 0.03, (
+        "some are not in the middle"
+    )
 
 
 def test_a_mirrored_picture_has_mirrored_features_and_points(tmp_path: Path) -> None:
