@@ -27,7 +27,11 @@ PACK_FILES = {
     "auraface": (260_694_151, "a7933ea5330113b01c9b60351d8f4c33003f145d8470ac5f0e52ee2effe25c60"),
 }
 """Bytes and sha256 of the files of insightface's packs, and of AuraFace."""
+IR_SE50 = 175_367_323, "a035c768259b98ab1ce0e646312f48b9e1e218197a0f80ac6765e88f8b6ddf28"
+"""Bytes and sha256 of facexlib's ArcFace, the recogniser of the ID loss."""
+IR_SE50_LICENCE = "code MIT; weights trained on MS-Celeb-1M: non-commercial research only"
 LICENCES = {sha: "Apache-2.0" if name == "auraface" else INSIGHTFACE_LICENCE for name, (_, sha) in PACK_FILES.items()}
+LICENCES[IR_SE50[1]] = IR_SE50_LICENCE
 """sha256 -> licence: whatever folder a file lies in, the hash tells its licence."""
 
 _DEPTH = 0.5

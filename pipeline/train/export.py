@@ -1,6 +1,6 @@
 """From a checkpoint to the files that people load: released names, float16, a sidecar with all about them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,12 @@ import torch
 
 from pipeline.train.adapters.attention import named_attention
 from pipeline.train.adapters.model import AdapterModel
-from pipeline.train.adapters.released import write_released
+from pipeline.train.adapters.released import read_sidecar, write_released
 from pipeline.train.adapters.variants import Variant
 from pipeline.train.job import TrainJob
 from pipeline.train.run_folder import RunFolder, writing
+from schemas.arcface import LICENCES, PACK_FILES
+from schemas.digest import sha256_of_file
 from schemas.errors import OutputError
 from schemas.targets import BaseKind
 
@@ -34,9 +36,12 @@ _SEGMENTED = (
 )
 
 
-def loading(variant: Variant, kind: BaseKind, encoder: str, condition: str) -> list[str]:
-    """What whoever loads the files should know, a sentence each."""
+def loading(
+    variant: Variant, kind: BaseKind, encoder: str, condition: str, models: Sequence[Mapping[str, str]] = ()
+) -> list[str]:
+    """What whoever loads the files should know, a sentence each; `models` are those behind the condition."""
     is_sdxl = kind == "sdxl"
+    embedder = next((one for one in models if one["task"] == "face_embedder" and "arcface" in variant.reads), None)
     notes = {
         _LORA: variant.lora,
         "Set shortcut = True on the projection layer: no file can say it.": variant.sidecar["shortcut"],
@@ -47,7 +52,27 @@ def loading(variant: Variant, kind: BaseKind, encoder: str, condition: str) -> l
         "Only diffusers loads it, with features handed in: other programs have no DINOv2.": encoder == "dinov2"
         and variant.reads != ("arcface",),
     }
+    if embedder and embedder["sha256"] not in ("", PACK_FILES["w600k_r50"][1]):
+        notes[
+            f"Its ID vectors are of {embedder['name']}: ComfyUI and webui compute buffalo_l's by themselves, with "
+            "which it draws other people. Choose that recogniser there, or hand its vectors to diffusers."
+        ] = True
     return [note for note, applies in notes.items() if applies]
+
+
+def _initial(path: Path) -> dict[str, Any] | None:
+    """The adapter that a run began as, and what is known of its own training, which the run carries on."""
+    if path == Path():
+        return None
+    sidecar = read_sidecar(path)
+    before, dataset = sidecar.get("init_from"), sidecar.get("dataset", {})
+    return {
+        "name": path.name,
+        "sha256": sha256_of_file(path),
+        "licences": sidecar.get("licences", [f"unknown ({path.name})"]),
+        "lineage": dataset.get("lineage", []),
+        "is_known": "lineage" in dataset and (before is None or before["is_known"]),
+    }
 
 
 @torch.no_grad()
@@ -63,6 +88,13 @@ def described(job: TrainJob, model: AdapterModel) -> dict[str, Any]:
         *job.dataset.models,
         {"name": base.name, "task": "base", "licence": base.licence, "sha256": base.sha256},
     ]
+    if config.objective.id_loss:
+        path = Path(config.objective.id_loss_weights).expanduser()
+        sha = sha256_of_file(path)
+        licence = LICENCES.get(sha, f"unknown ({path.name})")
+        weights.append({"name": path.name, "task": "id_loss", "licence": licence, "sha256": sha})
+    init_from = _initial(Path(config.adapter.init_from))
+    before = init_from or {"licences": [], "lineage": []}
     # The config without what was watched, and with names of files instead of paths.
     recipe = config.model_dump(mode="json", exclude={"watch"})
     for section, key in (("adapter", "init_from"), ("objective", "id_loss_weights")):
@@ -77,17 +109,18 @@ def described(job: TrainJob, model: AdapterModel) -> dict[str, Any]:
         "num_tokens": model.tokens(condition).shape[1],
         "lora_rank": config.adapter.lora_rank if variant.lora else 0,
         **variant.sidecar,
-        "loading": loading(variant, base.kind, encoder, picture),
+        "loading": loading(variant, base.kind, encoder, picture, job.dataset.models),
         "preset": job.preset,
         "recipe": recipe,
         "dataset": {
             "digest": job.dataset.digest,
             "profiles": sorted(job.dataset.profiles),
             "samples": job.dataset.samples,
-            "lineage": job.dataset.lineage,
+            "lineage": list(dict.fromkeys([*job.dataset.lineage, *before["lineage"]])),
         },
         "weights": weights,
-        "licences": sorted({weight["licence"] for weight in weights}),
+        "init_from": init_from,
+        "licences": sorted({*(weight["licence"] for weight in weights), *before["licences"]}),
     }
     watch = config.watch.model_dump(mode="json")
     return {

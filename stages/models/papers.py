@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from schemas.arcface import INSIGHTFACE_LICENCE, PACK_FILES
+from schemas.arcface import INSIGHTFACE_LICENCE, IR_SE50, IR_SE50_LICENCE, PACK_FILES
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,7 @@ _FILES: dict[str, tuple[int, str]] = {
     ),
     "parsing_bisenet.pth": (53_289_463, "468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567"),
     "parsing_parsenet.pth": (85_331_193, "3d558d8d0e42c20224f13cf5a29c79eba2d59913419f945545d8cf7b72920de2"),
-    "recognition_arcface_ir_se50.pth": (
-        175_367_323,
-        "a035c768259b98ab1ce0e646312f48b9e1e218197a0f80ac6765e88f8b6ddf28",
-    ),
+    "recognition_arcface_ir_se50.pth": IR_SE50,
     "clip-vit-h": (2_528_373_448, "6ca9667da1ca9e0b0f75e46bb030f7e011f44f86cbfb8d5a36590fcd7507b030"),
     "clip-vit-h-text": (3_944_552_236, "036e6e2bd49697511f4f8b8cb5ee465f93025f7a69a145eadeb9a881ace9b18d"),
     "ediffiqa_tiny_jun2024.onnx": (7_272_678, "9426c899cc0f01665240cb7d9e7f98e18e24e456c178326c771a43da289bfc6a"),
@@ -188,7 +185,7 @@ _ALL = (
         "id_loss",
         "recognition_arcface_ir_se50.pth",
         "v0.1.0",
-        licence="code MIT; weights trained on MS-Celeb-1M: non-commercial research only",
+        licence=IR_SE50_LICENCE,
         paper="ArcFace (arXiv 1801.07698)",
         preprocessing="BGR 112 norm_crop, (x - 127.5) / 127.5",
     ),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,11 +16,14 @@ import pipeline.train.loop as trainer
 from pipeline.train import objective
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.adapters.released import read_released, require_fit
+from pipeline.train.adapters.variants import variant
 from pipeline.train.base_model import Base
-from pipeline.train.export import export_run
+from pipeline.train.export import described, export_run, loading
 from pipeline.train.job import Call, prepared
 from pipeline.train.session import Session
+from pipeline.train.settings import ObjectiveSettings
 from pipeline.train.watch import METRICS
+from schemas.arcface import PACK_FILES
 from schemas.errors import ExitCode, OutputError
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
@@ -163,6 +167,18 @@ def test_the_sidecar_tells_all_about_the_adapter(run):
     assert str(run.job.run.root.parent) not in json.dumps(told), "a path of this machine"
 
 
+def test_a_file_says_whose_id_vectors_it_wants_where_programs_would_take_others():
+    def says(name, sha256, task="face_embedder"):
+        models = [{"name": "auraface", "task": task, "sha256": sha256}]
+        return any("auraface" in note for note in loading(variant(name), "sd15", "clip-vit-h", "plain", models))
+
+    assert says("faceid", "a" * 64)
+    assert not says("plus", "a" * 64), "it reads none"
+    assert not says("faceid", PACK_FILES["w600k_r50"][1]), "buffalo_l's"
+    assert not says("faceid", ""), "a stand-in, of which the trainer warns"
+    assert not says("faceid", "a" * 64, task="detector")
+
+
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +186,17 @@ def test_the_sidecar_tells_all_about_the_adapter(run):
 def plain(kept, dataset, tmp_path_factory):
     """Two steps without any option."""
     return train(dataset, tmp_path_factory.mktemp("plain") / "out")
+
+
+def test_the_recogniser_of_the_id_loss_takes_part_and_so_does_its_licence(plain, kept, tmp_path):
+    weights = tmp_path / "recogniser.pth"
+    weights.write_bytes(b"weights")
+    objective = ObjectiveSettings(id_loss=0.1, id_loss_weights=str(weights))
+    job = replace(plain, config=plain.config.model_copy(update={"objective": objective}))
+    sidecar = described(job, kept.session.model)["sidecar"]
+    assert sidecar["weights"][-1]["task"] == "id_loss"
+    assert "unknown (recogniser.pth)" in sidecar["licences"]
+    assert "id_loss" not in {weight["task"] for weight in described(plain, kept.session.model)["sidecar"]["weights"]}
 
 
 def test_the_same_call_gives_the_same_weights_and_another_seed_others(plain, dataset, tmp_path):

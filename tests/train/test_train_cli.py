@@ -1,5 +1,6 @@
 """The trainer's command line: every mistake is one sentence and exit code 2, and nothing was written."""
 
+import hashlib
 import json
 import re
 import resource
@@ -170,6 +171,38 @@ def test_a_released_adapter_is_a_starting_point(cli, dataset, real):
     assert code == 0, err
     before, after = read_released(start), read_released(Path("run", f"{NAME}.bin"))
     assert all((before[key].float() - after[key].float()).abs().max() < 1e-6 for key in before)
+
+
+def test_licences_and_lineage_of_a_starting_point_go_on(cli, dataset, real, tmp_path):
+    start = Path(shutil.copy(real[0] / "runs" / "faceid-tiny" / f"{NAME}.bin", tmp_path / "start.bin"))
+    sha256 = hashlib.sha256(start.read_bytes()).hexdigest()
+    papers = {
+        "variant": "faceid",
+        "recipe": {},
+        "licences": ["not for sale"],
+        "dataset": {"digest": "d", "lineage": ["x", "d"]},
+    }
+
+    def sidecar(out, start):
+        words = ["--from-shards", dataset, *FACEID, "--init-from", start, "--out", out]
+        code, _, err = cli(*words)
+        assert code == 0, err
+        return json.loads(Path(out, f"{NAME}.json").read_text())
+
+    alone = sidecar("alone", start)
+    assert alone["init_from"] == {
+        **{"name": "start.bin", "sha256": sha256, "licences": ["unknown (start.bin)"]},
+        **{"lineage": [], "is_known": False},
+    }
+    start.with_suffix(".json").write_text(json.dumps(papers))
+    known = sidecar("known", start)
+    assert {"not for sale", "Apache-2.0"} <= {*known["licences"]}
+    assert known["dataset"]["lineage"] == [known["dataset"]["digest"], "x", "d"]
+    assert known["init_from"]["is_known"]
+    # Two stages: what was not known once stays so.
+    second = sidecar("second", Path("alone", f"{NAME}.safetensors"))
+    assert "unknown (start.bin)" in second["licences"]
+    assert not second["init_from"]["is_known"]
 
 
 def test_help_and_config_tell_everything(cli, monkeypatch):

@@ -121,6 +121,16 @@ def read_released(path: Path) -> dict[str, Tensor]:
         raise SourceError(f"{path} cannot be read as an adapter: {first_line(error)}.") from error
 
 
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """What the JSON beside a released adapter says of it; empty where there is none that `export` wrote."""
+    try:
+        sidecar = json.loads(path.with_suffix(".json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    is_ours = isinstance(sidecar, dict) and {"variant", "recipe", "dataset"} <= sidecar.keys()
+    return sidecar if is_ours else {}
+
+
 def require_fit(path: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], variant: str) -> None:
     """Check that the tensors of a file are exactly those of a variant: keys, shapes, finite numbers.
 

@@ -1,6 +1,5 @@
 """What is evaluated: a checkpoint of a run, or a released file, and what is known of its training."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.train.adapters.released import read_released
+from pipeline.train.adapters.released import read_released, read_sidecar
 from pipeline.train.adapters.variants import VARIANTS, Variant, variant
 from pipeline.train.loader import Dataset, models_of
 from pipeline.train.run_folder import RunFolder
@@ -61,7 +60,7 @@ class Subject:
 
     def held_out(self, dataset: Dataset) -> tuple[str, str]:
         """Whether a dataset is another one than it was trained on: "yes", "no" or "not known", and why, a sentence."""
-        trained = self.sidecar.get("dataset", {})
+        trained, began_as = self.sidecar.get("dataset", {}), self.sidecar.get("init_from")
         before = {*trained.get("lineage", ()), *([trained["digest"]] if trained else ())}
         if not before:
             return "not known", "Nothing tells what the adapter was trained on: these photos may be among it."
@@ -69,6 +68,11 @@ class Subject:
             return "no", (
                 "The adapter was trained on these shards, or on shards that were grouped from, or into, the same ones: "
                 "the numbers flatter it."
+            )
+        if began_as and not began_as["is_known"]:
+            return "not known", (
+                f"It began as {began_as['name']}, and nothing tells what that was trained on: these photos may be "
+                "among it."
             )
         return "yes", (
             "By their digests, neither these shards nor those that they were grouped from are what the adapter was "
@@ -116,13 +120,7 @@ def read_subject(path: Path, name: str, step: int | None) -> Subject:
         if step is not None:
             raise ConfigError(f"--step is for runs, and {path} is a file.")
         file, tensors, watch, folder = path, read_released(path), {}, path.with_name(f"evaluation-{path.stem}")
-        try:
-            sidecar = json.loads(path.with_suffix(".json").read_bytes())
-        except (OSError, ValueError):
-            sidecar = None
-        # What `export` writes, not what another program may have.
-        if not (isinstance(sidecar, dict) and {"variant", "recipe", "dataset"} <= sidecar.keys()):
-            sidecar = {}
+        sidecar = read_sidecar(path)
     else:
         raise SourceError(
             f"{path} is neither the folder of a training run nor a file of an adapter ({' or '.join(_SUFFIXES)})."

@@ -160,6 +160,10 @@ def test_shards_that_it_was_trained_on_are_called_so_also_once_they_are_grouped(
     for dataset, answer in {trained / "other": "yes", again: "no"}.items():
         assert subject.held_out(open_dataset([str(dataset)], DataSettings()))[0] == answer
 
+    began = replace(subject, sidecar={**subject.sidecar, "init_from": {"name": "file.bin", "is_known": False}})
+    for dataset, answer in {trained / "other": "not known", again: "no"}.items():
+        assert began.held_out(open_dataset([str(dataset)], DataSettings()))[0] == answer
+
 
 def test_a_file_is_evaluated_with_its_sidecar_by_its_name_or_by_what_is_said_of_it(trained, tmp_path):
     shards = ["--from-shards", trained / "other", "--faces", "2"]
