@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -21,7 +22,7 @@ from pipeline.train.inputs import Preparer
 from pipeline.train.job import TrainJob
 from pipeline.train.loader import ShardLoader
 from pipeline.train.watch import say
-from schemas.errors import ConfigError, FaceShardsError, OutputError
+from schemas.errors import ConfigError, FaceShardsError
 
 _WORTH_COMPILING = 200_000
 """Samples of a process from which compiling is won back three times: it takes some 100 s, and saves 1.6 ms of each."""
@@ -152,16 +153,13 @@ class Session:
     def restore(self, step: int) -> None:
         """Go back to a checkpoint, random states and data order included.
 
+        Of another number of processes, noise is drawn anew from here on, and the next epoch begins.
+
         Raises:
-            OutputError: when it is damaged, or was written by another number of processes.
+            OutputError: when it is damaged.
         """
         weights, average, state = self._job.run.load(step)
         accelerator, ranks = self._accelerator, state["ranks"]
-        if len(ranks) != accelerator.num_processes:
-            raise OutputError(
-                f"{self._job.run.root} was trained by {len(ranks)} processes and cannot go on with "
-                f"{accelerator.num_processes}: start as many."
-            )
         self.model.load_trained(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -170,13 +168,25 @@ class Session:
             self.average.to(accelerator.device)
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
+        self.step = step
+        if len(ranks) != accelerator.num_processes:
+            self.loader.load_states_of([one["loader"] for one in ranks])
+            # From seeds of this step: those of the beginning would give its noise once more.
+            sequence = np.random.SeedSequence([self._job.config.seed, step, accelerator.process_index])
+            drawn, dropped = sequence.generate_state(2).tolist()
+            self.generator.manual_seed(drawn)
+            torch.manual_seed(dropped)
+            say(
+                f"note: the number of processes was {len(ranks)} and is {accelerator.num_processes}: optim.accumulate "
+                "may be changed, so that a step has as many samples as before."
+            )
+            return
         mine = ranks[accelerator.process_index]
         self.loader.load_state_dict(mine["loader"])
         torch.set_rng_state(mine["torch"])
         self.generator.set_state(mine["generator"])
         if "cuda" in mine and accelerator.device.type == "cuda":
             torch.cuda.set_rng_state(mine["cuda"], accelerator.device)
-        self.step = step
 
 
 def _model(job: TrainJob, base: Base) -> AdapterModel:

@@ -219,7 +219,7 @@ class TrainConfig(Section):
 FREE_TO_CHANGE = (
     *("steps", "watch"),
     *("data.verify", "data.allow_embedded", "data.allow_no_captions", "data.workers", "data.shuffle"),
-    *("optim.compile", "optim.channels_last", "optim.gradient_checkpointing"),
+    *("optim.accumulate", "optim.compile", "optim.channels_last", "optim.gradient_checkpointing"),
 )
 """Config keys, and sections, that may differ when a run is resumed."""
 

@@ -543,14 +543,14 @@ DDP_STEPS = 4
 ALONE = ("--set", "data.workers=0")
 
 
-def two(server, dataset, run, observed, *more, first=""):
+def two(server, dataset, run, observed, *more, first="", steps=DDP_STEPS):
     """Two training processes over loopback."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     observed.mkdir(exist_ok=True)
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": "2"}
     common |= {"LOCAL_WORLD_SIZE": "2", "OBSERVED": str(observed)}
-    asked = words(dataset, "faceid", run.root, *ALONE, *more, steps=DDP_STEPS)
+    asked = words(dataset, "faceid", run.root, *ALONE, *more, steps=steps)
     return [
         server.start(*asked, first=first + _OBSERVED, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
@@ -634,10 +634,27 @@ def test_one_of_two_processes_hears_the_signal_and_both_stop_and_go_on(pair, ser
     assert lines(run) == lines(undisturbed)
 
 
-def test_another_number_of_processes_does_not_go_on(pair, server, dataset):
-    run = pair[0]
-    child = server.start(*words(dataset, "faceid", run.root, *ALONE, "--resume", steps=DDP_STEPS + 1))
-    assert child.end() == 2
-    (line,) = [line for line in child.said.splitlines() if not line.startswith("warning")]
-    assert line.startswith("error: ")
-    assert "2 processes" in line
+def test_another_number_of_processes_goes_on_with_the_next_epoch(pair, server, dataset, tmp_path):
+    run = RunFolder(Path(shutil.copytree(pair[0].root, tmp_path / "run")))
+    before = lines(run)[-1]["epoch"]
+    more = ("--resume", "--set", "optim.accumulate=4")  # twice as much: a step has as many samples as before
+    child = server.start(*words(dataset, "faceid", run.root, *ALONE, *more, steps=DDP_STEPS + 1))
+    assert child.end() == 0, child.said
+    assert "processes was 2 and is 1" in child.said
+    assert f"beginning of epoch {before + 1}" in child.said
+    again = two(server, dataset, run, tmp_path / "observed", "--resume", steps=DDP_STEPS + 2)
+    assert [process.end() for process in again] == [0, 0], again[0].said
+    assert "processes was 1 and is 2" in again[0].said
+    assert [line["step"] for line in lines(run)] == list(range(1, DDP_STEPS + 3))
+    weights = [[note["weights"] for note in rank if "step" in note] for rank in notes(tmp_path / "observed")]
+    assert weights[0] == weights[1]
+    alone, last = (run.load(step)[2]["ranks"] for step in (DDP_STEPS + 1, DDP_STEPS + 2))
+    assert (len(alone), len(last)) == (1, 2)
+    # Whoever goes on draws other noise than at the beginning, and than the other process.
+    for name in ("generator", "torch"):
+        seeds = []
+        for rank in (*pair[0].load(DDP_STEPS)[2]["ranks"], *alone, *last):
+            generator = torch.Generator()
+            generator.set_state(rank[name])
+            seeds.append(generator.initial_seed())
+        assert len({*seeds}) == 5

@@ -69,13 +69,15 @@ class ShardLoader:
         settings = config.model_dump(mode="json")
         same = leaves({name: settings[name] for name in ("seed", "augment", "guidance", "data")})
         done = [reading.latents, list(reading.text), reading.flip, reading.colour, sorted(reading.features.shapes)]
-        self._identity = sha256_of_json(
-            {**without_free_keys(same), "done": done, "who": [rank, world], "dataset": dataset.digest}
-        )
+        self._order = {**without_free_keys(same), "done": done, "dataset": dataset.digest}
+        self._identity = self._identity_of(rank, world)
         # How samples are dealt out; the number of a batch means one in this order.
         self._deal = [self._streams, config.data.shuffle]
         self._positions = [(0, 0)] * self._streams
         self._next = 0
+
+    def _identity_of(self, rank: int, world: int) -> str:
+        return sha256_of_json({**self._order, "who": [rank, world]})
 
     def state_dict(self) -> dict[str, Any]:
         """What was delivered so far, whatever workers have read ahead; JSON-able."""
@@ -95,20 +97,38 @@ class ShardLoader:
         Raises:
             ConfigError: when `state` is of another run.
         """
-        if state["identity"] != self._identity:
-            raise ConfigError(
-                "The position in the data cannot be returned to: dataset, seed, data settings, variant and number of "
-                "processes must be those that the run was started with."
-            )
+        self._require_order(state, self._identity)
         if state["deal"] == self._deal:
             self._positions = [(int(epoch), int(index)) for epoch, index in state["positions"]]
             self._next = int(state["next"])
             return
-        epoch = 1 + max(int(epoch) for epoch, _ in state["positions"])
+        self._begin_epoch_after([state], "data.workers or data.shuffle differ")
+
+    def load_states_of(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on where the loaders of a run with another number of processes were: with the epoch after theirs.
+
+        Args:
+            states: of all of them, in the order of their ranks.
+
+        Raises:
+            ConfigError: when they are of another run.
+        """
+        for rank, state in enumerate(states):
+            self._require_order(state, self._identity_of(rank, len(states)))
+        self._begin_epoch_after(states, "the number of processes differs")
+
+    def _require_order(self, state: Mapping[str, Any], identity: str) -> None:
+        if state["identity"] != identity:
+            raise ConfigError(
+                "The position in the data cannot be returned to: dataset, seed, data settings and variant must be "
+                "those that the run was started with."
+            )
+
+    def _begin_epoch_after(self, states: Sequence[Mapping[str, Any]], why: str) -> None:
+        epoch = 1 + max(int(epoch) for state in states for epoch, _ in state["positions"])
         self._positions, self._next = [(epoch, 0)] * self._streams, 0
         self.notices += (
-            f"data.workers or data.shuffle differ from before, and with them the order of samples: it goes on with the "
-            f"beginning of epoch {epoch}.",
+            f"{why} from before, and with that the order of samples: it goes on with the beginning of epoch {epoch}.",
         )
 
     def __iter__(self) -> Iterator[Batch]:

@@ -173,6 +173,8 @@ def test_a_place_in_another_order_is_refused(dataset: Dataset, other: TrainConfi
         ShardLoader(dataset, ID, other).load_state_dict(state)
     with pytest.raises(ConfigError, match="cannot be returned to"):
         ShardLoader(dataset, ID, config(), world=2).load_state_dict(state)
+    with pytest.raises(ConfigError, match="cannot be returned to"):
+        ShardLoader(dataset, ID, other, world=2).load_states_of([state])
     assert resumed(ShardLoader(dataset, ID, config(verify="sha256")), state).state_dict() == state
 
 
@@ -184,6 +186,24 @@ def test_what_deals_out_samples_may_change_and_the_next_epoch_begins(dataset: Da
     assert any("beginning of epoch 2" in notice for notice in again.notices)
     batches = take(again, 12)
     assert sorted(keys([batch for batch in batches if batch.position.epoch == 2])) == every_key(dataset)
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 2), (1, 3), (2, 1)])
+def test_another_number_of_processes_begins_the_next_epoch_and_shares_it(
+    dataset: Dataset, before: int, after: int
+) -> None:
+    loaders = [ShardLoader(dataset, ID, config(), rank=rank, world=before) for rank in range(before)]
+    ahead = [take(loader, 1 + 5 * (rank == 0))[-1].position.epoch for rank, loader in enumerate(loaders)]
+    states = [json.loads(json.dumps(loader.state_dict())) for loader in loaders]
+    begun: list[str] = []
+    for rank in range(after):
+        again = ShardLoader(dataset, ID, config(), rank=rank, world=after)
+        again.load_states_of(states)
+        assert any(f"beginning of epoch {max(ahead) + 1}" in notice for notice in again.notices)
+        batches = take(again, 12)
+        assert batches[0].position == (0, max(ahead) + 1, 0)
+        begun += keys([batch for batch in batches if batch.position.epoch == max(ahead) + 1])
+    assert sorted(begun) == every_key(dataset)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
