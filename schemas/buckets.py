@@ -11,8 +11,8 @@ from typing import NamedTuple
 Size = tuple[int, int]
 """(width, height), pixels."""
 
-_FACTOR = 8
-"""Pixels per latent, along each side."""
+PIXELS_PER_LATENT = 8
+"""Along each side."""
 _COARSE_FROM = 512
 """Under this resolution, steps of 64 pixels would leave hardly any bucket."""
 
@@ -35,9 +35,9 @@ def buckets(resolution: int, step: int = 64, max_aspect: float = 2.0) -> tuple[S
     Raises:
         ValueError: when resolution is no positive multiple of 8.
     """
-    if resolution < _FACTOR or resolution % _FACTOR:
-        raise ValueError(f"a resolution is a positive multiple of {_FACTOR}, not {resolution}")
-    step = step if resolution >= _COARSE_FROM else _FACTOR
+    if resolution < PIXELS_PER_LATENT or resolution % PIXELS_PER_LATENT:
+        raise ValueError(f"a resolution is a positive multiple of {PIXELS_PER_LATENT}, not {resolution}")
+    step = step if resolution >= _COARSE_FROM else PIXELS_PER_LATENT
     tall = []
     for width in range(step, resolution, step):
         height = resolution * resolution // width // step * step

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.train.adapters.released import DAMAGED
+from pipeline.train.alignment import align
 from pipeline.train.objective import Noised, predicted_clean
 from pipeline.train.settings import ObjectiveSettings
-from schemas.arcface import ARCFACE_SIZE, ARCFACE_TEMPLATE
 from schemas.errors import ConfigError, WeightsError, first_line
 
 if TYPE_CHECKING:
@@ -22,43 +22,6 @@ if TYPE_CHECKING:
     from pipeline.train.loader import Batch
 
 WEIGHTS_URL = "https://github.com/xinntao/facexlib/releases/download/v0.1.0/recognition_arcface_ir_se50.pth"
-
-
-def similarity_transform(kps: Tensor) -> tuple[Tensor, Tensor]:
-    """The scaled rotation (B, 2, 2) and shift (B, 1, 2) that bring points (B, 5, 2) closest to the ArcFace template.
-
-    Umeyama's least-squares solution, which needs no decomposition in the plane: a point times a complex number. For
-    row vectors: `kps @ rotation + shift`.
-    """
-    template = torch.tensor(ARCFACE_TEMPLATE, device=kps.device)
-    centre, goal = kps.mean(1, keepdim=True), template.mean(0)
-    points, goals = kps - centre, template - goal
-    (x, y), (u, v) = points.unbind(-1), goals.unbind(-1)
-    size = (x * x + y * y).sum(1).clamp_min(1e-6)
-    cos, sin = (x * u + y * v).sum(1) / size, (x * v - y * u).sum(1) / size
-    rotation = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)
-    return rotation, goal - centre @ rotation
-
-
-def align(pixels: Tensor, kps: Tensor) -> Tensor:
-    """Faces as ArcFace sees them, insightface's `norm_crop` as a differentiable operation.
-
-    Args:
-        pixels: (B, 3, H, W) in [-1, 1].
-        kps: (B, 5, 2) in pixels of these images, the centre of the first pixel at (0, 0).
-
-    Returns:
-        (B, 3, 112, 112) in [-1, 1], black outside the image.
-    """
-    height, width = pixels.shape[-2:]
-    rotation, shift = similarity_transform(kps.to(pixels.device, torch.float32))
-    axis = torch.arange(ARCFACE_SIZE, dtype=torch.float32, device=pixels.device)
-    crop = torch.cartesian_prod(axis, axis).flip(1)
-    scale = rotation[:, :1].square().sum(2, keepdim=True).clamp_min(1e-12)
-    points = (crop - shift) @ rotation.mT / scale
-    grid = 2 * points / torch.tensor([width - 1, height - 1], device=pixels.device) - 1
-    grid = grid.view(-1, ARCFACE_SIZE, ARCFACE_SIZE, 2)
-    return functional.grid_sample(pixels.float() + 1, grid, padding_mode="zeros", align_corners=True) - 1
 
 
 class IdLoss:

@@ -61,7 +61,8 @@ def train(job: TrainJob) -> ExitCode:
                 noised = objective.noised(base.scheduler, latents, config.objective, session.generator)
                 noise_pred = session.forward(noised.noisy_latents, noised.timesteps, text, condition, added)
                 weights = objective.weights(base.scheduler, noised.timesteps, config.objective.min_snr_gamma)
-                loss = objective.denoising_loss(noise_pred, noised, weights)
+                in_latents = objective.face_weights(batch.kps, latents, config.objective.face_weight)
+                loss = objective.denoising_loss(noise_pred, noised, weights, in_latents)
                 if id_loss is not None:
                     loss = loss + id_loss(noise_pred, noised, latents, batch)
                 accelerator.backward(loss)

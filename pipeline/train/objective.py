@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.train.alignment import in_face
 from pipeline.train.settings import ObjectiveSettings
+from schemas.buckets import PIXELS_PER_LATENT
 from schemas.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -78,10 +80,25 @@ def weights(scheduler: "DDPMScheduler", timesteps: Tensor, gamma: float) -> Tens
     return capped / (snr + 1) if kind == "v_prediction" else capped
 
 
-def denoising_loss(noise_pred: Tensor, noised: Noised, weights: Tensor) -> Tensor:
-    """Mean squared error in float32, each sample times its weight (B,); a scalar."""
-    per_sample = (noise_pred.float() - noised.target).square().flatten(1).mean(1)
-    return (per_sample * weights).mean()
+def face_weights(kps: Tensor, latents: Tensor, weight: float) -> Tensor | None:
+    """Weights (B, 1, h, w) float32 of latents (B, 4, h, w), by which each in the face counts `weight` times as much.
+
+    A sample's weights are 1 on average, so that its loss is as large as before, however small its face. The face is the
+    square that ArcFace sees, by its points: kps (B, 5, 2) on the CPU, in pixels of the target. None for all alike.
+    """
+    if weight == 1:
+        return None
+    height, width = latents.shape[-2:]
+    raised = 1 + (weight - 1) * in_face(kps, (height, width), PIXELS_PER_LATENT).float()
+    return sent(raised / raised.mean((1, 2), keepdim=True), latents.device)[:, None]
+
+
+def denoising_loss(noise_pred: Tensor, noised: Noised, weights: Tensor, latent_weights: Tensor | None = None) -> Tensor:
+    """Mean squared error in float32, each sample times its weight (B,), each latent times its own (B, 1, h, w)."""
+    errors = (noise_pred.float() - noised.target).square()
+    if latent_weights is not None:
+        errors = errors * latent_weights
+    return (errors.flatten(1).mean(1) * weights).mean()
 
 
 def predicted_clean(scheduler: "DDPMScheduler", noise_pred: Tensor, noised: Noised) -> Tensor:

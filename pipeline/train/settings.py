@@ -131,6 +131,8 @@ class ObjectiveSettings(Section):
     """Standard deviation of noise that is constant over a channel."""
     min_snr_gamma: float = Field(0.0, ge=0)
     """Min-SNR weighting (arXiv 2303.09556; 5 there); 0 is off."""
+    face_weight: float = Field(1.0, ge=1)
+    """How many times as much as the rest of a target its face counts, the square that ArcFace sees; 1 is off."""
     id_loss: float = Field(0.0, ge=0)
     """Weight of 1 - cosine between the ID of the predicted clean image and the face's; 0 is off."""
     id_loss_max_t: float = Field(0.25, gt=0, le=1)

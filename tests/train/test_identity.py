@@ -11,8 +11,9 @@ import torch
 
 from pipeline.shared.bases import find_base
 from pipeline.train import id_loss as identity
+from pipeline.train.alignment import align, in_face, similarity_transform
 from pipeline.train.base_model import Base
-from pipeline.train.id_loss import IdLoss, align, id_loss_of, similarity_transform
+from pipeline.train.id_loss import IdLoss, id_loss_of
 from pipeline.train.objective import Noised, noised
 from pipeline.train.settings import ObjectiveSettings
 from schemas.arcface import ARCFACE_TEMPLATE
@@ -79,6 +80,24 @@ def test_the_transform_undoes_what_made_the_points():
     kps = torch.from_numpy(np.stack([points(2.5, 77), points(0.3, -130, at=(7.0, 900.0))]))
     rotation, shift = similarity_transform(kps)
     assert torch.allclose(kps @ rotation + shift, torch.from_numpy(TEMPLATE).expand(2, 5, 2), atol=1e-2)
+
+
+@pytest.mark.parametrize(("scale", "degrees", "at"), [(1.0, 0, (120, 100)), (0.7, 35, (90, 80)), (2.0, 0, (30, 190))])
+def test_the_cells_of_a_face_are_those_whose_middle_norm_crop_shows(scale, degrees, at):
+    """A white cell alone on black shows in the aligned face or does not."""
+    kps, (height, width), step = points(scale, degrees, at=at), (12, 16), 16
+    inside = in_face(torch.from_numpy(kps)[None], (height, width), step)[0]
+    seen = np.zeros((height, width), bool)
+    for row in range(height):
+        for column in range(width):
+            image = np.zeros((height * step, width * step, 3), np.uint8)
+            middle = slice(row * step + 7, row * step + 9), slice(column * step + 7, column * step + 9)
+            image[middle] = 255
+            seen[row, column] = norm_crop(image, kps).any()
+    assert inside.any()
+    # A white spot whose middle is just outside has an edge that is seen.
+    assert (seen >= inside.numpy()).all()
+    assert (seen != inside.numpy()).sum() <= 2
 
 
 def test_points_that_fell_together_give_numbers():

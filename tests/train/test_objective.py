@@ -4,8 +4,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from pipeline.train.objective import denoising_loss, noised, predicted_clean, weights
+from pipeline.train.objective import denoising_loss, face_weights, noised, predicted_clean, weights
 from pipeline.train.settings import ObjectiveSettings
+from schemas.arcface import ARCFACE_TEMPLATE
 from schemas.errors import ConfigError
 
 KINDS = ("epsilon", "v_prediction", "sample")
@@ -117,3 +118,30 @@ def test_a_weight_counts_for_its_own_sample():
     guess = made.target.clone()
     guess[1] += 2.0
     assert denoising_loss(guess, made, torch.tensor([7.0, 0.5])) == pytest.approx(4 * 0.5 / 2, rel=1e-5)
+
+
+def test_a_face_counts_as_many_times_as_much_and_its_sample_as_much_as_before():
+    _, latents, made = make(batch=2)
+    # The second face is half out of its picture, and the whole of it, at 8 px per latent, is 64 px wide.
+    kps = torch.tensor(ARCFACE_TEMPLATE) / 112 * 32 + torch.tensor([[[16.0, 8.0]], [[48.0, 8.0]]])
+    made_weights = face_weights(kps, latents, 5.0)
+    assert made_weights.shape == (2, 1, 8, 8)
+    assert torch.allclose(made_weights.mean((1, 2, 3)), torch.ones(2))
+    for one, columns in zip(made_weights[:, 0], (slice(2, 6), slice(6, 8)), strict=True):
+        inside = torch.zeros(8, 8, dtype=torch.bool)
+        inside[1:5, columns] = True
+        assert torch.allclose(one[inside], 5 * one[~inside][0])
+        assert torch.equal(one == one.max(), inside)
+    even = torch.ones(2)
+    flat = made.target + 0.5  # wrong by as much everywhere
+    assert torch.allclose(denoising_loss(flat, made, even, made_weights), denoising_loss(flat, made, even))
+    in_face = made.target + 0.5 * (made_weights == made_weights.amax((2, 3), keepdim=True))
+    ratio = denoising_loss(in_face, made, even, made_weights) / denoising_loss(in_face, made, even)
+    assert ratio == pytest.approx((16 * 5 / 2 + 8 * 5 / 1.5) / (16 + 8)), "of 16 latents, and of 8"
+    assert face_weights(kps, latents, 1.0) is None
+
+
+def test_a_picture_without_its_face_is_as_before():
+    _, latents, _ = make(batch=1)
+    kps = torch.tensor(ARCFACE_TEMPLATE)[None] + 500
+    assert torch.equal(face_weights(kps, latents, 5.0), torch.ones(1, 1, 8, 8))

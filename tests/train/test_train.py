@@ -208,6 +208,7 @@ def test_the_same_call_gives_the_same_weights_and_another_seed_others(plain, dat
     "pair",
     [
         "objective.min_snr_gamma=1",
+        "objective.face_weight=5",
         "objective.noise_offset=0.5",
         "guidance.p_uncond_text=0.9",
         "guidance.p_uncond_image=0.9",

@@ -13,9 +13,8 @@ from torch import Tensor
 from pipeline.train.loader.plan_sample import Planned
 from pipeline.train.loader.reading import Reading, stored_row
 from pipeline.train.loader.shards import array, moments, picture
+from schemas.buckets import PIXELS_PER_LATENT
 from schemas.int8 import GROUP, Quantised
-
-_PIXELS_PER_LATENT = 8
 
 
 class MixedTokens(NamedTuple):
@@ -119,7 +118,7 @@ def collate(group: Sequence[Planned], reading: Reading, position: Position) -> B
     width, height = group[0].fit.size
     pixels = latents = None
     if reading.latents:
-        size = height // _PIXELS_PER_LATENT, width // _PIXELS_PER_LATENT
+        size = height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
         latents = _stacked([moments(one.raw, reading.target(one.crop), size) for one in group], np.float16)
     else:
         pixels = torch.empty((len(group), 3, height, width))
