@@ -114,17 +114,20 @@ def read_parquet(path: str, aliases: Aliases = ALIASES, image: pa.Field | None =
                 yield pa.table(table)
 
 
-def _csv_header(path: str) -> tuple[list[str], str]:
-    """Names of the columns, and what separates them."""
+def _csv_header(path: str) -> tuple[list[str], str, bool]:
+    """Names of the columns, what separates them, and whether their line ends, so that rows may follow."""
     delimiter = "\t" if re.search(r"\.tsv(\.gz)?$", path, re.IGNORECASE) else ","
     with reading(path), open_binary(path, "infer") as file:
         # Not readline with a limit, which fsspec's remote files do not know.
-        line = file.read(_CSV_HEADER).partition(b"\n")[0].decode("utf-8-sig", "replace")
-        return next(csv.reader([line], delimiter=delimiter), []), delimiter
+        line, end, _ = file.read(_CSV_HEADER).partition(b"\n")
+        names = next(csv.reader([line.decode("utf-8-sig", "replace")], delimiter=delimiter), [])
+        return names, delimiter, bool(end)
 
 
 def read_csv(path: str, aliases: Aliases) -> Iterator[pa.Table]:
-    header, delimiter = _csv_header(path)
+    header, delimiter, is_ended = _csv_header(path)
+    if not is_ended:  # pyarrow has no line to skip
+        return
     ours = {header.index(name): seed for seed, name in resolve(header, aliases).items()}
     names = [ours.get(number, f"unused{number}") for number in range(len(header))]
     options = (

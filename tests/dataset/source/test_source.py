@@ -283,6 +283,12 @@ def test_a_truncated_gzip(tmp_path):
     assert f"{path} cannot be read" in complaint(path)
 
 
+@pytest.mark.parametrize("content", [b"url,text", b"url,text\n", b"\xef\xbb\xbfurl,text\r\n"])
+def test_a_csv_of_a_header_alone_has_no_rows(tmp_path, content):
+    (tmp_path / "x.csv").write_bytes(content)
+    assert rows(tmp_path / "x.csv") == []
+
+
 def test_a_ragged_csv(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("url,text\nhttp://a.org,one\nhttp://b.org\n")
