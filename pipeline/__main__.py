@@ -16,7 +16,7 @@ import typer
 from pipeline import models_command
 from pipeline.dataset.execute.watchdog import is_hanging
 from pipeline.options import AsJson, ConfigFile, Folder, ProfileName, Sets, console, errors, say
-from pipeline.shared.process import on_interrupt, standard_streams, trouble_of_machine
+from pipeline.shared.process import interrupt, on_interrupt, standard_streams, trouble_of_machine
 from schemas.errors import CorruptShardError, ExitCode, LostError, UserError, WeightsError
 from schemas.names import SAMPLE
 
@@ -369,7 +369,7 @@ def main() -> None:
     """Run the command line, with the exit codes of schemas.errors."""
     standard_streams()
     os.environ.update(_NO_TELEMETRY)
-    on_interrupt(signal.default_int_handler)
+    on_interrupt(interrupt)
     try:
         try:
             app()

@@ -1,5 +1,6 @@
 """What a command owes to the process that it is: open streams, and one sentence where the machine fails it."""
 
+import io
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ _MACHINE = (EDQUOT, EFBIG, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC, EROFS)
 
 
 def standard_streams() -> None:
-    """Have stdin, stdout and stderr open, and able to write any text.
+    """Have stdin, stdout and stderr open, and able to write any text, also once their terminal is closed.
 
     The number of one that is closed would go to the next file that is opened, and what libraries print would land
     there. A locale may have no letter for what is written, and names of files need not be Unicode.
@@ -27,14 +28,42 @@ def standard_streams() -> None:
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # as long as the process
+        elif stream.isatty():
+            raw = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True))
         elif getattr(stream, "errors", "") == "strict":
             stream.reconfigure(errors="backslashreplace")
 
 
+class _Terminal(io.FileIO):
+    """A terminal: what is printed after it was closed goes nowhere, so that whatever prints can come to its end."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != EIO:
+                raise
+            return len(data)
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Ctrl-C's, SIGTERM, and SIGHUP of a terminal that is closed, unless `nohup` has it ignored."""
+    is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return (signal.SIGINT, signal.SIGTERM, *(() if is_nohup else (signal.SIGHUP,)))
+
+
 def on_interrupt(handler: Callable[[int, FrameType | None], Any] | signal.Handlers) -> None:
-    """What Ctrl-C does, and SIGTERM: also in a background job, which a shell starts with SIGINT ignored."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """What Ctrl-C does, SIGTERM and SIGHUP: also in a background job, which a shell starts with SIGINT ignored."""
+    for number in stop_signals():
         signal.signal(number, handler)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt; of a terminal that is closed once: its shell sends SIGHUP, and its end another."""
+    if number == signal.SIGHUP:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def trouble_of_machine(error: OSError) -> str:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop after the current step, with a checkpoint."""
+"""Ctrl-C, SIGTERM and a terminal that is closed as a wish to stop after the current step, with a checkpoint."""
 
 import signal
 import sys
@@ -7,18 +7,18 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from pipeline.shared.process import stop_signals
 
 
 class StopSignal:
-    """Waits for SIGINT and SIGTERM while it is open; a second SIGINT stops at once. A context manager.
+    """Waits for SIGINT, SIGTERM and SIGHUP while it is open; a second SIGINT stops at once. A context manager.
 
     A second SIGTERM does not: launchers pass on what a cluster has sent to all processes already.
     """
 
     def __enter__(self) -> "StopSignal":
         self._received = False
-        self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        self._before = {number: signal.signal(number, self._receive) for number in stop_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:

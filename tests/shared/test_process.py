@@ -39,9 +39,55 @@ def test_no_text_is_too_strange_to_be_printed(monkeypatch):
     assert written.buffer.getvalue() == b"caf\\xe9 \\udcff\n"
 
 
+IN_A_TERMINAL = """
+import os, pty, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+pid, terminal = pty.fork()
+if not pid:
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+while b"begun" not in os.read(terminal, 1000):
+    pass
+os.close(terminal)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+PRINTING = """
+import os, signal, sys, time
+from pathlib import Path
+import pipeline.__main__ as cli
+from pipeline.options import console
+def app():
+    try:
+        console.print("begun")
+        for _ in range(600):
+            time.sleep(0.1)  # one that begins just after the signal sleeps on
+    finally:
+        os.kill(os.getpid(), signal.SIGHUP)  # the kernel's, once the shell has ended
+        console.print("ends")
+        Path(sys.argv[1]).write_text("rows")
+cli.app = app
+cli.main()
+"""
+
+
+def test_a_terminal_that_is_closed_interrupts_and_what_is_printed_then_is_no_error(tmp_path):
+    call = [sys.executable, "-c", IN_A_TERMINAL, "-c", PRINTING, str(tmp_path / "file")]
+    ended = subprocess.run(call, check=False, capture_output=True, text=True, timeout=50)
+    assert ended.returncode == 130, ended.stderr
+    assert (tmp_path / "file").read_text() == "rows"
+
+
+def test_nohup_stays():
+    source = """
+import signal, pipeline.shared.process as process
+process.on_interrupt(process.interrupt)
+signal.raise_signal(signal.SIGHUP)
+"""
+    assert subprocess.run(["nohup", sys.executable, "-c", source], check=False, capture_output=True).returncode == 0
+
+
 @pytest.fixture
 def signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file, save_file
@@ -29,6 +30,7 @@ from pipeline.train.job import Call, prepared
 from pipeline.train.loader import dataset as dataset_module
 from pipeline.train.loader import reading
 from pipeline.train.run_folder import RunFolder
+from pipeline.train.stop import StopSignal
 from pipeline.train.watch import METRICS
 from schemas.errors import ExitCode, FaceShardsError, UserError
 
@@ -284,12 +286,13 @@ Session.count_step = count_step
 
 def test_stopped_by_a_signal_it_saves_and_goes_on(whole, server, dataset, tmp_path):
     name, undisturbed = whole
-    number = {"faceid": signal.SIGTERM, "faceid-plusv2": signal.SIGINT}[name]
+    # A cluster sends SIGTERM to the loader's processes too, and its launcher again; a terminal does with Ctrl-C, and
+    # with SIGHUP once it is closed.
+    numbers = {"faceid": (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP), "faceid-plusv2": (signal.SIGINT,)}[name]
     run = RunFolder(tmp_path / "run")
     child = server.start(*words(dataset, name, run.root), first=_NO_HURRY)
     child.until(lambda: len(lines(run)) > 1)
-    # A cluster sends SIGTERM to the loader's processes too, and its launcher again; a terminal does with Ctrl-C.
-    for _ in range(2 if number == signal.SIGTERM else 1):
+    for number in numbers:
         os.killpg(child.pid, number)
         time.sleep(0.02)
     assert child.end() == ExitCode.INTERRUPTED, child.said
@@ -314,6 +317,19 @@ def optimizer_step(session):
     time.sleep(600)
 Session.optimizer_step = optimizer_step
 """
+
+
+def test_sighup_is_a_wish_to_stop_unless_nohup_has_it_ignored():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, is_wanted in ((lambda *_: None, True), (signal.SIG_IGN, False)):
+            signal.signal(signal.SIGHUP, handler)
+            with StopSignal() as stop:
+                signal.raise_signal(signal.SIGHUP)
+                assert stop.is_wanted(Accelerator(cpu=True)) is is_wanted
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_ctrl_c_stops_at_once(server, dataset, tmp_path):

@@ -198,6 +198,15 @@ class Interrupted:
         raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_what_a_terminal_sends_to_all_its_processes_does_not_end_the_child(decoder, number):
+    assert reason(decoder, picture()) is None
+    child = child_of(decoder)
+    os.kill(child, number)
+    assert reason(decoder, picture()) is None
+    assert child_of(decoder) == child
+
+
 def test_several_threads_take_turns():
     files = {side: picture(side=side) for side in range(20, 60, 5)}
     decoder = decoding.Decoder()
