@@ -101,7 +101,8 @@ class Watchers:
         self._due = time.monotonic() + min(every_s, 1 + now["seconds"] / 4)
         self._emit("progress", **now)
         try:
-            write(self._out / LIVE, json.dumps({"time": time.time(), **now}).encode())
+            if self._is_open:  # at the end it is removed, and OUT may be gone
+                write(self._out / LIVE, json.dumps({"time": time.time(), **now}).encode())
             self._write_metrics(now)
         except OSError as error:
             self.warn("numbers", f"How the run goes cannot be written, and it goes on: {first_line(error)}.")

@@ -167,6 +167,15 @@ def test_a_run_without_rows_says_so(tmp_path):
     assert (code, text.splitlines()[-1]) == (ExitCode.OK, "NOTHING IS KEPT of 0 rows.")
 
 
+def test_a_run_that_ends_in_a_mistake_is_not_said_to_go_on_where_its_out_is_taken_back(tmp_path):
+    text = io.StringIO()
+    screen = RunScreen(Console(file=text), 1)
+    with suppress(UserError), watching.Watchers(screen, tmp_path / "out", WatchSettings()) as watchers:
+        watchers.begin()
+        raise UserError("models that do not load")
+    assert text.getvalue() == ""
+
+
 @pytest.mark.parametrize("waits", [False, True])
 def test_trouble_with_the_last_event_is_an_event_of_the_file(tmp_path, monkeypatch, waits):
     monkeypatch.setattr(events, "_PATIENCE_S", 0.2)
