@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pipeline import models_command
-from pipeline.dataset.execute.watchdog import is_hanging
+from pipeline.dataset.execute.watchdog import LESS_GPU_MEMORY, is_hanging
 from pipeline.options import AsJson, ConfigFile, Folder, ProfileName, Sets, console, errors, say
 from pipeline.shared.process import interrupt, on_interrupt, standard_streams, trouble_of_machine
 from schemas.errors import CorruptShardError, ExitCode, LostError, UserError, WeightsError
@@ -381,8 +381,8 @@ def main() -> None:
         except (CorruptShardError, LostError) as error:
             say(f"error: {error}{'; `verify` tells more.' if isinstance(error, CorruptShardError) else ''}", errors)
             sys.exit(ExitCode.SHARDS_FAILED)
-        except OSError as error:
-            say(f"error: {trouble_of_machine(error)}", errors)
+        except (OSError, RuntimeError) as error:
+            say(f"error: {trouble_of_machine(error, LESS_GPU_MEMORY)}", errors)
             sys.exit(ExitCode.SHARDS_FAILED)
         except KeyboardInterrupt:
             errors.print("Interrupted. Finished shards are kept; the same command goes on.")

@@ -78,3 +78,8 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message without its full stop, or its type when it has none."""
     text = str(error).strip().split("\n", 1)[0].rstrip(" .")
     return text or type(error).__name__
+
+
+def is_gpu_full(error: BaseException) -> bool:
+    """Whether it is torch's of a full GPU, for which torch is not imported; Ray's of that name is of the host's."""
+    return isinstance(error, RuntimeError) and type(error).__name__ == "OutOfMemoryError"

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pipeline.shared.process import standard_streams, trouble_of_machine
-from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, UserError
+from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, UserError, is_gpu_full
 
 # Each command imports what it needs: torch takes a second and a half, and `--help` is answered at once.
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -186,13 +186,13 @@ def main() -> None:
         _say(f"error: {error}")
         sys.exit(ExitCode.SHARDS_FAILED)
     except OSError as error:
-        _say(f"error: {trouble_of_machine(error)}")
+        _say(f"error: {trouble_of_machine(error, _LESS_MEMORY)}")
         sys.exit(ExitCode.SHARDS_FAILED)
     except RuntimeError as error:
         from pipeline.train.loader import worker_died
 
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, of the GPU, on whichever process
-            _say(f"error: {str(error).splitlines()[0]} {_LESS_MEMORY}", from_any_process=True)
+        if is_gpu_full(error):
+            _say(f"error: {trouble_of_machine(error, _LESS_MEMORY)}", from_any_process=True)
         elif worker_died(error) is None:
             raise
         else:

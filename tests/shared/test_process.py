@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import pipeline.__main__ as pipeline_cli
 from pipeline.shared.process import standard_streams
@@ -121,3 +122,16 @@ def test_a_machine_that_fails_is_one_sentence_and_a_bug_is_none(module, monkeypa
     assert capsys.readouterr().err.startswith("error: This machine fails: it failed (/a/log);")
     with pytest.raises(FileNotFoundError):
         failing(errno.ENOENT)
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_gpu_that_is_full_when_models_load_is_one_sentence(monkeypatch, capsys):
+    def app(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nException raised from malloc")
+
+    monkeypatch.setattr(pipeline_cli, "app", app)
+    with pytest.raises(SystemExit) as end:
+        pipeline_cli.main()
+    assert end.value.code == 3
+    err = capsys.readouterr().err
+    assert err.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB. Free that GPU of other programs, ")

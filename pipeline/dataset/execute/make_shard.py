@@ -11,13 +11,14 @@ import pyarrow.compute as pc
 from threadpoolctl import threadpool_limits
 
 from pipeline.dataset.execute.runner import Loaded, apply, apply_ahead, apply_all
+from pipeline.dataset.execute.watchdog import LESS_GPU_MEMORY
 from pipeline.dataset.out.ledger import by_stage_and_verdict
 from pipeline.dataset.out.output import Output, ShardWriter
 from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import Rows, split_seeds
 from pipeline.dataset.source.seeds import Seeds
 from schemas.columns import KEPT
-from schemas.errors import FaceShardsError, LostError
+from schemas.errors import FaceShardsError, LostError, first_line, is_gpu_full
 from schemas.shard import Manifest
 from stages import Step
 from stages.fetch.engine import FetchTimes
@@ -76,6 +77,8 @@ class Finished:
         """A shard that stays to be tried again. The traceback is for what nobody foresaw: a full disk needs none."""
         if isinstance(error, LostError):
             return Finished(shard, None, str(error), lost=True)
+        if is_gpu_full(error):
+            return Finished(shard, None, f"{first_line(error)}. {LESS_GPU_MEMORY}")
         foreseen = isinstance(error, FaceShardsError | OSError)
         text = f"{type(error).__name__}: {error}" if foreseen else "".join(traceback.format_exception(error)).strip()
         return Finished(shard, None, text)

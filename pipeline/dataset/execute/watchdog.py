@@ -15,6 +15,9 @@ from types import FrameType
 
 from schemas.errors import ExitCode, ShardError
 
+LESS_GPU_MEMORY = (
+    "Free that GPU of other programs, set models.decoding=cpu, or lower executor.workers or executor.batch_rows."
+)
 _GRACE_S = 30.0
 """How long the main thread may take to raise the error."""
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from sample_runs import SHARDS, contents, make, manifests, stopped, without
 
 from pipeline.dataset.finished.verify import verify
 from schemas.errors import ExitCode, UserError
+from stages.models.detectors.haar import Haar
 
 
 def test_a_run_says_what_came_of_it_and_its_output_verifies(whole):
@@ -60,6 +62,20 @@ def test_a_run_that_is_interrupted_or_killed_again_and_again_ends_whole(whole, t
     assert make(out)[0] is ExitCode.OK
     assert contents(out) == contents(whole)
     assert not list(out.rglob(".tmp-*"))
+
+
+def test_a_gpu_that_is_full_fails_its_shard_with_one_sentence(whole, tmp_path, monkeypatch):
+    out = without(whole, tmp_path / "out", SHARDS[1])
+
+    def detect(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nException raised from malloc")
+
+    monkeypatch.setattr(Haar, "detect", detect)
+    code, text = make(out, afresh=True)
+    assert code is ExitCode.SHARDS_FAILED
+    sentence = "CUDA out of memory. Tried to allocate 2.00 GiB. Free that GPU of other programs, "
+    assert f"{SHARDS[1]}: FAILED, a rerun tries it again: {sentence}" in text
+    assert "Traceback" not in text
 
 
 def test_a_failed_shard_gives_3_and_a_rerun_finishes_it(whole, tmp_path):
