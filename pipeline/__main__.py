@@ -349,9 +349,9 @@ app.add_typer(models_command.app, name="models")
 def show_config() -> None:
     """List every config key with its default and explanation."""
     from pipeline.dataset.config import Config
-    from pipeline.shared.configfile import key_table
+    from pipeline.shared.configfile import print_keys
 
-    console.print(key_table(Config()))
+    print_keys(Config())
 
 
 _NO_TELEMETRY = {

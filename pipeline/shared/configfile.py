@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from rich.console import Console
 from rich.table import Column, Table
 
 from schemas.errors import ConfigError
+
+_UNBOUNDED = 10_000
+"""Columns: a table takes no more than it needs."""
 
 
 def read_values(path: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
@@ -70,8 +74,8 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
             yield f"{prefix}{name}", field.description or ""
 
 
-def key_table(defaults: BaseModel) -> Table:
-    """Every config key with its default and explanation, for a terminal."""
+def print_keys(defaults: BaseModel) -> None:
+    """Print every config key with its default and explanation; elsewhere than on a terminal, a line each."""
     meanings = dict(keys(type(defaults)))
     longest = max(map(len, meanings))
     table = Table(Column("key", no_wrap=True, min_width=longest), Column("default", overflow="fold"), "meaning")
@@ -79,8 +83,11 @@ def key_table(defaults: BaseModel) -> Table:
         value: object = defaults
         for piece in name.split("."):
             value = getattr(value, piece)
-        table.add_row(name, repr(value), meaning)
-    return table
+        table.add_row(name, repr(value), " ".join(meaning.split()))
+    console = Console()
+    if not console.is_terminal:
+        console.width = _UNBOUNDED
+    console.print(table)
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

@@ -153,12 +153,10 @@ def evaluate_command(
 @app.command("config")
 def show_config() -> None:
     """List every config key with its default and explanation."""
-    from rich.console import Console
-
-    from pipeline.shared.configfile import key_table
+    from pipeline.shared.configfile import print_keys
     from pipeline.train.settings import TrainConfig
 
-    Console().print(key_table(TrainConfig()))
+    print_keys(TrainConfig())
 
 
 def _say(text: str, **options: bool) -> None:

@@ -10,6 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
+from pipeline.dataset.config import Config
+from pipeline.shared.configfile import keys
 from schemas.errors import UserError
 
 EMBEDDED = ["--profile", "embedded", "--executor", "local"]
@@ -156,6 +158,9 @@ def test_plan_without_weights_is_a_whole_plan_that_says_what_is_missing(part, tm
     assert not (tmp_path / "models").exists()
 
 
-def test_config_lists_every_key():
-    result = CliRunner().invoke(app, ["config"], env={"COLUMNS": "200"})
-    assert "crop.face_share.portrait" in result.output
+def test_config_lists_every_key_in_a_pipe_a_line_each():
+    lines = CliRunner().invoke(app, ["config"], env={"COLUMNS": "80"}).output.splitlines()
+    rows = {words[1]: line for line in lines if len(words := line.split()) > 2}
+    meanings = {name: " ".join(meaning.split()) for name, meaning in keys(Config)}
+    assert [name for name, meaning in meanings.items() if meaning not in rows[name]] == []
+    assert "crop.face_share.portrait" in rows
