@@ -58,7 +58,7 @@ class Output:
         """
         listed = Listed(plan.config.download.removed)
         with contextlib.ExitStack() as stack:
-            is_new = not (self.root / DATASET).exists()
+            is_new = False
             self.make_folders()
             try:
                 stack.enter_context(self.locked())
@@ -66,8 +66,12 @@ class Output:
                 self.takedowns = Takedowns(load(self.root), listed)
                 self.refuse_other_plan(plan, replan=replan)
                 self.clear()
-                with contextlib.suppress(OSError, ValueError, KeyError):
+                try:
                     self.sources = json.loads((self.root / DATASET).read_bytes())["sources"]
+                except FileNotFoundError:
+                    is_new = True
+                except (OSError, ValueError, KeyError):
+                    pass
                 if replan:
                     for shard in finished_shards(names(self.shards)):
                         with contextlib.suppress(CorruptShardError):  # it counts as not done
@@ -79,7 +83,11 @@ class Output:
                 trouble = error.strerror or first_line(error)
                 raise OutputError(f"OUT {self.root} cannot be written: {trouble}.") from error
             try:
-                yield
+                try:
+                    yield
+                finally:
+                    with contextlib.suppress(OSError):  # of an OUT that is gone or read-only, which ended the run
+                        self.clear()
             except UserError:  # such as models that do not load: then nothing is to have been written
                 if is_new and not names(self.shards):
                     (self.root / DATASET).unlink(missing_ok=True)
@@ -87,9 +95,6 @@ class Output:
                         with contextlib.suppress(OSError):  # what is not empty holds files of others
                             Path(str(folder)).rmdir()
                 raise
-            finally:
-                with contextlib.suppress(OSError):  # of an OUT that is gone or read-only, which ended the run
-                    self.clear()
 
     def make_folders(self) -> None:
         """Create the directories that are not there; a remote OUT has none.

@@ -1,4 +1,5 @@
 import tarfile
+from contextlib import suppress
 
 import fake_dataset as fake
 import numpy as np
@@ -13,9 +14,9 @@ from pipeline.dataset.out.output import Output, ShardWriter, differences
 from pipeline.dataset.plan import make_plan
 from pipeline.dataset.rows import WITNESS_SCHEMA, Rows, tombstones
 from pipeline.shared import files as storage
-from pipeline.shared.atomic import write_atomically
+from pipeline.shared.atomic import TEMPORARY, write_atomically
 from schemas.columns import COLUMNS, LEDGER_SCHEMA, SEED_SCHEMA, schema
-from schemas.errors import OutputError, ShardError
+from schemas.errors import OutputError, PlanError, ShardError
 from schemas.shard import SUFFIXES, Manifest
 from stages.pixels.images import encode_jpeg
 
@@ -183,3 +184,17 @@ def test_names_of_folders_need_not_be_unicode(tmp_path):
     out = fake.write(tmp_path / "caf\udce9", {"a-00000": fake.mixed("a")})
     assert verify(out) == []
     assert read_ledger(out, "a-00000", ("row",)).num_rows == 6
+
+
+@pytest.mark.parametrize("folder", ["", "shards"])
+def test_a_mistake_leaves_no_new_out_whatever_was_being_written(tmp_path, plan, folder):
+    out = tmp_path / "out"
+    with suppress(PlanError), Output(out).prepared(plan):
+        (out / folder / f"{TEMPORARY}draft").write_bytes(b"of a process that was killed, or of the progress")
+        raise PlanError("models that do not load")
+    assert not out.exists()
+    with Output(out).prepared(plan):
+        pass
+    with pytest.raises(PlanError), Output(out).prepared(plan):
+        raise PlanError("models that do not load any more")
+    assert (out / "dataset.json").exists()
