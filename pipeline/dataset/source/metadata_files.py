@@ -115,18 +115,18 @@ def read_parquet(path: str, aliases: Aliases = ALIASES, image: pa.Field | None =
 
 
 def _csv_header(path: str) -> tuple[list[str], str, bool]:
-    """Names of the columns, what separates them, and whether their line ends, so that rows may follow."""
+    """Names of the columns, what separates them, and whether rows may follow."""
     delimiter = "\t" if re.search(r"\.tsv(\.gz)?$", path, re.IGNORECASE) else ","
     with reading(path), open_binary(path, "infer") as file:
         # Not readline with a limit, which fsspec's remote files do not know.
         line, end, _ = file.read(_CSV_HEADER).partition(b"\n")
         names = next(csv.reader([line.decode("utf-8-sig", "replace")], delimiter=delimiter), [])
-        return names, delimiter, bool(end)
+        return names, delimiter, bool(end) or len(line) == _CSV_HEADER
 
 
 def read_csv(path: str, aliases: Aliases) -> Iterator[pa.Table]:
-    header, delimiter, is_ended = _csv_header(path)
-    if not is_ended:  # pyarrow has no line to skip
+    header, delimiter, may_have_rows = _csv_header(path)
+    if not may_have_rows:  # pyarrow has no line to skip
         return
     ours = {header.index(name): seed for seed, name in resolve(header, aliases).items()}
     names = [ours.get(number, f"unused{number}") for number in range(len(header))]
