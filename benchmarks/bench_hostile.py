@@ -52,7 +52,7 @@ def peak_mib() -> float:
 
 
 def run(args: argparse.Namespace, ports: dict[str, int]) -> tuple[dict[str, Counter], int, int, int]:
-    told = DownloadSettings(
+    settings = DownloadSettings(
         engine=args.engine,
         allow_loopback=True,
         timeout_s=args.timeout,
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, ports: dict[str, int]) -> tuple[dict[str, Coun
         concurrency=512,
     )
     per_behaviour = -(-args.rows // len(hostile.BEHAVIOURS))
-    stage = Download(Settings(download=told), Runtime())
+    stage = Download(Settings(download=settings), Runtime())
     step = Loaded(stage, frozenset(LEDGER))
     names = iter(name for name, _ in hostile.rows(per_behaviour, ports))
     verdicts: dict[str, Counter] = defaultdict(Counter)
@@ -96,14 +96,14 @@ def main() -> None:
     stub = hostile.Names()
     stub.install()
     try:
-        with hostile.elsewhere() as (ports, asked):
+        with hostile.elsewhere() as (ports, requests):
             verdicts, rows_in, kept, dropped = run(args, ports)
     finally:
         stub.remove()
-    judge(args, verdicts, (rows_in, kept, dropped), hostile.refused(asked), stub.tried)
+    judge(args, verdicts, (rows_in, kept, dropped), hostile.refused(requests), stub.tried)
 
 
-def judge(args: argparse.Namespace, verdicts: dict, counts: tuple, asked: dict, tried: Counter) -> None:
+def judge(args: argparse.Namespace, verdicts: dict, counts: tuple, requests: dict, tried: Counter) -> None:
     wrong = 0
     for name, behaviour in hostile.BEHAVIOURS.items():
         own = verdicts[name].pop(behaviour.verdict, 0)
@@ -111,13 +111,13 @@ def judge(args: argparse.Namespace, verdicts: dict, counts: tuple, asked: dict, 
         others = ", ".join(f"{count} {reason}" for reason, count in verdicts[name].items())
         print(f"{name:22} {own:6} {behaviour.verdict or 'kept':18} {others}")
     rows_in, kept, dropped = counts
-    again = sum(times - 1 for times in asked.values())
-    unasked = sum(times for (_, path), times in asked.items() if path.startswith("/robots-no/"))
+    again = sum(times - 1 for times in requests.values())
+    disallowed = sum(times for (_, path), times in requests.items() if path.startswith("/robots-no/"))
     print(f"{len(hostile.BEHAVIOURS)} behaviours: {rows_in} rows in = {kept} kept + {dropped} dropped")
     print(f"{wrong} rows with another verdict than their own; connections to {', '.join(tried)} only")
-    print(f"{again} requests after a refusal, {unasked} that robots.txt disallows; {peak_mib():.0f} MiB at most")
+    print(f"{again} requests after a refusal, {disallowed} that robots.txt disallows; {peak_mib():.0f} MiB at most")
     beyond = [address for address in tried if not address.startswith("127.")]
-    if rows_in != kept + dropped or wrong or again or unasked or beyond or peak_mib() > args.most_mib:
+    if rows_in != kept + dropped or wrong or again or disallowed or beyond or peak_mib() > args.most_mib:
         sys.exit(1)
 
 

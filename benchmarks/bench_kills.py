@@ -66,12 +66,12 @@ def title(process: psutil.Process) -> str:
 
 def marked(mark: str) -> Victims:
     """Every process of a run, also those whose parents died."""
-    found = []
+    processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get(_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 @dataclass
@@ -104,8 +104,8 @@ class Run:
         """Kill a victim of this kind, if there is one."""
         others = [process for process in marked(self.mark) if process.pid != self.process.pid]
         with contextlib.suppress(psutil.NoSuchProcess):
-            found = _FIND[victim](psutil.Process(self.process.pid), sorted(others, key=lambda process: process.pid))
-            chosen = found if victim == "node" else found[:1] and [rng.choice(found)]
+            victims = _FIND[victim](psutil.Process(self.process.pid), sorted(others, key=lambda process: process.pid))
+            chosen = victims if victim == "node" else victims[:1] and [rng.choice(victims)]
             for process in chosen:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
@@ -166,9 +166,9 @@ def dataset(folder: Path, seed: int, args: argparse.Namespace, peace: "Peace", s
             break
     if code and Run(out, executor, log).end() != 0:
         raise Failure(f"the rerun in peace did not end with 0:\n{log.read_text()[-4000:]}")
-    found, wanted = contents(out), peace.files
-    if found != wanted:
-        differing = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    files, wanted = contents(out), peace.files
+    if files != wanted:
+        differing = sorted(name for name in {*files, *wanted} if files.get(name) != wanted.get(name))
         raise Failure(f"these files differ from an undisturbed run's: {differing}")
     check_rows(out, peace.rows)
     score.datasets += 1
@@ -244,10 +244,10 @@ def main() -> None:
             peace.seconds = dict.fromkeys(_VICTIMS, args.seconds)
         print(f"undisturbed: {peace.rows} rows, {len(peace.files)} files, {peace.seconds}", flush=True)
         while score.kills.total() < args.kills:
-            place = Path(folder) / str(seed)
-            place.mkdir()
+            seed_folder = Path(folder) / str(seed)
+            seed_folder.mkdir()
             try:
-                dataset(place, seed, args, peace, score)
+                dataset(seed_folder, seed, args, peace, score)
                 print(f"seed {seed}: equal; {score.kills.total()} kills so far", flush=True)
             except Failure as failure:
                 failures += 1

@@ -247,10 +247,10 @@ def ends_alike(story: Story, run: Run, local: AnyPath, rows: int, survivor: str)
     if others:
         story.tell(f"         not so: {', '.join(others)}")
     ledgers = [name for name in made if name.endswith(".parquet")]
-    found = sum(pq.read_metadata(pa.BufferReader(made[name])).num_rows for name in ledgers)
+    verdicts = sum(pq.read_metadata(pa.BufferReader(made[name])).num_rows for name in ledgers)
     story.check(
-        f"{found} of {rows} rows have a verdict in a ledger, and verify finds no fault",
-        found == rows and verify(run.out) == [],
+        f"{verdicts} of {rows} rows have a verdict in a ledger, and verify finds no fault",
+        verdicts == rows and verify(run.out) == [],
     )
 
 

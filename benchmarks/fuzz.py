@@ -54,12 +54,12 @@ def input_of(name: str, number: int) -> bytes:
 def spent_s() -> float:
     """Processor time of this process and of the one that decodes."""
     child = decoding.decoder()._child
-    found = time.process_time()
+    seconds = time.process_time()
     if child is not None:
         with contextlib.suppress(OSError):
             fields = Path(f"/proc/{child._process.pid}/stat").read_text().rpartition(")")[2].split()
-            found += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return found
+            seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds
 
 
 def tried(name: str, number: int, folder: Path) -> tuple[str, str]:
@@ -110,15 +110,15 @@ def run(inputs: int, seed: int, only: str | None) -> int:
             words = [sys.executable, __file__, "--block", name, str(start), str(min(BLOCK, seed + count - start))]
             process = subprocess.run(words, capture_output=True, text=True, check=False, errors="replace")
             lines = [json.loads(line) for line in process.stdout.splitlines()]
-            told = [line["finding"] for line in lines if "finding" in line]
+            failures = [line["finding"] for line in lines if "finding" in line]
             if process.returncode or process.stderr:
-                told.append(f"{name} {start}..: exit {process.returncode}, stderr: {process.stderr[-2000:]}")
+                failures.append(f"{name} {start}..: exit {process.returncode}, stderr: {process.stderr[-2000:]}")
             for line in lines:
                 outcomes.update(line.get("outcomes", {}))
                 if "crash" in line:
                     crashes += 1
                     print(f"contained crash of a decoder: {line['crash']}", flush=True)
-            for finding in told:
+            for finding in failures:
                 findings += 1
                 print(f"FINDING {finding}", flush=True)
         done += outcomes.total()
@@ -135,16 +135,16 @@ def main() -> None:
     arguments.add_argument("--target", choices=TARGETS)
     arguments.add_argument("--only", type=int, help="try this one input of --target")
     arguments.add_argument("--block", nargs=3, help=argparse.SUPPRESS)
-    told = arguments.parse_args()
-    if told.block:
-        name, start, count = told.block
+    args = arguments.parse_args()
+    if args.block:
+        name, start, count = args.block
         for line in block(name, int(start), int(count)):
             print(json.dumps(line), flush=True)
-    elif told.only is not None:
+    elif args.only is not None:
         with tempfile.TemporaryDirectory() as folder:
-            print(*tried(told.target, told.only, Path(folder)))
+            print(*tried(args.target, args.only, Path(folder)))
     else:
-        sys.exit(min(run(told.inputs, told.seed, told.target), 1))
+        sys.exit(min(run(args.inputs, args.seed, args.target), 1))
 
 
 if __name__ == "__main__":

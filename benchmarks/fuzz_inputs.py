@@ -120,14 +120,18 @@ def ledgers() -> list[bytes]:
 
 def sample() -> dict[str, bytes]:
     face = images.encode_jpeg(np.asarray(picture().resize((224, 224))), 80)
-    told = {"key": "k", "crops": {"portrait": {"absent": "no"}, "half": {}, "full": {"size": [96, 80]}}, "targets": {}}
+    record = {
+        "key": "k",
+        "crops": {"portrait": {"absent": "no"}, "half": {}, "full": {"size": [96, 80]}},
+        "targets": {},
+    }
     return {
         "arcface.npy": encode_npy(np.full(512, 512**-0.5, np.float32)),
         "dino.npy": encode_npy(np.zeros((257, 2), np.float16)),
         "dino_mirror.safetensors": encode_int8(quantise(np.ones((257, 2), np.float16))),
         "face.jpg": face,
         "full.jpg": saved("JPEG"),
-        "json": json.dumps(told).encode(),
+        "json": json.dumps(record).encode(),
         "mask.png": images.encode_png(np.zeros((224, 224), np.uint8)),
     }
 
@@ -160,8 +164,8 @@ def lists() -> list[bytes]:
 
 def targets() -> list[bytes]:
     cut = {"resized": [64, 64], "offset": [0, 0], "size": [64, 64]}
-    told = {"base": "b", "kind": "sd15", "vae_sha256": "v", "text_sha256": "t", "resolution": 64}
-    return [json.dumps({**told, "latents": {"full": cut}}).encode()]
+    record = {"base": "b", "kind": "sd15", "vae_sha256": "v", "text_sha256": "t", "resolution": 64}
+    return [json.dumps({**record, "latents": {"full": cut}}).encode()]
 
 
 def tomls() -> list[bytes]:
@@ -208,45 +212,47 @@ def features() -> list[bytes]:
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
     """A few bytes changed, cut out, doubled or put in; sometimes all in the head, where most is decided."""
-    found = bytearray(data)
+    buffer = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 4, 16))):
-        reach = max(1, min(len(found), rng.choice((32, 200, 10**9))))
-        place, length = rng.randrange(reach), rng.choice((1, 2, 4, 16, 200))
+        reach = max(1, min(len(buffer), rng.choice((32, 200, 10**9))))
+        offset, length = rng.randrange(reach), rng.choice((1, 2, 4, 16, 200))
         match rng.randrange(7):
             case 0 | 1:
-                found[place : place + 1] = bytes([rng.randrange(256)])
+                buffer[offset : offset + 1] = bytes([rng.randrange(256)])
             case 2:
-                found[place : place + 1] = bytes([(found[place] if place < len(found) else 0) ^ 1 << rng.randrange(8)])
+                buffer[offset : offset + 1] = bytes(
+                    [(buffer[offset] if offset < len(buffer) else 0) ^ 1 << rng.randrange(8)]
+                )
             case 3:
                 odd = rng.choice(ODD)
-                found[place : place + len(odd)] = odd
+                buffer[offset : offset + len(odd)] = odd
             case 4:
-                del found[place : place + length]
+                del buffer[offset : offset + length]
             case 5:
-                found[place:place] = found[place : place + length] * rng.choice((1, 1, 3, 50))
+                buffer[offset:offset] = buffer[offset : offset + length] * rng.choice((1, 1, 3, 50))
             case 6:
-                found[place:place] = rng.randbytes(length)
-    return bytes(found[: rng.randrange(len(found) + 1)] if rng.random() < 0.1 else found)
+                buffer[offset:offset] = rng.randbytes(length)
+    return bytes(buffer[: rng.randrange(len(buffer) + 1)] if rng.random() < 0.1 else buffer)
 
 
 def png_repaired(data: bytes) -> bytes:
     """With the checksum that each chunk ought to have."""
-    found, place = bytearray(data), 8
-    while place + 12 <= len(found):
-        end = place + 8 + int.from_bytes(found[place : place + 4])
-        if end + 4 > len(found):
+    buffer, offset = bytearray(data), 8
+    while offset + 12 <= len(buffer):
+        end = offset + 8 + int.from_bytes(buffer[offset : offset + 4])
+        if end + 4 > len(buffer):
             break
-        found[end : end + 4] = zlib.crc32(found[place + 4 : end]).to_bytes(4)
-        place = end + 4
-    return bytes(found)
+        buffer[end : end + 4] = zlib.crc32(buffer[offset + 4 : end]).to_bytes(4)
+        offset = end + 4
+    return bytes(buffer)
 
 
 def tar_repaired(data: bytes) -> bytes:
     """With the checksum that each block ought to have that looks like a header."""
-    found = bytearray(data)
-    for place in range(0, len(found) - 511, 512):
-        if found[place + 257 : place + 262] == b"ustar":
-            header = found[place : place + 512]
+    buffer = bytearray(data)
+    for offset in range(0, len(buffer) - 511, 512):
+        if buffer[offset + 257 : offset + 262] == b"ustar":
+            header = buffer[offset : offset + 512]
             header[148:156] = b" " * 8
-            found[place + 148 : place + 156] = b"%06o\0 " % sum(header)
-    return bytes(found)
+            buffer[offset + 148 : offset + 156] = b"%06o\0 " % sum(header)
+    return bytes(buffer)

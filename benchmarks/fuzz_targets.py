@@ -159,10 +159,10 @@ def read_url(data: bytes, folder: Path) -> str:
 
 def read_object(data: bytes, folder: Path) -> str:
     try:
-        told = json.loads(data)
+        content = json.loads(data)
     except (ValueError, RecursionError):
         return "no json"
-    Targets.from_object(told)
+    Targets.from_object(content)
     return "ok"
 
 

@@ -127,15 +127,15 @@ def write_base(folder: Path, kind: BaseKind) -> None:
 
 
 def _text_encoder(part: str) -> Any:
-    told = TEXTS[part]
+    sizes = TEXTS[part]
     special = {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}  # of the tiny tokenizer
-    config = transformers.CLIPTextConfig(**told, **special, intermediate_size=4 * told["hidden_size"])
+    config = transformers.CLIPTextConfig(**sizes, **special, intermediate_size=4 * sizes["hidden_size"])
     return (transformers.CLIPTextModelWithProjection if part.endswith("2") else transformers.CLIPTextModel)(config)
 
 
-def _tower(told: Mapping[str, Any]) -> Any:
+def _tower(sizes: Mapping[str, Any]) -> Any:
     config = transformers.CLIPVisionConfig(
-        **told, intermediate_size=4 * told["hidden_size"], patch_size=14, image_size=224, hidden_act="gelu"
+        **sizes, intermediate_size=4 * sizes["hidden_size"], patch_size=14, image_size=224, hidden_act="gelu"
     )
     return transformers.CLIPVisionModelWithProjection(config)
 
@@ -164,13 +164,13 @@ def write_shards(
     out: Path, base: BaseSource, resolution: int, samples: int, vision: Mapping[str, Any], hidden: str = "fp16"
 ) -> None:
     """A dataset made --with latents,text: all files in their real sizes, all targets square."""
-    rng, told = np.random.default_rng(0), _described(base, resolution)
+    rng, description = np.random.default_rng(0), _described(base, resolution)
     (out / "shards").mkdir(parents=True)
     for start in range(0, samples, SHARD):
         path, kept = out / "shards" / f"part-{start // SHARD:05d}.tar", min(SHARD, samples - start)
         with TarWriter(str(path), encoder=False) as tar:
             for number in range(start, start + kept):
-                described = json.dumps({**told, "person": number // PHOTOS}).encode()
+                described = json.dumps({**description, "person": number // PHOTOS}).encode()
                 files = {"json": described, **_pictures(), **_arrays(rng, base, resolution, vision)}
                 if hidden == "int8":
                     tokens = decode_npy(files.pop("clip_hidden.npy"))

@@ -103,12 +103,12 @@ class Tutorial:
 
     @torch.no_grad()
     def _condition(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        found = {"arcface": batch["arcface"].to(self._base.device)}
+        features = {"arcface": batch["arcface"].to(self._base.device)}
         if set(self._reads) - {"arcface"}:
             face = batch["face"].to(self._base.device, self._base.dtype)
             out = self._tower(face, output_hidden_states=True)
-            found |= {"pooled": out.image_embeds.float(), "hidden": out.hidden_states[-2].float()}
-        return {role: found[role] for role in self._reads}
+            features |= {"pooled": out.image_embeds.float(), "hidden": out.hidden_states[-2].float()}
+        return {role: features[role] for role in self._reads}
 
     def _added(self, pooled: Tensor | None) -> dict[str, Tensor] | None:
         if pooled is None:

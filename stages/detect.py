@@ -53,8 +53,8 @@ class Detect(BatchStage):
 
     def computed(self, given: Sequence[tuple[Image, Any]]) -> Sequence[Faces]:
         if hasattr(self._detector, "detect_all"):
-            found: Sequence[Faces] = self._detector.detect_all(*zip(*given, strict=True)) if given else ()
-            return found
+            faces: Sequence[Faces] = self._detector.detect_all(*zip(*given, strict=True)) if given else ()
+            return faces
         return [self._own.detector.detect(image) for image, _ in given]
 
     def written(self, record: Mapping[str, Any], output: Faces) -> dict[str, Any]:

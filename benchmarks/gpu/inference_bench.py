@@ -51,8 +51,8 @@ class Bench:
     @functools.cached_property
     def detector(self) -> Path:
         """The pack's detector, or a random one."""
-        found = sorted(self.pack.glob("det_*.onnx")) if self.pack else []
-        return found[0] if found else models.scrfd(self.folder / "scrfd_10g.onnx", tiny=self.smoke)
+        files = sorted(self.pack.glob("det_*.onnx")) if self.pack else []
+        return files[0] if files else models.scrfd(self.folder / "scrfd_10g.onnx", tiny=self.smoke)
 
     @functools.cached_property
     def recogniser(self) -> Path:
@@ -113,9 +113,11 @@ def _sorted_pictures(bench: Bench) -> tuple[list[Any], list[Any]]:
     faces, bare = [], []
     if bench.pictures and bench.pack:
         settings = ModelSettings.model_validate({"pack": str(bench.pack), "runtime": {"detector": "torch"}})
-        for image, found in zip(bench.pictures, Scrfd(settings, bench.device).detect_all(bench.pictures), strict=True):
-            if np.count_nonzero(found.score >= settings.det_thresh) == 1:
+        for image, detected in zip(
+            bench.pictures, Scrfd(settings, bench.device).detect_all(bench.pictures), strict=True
+        ):
+            if np.count_nonzero(detected.score >= settings.det_thresh) == 1:
                 faces.append(image)
-            elif len(found.score) == 0:
+            elif len(detected.score) == 0:
                 bare.append(image)
     return faces or drawn[: len(drawn) // 2], [*bare, *drawn[len(drawn) // 2 :]]

@@ -86,10 +86,10 @@ def naive_loop(bench: Bench) -> None:
     def one(path: str) -> None:
         image = cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB)
         view = _letterbox(image, side)
-        (found,) = detector([view.canvas], 0.5)
+        (look,) = detector([view.canvas], 0.5)
         if "face" not in Path(path).name:
             return
-        kps = found.points[int(found.scores.argmax())] / view.scale if len(found.scores) else geometry.FFHQ_TEMPLATE
+        kps = look.points[int(look.scores.argmax())] / view.scale if len(look.scores) else geometry.FFHQ_TEMPLATE
         recogniser.embed(geometry.norm_crop(image, kps, 112)[None])
         tower([geometry.norm_crop(image, kps, 224)])
 

@@ -45,13 +45,13 @@ class TargetCrop(NamedTuple):
         """
         start = np.array(self.box[:2])
         scale = np.array(self.fit.resized) / (np.array(self.box[2:]) - start)
-        placed = (points + 0.5 - start) * scale - 0.5 - np.array(self.fit.offset)
-        if not np.isfinite(placed).all():
+        kps = (points + 0.5 - start) * scale - 0.5 - np.array(self.fit.offset)
+        if not np.isfinite(kps).all():
             raise ValueError("kps are not finite")
         if mirror:
-            placed = placed[_OTHER_SIDE]
-            placed[:, 0] = self.fit.size[0] - 1 - placed[:, 0]
-        return np.asarray(placed, np.float32)
+            kps = kps[_OTHER_SIDE]
+            kps[:, 0] = self.fit.size[0] - 1 - kps[:, 0]
+        return np.asarray(kps, np.float32)
 
 
 class Balance:
