@@ -89,7 +89,7 @@ class Stored:
         try:
             if entries[0][2]:
                 for row, _, column, index in entries:
-                    yield index, self._outcome(self._column(path, column, row).value(row), None)
+                    yield index, self._outcome(self._cell(path, column, row), None)
                 return
             with fsspec.open(path, "rb") as tar:
                 for offset, size, _, index in entries:
@@ -129,18 +129,23 @@ class Stored:
         except Dropped as dropped:
             return dropped
 
-    def _column(self, path: str, column: str, row: int) -> "_Column":
-        """The open column that comes to the row soonest."""
+    def _cell(self, path: str, column: str, row: int) -> bytes | None:
+        """The bytes of a cell, by the open column that comes to it soonest."""
         fitting = (one for one in self._columns if one.name == (path, column) and one.is_just_before(row))
         chosen = max(fitting, key=lambda one: one.start, default=None)
-        if chosen is None:
+        if chosen is not None:
+            self._columns.remove(chosen)
+        else:
             if len(self._columns) == _READERS:
                 self._columns.pop(0).close()
             chosen = _Column(path, column, row)
-        else:
-            self._columns.remove(chosen)
+        try:
+            value = chosen.value(row)
+        except BaseException:  # from now on it would have no rows
+            chosen.close()
+            raise
         self._columns.append(chosen)
-        return chosen
+        return value
 
     def close(self) -> None:
         while self._columns:

@@ -1,12 +1,14 @@
 """Images that are there already: the layouts of folders, tables and tools, and what becomes of names and captions."""
 
 import csv
+import errno
 import io
 import json
 import os
 import re
 import tarfile
 import warnings
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -339,6 +341,37 @@ def test_cells_are_read_forwards_whoever_asks_for_them(tmp_path, monkeypatch):
     assert [read(*range(n, n + 4)) for n in range(0, 24, 4)] == [1] * 6  # a shard, on through the groups
     assert [read(35, 34), read(36), read(24, 25), read(37)] == [1, 1, 2, 2]  # on, and another shard before it
     assert read(3) == 3
+    reader.close()
+
+
+class Failing(io.FileIO):
+    """A file whose disk or network fails for a while."""
+
+    fails = False
+
+    def readinto(self, buffer):
+        if Failing.fails:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().readinto(buffer)
+
+    def read(self, size=-1):
+        if Failing.fails:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().read(size)
+
+
+def test_a_read_that_failed_costs_no_row_once_it_is_tried_again(tmp_path, monkeypatch):
+    path = str(tmp_path / "p.parquet")
+    pq.write_table(pa.table({"jpg": [encoded(n) for n in range(40)]}), path, row_group_size=16)
+    monkeypatch.setattr(stored.fsspec, "open", lambda path, _: SimpleNamespace(open=lambda: Failing(path)))
+    reader = stored.Stored(Settings(filter=FilterSettings(min_image_px=1)))
+    refs = [stored.of_cell(path, "jpg", n) for n in range(40)]
+    assert reader.read(refs[:16]) == [encoded(n) for n in range(16)]
+    monkeypatch.setattr(Failing, "fails", True)
+    with pytest.raises(SourceError, match="Input/output error"):
+        reader.read(refs[16:])
+    monkeypatch.setattr(Failing, "fails", False)
+    assert reader.read(refs[16:]) == [encoded(n) for n in range(16, 40)]
     reader.close()
 
 
