@@ -99,7 +99,8 @@ def tables(path: str, aliases: Aliases = STORED_ALIASES) -> Iterator[pa.Table]:
     beside = list(read_parquet(table, aliases)) if kind_of(table) else []
     if beside and "image_key" in beside[0].column_names:
         rows = pa.concat_tables(beside)
-        keys = rows.column("image_key").cast(pa.string())
+        with reading(table):
+            keys = rows.column("image_key").cast(pa.string())
         rows = rows.set_column(rows.column_names.index("image_key"), "image_key", keys)
     else:
         rows = _rows_inside(path, samples, aliases)

@@ -289,6 +289,12 @@ def test_a_csv_of_a_header_alone_has_no_rows(tmp_path, content):
     assert rows(tmp_path / "x.csv") == []
 
 
+@pytest.mark.parametrize("key", [["a"], {"x": 1}, b"\xff"])
+def test_a_column_of_keys_beside_a_tar_that_are_no_names(tmp_path, key):
+    path = tar(tmp_path / "0.tar", {"a": {"jpg": b"x"}}, {"key": [key], "caption": ["x"]})
+    assert complaint(path).startswith(f"{tmp_path}/0.parquet cannot be read: ")
+
+
 def test_a_ragged_csv(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("url,text\nhttp://a.org,one\nhttp://b.org\n")
