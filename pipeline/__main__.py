@@ -15,7 +15,7 @@ import typer
 
 from pipeline import models_command
 from pipeline.dataset.execute.watchdog import LESS_GPU_MEMORY, is_hanging
-from pipeline.options import AsJson, ConfigFile, Folder, ProfileName, Sets, console, errors, say
+from pipeline.options import AsJson, ConfigFile, Folder, Profile, ProfileName, Sets, console, errors, say
 from pipeline.shared.process import interrupt, on_interrupt, standard_streams, trouble_of_machine
 from schemas.errors import CorruptShardError, ExitCode, LostError, UserError, WeightsError
 from schemas.names import SAMPLE
@@ -34,7 +34,7 @@ Shards = Annotated[
         show_default=True,
     ),
 ]
-Executor = Annotated[str | None, typer.Option("--executor", help="ray or local.")]
+Executor = Annotated[str | None, typer.Option("--executor", help="ray or local. (Default: ray; local for `sample`.)")]
 RayAddress = Annotated[str | None, typer.Option("--ray-address", help="Join this Ray cluster.")]
 With = Annotated[str | None, typer.Option("--with", help="Computed ahead for training: latents,text,mirror.")]
 Out = Annotated[
@@ -50,7 +50,7 @@ def for_job(command: Callable[..., None], *, dry_run: bool = False) -> Callable[
         config: ConfigFile = None,
         sets: Sets = None,
         executor: Executor = None,
-        profile: ProfileName = None,
+        profile: Profile = None,
         ray_address: RayAddress = None,
         extras: With = None,
         **own: Any,

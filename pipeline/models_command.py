@@ -63,8 +63,9 @@ def check_models(
 ) -> None:
     """Compare sha256, load each model, and tell what computes it, its time per image, and that batch = single.
 
-    All that are on this machine; with --profile, --config or --set all that such a run needs. Exit code 2 when one
-    that is named or needed is missing, and when any is damaged or cannot be loaded.
+    All that are on this machine; with --profile, --config or --set all that
+    such a run needs. Exit code 2 when one that is named or needed is missing,
+    and when any is damaged or cannot be loaded.
     """
     from pipeline.dataset.check_models import checks
     from pipeline.dataset.needed_weights import known_models, named, state_of
@@ -90,8 +91,9 @@ def fetch_models(
 ) -> None:
     """Download weights and bases into the cache: those that are named, or all that a run of the profile needs.
 
-    Files of the hub go on where they were interrupted. `photo`, by which runs tell photos from art, is made here: of
-    the whole CLIP (3.9 GB to fetch, 5 GB of memory), which is removed again unless it is named or was there before.
+    Files of the hub go on where they were interrupted. `photo`, by which runs
+    tell photos from art, is made here: of the whole CLIP (3.9 GB to fetch, 5 GB
+    of memory), which is removed again unless it is named or was there before.
     """
     from pipeline.dataset.needed_weights import named, needed
     from stages.models.weights import fetch, not_allowed

@@ -11,8 +11,13 @@ errors = Console(stderr=True)
 
 Folder = Annotated[str, typer.Argument(metavar="DIR", help="The OUT of a run.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with the keys that --set takes.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="One config key, such as filter.min_face_px=160.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="A config key, such as filter.min_face_px=160; may be repeated.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document.")]
+Profile = Annotated[
+    str | None, typer.Option(help="embedded, insightface or permissive. (Default: insightface; embedded for `sample`.)")
+]
 ProfileName = Annotated[str | None, typer.Option("--profile", help="embedded, insightface or permissive.")]
 
 

@@ -34,7 +34,7 @@ class DropReason(StrEnum):
     SERVER_ERROR = "server_error", "the server answered with a 5xx status"
     REDIRECT_LOOP = "redirect_loop", "more redirects than download.max_redirects"
     TOO_MANY_BYTES = "too_many_bytes", "the body is larger than download.max_bytes"
-    EMPTY_BODY = "empty_body", "the server sent no bytes"
+    EMPTY_BODY = "empty_body", "the server sent no bytes, or the file has none"
     INCOMPLETE_BODY = "incomplete_body", "the connection ended before the announced length"
     OPTED_OUT = "opted_out", "the site asks by X-Robots-Tag not to be used for AI training"
     ROBOTS_TXT = "robots_txt", "the site's robots.txt asks not to fetch this URL"
@@ -44,7 +44,10 @@ class DropReason(StrEnum):
     NO_FILE = "no_file", "the image file is not there any more, or may not be read"
     # decoding
     NOT_AN_IMAGE = "not_an_image", "the bytes are not an image (a web page, say)"
-    UNSUPPORTED_FORMAT = "unsupported_format", "an image format that is not decoded here"
+    UNSUPPORTED_FORMAT = (
+        "unsupported_format",
+        "an image format that is not decoded here, such as HEIC, JPEG XL or SVG: convert it",
+    )
     TRUNCATED_IMAGE = "truncated_image", "the image file ends before its pixels do"
     CORRUPT_IMAGE = "corrupt_image", "the image file cannot be decoded"
     DECODER_CRASH = "decoder_crash", "the image file crashes its decoder, or takes it too much time or memory"

@@ -118,8 +118,8 @@ def make_dataset(
     start, screen = executor_of(plan.config), RunScreen(console, job.rows)
     with (
         Watchers(screen, out, plan.config.watch, watch) as watchers,
+        output.prepared(plan, replan=replan),  # first: an OUT that will not do is known at once, Ray takes seconds
         start(plan) as execute,
-        output.prepared(plan, replan=replan),
         screen,
     ):
         output.sources = sorted({*output.sources, *(part.origin for part in job.parts)})

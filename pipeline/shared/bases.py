@@ -147,7 +147,8 @@ def find_base(name: str, *, sdxl: bool = False) -> BaseSource:
             raise WeightsError(
                 f"The base {name} is not on this machine: run `python -m pipeline models fetch {name}`, or fetch "
                 f"{hub.repository} in diffusers' layout with safetensors ({hub.licence}), as by `hf download "
-                f"{hub.repository} --local-dir {target}`, or give its folder's path."
+                f"{hub.repository} --local-dir {target}`, or give its folder's path; "
+                "`--base tiny` tries things out without any."
             )
         return _described(name, known, hub.licence)
     folder = Path(name)

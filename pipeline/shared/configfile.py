@@ -27,8 +27,10 @@ def read_values(path: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
     try:
         if path:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The config file {path} cannot be read: {error}.") from error
+    except OSError as error:
+        raise ConfigError(f"The config file {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The config file {path} is no text in UTF-8: save it as such.") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"The config file {path} is not valid TOML: {error}.") from error
     for pair in pairs:
@@ -99,16 +101,30 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         while isinstance(value, Mapping) and value:  # pydantic stops at the first unknown section
             name, value = next(iter(value.items()))
             key = f"{key}.{name}"
-        known = [name for name, _ in keys(model)]
-        near = get_close_matches(key, known, n=1, cutoff=0.5) or get_close_matches(
-            key.rsplit(".", 1)[-1], [name.rsplit(".", 1)[-1] for name in known], n=1
+        known = {name: name.rpartition(".")[2] for name, _ in keys(model)}
+        section, _, last = key.rpartition(".")
+        # By the whole name only where that is near: of a long section, any key would do.
+        near = get_close_matches(key, known, n=1, cutoff=0.8)
+        near = near or [
+            name
+            for one in get_close_matches(last, known.values(), n=1, cutoff=0.75)
+            for name in known
+            if known[name] == one
+        ]
+        if near:
+            return f"Unknown config key {key!r}: did you mean {near[0]!r}?"
+        beside = [known[name] for name in known if section and name.rpartition(".")[0] == section]
+        return f"Unknown config key {key!r}: " + (
+            f"{section} has {', '.join(beside)}." if beside else "`config` lists those that there are."
         )
-        return f"Unknown config key {key!r}" + (f": did you mean {near[0]!r}?" if near else ".")
     if key.endswith(".[key]"):  # of a table of keys, such as source.columns
         key, allowed = key.removesuffix(".[key]"), re.findall(r"'(\w+)'", first["ctx"]["expected"])
         near = get_close_matches(str(first["input"]), allowed, n=1, cutoff=0.4)
         hint = f"did you mean {key.rpartition('.')[0]}.{near[0]}?" if near else f"known are {', '.join(allowed)}."
         return f"Unknown config key {key!r}: {hint}"
+    if first["type"] == "model_type":
+        inside = next(name for name, _ in keys(model) if name.startswith(f"{key}."))
+        return f"{key!r} is a section and takes no value: give one of its keys, such as {inside}."
     if first["type"] == "value_error":
         return str(first["ctx"]["error"]) + "."
     message = first["msg"][0].lower() + first["msg"][1:]

@@ -229,8 +229,11 @@ def to_path(text: str) -> AnyPath:
     """The file or folder that a path or URL stands for; it need not exist.
 
     Raises:
-        OutputError: when the URL's protocol is not known, or its package is not installed.
+        OutputError: when it is empty, as of a shell variable that is not set, or the URL's protocol is not known, or
+            its package is not installed.
     """
+    if not text:  # Path("") would be the current folder
+        raise OutputError("The name of a folder or URL is empty: give one, or `.` for the current folder.")
     protocol, colon, _ = text.rpartition("::")[2].partition(":/")  # of simplecache::s3://bucket, s3
     if not colon or not protocol.isalnum() or len(protocol) == 1:
         return Path(text)

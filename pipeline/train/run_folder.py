@@ -24,6 +24,7 @@ from pipeline.shared.configfile import leaves
 from pipeline.train.adapters.released import save_tensors
 from pipeline.train.settings import TrainConfig, without_free_keys
 from schemas.errors import LostError, OutputError, first_line
+from schemas.shard import DATASET
 
 _STEP = "step-"
 _ADAPTER, _AVERAGE, _STATE, _RUN = "adapter.safetensors", "average.safetensors", "state.pt", "run.json"
@@ -61,8 +62,10 @@ class RunFolder:
         """Create the directory for a run, or go on in it.
 
         Raises:
-            OutputError: when another run is there, or it cannot be written.
+            OutputError: when another run, or a dataset, is there, or it cannot be written.
         """
+        if not self.exists() and (self.root / DATASET).exists():
+            raise OutputError(f"{self.root} holds a dataset, whose report this would replace: choose another --out.")
         if self.exists() and not resume:
             raise OutputError(f"{self.root} holds a run: give --resume to go on with it, or another --out.")
         if self.exists():

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
+from pipeline.dataset import job
 from pipeline.dataset.config import Config
 from pipeline.shared.configfile import keys
 from schemas.errors import UserError
@@ -103,6 +104,37 @@ def test_main_turns_a_mistake_into_exit_code_2_without_a_traceback(tmp_path):
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["dataset", "--shards", "sample", "--out", ""], ["report", ""], ["group", "x", "--out", ""]]
+)
+def test_an_empty_name_is_a_mistake_and_not_the_current_folder(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, words)
+    assert "is empty" in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_out_that_will_not_do_is_known_before_anything_starts(part, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+
+    def start(plan):
+        pytest.fail("Ray, or a model, was started for nothing")
+
+    monkeypatch.setattr(job, "executor_of", lambda config: start)
+    result = CliRunner().invoke(app, ["dataset", "--shards", str(part), "--out", str(tmp_path / "file"), *EMBEDDED])
+    assert "cannot be written" in str(result.exception)
+
+
+def test_a_training_run_is_no_out(part, tmp_path):
+    run = {name: tmp_path / name for name in ("run.json", "metrics.jsonl", "report.html")}
+    for path in run.values():
+        path.write_text("of the run")
+    result = CliRunner().invoke(app, ["dataset", "--shards", str(part), "--out", str(tmp_path), *EMBEDDED])
+    assert "holds a training run" in str(result.exception)
+    assert {path.read_text() for path in run.values()} == {"of the run"}
+    assert not (tmp_path / "shards").exists()
 
 
 @pytest.mark.parametrize("words", [["report"], ["verify"]])

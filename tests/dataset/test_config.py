@@ -24,10 +24,13 @@ def test_set_beats_the_file_and_both_beat_the_profile(tmp_path):
         ("filter.min_face_pix=1", "filter.min_face_px"),
         ("fliter.min_face_px=1", "filter"),
         ("min_face_px=1", "filter.min_face_px"),
+        ("segment.colour=1", "Unknown config key 'segment.colour': segment has keep, fill, "),
+        ("zzzz=1", "Unknown config key 'zzzz': `config` lists those that there are."),
         ("crop.face_share.protrait=0.4", "crop.face_share.portrait"),
         ("filter.min_image_px=many", "filter.min_image_px"),
         ("models.det_size=100", "models.det_size"),
         ("filter", "key=value"),
+        ("filter=3", "'filter' is a section and takes no value: give one of its keys, such as filter."),
         ("profile=fast", "embedded"),
         ("source.columns.txt=x", "'source.columns.txt': did you mean source.columns.text?"),
         ("crop.size=2000", "crop.max_size"),
@@ -46,6 +49,9 @@ def test_an_unreadable_or_broken_file_is_one_sentence(tmp_path):
     broken = tmp_path / "broken.toml"
     broken.write_text("a = [")
     with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(broken, [])
+    broken.write_bytes("# größer\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"is no text in UTF-8: save it as such\.$"):
         load_config(broken, [])
 
 

@@ -36,6 +36,14 @@ def run(tmp_path):
     return made
 
 
+def test_a_dataset_is_no_folder_for_a_run(tmp_path):
+    (tmp_path / "dataset.json").touch()
+    with pytest.raises(OutputError) as error:
+        RunFolder(tmp_path).start(told(), resume=False)
+    assert "holds a dataset" in sentence(error)
+    assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]
+
+
 def save(run, step, keep=3, average=None, weights=WEIGHTS):
     state = {**STATE, "step": step, "average": None if average is None else {"decay": 0.9}}
     return run.save(step, weights, average, state, keep)

@@ -85,13 +85,18 @@ def forget(
 
     Raises:
         SourceError: when a list cannot be read.
-        OutputError: when OUT is no dataset, cannot be written or is in use, for what is no site or no sha256, for a
+        OutputError: when OUT is no dataset, cannot be written or is in use, for what is no URL, site or sha256, for a
             file that is in no row of a whole dataset, or when there is nothing at all.
         LostError: when OUT cannot be written any more.
         CorruptShardError: when the list of earlier take-downs, dataset.json or a manifest is damaged.
     """
     shards_folder(out)
     output = Output(out)
+    if bare := [url for url in urls if "//" not in url]:  # it would match no row, and be remembered in vain
+        raise OutputError(
+            f"{bare[0]!r} is no URL: give it with its http://; an image that needed no download goes by --file, a "
+            "site by --domain."
+        )
     listed = [entry for path in lists for entry in entries(str(path))]
     urls, contents, domains = (
         [*given, *(text for kind, text in listed if kind == word)]

@@ -59,6 +59,10 @@ class Output:
         listed = Listed(plan.config.download.removed)
         with contextlib.ExitStack() as stack:
             is_new = False
+            if (self.root / "run.json").exists() and (self.root / "metrics.jsonl").exists():
+                raise OutputError(
+                    f"{self.root} holds a training run, whose report this would replace: choose another OUT."
+                )
             self.make_folders()
             try:
                 stack.enter_context(self.locked())

@@ -24,8 +24,14 @@ from stages.fetch.stored import of_cell
 EXTENSIONS = ".parquet, .csv[.gz], .tsv[.gz], .jsonl[.gz]"
 BESIDE = ("json", "txt", "caption")
 """Suffixes of files that tell of the image of the same name; of captions, those of the first count."""
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jxl")
-"""The image of a sample is its first file with one of these suffixes, in this order."""
+IMAGE_SUFFIXES = (
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jxl"),
+    *("jfif", "jpe", "heif", "hif", "jp2"),
+)
+"""The image of a sample is its first file with one of these suffixes, in this order.
+
+Those that are not decoded here stand among them, so that such a file is a drop and not passed over.
+"""
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "image_bytes", "bytes", "content", *IMAGE_SUFFIXES)
 """What a column of encoded images is called; one of structs with `bytes`, as HF's, may have any name."""
 BATCH_ROWS = 32_768

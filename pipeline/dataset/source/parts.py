@@ -192,7 +192,7 @@ def _parts_of(word: str, settings: SourceSettings) -> list[Part]:
     kind = kind_of(path)
     if kind == "file":
         whole = full_path(fs, inside, word=path)
-        files, hint = data_files([whole]), " Of images, give the folder." if is_image(whole) else _unpacking([whole])
+        files, hint = data_files([whole]), _hint_for([whole])
         complaint = f"{whole} is no metadata file: the names of those end in {_KINDS}.{hint}"
     elif kind == "directory":
         return _parts_in(path, settings)
@@ -201,8 +201,7 @@ def _parts_of(word: str, settings: SourceSettings) -> list[Part]:
             matched = sorted(full_path(fs, str(name)) for name in fs.glob(inside))
         files = data_files(matched)
         matches = f"only files such as {matched[0]}" if matched else "no file"
-        hint = " Of images, give the folder." if any(map(is_image, matched)) else ""
-        complaint = f"{word} matches {matches}: metadata is {_KINDS}.{hint}"
+        complaint = f"{word} matches {matches}: metadata is {_KINDS}.{_hint_for(matched)}"
     else:
         files, complaint = [], f"{word} is neither a part nor an existing file or folder: {_hint(word, fs, inside)}"
     if not files:
@@ -229,15 +228,20 @@ def _parts_in(word: str, settings: SourceSettings) -> list[Part]:
             return [whole, *(_part(file, settings) for file in files if file not in naming)]
     if not files:
         links = " (links that lead out of it are not read)" if pictures.left_out else ""
-        there = f"{_listing(word)}{links}.{_unpacking(listed)}"
+        there = f"{_listing(word)}{links}.{_hint_for(listed)}"
         raise SourceError(f"{word} holds no images and no metadata ({_KINDS}); {there}")
     return [_part(file, settings) for file in files]
 
 
-def _unpacking(paths: list[str]) -> str:
-    """What to do with archives, where there are any."""
-    is_packed = any(path.lower().endswith((".zip", ".gz", ".tgz", ".zst", ".xz", ".7z", ".rar")) for path in paths)
-    return " Unpack archives first." if is_packed else ""
+def _hint_for(paths: list[str]) -> str:
+    """What to do with files that are no metadata."""
+    names = [path.lower() for path in paths]
+    if any(map(is_image, names)):
+        return " Of images, give the folder."
+    if any(name.endswith((".zip", ".gz", ".tgz", ".zst", ".xz", ".7z", ".rar")) for name in names):
+        return " Unpack archives first."
+    is_text = any(name.endswith(".txt") for name in names)
+    return " Of a list of URLs, make a .csv whose first line is `url`." if is_text else ""
 
 
 def _rows_among(paths: list[str], folder: str) -> list[str]:
@@ -288,7 +292,7 @@ def _hint(word: str, fs: Any, inside: str) -> str:
         siblings = []
     paths = [folder + slash + sibling for sibling in difflib.get_close_matches(name, siblings, n=2)]
     near = [word[: -len(inside)] + path if word.endswith(inside) else path for path in paths]
-    numbers = re.findall(r"[0-9]+", word)
+    numbers = re.search(r"[0-9]+(?:\.\.[0-9]+)?", word)
     near += difflib.get_close_matches(word, [SAMPLE, f"laion-part-{numbers[0] if numbers else 0}"], n=1)
     return (
         f"did you mean {' or '.join(near)}?"

@@ -334,6 +334,7 @@ def test_nothing_that_matches_is_said_and_remembered(out):
         ({"domains": ("org",)}, "is no site"),
         ({"domains": ("",)}, "is no site"),
         ({"contents": ("abc",)}, "is no sha256"),
+        ({"urls": ("photo.jpg",)}, "'photo.jpg' is no URL"),
     ],
 )
 def test_words_that_make_no_sense_change_nothing(out, wanted, message):

@@ -63,6 +63,13 @@ def picked(found, *names):
     return [tuple(row[name] for name in names or ("source_file", "text", "text_alternatives")) for row in found]
 
 
+def test_images_of_rarer_suffixes_are_rows_too(tmp_path):
+    """Also those that are not decoded here: a drop is seen, what is passed over is not."""
+    names = ["a.jfif", "b.JPE", "c.heic", "d.heif", "e.HIF", "f.jp2"]
+    put(tmp_path, **dict.fromkeys(names, encoded(format="JPEG")))
+    assert [name for (name,) in picked(rows(tmp_path), "source_file")] == names
+
+
 # A whole run
 
 

@@ -189,6 +189,7 @@ def test_a_root_without_metadata(tmp_path):
 def test_unknown_words_suggest_near_ones(tmp_path):
     parquet(tmp_path / "part-00.parquet")
     assert "did you mean laion-part-12?" in complaint("laion-prt-12")
+    assert "did you mean laion-part-0..99?" in complaint("laion-parts-0..99")
     assert "did you mean sample?" in complaint("sampel")
     assert "part-00.parquet" in complaint(tmp_path / "part-00.parqet")
     assert "path, glob or URL" in complaint("/no/such/folder/qqq")
@@ -201,6 +202,8 @@ def test_folders_and_globs_with_nothing_to_read(tmp_path):
     assert "matches no file" in complaint(tmp_path / "*.parquet")
     assert "only files such as" in complaint(tmp_path / "*.jpg")
     assert "is no metadata file" in complaint(tmp_path / "photo.jpg")
+    (tmp_path / "urls.txt").touch()
+    assert "make a .csv whose first line is `url`" in complaint(tmp_path / "urls.txt")
 
 
 def test_protocols_that_are_unknown_or_not_installed():
