@@ -52,7 +52,7 @@ class ScrfdTorch:
         return [Candidates(rows[:, 0], rows[:, 1:5], rows[:, 5:].reshape(-1, 5, 2)) for _, rows in seen]
 
     def screened(self, canvases: Sequence[Image], lowest: float) -> list[tuple[float, Floats, Floats]]:
-        """As `_OneByOne` gives them, of (n, n, 3) canvases; all of one size after the other, so give few sizes."""
+        """As `ScrfdOnnx` gives them, of (n, n, 3) canvases; all of one size after the other, so give few sizes."""
         return [(max(0.0, best), rows[:, 0], rows[:, 1:5]) for best, rows in self.batches(canvases, lowest)]
 
     def require_same(self, canvases: Sequence[Image], lowest: float) -> None:
