@@ -38,7 +38,7 @@ _WIDE = {(0, 1): 1.0, (0, -1): 0.8} | {(turn, 1): 0.6 for turn in (45, -45, 90, 
 _LOOKS = {1.5: {(0, 1): 0.7, (0, -1): 0.56}, 3.0: _WIDE, 4.0: _WIDE}
 """How a doubtful second box is looked at: side of what is cut out for it / its own -> degrees by which it is turned,
 and -1 where mirrored -> what a score counts then, since dogs and flowers are faces there more often than faces are
-turned. From near, since little is around a face that was cut out of another picture."""
+turned. From near, since little is around a pasted face, and a mask or light from behind hides some from afar."""
 _NOTHING, _LIKELY = (0.25, 0.32), 0.5
 """The best score, of boxes whose centre is within its side, under which it is no face: where the first score is less
 than 0.5, and where not, since faces that are hardly seen closer are hardly seen at first either."""
