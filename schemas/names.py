@@ -23,12 +23,14 @@ def split_spec(spec: str) -> list[str]:
     `\,` is a comma of a path; a local path that exists as SHARDS has it is one word.
 
     Raises:
-        SourceError: when SHARDS is empty or a range runs backwards.
+        SourceError: when SHARDS is empty, a kind stands before nothing, or a range runs backwards.
     """
     is_path = os.path.exists(os.path.expanduser(split_kind(spec.strip())[1]))
     split = [spec] if is_path else re.split(r"(?<!\\),", spec)
     words: list[str] = []
     for word in filter(None, (one.strip().replace("\\,", ",") for one in split)):
+        if not split_kind(word)[1]:
+            raise SourceError(f"{word!r} stands before nothing: write {word}pictures/, without a blank or comma.")
         match = _RANGE.fullmatch(word)
         first, last = (int(match[2]), int(match[3] or match[2])) if match else (0, 0)
         if last < first:

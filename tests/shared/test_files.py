@@ -24,7 +24,8 @@ def test_what_a_path_or_url_stands_for(tmp_path):
     url = to_path("memory://bucket/a.b/") / "c.tar"
     assert (str(url), url.name) == ("memory://bucket/a.b/c.tar", "c.tar")
     assert url.parent == to_path("memory://bucket/a.b")
-    for wrong, named in (("s3:/bucket/x", "neither a folder nor a URL"), ("nonsense://x", "nonsense")):
+    wrongs = {"s3:/bucket/x": "neither a folder nor a URL", "nonsense://x": "nonsense", "": "is empty"}
+    for wrong, named in wrongs.items():
         with pytest.raises(OutputError, match=named):
             to_path(wrong)
 
