@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pipeline.shared.process import standard_streams, trouble_of_machine
-from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, UserError, is_gpu_full
+from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, OutputError, UserError, is_gpu_full
 
 # Each command imports what it needs: torch takes a second and a half, and `--help` is answered at once.
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -19,6 +19,13 @@ _LESS_MEMORY = (
     "data.batch_size."
 )
 _COMMANDS = ("run", "export", "evaluate", "report", "config")
+
+
+def _folder(word: str) -> Path:
+    """Of an option; an empty one, as of a shell variable that is not set, would be the current folder."""
+    if not word:
+        raise OutputError("The name of a folder is empty: give one, or `.` for the current folder.")
+    return Path(word)
 
 
 @app.command()
@@ -40,7 +47,10 @@ def run(
             help="tiny, tiny-sdxl, sd15, sdxl, or a diffusers folder. (Default: sd15; tiny for `embedded` shards.)"
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the run goes. (Default: runs/VARIANT-BASE.)")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=_folder, metavar="DIR", help="Where the run goes. (Default: runs/VARIANT-BASE.)"),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps. (Default: by preset.)")] = None,
     preset: Annotated[str | None, typer.Option(help="tiny, sd15, sdxl-512 or sdxl-1024. (Default: by base.)")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
@@ -79,7 +89,9 @@ def run(
 def export_command(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The --out of a training run.")],
     step: Annotated[int | None, typer.Option(help="The checkpoint. (Default: the last.)")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the files go. (Default: RUN.)")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=_folder, metavar="DIR", help="Where the files go. (Default: RUN.)")
+    ] = None,
 ) -> None:
     """Write the released files (.safetensors, .bin, LoRA, sidecar) of a checkpoint again."""
     from pipeline.train.export import export_run
@@ -121,7 +133,9 @@ def evaluate_command(
     step: Annotated[int | None, typer.Option(help="Checkpoint of RUN. (Default: the last.)")] = None,
     name: Annotated[str, typer.Option("--variant", help="Of FILE, where neither sidecar nor name tells it.")] = "",
     base: Annotated[str | None, typer.Option(help="As in training. (Default: the one it was trained on.)")] = None,
-    out: Annotated[Path | None, typer.Option(help="(Default: RUN/evaluation, or beside FILE.)")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=_folder, metavar="DIR", help="(Default: RUN/evaluation, or beside FILE.)")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the noise. (Default: that of the training.)")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="TOML file with the keys that --set takes.")] = None,
     sets: Annotated[
