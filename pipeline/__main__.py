@@ -218,7 +218,7 @@ def verify(folder: Folder = "out") -> None:
     if problems:
         errors.print(f"Problems found: {len(problems)}.")
         raise typer.Exit(ExitCode.SHARDS_FAILED)
-    say(f"{folder}: all shards verify.")
+    say(f"{folder}: {finished.good_news(to_path(folder))}")
 
 
 @app.command()

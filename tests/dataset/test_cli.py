@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from pipeline.__main__ import app
 from pipeline.dataset import job
 from pipeline.dataset.config import Config
+from pipeline.dataset.finished.verify import good_news
 from pipeline.shared.configfile import keys
 from schemas.errors import UserError
 
@@ -125,6 +126,13 @@ def test_an_out_that_will_not_do_is_known_before_anything_starts(part, tmp_path,
     monkeypatch.setattr(job, "executor_of", lambda config: start)
     result = CliRunner().invoke(app, ["dataset", "--shards", str(part), "--out", str(tmp_path / "file"), *EMBEDDED])
     assert "cannot be written" in str(result.exception)
+
+
+def test_verify_does_not_praise_what_is_not_there(tmp_path):
+    (tmp_path / "shards").mkdir()
+    assert good_news(tmp_path).startswith("no shard is finished yet")
+    (tmp_path / "shards" / "part-00000.json").touch()
+    assert good_news(tmp_path) == "all shards verify."
 
 
 def test_a_training_run_is_no_out(part, tmp_path):

@@ -79,6 +79,11 @@ def verify(out: AnyPath) -> list[Problem]:
     return [*problems, *_dataset_problems(out, manifests)]
 
 
+def good_news(out: AnyPath) -> str:
+    """What to say where there is no problem: nothing at all is none either."""
+    return "all shards verify." if shard_names(out) else "no shard is finished yet; there is nothing to verify."
+
+
 def foreign_files(out: AnyPath) -> list[str]:
     """What lies in OUT and OUT/shards, and is nothing of ours: it is left alone."""
     temporary = (TEMPORARY, NEW)
