@@ -30,6 +30,7 @@ for _name, _value in {
     "NO_ALBUMENTATIONS_UPDATE": "1",
     "WANDB_MODE": "disabled",
     "HF_HUB_OFFLINE": "1",
+    "ORT_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
     "RAY_worker_niceness": "0",  # on a busy machine, the workers of Ray would starve, and their deadlines pass

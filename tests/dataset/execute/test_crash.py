@@ -127,8 +127,8 @@ def test_an_out_that_turns_read_only_ends_the_run_with_a_sentence_and_goes_on_la
 
 
 @pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.long)])
-def test_an_out_that_vanishes_ends_the_run_with_a_sentence_and_is_not_made_again(tmp_path, executor):
-    out = tmp_path / "out"
+def test_an_out_that_vanishes_ends_the_run_with_a_sentence_and_is_not_made_again(whole, tmp_path, executor):
+    out = without(whole, tmp_path / "out", *SHARDS[1:])
     process = begun(out, "--executor", executor, "--set", "executor.workers=1")
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(out, ignore_errors=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import fake_dataset as fake
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from sample_runs import begun, make
+from sample_runs import SHARDS, begun, make, without
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
@@ -76,8 +76,8 @@ def test_what_verify_thinks_of_a_run_that_goes_on(half):
     assert not [problem for problem in verify(half) if problem.file == "dataset.json"]
 
 
-def test_a_real_run_is_seen_from_another_process_until_its_end(tmp_path):
-    out = tmp_path / "out"
+def test_a_real_run_is_seen_from_another_process_until_its_end(whole, tmp_path):
+    out = without(whole, tmp_path / "out", *SHARDS[1:])
     process = begun(out)
     process.send_signal(signal.SIGSTOP)
     now = status(out)
