@@ -19,6 +19,8 @@ SKIN = 1
 _SIDE = 128
 """Side at which the cut is made: a quarter of the crop; a face then costs 13 to 40 ms of one CPU thread."""
 _ITERATIONS = 2
+_STEP = 3
+"""Every third pixel of a row and of a column shows which colours there are: 42 x 42."""
 _SEED = 0
 
 _FACE_CENTRE = 0.4
@@ -49,13 +51,16 @@ class GrabCut(WithoutWeights):
         _ellipse(mask, head, mouth - eyes, _POSSIBLE, cv2.GC_PR_BGD)
         _ellipse(mask, face, mouth - eyes, _LIKELY, cv2.GC_PR_FGD)
         _ellipse(mask, face, mouth - eyes, _SURE, cv2.GC_FGD)
-        foreground = np.isin(mask, (cv2.GC_FGD, cv2.GC_PR_FGD))
-        if foreground.any() and not foreground.all():  # else there are not two kinds of colour to learn
+        few = np.ascontiguousarray(mask[_STEP // 2 :: _STEP, _STEP // 2 :: _STEP])
+        # OpenCV's labels of what is face are odd; where all is alike, there are no two kinds of colour to learn.
+        if len(np.unique(few & 1)) == 2:
+            colours = np.zeros((1, 65)), np.zeros((1, 65))
             cv2.setRNGSeed(_SEED)  # the colour clusters start from OpenCV's own random numbers
-            cv2.grabCut(small, mask, None, np.zeros((1, 65)), np.zeros((1, 65)), _ITERATIONS, cv2.GC_INIT_WITH_MASK)
-            foreground = np.isin(mask, (cv2.GC_FGD, cv2.GC_PR_FGD))
-        smooth = cv2.resize(foreground.astype(np.float32), (side, side), interpolation=cv2.INTER_CUBIC)
-        return np.where(smooth > 0.5, SKIN, 0).astype(np.uint8)
+            fewer = cv2.resize(small, few.shape, interpolation=cv2.INTER_AREA)
+            cv2.grabCut(fewer, few, None, *colours, 0, cv2.GC_INIT_WITH_MASK)  # the clusters alone
+            cv2.grabCut(small, mask, None, *colours, _ITERATIONS, cv2.GC_EVAL)
+        smooth = cv2.resize((mask & 1).astype(np.float32), (side, side), interpolation=cv2.INTER_CUBIC)
+        return np.where(smooth > 0.5, np.uint8(SKIN), np.uint8(0))
 
 
 def _ellipse(
@@ -66,11 +71,6 @@ def _ellipse(
     label: int,
 ) -> None:
     """Fill an ellipse whose second half axis lies along `axis`, in units of its length."""
-    rows, columns = np.indices(mask.shape, np.float64)
     length = max(float(np.hypot(*axis)), 1.0)
-    down = axis / length
-    offset = columns - centre[0], rows - centre[1]
-    along = offset[0] * down[0] + offset[1] * down[1]
-    across = offset[1] * down[0] - offset[0] * down[1]
-    inside = (across / (half_axes[0] * length)) ** 2 + (along / (half_axes[1] * length)) ** 2 <= 1
-    mask[inside] = label
+    size = tuple(2 * half * length for half in half_axes)
+    cv2.ellipse(mask, (centre.tolist(), size, float(np.degrees(np.arctan2(*axis[::-1]))) - 90), label, cv2.FILLED)
