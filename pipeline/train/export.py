@@ -11,6 +11,7 @@ from pipeline.train.adapters.attention import named_attention
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.adapters.released import read_sidecar, write_released
 from pipeline.train.adapters.variants import Variant
+from pipeline.train.card import write_adapter_card
 from pipeline.train.job import TrainJob
 from pipeline.train.run_folder import RunFolder, writing
 from schemas.arcface import LICENCES, PACK_FILES
@@ -135,22 +136,22 @@ def described(job: TrainJob, model: AdapterModel) -> dict[str, Any]:
 def export(run: RunFolder, description: Mapping[str, Any], step: int, folder: Path) -> list[Path]:
     """Write the released files of the checkpoint at `step`, of its average where there is one, into `folder`.
 
+    Outside of the run's checkpoints, a card is written beside them.
+
     Raises:
         OutputError: when the checkpoint is damaged, or the folder cannot be written.
     """
     weights, average = run.weights(step)
     if average is None and description["sidecar"]["recipe"]["optim"]["ema_decay"]:
         raise OutputError(f"The checkpoint {run.folder(step)} lacks its averaged weights: remove it, then resume.")
+    name, sidecar = description["name"], {**description["sidecar"], "steps": step}
+    paths, kind = description["attention_paths"], description["identity"]["kind"]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        return write_released(
-            folder,
-            description["name"],
-            weights if average is None else average,
-            attention_paths=description["attention_paths"],
-            kind=description["identity"]["kind"],
-            sidecar={**description["sidecar"], "steps": step},
+        files = write_released(
+            folder, name, weights if average is None else average, attention_paths=paths, kind=kind, sidecar=sidecar
         )
+    return files if folder == run.folder(step) else [*files, *write_adapter_card(folder, name, sidecar)]
 
 
 def export_run(root: Path, step: int | None, folder: Path | None) -> list[Path]:

@@ -3,7 +3,7 @@
 RUN/run.json                       what is trained, on what; compared before a run is resumed
 RUN/checkpoints/step-00002000/     adapter.safetensors (float32), state.pt (the rest), and the released files
 RUN/metrics.jsonl  RUN/history.jsonl  RUN/tensorboard/  RUN/validation/  RUN/report.html
-RUN/<released name>.*              at the end
+RUN/<released name>.*  RUN/README.md   at the end
 """
 
 import json

@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 BASES = {"sd15": "tiny", "sdxl": "tiny-sdxl"}
 SMALL = ("adapter.lora_rank=4",)
 RANK = 4
-RUN = {"checkpoints", METRICS, "history.jsonl", "report.html", "run.json", "tensorboard"}
+RUN = {"README.md", "checkpoints", METRICS, "history.jsonl", "report.html", "run.json", "tensorboard"}
 
 
 def train(dataset, out, *pairs, name="faceid", base="tiny", steps=2, code=ExitCode.OK, **told):
@@ -111,6 +111,9 @@ def test_a_run_leaves_the_released_files_and_nothing_else(run):
     assert {path.name for path in checkpoint.iterdir()} == files | {"adapter.safetensors", "state.pt"}
     for file in files:
         assert (checkpoint / file).read_bytes() == (root / file).read_bytes()
+    card, sidecar = (root / "README.md").read_text(), json.loads((root / f"{name}.json").read_bytes())
+    assert all(note in card for note in sidecar["loading"])
+    assert all(licence in card for licence in sidecar["licences"])
 
 
 def test_every_trained_weight_moved_and_the_base_did_not(run):

@@ -19,10 +19,11 @@ from pipeline.shared.atomic import write_atomically
 from pipeline.shared.bases import BaseSource, find_base
 from pipeline.shared.terminal import Screen
 from pipeline.train.adapters.model import AdapterModel
-from pipeline.train.adapters.released import require_fit
+from pipeline.train.adapters.released import read_sidecar, require_fit
 from pipeline.train.adapters.variants import Widths
 from pipeline.train.base_model import Base
-from pipeline.train.evaluate.page import SHOWN, reduced, title, write_page
+from pipeline.train.card import Results, write_adapter_card
+from pipeline.train.evaluate.page import SHOWN, reduced, table, title, write_page
 from pipeline.train.evaluate.subject import Subject, read_subject
 from pipeline.train.job import DEFAULT_PRESETS, EMBEDDED, TINY, require_meaning
 from pipeline.train.loader import Dataset, Face, features_of, first_faces, open_dataset
@@ -33,6 +34,7 @@ from pipeline.train.validate.distances import View, Viewer, scale, spread
 from pipeline.train.validate.validation import NAMES, OTHERS, Sampler, Turn, drawings, means, turns_of
 from pipeline.train.watch import console, say
 from schemas.errors import ConfigError
+from schemas.shard import CARD
 
 SCHEMA_VERSION = 1
 _RESAMPLED = 1000
@@ -116,6 +118,11 @@ def evaluate(call: Call) -> tuple[Path, dict[str, Any]] | None:
     with writing(out):
         write_atomically(out / "evaluation.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
         write_page(out / "evaluation.html", result, [one.pictures for one in persons if one.pictures["photos"]])
+    file, sidecar = subject.released, read_sidecar(subject.released)
+    # The card beside the very files that were evaluated has the numbers too, unless they were to go elsewhere.
+    if call.out is None and file.with_name(CARD).exists() and sidecar.get("steps") == subject.about["step"] is not None:
+        notes = list(dict.fromkeys([papers["held_out"]["why"], *papers["notes"]]))
+        write_adapter_card(file.parent, file.stem, sidecar, Results(table(result), notes))
     return out, result
 
 

@@ -41,6 +41,8 @@ class Subject:
     """Layout of the base that the name of the file tells, else ""."""
     folder: Path
     """Where its evaluation belongs."""
+    released: Path
+    """Its released file, which a run may not have yet."""
 
     @property
     def recipe(self) -> dict[str, Any] | None:
@@ -116,11 +118,12 @@ def read_subject(path: Path, name: str, step: int | None) -> Subject:
         tensors = weights if average is None else average
         file = run.folder(step) / ("adapter.safetensors" if average is None else "average.safetensors")
         sidecar, watch, folder = description["sidecar"], description.get("watch", {}), path / "evaluation"
+        released = path / f"{description['name']}.safetensors"
     elif path.suffix in _SUFFIXES:
         if step is not None:
             raise ConfigError(f"--step is for runs, and {path} is a file.")
         file, tensors, watch, folder = path, read_released(path), {}, path.with_name(f"evaluation-{path.stem}")
-        sidecar = read_sidecar(path)
+        sidecar, released = read_sidecar(path), path
     else:
         raise SourceError(
             f"{path} is neither the folder of a training run nor a file of an adapter ({' or '.join(_SUFFIXES)})."
@@ -137,4 +140,4 @@ def read_subject(path: Path, name: str, step: int | None) -> Subject:
     if name and sidecar and name != known:
         raise ConfigError(f"{path} is of the variant {known}, not {name}: leave --variant out.")
     about = {"name": path.resolve().name, "step": sidecar.get("steps", step), "sha256": sha256_of_file(file)}
-    return Subject(about, variant(name or known), tensors, sidecar, watch, kind, folder)
+    return Subject(about, variant(name or known), tensors, sidecar, watch, kind, folder, released)

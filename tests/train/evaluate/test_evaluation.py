@@ -188,6 +188,22 @@ def test_a_file_is_evaluated_with_its_sidecar_by_its_name_or_by_what_is_said_of_
     assert by_name.folder == tmp_path / f"evaluation-{NAME}"
 
 
+def test_the_card_beside_what_was_evaluated_has_the_numbers(trained, tmp_path):
+    for file in (trained / "run").glob("*.*"):
+        shutil.copy(file, tmp_path)
+    card, file = tmp_path / "README.md", tmp_path / f"{NAME}.safetensors"
+    words, before = ["evaluate", file, *QUICK, "--from-shards", trained / "other", "--faces", "2"], card.read_text()
+    assert call([*words, "--out", tmp_path / "elsewhere"]) == 0
+    assert card.read_text() == before
+    assert call(words) == 0
+    result = json.loads((tmp_path / f"evaluation-{NAME}" / "evaluation.json").read_bytes())
+    value = result["results"]["copy_paste_pixels"]
+    row = f"| Copy-paste by the pixels | {value['mean']:.2f} | {value['low']:.2f} to {value['high']:.2f} |"
+    assert row in card.read_text()
+    assert result["held_out"]["why"] in card.read_text()
+    assert before.partition("## Does it work?")[0] in card.read_text()
+
+
 def test_the_condition_is_of_the_pictures_that_it_was_trained_on(trained):
     subject = read_subject(trained / "run", "", None)
     assert subject.recipe["adapter"]["condition"] == "auto", "an ID vector has no choice"

@@ -1,0 +1,43 @@
+"""README.md of what was made: Markdown whose head the hub reads, and at whose end stands what is the user's."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from pipeline.shared.files import AnyPath, write
+from schemas.shard import CARD
+
+_YOURS = "<!-- What stands below this line is yours: it stays when the card is written anew. -->"
+_TEMPLATES = jinja2.Environment(
+    autoescape=False,  # noqa: S701  # it is Markdown; what strangers wrote is not in it
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+
+
+def write_card(folder: AnyPath, template: Path, head: Mapping[str, Any], **values: Any) -> bool:
+    """Write `folder`/README.md: the `head` for the hub, and what a template of Markdown says of the `values`.
+
+    What the user added stays, and a README.md that is none of ours is left alone.
+
+    Returns:
+        Whether it was written.
+
+    Raises:
+        OSError: when it cannot be read or written.
+    """
+    path = folder / CARD
+    before = path.read_bytes().decode("utf-8", "replace") if path.exists() else _YOURS
+    _, ours, yours = before.partition(_YOURS)
+    if ours:
+        plain = json.loads(json.dumps(head))  # what occurs twice in one object would be written as a reference
+        lines = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+        text = _TEMPLATES.from_string(template.read_text(encoding="utf-8")).render(json=json.dumps, **values)
+        write(path, f"---\n{lines}---\n\n{text}\n{_YOURS}{yours or chr(10)}".encode())
+    return bool(ours)
