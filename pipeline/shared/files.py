@@ -8,14 +8,10 @@ that it names.
 Metadata is read through `locate`, `open_binary` and `kind_of`, whose trouble is a `SourceError` of one sentence.
 """
 
-import csv
 import difflib
 import errno
 import os
-import sys
-import tarfile
 import tempfile
-import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -32,29 +28,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.shared.atomic import TEMPORARY, fsync_file, fsync_folder, write_atomically
 from schemas.errors import OutputError, SourceError, first_line
+from schemas.unreadable import unreadable
 
-_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, tarfile.TarError, csv.Error, pa.ArrowException)
-"""What unreadable, truncated or corrupt files raise, in all formats that are read here; ValueError: text and URLs."""
-_FOREIGN = (
-    ("aiohttp", "ClientError"),
-    ("azure.core.exceptions", "AzureError"),
-    ("botocore.exceptions", "BotoCoreError"),
-    ("gcsfs.retry", "HttpError"),
-    ("google.auth.exceptions", "GoogleAuthError"),
-    ("httpx", "HTTPError"),
-    ("httpx2", "HTTPError"),
-)
-"""Errors of remote file systems (no credentials, no route) that are no OSError; known once their module is loaded."""
 _WRITTEN = ("mtime", "LastModified", "last_modified", "updated", "created")
 """What file systems call the time at which a file was written: local ones and SFTP, S3, Azure, GCS, memory."""
 _BLOCK_BYTES = 2**24
 """Datasets are read ahead over a network: a request per 16 MiB."""
-
-
-def unreadable() -> tuple[type[BaseException], ...]:
-    """All errors that mean: this file or folder cannot be read."""
-    foreign = [getattr(sys.modules[module], name) for module, name in _FOREIGN if module in sys.modules]
-    return (*_UNREADABLE, *foreign)
 
 
 @contextmanager

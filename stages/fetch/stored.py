@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from schemas.drops import Dropped, DropReason
-from schemas.errors import SourceError
+from schemas.errors import SourceError, first_line
+from schemas.unreadable import unreadable
 from stages.fetch.body import Body
 from stages.fetch.engine import Outcome
 from stages.settings import Settings
@@ -97,9 +98,9 @@ class Stored:
                     data = tar.read(size) if size <= most else b""  # its size alone drops it
                     is_cut_off = size <= most and len(data) != size  # with the tar, whose writer was killed
                     yield index, self._outcome(None if is_cut_off else data, size)
-        except (OSError, pa.ArrowException, KeyError) as error:
+        except (*unreadable(), KeyError) as error:  # type: ignore[misc]  # it cannot tell what a star brings
             raise SourceError(
-                f"{path} cannot be read ({error}): restore the existing download, or fetch anew."
+                f"{path} cannot be read ({first_line(error)}): restore the existing download, or fetch anew."
             ) from error
 
     def _files(self, paths: dict[int, str]) -> Iterator[tuple[int, Outcome]]:

@@ -28,11 +28,12 @@ from pipeline.dataset.source.aliases import (
 )
 from pipeline.dataset.source.pictures import Pictures, is_image
 from pipeline.dataset.source.values import to_seeds
-from pipeline.shared.files import full_path, is_local, kind_of, locate, reading, unreadable
+from pipeline.shared.files import full_path, is_local, kind_of, locate, reading
 from schemas.errors import SourceError
 from schemas.names import SAMPLE, part_name, part_number, split_kind, split_spec
 from schemas.section import Section
 from schemas.shard import DATASET
+from schemas.unreadable import unreadable
 
 _KINDS = f"{metadata_files.EXTENSIONS} or .tar"
 _PROBES_AT_A_TIME = 8

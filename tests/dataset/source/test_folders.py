@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from aiohttp import ClientPayloadError
 from PIL import Image
 from sample_runs import contents, make
 from typer.testing import CliRunner
@@ -354,30 +355,31 @@ def test_cells_are_read_forwards_whoever_asks_for_them(tmp_path, monkeypatch):
 class Failing(io.FileIO):
     """A file whose disk or network fails for a while."""
 
-    fails = False
+    error = None
 
     def readinto(self, buffer):
-        if Failing.fails:
-            raise OSError(errno.EIO, "Input/output error")
+        if Failing.error:
+            raise Failing.error
         return super().readinto(buffer)
 
     def read(self, size=-1):
-        if Failing.fails:
-            raise OSError(errno.EIO, "Input/output error")
+        if Failing.error:
+            raise Failing.error
         return super().read(size)
 
 
-def test_a_read_that_failed_costs_no_row_once_it_is_tried_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "is gone"), ClientPayloadError("is gone")], ids=["disk", "net"])
+def test_a_read_that_failed_costs_no_row_once_it_is_tried_again(tmp_path, monkeypatch, error):
     path = str(tmp_path / "p.parquet")
     pq.write_table(pa.table({"jpg": [encoded(n) for n in range(40)]}), path, row_group_size=16)
     monkeypatch.setattr(stored.fsspec, "open", lambda path, _: SimpleNamespace(open=lambda: Failing(path)))
     reader = stored.Stored(Settings(filter=FilterSettings(min_image_px=1)))
     refs = [stored.of_cell(path, "jpg", n) for n in range(40)]
     assert reader.read(refs[:16]) == [encoded(n) for n in range(16)]
-    monkeypatch.setattr(Failing, "fails", True)
-    with pytest.raises(SourceError, match="Input/output error"):
+    monkeypatch.setattr(Failing, "error", error)
+    with pytest.raises(SourceError, match="is gone"):
         reader.read(refs[16:])
-    monkeypatch.setattr(Failing, "fails", False)
+    monkeypatch.setattr(Failing, "error", None)
     assert reader.read(refs[16:]) == [encoded(n) for n in range(16, 40)]
     reader.close()
 
