@@ -72,10 +72,9 @@ def _pixels(points: npt.NDArray[Any]) -> list[tuple[int, int]]:
 
 def masked(face: Image, mask: npt.NDArray[np.uint8], side: int) -> bytes:
     """A face (H, W, 3) RGB under the colours of its labels (H, W), as JPEG; unknown labels are black."""
-    colours = np.zeros((256, 3), np.float32)
+    colours = np.zeros((256, 3), np.uint8)
     colours[: len(LABEL_COLOURS)] = list(LABEL_COLOURS.values())
-    mixed = face * (1 - _LABEL_WEIGHT) + colours[mask] * _LABEL_WEIGHT
-    return reduced(mixed.round().astype(np.uint8), side)
+    return reduced(cv2.addWeighted(face, 1 - _LABEL_WEIGHT, colours[mask], _LABEL_WEIGHT, 0), side)
 
 
 _PHOTO_PX, _CROP_PX, _DROP_PX = 448, 192, 192
