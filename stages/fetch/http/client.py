@@ -7,6 +7,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import cache
 from typing import cast
 from urllib.parse import quote
 
@@ -33,6 +34,12 @@ _TINY, _MOST_TINY, _GATHER_S = 512, 32, 0.01
 _ASCII = "".join(map(chr, range(0x21, 0x7F)))
 
 
+@cache
+def tls_context() -> ssl.SSLContext:
+    """By the system's certificates; one a process, since it reads them all: OpenSSL lets threads share it."""
+    return ssl.create_default_context()
+
+
 class Client:
     """Sends requests; made and used on the loop. Deadlines, and how many at a time, are the caller's."""
 
@@ -44,7 +51,7 @@ class Client:
             limit=0,
             resolver=self._resolver,
             use_dns_cache=False,
-            ssl=ssl.create_default_context(),
+            ssl=tls_context(),
             keepalive_timeout=_IDLE_S,
             socket_factory=self._socket,
         )

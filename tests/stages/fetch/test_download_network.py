@@ -20,6 +20,7 @@ from stages.download import Download
 from stages.fetch.body import Body
 from stages.fetch.engine import RESOLVER
 from stages.fetch.http import resolve
+from stages.fetch.http.client import tls_context
 from stages.runtime import Runtime
 from stages.settings import DownloadSettings, Settings
 
@@ -68,9 +69,11 @@ class TlsServer(servers.HostileServer):
 @pytest.fixture
 def tls(monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+    tls_context.cache_clear()
     made = TlsServer()
     yield made
     made.close()
+    tls_context.cache_clear()
 
 
 def test_images_come_over_tls(make, tls, engine):
@@ -88,6 +91,7 @@ def test_drops_connection_error_of_a_certificate_for_somebody_else(make, tls, en
 
 def test_drops_connection_error_of_a_certificate_that_nobody_vouches_for(make, tls, engine, monkeypatch):
     monkeypatch.delenv("SSL_CERT_FILE")
+    tls_context.cache_clear()
     assert fetch(make(engine=engine), f"https://tls.test:{tls.port}/ok.jpg") == [DropReason.CONNECTION_ERROR]
     assert not tls.hits
 
