@@ -63,7 +63,7 @@ _LARGE = servers.LARGE
 _OK = says(body=_LARGE)
 _CHUNKED = head(Transfer_Encoding="chunked")
 _NO = b"User-agent: *\nDisallow: /\n"
-_BOMB = gzip.compress(bytes(servers.HUGE), 9)
+_BOMB = servers.BOMB
 _NESTED = gzip.compress(_BOMB)
 
 BEHAVIOURS: dict[str, Behaviour] = {

@@ -6,6 +6,7 @@ import socket
 import struct
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -96,7 +97,17 @@ def first_then(first: Answer, then: Answer) -> Answer:
 
 
 _OK = says(body=LARGE, Content_Type="image/jpeg")
-_BOMB = gzip.compress(bytes(HUGE), 9)
+
+
+def _bomb(size: int, piece: int = 1 << 20) -> bytes:
+    """`size` zeros by gzip: one piece is compressed, as each of the others would look."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    block = packer.compress(bytes(piece)) + packer.flush(zlib.Z_FULL_FLUSH)
+    end = packer.flush() + struct.pack("<II", zlib.crc32(bytes(size)), size)
+    return b"\x1f\x8b\x08" + bytes(7) + block * (size // piece) + end
+
+
+BOMB = _bomb(HUGE)
 ANSWERS: dict[str, Answer] = {
     "/ok.jpg": _OK,
     "/query.jpg?a=1&b=%2F": _OK,
@@ -111,7 +122,7 @@ ANSWERS: dict[str, Answer] = {
     "/page-then-huge.jpg": pours(HTML, len(HTML) + HUGE),
     "/endless.jpg": pours(LARGE, None),
     "/announces-too-much.jpg": pours(LARGE, len(LARGE) + HUGE),
-    "/bomb.jpg": says(body=_BOMB, Content_Encoding="gzip"),
+    "/bomb.jpg": says(body=BOMB, Content_Encoding="gzip"),
     "/bad-gzip.jpg": says(body=b"this is no gzip", Content_Encoding="gzip"),
     "/empty.jpg": says(),
     "/empty-without-length.jpg": breaks_off(head(Connection="close")),
