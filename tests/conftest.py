@@ -17,7 +17,7 @@ import hostile
 import hypothesis
 import pytest
 import servers
-from sample_runs import remembered_models, shared
+from sample_runs import MEMORY, remembered_models, shared
 from typer.testing import CliRunner
 
 # The suite tries the same examples each time: what turns red was changed. New ones are looked for with
@@ -75,6 +75,7 @@ def _cache(shared_folder: Path) -> Iterator[None]:
     """Whatever is cached, such as the tiny bases, is made and kept in a folder of this test run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(shared_folder / "cache"))
+        patch.setenv(MEMORY, str(shared_folder / "computed"))
         yield
 
 

@@ -4,6 +4,7 @@ import copy
 import functools
 import hashlib
 import io
+import os
 import pickle
 import signal
 import subprocess
@@ -27,16 +28,29 @@ from schemas.errors import ExitCode
 from stages.models.detectors.haar import Haar
 from stages.models.segmenters.grabcut import GrabCut
 
+REMEMBERING = Path(__file__).with_name("remembering.py")
 SHARDS = [f"sample-0000{n}" for n in range(8)]
 _SMALL = "source.rows_per_shard=3"
 
 
+MEMORY = "FACESHARDS_TESTS_REMEMBER"
+"""The variable that names the file in which the processes of a test run leave what they computed."""
 _drawn = {name: functools.cache(draw) for name, draw in FILES.items()}
 _computed: dict[Any, Any] = {}
+_recalled: set[Path] = set()
 
 
-def _remembering(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, computed once for the same pixels."""
+def _recall() -> None:
+    file = Path(os.environ.get(MEMORY, "/none"))
+    if file not in _recalled and file.exists():
+        _recalled.add(file)
+        pictures, computed = pickle.loads(file.read_bytes())
+        _drawn.update({name: lambda picture=picture: picture for name, picture in pictures.items()})
+        _computed.update(computed)
+
+
+def _remembering(compute: Callable[..., Any], pause_s: float = 0) -> Callable[..., Any]:
+    """The same, computed once for the same pixels; what is known comes after a pause."""
 
     @functools.wraps(compute)
     def remembered(model: Any, *arrays: Any) -> Any:
@@ -44,6 +58,7 @@ def _remembering(compute: Callable[..., Any]) -> Callable[..., Any]:
         key = compute.__qualname__, getattr(model, "_long_side", 0), *pixels
         if key not in _computed:
             _computed[key] = compute(model, *arrays)
+        time.sleep(pause_s)
         return copy.deepcopy(_computed[key])
 
     return remembered
@@ -59,23 +74,26 @@ def _card_of(sample: Any, content: Any, real: Callable[..., Card] = Card.of_samp
 @contextmanager
 def shared(folder: Path) -> Iterator[None]:
     """Within is one process of a test run at a time, which remembers what the first of them did."""
-    file = folder / "computed"
-    with FileLock(f"{file}.lock"):
-        if file.exists():
-            pictures, computed = pickle.loads(file.read_bytes())
-            _drawn.update({name: lambda picture=picture: picture for name, picture in pictures.items()})
-            _computed.update(computed)
+    file = Path(os.environ[MEMORY])
+    with FileLock(folder / "computed.lock"):
+        _recall()
         yield
         if not file.exists():
-            file.write_bytes(pickle.dumps(({name: draw() for name, draw in _drawn.items()}, _computed)))
+            draft = file.with_suffix(".new")
+            draft.write_bytes(pickle.dumps(({name: draw() for name, draw in _drawn.items()}, _computed)))
+            draft.rename(file)  # whole, for who reads without the lock
 
 
 @contextmanager
-def remembered_models() -> Iterator[None]:
-    """Within, all runs draw the sample's pictures, find faces, cut them out and reduce them for the report once."""
+def remembered_models(pause_s: float = 0) -> Iterator[None]:
+    """Within, all runs draw the sample's pictures, find faces, cut them out and reduce them for the report once.
+
+    With a pause, a run that others interrupt takes as long as if it looked for faces, without their processor time.
+    """
+    _recall()
     with (
         patch.dict(FILES, _drawn),
-        patch.object(Haar, "detect", _remembering(Haar.detect)),
+        patch.object(Haar, "detect", _remembering(Haar.detect, pause_s)),
         patch.object(GrabCut, "segment", _remembering(GrabCut.segment)),
         patch.object(Card, "of_sample", staticmethod(_card_of)),
     ):
@@ -93,8 +111,8 @@ def make(
 
 
 def command(out: object, *words: str) -> list[str]:
-    """The words of a run in a process of its own."""
-    run = [sys.executable, "-m", "pipeline", "dataset", "--shards", "sample", "--out", str(out)]
+    """The words of a run in a process of its own, which remembers what this test run computed of the sample."""
+    run = [sys.executable, str(REMEMBERING), "dataset", "--shards", "sample", "--out", str(out)]
     return [*run, "--set", _SMALL, *words]
 
 

@@ -143,7 +143,9 @@ def test_an_out_that_vanishes_ends_the_run_with_a_sentence_and_is_not_made_again
 
 HANG = """
 import sys, time
+sys.path.insert(0, {tests!r})
 from pipeline import __main__ as main
+from sample_runs import remembered_models
 from stages.{module} import {name} as stage
 def look(table):
     if any(key in ("sample-000000000", "sample-000000001") for key in table["key"].to_pylist()):
@@ -156,15 +158,18 @@ else:
     stage.__call__ = lambda self, table: real(self, look(table))
 stage.reads = tuple(dict.fromkeys(("key", *stage.reads)))
 sys.argv[1:] = {words!r}
-main.main()
+with remembered_models():
+    main.main()
 """
 
 
 def hanging(out: Path, module: str, name: str, how: str = "time.sleep(10_000)", timeout_s: float = 10) -> list[str]:
     """A run in which the first rows make a stage hang."""
-    words = command(out, "--set", f"executor.shard_timeout_s={timeout_s}", "--set", "executor.batch_rows=2")[3:]
+    words = command(out, "--set", f"executor.shard_timeout_s={timeout_s}", "--set", "executor.batch_rows=2")[2:]
     method = "stream" if module == "download" else "__call__"
-    return [sys.executable, "-c", HANG.format(module=module, name=name, how=how, method=method, words=words)]
+    tests = str(ROOT / "tests")
+    script = HANG.format(tests=tests, module=module, name=name, how=how, method=method, words=words)
+    return [sys.executable, "-c", script]
 
 
 @pytest.mark.parametrize(

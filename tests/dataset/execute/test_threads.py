@@ -48,7 +48,7 @@ main.main()
 
 
 def in_a_process(out, *words: str) -> list[str]:
-    return [sys.executable, "-c", SCRIPT, *command(out, "--set", "executor.batch_rows=1", *words)[3:]]
+    return [sys.executable, "-c", SCRIPT, *command(out, "--set", "executor.batch_rows=1", *words)[2:]]
 
 
 def test_threads_that_share_the_models_change_no_byte(whole, tmp_path, threads):
