@@ -27,6 +27,7 @@ BBOX, KPS = (
     [400.0, 200.0, 700.0, 600.0],
     [[480.0, 350.0], [620.0, 350.0], [550.0, 430.0], [490.0, 500.0], [610.0, 500.0]],
 )
+_PACK = Pack(Settings(), Runtime())
 PAYLOAD = tuple(name for name in COLUMNS if name not in ("verdict", "stage"))
 
 
@@ -51,17 +52,15 @@ def _crops(seed: int) -> dict[str, bytes]:
     return {name: encode_jpeg(drawn(*size, seed), 90) for name, size in sizes.items()}
 
 
+_MASK = encode_png((np.arange(224)[:, None] * 19 // 224 + np.zeros((1, 224))).astype(np.uint8))
+_DINO = encode_npy(np.ones((257, 2), np.float16))
+
+
 @cache
 def pictures(seed: int) -> dict[str, bytes]:
     """Crops of 24 kinds, and a person of its own."""
-    mask = (np.arange(224)[:, None] * 19 // 224 + np.zeros((1, 224))).astype(np.uint8)
     arcface = np.random.default_rng(seed).normal(size=512).astype(np.float32)
-    return {
-        **_crops(seed % 24),
-        "mask": encode_png(mask),
-        "arcface": encode_npy(arcface / np.linalg.norm(arcface)),
-        "dino": encode_npy(np.ones((257, 2), np.float16)),
-    }
+    return {**_crops(seed % 24), "mask": _MASK, "arcface": encode_npy(arcface / np.linalg.norm(arcface)), "dino": _DINO}
 
 
 CROPS = {
@@ -107,9 +106,9 @@ def record(part: str, row: int, **changes: Any) -> dict[str, Any]:
         **pictures(row),
         **changes,
     }
-    table = pa.Table.from_pylist([known], schema=schema(tuple(name for name in PAYLOAD if name in known)))
-    read = {name: table[name][0].as_py() if name in table.column_names else None for name in Pack.reads}
-    packed = Pack(Settings(), Runtime()).row(read)
+    names = tuple(name for name in Pack.reads if name in known)
+    (read,) = pa.Table.from_pylist([known], schema=schema(names)).to_pylist()  # as precise as the columns are
+    packed = _PACK.row({**dict.fromkeys(Pack.reads), **read})
     return {**known, **packed, **{name: value for name, value in changes.items() if name == "json"}}
 
 
@@ -145,9 +144,14 @@ def write(out: Path, shards: Mapping[str, Sequence[Mapping[str, Any]]], *, finis
     return out
 
 
+@cache
+def _photo() -> bytes:
+    return encode_jpeg(drawn(1280, 1024), 90)
+
+
 def mixed(part: str, start: int = 0) -> list[dict[str, Any]]:
     """Six rows: two kept, and drops before the download, at it, at the filter and behind it."""
-    photo = encode_jpeg(drawn(1280, 1024), 90)
+    photo = _photo()
     face = {"n_faces": 1, "bbox": BBOX, "kps": KPS, "width": 1280, "height": 1024}
     return [
         record(part, start),

@@ -433,6 +433,8 @@ def deadly(function, left):
         return function(*args, **options)
     return call
 
+# What a first call imports and compiles, the forked processes have.
+forget(Path(shutil.copytree(published, work.with_name("once"))), urls=urls)
 gc.freeze()
 steps, killed = 0, True
 while killed:
