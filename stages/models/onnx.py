@@ -6,8 +6,6 @@ from typing import Any
 import cv2
 import onnxruntime
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from insightface.model_zoo import get_model
-from insightface.model_zoo.package_manifest import has_model_package_manifest
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from schemas.errors import PlanError, WeightsError
@@ -44,6 +42,10 @@ def load(path: Path, task: str, device: Device) -> Any:
         WeightsError: when the file is not a model for the task.
         PlanError: when a GPU is wanted and ONNX Runtime does not run the model there.
     """
+    # Its package imports image augmentation too, a second of it: who only lists models need not wait for that.
+    from insightface.model_zoo import get_model
+    from insightface.model_zoo.package_manifest import has_model_package_manifest
+
     cv2.setNumThreads(1)
     providers = ["CPUExecutionProvider"]
     if device == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
