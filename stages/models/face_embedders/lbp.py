@@ -5,6 +5,8 @@ Papers: Ahonen, Hadid and Pietikäinen, TPAMI 2006, doi:10.1109/TPAMI.2006.244 (
 Dalal and Triggs, CVPR 2005, doi:10.1109/CVPR.2005.177 (HOG, by OpenCV).
 """
 
+from functools import cache
+
 import cv2
 import numpy as np
 import numpy.typing as npt
@@ -38,9 +40,7 @@ class Lbp(WithoutWeights):
         uniform = (bits != np.roll(bits, 1, axis=1)).sum(axis=1) <= 2
         self._bins = np.where(uniform, np.cumsum(uniform) - 1, uniform.sum())
         self._hog = cv2.HOGDescriptor((_SIZE, _SIZE), (2 * _CELL, 2 * _CELL), (_CELL, _CELL), (_CELL, _CELL), 9)
-        n_features = _CELLS**2 * (int(self._bins.max()) + 1) + self._hog.getDescriptorSize()
-        normal = np.random.Generator(np.random.PCG64(_SEED)).standard_normal((n_features, _DIMENSIONS), np.float32)
-        self._projection = np.rint(normal * np.float32(_LEVELS)).astype(np.float64)
+        self._projection = _projection(_CELLS**2 * (int(self._bins.max()) + 1) + self._hog.getDescriptorSize())
 
     def embed(self, faces: Image) -> Floats:
         """(N, 512) float32 of (N, 112, 112, 3) RGB norm_crops; the length is not 1."""
@@ -57,6 +57,13 @@ class Lbp(WithoutWeights):
             described = np.concatenate([_distinct(np.sqrt(counts / _CELL**2)), _distinct(gradients)])
             vectors.append((np.rint(described * _LEVELS) @ self._projection / _LEVELS**2).astype(np.float32))
         return np.array(vectors, np.float32).reshape(-1, _DIMENSIONS)
+
+
+@cache
+def _projection(n_features: int) -> _Doubles:
+    """Drawn once a process, however often models are loaded in it; not to be written to."""
+    normal = np.random.Generator(np.random.PCG64(_SEED)).standard_normal((n_features, _DIMENSIONS), np.float32)
+    return np.rint(normal * np.float32(_LEVELS)).astype(np.float64)
 
 
 def _distinct(cells: _Doubles) -> _Doubles:

@@ -6,6 +6,7 @@ Gradients are summed by direction and sign as in HOG (Dalal and Triggs, CVPR 200
 """
 
 from collections.abc import Mapping
+from functools import cache
 
 import cv2
 import numpy as np
@@ -39,10 +40,7 @@ class Patches(WithoutWeights):
 
     def __init__(self, settings: ModelSettings, device: Device) -> None:
         cv2.setNumThreads(1)
-        random = np.random.Generator(np.random.PCG64(_SEED))
-        shapes = (_FEATURES, _HIDDEN), (_FEATURES * _POOLED_GRID**2, _EMBEDS)
-        to_hidden, self._to_embeds = (np.rint(random.standard_normal(shape) * _STEPS) for shape in shapes)
-        self._to_hidden = to_hidden.astype(np.float32)
+        self._to_hidden, self._to_embeds = _projections()
 
     def embed(self, images: Image) -> Mapping[str, _Halves]:
         """`clip` and `clip_hidden` of (N, 224, 224, 3) RGB images; row 0 of `clip_hidden` describes the mean patch."""
@@ -62,6 +60,15 @@ class Patches(WithoutWeights):
         """`clip_hidden` of plain mid-grey (128), which is where colours and gradients of a patch are zero."""
         grey = np.full((1, 224, 224, 3), 128, np.uint8)
         return {"clip_hidden": self.embed(grey)["clip_hidden"][0]}
+
+
+@cache
+def _projections() -> tuple[Floats, npt.NDArray[np.float64]]:
+    """To hidden states and to embeds; drawn once a process, not to be written to."""
+    random = np.random.Generator(np.random.PCG64(_SEED))
+    shapes = (_FEATURES, _HIDDEN), (_FEATURES * _POOLED_GRID**2, _EMBEDS)
+    to_hidden, to_embeds = (np.rint(random.standard_normal(shape) * _STEPS) for shape in shapes)
+    return to_hidden.astype(np.float32), to_embeds
 
 
 def _describe(image: Image) -> Floats:
