@@ -183,7 +183,7 @@ def test_commands_and_keys_in_sentences_are_known(page):
 
 @pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS}))
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves files open
-def test_what_a_page_says_can_be_done(page, folder, done, monkeypatch):
+def test_what_a_page_says_can_be_done(page, folder, done, monkeypatch, remembered):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("LAION_ROOT", str(folder))
     names: dict[str, Any] = {}

@@ -194,7 +194,7 @@ def test_check_loads_each_model_and_says_how_fast_it_is():
         assert one["batch_difference"] == 0
 
 
-def test_the_captioner_is_listed_and_loaded(tmp_path):
+def test_the_captioner_is_listed_and_loaded(tmp_path, remembered):
     words = ["--profile", "embedded", "--set", f"models.captioner={tiny_captioners.write(tmp_path / 'git', 'git')}"]
     words += ["--set", "caption.max_tokens=4"]
     (*_, check) = checked(*words)

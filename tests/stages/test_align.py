@@ -13,6 +13,7 @@ from skimage import data as samples
 
 from schemas.drops import DropReason
 from stages.align import FACE_SIZE, Align
+from stages.models.onnx import session_options
 from stages.pixels.images import decode_jpeg, photo
 from stages.runtime import Runtime
 from stages.settings import Settings
@@ -109,8 +110,9 @@ def test_real_faces_are_within_a_grey_level_of_insightface(data: Path, labels: l
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        app = FaceAnalysis("real", str(data), ["detection"], providers=["CPUExecutionProvider"])
-        app.prepare(ctx_id=-1, det_size=(640, 640))
+        options = {"providers": ["CPUExecutionProvider"], "sess_options": session_options()}
+        app = FaceAnalysis("real", str(data), ["detection"], **options)
+        app.prepare(ctx_id=-1, det_size=(320, 320))
     differences = {}
     for label in (label for label in labels if label["expected"] == "keep"):
         path = data / "photos" / label["file"]

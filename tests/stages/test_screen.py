@@ -153,16 +153,19 @@ def test_other_formats_are_reduced_from_the_photo_which_is_decoded_once():
 
 
 @pytest.fixture(scope="module")
-def material(labels, data, detector):
+def seen(labels, data, detector):
+    """Each labelled photo that is kept, by its name: its file, its pixels, and what the full look finds."""
+    files = {row["file"]: (data / "photos" / row["file"]).read_bytes() for row in labels if row["expected"] == "keep"}
+    images = {name: photo(sha256(file), file) for name, file in files.items()}
+    return {name: (file, images[name], detector.detect(images[name])) for name, file in files.items()}
+
+
+@pytest.fixture(scope="module")
+def material(labels, data, seen):
     """Real faces with their surroundings, and real pictures without any."""
-    faces, grounds = [], []
-    for row in labels:
-        file = (data / "photos" / row["file"]).read_bytes()
-        image = photo(sha256(file), file)
-        if row["expected"] == "keep":
-            faces.append(composed.cut(image, measure(detector.detect(image), 0.5)["bbox"]))
-        elif row["reason"] == "noface":
-            grounds.append(image)
+    faces = [composed.cut(image, measure(found, 0.5)["bbox"]) for _, image, found in seen.values()]
+    files = [(data / "photos" / row["file"]).read_bytes() for row in labels if row["reason"] == "noface"]
+    grounds = [photo(sha256(file), file) for file in files]
     rows, columns = np.mgrid[:800, :1200]
     grounds.append(np.stack([rows // 4, columns // 6, 90 + 40 * np.sin(columns / 90)], axis=2).astype(np.uint8))
     assert len(faces) >= 8
@@ -281,20 +284,16 @@ def larger_faces(material, detector, screen, files):
 
 
 @pytest.mark.real_data
-def test_where_the_screen_saw_only_the_face_the_photo_is_looked_at_once(labels, data, real, detector, monkeypatch):
+def test_where_the_screen_saw_only_the_face_the_photo_is_looked_at_once(seen, real, detector, monkeypatch):
     looks, numbers, screen = [], [], Screen(real, Runtime())
     look = detector._look
     monkeypatch.setattr(detector, "_look", lambda views: (looks.append(len(views)), look(views))[1])
-    for row in labels:
-        if row["expected"] == "keep":
-            file = (data / "photos" / row["file"]).read_bytes()
-            (points,) = screen(table(file))["screen_points"].to_pylist()
-            image = photo(sha256(file), file)
-            looks.clear()
-            (short,) = detector.detect_all([image], [points])
-            numbers.append(sum(looks))
-            (full,) = detector.detect_all([image])
-            assert all(np.array_equal(a, b) for a, b in zip(full, short, strict=True))
+    for file, image, full in seen.values():
+        (points,) = screen(table(file))["screen_points"].to_pylist()
+        looks.clear()
+        (short,) = detector.detect_all([image], [points])
+        numbers.append(sum(looks))
+        assert all(np.array_equal(a, b) for a, b in zip(full, short, strict=True))
     assert sum(number == 1 for number in numbers) >= 0.8 * len(numbers), numbers
 
 

@@ -289,7 +289,7 @@ def test_a_model_of_copies_knows_what_was_edited_beyond_hashes(made, tmp_path, m
 
 def test_planted_persons_are_found_and_look_alikes_make_no_chain():
     """In small what `python benchmarks group` measures."""
-    given = planted_persons.planted(9000)
+    given = planted_persons.planted(5000)
     copy_of, pairs = without_copies(given.vectors, given.looks, np.zeros(len(given.person), np.float32), SIMILARITY)
     stays = copy_of == np.arange(len(copy_of))
     assert (~stays).sum() == given.copies
@@ -368,7 +368,12 @@ def test_labelled_photos_are_grouped_as_labelled(data, labels, tmp_path):
             edited = cv2.resize(edit(photo), None, fx=0.6, fy=0.6, interpolation=cv2.INTER_AREA)
             cv2.imwrite(str(tmp_path / "photos" / f"copy-{name}"), edited)
     sets = [f"models.pack={data / 'models' / 'real'}", "models.accept_noncommercial=true"]
-    sets += ["models.segmenter=grabcut", "models.image_embedder=patches", "filter.min_image_px=100"]
+    sets += [
+        "models.screen=off",
+        "models.segmenter=grabcut",
+        "models.image_embedder=patches",
+        "filter.min_image_px=100",
+    ]
     code, _ = make(tmp_path / "source", *sets, "filter.min_face_px=40", shards=str(tmp_path / "photos"))
     assert code is ExitCode.OK
     samples = grouped(tmp_path / "out", tmp_path / "source")

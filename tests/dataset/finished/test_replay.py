@@ -30,7 +30,7 @@ def drawn_limits(rng: random.Random) -> FilterSettings:
     )
 
 
-@pytest.mark.parametrize("draws", [120, pytest.param(400, marks=pytest.mark.long)])
+@pytest.mark.parametrize("draws", [90, pytest.param(400, marks=pytest.mark.long)])
 def test_ledgers_are_judged_as_the_stages_would_judge_the_photos(draws):
     rng = random.Random(0)
     photos = [judged_rows.photo(rng) for _ in range(300)]

@@ -86,7 +86,7 @@ def visit(visit):
 
 def test_sliders_count_what_replay_and_a_rerun_count(visit, out):
     photos = [*drawn_photos(), *[judged_rows.truth(fake.record("a", row)) for row in range(3)]]
-    replayed, chosen = counted(out, judged_rows.FACTOR), [*settings(out, 0, 200)]
+    replayed, chosen = counted(out, judged_rows.FACTOR), [*settings(out, 0, 140)]
     shown = visit(out / "report.html").evaluate(COUNTS, [stops for stops, _ in chosen])
     reasons = set()
     for (_, limits), counts in zip(chosen, shown, strict=True):

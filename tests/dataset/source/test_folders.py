@@ -128,7 +128,7 @@ def test_a_second_run_gives_the_same_bytes(made, out, tmp_path, executor):
     assert contents(tmp_path) == contents(out)
 
 
-def test_a_file_is_forgotten_by_its_name(made, out, tmp_path):
+def test_a_file_is_forgotten_by_its_name(made, out, tmp_path, remembered):
     words = ["dataset", "--shards", f"made:{made}", "--out", str(tmp_path), "--profile", "embedded"]
     words += ["--executor", "local", "--set", "source.rows_per_shard=2"]
     assert CliRunner().invoke(app, words).exit_code == 0

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from sample_runs import remembered_models
 
 from pipeline.dataset.execute.runner import Loaded, apply_all
 from pipeline.dataset.rows import Rows
@@ -28,7 +29,8 @@ SEEDED_FROM = {"url": "URL", "text": "TEXT", "meta_width": "WIDTH", "meta_height
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sample(tmp_path_factory.mktemp("sample")).parent
+    with remembered_models():
+        return write_sample(tmp_path_factory.mktemp("sample")).parent
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,8 @@ def outcome(port: int, table: pa.Table) -> Rows:
     settings = Settings.model_validate({"download": {"retries": 0}, "models": EMBEDDED})
     runtime = Runtime(sample_port=port)
     steps = [Loaded(STAGES[name].stage()(settings, runtime), frozenset(COLUMNS)) for name in STEPS]
-    return apply_all(steps, Rows.living(_seeds(table)))
+    with remembered_models():
+        return apply_all(steps, Rows.living(_seeds(table)))
 
 
 def _seeds(table: pa.Table) -> pa.Table:

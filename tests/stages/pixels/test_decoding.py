@@ -230,7 +230,7 @@ def test_each_thread_has_a_decoder_and_one_that_is_killed_costs_nothing(own_deco
     def decode(number):
         found = images.photo(f"{number}", files[number % 40])
         used.add(decoding.decoder())
-        if number % 25 == 24:
+        if number % 50 == 49:
             os.kill(child_of(decoding.decoder()), signal.SIGKILL)
         small = images.reduced("", files[number % 40], 2)
         return found, small.shape[0]
