@@ -63,7 +63,8 @@ class Lbp(WithoutWeights):
 def _projection(n_features: int) -> _Doubles:
     """Drawn once a process, however often models are loaded in it; not to be written to."""
     normal = np.random.Generator(np.random.PCG64(_SEED)).standard_normal((n_features, _DIMENSIONS), np.float32)
-    return np.rint(normal * np.float32(_LEVELS)).astype(np.float64)
+    projection: _Doubles = np.rint(normal * np.float32(_LEVELS)).astype(np.float64)
+    return projection
 
 
 def _distinct(cells: _Doubles) -> _Doubles:
