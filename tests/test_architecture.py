@@ -200,6 +200,12 @@ def test_only_the_cluster_imports_ray() -> None:
     assert not wrong, listing(wrong)
 
 
+def test_models_are_listed_without_insightface() -> None:
+    """Its package imports image augmentation too, a second of it; all backends are imported for a list."""
+    wrong = [i for i in imports() if inside(i.target, "insightface") and i.on_load]
+    assert not wrong, listing(wrong)
+
+
 @pytest.mark.parametrize("module", ["pipeline", "pipeline.train"])
 def test_help_is_answered_before_anything_slow_is_imported(module: str) -> None:
     call = f"sys.argv[1:] = ['--help']; runpy.run_module({module!r}, run_name='__main__')"
