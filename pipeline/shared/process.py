@@ -1,10 +1,12 @@
 """What a command owes to the process that it is: open streams, and one sentence where the machine fails it."""
 
+import gc
 import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from errno import EDQUOT, EFBIG, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC, EROFS
 from types import FrameType
 from typing import Any
@@ -47,6 +49,24 @@ class _Terminal(io.FileIO):
             if error.errno != EIO:
                 raise
             return len(data)
+
+
+@contextmanager
+def large_imports() -> Iterator[None]:
+    """Import within what is large: the garbage collector pauses, and never looks at these modules afterwards.
+
+    The modules of torch and diffusers are a million objects that stay. To search them for garbage again and again takes
+    a third of the time in which they are imported, and some more at the end of a training and of the process.
+    """
+    modules, was_enabled = len(sys.modules), gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if len(sys.modules) > modules:  # else a program that runs a command often would keep its garbage
+            gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:

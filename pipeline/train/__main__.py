@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.shared.process import standard_streams, trouble_of_machine
+from pipeline.shared.process import large_imports, standard_streams, trouble_of_machine
 from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, OutputError, UserError, is_gpu_full
 
 # Each command imports what it needs: torch takes a second and a half, and `--help` is answered at once.
@@ -68,8 +68,9 @@ def run(
 
     Other commands: `export RUN`, `evaluate RUN|FILE`, `report RUN`, `config`; each has its own --help.
     """
-    from pipeline.train.job import EMBEDDED, Call, prepared
-    from pipeline.train.watch import say
+    with large_imports():
+        from pipeline.train.job import EMBEDDED, Call, prepared
+        from pipeline.train.watch import say
 
     adapter = {"image_encoder": image_encoder, "init_from": init_from and str(init_from)}
     options = {"steps": steps, "seed": seed, "adapter": adapter}
@@ -80,7 +81,8 @@ def run(
             " and an adapter trained on them is for trying things out only."
         )
     # Imported once a call was proved: diffusers takes seconds to load, and a mistake is to be shown at once.
-    from pipeline.train.loop import train
+    with large_imports():
+        from pipeline.train.loop import train
 
     raise typer.Exit(train(job))
 
@@ -94,8 +96,9 @@ def export_command(
     ] = None,
 ) -> None:
     """Write the released files (.safetensors, .bin, LoRA, sidecar) of a checkpoint again."""
-    from pipeline.train.export import export_run
-    from pipeline.train.watch import console
+    with large_imports():
+        from pipeline.train.export import export_run
+        from pipeline.train.watch import console
 
     for path in export_run(folder, step, out):
         console.print(str(path), highlight=False, soft_wrap=True)
@@ -145,9 +148,10 @@ def evaluate_command(
     """Draw images of persons in DIR, and measure: whose face, copied or not, as the prompt says, how different."""
     from rich.table import Table
 
-    from pipeline.train.evaluate.evaluation import Call, evaluate
-    from pipeline.train.evaluate.page import table
-    from pipeline.train.watch import console
+    with large_imports():
+        from pipeline.train.evaluate.evaluation import Call, evaluate
+        from pipeline.train.evaluate.page import table
+        from pipeline.train.watch import console
 
     options = {"seed": seed, "watch": {"judge": judge, "clip": clip}}
     folders = tuple(shards or ["out"])

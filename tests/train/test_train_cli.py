@@ -83,8 +83,11 @@ def real(dataset, tmp_path_factory):
 
 
 REAL = """
-import atexit, pathlib, runpy, sys
-atexit.register(lambda: pathlib.Path("{modules}").write_text(" ".join(sys.modules)))
+import atexit, gc, json, pathlib, runpy, sys
+def note():
+    loaded = dict(modules=list(sys.modules), left_alone=gc.get_freeze_count(), collects=gc.isenabled())
+    pathlib.Path("{modules}").write_text(json.dumps(loaded))
+atexit.register(note)
 runpy.run_module("pipeline.train", run_name="__main__", alter_sys=True)
 """
 """`python -m pipeline.train`, and what it has loaded in the end."""
@@ -114,9 +117,15 @@ def test_embedded_shards_are_warned_of_and_stderr_holds_nothing_else(real):
 
 
 def test_the_trainer_loads_neither_ray_nor_stages(real):
-    loaded = real[0].with_name("modules").read_text().split()
+    loaded = json.loads(real[0].with_name("modules").read_text())["modules"]
     assert "torch" in loaded
     assert not {"ray", "stages"}.intersection(loaded)
+
+
+def test_the_collector_goes_on_but_not_among_what_was_imported(real):
+    loaded = json.loads(real[0].with_name("modules").read_text())
+    assert loaded["collects"]
+    assert loaded["left_alone"] > 500_000, "of torch and diffusers"
 
 
 @pytest.mark.parametrize("how", ["--from-shards DIR", "--from-shards=DIR", "DIR", "--from-shards DIR COPY", "run DIR"])

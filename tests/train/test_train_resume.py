@@ -37,7 +37,7 @@ from schemas.errors import ExitCode, FaceShardsError, UserError
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("loaded_once")]
 
 WAIT_S = 150
-STEPS, EVERY = 8, 2
+STEPS, EVERY = 6, 2
 COMMON = ("adapter.lora_rank=4", f"watch.save_every={EVERY}", "watch.keep=2")
 PLANS = {
     "faceid": ("tiny", ("data.workers=2", "optim.accumulate=2", "optim.ema_decay=0.9", "objective.noise_offset=0.1")),
@@ -45,7 +45,8 @@ PLANS = {
 }
 
 _SERVER = """
-import gc, json, os, sys
+import atexit, gc, json, os, sys
+gc.disable()  # what is imported stays
 import pandas, torch  # pyarrow imports pandas once it is asked for numbers
 torch.set_num_threads(1)
 import pipeline.train.__main__ as trainer
@@ -63,6 +64,7 @@ def model(base, cls, part, dtype):
 Base._model = model
 base = Base(find_base("tiny"), torch.device("cpu"), torch.float32)
 base.encode_text(["warm"]), base.vae
+gc.enable()
 gc.freeze()  # each training calls the collector, which would look at all modules in its fork, and so copy them
 print("ready", flush=True)
 for line in sys.stdin:
@@ -81,7 +83,12 @@ for line in sys.stdin:
     os.environ.update(call["env"])
     exec(call["first"])
     sys.argv = ["faceshards-train", *call["words"]]
-    trainer.main()
+    try:
+        trainer.main()
+    finally:
+        if call["is_brief"] and isinstance(ended := sys.exc_info()[1], SystemExit):
+            atexit._run_exitfuncs()
+            os._exit(int(ended.code or 0))
 """
 
 
@@ -105,10 +112,11 @@ class Server:
         self._process.stdin.flush()
         return self._process.stdout.readline().strip()
 
-    def start(self, *words, first="", env=None):
+    def start(self, *words, first="", env=None, is_brief=True):
+        """A `brief` process leaves its modules to the system, as most may: Python takes longer than a step to end them."""
         self._count += 1
         log = self._folder / f"{self._count}.log"
-        told = {"words": list(map(str, words)), "log": str(log), "first": first, "env": env or {}}
+        told = {"words": list(map(str, words)), "log": str(log), "first": first, "env": env or {}, "is_brief": is_brief}
         return Trainer(self, int(self.ask(**told)), log)
 
     def close(self):
@@ -170,7 +178,7 @@ def words(dataset, name, out, *more, steps=STEPS):
 def whole(request, server, dataset, tmp_path_factory):
     """A variant, and its undisturbed run."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    done = server.start(*words(dataset, request.param, out))
+    done = server.start(*words(dataset, request.param, out), is_brief=False)
     assert done.end() == 0, done.said
     return request.param, RunFolder(out)
 
@@ -559,7 +567,7 @@ DDP_STEPS = 4
 ALONE = ("--set", "data.workers=0")
 
 
-def two(server, dataset, run, observed, *more, first="", steps=DDP_STEPS):
+def two(server, dataset, run, observed, *more, first="", steps=DDP_STEPS, is_brief=True):
     """Two training processes over loopback."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -567,10 +575,8 @@ def two(server, dataset, run, observed, *more, first="", steps=DDP_STEPS):
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": "2"}
     common |= {"LOCAL_WORLD_SIZE": "2", "OBSERVED": str(observed)}
     asked = words(dataset, "faceid", run.root, *ALONE, *more, steps=steps)
-    return [
-        server.start(*asked, first=first + _OBSERVED, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
+    environments = ({**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2))
+    return [server.start(*asked, first=first + _OBSERVED, env=env, is_brief=is_brief) for env in environments]
 
 
 def notes(observed):
@@ -593,7 +599,7 @@ def pair(server, dataset, tmp_path_factory):
     """A run of two processes: its folder, what each was seen to do, and the addresses that they used."""
     folder = tmp_path_factory.mktemp("pair")
     run = RunFolder(folder / "run")
-    processes = two(server, dataset, run, folder / "observed")
+    processes = two(server, dataset, run, folder / "observed", is_brief=False)
     used = set()
     while any(process.running() for process in processes):
         used |= addresses(processes)
