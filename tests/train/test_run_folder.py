@@ -199,7 +199,8 @@ def test_a_disk_that_is_full_is_one_sentence_and_the_last_checkpoint_stays(run):
 
 # Each child is killed at another of its calls that change the disk; the parent never touches torch's threads.
 _KILLED = """
-import json, os, shutil, sys
+import gc, json, os, shutil, sys
+gc.disable()
 from pathlib import Path
 import torch
 from pipeline.train import run_folder

@@ -20,6 +20,8 @@ from pipeline.train.adapters.released import read_released
 from pipeline.train.adapters.variants import VARIANTS
 from pipeline.train.settings import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 QUICK = ("--base", "tiny", "--steps", "2", "--set", "adapter.lora_rank=4")
 FACEID = ("--variant", "faceid", *QUICK)
 NAME = "ip-adapter-faceid_sd15"

@@ -342,7 +342,7 @@ def test_sighup_is_a_wish_to_stop_unless_nohup_has_it_ignored():
 
 def test_a_second_ctrl_c_stops_at_once(server, dataset, tmp_path):
     run = RunFolder(tmp_path / "run")
-    child = server.start(*words(dataset, "faceid", run.root), first=_SLOW)
+    child = server.start(*words(dataset, "faceid", run.root), first=_SLOW, is_brief=False)
     child.until(lambda: Path(f"{child._log}.step").exists())
     os.kill(child.pid, signal.SIGINT)
     child.until(lambda: "stops at once" in child.said)

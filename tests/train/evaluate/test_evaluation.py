@@ -34,7 +34,10 @@ from pipeline.train.validate.judge import IdJudge
 from pipeline.train.validate.validation import Sampler
 from schemas.shard import encode_npy
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 NAME = "ip-adapter-faceid_sd15"
+ONE_PROMPT = ("--set", "watch.validate_prompts=['a face']")
 QUICK = ("--images", "1", "--set", "watch.validate_steps=1", "--set", "watch.validate_prompts=['a face', 'a house']")
 PEOPLE = {1: 3, 2: 2, 3: 1}
 """Person -> photos."""
@@ -112,13 +115,13 @@ def test_a_run_gets_the_same_json_each_time_which_says_what_it_is_worth(trained,
     assert (tmp_path / "out/evaluation.json").read_bytes() == before
     assert [path.read_bytes() for path in files] == pixels
     assert sorted(files) == sorted((tmp_path / "out/images").iterdir()), "images of another evaluation are left"
-    other = evaluated(tmp_path / "other", *words, "--seed", "1", "--step", "1")
+    other = evaluated(tmp_path / "other", *words, "--seed", "1", "--step", "1", "--faces", "1")
     assert other["subject"]["step"] == 1
     assert other["images"][0]["copy_paste_pixels"] != result["images"][0]["copy_paste_pixels"]
 
 
 def test_several_processes_share_the_persons_and_the_main_one_writes_the_same(trained, tmp_path, monkeypatch):
-    words = [trained / "run", "--from-shards", trained / "other"]
+    words = [trained / "run", "--from-shards", trained / "other", *ONE_PROMPT]
     whole, drawn = evaluated(tmp_path / "whole", *words), []
     # One after the other, as a second process and a first one that gathers what both drew; the first makes the folder.
     (tmp_path / "out" / "images").mkdir(parents=True)
@@ -133,16 +136,16 @@ def test_several_processes_share_the_persons_and_the_main_one_writes_the_same(tr
 
 
 def test_progress_is_a_bar_on_a_terminal_and_plain_lines_elsewhere(trained, tmp_path, monkeypatch, capsys):
-    words = [trained / "run", "--from-shards", trained / "other"]
+    words = [trained / "run", "--from-shards", trained / "other", *ONE_PROMPT]
     monkeypatch.setattr(terminal, "LINE_EVERY_S", 0.0)
     evaluated(tmp_path / "lines", *words)
     lines = [line for line in capsys.readouterr().out.splitlines() if " images, person " in line]
-    assert [line.partition(",")[0] for line in lines] == [f"{done} of 6 images" for done in range(1, 7)]
-    assert re.fullmatch(r"1 of 6 images, person 1, about \d+ min left", lines[0])
-    assert lines[-1] == "6 of 6 images, person 3"
+    assert [line.partition(",")[0] for line in lines] == [f"{done} of 3 images" for done in range(1, 4)]
+    assert re.fullmatch(r"1 of 3 images, person 1, about \d+ min left", lines[0])
+    assert lines[-1] == "3 of 3 images, person 3"
     monkeypatch.setattr(evaluation, "console", screen := Console(file=StringIO(), force_terminal=True, width=90))
     evaluated(tmp_path / "bar", *words)
-    assert "6/6 person 3" in Text.from_ansi(screen.file.getvalue()).plain
+    assert "3/3 person 3" in Text.from_ansi(screen.file.getvalue()).plain
 
 
 def test_shards_that_it_was_trained_on_are_called_so_also_once_they_are_grouped(trained, tmp_path):
@@ -166,7 +169,7 @@ def test_shards_that_it_was_trained_on_are_called_so_also_once_they_are_grouped(
 
 
 def test_a_file_is_evaluated_with_its_sidecar_by_its_name_or_by_what_is_said_of_it(trained, tmp_path):
-    shards = ["--from-shards", trained / "other", "--faces", "2"]
+    shards = ["--from-shards", trained / "other", "--faces", "2", *ONE_PROMPT]
     alone = Path(shutil.copy(trained / "run" / f"{NAME}.bin", tmp_path))
     nameless = shutil.copy(alone, tmp_path / "mine.bin")
     run, with_sidecar, said = (

@@ -146,7 +146,7 @@ def test_a_resumed_loader_goes_on_with_the_very_next_batch(
     told = config(workers=workers, buckets=buckets, uncond=0.2, augment={"flip": 0.5, "colour": 0.5})
     whole = take(ShardLoader(dataset, reads, told), 24)
     assert whole[-1].position.epoch >= 2
-    for stop in range(1, 24) if workers == 0 else (1, 4, 7):
+    for stop in (*range(1, 10), 15, 23) if workers == 0 else (1, 4, 7):  # each place of an epoch, and two further on
         before = ShardLoader(dataset, reads, told)
         take(before, stop)
         state = json.loads(json.dumps(before.state_dict()))
@@ -450,13 +450,14 @@ def test_a_vanished_tar_is_named(tmp_path: Path) -> None:
 
 
 _KILLS_ITS_WORKER = """
-import multiprocessing, os, signal, sys
+import gc, multiprocessing, os, signal, sys
+gc.disable()
 from itertools import islice
 from pipeline.train.loader import ShardLoader, open_dataset, worker_died
 from pipeline.train.settings import TrainConfig
 from schemas.errors import UserError
 told = {"resolution": 64, "batch_size": 2, "workers": 1, "shuffle": 4, "verify": "size"}
-config = TrainConfig.model_validate({"data": told})
+config = TrainConfig.model_validate({"data": told, "augment": {"flip": 0, "colour": 0}})
 try:
     batches = iter(ShardLoader(open_dataset([sys.argv[1]], config.data), ("arcface",), config))
     next(batches)

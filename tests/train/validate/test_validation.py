@@ -171,7 +171,7 @@ def test_a_missing_judge_is_refused_before_anything_is_sampled(dataset, tmp_path
 
 @pytest.mark.real_data
 def test_a_judge_adds_numbers(dataset, tmp_path, base, model, data):
-    job = job_of(dataset, tmp_path, more=(f"watch.judge={data / 'models' / 'real'}",))
+    job = job_of(dataset, tmp_path, more=(f"watch.judge={data / 'models' / 'real'}", "watch.validate_faces=1"))
     # A random base draws no faces.
     assert Validator(job, base).run(model, 3) == {"faces_found": 0.0}
     assert (tmp_path / "validation" / "step-00000003.png").exists()
