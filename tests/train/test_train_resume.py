@@ -113,7 +113,7 @@ class Server:
         return self._process.stdout.readline().strip()
 
     def start(self, *words, first="", env=None, is_brief=True):
-        """A `brief` process leaves its modules to the system, as most may: Python takes longer than a step to end them."""
+        """A `brief` process does not tidy up its modules, for which Python takes longer than for a step."""
         self._count += 1
         log = self._folder / f"{self._count}.log"
         told = {"words": list(map(str, words)), "log": str(log), "first": first, "env": env or {}, "is_brief": is_brief}

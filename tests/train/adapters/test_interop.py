@@ -383,14 +383,24 @@ COMFY = {
 }
 
 
+@pytest.fixture(scope="module")
+def wide(bases):
+    """UNets of full text width on the meta device, by kind: only keys and shapes matter."""
+    widths = {"sd15": 768, "sdxl": 2048}
+    with torch.device("meta"):
+        return {
+            kind: diffusers.UNet2DConditionModel.from_config(
+                {**bases[kind].unet.config, "cross_attention_dim": widths[kind]}
+            )
+            for kind in KINDS
+        }
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_comfyui_takes_each_file_for_what_it_is(bases, name, kind):
-    """At full text width, on the meta device: only keys and shapes matter."""
-    text = {"sd15": 768, "sdxl": 2048}[kind]
+def test_comfyui_takes_each_file_for_what_it_is(wide, name, kind):
     with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel.from_config({**bases[kind].unet.config, "cross_attention_dim": text})
-        model = adapter(unet, name, kind, 4)
+        model = adapter(wide[kind], name, kind, 4)
     parts = {part: getattr(model, part).state_dict() for part in ("image_proj", "ip_adapter")}
     rest = {"sdxl": kind == "sdxl", "v2": name == "faceid-plusv2", "unnorm": False}
     for encoder in ("clip-vit-h", "dinov2"):
