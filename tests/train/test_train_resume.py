@@ -37,7 +37,7 @@ from schemas.errors import ExitCode, FaceShardsError, UserError
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("loaded_once")]
 
 WAIT_S = 150
-STEPS, EVERY = 6, 2
+STEPS, EVERY = 8, 2
 COMMON = ("adapter.lora_rank=4", f"watch.save_every={EVERY}", "watch.keep=2")
 PLANS = {
     "faceid": ("tiny", ("data.workers=2", "optim.accumulate=2", "optim.ema_decay=0.9", "objective.noise_offset=0.1")),
