@@ -21,13 +21,10 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-def write_card(folder: AnyPath, template: Path, head: Mapping[str, Any], **values: Any) -> bool:
+def write_card(folder: AnyPath, template: Path, head: Mapping[str, Any], **values: Any) -> None:
     """Write `folder`/README.md: the `head` for the hub, and what a template of Markdown says of the `values`.
 
     What the user added stays, and a README.md that is none of ours is left alone.
-
-    Returns:
-        Whether it was written.
 
     Raises:
         OSError: when it cannot be read or written.
@@ -40,4 +37,3 @@ def write_card(folder: AnyPath, template: Path, head: Mapping[str, Any], **value
         lines = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
         text = _TEMPLATES.from_string(template.read_text(encoding="utf-8")).render(json=json.dumps, **values)
         write(path, f"---\n{lines}---\n\n{text}\n{_YOURS}{yours or chr(10)}".encode())
-    return bool(ours)

@@ -23,15 +23,10 @@ class Results(NamedTuple):
     """What a reader must know, a sentence each."""
 
 
-def write_adapter_card(
-    folder: Path, name: str, sidecar: Mapping[str, Any], results: Results | None = None
-) -> list[Path]:
+def write_adapter_card(folder: Path, name: str, sidecar: Mapping[str, Any], results: Results | None = None) -> None:
     """Write `folder`/README.md of the released files `name`.*; `results` are those of an evaluation of these files.
 
     The card of another adapter in the same folder is left alone.
-
-    Returns:
-        The card's path, if it was written.
 
     Raises:
         OutputError: when it cannot be written.
@@ -49,7 +44,6 @@ def write_adapter_card(
     values = {"name": name, "about": sidecar, "family": _FAMILIES[sidecar["kind"]], "is_trial": is_trial}
     with writing(path):
         if path.exists() and f"{name}.safetensors".encode() not in path.read_bytes():
-            return []
+            return
         template, settings = Path(__file__).with_name("card.md.jinja"), dict(sorted(leaves(sidecar["recipe"]).items()))
-        written = write_card(folder, template, head, results=results, settings=settings, **values)
-    return [path] if written else []
+        write_card(folder, template, head, results=results, settings=settings, **values)

@@ -151,7 +151,9 @@ def export(run: RunFolder, description: Mapping[str, Any], step: int, folder: Pa
         files = write_released(
             folder, name, weights if average is None else average, attention_paths=paths, kind=kind, sidecar=sidecar
         )
-    return files if folder == run.folder(step) else [*files, *write_adapter_card(folder, name, sidecar)]
+    if folder != run.folder(step):
+        write_adapter_card(folder, name, sidecar)
+    return files
 
 
 def export_run(root: Path, step: int | None, folder: Path | None) -> list[Path]:
