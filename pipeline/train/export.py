@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from pipeline.train.adapter_card import write_adapter_card
 from pipeline.train.adapters.attention import named_attention
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.adapters.released import read_sidecar, write_released
 from pipeline.train.adapters.variants import Variant
-from pipeline.train.card import write_adapter_card
 from pipeline.train.job import TrainJob
 from pipeline.train.run_folder import RunFolder, writing
 from schemas.arcface import LICENCES, PACK_FILES

@@ -358,7 +358,7 @@ def test_the_id_loss_changes_the_gradients(plain, dataset, tmp_path, recogniser)
 
 GRID = (
     "watch.validate_every=1",
-    "watch.validate_faces=1",
+    "watch.validate_faces=2",
     "watch.validate_steps=2",
     'watch.validate_prompts=["a face"]',
 )

@@ -18,11 +18,11 @@ from rich.console import Console
 from pipeline.shared.atomic import write_atomically
 from pipeline.shared.bases import BaseSource, find_base
 from pipeline.shared.terminal import Screen
+from pipeline.train.adapter_card import Results, write_adapter_card
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.adapters.released import read_sidecar, require_fit
 from pipeline.train.adapters.variants import Widths
 from pipeline.train.base_model import Base
-from pipeline.train.card import Results, write_adapter_card
 from pipeline.train.evaluate.page import SHOWN, reduced, table, title, write_page
 from pipeline.train.evaluate.subject import Subject, read_subject
 from pipeline.train.job import DEFAULT_PRESETS, EMBEDDED, TINY, require_meaning
@@ -120,7 +120,8 @@ def evaluate(call: Call) -> tuple[Path, dict[str, Any]] | None:
         write_page(out / "evaluation.html", result, [one.pictures for one in persons if one.pictures["photos"]])
     file, sidecar = subject.released, read_sidecar(subject.released)
     # The card beside the very files that were evaluated has the numbers too, unless they were to go elsewhere.
-    if call.out is None and file.with_name(CARD).exists() and sidecar.get("steps") == subject.about["step"] is not None:
+    is_it = "steps" in sidecar and sidecar["steps"] == subject.about["step"]
+    if is_it and call.out is None and file.with_name(CARD).exists():
         notes = list(dict.fromkeys([papers["held_out"]["why"], *papers["notes"]]))
         write_adapter_card(file.parent, file.stem, sidecar, Results(table(result), notes))
     return out, result

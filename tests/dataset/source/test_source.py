@@ -499,7 +499,7 @@ def plain_cut(alive, rows_per_shard):
     runs=st.lists(st.tuples(st.booleans(), st.integers(1, 130)), max_size=6),
     rows_per_shard=st.sampled_from([1, 2, 3, 50]),
     group=st.integers(1, 400),
-    batch=st.sampled_from([7, 100, 1000]),
+    batch=st.sampled_from([1, 7, 100, 1000]),
 )
 def test_shards_depend_on_the_rows_alone(tmp_path, runs, rows_per_shard, group, batch):
     alive = [kept for kept, length in runs for _ in range(length)]

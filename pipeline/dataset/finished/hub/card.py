@@ -10,8 +10,8 @@ from pipeline.dataset.finished.hub.about import About
 from pipeline.dataset.finished.hub.croissant import BIASES, CONTENTS, croissant
 from pipeline.dataset.out.ledger import Funnel
 from pipeline.dataset.source.laion import OLD_LAION
-from pipeline.shared import card
 from pipeline.shared.files import AnyPath, write
+from pipeline.shared.readme import write_readme
 from schemas.errors import OutputError
 from schemas.shard import CARD, CROISSANT, Manifest
 
@@ -60,7 +60,7 @@ def write_card(out: AnyPath, counted: Funnel, manifests: list[Manifest]) -> Abou
     values = {"contents": CONTENTS, "thresholds": thresholds, "old_laion": OLD_LAION, "biases": BIASES}
     try:
         write(out / CROISSANT, croissant(about).encode())
-        card.write_card(out, Path(__file__).with_name("card.md.jinja"), front_matter(about), about=about, **values)
+        write_readme(out, Path(__file__).with_name("card.md.jinja"), front_matter(about), about=about, **values)
     except OSError as error:
         raise OutputError(f"{out / CARD} cannot be written: {error.strerror or error}.") from error
     return about

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.shared.bases import BASES
-from pipeline.shared.card import write_card
 from pipeline.shared.configfile import leaves
+from pipeline.shared.readme import write_readme
 from pipeline.train.job import EMBEDDED, TINY
 from pipeline.train.run_folder import writing
 from schemas.shard import CARD
@@ -45,5 +45,8 @@ def write_adapter_card(folder: Path, name: str, sidecar: Mapping[str, Any], resu
     with writing(path):
         if path.exists() and f"{name}.safetensors".encode() not in path.read_bytes():
             return
-        template, settings = Path(__file__).with_name("card.md.jinja"), dict(sorted(leaves(sidecar["recipe"]).items()))
-        write_card(folder, template, head, results=results, settings=settings, **values)
+        template, settings = (
+            Path(__file__).with_name("adapter_card.md.jinja"),
+            dict(sorted(leaves(sidecar["recipe"]).items())),
+        )
+        write_readme(folder, template, head, results=results, settings=settings, **values)

@@ -5,7 +5,7 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 
-from pipeline.train.card import Results, write_adapter_card
+from pipeline.train.adapter_card import Results, write_adapter_card
 from schemas.errors import OutputError
 
 SIDECAR = {

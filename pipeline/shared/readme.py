@@ -21,7 +21,7 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-def write_card(folder: AnyPath, template: Path, head: Mapping[str, Any], **values: Any) -> None:
+def write_readme(folder: AnyPath, template: Path, head: Mapping[str, Any], **values: Any) -> None:
     """Write `folder`/README.md: the `head` for the hub, and what a template of Markdown says of the `values`.
 
     What the user added stays, and a README.md that is none of ours is left alone.
