@@ -115,15 +115,20 @@ def make(folder: Path, kind: BaseKind, resolution: int, samples: int, *, is_tiny
 
 
 def write_base(folder: Path, kind: BaseKind) -> None:
-    factor = 0.18215 if kind == "sd15" else 0.13025
     _write_model(folder / "unet", lambda: diffusers.UNet2DConditionModel(**UNETS[kind]))
+    write_encoders(folder, kind)
+    diffusers.DDPMScheduler(**tiny.NOISE).save_pretrained(folder / "scheduler")
+
+
+def write_encoders(folder: Path, kind: BaseKind) -> None:
+    """VAE, text encoders and tokenizers."""
+    factor = 0.18215 if kind == "sd15" else 0.13025
     _write_model(folder / "vae", lambda: diffusers.AutoencoderKL(**VAE, scaling_factor=factor))
     _write_model(folder / "text_encoder", lambda: _text_encoder("text_encoder"))
     tiny.tokenizer().save_pretrained(folder / "tokenizer")
     if kind == "sdxl":
         _write_model(folder / "text_encoder_2", lambda: _text_encoder("text_encoder_2"))
         tiny.tokenizer().save_pretrained(folder / "tokenizer_2")
-    diffusers.DDPMScheduler(**tiny.NOISE).save_pretrained(folder / "scheduler")
 
 
 def _text_encoder(part: str) -> Any:

@@ -4,7 +4,7 @@ Off unless `encode` wants some: else nothing is loaded and all its columns are n
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import cv2
@@ -14,17 +14,20 @@ from schemas.buckets import Fit, Size, buckets, fit_around, nearest
 from schemas.errors import PlanError
 from schemas.shard import encode_npy
 from schemas.targets import Targets
-from stages.base import RowStage
-from stages.models.encoders import TextEncoder, Vae
-from stages.models.torch_backend import DEVICE
+from stages.base import BatchStage
+from stages.models.encoders import Halves, TextEncoder, Vae
 from stages.pixels.images import decode_jpeg
 from stages.runtime import Runtime
 from stages.settings import Settings
 
 _CROPS = ("portrait", "half", "full")
+_GPU_BATCH = 16
+
+Arrays = dict[str, Halves]
+"""By their columns."""
 
 
-class Encode(RowStage):
+class Encode(BatchStage):
     """Encodes the crops and the caption by the encoders of the base that `settings.encode` names; drops nothing."""
 
     name: ClassVar[str] = "encode"
@@ -43,28 +46,36 @@ class Encode(RowStage):
         self._sizes = buckets(encode.resolution)
         self._vae = Vae(source, runtime.device) if source and encode.latents else None
         self._text = TextEncoder(source, runtime.device) if source and encode.text else None
+        if runtime.device == "cuda":
+            self.batch = _GPU_BATCH
 
-    def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        source = self._source
-        if source is None:
+    def given(self, record: Mapping[str, Any]) -> tuple[dict[str, Fit], list[Image], str]:
+        """How each crop is cut, what is cut out, and the caption."""
+        fits: dict[str, Fit] = {}
+        images = []
+        for crop in _CROPS if self._vae is not None else ():
+            data = record[crop]
+            if data is not None:
+                image = decode_jpeg(data)
+                fits[crop] = fit_crop(crop, image, record, self._sizes)
+                images.append(cut(image, fits[crop]))
+        return fits, images, record["text"] or ""
+
+    def computed(self, given: Sequence[tuple[dict[str, Fit], list[Image], str]]) -> list[tuple[dict[str, Fit], Arrays]]:
+        latents = iter(self._vae.encode([image for _, images, _ in given for image in images]) if self._vae else ())
+        texts = self._text.encode([text for _, _, text in given]) if self._text else [{} for _ in given]
+        return [
+            (fits, {**{f"latents_{crop}": next(latents) for crop in fits}, **embeds})
+            for (fits, _, _), embeds in zip(given, texts, strict=True)
+        ]
+
+    def written(self, record: Mapping[str, Any], output: tuple[dict[str, Fit], Arrays]) -> dict[str, Any]:
+        (fits, arrays), base = output, self._source
+        if base is None:
             return {}
-        columns: dict[str, Any] = {}
-        cuts: dict[str, Fit] = {}
-        if self._vae is not None:
-            for crop in _CROPS:
-                data = record[crop]
-                if data is not None:
-                    image = decode_jpeg(data)
-                    cuts[crop] = fit_crop(crop, image, record, self._sizes)
-                    with DEVICE:
-                        columns[f"latents_{crop}"] = encode_npy(self._vae.encode(cut(image, cuts[crop])))
-        if self._text is not None:
-            with DEVICE:
-                columns |= {name: encode_npy(array) for name, array in self._text.encode(record["text"] or "").items()}
-        targets = Targets(
-            source.name, source.kind, source.vae_sha256, source.text_sha256, self.settings.encode.resolution, cuts
-        )
-        return {**columns, "targets": targets.to_json()}
+        resolution = self.settings.encode.resolution
+        targets = Targets(base.name, base.kind, base.vae_sha256, base.text_sha256, resolution, fits)
+        return {**{name: encode_npy(array) for name, array in arrays.items()}, "targets": targets.to_json()}
 
 
 def fit_crop(crop: str, image: Image, record: Mapping[str, Any], sizes: tuple[Size, ...]) -> Fit:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from inference_bench import Bench, Record
-from inference_product import naive_loop, networks, product, sameness
+from inference_product import encoders, naive_loop, networks, product, sameness
 
-_STEPS = ((sameness, 60), (product, 80), (networks, 40), (naive_loop, 30))
+_STEPS = ((sameness, 60), (product, 80), (networks, 40), (naive_loop, 30), (encoders, 60))
 """In order of importance, and the seconds of each."""
 
 

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import os
+import shutil
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +66,37 @@ def networks(bench: Bench) -> None:
             batches(images, *options)
             count += len(images)
         bench.record({"network": name, "batch": batches.size, "per_s": round(count / (time.perf_counter() - begin), 1)})
+
+
+def encoders(bench: Bench) -> None:
+    """What `dataset --with latents,text` adds to each kept photo: pictures and captions per second of each base."""
+    import train_made
+
+    from pipeline.shared.bases import find_base
+    from schemas.targets import BaseKind
+    from stages.models.encoders import TextEncoder, Vae
+    from stages.runtime import EncoderSource
+
+    cases: tuple[tuple[BaseKind, int], ...] = (("sd15", 512), ("sdxl", 1024))
+    for kind, resolution in cases:
+        folder, side = bench.folder / kind, 64 if bench.smoke else resolution
+        if bench.smoke:
+            folder = find_base("tiny", sdxl=kind == "sdxl").folder
+        else:
+            train_made.write_encoders(folder, kind)
+        source = EncoderSource(kind, str(folder), kind, "", "")
+        captions = [f"a photo of face {number}" for number in range(2 if bench.smoke else 64)]
+        for name, encode, given in (
+            (f"{kind} VAE, {side} px", Vae(source, bench.device).encode, noise(8, side)),
+            (f"{kind} text", TextEncoder(source, bench.device).encode, captions),
+        ):
+            encode(given[:1])
+            begin, count = time.perf_counter(), 0
+            while count == 0 or (time.perf_counter() - begin < 1 and not bench.smoke):
+                encode(given)
+                count += len(given)
+            bench.record({"encoder": name, "per_s": round(count / (time.perf_counter() - begin), 1)})
+        shutil.rmtree(bench.folder / kind, ignore_errors=True)
 
 
 def naive_loop(bench: Bench) -> None:

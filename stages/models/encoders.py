@@ -1,10 +1,11 @@
 """The frozen encoders of a diffusion base, from a local diffusers folder: pictures to latents, captions to embeddings.
 
-A CPU computes in float32. A GPU computes in float16, but for the VAE of SDXL, whose activations overflow there. One
-picture or caption at a time, so that bytes do not depend on batches.
+A CPU computes in float32, one picture or caption at a time, so that bytes do not depend on batches. A GPU computes in
+float16, but for the VAE of SDXL, whose activations overflow there; in batches of one size.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from schemas.arrays import Image
-from stages.models.torch_backend import HALF, normalise, prepare
+from stages.models.torch_backend import HALF, Batches, normaliser, on_device, prepare
 from stages.models.tower import load_folder, load_tokenizer
 from stages.runtime import Device, EncoderSource
 
 Halves = npt.NDArray[np.float16]
+
+_GPU_CAPTIONS = 16
 
 
 class Vae:
@@ -24,23 +27,26 @@ class Vae:
 
     def __init__(self, source: EncoderSource, device: Device) -> None:
         prepare(device)
+        import torch
         from diffusers import AutoencoderKL
         from diffusers.utils import logging
 
         logging.set_verbosity_error()
         gpu_dtype = "float16" if source.kind == "sd15" else "float32"
-        self._model = load_folder(AutoencoderKL, Path(source.folder, "vae"), device, gpu_dtype)
+        model = load_folder(AutoencoderKL, Path(source.folder, "vae"), device, gpu_dtype)
+        model, scale = on_device(model, device, model.dtype), model.config.scaling_factor
+        normalise = normaliser(*HALF, device, model.dtype)
 
-    def encode(self, image: Image) -> Halves:
+        def moments(images: Any) -> tuple[Any]:
+            posterior = model.encode(normalise(images)).latent_dist
+            return (torch.cat((posterior.mean.float() * scale, posterior.logvar.float() + 2 * math.log(scale)), dim=1),)
+
+        # One picture fills a GPU, and few are of one size; graphs would hold the memory of each size.
+        self._batches = Batches(moments, 1, device, graphs=False)
+
+    def encode(self, images: Sequence[Image]) -> list[Halves]:
         """(H, W, 3) RGB, sides multiples of 8 -> (8, H / 8, W / 8): mean and log-variance of the scaled latents."""
-        import torch
-
-        with torch.inference_mode():
-            pixels = torch.from_numpy(normalise(image[None], HALF)).to(self._model.device, self._model.dtype)
-            posterior, scale = self._model.encode(pixels).latent_dist, self._model.config.scaling_factor
-            moments = posterior.mean.float() * scale, posterior.logvar.float() + 2 * math.log(scale)
-        latents: Halves = torch.cat(moments, dim=1)[0].cpu().numpy().astype(np.float16)
-        return latents
+        return [latents.astype(np.float16) for (latents,) in self._batches(images)]
 
 
 class TextEncoder:
@@ -48,36 +54,44 @@ class TextEncoder:
 
     def __init__(self, source: EncoderSource, device: Device) -> None:
         prepare(device)
+        import torch
         import transformers
 
-        self._is_sdxl = source.kind == "sdxl"
-        names = [("", "CLIPTextModel"), *([("_2", "CLIPTextModelWithProjection")] if self._is_sdxl else [])]
-        self._encoders = []
-        for suffix, cls in names:
-            tokenizer = load_tokenizer(Path(source.folder, f"tokenizer{suffix}"))
-            encoder = Path(source.folder, f"text_encoder{suffix}")
-            self._encoders.append((tokenizer, load_folder(getattr(transformers, cls), encoder, device)))
+        is_sdxl = source.kind == "sdxl"
+        names = [("", "CLIPTextModel"), *([("_2", "CLIPTextModelWithProjection")] if is_sdxl else [])]
+        self._tokenizers = [load_tokenizer(Path(source.folder, f"tokenizer{suffix}")) for suffix, _ in names]
+        models = [
+            load_folder(getattr(transformers, cls), Path(source.folder, f"text_encoder{suffix}"), device)
+            for suffix, cls in names
+        ]
 
-    def encode(self, caption: str) -> dict[str, Halves]:
-        """Column -> features: `text_embeds` (77, C), and for SDXL `text_pooled` (P,); cut at 77 tokens.
+        def embedded(tokens: Any) -> tuple[Any, ...]:
+            outputs = [model(tokens[:, i], output_hidden_states=True) for i, model in enumerate(models)]
+            if not is_sdxl:
+                return (outputs[0].last_hidden_state,)
+            return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[1].text_embeds
+
+        self._batches = Batches(embedded, 1 if device == "cpu" else _GPU_CAPTIONS, device, graphs=False)
+
+    def encode(self, captions: Sequence[str]) -> list[dict[str, Halves]]:
+        """Column -> features of each: `text_embeds` (77, C), and for SDXL `text_pooled` (P,); cut at 77 tokens.
 
         SD1.5: the last hidden state. SDXL: the penultimate ones of both encoders side by side, and the projected
         text of the second.
         """
-        import torch
+        tokens = [
+            np.array([self._tokens(tokenizer, caption) for tokenizer in self._tokenizers]) for caption in captions
+        ]
+        return [
+            {
+                name: array.astype(np.float16)
+                for name, array in zip(("text_embeds", "text_pooled"), arrays, strict=False)
+            }
+            for arrays in self._batches(tokens)
+        ]
 
-        outputs = []
-        for tokenizer, model in self._encoders:
-            length = tokenizer.model_max_length
-            tokens = tokenizer(caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-            with torch.inference_mode():
-                outputs.append(model(tokens.input_ids.to(model.device), output_hidden_states=True))
-        if not self._is_sdxl:
-            return {"text_embeds": _halves(outputs[0].last_hidden_state)}
-        states = np.concatenate([_halves(output.hidden_states[-2]) for output in outputs], axis=1)
-        return {"text_embeds": states, "text_pooled": _halves(outputs[1].text_embeds)}
-
-
-def _halves(batch_of_one: Any) -> Halves:
-    array: Halves = batch_of_one[0].float().cpu().numpy().astype(np.float16)
-    return array
+    @staticmethod
+    def _tokens(tokenizer: Any, caption: str) -> list[int]:
+        length = tokenizer.model_max_length
+        ids: list[int] = tokenizer(caption, padding="max_length", max_length=length, truncation=True).input_ids
+        return ids

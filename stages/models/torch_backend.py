@@ -1,5 +1,6 @@
 """What the backends on torch share: imports without network, the device, batches, and pixels as models expect them."""
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -102,7 +103,7 @@ class _Given:
 
 
 class Batches:
-    """A function of images that is computed in batches of one size, the last one filled up with whatever is there.
+    """A function of images, or arrays, computed in batches of one size, the last one filled up with whatever is there.
 
     So kernels do not change with how many images there are, and an image's numbers do not depend on the others. Very
     large images have smaller batches, for each shape of one size too. On a GPU the function is captured once per shape
@@ -121,8 +122,9 @@ class Batches:
     ) -> None:
         """`compute` takes a (size, H, W, 3) uint8 tensor on the device, and gives tensors there, images first.
 
-        `read` makes of these tensors, cut to the images that there are, a result of each image on the host; by default
-        it is a tuple of arrays. With `compiled` a GPU gets kernels that torch.compile makes of it, once per shape.
+        Other arrays than images go as well, as tensors of their type. `read` makes of the outputs, cut to the images
+        that there are, a result of each on the host; by default it is a tuple of arrays. With `compiled` a GPU gets
+        kernels that torch.compile makes of it, once per shape.
         """
         import torch
 
@@ -150,9 +152,10 @@ class Batches:
             if shape not in self._of_shape:
                 if len(self._of_shape) == _MOST_SHAPES:
                     del self._of_shape[next(iter(self._of_shape))]
-                size = max(1, self.size * _FULL_PX // max(_FULL_PX, shape[0] * shape[1]))
-                hosts = torch.zeros((2, size, *shape), dtype=torch.uint8, pin_memory=self.device == "cuda")
-                given = torch.zeros((size, *shape), dtype=torch.uint8, device=self.device)
+                size = max(1, self.size * _FULL_PX // max(_FULL_PX, math.prod(shape[:2])))
+                dtype = torch.from_numpy(images[0][:0].copy()).dtype
+                hosts = torch.zeros((2, size, *shape), dtype=dtype, pin_memory=self.device == "cuda")
+                given = torch.zeros((size, *shape), dtype=dtype, device=self.device)
                 run = self._captured(given) if self._pool else partial(self._compute, given)
                 self._of_shape[shape] = (hosts, given, run)
             hosts, given, run = self._of_shape[shape] = self._of_shape.pop(shape)  # the last one used is the last

@@ -1,10 +1,11 @@
 """What is written for a GPU, on a pretended one: graphs, batches that threads share, and who may touch the device."""
 
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import cv2
+import fake_dataset as fake
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiny_captioners
 import torch
@@ -13,6 +14,8 @@ from tiny_packs import detector, pictures, recogniser
 
 from pipeline.dataset.config import load_config
 from pipeline.dataset.plan import make_plan
+from schemas.columns import schema
+from schemas.shard import decode_npy
 from stages.caption.transformers_model import Folder
 from stages.encode import Encode
 from stages.models import torch_backend
@@ -118,15 +121,35 @@ def test_captions_are_made_by_who_holds_the_device(kind, gpu, tmp_path) -> None:
     assert len(captioner.caption([np.zeros((32, 32, 3), np.uint8)] * 3)) == 3
 
 
-def test_latents_and_texts_are_made_by_who_holds_the_device(gpu) -> None:
+@pytest.mark.parametrize("base", ["tiny", "tiny-sdxl"])
+def test_latents_and_texts_of_many_rows_go_together_by_who_holds_the_device(gpu, base) -> None:
     config = load_config(
-        None, ["encode.latents=true", "encode.text=true", "encode.base=tiny-sdxl", "encode.resolution=64"]
+        None, ["encode.latents=true", "encode.text=true", f"encode.base={base}", "encode.resolution=64"]
     )
     encoders = make_plan(config, dry_run=True).runtime.encoders
+    rows = [fake.record("a", row) for row in range(19)]  # more than a batch
+    for i, row in enumerate(rows):
+        row["text"] = None if i == 3 else "word " * i
+        if i % 3 == 0:
+            row["full"] = None
+    table = pa.Table.from_pylist(rows, schema=schema(Encode.reads))
+    expected = Encode(config, Runtime("cpu", encoders))(table)
     encode = Encode(config, Runtime("cuda", encoders))
+    captions = []
+    batches = encode._text._batches
+    batches._compute, compute = lambda tokens: (captions.append(len(tokens)), compute(tokens))[1], batches._compute
     gpu.lock = DEVICE
-    picture = cv2.imencode(".jpg", np.full((96, 96, 3), 90, np.uint8))[1].tobytes()
-    record = {"text": "a face", "bbox": [9, 9, 60, 60], "portrait": picture, "half": None, "full": None}
-    columns = encode.row({**record, "crops": '{"portrait": {"box": [0, 0, 96, 96]}}'})
-    assert {"latents_portrait", "text_embeds", "text_pooled"} <= columns.keys()
-    assert SimpleNamespace(**columns).text_embeds
+
+    def all_of_it(_):
+        with gpu.modes():
+            return encode(table)
+
+    with ThreadPoolExecutor(3) as pool:
+        for columns in pool.map(all_of_it, range(3)):
+            assert columns["targets"].equals(expected["targets"])
+            for name in set(Encode.writes) - {"targets"}:
+                assert columns[name].is_null().equals(expected[name].is_null()), name
+                for one, other in zip(columns[name].drop_null(), expected[name].drop_null(), strict=True):
+                    one, other = (decode_npy(each.as_py()).astype(np.float32) for each in (one, other))
+                    np.testing.assert_allclose(one, other, atol=0.05)
+    assert set(captions) == {16}
