@@ -16,8 +16,7 @@ from schemas.errors import CorruptShardError, WeightsError
 BaseKind = Literal["sd15", "sdxl"]
 """Layout of a base model: Stable Diffusion 1.5's, or SDXL's (two text encoders, micro-conditioning)."""
 
-_VAE = "vae/diffusion_pytorch_model.safetensors"
-_TEXT_ENCODERS = ("text_encoder/model.safetensors", "text_encoder_2/model.safetensors")
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,22 @@ def _fit(entry: Any) -> Fit:
     return fit
 
 
+def variant_of(part: Path) -> str | None:
+    """`fp16` where the folder of a model has weights in half precision alone, None where there are others.
+
+    Named `*.fp16.safetensors`, or `*.fp16-00001-of-…`, as diffusers and transformers do.
+    """
+    files = list(part.glob("*.safetensors"))
+    return "fp16" if any(".fp16" in file.name for file in files) and all("." in file.stem for file in files) else None
+
+
 def vae_sha256(folder: Path) -> str:
     """sha256 of the VAE's weights in a diffusers folder, hex.
 
     Raises:
         WeightsError: when they are not there.
     """
-    return _sha256(folder / _VAE)
+    return _sha256(folder / "vae", "diffusion_pytorch_model")
 
 
 def text_sha256(folder: Path) -> str:
@@ -84,11 +92,13 @@ def text_sha256(folder: Path) -> str:
     Raises:
         WeightsError: when they are not there.
     """
-    paths = [folder / name for name in _TEXT_ENCODERS if (folder / name).parent.is_dir()]
-    return "+".join(map(_sha256, paths or [folder / _TEXT_ENCODERS[0]]))
+    parts = [folder / name for name in _TEXT_ENCODERS if (folder / name).is_dir()]
+    return "+".join(_sha256(part, "model") for part in parts or [folder / _TEXT_ENCODERS[0]])
 
 
-def _sha256(path: Path) -> str:
+def _sha256(part: Path, stem: str) -> str:
+    variant = variant_of(part)
+    path = part / f"{stem}.{variant}.safetensors" if variant else part / f"{stem}.safetensors"
     try:
         return sha256_of_file(path)
     except OSError as error:

@@ -16,6 +16,7 @@ from pipeline.shared.bases import BaseSource
 from pipeline.train.adapters.released import DAMAGED
 from pipeline.train.objective import sent
 from schemas.errors import WeightsError, first_line
+from schemas.targets import variant_of
 
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
@@ -44,7 +45,8 @@ class Base:
         Args:
             source: the folder; see `find_base`.
             device: of all parts.
-            dtype: of all parts but SDXL's VAE, whose activations overflow in half precision.
+            dtype: of all parts but SDXL's VAE, whose activations overflow in half precision, unless its config says
+                that they do not (force_upcast).
 
         Raises:
             WeightsError: when a part of the folder is missing or damaged.
@@ -55,7 +57,8 @@ class Base:
 
     @cached_property
     def vae(self) -> Any:
-        return self._model(diffusers.AutoencoderKL, "vae", torch.float32 if self.kind == "sdxl" else self.dtype)
+        vae = self._model(diffusers.AutoencoderKL, "vae", torch.float32 if self.kind == "sdxl" else self.dtype)
+        return vae if vae.config.force_upcast else vae.to(self.dtype)
 
     @cached_property
     def _texts(self) -> dict[str, Any]:
@@ -72,10 +75,7 @@ class Base:
 
     def _model(self, cls: Any, part: str, dtype: torch.dtype) -> Any:
         key = "dtype" if cls.__module__.startswith("transformers") else "torch_dtype"
-        files = list((self.source.folder / part).glob("*.safetensors"))
-        # Half-precision files, `*.fp16.safetensors` or `*.fp16-00001-of-…`, only where there are no others.
-        halves = any(".fp16" in file.name for file in files) and all("." in file.stem for file in files)
-        options = {"use_safetensors": True, "variant": "fp16" if halves else None, key: dtype}
+        options = {"use_safetensors": True, "variant": variant_of(self.source.folder / part), key: dtype}
         model, report = self._load(cls, part, output_loading_info=True, **options)
         missing = sorted(report["missing_keys"])
         if missing:  # left without values, or with random ones

@@ -1,7 +1,8 @@
 """The frozen encoders of a diffusion base, from a local diffusers folder: pictures to latents, captions to embeddings.
 
 A CPU computes in float32, one picture or caption at a time, so that bytes do not depend on batches. A GPU computes in
-float16, but for the VAE of SDXL, whose activations overflow there; in batches of one size.
+batches of one size in float16, but for the VAE of SDXL, whose activations overflow there unless its config says that
+they do not (force_upcast).
 """
 
 import math
@@ -34,6 +35,8 @@ class Vae:
         logging.set_verbosity_error()
         gpu_dtype = "float16" if source.kind == "sd15" else "float32"
         model = load_folder(AutoencoderKL, Path(source.folder, "vae"), device, gpu_dtype)
+        if device == "cuda" and not model.config.force_upcast:
+            model = model.half()
         model, scale = on_device(model, device, model.dtype), model.config.scaling_factor
         normalise = normaliser(*HALF, device, model.dtype)
 

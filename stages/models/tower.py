@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from schemas.arrays import Image
 from schemas.errors import PlanError, WeightsError
+from schemas.targets import variant_of
 from stages.models.backends import ModelCard
 from stages.models.papers import Weight
 from stages.models.torch_backend import Batches, normaliser, prepare, to_host
@@ -116,6 +117,7 @@ def load_folder(model_class: Any, folder: Path, device: str, gpu_dtype: str = "f
     dtype = getattr(torch, gpu_dtype) if device == "cuda" else torch.float32
     key = "dtype" if model_class.__module__.startswith("transformers") else "torch_dtype"
     options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, key: dtype}
+    options["variant"] = variant_of(folder)
     try:
         model, info = model_class.from_pretrained(str(folder), **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

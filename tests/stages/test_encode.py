@@ -241,6 +241,21 @@ def test_absent_encoders_are_told_before_anything_starts(tmp_path, monkeypatch):
         make_plan(config_of(str(folder)))
 
 
+def test_weights_in_half_precision_alone_do(tmp_path, encoded):
+    """Named as `save_pretrained(variant="fp16")` does; the trainer takes such a base too."""
+    base, table = encoded
+    folder = Path(shutil.copytree(find_base(base).folder, tmp_path / "base"))
+    for path in folder.rglob("*.safetensors"):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    halves, full = run(str(folder), ROWS), find_base(base).folder
+    for name in set(Encode.writes) - {"targets"}:
+        assert halves[name].equals(table[name]), name
+    assert (vae_sha256(folder), text_sha256(folder)) == (vae_sha256(full), text_sha256(full))
+    (other,) = (folder / "vae").glob("*.safetensors")
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(other.read_bytes()[:-1] + b"x")
+    assert vae_sha256(folder) != vae_sha256(full)  # of what is read, where there are both
+
+
 def test_damaged_weights_are_one_sentence(tmp_path):
     folder = Path(shutil.copytree(find_base("tiny").folder, tmp_path / "base"))
     (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"junk")

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import weakref
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -123,6 +124,13 @@ def test_half_precision_is_for_all_but_sdxl_s_vae(name):
     assert base.vae.dtype == (torch.float32 if name == "tiny-sdxl" else torch.bfloat16)
     assert base.encode_images(pixels(), seeded(0)).dtype == torch.float32
     assert base.encode_text(["a face"]).embeds.dtype == torch.bfloat16
+
+
+def test_a_vae_of_sdxl_that_does_not_overflow_is_in_half_precision_too(tmp_path):
+    folder = Path(shutil.copytree(find_base("tiny-sdxl").folder, tmp_path / "base"))
+    config = json.loads((folder / "vae/config.json").read_text())
+    (folder / "vae/config.json").write_text(json.dumps({**config, "force_upcast": False}))
+    assert Base(find_base(str(folder)), CPU, torch.bfloat16).vae.dtype == torch.bfloat16
 
 
 def test_a_folder_with_fp16_files_alone_loads_in_the_precision_asked_for(tmp_path):

@@ -1,6 +1,9 @@
 """What is written for a GPU, on a pretended one: graphs, batches that threads share, and who may touch the device."""
 
+import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import cv2
 import fake_dataset as fake
@@ -14,11 +17,12 @@ from tiny_packs import detector, pictures, recogniser
 
 from pipeline.dataset.config import load_config
 from pipeline.dataset.plan import make_plan
+from pipeline.shared.bases import find_base
 from schemas.columns import schema
 from schemas.shard import decode_npy
 from stages.caption.transformers_model import Folder
 from stages.encode import Encode
-from stages.models import torch_backend
+from stages.models import encoders, torch_backend
 from stages.models.detectors import scrfd_torch
 from stages.models.detectors.scrfd import Scrfd
 from stages.models.face_embedders import arcface_torch
@@ -27,7 +31,7 @@ from stages.models.image_embedders.clip import ClipVitH
 from stages.models.segmenters.facexlib import label_batches
 from stages.models.torch_backend import CLIP, DEVICE, Batches
 from stages.pixels.nvjpeg import NvJpeg
-from stages.runtime import Runtime
+from stages.runtime import EncoderSource, Runtime
 from stages.settings import ModelSettings
 
 
@@ -126,15 +130,15 @@ def test_latents_and_texts_of_many_rows_go_together_by_who_holds_the_device(gpu,
     config = load_config(
         None, ["encode.latents=true", "encode.text=true", f"encode.base={base}", "encode.resolution=64"]
     )
-    encoders = make_plan(config, dry_run=True).runtime.encoders
+    source = make_plan(config, dry_run=True).runtime.encoders
     rows = [fake.record("a", row) for row in range(19)]  # more than a batch
     for i, row in enumerate(rows):
         row["text"] = None if i == 3 else "word " * i
         if i % 3 == 0:
             row["full"] = None
     table = pa.Table.from_pylist(rows, schema=schema(Encode.reads))
-    expected = Encode(config, Runtime("cpu", encoders))(table)
-    encode = Encode(config, Runtime("cuda", encoders))
+    expected = Encode(config, Runtime("cpu", source))(table)
+    encode = Encode(config, Runtime("cuda", source))
     captions = []
     batches = encode._text._batches
     batches._compute, compute = lambda tokens: (captions.append(len(tokens)), compute(tokens))[1], batches._compute
@@ -153,3 +157,23 @@ def test_latents_and_texts_of_many_rows_go_together_by_who_holds_the_device(gpu,
                     one, other = (decode_npy(each.as_py()).astype(np.float32) for each in (one, other))
                     np.testing.assert_allclose(one, other, atol=0.05)
     assert set(captions) == {16}
+
+
+@pytest.mark.parametrize(
+    ("base", "overflows", "dtype"),
+    [("tiny", True, "float16"), ("tiny-sdxl", True, "float32"), ("tiny-sdxl", False, "float16")],
+)
+def test_a_vae_is_in_half_precision_where_it_does_not_overflow(
+    gpu, base, overflows, dtype, tmp_path, monkeypatch
+) -> None:
+    folder = Path(shutil.copytree(find_base(base).folder, tmp_path / "base"))
+    config = json.loads((folder / "vae/config.json").read_text())
+    (folder / "vae/config.json").write_text(json.dumps({**config, "force_upcast": overflows}))
+    dtypes = []
+    put_on = encoders.on_device
+    monkeypatch.setattr(encoders, "on_device", lambda *given: (dtypes.append(str(given[2])), put_on(*given))[1])
+    vae = encoders.Vae(EncoderSource("base", str(folder), find_base(base).kind, "", ""), "cuda")
+    gpu.lock = DEVICE
+    (latents,) = vae.encode([np.full((64, 64, 3), 90, np.uint8)])
+    assert dtypes == [f"torch.{dtype}"]
+    assert np.isfinite(latents).all()
