@@ -29,6 +29,8 @@ _INT, _FLOAT, _TEXT, _BYTES = pa.int32(), pa.float32(), pa.string(), pa.binary()
 _BBOX = pa.list_(_FLOAT, 4)
 _KPS = pa.list_(pa.list_(_FLOAT, 2), 5)
 
+CROPS = ("portrait", "half", "full")
+
 _FEATURES = {
     "clip": "(1024,) float16: image_embeds",
     "clip_hidden": "(257, 1280) float16: penultimate hidden_states",
@@ -140,7 +142,7 @@ _ALL = (
             _BYTES,
             f"npy (8, h, w) float16: mean and log-variance of the scaled latents of {crop}",
         )
-        for crop in ("portrait", "half", "full")
+        for crop in CROPS
     ),
     _extra("text_embeds", _BYTES, "npy (77, C) float16: encoder_hidden_states of the caption"),
     _extra("text_pooled", _BYTES, "npy (P,) float16: pooled caption, SDXL only"),

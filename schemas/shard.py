@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from schemas.columns import FEATURES, TOKENS
+from schemas.columns import CROPS, FEATURES, TOKENS
 from schemas.digest import sha256_of_json
 from schemas.errors import CorruptShardError
 from schemas.record import SCHEMA_VERSION
@@ -28,9 +28,9 @@ SUFFIXES: dict[str, str] = dict(
             "arcface.npy": "arcface",
             **{f"{name}.npy": name for name in FEATURES},
             **{f"{name}.safetensors": f"{name}_int8" for name in TOKENS},
-            **{f"{name}.jpg": name for name in ("face", "full", "half", "portrait")},
+            **{f"{name}.jpg": name for name in ("face", *CROPS)},
             "json": "json",
-            **{f"latents.{crop}.npy": f"latents_{crop}" for crop in ("full", "half", "portrait")},
+            **{f"latents.{crop}.npy": f"latents_{crop}" for crop in CROPS},
             "mask.png": "mask",
             "text.npy": "text_embeds",
             "text_pooled.npy": "text_pooled",

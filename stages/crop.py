@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from schemas.columns import CROPS
 from stages.base import RowStage
 from stages.pixels.geometry import Box, crop_box
 from stages.pixels.images import encode_jpeg, photo_of, shrink
@@ -27,7 +28,7 @@ class Crop(RowStage):
         (height, width), face_height = image.shape[:2], bbox[3] - bbox[1]
         written: dict[str, Any] = {}
         crops: dict[str, Any] = {}
-        for name in ("portrait", "half", "full"):
+        for name in CROPS:
             if name == "full":
                 box = self._whole(face_height, width, height)
             else:

@@ -11,6 +11,7 @@ import cv2
 
 from schemas.arrays import Image
 from schemas.buckets import Fit, Size, buckets, fit_around, nearest
+from schemas.columns import CROPS
 from schemas.errors import PlanError
 from schemas.shard import encode_npy
 from schemas.targets import Targets
@@ -20,7 +21,6 @@ from stages.pixels.images import decode_jpeg
 from stages.runtime import Runtime
 from stages.settings import Settings
 
-_CROPS = ("portrait", "half", "full")
 _GPU_BATCH = 16
 
 Arrays = dict[str, Halves]
@@ -53,7 +53,7 @@ class Encode(BatchStage):
         """How each crop is cut, what is cut out, and the caption."""
         fits: dict[str, Fit] = {}
         images = []
-        for crop in _CROPS if self._vae is not None else ():
+        for crop in CROPS if self._vae is not None else ():
             data = record[crop]
             if data is not None:
                 image = decode_jpeg(data)

@@ -16,7 +16,8 @@ from pipeline.dataset.out.ledger import counts, summary
 from pipeline.dataset.out.takedowns import DROPS, KEEPS, STAGE
 from pipeline.shared.files import AnyPath
 from pipeline.shared.tars import Sample, unpack
-from schemas.columns import COLUMNS, FEATURES, KEPT, TOKENS
+from schemas.buckets import PIXELS_PER_LATENT
+from schemas.columns import COLUMNS, CROPS, FEATURES, KEPT, TOKENS
 from schemas.digest import sha256_of_json
 from schemas.drops import DropReason
 from schemas.errors import ContractError, CorruptShardError
@@ -48,7 +49,6 @@ _MEASURED = ("sha256", "n_bytes", "format", "width", "height", "bbox", "kps", "d
 """Ledger columns that no kept row may lack."""
 _REQUIRED = ("json", "face.jpg", "mask.png")
 _ID = "arcface.npy"
-_CROPS = ("portrait", "half", "full")
 _SQUARE = ("portrait", "half")
 _FEATURES = (
     {"clip.npy", "clip_hidden.npy"},
@@ -68,8 +68,6 @@ _ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
     "text_pooled.npy": ("<f2", (-1,)),
 }
 """dtype and shape; -1 is free. Latents are as large as the json says."""
-_LATENT_PX = 8
-"""Pixels per latent, along each side."""
 
 _JSON_FIELDS = ("key", "part", "row", "url", "text", "sha256", "width", "height", "bbox", "kps", "det_score", "face_px")
 _ROUNDED = 1e-4
@@ -181,7 +179,7 @@ def sample_problems(
     elif record["sample_sha256"] != sample_sha256(sample.files):
         yield "its files are not those that the ledger's sample_sha256 stands for"
     suffixes = set(sample.files)
-    crops = {name for name in _CROPS if f"{name}.jpg" in suffixes}
+    crops = {name for name in CROPS if f"{name}.jpg" in suffixes}
     if record and record["crops_made"] is not None and set(record["crops_made"]) != crops:
         yield "its crops are not those of the ledger's crops_made"
     if unknown := sorted(suffixes - set(SUFFIXES)):
@@ -281,7 +279,7 @@ def json_problems(sample: Sample, record: Mapping[str, Any]) -> Iterator[str]:
     if sample.files.get("txt", b"") not in (b"", str(content.get("text")).encode()):
         yield "txt is not the text of json"
     crops = content.get("crops")
-    for name in _CROPS:
+    for name in CROPS:
         crop, suffix = crops.get(name) if isinstance(crops, dict) else None, f"{name}.jpg"
         size = crop.get("size") if isinstance(crop, dict) else None
         if not isinstance(crop, dict):
@@ -319,12 +317,12 @@ def encoded_problems(sample: Sample, described: Any) -> Iterator[str]:
     except CorruptShardError as error:
         yield f"json: {error}"
         return
-    for crop in sorted({*_CROPS, *targets.latents}):
+    for crop in sorted({*CROPS, *targets.latents}):
         fit, data = targets.latents.get(crop), sample.files.get(f"latents.{crop}.npy")
         if (fit is None) != (data is None) or (data is not None and f"{crop}.jpg" not in sample.files):
             yield f"latents.{crop}.npy, {crop}.jpg and json do not go together"
         elif fit is not None and data is not None:
-            width, height = fit.size[0] // _LATENT_PX, fit.size[1] // _LATENT_PX
+            width, height = fit.size[0] // PIXELS_PER_LATENT, fit.size[1] // PIXELS_PER_LATENT
             channels = 8 if len(data) > 8 * height * width * 2 else 4  # earlier releases wrote the mean alone
             yield from _array_problems(f"latents.{crop}.npy", data, "<f2", (channels, height, width))
     if "text.npy" in encoded and (targets.kind == "sdxl") != ("text_pooled.npy" in encoded):

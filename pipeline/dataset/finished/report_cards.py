@@ -8,10 +8,10 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.finished.report_numbers import CROPS
 from pipeline.shared.page import data_uri
 from pipeline.shared.tars import Sample
 from schemas.arrays import Image
+from schemas.columns import CROPS
 from stages.filter import FROM_POINTS, POSE, from_points
 from stages.pixels.images import decode_jpeg, decode_png, encode_jpeg, shrink
 

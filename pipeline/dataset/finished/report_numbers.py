@@ -12,13 +12,11 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.finished.replay import floats, points, posed
 from schemas.arrays import Doubles
-from schemas.columns import KEPT, LEDGER
+from schemas.columns import CROPS, KEPT, LEDGER
 from schemas.drops import DropReason
 from stages.download import Download
 from stages.filter import POSE, QUALITIES
 from stages.metadata import Metadata
-
-CROPS = ("portrait", "half", "full")
 
 _CAPTIONS = {"captions": "caption_chars", "further captions": "further_chars"}
 

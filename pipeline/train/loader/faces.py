@@ -11,9 +11,10 @@ from torch import Tensor
 
 from pipeline.train.loader.dataset import Dataset, first_samples
 from pipeline.train.loader.pairs import person
-from pipeline.train.loader.reading import CROPS, features_of, stored_row
+from pipeline.train.loader.reading import features_of, stored_row
 from pipeline.train.loader.shards import Raw, meta, picture
 from pipeline.train.settings import AdapterSettings
+from schemas.columns import CROPS
 from schemas.int8 import Quantised, dequantise
 
 Pixels = npt.NDArray[np.uint8]

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.train.loader.reading import CROPS, Reading
+from pipeline.train.loader.reading import Reading
 from pipeline.train.loader.shards import Raw, meta, targets
 from pipeline.train.settings import CropWeights, TrainConfig
 from schemas.buckets import Fit, Size, buckets, fit_around, nearest
+from schemas.columns import CROPS
 
 _OTHER_SIDE = [1, 0, 2, 4, 3]
 """Left and right eye and mouth corner change sides in a mirror."""

@@ -16,12 +16,12 @@ from pipeline.train.loader.dataset import Dataset, first_samples
 from pipeline.train.loader.pairs import lonely
 from pipeline.train.loader.shards import Raw, features
 from pipeline.train.settings import AdapterSettings, Condition, DataSettings, ImageEncoder, TrainConfig
+from schemas.columns import CROPS
 from schemas.errors import ConfigError, SourceError
 from schemas.int8 import Quantised, dequantise
 from schemas.shard import EMBEDDINGS, either_form
 from schemas.targets import text_sha256, vae_sha256
 
-CROPS = ("portrait", "half", "full")
 _TEXT, _TEXT_POOLED = "text.npy", "text_pooled.npy"
 _MIRRORS_FREELY = "arcface.npy"
 """Hardly changes when the face is mirrored."""

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from pipeline.train.loader import Features
 from pipeline.train.loader.plan_sample import Balance, Planned, Planner, TargetCrop, bucketed, random_square
-from pipeline.train.loader.reading import CROPS, Reading
+from pipeline.train.loader.reading import Reading
 from pipeline.train.loader.shards import Raw, Shard
 from pipeline.train.settings import CropWeights, TrainConfig
 from schemas.buckets import buckets, fit
+from schemas.columns import CROPS
 from schemas.errors import CorruptShardError
 
 SHARD = Shard("out", Path("out/shards/a-00000.tar"), fake.manifest("a-00000", b"", 1))

@@ -11,12 +11,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.dataset.finished.report_numbers import CROPS
 from pipeline.dataset.out.ledger import Funnel, read_dataset
 from pipeline.dataset.source.laion import is_old_laion
 from pipeline.shared.files import AnyPath, times
 from pipeline.shared.tars import Sample, unpack
-from schemas.columns import COLUMNS
+from schemas.columns import COLUMNS, CROPS
 from schemas.names import shard_origin
 from schemas.shard import EMBEDDINGS, PLAIN, SUFFIXES, Manifest, decode_npy
 from stages.pack import REPEATED
