@@ -7,6 +7,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from schemas.arrays import Floats, Halves
 from schemas.errors import CorruptShardError
 
 GROUP = 64
@@ -20,7 +21,7 @@ class Quantised(NamedTuple):
 
     int8: npt.NDArray[np.int8]
     """(T, D)."""
-    scale: npt.NDArray[np.float16]
+    scale: Halves
     """(T, ceil(D / GROUP))."""
 
     @property
@@ -29,7 +30,7 @@ class Quantised(NamedTuple):
         return self.int8.shape
 
 
-def quantise(features: npt.NDArray[np.float16]) -> Quantised:
+def quantise(features: Halves) -> Quantised:
     """Features (T, D) to the nearest of 127 steps to either side; a group that holds a nan or inf has the scale nan."""
     values = features.astype(np.float32, order="C")
     peaks = np.maximum.reduceat(np.abs(values), np.arange(0, values.shape[1], GROUP), axis=1)
@@ -42,7 +43,7 @@ def quantise(features: npt.NDArray[np.float16]) -> Quantised:
     return Quantised(np.rint(exact).astype(np.int8), scale)
 
 
-def dequantise(features: Quantised) -> npt.NDArray[np.float32]:
+def dequantise(features: Quantised) -> Floats:
     """The values (T, D)."""
     scale = np.repeat(features.scale.astype(np.float32), GROUP, axis=1)
     return features.int8 * scale[:, : features.shape[1]]

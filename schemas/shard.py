@@ -15,8 +15,8 @@ from tokenize import TokenError
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from schemas.arrays import Array
 from schemas.columns import CROPS, FEATURES, TOKENS
 from schemas.digest import sha256_of_json
 from schemas.errors import CorruptShardError
@@ -89,14 +89,14 @@ def sample_sha256(files: Mapping[str, bytes]) -> str:
     return digest.hexdigest()
 
 
-def encode_npy(array: npt.NDArray[Any]) -> bytes:
+def encode_npy(array: Array) -> bytes:
     """An array as the bytes of an npy file, version 1.0, C order, no pickles."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
 
 
-def decode_npy(data: bytes) -> npt.NDArray[Any]:
+def decode_npy(data: bytes) -> Array:
     """The array in the bytes of an npy file, version 1.0; pickled objects are refused, and so is any wrong length.
 
     Raises:
@@ -113,7 +113,7 @@ def decode_npy(data: bytes) -> npt.NDArray[Any]:
         # Compared before anything is allocated: a damaged header may claim any shape.
         if dtype.hasobject or count * dtype.itemsize != len(data) - stream.tell():
             raise ValueError("the header does not fit the length, or asks for pickled objects")
-        array: npt.NDArray[Any] = np.frombuffer(data, dtype, count, stream.tell())
+        array: Array = np.frombuffer(data, dtype, count, stream.tell())
         return array.reshape(shape, order="F" if fortran_order else "C")
     except (ValueError, TypeError, SyntaxError, OverflowError, RecursionError, MemoryError, TokenError) as error:
         raise CorruptShardError(f"not an npy file: {error}") from error

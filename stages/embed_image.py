@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from schemas.arrays import Halves
 from schemas.columns import FEATURES, TOKENS
 from schemas.drops import DropReason
 from schemas.errors import WeightsError
@@ -69,7 +69,7 @@ class EmbedImage:
         step = max(1, len(faces)) if self._device == "cuda" else 1
         rows: list[dict[str, Any]] = []
         for start in range(0, len(faces), step):
-            features: dict[str, npt.NDArray[np.float16]] = {}
+            features: dict[str, Halves] = {}
             for plain, pictures in images.items():
                 batch = np.stack(pictures[start : start + step])
                 features |= {f"{name}{plain}": column for name, column in self._embedder.embed(batch).items()}
@@ -86,7 +86,7 @@ class EmbedImage:
                 rows.append({**row, DROP: poor(self.name, row, self._settings.filter)})
         return to_table(rows, self.writes, self.drops)
 
-    def _measured(self, features: Mapping[str, npt.NDArray[np.float16]], rows: pa.Table) -> list[dict[str, Any]]:
+    def _measured(self, features: Mapping[str, Halves], rows: pa.Table) -> list[dict[str, Any]]:
         """What heads give of each row: `photo` by the features of the face, the others by those of the whole photo."""
         vectors: dict[str, Any] = {"photo": features.get("clip_plain", features.get("clip"))}
         if self._embedder and self._heads.keys() - vectors.keys():

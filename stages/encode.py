@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 
 import cv2
 
-from schemas.arrays import Image
+from schemas.arrays import Halves, Image
 from schemas.buckets import Fit, Size, buckets, fit_around, nearest
 from schemas.columns import CROPS
 from schemas.errors import PlanError
 from schemas.shard import encode_npy
 from schemas.targets import Targets
 from stages.base import BatchStage
-from stages.models.encoders import Halves, TextEncoder, Vae
+from stages.models.encoders import TextEncoder, Vae
 from stages.pixels.images import decode_jpeg
 from stages.runtime import Runtime
 from stages.settings import Settings

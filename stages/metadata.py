@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from schemas.arrays import Mask
 from schemas.columns import COLUMNS
 from schemas.drops import DropReason
 from schemas.urls import identity
@@ -19,8 +20,6 @@ from stages.settings import Settings
 _PORT = r"[0-9]{0,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
 _HOST = r"\[[0-9a-f:.]+\]|[^\s/?#@:\[\]\\]*[\pL\pN][^\s/?#@:\[\]\\]*"
 _URL = rf"(?i)^https?://(?:[^/?#@\s]*@)?(?:{_HOST})(?::(?:{_PORT}))?(?:[/?#][^\x00-\x1f]*)?$"
-
-Mask = npt.NDArray[np.bool_]
 
 
 class Metadata:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from schemas.arrays import Floats, Image
+from schemas.arrays import Floats, Halves, Image
 from schemas.errors import ConfigError
 from stages.models import REGISTRIES
 from stages.models.papers import Weight
@@ -120,10 +120,10 @@ class FaceQuality(Backend, Protocol):
 class ImageEmbedder(Backend, Protocol):
     """Turns face crops into image features."""
 
-    def embed(self, images: Image) -> Mapping[str, npt.NDArray[np.float16]]:
+    def embed(self, images: Image) -> Mapping[str, Halves]:
         """Column name (clip, clip_hidden or dino) -> features of (N, 224, 224, 3) RGB images, N first."""
 
-    def unconditional(self) -> Mapping[str, npt.NDArray[np.float16]]:
+    def unconditional(self) -> Mapping[str, Halves]:
         """Column name (clip_hidden or dino) -> (257, D) features that stand for "no face" in training and guidance.
 
         Those of an all-zero tensor behind the preprocessing, as published adapters take them. `clip` has none: there,

@@ -3,9 +3,8 @@
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from schemas.arrays import Floats
+from schemas.arrays import Floats, Mask
 
 _SAME_FACE_IOU = 0.3
 _OVERLAP = 0.4
@@ -30,13 +29,13 @@ def areas(boxes: Floats) -> Floats:
     return products
 
 
-def apart(boxes: Floats, box: Floats) -> npt.NDArray[np.bool_]:
+def apart(boxes: Floats, box: Floats) -> Mask:
     """(N,): which boxes (N, 4) show another face than `box` (4,): little overlap, and their centre outside of it."""
     shared = areas(np.hstack([np.maximum(boxes[:, :2], box[:2]), np.minimum(boxes[:, 2:], box[2:])]))
     union = areas(boxes) + areas(box[None]) - shared
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     inside = ((centres >= box[:2]) & (centres <= box[2:])).all(axis=1)
-    another: npt.NDArray[np.bool_] = (shared < _SAME_FACE_IOU * union) & ~inside
+    another: Mask = (shared < _SAME_FACE_IOU * union) & ~inside
     return another
 
 

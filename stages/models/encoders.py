@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from schemas.arrays import Image
+from schemas.arrays import Halves, Image
 from stages.models.torch_backend import HALF, Batches, normaliser, on_device, prepare
 from stages.models.tower import load_folder, load_tokenizer
 from stages.runtime import Device, EncoderSource
-
-Halves = npt.NDArray[np.float16]
 
 _GPU_CAPTIONS = 16
 

@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from schemas.arrays import Doubles, Halves
 from schemas.digest import sha256_of_file
 from schemas.errors import ConfigError, WeightsError
 from stages.models.backends import ModelCard, backend
 from stages.models.weights import located, stated_card, weight_state
 from stages.settings import ModelSettings, Settings
-
-Doubles = npt.NDArray[np.float64]
 
 MEASURES = {"photo": "photo", "aesthetic": "aesthetic", "nsfw": "nsfw_score"}
 """Key of `models.heads` -> the column that it gives. `photo` looks at the face crop, the others at the whole photo."""
@@ -51,7 +49,7 @@ class Head:
     def sha256(self) -> str:
         return sha256_of_file(self.path)
 
-    def __call__(self, embeds: npt.NDArray[np.float16]) -> Doubles:
+    def __call__(self, embeds: Halves) -> Doubles:
         """(N,) of `image_embeds` (N, D) of any length; one by one, so that none depends on its batch."""
         output, values = self.metadata.get("output"), []
         for vector in embeds.astype(np.float64):

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
-from schemas.arrays import Image
+from schemas.arrays import Halves, Image
 from schemas.errors import PlanError, WeightsError
 from schemas.targets import variant_of
 from stages.models.backends import ModelCard
@@ -16,7 +15,7 @@ from stages.models.weights import card, find
 from stages.runtime import Device
 from stages.settings import ModelSettings
 
-Features = dict[str, npt.NDArray[np.float16]]
+Features = dict[str, Halves]
 """Column -> features, images first."""
 
 _GPU_BATCH = 32

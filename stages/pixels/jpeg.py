@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from functools import cache, lru_cache
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image as Pillow
+
+from schemas.arrays import Integers
 
 _SEGMENTS = 4096
 """Steps of a walk; 50 MB of full segments are 800."""
@@ -99,7 +100,7 @@ def _table(data: bytes) -> tuple[int, ...] | None:
 
 
 @cache
-def _tables() -> npt.NDArray[np.int64]:
+def _tables() -> Integers:
     """(100, 64): those of libjpeg by quality."""
     tables = []
     for level in range(1, 101):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich import box
@@ -18,7 +17,7 @@ from pipeline.dataset.finished.replay import floats, ledgers, posed
 from pipeline.dataset.out.ledger import shard_names
 from pipeline.shared.files import AnyPath
 from pipeline.shared.tars import samples
-from schemas.arrays import Doubles
+from schemas.arrays import Doubles, Floats, Integers
 from schemas.columns import KEPT
 from schemas.errors import OutputError
 from schemas.shard import decode_npy
@@ -37,8 +36,8 @@ _MOST = 3000
 class Faces:
     """N photos of known persons, in random order."""
 
-    persons: npt.NDArray[np.int64]
-    vectors: npt.NDArray[np.float32]
+    persons: Integers
+    vectors: Floats
     """(N, 512), of unit length."""
     goodness: dict[str, Doubles]
     """Measure -> (N,), larger is better; NaN where it was not measured."""
@@ -64,7 +63,7 @@ def read_faces(out: AnyPath) -> Faces:
     """
     columns = ("key", "person", "kps", *(name for name in _MEASURES if name not in FROM_POINTS))
     tables: list[pa.Table] = []
-    vectors: list[npt.NDArray[np.float32]] = []
+    vectors: list[Floats] = []
     for shard, ledger in zip(shard_names(out), ledgers(out, columns), strict=True):
         rows = ledger.filter(pc.and_(pc.equal(ledger["verdict"], KEPT), pc.is_valid(ledger["person"])))
         if rows.num_rows:

@@ -22,7 +22,7 @@ from rich.table import Table
 from pipeline.dataset.out.ledger import Rounds, occurrences, read_ledger, shard_names, shards_folder
 from pipeline.shared.configfile import explain, merge, read_values
 from pipeline.shared.files import AnyPath
-from schemas.arrays import Doubles
+from schemas.arrays import Doubles, Mask
 from schemas.columns import KEPT, LATER
 from schemas.drops import DropReason
 from schemas.errors import ConfigError, CorruptShardError, OutputError
@@ -155,7 +155,7 @@ def evidence(ledger: pa.Table) -> Evidence:
     return Evidence(values, outcome)
 
 
-def posed(kps: pa.ChunkedArray, chosen: npt.NDArray[np.bool_]) -> dict[str, Doubles]:
+def posed(kps: pa.ChunkedArray, chosen: Mask) -> dict[str, Doubles]:
     """FROM_POINTS -> (N,) what five points suggest, where chosen and known; NaN elsewhere."""
     rows = np.flatnonzero(chosen & pc.is_valid(kps).to_numpy())
     faces = points(kps.combine_chunks().take(pa.array(rows))).reshape(-1, 5, 2)

@@ -6,12 +6,11 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.finished.replay import floats, points, posed
-from schemas.arrays import Doubles
+from schemas.arrays import Doubles, Integers
 from schemas.columns import CROPS, KEPT, LEDGER
 from schemas.drops import DropReason
 from stages.download import Download
@@ -117,7 +116,7 @@ def _holds(lists: pa.ListArray, word: str) -> Doubles:
     return held
 
 
-def fates(ledger: pa.Table) -> npt.NDArray[np.int64]:
+def fates(ledger: pa.Table) -> Integers:
     """(N,) numbers in FATES."""
     stage, verdict = ledger["stage"], ledger["verdict"]
     fetching = pc.equal(stage, Download.name).to_numpy()
@@ -135,7 +134,7 @@ class Numbers:
     def __init__(self) -> None:
         self.histograms = {one.name: np.zeros((2, len(one.edges) - 1), np.int64) for one in MEASURES}
         """Measure -> (2, bins): kept rows, dropped rows."""
-        self.hosts: dict[str, npt.NDArray[np.int64]] = {}
+        self.hosts: dict[str, Integers] = {}
         """Host -> (FATES,) rows; of very many hosts, those with the most rows."""
         self.given = {name: np.zeros((2, 2), np.int64) for name in (*_CAPTIONS, *CROPS)}
         """What rows may have -> (2, 2): of the kept those that have it, and of which it is known; of the dropped."""
@@ -164,7 +163,7 @@ class Numbers:
         if len(self.hosts) > _MOST_HOSTS:
             self.hosts = self.largest_hosts(_MOST_HOSTS // 2)
 
-    def largest_hosts(self, count: int) -> dict[str, npt.NDArray[np.int64]]:
+    def largest_hosts(self, count: int) -> dict[str, Integers]:
         """The hosts with the most rows, in this order."""
         ranked = sorted(self.hosts, key=lambda host: (-int(self.hosts[host].sum()), host))
         return {host: self.hosts[host] for host in ranked[:count]}
@@ -176,7 +175,7 @@ def positions(measure: Measure, values: Sequence[float]) -> list[float]:
     return [round(float(np.interp(value, measure.edges, shares)), 4) for value in values]
 
 
-def charts(histograms: Mapping[str, npt.NDArray[np.int64]]) -> Iterator[dict[str, Any]]:
+def charts(histograms: Mapping[str, Integers]) -> Iterator[dict[str, Any]]:
     """The distributions of all measures of which there is any, as the page draws them.
 
     `bars` are, per bin, kept rows / most kept rows of a bin, the same of dropped rows, and both in words; `about` has
@@ -208,7 +207,7 @@ def charts(histograms: Mapping[str, npt.NDArray[np.int64]]) -> Iterator[dict[str
         }
 
 
-def _median(measure: Measure, counts: npt.NDArray[np.int64]) -> str:
+def _median(measure: Measure, counts: Integers) -> str:
     at = int(np.searchsorted(counts.cumsum(), counts.sum() / 2))
     if at == 0:  # most often all are 0, which the middle of the bin would not say
         return f"under {_with_unit(measure, measure.edges[1])}"

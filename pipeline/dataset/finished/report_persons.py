@@ -9,14 +9,13 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.dataset.finished.report_cards import reduced
 from pipeline.dataset.out.ledger import occurrences, read_ledger
 from pipeline.shared.files import AnyPath, RemotePath
 from pipeline.shared.page import data_uri
 from pipeline.shared.tars import samples
-from schemas.arrays import Floats
+from schemas.arrays import Floats, Integers
 from schemas.columns import KEPT
 from schemas.errors import CorruptShardError
 from schemas.shard import Manifest, decode_npy
@@ -92,7 +91,7 @@ def persons(out: AnyPath, chosen: Sequence[Manifest], every: Sequence[Manifest],
     }
 
 
-def _looked_at(out: AnyPath, chosen: Sequence[Manifest]) -> tuple[npt.NDArray[np.int64], Floats, list[bytes]]:
+def _looked_at(out: AnyPath, chosen: Sequence[Manifest]) -> tuple[Integers, Floats, list[bytes]]:
     """Person, ID vector and face of the first samples of some shards."""
     numbers: list[int] = []
     vectors, faces = [np.zeros((0, 512), np.float32)], []

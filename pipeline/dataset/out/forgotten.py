@@ -13,10 +13,10 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.shared.files import AnyPath, fsync_names, rename, write
+from schemas.arrays import Mask
 from schemas.digest import sha256
 from schemas.errors import CorruptShardError, OutputError
 from schemas.urls import host_of, identity
@@ -28,8 +28,6 @@ NEW = ".new-"
 _VERSION = 1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ADDRESS = re.compile(r"[0-9.]+|.*:.*")
-
-Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich import box
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import AnyPath, RemotePath, names, parquet
+from schemas.arrays import Integers, Mask
 from schemas.columns import KEPT, complete
 from schemas.drops import DropReason
 from schemas.errors import ContractError, CorruptShardError, OutputError
@@ -187,7 +187,7 @@ class Rounds:
         Raises:
             CorruptShardError: names the file.
         """
-        numbers: dict[str, dict[int, list[npt.NDArray[np.int64]]]] = defaultdict(lambda: defaultdict(list))
+        numbers: dict[str, dict[int, list[Integers]]] = defaultdict(lambda: defaultdict(list))
         for shard in shards:
             part, round = shard_origin(shard)
             if round:
@@ -201,7 +201,7 @@ class Rounds:
         """The last round of a part, 0 where there was none."""
         return max(self._rows.get(part, {}), default=0)
 
-    def replaced(self, shard: str, rows: pa.ChunkedArray, before: int | None = None) -> npt.NDArray[np.bool_]:
+    def replaced(self, shard: str, rows: pa.ChunkedArray, before: int | None = None) -> Mask:
         """Which of a shard's rows a later round holds; a round before `before`, when given."""
         part, own = shard_origin(shard)
         wanted = rows.to_numpy()

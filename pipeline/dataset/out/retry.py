@@ -19,12 +19,12 @@ from pipeline.dataset.out.output import Output
 from pipeline.dataset.source.parts import Part, SourceSettings
 from pipeline.dataset.source.seeds import Seeds, iter_again
 from pipeline.shared.files import AnyPath
+from schemas.arrays import Integers
 from schemas.errors import SourceError
 from schemas.names import shard_origin
 from stages.fetch.answer import SECOND_CHANCE
 
-RowNumbers = npt.NDArray[np.int64]
-_NO_ROWS: RowNumbers = np.zeros(0, np.int64)
+_NO_ROWS: Integers = np.zeros(0, np.int64)
 
 
 def second_chances(
@@ -65,9 +65,9 @@ def _again(
     part: Part,
     settings: SourceSettings,
     round: int,
-    rows: RowNumbers,
+    rows: Integers,
     urls: npt.NDArray[np.uint64],
-    done: dict[str, RowNumbers],
+    done: dict[str, Integers],
 ) -> Iterator[Seeds]:
     """The shards of a round that are not `done`, from a part that must still be the one that OUT was made of."""
     count = 0

@@ -15,7 +15,6 @@ from itertools import chain
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 from pipeline.dataset.out.forgotten import Forgotten
 from pipeline.dataset.rows import Rows, tombstones
 from pipeline.shared.files import open_binary, reading
+from schemas.arrays import Mask
 from schemas.columns import COLUMNS
 from schemas.digest import sha256
 from schemas.drops import DropReason
@@ -33,8 +33,6 @@ from stages.metadata import Metadata
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _URL = re.compile(r"https?://", re.IGNORECASE)
 _ROWS = 100_000
-
-Mask = npt.NDArray[np.bool_]
 
 
 class Listed:

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from pipeline.dataset.out.output import fingerprint
 from pipeline.dataset.plan import Plan
 from pipeline.shared.files import AnyPath, write
+from schemas.arrays import Halves
 from schemas.digest import sha256
 from schemas.shard import UNCONDITIONAL
 from stages.models.backends import ImageEmbedder, backend
@@ -19,7 +19,7 @@ from stages.models.backends import ImageEmbedder, backend
 _MADE = "made"
 """The only entry of the file's metadata: several would be written in any order."""
 
-Features = Mapping[str, npt.NDArray[np.float16]]
+Features = Mapping[str, Halves]
 
 
 def write_unconditional(root: AnyPath, plan: Plan) -> dict[str, dict[str, Any]]:

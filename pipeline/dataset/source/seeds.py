@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.source.parts import Part, SourceSettings
 from pipeline.dataset.source.values import to_seeds
+from schemas.arrays import Doubles, Integers
 from schemas.columns import SEED, schema
 from schemas.names import shard_name
 
@@ -72,7 +72,7 @@ def iter_shards(part: Part, settings: SourceSettings, metadata: JudgeSeeds) -> I
         yield Seeds(shard_name(part.name, 0), part.name, schema(_COLUMNS).empty_table())
 
 
-def iter_again(part: Part, settings: SourceSettings, rows: npt.NDArray[np.int64], round: int) -> Iterator[Seeds]:
+def iter_again(part: Part, settings: SourceSettings, rows: Integers, round: int) -> Iterator[Seeds]:
     """Some rows of a part in the shards of a further round, all of them candidates.
 
     Raises:
@@ -141,7 +141,7 @@ class Draw:
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed = size, seed
-        self._strata: dict[str, tuple[int, npt.NDArray[np.float64], pa.Table]] = {}
+        self._strata: dict[str, tuple[int, Doubles, pa.Table]] = {}
         """Part -> how many candidates it has, and those of the least keys, by which they are sorted."""
 
     @property

@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.train.loader.plan_sample import Planned
 from pipeline.train.loader.reading import Reading, stored_row
 from pipeline.train.loader.shards import array, moments, picture
+from schemas.arrays import Array
 from schemas.buckets import PIXELS_PER_LATENT
 from schemas.int8 import GROUP, Quantised
 
@@ -35,7 +36,7 @@ class MixedTokens(NamedTuple):
         return torch.cat([self.plain.float(), self.int8 * steps])[self.order]
 
 
-def mixed(rows: Sequence[npt.NDArray[Any] | Quantised]) -> MixedTokens:
+def mixed(rows: Sequence[Array | Quantised]) -> MixedTokens:
     """Of samples' features (T, D), at least one of which is in int8."""
     is_int8 = np.array([isinstance(row, Quantised) for row in rows])
     plain = [row for row in rows if not isinstance(row, Quantised)]
@@ -156,7 +157,7 @@ def collate(group: Sequence[Planned], reading: Reading, position: Position) -> B
     )
 
 
-def _condition(planned: Planned, role: str, reading: Reading) -> npt.NDArray[Any] | Quantised:
+def _condition(planned: Planned, role: str, reading: Reading) -> Array | Quantised:
     """The features of a sample's role, those of several photos side by side.
 
     Features of another photo are mirrored with the target: two mirrored photos are two photos of the mirrored person,
@@ -177,7 +178,7 @@ def _left(planned: Planned) -> int:
     return resized[0] - width - left if planned.mirror else left
 
 
-def _stacked(rows: Sequence[npt.NDArray[Any]], dtype: type[np.floating[Any]]) -> Tensor:
+def _stacked(rows: Sequence[Array], dtype: type[np.floating[Any]]) -> Tensor:
     """One copy, from the files' bytes to the batch."""
     out = np.empty((len(rows), *rows[0].shape), dtype)
     for target, values in zip(out, rows, strict=True):
@@ -192,7 +193,7 @@ def target_pixels(planned: Planned, suffix: str) -> npt.NDArray[np.uint8]:
         CorruptShardError: when the JPEG cannot be decoded whole.
     """
     resized, (left, top), (width, height) = planned.fit
-    image: npt.NDArray[Any] = picture(planned.raw, suffix, planned.size, resized)
+    image: Array = picture(planned.raw, suffix, planned.size, resized)
     if image.shape[1::-1] != resized:
         shrinks = image.shape[1] > resized[0] or image.shape[0] > resized[1]
         image = cv2.resize(image, resized, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)

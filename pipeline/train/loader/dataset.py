@@ -6,16 +6,16 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from pipeline.shared.files import AnyPath, names, sizes, to_path
 from pipeline.train.loader.shards import Raw, Shard, meta, samples, targets
 from pipeline.train.settings import DataSettings
+from schemas.arrays import Array
 from schemas.digest import sha256, sha256_of_json, sha256_of_stream
 from schemas.errors import CorruptShardError, OutputError, SourceError
 from schemas.names import finished_shards
@@ -147,7 +147,7 @@ class Dataset:
     """Each folder's dataset digest, and those of the datasets that it was grouped from."""
     digest: str
     """One digest over all."""
-    unconditional: Mapping[str, npt.NDArray[Any]]
+    unconditional: Mapping[str, Array]
     """Column -> features of an empty picture: `clip_hidden` (257, 1280), `dino` (257, D), float16; may be empty."""
     suffixes: frozenset[str]
     """Suffixes of the files that all shards hold, those in int8 as npy; crops may be absent from single samples."""
@@ -241,9 +241,9 @@ def _distinct(values: Iterable[T]) -> tuple[T, ...]:
     return tuple(distinct)
 
 
-def _unconditional(folders: Sequence[DatasetFolder]) -> dict[str, npt.NDArray[Any]]:
+def _unconditional(folders: Sequence[DatasetFolder]) -> dict[str, Array]:
     """The features of the first folder that has them; all folders were made by the same models."""
-    features: dict[str, npt.NDArray[Any]] = {}
+    features: dict[str, Array] = {}
     for folder in folders:
         digest = folder.files.get(UNCONDITIONAL)
         if not digest:
@@ -252,7 +252,7 @@ def _unconditional(folders: Sequence[DatasetFolder]) -> dict[str, npt.NDArray[An
         wrong = f"{path} is not what dataset.json describes: run `python -m pipeline dataset` on {folder.given} again."
         try:
             data = path.read_bytes()
-            mine: dict[str, npt.NDArray[Any]] = load(data) if sha256(data) == digest else {}
+            mine: dict[str, Array] = load(data) if sha256(data) == digest else {}
         except (OSError, SafetensorError) as error:
             raise SourceError(wrong) from error
         if not mine or not all(np.isfinite(values).all() for values in mine.values()):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import groupby, islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from pipeline.train.loader.pairs import person
 from pipeline.train.loader.reading import features_of, stored_row
 from pipeline.train.loader.shards import Raw, meta, picture
 from pipeline.train.settings import AdapterSettings
+from schemas.arrays import Array
 from schemas.columns import CROPS
 from schemas.int8 import Quantised, dequantise
 
@@ -85,7 +86,7 @@ def first_faces(
     ]
 
 
-def _tensor(stored: npt.NDArray[Any] | Quantised) -> Tensor:
+def _tensor(stored: Array | Quantised) -> Tensor:
     return torch.from_numpy(dequantise(stored) if isinstance(stored, Quantised) else stored.astype(np.float32))
 
 

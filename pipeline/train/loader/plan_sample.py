@@ -8,11 +8,11 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.train.loader.reading import Reading
 from pipeline.train.loader.shards import Raw, meta, targets
 from pipeline.train.settings import CropWeights, TrainConfig
+from schemas.arrays import Doubles, Floats
 from schemas.buckets import Fit, Size, buckets, fit_around, nearest
 from schemas.columns import CROPS
 
@@ -36,7 +36,7 @@ class TargetCrop(NamedTuple):
     fit: Fit
     """How the picture is scaled and cut."""
 
-    def on_target(self, points: npt.NDArray[np.float64], mirror: bool) -> npt.NDArray[np.float32]:
+    def on_target(self, points: Doubles, mirror: bool) -> Floats:
         """Points (5, 2) of the photo in pixels of the target.
 
         Edges scale, and middles of pixels lie half a pixel behind them.
@@ -142,7 +142,7 @@ class Planned(NamedTuple):
     size: Size
     """Of the crop's picture."""
     fit: Fit
-    kps: npt.NDArray[np.float32]
+    kps: Floats
     """(5, 2) x y in pixels of the target, mirrored where it is; the middle of the first pixel is (0, 0)."""
     mirror: bool
     colour: tuple[float, float, float] | None

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.train.loader.dataset import Dataset, first_samples
 from pipeline.train.loader.pairs import lonely
 from pipeline.train.loader.shards import Raw, features
 from pipeline.train.settings import AdapterSettings, Condition, DataSettings, ImageEncoder, TrainConfig
+from schemas.arrays import Array
 from schemas.columns import CROPS
 from schemas.errors import ConfigError, SourceError
 from schemas.int8 import Quantised, dequantise
@@ -44,7 +44,7 @@ class Features:
     """For each picture: role -> suffix of the npy file; features in int8 go by it too."""
     shapes: Mapping[str, tuple[int, ...]]
     """Suffix -> shape of the first sample's file, which all others must have too."""
-    unconditional: Mapping[str, npt.NDArray[Any]]
+    unconditional: Mapping[str, Array]
     """Role -> features of one sample: zeros for the ID vector and for CLIP's pooled features, and for token features
     and DINO's class token what the encoder makes of an empty picture."""
 
@@ -100,12 +100,12 @@ def features_of(dataset: Dataset, reads: Sequence[str], adapter: AdapterSettings
     return Features(pictures, files, shapes, unconditional)
 
 
-def row(role: str, features: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def row(role: str, features: Array) -> Array:
     """A file's array as its role: `pooled` is the first token (the class token) of token features."""
     return features[0] if role == "pooled" and features.ndim == 2 else features
 
 
-def stored_row(raw: Raw, role: str, suffix: str, shape: tuple[int, ...]) -> npt.NDArray[Any] | Quantised:
+def stored_row(raw: Raw, role: str, suffix: str, shape: tuple[int, ...]) -> Array | Quantised:
     """One sample's features of a role; in int8 where they are tokens that are stored so.
 
     Raises:

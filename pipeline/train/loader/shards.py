@@ -14,6 +14,7 @@ import numpy.typing as npt
 from pipeline.shared import tars
 from pipeline.shared.files import AnyPath
 from pipeline.shared.tars import Span, Wish
+from schemas.arrays import Array
 from schemas.errors import CorruptShardError
 from schemas.int8 import Quantised, decode_int8
 from schemas.shard import INT8, Manifest, decode_npy
@@ -109,7 +110,7 @@ def targets(raw: Raw) -> Targets | None:
         raise raw.corrupt("json", f"is damaged: {error}") from error
 
 
-def array(raw: Raw, suffix: str, shape: tuple[int, ...] | None = None) -> npt.NDArray[Any]:
+def array(raw: Raw, suffix: str, shape: tuple[int, ...] | None = None) -> Array:
     """An npy file's finite float array, of this shape where one is given.
 
     Raises:
@@ -133,7 +134,7 @@ def array(raw: Raw, suffix: str, shape: tuple[int, ...] | None = None) -> npt.ND
     return values
 
 
-def moments(raw: Raw, suffix: str, size: tuple[int, int]) -> npt.NDArray[Any]:
+def moments(raw: Raw, suffix: str, size: tuple[int, int]) -> Array:
     """Mean and log-variance (8, h, w) of precomputed latents; shards of earlier releases hold the mean alone.
 
     Raises:
@@ -147,7 +148,7 @@ def moments(raw: Raw, suffix: str, size: tuple[int, int]) -> npt.NDArray[Any]:
     return values
 
 
-def features(raw: Raw, suffix: str, shape: tuple[int, ...] | None = None) -> npt.NDArray[Any] | Quantised:
+def features(raw: Raw, suffix: str, shape: tuple[int, ...] | None = None) -> Array | Quantised:
     """The finite features of an npy file, or of the int8 file that the sample has in its stead.
 
     Raises:

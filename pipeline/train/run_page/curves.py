@@ -8,13 +8,12 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from matplotlib.ticker import MaxNLocator
 from pyarrow.json import ReadOptions, read_json
 from scipy.ndimage import uniform_filter1d
 
-from schemas.arrays import Doubles
+from schemas.arrays import Doubles, Mask
 from schemas.errors import OutputError, first_line
 
 Metrics = Mapping[str, Doubles]
@@ -95,7 +94,7 @@ def read_metrics(path: Path) -> dict[str, Doubles]:
     return {**numbers, "step": steps}
 
 
-def not_finite(name: str, metrics: Metrics) -> npt.NDArray[np.bool_]:
+def not_finite(name: str, metrics: Metrics) -> Mask:
     """(lines,) Whether a step was logged whose value was not finite; false for what not every step has."""
     steps = metrics.get("lr", metrics["step"]) >= 0
     return np.asarray(steps & np.isnan(metrics[name]) if name in _EACH_STEP and name in metrics else steps & False)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import torch
 import transformers
 
@@ -17,7 +16,7 @@ from pipeline.shared.bases import card_licence
 from pipeline.train.adapters.released import DAMAGED
 from pipeline.train.loader import Pixels
 from schemas.arcface import ARCFACE_SIZE, LICENCES
-from schemas.arrays import Doubles
+from schemas.arrays import Doubles, Floats
 from schemas.digest import sha256_of_file
 from schemas.errors import ConfigError, WeightsError, first_line
 
@@ -30,9 +29,9 @@ _PACKS = "~/.insightface/models"
 class Look(NamedTuple):
     """A face in an image."""
 
-    embedding: npt.NDArray[np.float32]
+    embedding: Floats
     """(512,), normed."""
-    kps: npt.NDArray[np.float32]
+    kps: Floats
     """(5, 2), in pixels of the image, or of the image with a border around."""
 
 
@@ -98,11 +97,11 @@ class IdJudge:
         largest = max(seen, key=lambda one: np.prod(one.bbox[2:4] - one.bbox[:2]), default=None)
         return None if largest is None else Look(largest.normed_embedding, largest.kps)
 
-    def embed(self, face: Pixels) -> npt.NDArray[np.float32]:
+    def embed(self, face: Pixels) -> Floats:
         """Normed ID vector (512,) of an aligned crop, which is too tight for a detector."""
         small = cv2.resize(face, (ARCFACE_SIZE, ARCFACE_SIZE), interpolation=cv2.INTER_AREA)
         bgr = np.ascontiguousarray(small[..., ::-1])
-        vector: npt.NDArray[np.float32] = self._app.models["recognition"].get_feat(bgr).flatten()
+        vector: Floats = self._app.models["recognition"].get_feat(bgr).flatten()
         return vector / np.linalg.norm(vector)
 
 

@@ -7,7 +7,6 @@ from itertools import chain
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy.typing as npt
 import torch
 from PIL import Image
 
@@ -18,7 +17,7 @@ from pipeline.train.loader import Face, Pixels, first_faces
 from pipeline.train.settings import TrainConfig
 from pipeline.train.validate.distances import DISTANCES, View, Viewer, copy_paste, scale
 from pipeline.train.validate.grid import GridRow, draw
-from schemas.arrays import Doubles
+from schemas.arrays import Array, Doubles
 
 if TYPE_CHECKING:
     from pipeline.train.job import TrainJob
@@ -142,7 +141,7 @@ class Sampler:
     """The stock pipeline of the base, handed the adapter's UNet and image tokens."""
 
     def __init__(
-        self, base: Base, model: AdapterModel, unconditional: Mapping[str, npt.NDArray[Any]], config: TrainConfig
+        self, base: Base, model: AdapterModel, unconditional: Mapping[str, Array], config: TrainConfig
     ) -> None:
         """Sample as the settings say; `unconditional` is role -> features of no face, one sample's."""
         self._base, self._model, self._config = base, model, config

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from schemas.arrays import Floats, Image
+from schemas.arrays import Doubles, Floats, Image
 from stages.models.backends import WithoutWeights
 from stages.runtime import Device
 from stages.settings import ModelSettings
@@ -24,8 +24,6 @@ _SEED = 20_060_512
 _LEVELS = 256
 """Features and projection are rounded to multiples of 1 / 256: sums of products of integers are exact in float64,
 so that a vector does not depend on the order in which a linear algebra library adds, nor on its threads."""
-
-_Doubles = npt.NDArray[np.float64]
 
 
 class Lbp(WithoutWeights):
@@ -60,14 +58,14 @@ class Lbp(WithoutWeights):
 
 
 @cache
-def _projection(n_features: int) -> _Doubles:
+def _projection(n_features: int) -> Doubles:
     """Drawn once a process, however often models are loaded in it; not to be written to."""
     normal = np.random.Generator(np.random.PCG64(_SEED)).standard_normal((n_features, _DIMENSIONS), np.float32)
-    projection: _Doubles = np.rint(normal * np.float32(_LEVELS)).astype(np.float64)
+    projection: Doubles = np.rint(normal * np.float32(_LEVELS)).astype(np.float64)
     return projection
 
 
-def _distinct(cells: _Doubles) -> _Doubles:
+def _distinct(cells: Doubles) -> Doubles:
     """(cells, features) less their mean over the cells, flat: what all skin has in common tells no face."""
     return np.ravel(cells - cells.mean(axis=0))
 

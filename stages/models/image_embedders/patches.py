@@ -10,9 +10,8 @@ from functools import cache
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
-from schemas.arrays import Floats, Image
+from schemas.arrays import Doubles, Floats, Halves, Image
 from stages.models.backends import WithoutWeights
 from stages.runtime import Device
 from stages.settings import ModelSettings
@@ -30,8 +29,6 @@ numbers do not depend on the order in which a linear algebra library adds, nor o
 _SPREAD = 400.0
 """Divides the features after projection: tokens then have a root mean square near 1, as CLIP's have."""
 
-_Halves = npt.NDArray[np.float16]
-
 
 class Patches(WithoutWeights):
     """`clip` (N, 1024) and `clip_hidden` (N, 257, 1280), float16, by fixed random projections."""
@@ -42,7 +39,7 @@ class Patches(WithoutWeights):
         cv2.setNumThreads(1)
         self._to_hidden, self._to_embeds = _projections()
 
-    def embed(self, images: Image) -> Mapping[str, _Halves]:
+    def embed(self, images: Image) -> Mapping[str, Halves]:
         """`clip` and `clip_hidden` of (N, 224, 224, 3) RGB images; row 0 of `clip_hidden` describes the mean patch."""
         embeds, hidden = [], []
         for patches in map(_describe, images):
@@ -56,14 +53,14 @@ class Patches(WithoutWeights):
             "clip_hidden": np.array(hidden, np.float16).reshape(-1, 1 + _GRID**2, _HIDDEN),
         }
 
-    def unconditional(self) -> Mapping[str, _Halves]:
+    def unconditional(self) -> Mapping[str, Halves]:
         """`clip_hidden` of plain mid-grey (128), which is where colours and gradients of a patch are zero."""
         grey = np.full((1, 224, 224, 3), 128, np.uint8)
         return {"clip_hidden": self.embed(grey)["clip_hidden"][0]}
 
 
 @cache
-def _projections() -> tuple[Floats, npt.NDArray[np.float64]]:
+def _projections() -> tuple[Floats, Doubles]:
     """To hidden states and to embeds; drawn once a process, not to be written to."""
     random = np.random.Generator(np.random.PCG64(_SEED))
     shapes = (_FEATURES, _HIDDEN), (_FEATURES * _POOLED_GRID**2, _EMBEDS)

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from schemas.arrays import Floats, Image
+from schemas.arrays import Doubles, Floats, Image
 from stages.models.backends import WithoutWeights
 from stages.runtime import Device
 from stages.settings import ModelSettings
@@ -65,8 +65,8 @@ class GrabCut(WithoutWeights):
 
 def _ellipse(
     mask: npt.NDArray[np.uint8],
-    centre: npt.NDArray[np.float64],
-    axis: npt.NDArray[np.float64],
+    centre: Doubles,
+    axis: Doubles,
     half_axes: tuple[float, float],
     label: int,
 ) -> None:

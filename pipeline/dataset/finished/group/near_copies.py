@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.dataset.finished.group.persons import NEIGHBOURS, Numbers, Pairs, Vectors, mutual_neighbours
-from schemas.arrays import Image
+from schemas.arrays import Floats, Image, Mask
 from stages.models import sscd
 
 SIDE = 24
@@ -54,11 +54,11 @@ def details(face: Image | npt.NDArray[np.uint8]) -> Details:
     return scaled
 
 
-def copies(looks: Looks, pairs: Pairs) -> npt.NDArray[np.bool_]:
+def copies(looks: Looks, pairs: Pairs) -> Mask:
     """Which pairs are near-copies."""
     differing = np.bitwise_count(looks.hashes[pairs.one, :1] ^ looks.hashes[pairs.other]).min(axis=1)
     alike = pairs.cosine >= _COPY
-    same: npt.NDArray[np.bool_] = alike & (differing <= _PHOTO_BITS)
+    same: Mask = alike & (differing <= _PHOTO_BITS)
     for at in np.flatnonzero(alike & ~same):
         inner = looks.faces[pairs.one[at], _SHIFT:-_SHIFT, _SHIFT:-_SHIFT].astype(np.float32)
         other = looks.faces[pairs.other[at]].astype(np.float32)
@@ -71,9 +71,7 @@ def copies(looks: Looks, pairs: Pairs) -> npt.NDArray[np.bool_]:
     return same
 
 
-def without_copies(
-    vectors: Vectors, looks: Looks, worth: npt.NDArray[np.float32], least: float
-) -> tuple[Numbers, Pairs]:
+def without_copies(vectors: Vectors, looks: Looks, worth: Floats, least: float) -> tuple[Numbers, Pairs]:
     """(N,) for each photo the one that it is a copy of, its own number for others; and the pairs of these others.
 
     Of copies the one of most worth stays, of equals the first. No chains: a copy of a copy is one of what stays only

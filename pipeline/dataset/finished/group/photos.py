@@ -12,7 +12,6 @@ from tempfile import TemporaryFile
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -70,7 +69,7 @@ class Photos:
         table = pa.Table.from_batches(batches, LEDGER_SCHEMA).combine_chunks()
         return table.take(pa.array(np.argsort(order)))
 
-    def worth(self) -> npt.NDArray[np.float32]:
+    def worth(self) -> Floats:
         """(N,) the size of the face, pixels: of copies the largest stays."""
         sizes = [self.ledgers.get_batch(tar)["face_px"].to_numpy(False) for tar in range(len(self.tars))]
         starts = np.cumsum([0, *map(len, sizes)])
