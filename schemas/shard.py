@@ -52,9 +52,9 @@ EMBEDDINGS = frozenset(suffix for suffix in SUFFIXES if suffix.startswith(("arcf
 DATASET = "dataset.json"
 """Beside the shards' folder: the plan, what the run came to, and the files below."""
 CARD, CROISSANT = "README.md", "croissant.json"
+"""Beside the shards' folder: what the dataset is, for people and for the tools that load it."""
 EVENTS = "events.jsonl"
 """Of the run, where the user names it so: see docs/watching.md."""
-"""Beside the shards' folder: what the dataset is, for people and for the tools that load it."""
 UNCONDITIONAL = "unconditional.safetensors"
 """Beside the shards' folder: clip_hidden or dino (float16, as in a sample) of "no face", for guidance."""
 
