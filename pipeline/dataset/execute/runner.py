@@ -14,8 +14,6 @@ from schemas.errors import ContractError
 from schemas.record import check, check_filled
 from stages.base import DROP, Stage
 
-_WITNESSES_PER_REASON = 1
-
 
 @dataclass(frozen=True)
 class Loaded:
@@ -83,11 +81,6 @@ def apply_all(steps: Sequence[Loaded], rows: Rows) -> Rows:
     return rows
 
 
-def outcome(stage: Stage, table: pa.Table) -> tuple[pa.Table, pa.Array]:
-    """Call a stage with exactly the columns that it reads, and check what comes back, as `checked` does."""
-    return checked(stage, table, stage(table.select(list(stage.reads))))
-
-
 def checked(stage: Stage, table: pa.Table, result: pa.Table) -> tuple[pa.Table, pa.Array]:
     """Check what a stage made of a table.
 
@@ -112,7 +105,7 @@ def checked(stage: Stage, table: pa.Table, result: pa.Table) -> tuple[pa.Table, 
 
 def judge_seeds(stage: Stage, seeds: pa.Table) -> pa.Table:
     """Apply the metadata stage to seed rows: the same rows with `verdict` and `stage`, null where they live on."""
-    _, drop = outcome(stage, seeds)
+    _, drop = checked(stage, seeds, stage(seeds.select(list(stage.reads))))
     names = pc.if_else(pc.is_valid(drop), stage.name, pa.scalar(None, pa.string()))
     return seeds.append_column("verdict", drop).append_column("stage", names)
 
@@ -124,7 +117,7 @@ def _witnesses(known: pa.Table, rows: pa.Table, drop: pa.Array) -> pa.Table:
     seen = known.column("verdict").to_pylist()
     chosen = []
     for index, reason in enumerate(drop.to_pylist()):
-        if reason and seen.count(reason) < _WITNESSES_PER_REASON and rows["image"][index].is_valid:
+        if reason and reason not in seen and rows["image"][index].is_valid:
             seen.append(reason)
             chosen.append(index)
     if not chosen:
