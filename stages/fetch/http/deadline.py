@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from itertools import count
 
 from schemas.drops import Dropped, DropReason
 from stages.fetch.answer import wait_s
@@ -39,11 +38,12 @@ class Deadline:
         Raises:
             Dropped: the last failure.
         """
-        for number in count():
+        failures = 0
+        while True:
             try:
                 return await attempt()
             except Dropped as failure:
-                pause = wait_s(failure, number, settings, self.left_s)
+                pause = wait_s(failure, failures, settings, self.left_s)
+            failures += 1
             async with self.running():
                 await asyncio.sleep(pause)
-        raise AssertionError("count() does not end")
