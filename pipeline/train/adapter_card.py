@@ -45,8 +45,6 @@ def write_adapter_card(folder: Path, name: str, sidecar: Mapping[str, Any], resu
     with writing(path):
         if path.exists() and f"{name}.safetensors".encode() not in path.read_bytes():
             return
-        template, settings = (
-            Path(__file__).with_name("adapter_card.md.jinja"),
-            dict(sorted(leaves(sidecar["recipe"]).items())),
-        )
+        template = Path(__file__).with_name("adapter_card.md.jinja")
+        settings = dict(sorted(leaves(sidecar["recipe"]).items()))
         write_readme(folder, template, head, results=results, settings=settings, **values)

@@ -97,10 +97,8 @@ def _looked_at(out: AnyPath, chosen: Sequence[Manifest]) -> tuple[Integers, Floa
     vectors, faces = [np.zeros((0, 512), np.float32)], []
     most = _LOOKED_AT_REMOTE if isinstance(out, RemotePath) else _LOOKED_AT
     for manifest in chosen:
-        ledger, tar = (
-            read_ledger(out, manifest.shard, ("key", "person"), KEPT),
-            out / "shards" / f"{manifest.shard}.tar",
-        )
+        ledger = read_ledger(out, manifest.shard, ("key", "person"), KEPT)
+        tar = out / "shards" / f"{manifest.shard}.tar"
         person = dict(zip(ledger["key"].to_pylist(), ledger["person"].to_pylist(), strict=True))
         for key, files in samples(tar, 0, most, lambda suffix: True if suffix in _WANTED else None):
             try:

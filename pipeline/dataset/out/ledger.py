@@ -96,10 +96,9 @@ def read_manifest(out: AnyPath, shard: str) -> Manifest:
     """
     path = out / "shards" / f"{shard}.json"
     try:
-        manifest = Manifest.from_json(path.read_bytes())
+        return Manifest.from_json(path.read_bytes())
     except (CorruptShardError, OSError) as error:
         raise CorruptShardError(f"{path.name}: {error}") from error
-    return manifest
 
 
 def read_manifests(out: AnyPath) -> list[Manifest]:
