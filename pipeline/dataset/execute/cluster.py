@@ -329,10 +329,7 @@ class _Maker:
     def make(self, seeds: Seeds, actor: Any, ahead: int) -> Iterator[Event]:
         """Make a shard; its batches go through the models' `actor`, `ahead` in flight, and come back in order."""
 
-        def begin(rows: Rows) -> Any:
-            return actor.apply.remote(rows)
-
         def compute(batches: Iterator[Rows]) -> Iterator[Rows]:
-            return windowed(map(begin, batches), ray.get, ahead)
+            return windowed(map(actor.apply.remote, batches), ray.get, ahead)
 
         yield from make_shard(self._plan, seeds, self._output, self._worker, compute)
