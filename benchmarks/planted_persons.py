@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.dataset.finished.group.near_copies import SIDE, Looks, without_copies
-from pipeline.dataset.finished.group.persons import SIMILARITY, Numbers, Vectors, persons
+from pipeline.dataset.finished.group.persons import SIMILARITY, persons
+from schemas.arrays import Floats, Integers
 
 if TYPE_CHECKING:
     from material import Material
@@ -22,13 +23,13 @@ _CHUNK = 1 << 14
 
 @dataclass(frozen=True)
 class Planted:
-    vectors: Vectors
+    vectors: Floats
     looks: Looks
-    person: Numbers
+    person: Integers
     copies: int
 
 
-def unit(vectors: Vectors) -> Vectors:
+def unit(vectors: Floats) -> Floats:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
@@ -40,7 +41,7 @@ def planted(count: int, seed: int = 0) -> Planted:
     """
     rng, number, twins = np.random.default_rng(seed), count // 10, count // 100
 
-    def noise(rows: int) -> Vectors:
+    def noise(rows: int) -> Floats:
         return unit(rng.normal(size=(rows, WIDTH)).astype(np.float32))
 
     centres = noise(number)
@@ -94,7 +95,7 @@ def figures(count: int) -> dict[str, Any]:
     return {**cost, "precision": precision, "recall": recall, "copies_left_out": left_out}
 
 
-def quality(vectors: Vectors, person: Numbers, got: Numbers) -> tuple[float, float]:
+def quality(vectors: Floats, person: Integers, got: Integers) -> tuple[float, float]:
     """The share of pairs in groups that are of one person, and of pairs of a person over SIMILARITY that are in one."""
     both = np.unique(np.stack([person, got]), axis=1, return_inverse=True)[1].ravel()
     precision = _pairs(both) / max(_pairs(got), 1)

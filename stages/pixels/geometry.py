@@ -10,7 +10,7 @@ import numpy.typing as npt
 from skimage.transform import SimilarityTransform
 
 from schemas.arcface import ARCFACE_SIZE, ARCFACE_TEMPLATE
-from schemas.arrays import Floats, Image
+from schemas.arrays import Floats, Image, Mask
 
 Matrix = npt.NDArray[np.float64]
 """(2, 3): maps x y 1 to x y."""
@@ -92,11 +92,11 @@ def warp_labels(labels: npt.NDArray[np.uint8], kps: npt.ArrayLike, size: int) ->
     return _warp(labels, matrix, size, 0, cv2.INTER_NEAREST)
 
 
-def inside_photo(kps: npt.ArrayLike, width: int, height: int, size: int) -> npt.NDArray[np.bool_]:
+def inside_photo(kps: npt.ArrayLike, width: int, height: int, size: int) -> Mask:
     """(size, size): which pixels of the norm_crop show the photo of width x height, not the border around it."""
     rows, columns = np.indices((size, size)).reshape(2, -1)
     x, y = transform_points(invert(norm_matrix(kps, size)), np.stack([columns, rows], axis=1)).T
-    inside: npt.NDArray[np.bool_] = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+    inside: Mask = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
     return inside.reshape(size, size)
 
 

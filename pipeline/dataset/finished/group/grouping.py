@@ -23,7 +23,7 @@ from rich.progress import track
 
 from pipeline.dataset.config import Config
 from pipeline.dataset.finished.group.near_copies import without_copies
-from pipeline.dataset.finished.group.persons import SIMILARITY, Numbers, persons
+from pipeline.dataset.finished.group.persons import SIMILARITY, persons
 from pipeline.dataset.finished.group.photos import Photos, read_photos
 from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.report import write_report
@@ -35,6 +35,7 @@ from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import WITNESS_SCHEMA, Rows, put
 from pipeline.shared.files import AnyPath, sizes, write
 from pipeline.shared.tars import NATIVE
+from schemas.arrays import Integers
 from schemas.columns import KEPT
 from schemas.digest import sha256
 from schemas.drops import DropReason
@@ -95,12 +96,12 @@ class GroupPlan(Plan):
 class Layout:
     """What becomes of N photos, in the order in which their rows stand in the new dataset."""
 
-    photos: Numbers
+    photos: Integers
     """Their numbers in the source."""
-    person: Numbers
+    person: Integers
     """From 0, in order of appearance."""
     verdict: npt.NDArray[np.object_]
-    shard: Numbers
+    shard: Integers
 
     @property
     def digest(self) -> str:
@@ -118,7 +119,7 @@ class Layout:
         )
 
 
-def layout(copy_of: Numbers, person_of: Numbers, wish: Wish) -> Layout:
+def layout(copy_of: Integers, person_of: Integers, wish: Wish) -> Layout:
     """Members beside each other, persons in the order of their first photos, copies among the photos of the person."""
     person_of = person_of[copy_of]
     own = copy_of == np.arange(len(copy_of))
@@ -250,7 +251,7 @@ def _plan(
     return GroupPlan(config, Runtime(), tuple(STAGES.values()), (), described=described)
 
 
-def _write_shard(output: Output, plan: Plan, photos: Photos, laid: Layout, numbers: Numbers, shard: int) -> None:
+def _write_shard(output: Output, plan: Plan, photos: Photos, laid: Layout, numbers: Integers, shard: int) -> None:
     rows = np.flatnonzero(laid.shard == shard)
     with ShardWriter(output, shard_name(PART, shard), plan) as writer:
         for start in range(0, len(rows), _TOGETHER):

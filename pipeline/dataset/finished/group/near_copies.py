@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.finished.group.persons import NEIGHBOURS, Numbers, Pairs, Vectors, mutual_neighbours
-from schemas.arrays import Floats, Image, Mask
+from pipeline.dataset.finished.group.persons import NEIGHBOURS, Pairs, mutual_neighbours
+from schemas.arrays import Floats, Integers, Mask
 from stages.models import sscd
 
 SIDE = 24
@@ -34,11 +34,11 @@ class Looks:
     """(N, 2) of the photo and of its mirror image: 64 bits each."""
     faces: Details
     """(N, SIDE, SIDE)."""
-    described: Vectors
+    described: Floats
     """(N, D) of unit length, by SSCD; D = 0 without it."""
 
 
-def hashes(image: Image | npt.NDArray[np.uint8]) -> tuple[np.uint64, np.uint64]:
+def hashes(image: npt.NDArray[np.uint8]) -> tuple[np.uint64, np.uint64]:
     """Perceptual hashes (pHash) of a grey image (H, W) and of its mirror image: signs of its lowest frequencies."""
     small = cv2.resize(image, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
     low = cv2.dct(small)[:8, :8]
@@ -46,7 +46,7 @@ def hashes(image: Image | npt.NDArray[np.uint8]) -> tuple[np.uint64, np.uint64]:
     return one, mirrored
 
 
-def details(face: Image | npt.NDArray[np.uint8]) -> Details:
+def details(face: npt.NDArray[np.uint8]) -> Details:
     """(SIDE, SIDE) what is not smooth in a grey face (H, W): all faces are alike in the rest."""
     small = cv2.resize(face, (SIDE, SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
     small -= cv2.GaussianBlur(small, (0, 0), _SIGMA)
@@ -71,7 +71,7 @@ def copies(looks: Looks, pairs: Pairs) -> Mask:
     return same
 
 
-def without_copies(vectors: Vectors, looks: Looks, worth: Floats, least: float) -> tuple[Numbers, Pairs]:
+def without_copies(vectors: Floats, looks: Looks, worth: Floats, least: float) -> tuple[Integers, Pairs]:
     """(N,) for each photo the one that it is a copy of, its own number for others; and the pairs of these others.
 
     Of copies the one of most worth stays, of equals the first. No chains: a copy of a copy is one of what stays only

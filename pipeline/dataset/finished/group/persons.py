@@ -5,11 +5,12 @@ from typing import Any
 
 import faiss
 import numpy as np
-import numpy.typing as npt
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import squareform
+
+from schemas.arrays import Floats, Integers, Mask
 
 SIMILARITY = 0.48
 """Least mean cosine within a person: docs/decisions/0041."""
@@ -26,24 +27,21 @@ _STRICTER = 0.05
 _LOOSER = 0.08
 """How much lower the mean cosine of one that linkage left alone may be."""
 
-Vectors = npt.NDArray[np.float32]
-Numbers = npt.NDArray[np.int64]
-
 
 @dataclass(frozen=True)
 class Pairs:
     """Pairs of vectors, each once and in order."""
 
-    one: Numbers
+    one: Integers
     """The smaller number of each pair."""
-    other: Numbers
-    cosine: Vectors
+    other: Integers
+    cosine: Floats
 
-    def where(self, mask: npt.NDArray[np.bool_]) -> "Pairs":
+    def where(self, mask: Mask) -> "Pairs":
         return Pairs(self.one[mask], self.other[mask], self.cosine[mask])
 
 
-def mutual_neighbours(vectors: Vectors, chosen: Numbers, least: float) -> tuple[Pairs, npt.NDArray[np.bool_]]:
+def mutual_neighbours(vectors: Floats, chosen: Integers, least: float) -> tuple[Pairs, Mask]:
     """Pairs of the `chosen` of (N, 512) unit vectors, with a cosine of at least `least`, each a nearest of the other.
 
     Also which of the chosen have more such neighbours than were looked at. The same vectors give the same pairs.
@@ -77,7 +75,7 @@ def mutual_neighbours(vectors: Vectors, chosen: Numbers, least: float) -> tuple[
     return Pairs(chosen[low[first]], chosen[high[first]], cosine[first]), np.concatenate(full)
 
 
-def persons(vectors: Vectors, pairs: Pairs, least: float) -> Numbers:
+def persons(vectors: Floats, pairs: Pairs, least: float) -> Integers:
     """(N,) for each vector the smallest number of a vector of the same person, its own where it is alone.
 
     Vectors that pairs connect are one person as long as their mean cosine is at least `least`: average linkage. A poor

@@ -17,14 +17,13 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.execute.make_shard import windowed
 from pipeline.dataset.finished.group.near_copies import SIDE, Looks, details, hashes
-from pipeline.dataset.finished.group.persons import Numbers, Vectors
 from pipeline.dataset.out.forgotten import load
 from pipeline.dataset.out.ledger import read_ledger
 from pipeline.dataset.out.takedowns import Takedowns
 from pipeline.dataset.rows import filtered
 from pipeline.shared.files import AnyPath, read_range
 from pipeline.shared.tars import NATIVE, corrupt_errors, members, read
-from schemas.arrays import Floats, Image
+from schemas.arrays import Floats, Image, Integers
 from schemas.columns import KEPT, LEDGER, LEDGER_SCHEMA
 from schemas.errors import CorruptShardError, OutputError
 from schemas.shard import decode_npy
@@ -45,11 +44,11 @@ Describe = Callable[[Image], Floats]
 class Photos:
     """N kept samples, in the order of the datasets."""
 
-    vectors: Vectors
+    vectors: Floats
     """(N, 512) of unit length, on disk."""
     looks: Looks
     """But for hashes on disk."""
-    spans: Numbers
+    spans: Integers
     """(N, 4): number in `tars`, number in its batch of `ledgers`, first byte and end of its files in the tar."""
     tars: list[AnyPath]
     ledgers: pa.RecordBatchFileReader
@@ -58,7 +57,7 @@ class Photos:
     def __len__(self) -> int:
         return len(self.spans)
 
-    def rows(self, numbers: Numbers) -> pa.Table:
+    def rows(self, numbers: Integers) -> pa.Table:
         """The ledger rows of some photos, in this order."""
         tars = self.spans[numbers, 0]
         order = np.argsort(tars, kind="stable")
