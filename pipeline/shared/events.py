@@ -10,8 +10,8 @@ from contextlib import suppress
 from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import IO, Any
 
-from pipeline.shared.files import RemotePath, to_path
-from schemas.errors import ConfigError, OutputError, first_line
+from pipeline.shared.files import RemotePath, to_path, writing
+from schemas.errors import ConfigError, first_line
 
 _PUT_EVERY_S = 300.0
 """An object of a store, to which nothing can be appended, is put anew at most this often, and at the end."""
@@ -34,7 +34,7 @@ class EventFile:
         self._path, self._warn, self._put_at = to_path(path), warn, time.monotonic()
         self._stream: IO[bytes] = io.BytesIO()
         before = b""
-        try:
+        with writing(path):
             with suppress(FileNotFoundError):
                 before = self._path.read_bytes()
             if isinstance(self._path, RemotePath):
@@ -45,8 +45,6 @@ class EventFile:
                 self._stream = self._path.open("ab", buffering=0)  # a line is written whole: a kill tears none
             if before and not before.endswith(b"\n"):  # a full disk does
                 self._stream.write(b"\n")
-        except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error.strerror or first_line(error)}.") from error
 
     def close(self) -> None:
         """Have all lines where they belong."""

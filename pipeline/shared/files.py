@@ -45,6 +45,15 @@ def reading(path: str) -> Iterator[None]:
         raise SourceError(f"{path} cannot be read: {first_line(error)}.") from error
 
 
+@contextmanager
+def writing(target: object) -> Iterator[None]:
+    """Turn what a file or folder that cannot be written raises into an `OutputError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written: {error.strerror or first_line(error)}.") from error
+
+
 def locate(path: str) -> tuple[Any, str]:
     """The file system of a path or URL, and the path in it.
 

@@ -13,8 +13,8 @@ from pipeline.dataset.execute.make_shard import Event, Finished
 from pipeline.dataset.execute.progress import RunScreen
 from pipeline.dataset.out.ledger import LIVE
 from pipeline.shared.events import EventFile, Hook
-from pipeline.shared.files import AnyPath, RemotePath, write
-from schemas.errors import OutputError, first_line
+from pipeline.shared.files import AnyPath, RemotePath, write, writing
+from schemas.errors import first_line
 
 _EVERY_S, _REMOTE_EVERY_S = 15.0, 60.0
 """How often numbers are passed on, and how often where OUT is a store; in the first minutes more often."""
@@ -40,10 +40,8 @@ class Watchers:
         self._words = EarlyWords()
         self._warned: dict[str, str] = {}
         self._hook = Hook(settings.hook, self.warn) if settings.hook else None
-        try:
+        with writing(self._metrics):
             self._write_metrics(screen.tally.snapshot())
-        except OSError as error:
-            raise OutputError(f"{self._metrics} cannot be written: {error.strerror or first_line(error)}.") from error
         self._file = EventFile(settings.events, self.warn) if settings.events else None
 
     def __enter__(self) -> Self:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pipeline.dataset.out.ledger import read_manifests
-from pipeline.shared.files import AnyPath, Draft, fsync_names
+from pipeline.shared.files import AnyPath, Draft, fsync_names, writing
 from pipeline.shared.tars import Sample, unpack
 from schemas.errors import CorruptShardError, LostError, OutputError
 from schemas.shard import decode_npy
@@ -49,14 +49,12 @@ def export_json(
         claimed = manifest.files.get(tar.name, {}).get("bytes")
         if not tar.is_file() or tar.stat().st_size != claimed:
             raise CorruptShardError(f"{tar.name}: it has not the {claimed} bytes that {manifest.shard}.json says")
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise OutputError(f"{folder} is not empty: give a new folder.")
         for name in ("images", "faces", "ids"):
             (folder / name).mkdir()
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error.strerror or error}.") from error
     listed = left_out = 0
     root = f"{folder.resolve()}/" if absolute else ""
     with _lost_errors(folder), closing(Draft(folder / LIST)) as draft:

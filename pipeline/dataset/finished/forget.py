@@ -36,7 +36,7 @@ from pipeline.dataset.out.lost import lost_errors
 from pipeline.dataset.out.output import Output, fingerprint
 from pipeline.dataset.out.takedowns import DROPS, Takedowns, blank, entries
 from pipeline.dataset.source.metadata_files import parse_record
-from pipeline.shared.files import AnyPath, Draft, parquet, write
+from pipeline.shared.files import AnyPath, Draft, parquet, write, writing
 from pipeline.shared.tars import BROKEN, created, members, read
 from schemas.columns import KEPT, LEDGER_SCHEMA, complete
 from schemas.errors import CorruptShardError, LostError, OutputError
@@ -114,12 +114,10 @@ def forget(
             )
         if dry_run:
             return _matches(out, Takedowns(forgotten))[1]
-        try:
+        with writing(out):
             finish(out)
             output.clear()
             save(out, forgotten)  # first of all: whatever happens then, nothing of it is fetched again
-        except OSError as error:
-            raise OutputError(f"{out} cannot be written: {error.strerror or error}.") from error
         try:
             if (out / EVENTS).exists():  # no run may be writing to it: names of hosts go, and a line that is none
                 records = filter(None, map(parse_record, (out / EVENTS).read_bytes().splitlines()))

@@ -124,10 +124,8 @@ def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, tar
         meanings={name: known.description for name, known in FilterSettings.model_fields.items()},
     )
     path = target or out / REPORT
-    try:
+    with storage.writing(path):
         storage.write(path, page)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
     return counted
 
 

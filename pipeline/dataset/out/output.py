@@ -21,7 +21,7 @@ from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import Rows, tombstones
 from pipeline.shared import tars
 from pipeline.shared.atomic import TEMPORARY
-from pipeline.shared.files import AnyPath, Draft, RemotePath, fsync_names, names, write
+from pipeline.shared.files import AnyPath, Draft, RemotePath, fsync_names, names, write, writing
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.digest import sha256_of_stream
 from schemas.errors import CorruptShardError, LostError, OutputError, ShardError, SourceError, UserError, first_line
@@ -64,7 +64,7 @@ class Output:
                     f"{self.root} holds a training run, whose report this would replace: choose another OUT."
                 )
             self.make_folders()
-            try:
+            with writing(f"OUT {self.root}"):
                 stack.enter_context(self.locked())
                 finish(self.root)
                 self.takedowns = Takedowns(load(self.root), listed)
@@ -83,9 +83,6 @@ class Output:
                             if before.plan_digest != plan.digest:
                                 self.remove(shard)
                 self.describe(plan, {})
-            except OSError as error:
-                trouble = error.strerror or first_line(error)
-                raise OutputError(f"OUT {self.root} cannot be written: {trouble}.") from error
             try:
                 try:
                     yield
@@ -106,11 +103,9 @@ class Output:
         Raises:
             OutputError: when OUT cannot be written.
         """
-        try:
+        with writing(f"OUT {self.root}"):
             for folder in () if isinstance(self.root, RemotePath) else (self.shards, self.drops):
                 Path(str(folder)).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"OUT {self.root} cannot be written: {error.strerror or first_line(error)}.") from error
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

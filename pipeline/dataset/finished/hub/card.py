@@ -10,9 +10,8 @@ from pipeline.dataset.finished.hub.about import About
 from pipeline.dataset.finished.hub.croissant import BIASES, CONTENTS, croissant
 from pipeline.dataset.out.ledger import Funnel
 from pipeline.dataset.source.laion import OLD_LAION
-from pipeline.shared.files import AnyPath, write
+from pipeline.shared.files import AnyPath, write, writing
 from pipeline.shared.readme import write_readme
-from schemas.errors import OutputError
 from schemas.shard import CARD, CROISSANT, Manifest
 
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B")
@@ -58,9 +57,7 @@ def write_card(out: AnyPath, counted: Funnel, manifests: list[Manifest]) -> Abou
     settings = (about.dataset.get("plan") or {}).get("settings", {})
     thresholds = {f"{name}.{key}": value for name in _SECTIONS for key, value in settings.get(name, {}).items()}
     values = {"contents": CONTENTS, "thresholds": thresholds, "old_laion": OLD_LAION, "biases": BIASES}
-    try:
+    with writing(out / CARD):
         write(out / CROISSANT, croissant(about).encode())
         write_readme(out, Path(__file__).with_name("card.md.jinja"), front_matter(about), about=about, **values)
-    except OSError as error:
-        raise OutputError(f"{out / CARD} cannot be written: {error.strerror or error}.") from error
     return about
