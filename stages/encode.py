@@ -23,8 +23,7 @@ from stages.settings import Settings
 
 _GPU_BATCH = 16
 
-Arrays = dict[str, Halves]
-"""By their columns."""
+_Columns = dict[str, Halves]
 
 
 class Encode(BatchStage):
@@ -61,7 +60,9 @@ class Encode(BatchStage):
                 images.append(cut(image, fits[crop]))
         return fits, images, record["text"] or ""
 
-    def computed(self, given: Sequence[tuple[dict[str, Fit], list[Image], str]]) -> list[tuple[dict[str, Fit], Arrays]]:
+    def computed(
+        self, given: Sequence[tuple[dict[str, Fit], list[Image], str]]
+    ) -> list[tuple[dict[str, Fit], _Columns]]:
         latents = iter(self._vae.encode([image for _, images, _ in given for image in images]) if self._vae else ())
         texts = self._text.encode([text for _, _, text in given]) if self._text else [{} for _ in given]
         return [
@@ -69,7 +70,7 @@ class Encode(BatchStage):
             for (fits, _, _), embeds in zip(given, texts, strict=True)
         ]
 
-    def written(self, record: Mapping[str, Any], output: tuple[dict[str, Fit], Arrays]) -> dict[str, Any]:
+    def written(self, record: Mapping[str, Any], output: tuple[dict[str, Fit], _Columns]) -> dict[str, Any]:
         (fits, arrays), base = output, self._source
         if base is None:
             return {}
