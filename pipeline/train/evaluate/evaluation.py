@@ -33,7 +33,7 @@ from pipeline.train.settings import TrainConfig, load_train_config
 from pipeline.train.validate.distances import View, Viewer, scale, spread
 from pipeline.train.validate.validation import NAMES, OTHERS, Sampler, Turn, drawings, means, turns_of
 from pipeline.train.watch import console, say
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, SourceError
 from schemas.shard import CARD
 
 SCHEMA_VERSION = 1
@@ -75,7 +75,14 @@ def evaluate(call: Call) -> tuple[Path, dict[str, Any]] | None:
     dataset = open_dataset(call.shards, config.data.model_copy(update={"allow_no_captions": True}))
     subject.require_embedders(dataset)
     name = call.base or subject.sidecar.get("base") or ("tiny" if EMBEDDED in dataset.profiles else subject.kind)
-    source = find_base(name or "sd15", sdxl=subject.kind == "sdxl")
+    try:
+        source = find_base(name or "sd15", sdxl=subject.kind == "sdxl")
+    except SourceError as error:
+        if call.base is not None or Path(name).exists():
+            raise
+        raise ConfigError(
+            f"{call.path} was trained on the base {name}, of whose folder it knows the name alone: give it by --base."
+        ) from error
     config = _config(call, subject, "tiny" if source.name in TINY else DEFAULT_PRESETS[source.kind])
     require_meaning(source.name, dataset, config)
     features = features_of(dataset, subject.variant.reads, config.adapter)

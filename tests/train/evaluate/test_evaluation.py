@@ -418,6 +418,17 @@ def test_a_wrong_call_is_one_sentence_and_writes_nothing(words, parts, trained, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_folder_of_its_base_is_to_be_given_where_only_its_name_is_known(trained, tmp_path, capsys):
+    run = Path(shutil.copytree(trained / "run", tmp_path / "run"))
+    described = json.loads((run / "run.json").read_text())
+    described["sidecar"]["base"] = "realistic-vision"
+    (run / "run.json").write_text(json.dumps(described))
+    words = ["evaluate", run, "--from-shards", trained / "other"]
+    assert call(words) == 2
+    assert "run was trained on the base realistic-vision, of whose folder" in capsys.readouterr().err
+    assert call([*words, *QUICK, *ONE_PROMPT, "--faces", "1", "--base", "tiny", "--out", tmp_path / "out"]) == 0
+
+
 def test_shards_that_lack_what_it_reads_or_hold_other_vectors_are_refused(trained, tmp_path, capsys):
     samples = [{name: data for name, data in fake.sample(0).items() if name != "arcface.npy"}]
     lacking = fake.write(tmp_path / "lacking", {"a-00000": samples})
