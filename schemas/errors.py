@@ -11,6 +11,8 @@ FaceShardsError
 ├── LostError            nothing more can be done (OUT is full or gone, the workers' node died): the run stops, exit 3
 ├── CorruptShardError    a published file does not match its manifest
 └── ContractError        a stage broke its own declaration: a bug in the stage, never in the data
+
+RemoteError is an OSError, as trouble with a local disk is.
 """
 
 from enum import IntEnum
@@ -72,6 +74,10 @@ class CorruptShardError(FaceShardsError):
 
 class ContractError(FaceShardsError):
     """A stage returned other columns, rows or reasons than it declares."""
+
+
+class RemoteError(OSError):
+    """What lies behind a URL cannot be reached, or is refused; the message names the URL."""
 
 
 def first_line(error: BaseException) -> str:

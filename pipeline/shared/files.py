@@ -1,15 +1,16 @@
 """Files on a local disk or behind an fsspec URL (`s3://bucket/faces`): all that this project has of fsspec.
 
 OUT and datasets are an `AnyPath`: a `Path`, or a `RemotePath` with as much of its interface as readers use. Trouble
-with either is an OSError. Writing differs: a local file gets a temporary name, fsync and a rename; an object is put
-whole, or not at all. In both cases no name ever holds a part of a file, and a manifest that is written last proves all
-that it names.
+with either is an OSError, with the latter a `RemoteError`. Writing differs: a local file gets a temporary name, fsync
+and a rename; an object is put whole, or not at all. In both cases no name ever holds a part of a file, and a manifest
+that is written last proves all that it names.
 
 Metadata is read through `locate`, `open_binary` and `kind_of`, whose trouble is a `SourceError` of one sentence.
 """
 
 import difflib
 import errno
+import io
 import os
 import tempfile
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from fsspec.asyn import reset_lock
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.shared.atomic import TEMPORARY, fsync_file, fsync_folder, write_atomically
-from schemas.errors import OutputError, SourceError, first_line
+from schemas.errors import OutputError, RemoteError, SourceError, first_line
 from schemas.unreadable import unreadable
 
 _WRITTEN = ("mtime", "LastModified", "last_modified", "updated", "created")
@@ -94,13 +95,18 @@ def kind_of(path: str) -> Literal["file", "directory"] | None:
     """
     fs, inside = locate(path)
     with reading(path):
-        try:
-            return "directory" if fs.info(inside)["type"] == "directory" else "file"
-        except FileNotFoundError as error:
-            # fsspec raises it over HTTP for a server that does not answer, too; only the cause tells.
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno not in (None, errno.ENOENT):
-                raise error.__cause__ from error
-            return None
+        return _kind(fs, inside)
+
+
+def _kind(fs: Any, inside: str) -> Literal["file", "directory"] | None:
+    """What stands there, by a call that says when it cannot tell: fsspec's isfile takes any trouble for "no"."""
+    try:
+        return "directory" if fs.info(inside)["type"] == "directory" else "file"
+    except FileNotFoundError as error:
+        # fsspec raises it over HTTP for a server that does not answer, too; only the cause tells.
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno not in (None, errno.ENOENT):
+            raise error.__cause__ from error
+        return None
 
 
 def is_local(path: str) -> bool:
@@ -116,7 +122,7 @@ class Stat(NamedTuple):
 
 @dataclass(frozen=True, order=True)
 class RemotePath:
-    """A file or folder behind an fsspec URL. Trouble with reaching it is an OSError, whatever the file system raises.
+    """A file or folder behind an fsspec URL. Trouble with it is a `RemoteError`, whatever the file system raises.
 
     The file system is looked up when it is needed, so that a RemotePath can be sent to other processes.
     """
@@ -139,14 +145,14 @@ class RemotePath:
         return self.url.rpartition("/")[2]
 
     def is_file(self) -> bool:
-        return bool(self._call("isfile"))
+        return self._kind() == "file"
 
     def is_dir(self) -> bool:
         """Whether there is anything below this URL: object stores know no empty folders."""
-        return bool(self._call("isdir"))
+        return bool(self._call("isdir")) or self._kind() == "directory"
 
     def exists(self) -> bool:
-        return bool(self._call("exists"))
+        return self._kind() is not None
 
     def stat(self) -> Stat:
         return Stat(int(self._call("info")["size"]))
@@ -169,7 +175,7 @@ class RemotePath:
 
     def open(self, mode: str = "rb", buffering: int = _BLOCK_BYTES) -> Any:
         """Open for reading and seeking; each request asks for `buffering` bytes at least."""
-        return self._call("open", mode, block_size=buffering)
+        return _Stream(self.url, self._call("open", mode, block_size=buffering))
 
     def read_bytes(self) -> bytes:
         return bytes(self._call("cat_file"))
@@ -188,26 +194,65 @@ class RemotePath:
             if not missing_ok:
                 raise
 
+    def _kind(self) -> Literal["file", "directory"] | None:
+        with self.fresh() as (fs, inside):
+            return _kind(fs, inside)
+
     def _call(self, method: str, *args: Any, **options: Any) -> Any:
+        with self.fresh() as (fs, inside):
+            return getattr(fs, method)(inside, *args, **options)
+
+    @contextmanager
+    def fresh(self) -> Iterator[tuple[Any, str]]:
+        """The file system, which is to know nothing of earlier calls: other processes write here too."""
         with _os_errors(self.url):
             fs, inside = locate(self.url)
-            fs.invalidate_cache()  # other processes write here too
-            return getattr(fs, method)(inside, *args, **options)
+            fs.invalidate_cache()
+            yield fs, inside
 
 
 @contextmanager
 def _os_errors(url: str) -> Iterator[None]:
-    """Turn what a file system raises of its own into OSErrors."""
+    """Turn what a file system raises into a `RemoteError`; that there is no such file is no trouble."""
     try:
         yield
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         raise
     except NotImplementedError as error:
-        raise OSError(f"{url} can only be read") from error
+        raise RemoteError(f"{url} can only be read") from error
     except SourceError as error:
-        raise OSError(str(error)) from error
+        raise RemoteError(first_line(error)) from error
     except unreadable() as error:
-        raise OSError(f"{url}: {first_line(error)}") from error
+        trouble = RemoteError(f"{url}: {getattr(error, 'strerror', None) or first_line(error)}")
+        trouble.errno = getattr(error, "errno", None)
+        raise trouble from error
+
+
+class _Stream(io.BufferedIOBase):
+    """A remote file that is read: what breaks off on the way is a `RemoteError` too."""
+
+    def __init__(self, url: str, stream: Any) -> None:
+        self._url, self._stream = url, stream
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1) -> bytes:
+        with _os_errors(self._url):
+            return bytes(self._stream.read(size))
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return int(self._stream.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._stream.tell())
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 AnyPath = Path | RemotePath
@@ -349,8 +394,7 @@ class Draft:
 
     def publish(self) -> None:
         if isinstance(self.target, RemotePath):
-            with _os_errors(self.target.url):
-                fs, inside = locate(self.target.url)
+            with self.target.fresh() as (fs, inside):
                 fs.put_file(str(self.path), inside)
         else:
             self.path.replace(self.target)

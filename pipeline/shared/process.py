@@ -11,7 +11,7 @@ from errno import EDQUOT, EFBIG, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC, EROFS
 from types import FrameType
 from typing import Any
 
-from schemas.errors import first_line, is_gpu_full
+from schemas.errors import RemoteError, first_line, is_gpu_full
 
 _MACHINE = (EDQUOT, EFBIG, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC, EROFS)
 """Errors of disks and tables that are full or broken: no bug, whoever meets them."""
@@ -89,12 +89,14 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def trouble_of_machine(error: OSError | RuntimeError, less_gpu_memory: str) -> str:
-    """One sentence on a full disk or GPU and the like; any other error is raised again. A full stream is let go.
+    """One sentence on a full disk, a store out of reach, a full GPU; other errors are raised. A full stream is let go.
 
     `less_gpu_memory` says how a command needs less.
     """
     if is_gpu_full(error):
         return f"{first_line(error)}. {less_gpu_memory}"
+    if isinstance(error, RemoteError):
+        return f"{first_line(error)}; see to it, and give the same command again."
     if not isinstance(error, OSError) or error.errno not in _MACHINE:
         raise error
     for stream in (sys.stdout, sys.stderr):

@@ -12,7 +12,7 @@ from io import BytesIO
 from typing import IO, NamedTuple, cast
 
 from pipeline.shared.files import AnyPath
-from schemas.errors import CorruptShardError
+from schemas.errors import CorruptShardError, RemoteError
 from schemas.shard import PLAIN
 
 BROKEN = (tarfile.TarError, EOFError, ValueError, OverflowError)
@@ -161,6 +161,8 @@ def corrupt_errors(tar: AnyPath) -> Iterator[None]:
     """Turn what a tar that is none raises into a `CorruptShardError` that names it."""
     try:
         yield
+    except RemoteError:  # nothing is known of the file: it is not damaged
+        raise
     except (*BROKEN, OSError) as error:
         raise CorruptShardError(f"{tar}: not a readable tar: {error}") from error
 

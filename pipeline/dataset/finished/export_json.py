@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from pipeline.dataset.out.ledger import read_manifests
 from pipeline.shared.files import AnyPath, Draft, fsync_names, writing
 from pipeline.shared.tars import Sample, unpack
-from schemas.errors import CorruptShardError, LostError, OutputError
+from schemas.errors import CorruptShardError, LostError, OutputError, RemoteError
 from schemas.shard import decode_npy
 
 LIST = "data.json"
@@ -83,6 +83,8 @@ def export_json(
 def _lost_errors(folder: Path) -> Iterator[None]:
     try:
         yield
+    except RemoteError:  # of the dataset
+        raise
     except OSError as error:
         raise LostError(
             f"{folder} cannot be written any more ({error.strerror or error}): remove it, and give the same call again."

@@ -7,7 +7,7 @@ killed before leaves the old shard as it was, whoever is killed after it leaves 
 
 import json
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
@@ -39,7 +39,7 @@ from pipeline.dataset.source.metadata_files import parse_record
 from pipeline.shared.files import AnyPath, Draft, parquet, write, writing
 from pipeline.shared.tars import BROKEN, created, members, read
 from schemas.columns import KEPT, LEDGER_SCHEMA, complete
-from schemas.errors import CorruptShardError, LostError, OutputError
+from schemas.errors import CorruptShardError, LostError, OutputError, RemoteError
 from schemas.shard import CARD, DATASET, EVENTS, dataset_text
 
 
@@ -221,9 +221,13 @@ def rewrite(out: AnyPath, shard: str, takedowns: Takedowns) -> None:
     shards = out / "shards"
     manifest = read_manifest(out, shard)
     for name, claimed in manifest.files.items():
-        with suppress(OSError):
+        try:
             if fingerprint(shards / name) == claimed:
                 continue
+        except RemoteError:
+            raise
+        except OSError:
+            pass
         raise CorruptShardError(
             f"{name}: it is not what its manifest says, so nothing was taken out of its shard: remove the shard's "
             "files, and a rerun makes it anew without what must not be used"

@@ -25,7 +25,7 @@ from pipeline.shared.files import AnyPath
 from schemas.arrays import Doubles, Mask
 from schemas.columns import KEPT, LATER
 from schemas.drops import DropReason
-from schemas.errors import ConfigError, CorruptShardError, OutputError
+from schemas.errors import ConfigError, CorruptShardError, OutputError, RemoteError
 from schemas.names import shard_origin
 from schemas.shard import DATASET
 from stages import STAGES
@@ -201,6 +201,8 @@ def thresholds(out: AnyPath) -> tuple[FilterSettings, int]:
         settings = json.loads((out / DATASET).read_bytes())["plan"]["settings"]
         limits = FilterSettings.model_validate(settings["filter"])
         return limits, int(settings["models"].get("screen", {}).get("factor", 0))
+    except RemoteError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(f"{out / DATASET} does not say by which thresholds the dataset was made.") from error
 

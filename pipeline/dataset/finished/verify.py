@@ -23,7 +23,7 @@ from pipeline.dataset.out.output import fingerprint
 from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import AnyPath, names, parquet
 from schemas.columns import LEDGER_SCHEMA, complete
-from schemas.errors import CorruptShardError
+from schemas.errors import CorruptShardError, RemoteError
 from schemas.names import finished_shards
 from schemas.shard import CARD, CROISSANT, DATASET, EVENTS, UNCONDITIONAL, Manifest
 
@@ -63,12 +63,12 @@ def verify(out: AnyPath) -> list[Problem]:
         forgotten = None  # what is to be forgotten, nobody knows
         problems.append(Problem("", FORGOTTEN, None, str(error).removeprefix(f"{FORGOTTEN}: ")))
     embeddings = None
-    with suppress(CorruptShardError, KeyError, TypeError, AttributeError):  # a problem of dataset.json, below
+    with suppress(CorruptShardError, OSError, KeyError, TypeError, AttributeError):  # a problem of dataset.json, below
         embeddings = read_dataset(out)["plan"]["settings"].get("pack", {}).get("embeddings", True)
     for shard in shards:
         try:
             manifest = read_manifest(out, shard)
-        except CorruptShardError as error:
+        except (CorruptShardError, RemoteError) as error:
             problems.append(Problem(shard, f"{shard}.json", None, str(error).removeprefix(f"{shard}.json: ")))
         else:
             manifests.append(manifest)
@@ -109,7 +109,7 @@ def _dataset_problems(out: AnyPath, manifests: list[Manifest]) -> Iterator[Probl
         return
     sums = None
     if len(manifests) == len(shard_names(out)):
-        with suppress(CorruptShardError):  # of a ledger: a problem of its shard
+        with suppress(CorruptShardError, RemoteError):  # of a ledger: a problem of its shard
             sums = summary(manifests, out)
     for message in dataset_problems(dataset, text, sums):
         yield Problem("", DATASET, None, message)

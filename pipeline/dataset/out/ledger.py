@@ -17,7 +17,7 @@ from pipeline.shared.files import AnyPath, RemotePath, names, parquet
 from schemas.arrays import Integers, Mask
 from schemas.columns import KEPT, complete
 from schemas.drops import DropReason
-from schemas.errors import ContractError, CorruptShardError, OutputError
+from schemas.errors import ContractError, CorruptShardError, OutputError, RemoteError
 from schemas.names import finished_shards, shard_origin
 from schemas.shard import DATASET, Manifest, dataset_digest
 from stages import STAGES
@@ -97,6 +97,8 @@ def read_manifest(out: AnyPath, shard: str) -> Manifest:
     path = out / "shards" / f"{shard}.json"
     try:
         return Manifest.from_json(path.read_bytes())
+    except RemoteError:  # nothing is known of the file: it is not damaged
+        raise
     except (CorruptShardError, OSError) as error:
         raise CorruptShardError(f"{path.name}: {error}") from error
 
@@ -122,6 +124,8 @@ def read_dataset(out: AnyPath) -> dict[str, Any]:
         for section in dataset.get("plan", {}).get("settings", {}).values():
             section.items()
         return dataset
+    except RemoteError:
+        raise
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptShardError(f"{DATASET}: cannot be read: {error}") from error
 
@@ -173,6 +177,8 @@ def read_ledger(out: AnyPath, shard: str, columns: Sequence[str], verdict: str |
         table = complete(parquet(path).read(columns=list({*columns, "verdict"})))
         table.validate(full=True)  # bytes that are no text would stop whoever reads them
         return (table if verdict is None else table.filter(pc.equal(table["verdict"], verdict))).select(columns)
+    except RemoteError:
+        raise
     except UNREADABLE as error:
         raise CorruptShardError(f"{path.name}: not a ledger: {error}") from error
 

@@ -59,12 +59,12 @@ class Output:
         listed = Listed(plan.config.download.removed)
         with contextlib.ExitStack() as stack:
             is_new = False
-            if (self.root / "run.json").exists() and (self.root / "metrics.jsonl").exists():
-                raise OutputError(
-                    f"{self.root} holds a training run, whose report this would replace: choose another OUT."
-                )
-            self.make_folders()
             with writing(f"OUT {self.root}"):
+                if (self.root / "run.json").exists() and (self.root / "metrics.jsonl").exists():
+                    raise OutputError(
+                        f"{self.root} holds a training run, whose report this would replace: choose another OUT."
+                    )
+                self.make_folders()
                 stack.enter_context(self.locked())
                 finish(self.root)
                 self.takedowns = Takedowns(load(self.root), listed)

@@ -17,7 +17,7 @@ from pipeline.train.loader.shards import Raw, Shard, meta, samples, targets
 from pipeline.train.settings import DataSettings
 from schemas.arrays import Array
 from schemas.digest import sha256, sha256_of_json, sha256_of_stream
-from schemas.errors import CorruptShardError, OutputError, SourceError
+from schemas.errors import CorruptShardError, OutputError, RemoteError, SourceError
 from schemas.names import finished_shards
 from schemas.shard import DATASET, UNCONDITIONAL, Manifest, as_npy, dataset_digest, either_form
 from schemas.targets import Targets
@@ -89,6 +89,8 @@ def read_folder(given: str, *, manifests_may_differ: bool) -> DatasetFolder:
         same = about.get("dataset_digest", digest) == digest
         files = {name: str(entry["sha256"]) for name, entry in about.get("files", {}).items()}
         grouped_from = list(about.get("plan", {}).get("settings", {}).get("group", {}).get("of", ()))
+    except RemoteError as error:
+        raise SourceError(f"{given} cannot be read: {error}") from error
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise SourceError(f"{described} is damaged: run `make dataset` again.") from error
     if not (same or manifests_may_differ):
@@ -253,6 +255,8 @@ def _unconditional(folders: Sequence[DatasetFolder]) -> dict[str, Array]:
         try:
             data = path.read_bytes()
             mine: dict[str, Array] = load(data) if sha256(data) == digest else {}
+        except RemoteError:
+            raise
         except (OSError, SafetensorError) as error:
             raise SourceError(wrong) from error
         if not mine or not all(np.isfinite(values).all() for values in mine.values()):

@@ -18,7 +18,7 @@ from pipeline.train.loader.reading import plan_reading
 from pipeline.train.loader.stream import Consumer
 from pipeline.train.settings import TrainConfig, without_free_keys
 from schemas.digest import sha256_of_json
-from schemas.errors import ConfigError, FaceShardsError, SourceError, UserError
+from schemas.errors import ConfigError, FaceShardsError, RemoteError, SourceError, UserError
 
 _WORKER_DIED = "DataLoader worker"
 """How torch's message of a dead worker begins."""
@@ -162,7 +162,7 @@ class ShardLoader:
                     batch = next(batches)
                 except (RuntimeError, EOFError, ConnectionError) as error:
                     raise worker_died(error) or error from error
-                if isinstance(batch, FaceShardsError):
+                if isinstance(batch, FaceShardsError | RemoteError):
                     raise batch
                 worker, epoch, number = batch.position
                 self._positions[worker] = (epoch, number + 1)
@@ -187,7 +187,7 @@ def worker_died(error: Exception) -> UserError | None:
     )
 
 
-class _Stream(IterableDataset[Batch | FaceShardsError]):
+class _Stream(IterableDataset[Batch | FaceShardsError | RemoteError]):
     """What a worker process runs: one consumer's stream. torch asks its workers in turn, beginning with its first."""
 
     def __init__(self, consumers: Sequence[Consumer], positions: Sequence[tuple[int, int]], first: int) -> None:
@@ -195,12 +195,12 @@ class _Stream(IterableDataset[Batch | FaceShardsError]):
         self._positions = list(positions)
         self._first = first
 
-    def __iter__(self) -> Iterator[Batch | FaceShardsError]:
+    def __iter__(self) -> Iterator[Batch | FaceShardsError | RemoteError]:
         info = get_worker_info()
         own = ((info.id if info else 0) + self._first) % len(self._consumers)
         try:
             yield from self._consumers[own].batches(*self._positions[own])
-        except FaceShardsError as error:
+        except (FaceShardsError, RemoteError) as error:
             # As it is: torch would wrap the worker's traceback into the message. And on: torch waits for seconds for
             # a worker whose stream has ended.
             yield from repeat(error)

@@ -14,7 +14,7 @@ from server import AWS_OF_NOBODY
 
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.source.sample import FILES
-from pipeline.shared.files import RemotePath, to_path
+from pipeline.shared.files import RemotePath, locate, to_path
 from schemas.errors import ExitCode, OutputError
 from schemas.names import finished_shards
 
@@ -82,6 +82,20 @@ def test_a_bucket_that_is_not_there_is_one_sentence(endpoint):
     with pytest.raises(OutputError, match="OUT s3://no-such-bucket/faces cannot be written: ") as refused:
         make(to_path("s3://no-such-bucket/faces"))
     assert "\n" not in str(refused.value)
+
+
+def test_a_lack_of_credentials_is_one_sentence_and_not_a_lack_of_a_dataset(out, monkeypatch):
+    (out / "dataset.json").write_bytes(b"{}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    type(locate(str(out))[0]).clear_instance_cache()
+    try:
+        for command in (verify, make):
+            with pytest.raises(OutputError, match="Unable to locate credentials") as refused:
+                command(out)
+            assert "\n" not in str(refused.value)
+    finally:
+        type(locate(str(out))[0]).clear_instance_cache()
 
 
 def test_a_folder_of_images_in_a_bucket_is_read_as_a_local_one(out, tmp_path):
