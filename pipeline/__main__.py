@@ -15,7 +15,7 @@ import typer
 
 from pipeline import models_command
 from pipeline.dataset.execute.watchdog import LESS_GPU_MEMORY, is_hanging
-from pipeline.options import AsJson, ConfigFile, Folder, Profile, ProfileName, Sets, console, errors, say
+from pipeline.options import AsJson, ConfigFile, Folder, NewFolder, Profile, ProfileName, Sets, console, errors, say
 from pipeline.shared.process import interrupt, on_interrupt, standard_streams, trouble_of_machine
 from schemas.errors import CorruptShardError, ExitCode, LostError, UserError, WeightsError
 from schemas.names import SAMPLE
@@ -314,7 +314,7 @@ def push(
 
 @app.command("export-json")
 def export_json(
-    target: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="A new folder for the files and the list.")],
+    target: NewFolder,
     folder: Folder = "out",
     crop: Annotated[
         Literal["portrait", "half", "full"],

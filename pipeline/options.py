@@ -6,10 +6,16 @@ from typing import Annotated
 import typer
 from rich.console import Console, RenderableType
 
+from pipeline.shared.local_paths import local_path
+
 console = Console()
 errors = Console(stderr=True)
 
 Folder = Annotated[str, typer.Argument(metavar="DIR", help="The OUT of a run.")]
+NewFolder = Annotated[
+    Path,
+    typer.Option("--out", parser=local_path, metavar="FOLDER", help="A new folder for the files and the list."),
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with the keys that --set takes.")]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", help="A config key, such as filter.min_face_px=160; may be repeated.")

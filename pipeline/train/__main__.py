@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
+from pipeline.shared.local_paths import local_path
 from pipeline.shared.process import large_imports, standard_streams, trouble_of_machine
-from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, OutputError, UserError, is_gpu_full
+from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, UserError, is_gpu_full
 
 # Each command imports what it needs: torch takes a second and a half, and `--help` is answered at once.
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -19,13 +20,6 @@ _LESS_MEMORY = (
     "data.batch_size."
 )
 _COMMANDS = ("run", "export", "evaluate", "report", "config")
-
-
-def _folder(word: str) -> Path:
-    """Of an option; an empty one, as of a shell variable that is not set, would be the current folder."""
-    if not word:
-        raise OutputError("The name of a folder is empty: give one, or `.` for the current folder.")
-    return Path(word)
 
 
 @app.command()
@@ -49,7 +43,7 @@ def run(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(parser=_folder, metavar="DIR", help="Where the run goes. (Default: runs/VARIANT-BASE.)"),
+        typer.Option(parser=local_path, metavar="DIR", help="Where the run goes. (Default: runs/VARIANT-BASE.)"),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps. (Default: by preset.)")] = None,
     preset: Annotated[str | None, typer.Option(help="tiny, sd15, sdxl-512 or sdxl-1024. (Default: by base.)")] = None,
@@ -89,10 +83,10 @@ def run(
 
 @app.command("export")
 def export_command(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The --out of a training run.")],
+    folder: Annotated[Path, typer.Argument(parser=local_path, metavar="RUN", help="The --out of a training run.")],
     step: Annotated[int | None, typer.Option(help="The checkpoint. (Default: the last.)")] = None,
     out: Annotated[
-        Path | None, typer.Option(parser=_folder, metavar="DIR", help="Where the files go. (Default: RUN.)")
+        Path | None, typer.Option(parser=local_path, metavar="DIR", help="Where the files go. (Default: RUN.)")
     ] = None,
 ) -> None:
     """Write the released files (.safetensors, .bin, LoRA, sidecar) of a checkpoint again."""
@@ -105,7 +99,9 @@ def export_command(
 
 
 @app.command("report")
-def report_command(folder: Annotated[Path, typer.Argument(metavar="RUN", help="The --out of a training run.")]) -> None:
+def report_command(
+    folder: Annotated[Path, typer.Argument(parser=local_path, metavar="RUN", help="The --out of a training run.")],
+) -> None:
     """Write RUN/report.html again: curves, validation grids by step, the recipe, how it went."""
     from pipeline.train.run_folder import RunFolder
     from pipeline.train.run_page.run_page import write_page
@@ -116,7 +112,10 @@ def report_command(folder: Annotated[Path, typer.Argument(metavar="RUN", help="T
 
 @app.command("evaluate")
 def evaluate_command(
-    subject: Annotated[Path, typer.Argument(metavar="RUN|FILE", help="A run's --out, or a .safetensors or .bin file.")],
+    subject: Annotated[
+        Path,
+        typer.Argument(parser=local_path, metavar="RUN|FILE", help="A run's --out, or a .safetensors or .bin file."),
+    ],
     shards: Annotated[
         list[str] | None, typer.Argument(metavar="[DIR]...", help="Datasets of persons it was not trained on.")
     ] = None,
@@ -137,7 +136,7 @@ def evaluate_command(
     name: Annotated[str, typer.Option("--variant", help="Of FILE, where neither sidecar nor name tells it.")] = "",
     base: Annotated[str | None, typer.Option(help="As in training. (Default: the one it was trained on.)")] = None,
     out: Annotated[
-        Path | None, typer.Option(parser=_folder, metavar="DIR", help="(Default: RUN/evaluation, or beside FILE.)")
+        Path | None, typer.Option(parser=local_path, metavar="DIR", help="(Default: RUN/evaluation, or beside FILE.)")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the noise. (Default: that of the training.)")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="TOML file with the keys that --set takes.")] = None,

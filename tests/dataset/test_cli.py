@@ -117,6 +117,13 @@ def test_an_empty_name_is_a_mistake_and_not_the_current_folder(words, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_url_is_a_mistake_where_files_go_to_this_machine_and_no_folder_of_its_letters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["export-json", "x", "--out", "s3://bucket/files"])
+    assert "s3://bucket/files is a URL" in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_out_that_will_not_do_is_known_before_anything_starts(part, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
 

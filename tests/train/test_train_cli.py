@@ -329,6 +329,7 @@ def test_report_writes_the_page_again_and_refuses_what_is_no_run(cli, real):
         ([*FACEID, "--out", "file/run"], ["file/run", "cannot be"]),
         ([*FACEID, "--out", "file"], ["file", "cannot be"]),
         ([*FACEID, "--out", ""], ["is empty"]),
+        ([*FACEID, "--out", "s3://bucket/run"], ["s3://bucket/run is a URL", "this machine"]),
         ([*FACEID, "--out", "caf\udce9"], ["no Unicode"]),
         ([*FACEID, "--seed", str(2**64)], ["seed"]),
     ],
