@@ -232,7 +232,7 @@ def forget(
         typer.Option("--file", help="An image that needed no download: its source_file, or PART/source_file."),
     ] = None,
     lists: Annotated[
-        list[Path] | None, typer.Option("--list", metavar="FILE", help="A file with a URL, site or sha256 per line.")
+        list[str] | None, typer.Option("--list", metavar="FILE", help="A file, or its URL: URL, site or sha256 a line.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; write nothing.")] = False,
 ) -> None:

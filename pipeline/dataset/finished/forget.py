@@ -62,7 +62,7 @@ class Gone:
 
 def forget(
     out: AnyPath,
-    lists: Iterable[Path] = (),
+    lists: Iterable[str | Path] = (),
     urls: Iterable[str] = (),
     domains: Iterable[str] = (),
     contents: Iterable[str] = (),
@@ -76,7 +76,7 @@ def forget(
 
     Args:
         out: OUT of a `dataset` run.
-        lists: files of URLs and sha256; whatever else they hold is a site.
+        lists: files (or URLs of these) of URLs and sha256; whatever else they hold is a site.
         urls: of images.
         domains: sites.
         contents: sha256 of image files.

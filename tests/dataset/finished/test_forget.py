@@ -298,9 +298,10 @@ def call(*words):
     return done.exit_code, done.stdout
 
 
-def test_a_list_may_mix_all_kinds(out, tmp_path):
-    path = tmp_path / "list.txt"
-    path.write_text(f"# asked for on Monday\n{KEPT_URL}\n\n  example.org \n{'AB' * 32}\n")
+@pytest.mark.parametrize("folder", ["", "memory:/"])
+def test_a_list_may_mix_all_kinds_and_lie_anywhere(folder, out, tmp_path):
+    path = to_path(f"{folder}{tmp_path}") / "list.txt"
+    write(path, f"# asked for on Monday\n{KEPT_URL}\n\n  example.org \n{'AB' * 32}\n".encode())
     code, said = call("--list", path, "--url", DEAD_URL, out)
     assert (code, said.strip()) == (0, "Forgotten: 4 rows, 2 of them samples, in 2 shards.")
     assert verify(out) == []
