@@ -8,8 +8,8 @@ from rich.console import Console, RenderableType
 
 from pipeline.shared.local_paths import local_path
 
-console = Console()
-errors = Console(stderr=True)
+console = Console(markup=False, emoji=False)
+errors = Console(markup=False, emoji=False, stderr=True)
 
 Folder = Annotated[str, typer.Argument(metavar="DIR", help="The OUT of a run.")]
 NewFolder = Annotated[
@@ -29,4 +29,4 @@ ProfileName = Annotated[str | None, typer.Option("--profile", help="embedded, in
 
 def say(text: RenderableType, to: Console = console) -> None:
     """A table, or lines as they are, however long."""
-    to.print(text, highlight=False, markup=False, soft_wrap=True)
+    to.print(text, highlight=False, soft_wrap=True)

@@ -86,7 +86,7 @@ def print_keys(defaults: BaseModel) -> None:
         for piece in name.split("."):
             value = getattr(value, piece)
         table.add_row(name, repr(value), " ".join(meaning.split()))
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
         console.width = _UNBOUNDED
     console.print(table)

@@ -95,4 +95,4 @@ class Screen:
     def say(self, text: str) -> None:
         """One line, above the bars."""
         self._last_line = time.monotonic()
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)

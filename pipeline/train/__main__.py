@@ -92,10 +92,10 @@ def export_command(
     """Write the released files (.safetensors, .bin, LoRA, sidecar) of a checkpoint again."""
     with large_imports():
         from pipeline.train.export import export_run
-        from pipeline.train.watch import console
+        from pipeline.train.watch import show
 
     for path in export_run(folder, step, out):
-        console.print(str(path), highlight=False, soft_wrap=True)
+        show(path)
 
 
 @app.command("report")
@@ -105,9 +105,9 @@ def report_command(
     """Write RUN/report.html again: curves, validation grids by step, the recipe, how it went."""
     from pipeline.train.run_folder import RunFolder
     from pipeline.train.run_page.run_page import write_page
-    from pipeline.train.watch import console
+    from pipeline.train.watch import show
 
-    console.print(str(write_page(RunFolder(folder))), highlight=False, soft_wrap=True)
+    show(write_page(RunFolder(folder)))
 
 
 @app.command("evaluate")
@@ -150,7 +150,7 @@ def evaluate_command(
     with large_imports():
         from pipeline.train.evaluate.evaluation import Call, evaluate
         from pipeline.train.evaluate.page import table
-        from pipeline.train.watch import console
+        from pipeline.train.watch import console, show
 
     options = {"seed": seed, "watch": {"judge": judge, "clip": clip}}
     folders = tuple(shards or ["out"])
@@ -164,7 +164,7 @@ def evaluate_command(
     if seen.row_count:
         console.print(seen)
     for path in ("evaluation.html", "evaluation.json"):
-        console.print(str(folder / path), highlight=False, soft_wrap=True)
+        show(folder / path)
 
 
 @app.command("config")

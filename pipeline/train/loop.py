@@ -15,7 +15,7 @@ from pipeline.train.session import Session
 from pipeline.train.settings import OptimSettings
 from pipeline.train.stop import StopSignal
 from pipeline.train.validate.validation import Validator
-from pipeline.train.watch import Watch, console, say, warn_once
+from pipeline.train.watch import Watch, console, say, show, warn_once
 from schemas.errors import ConfigError, ExitCode
 
 FROZEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -95,7 +95,7 @@ def train(job: TrainJob) -> ExitCode:
         return ExitCode.INTERRUPTED
     with partly_done():
         for path in export(run, description, session.step, run.root) if is_main else ():
-            console.print(str(path), highlight=False, soft_wrap=True)
+            show(path)
     for note in description["sidecar"]["loading"] if is_main else ():
         say(note)
     write_page()  # with those files

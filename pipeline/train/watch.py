@@ -23,14 +23,19 @@ from schemas.errors import first_line
 T = TypeVar("T")
 
 METRICS, HISTORY = "metrics.jsonl", "history.jsonl"
-console = Console()
-_errors = Console(stderr=True)
+console = Console(markup=False, emoji=False)
+_errors = Console(markup=False, emoji=False, stderr=True)
 
 
 def say(text: str, *, from_any_process: bool = False) -> None:
     """A line on stderr, once for all processes of a run."""
     if from_any_process or os.environ.get("RANK", "0") == "0":
-        _errors.print(text, highlight=False, markup=False, soft_wrap=True)
+        _errors.print(text, highlight=False, soft_wrap=True)
+
+
+def show(file: Path) -> None:
+    """The path of a file that was written, on stdout."""
+    console.print(str(file), highlight=False, soft_wrap=True)
 
 
 def warn_once() -> Warn:

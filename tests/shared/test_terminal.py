@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 from rich.console import Console
 
+from pipeline import options
 from pipeline.shared import terminal
 from pipeline.shared.terminal import Screen
 
@@ -41,3 +42,10 @@ def test_lines_are_rare_but_for_the_last(monkeypatch):
     for _ in range(3):
         screen.advance(1, "loss 0.5")
     assert [line[:6] for line in text.getvalue().splitlines()] == ["step 1", "step 3"]
+
+
+def test_a_line_with_names_that_look_like_markup_stays_as_it_is(monkeypatch, capsys):
+    screen, text = lines(monkeypatch, total=None)
+    for out in (screen.say, options.say):
+        out("runs/[v2]/:cat: is written")
+    assert text.getvalue() == capsys.readouterr().out == "runs/[v2]/:cat: is written\n"

@@ -260,6 +260,12 @@ def test_export_takes_an_earlier_checkpoint_and_another_folder(cli, real):
     assert json.loads(Path("other/place", f"{NAME}.json").read_text())["steps"] == 1
 
 
+def test_export_names_the_files_of_a_folder_that_looks_like_markup(cli, real):
+    code, out, err = cli("export", real[0] / "runs" / "faceid-tiny", "--out", "[v2]/:cat:")
+    assert code == 0, err
+    assert set(out.split()) == set(map(str, Path("[v2]/:cat:").glob("ip-adapter*")))
+
+
 def test_export_refuses_what_is_no_run(cli, real):
     run = real[0] / "runs" / "faceid-tiny"
     assert "step 7" in cli.refused("export", run, "--step", "7")
