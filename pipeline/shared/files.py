@@ -56,11 +56,7 @@ def writing(target: object) -> Iterator[None]:
 
 
 def locate(path: str) -> tuple[Any, str]:
-    """The file system of a path or URL, and the path in it.
-
-    Raises:
-        SourceError: when the protocol is unknown, its package is not installed, or the URL is malformed.
-    """
+    """The file system of a path or URL, and the path in it."""
     try:
         fs, inside = fsspec.core.url_to_fs(path)
     except ImportError as error:
@@ -88,11 +84,7 @@ def open_binary(path: str, compression: str | None = None) -> Any:
 
 
 def kind_of(path: str) -> Literal["file", "directory"] | None:
-    """What stands at a path; None for nothing.
-
-    Raises:
-        SourceError: when the file system cannot tell (no access, no connection).
-    """
+    """What stands at a path; None for nothing."""
     fs, inside = locate(path)
     with reading(path):
         return _kind(fs, inside)
@@ -115,8 +107,6 @@ def is_local(path: str) -> bool:
 
 
 class Stat(NamedTuple):
-    """What is known of an object."""
-
     st_size: int
 
 
@@ -324,11 +314,7 @@ def names(folder: AnyPath) -> list[str]:
 
 
 def parquet(file: AnyPath) -> pq.ParquetFile:
-    """Open a parquet file; a remote one is fetched as a whole.
-
-    Raises:
-        OSError: when it cannot be read.
-    """
+    """Open a parquet file; a remote one is fetched as a whole."""
     # pyarrow takes a path as text that has to be Unicode, and bytes as they are.
     return pq.ParquetFile(
         pa.BufferReader(file.read_bytes()) if isinstance(file, RemotePath) else pa.OSFile(bytes(file))
