@@ -32,11 +32,7 @@ _NAT64 = IPv6Network("64:ff9b::/96")
 
 
 def parse(text: str | None) -> Url:
-    """A fetchable URL.
-
-    Raises:
-        Dropped: BAD_URL.
-    """
+    """A fetchable URL, or a drop as BAD_URL."""
     try:
         return urls.parse(text)
     except urls.BadUrl as error:

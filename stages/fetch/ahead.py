@@ -105,13 +105,9 @@ class Ahead:
         begin: Callable[[Sequence[Pending]], None],
         call: Callable[..., None],
     ) -> Iterator[Outcome]:
-        """Outcomes in the order of `urls`.
+        """Outcomes in the order of `urls`, which is read as far ahead as is begun: up to `most_rows` before their turn.
 
-        Args:
-            urls: Read as far ahead as is begun.
-            most_rows: How many are begun before their turn.
-            begin: Starts the work on some URLs.
-            call: Calls a function on the loop.
+        `begin` starts the work on some URLs, `call` calls a function on the loop.
         """
         source, waiting = enumerate(urls), deque[Pending]()
         portion = min(_PORTION, most_rows)

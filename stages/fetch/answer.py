@@ -46,11 +46,7 @@ class Refused(Dropped):
 
 
 def check_status(status: int, retry_after: str | None) -> bool:
-    """Judge a status; True when it is a redirect.
-
-    Raises:
-        Dropped: for a status other than 2xx (and the redirects).
-    """
+    """Whether a status is a redirect; a drop for all that is neither one nor 2xx."""
     if 200 <= status < 300:
         return False
     if status in _REDIRECTS:

@@ -23,11 +23,7 @@ class Body:
         return self._size
 
     def announce(self, length: int | None) -> None:
-        """Take note of the Content-Length.
-
-        Raises:
-            Dropped: TOO_MANY_BYTES, before any of them is read.
-        """
+        """Take note of the Content-Length; a drop as TOO_MANY_BYTES before any of them is read."""
         if length is not None and length > self._max_bytes:
             raise Dropped(DropReason.TOO_MANY_BYTES)
 
@@ -45,11 +41,7 @@ class Body:
             self._look()
 
     def finish(self) -> bytes:
-        """All bytes of a complete body.
-
-        Raises:
-            Dropped: EMPTY_BODY, or what a last look shows.
-        """
+        """All bytes of a complete body."""
         if not self._size:
             raise Dropped(DropReason.EMPTY_BODY)
         if self._size < _FIRST_LOOK:

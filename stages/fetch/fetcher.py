@@ -42,11 +42,7 @@ class Fetcher:
         self.refusals.close()
 
     async def outcome(self, pending: Pending) -> Outcome:
-        """The image file of a URL, or why there is none.
-
-        Raises:
-            OSError: for this machine's own trouble.
-        """
+        """The image file of a URL, or why there is none."""
         trail: list[Url] = []
         """The URL, and where its redirects led."""
         deadline = Deadline(self._download.timeout_s)

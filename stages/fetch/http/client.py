@@ -74,12 +74,7 @@ class Client:
         await self._session.close()
 
     async def look_up(self, url: Url) -> None:
-        """Learn the addresses of a URL's host, so that a request for it need not wait for them.
-
-        Raises:
-            Dropped: DNS_ERROR, or FORBIDDEN_ADDRESS.
-            OSError: for this machine's own trouble.
-        """
+        """Learn the addresses of a URL's host, so that a request for it need not wait for them."""
         url = self._guard.route(url)
         await self._resolver.resolve(url.host, url.port)
 
@@ -89,7 +84,6 @@ class Client:
 
         Raises:
             Dropped: FORBIDDEN_ADDRESS, DNS_ERROR, CONNECTION_ERROR, HTTP_ERROR, BAD_URL.
-            OSError: for this machine's own trouble.
         """
         url = self._guard.route(url)
         with _reasons(DropReason.CONNECTION_ERROR):
@@ -144,7 +138,6 @@ class Answer(aiohttp.ClientResponse):
 
         Raises:
             Dropped: INCOMPLETE_BODY, HTTP_ERROR, or TOO_MANY_BYTES where more came than may be kept.
-            OSError: for this machine's own trouble.
         """
         unpacker = inflated(self.headers.get("Content-Encoding", ""))
         size = tiny = 0

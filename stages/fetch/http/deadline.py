@@ -17,11 +17,7 @@ class Deadline:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Count the time that passes within.
-
-        Raises:
-            Dropped: TIMEOUT, once nothing is left.
-        """
+        """Count the time that passes within; a drop as TIMEOUT, once nothing is left."""
         loop = asyncio.get_running_loop()
         begun = loop.time()
         try:
@@ -33,11 +29,7 @@ class Deadline:
             self.left_s -= loop.time() - begun
 
     async def persist(self, attempt: Callable[[], Awaitable[bytes]], settings: DownloadSettings) -> bytes:
-        """What an attempt gives, or a further one after a failure that may pass, within the same seconds.
-
-        Raises:
-            Dropped: the last failure.
-        """
+        """What an attempt gives, or a further one after a failure that may pass, within the same seconds."""
         failures = 0
         while True:
             try:

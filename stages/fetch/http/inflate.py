@@ -39,15 +39,10 @@ class Inflated:
 
     @property
     def is_done(self) -> bool:
-        """The stream has its end."""
         return self._unpacker.eof
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """What these bytes unfold to.
-
-        Raises:
-            Dropped: HTTP_ERROR when they are not in this coding.
-        """
+        """What these bytes unfold to; a drop as HTTP_ERROR when they are not in this coding."""
         data, self._held = self._held + data, b""
         while data:
             if not self._is_begun or self._unpacker.eof:

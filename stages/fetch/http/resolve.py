@@ -23,12 +23,7 @@ Addresses = list[tuple[socket.AddressFamily, str]]
 
 
 def look_up(host: str, stopwatch: Stopwatch) -> Addresses:
-    """All addresses of a name, from the system's resolver. Blocks.
-
-    Raises:
-        Dropped: DNS_ERROR when it has none.
-        OSError: for this machine's own trouble.
-    """
+    """All addresses of a name, from the system's resolver; a drop as DNS_ERROR when it has none. Blocks."""
     begun = time.monotonic()  # in the thread: to wait for one is not the resolver's time
     try:
         results = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
@@ -60,7 +55,6 @@ class Resolver(AbstractResolver):
 
         Raises:
             Dropped: DNS_ERROR when it has none, FORBIDDEN_ADDRESS when none of them may.
-            OSError: for this machine's own trouble.
         """
         address = literal(host)
         if address is not None:

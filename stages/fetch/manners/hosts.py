@@ -63,11 +63,7 @@ class Hosts:
 
     @asynccontextmanager
     async def connection(self, url: Url) -> AsyncIterator[None]:
-        """Wait until a URL's host may be sent a request, and hold one of its connections.
-
-        Raises:
-            Dropped: when it rests for longer than a row may wait.
-        """
+        """Wait until a URL's host may be sent a request, and hold one of its connections."""
         while True:
             async with self.connections(url.host):
                 # Only now: while this row waited for its turn, those before it may have brought the host down.

@@ -24,11 +24,7 @@ class Refusals:
     """
 
     def __init__(self, path: str) -> None:
-        """Open the file; an empty path is none.
-
-        Raises:
-            OSError: when it cannot be written.
-        """
+        """Open the file; an empty path is none."""
         self._known: dict[bytes, DropReason] = {}
         self._lock = Lock()
         self._read = 0
