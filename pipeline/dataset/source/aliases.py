@@ -79,11 +79,7 @@ def _normal(name: str) -> str:
 
 
 def require(path: str, columns: Sequence[str], chosen: Mapping[ColumnKey, str]) -> None:
-    """Check that a file has the columns that `source.columns` names.
-
-    Raises:
-        SourceError: lists the file's columns.
-    """
+    """Check that a file has the columns that `source.columns` names."""
     for key, name in chosen.items():
         if not resolve(columns, {key: (_normal(name),)}):
             near = get_close_matches(name, columns, n=1)
@@ -92,11 +88,7 @@ def require(path: str, columns: Sequence[str], chosen: Mapping[ColumnKey, str]) 
 
 
 def require_url(path: str, columns: Sequence[str], aliases: Aliases = ALIASES) -> None:
-    """Check that a file has a column of URLs.
-
-    Raises:
-        SourceError: lists the file's columns and the accepted names.
-    """
+    """Check that a file has a column of URLs."""
     if "url" in resolve(columns, aliases):
         return
     hint = "the first line of a csv or tsv must name the columns"

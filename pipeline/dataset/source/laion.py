@@ -16,9 +16,7 @@ OLD_LAION = (
 def is_old_laion(origins: Iterable[str], parts: Iterable[str]) -> bool:
     """Whether the lists are LAION's, and nothing says that they are of Re-LAION.
 
-    Args:
-        origins: where they come from, as `Part.origin` has it.
-        parts: their names.
+    `origins` are where they come from, as `Part.origin` has it, `parts` their names.
     """
     files_are = any(map(_LAION.search, parts))
     return any((files_are or _LAION.search(one)) and not _RE_LAION.search(one) for one in origins)

@@ -59,11 +59,7 @@ def format_of(path: str) -> Format | None:
 
 
 def probe(path: str) -> tuple[pa.Schema, int | None]:
-    """The columns of a metadata file, strings where types are not known, and its rows where that is cheap to know.
-
-    Raises:
-        SourceError: for an empty or unreadable file.
-    """
+    """The columns of a metadata file, strings where types are not known, and its rows where that is cheap to know."""
     format = format_of(path)
     assert format is not None, "parts are metadata files by their names"
     columns, rows = format.probe(path)
@@ -76,9 +72,6 @@ def tables(path: str, aliases: Aliases = ALIASES, image: pa.Field | None = None)
     """The rows of a metadata file in order, in tables of bounded size, under our names and in the file's types.
 
     Of a parquet file with an `image` column, `image_ref` says where each image is; none is read.
-
-    Raises:
-        SourceError: for what cannot be read.
     """
     format = format_of(path)
     assert format is not None, "parts are metadata files by their names"

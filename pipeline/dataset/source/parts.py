@@ -83,11 +83,7 @@ class Part:
         return f"made:{text}" if self.source_kind == "made" else text
 
     def probed(self) -> "Part":
-        """The same, once it is opened to see that it can be read.
-
-        Raises:
-            SourceError: when it cannot, or holds no rows' columns.
-        """
+        """The same, once it is opened to see that it can be read."""
         if self.pictures is not None:
             _ = self.pictures.named
             if self.columns:
@@ -109,11 +105,7 @@ class Part:
         return replace(self, rows=rows, kind="embedded" if image else "metadata", image=image)
 
     def tables(self) -> Iterator[pa.Table]:
-        """The rows in order, in tables of bounded size, under our names and in the file's types.
-
-        Raises:
-            SourceError: for what cannot be read.
-        """
+        """The rows in order, in tables of bounded size, under our names and in the file's types."""
         if self.pictures is not None:
             return self.pictures.tables()
         if self.kind == "tar":

@@ -100,11 +100,7 @@ class Pictures:
         return [file for file, folder, name in split if name in (*_LISTS, folder)]
 
     def keys(self) -> list[str]:
-        """The columns and keys of its metadata; of files beside images those of the first ones.
-
-        Raises:
-            SourceError: as `tables`.
-        """
+        """The columns and keys of its metadata; of files beside images those of the first ones."""
         names = [name for file in self.metadata for name in probe(self._path(file))[0].names]
         records = [record for file in self._lists for record in self._records(file)]
         beside = (f"{stem}.json" for image in self.images for stem in (posixpath.splitext(image)[0], image))
@@ -116,11 +112,7 @@ class Pictures:
         return f"{self.folder}/{file}"
 
     def tables(self) -> Iterator[pa.Table]:
-        """The rows in the order of the files' names, in tables of bounded size, under our names.
-
-        Raises:
-            SourceError: for metadata that cannot be read, or names no file that is there.
-        """
+        """The rows in the order of the files' names, in tables of bounded size, under our names."""
         named = self.named
         for start in range(0, len(self.images), _ROWS):
             images = self.images[start : start + _ROWS]
@@ -174,11 +166,7 @@ class Pictures:
 
     @cached_property
     def named(self) -> "Named":
-        """What the folder's metadata says.
-
-        Raises:
-            SourceError: as `tables`.
-        """
+        """What the folder's metadata says."""
         records, rows, count = [SEED_SCHEMA.empty_table()], defaultdict(list), 0
         captioned: set[str] = set()
         notes = (

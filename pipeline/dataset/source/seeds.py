@@ -61,9 +61,6 @@ def iter_shards(part: Part, settings: SourceSettings, metadata: JudgeSeeds) -> I
 
     Which rows a shard gets depends on the rows, `rows_per_shard` and `metadata` alone: it ends with the row that makes
     its candidates `rows_per_shard`, or at 100 times as many input rows. A part without rows gives one empty shard.
-
-    Raises:
-        SourceError: for a part that turns out to be truncated or corrupt.
     """
     number = 0
     for number, table in enumerate(_cut(map(metadata, seed_tables(part)), settings.rows_per_shard), 1):
@@ -73,11 +70,7 @@ def iter_shards(part: Part, settings: SourceSettings, metadata: JudgeSeeds) -> I
 
 
 def iter_again(part: Part, settings: SourceSettings, rows: Integers, round: int) -> Iterator[Seeds]:
-    """Some rows of a part in the shards of a further round, all of them candidates.
-
-    Raises:
-        SourceError: as `iter_shards`.
-    """
+    """Some rows of a part in the shards of a further round, all of them candidates."""
 
     def candidates() -> Iterator[pa.Table]:
         for table in seed_tables(part):
@@ -90,11 +83,7 @@ def iter_again(part: Part, settings: SourceSettings, rows: Integers, round: int)
 
 
 def seed_tables(part: Part) -> Iterator[pa.Table]:
-    """The rows of a part in order, as tables of seed columns of bounded size.
-
-    Raises:
-        SourceError: for what cannot be read.
-    """
+    """The rows of a part in order, as tables of seed columns of bounded size."""
     row = 0
     for raw in part.tables():
         kind = pa.repeat(pa.scalar(part.source_kind), raw.num_rows)

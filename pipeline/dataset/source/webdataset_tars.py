@@ -41,11 +41,7 @@ def is_tar(path: str) -> bool:
 
 
 def rows_in(path: str) -> int | None:
-    """Check that a tar is whole, by its ends, and holds images; its number of rows when a parquet stands beside it.
-
-    Raises:
-        SourceError: for a truncated or unreadable tar or parquet, or a tar whose files are no samples with an image.
-    """
+    """Check that a tar is whole, by its ends, and holds images; its number of rows when a parquet stands beside it."""
     table = table_path(path)
     with reading(path), open_binary(path) as file:
         require_whole(file)
@@ -63,11 +59,7 @@ def rows_in(path: str) -> int | None:
 
 
 def keys(path: str) -> list[str]:
-    """The columns of the parquet beside a tar, or what its first records have.
-
-    Raises:
-        SourceError: as `rows_in`.
-    """
+    """The columns of the parquet beside a tar, or what its first records have."""
     if kind_of(table_path(path)):
         return list(probe_parquet(table_path(path))[0].names)
     with reading(path), open_binary(path) as file:
@@ -90,9 +82,6 @@ def tables(path: str, aliases: Aliases = STORED_ALIASES) -> Iterator[pa.Table]:
     """The rows of one tar in the order of their keys, under our names; `image_ref` says where each image lies.
 
     `image_ref` is `<path>#<offset>:<size>`, or "" for a row whose download failed.
-
-    Raises:
-        SourceError: for a truncated or corrupt tar, or a parquet that belongs to another tar.
     """
     samples = scan(path)
     table = table_path(path)
@@ -116,11 +105,7 @@ def tables(path: str, aliases: Aliases = STORED_ALIASES) -> Iterator[pa.Table]:
 
 
 def scan(path: str) -> Samples:
-    """The members of a tar by key and suffix, from its headers alone.
-
-    Raises:
-        SourceError: when the tar cannot be read, or ends without its end mark.
-    """
+    """The members of a tar by key and suffix, from its headers alone."""
     samples: Samples = defaultdict(dict)
     with reading(path), open_binary(path) as file:
         for info in members(file):
