@@ -1,4 +1,4 @@
-"""The ledgers of a dataset: the funnel, and what manifests count."""
+"""The ledgers of a dataset: the funnel, and what manifests count. A CorruptShardError names what is damaged."""
 
 import json
 from collections import Counter, defaultdict
@@ -39,7 +39,6 @@ class FunnelRow:
 
     @property
     def rows_left(self) -> int:
-        """Rows that went on to the next stage."""
         return self.rows_in - sum(self.dropped.values())
 
 
@@ -54,7 +53,6 @@ class Funnel:
 
     @property
     def kept(self) -> int:
-        """Rows that no stage dropped."""
         return self.rows[-1].rows_left
 
     @property
@@ -68,11 +66,7 @@ class Funnel:
 
 
 def shards_folder(out: AnyPath) -> AnyPath:
-    """Where the shards of OUT lie.
-
-    Raises:
-        OutputError: when OUT is no dataset.
-    """
+    """Where the shards of OUT lie; an OutputError where it is no dataset."""
     folder = out / "shards"
     try:
         there = (out / DATASET).is_file() if isinstance(out, RemotePath) else folder.is_dir()
@@ -89,11 +83,6 @@ def shard_names(out: AnyPath) -> list[str]:
 
 
 def read_manifest(out: AnyPath, shard: str) -> Manifest:
-    """The manifest of one shard.
-
-    Raises:
-        CorruptShardError: names the file.
-    """
     path = out / "shards" / f"{shard}.json"
     try:
         return Manifest.from_json(path.read_bytes())
@@ -104,20 +93,11 @@ def read_manifest(out: AnyPath, shard: str) -> Manifest:
 
 
 def read_manifests(out: AnyPath) -> list[Manifest]:
-    """The manifests of all finished shards, in the order of their names.
-
-    Raises:
-        CorruptShardError: names the file that is no manifest.
-    """
+    """The manifests of all finished shards, in the order of their names."""
     return [read_manifest(out, shard) for shard in shard_names(out)]
 
 
 def read_dataset(out: AnyPath) -> dict[str, Any]:
-    """dataset.json.
-
-    Raises:
-        CorruptShardError: when it is not there or no JSON object.
-    """
     try:
         dataset = dict(json.loads((out / DATASET).read_bytes()))
         json.dumps(dataset, ensure_ascii=False).encode()  # JSON may hold halves of surrogates, which are no text
@@ -147,11 +127,7 @@ def summary(manifests: Sequence[Manifest], out: AnyPath | None = None) -> dict[s
 
 
 def counts(verdicts: pa.ChunkedArray, reasons: Sequence[str]) -> tuple[int, dict[str, int]]:
-    """How many verdicts are `kept`, and how many are each of `reasons`, zeros too.
-
-    Raises:
-        ContractError: when a verdict is neither.
-    """
+    """How many verdicts are `kept`, and how many are each of `reasons`, zeros too."""
     dropped = occurrences(verdicts)
     kept = dropped.pop(KEPT, 0)
     undeclared = set(dropped) - set(reasons)
@@ -166,11 +142,7 @@ def occurrences(column: pa.ChunkedArray) -> Counter[Any]:
 
 
 def read_ledger(out: AnyPath, shard: str, columns: Sequence[str], verdict: str | None = None) -> pa.Table:
-    """Some columns of one ledger; of rows with this verdict alone, when one is given.
-
-    Raises:
-        CorruptShardError: names the file.
-    """
+    """Some columns of one ledger; of rows with this verdict alone, when one is given."""
     path = out / "shards" / f"{shard}.parquet"
     try:
         columns = list(dict.fromkeys(columns))
@@ -187,11 +159,7 @@ class Rounds:
     """Which rows of a dataset stand in the ledgers of later rounds (second chances) again, part by part."""
 
     def __init__(self, out: AnyPath, shards: Iterable[str]) -> None:
-        """Read the row numbers in the ledgers of all later rounds: eight bytes per row that had a second chance.
-
-        Raises:
-            CorruptShardError: names the file.
-        """
+        """Read the row numbers in the ledgers of all later rounds: eight bytes per row that had a second chance."""
         numbers: dict[str, dict[int, list[Integers]]] = defaultdict(lambda: defaultdict(list))
         for shard in shards:
             part, round = shard_origin(shard)
@@ -234,10 +202,6 @@ def funnel(out: AnyPath) -> Funnel:
     """The funnel of all finished shards, counted from their ledgers, one ledger in memory at a time.
 
     Rows that had a second chance are counted once, with their last verdict.
-
-    Raises:
-        CorruptShardError: when a ledger cannot be read or contradicts its manifest; names it.
-        OutputError: when OUT is no dataset.
     """
     total: Counter[tuple[str, str]] = Counter()
     shards = shard_names(out)

@@ -98,22 +98,14 @@ class Output:
                 raise
 
     def make_folders(self) -> None:
-        """Create the directories that are not there; a remote OUT has none.
-
-        Raises:
-            OutputError: when OUT cannot be written.
-        """
+        """Create the directories that are not there; a remote OUT has none."""
         with writing(f"OUT {self.root}"):
             for folder in () if isinstance(self.root, RemotePath) else (self.shards, self.drops):
                 Path(str(folder)).mkdir(parents=True, exist_ok=True)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold OUT alone; a remote one cannot be held.
-
-        Raises:
-            OutputError: when somebody else holds it.
-        """
+        """Hold OUT alone; a remote one cannot be held."""
         if isinstance(self.root, RemotePath):
             yield
             return
@@ -142,11 +134,7 @@ class Output:
         (self.drops / f"{shard}.parquet").unlink(missing_ok=True)
 
     def refuse_other_plan(self, plan: Plan, *, replan: bool = False) -> None:
-        """Check that OUT is new or was made under an equal plan.
-
-        Raises:
-            OutputError: says what differs.
-        """
+        """Check that OUT is new or was made under an equal plan."""
         try:
             before = json.loads((self.root / DATASET).read_bytes())
             identity: dict[str, Any] = before["plan"]
@@ -178,11 +166,8 @@ class Output:
     ) -> bool:
         """Whether the shard has a manifest of this plan and files of the lengths that it names.
 
-        Args:
-            shard: its name.
-            plan: the plan of this run.
-            listed: `files.sizes` of OUT/shards: over a network, one listing for many shards saves requests.
-            rows_in: rows that the part gives the shard now.
+        `listed` is `files.sizes` of OUT/shards: over a network, one listing for many shards saves requests.
+        `rows_in` are the rows that the part gives the shard now.
 
         Raises:
             SourceError: when it was made of another number of rows: borders differ, rows would be lost or doubled.
@@ -215,7 +200,6 @@ class Output:
 
         Raises:
             SourceError: when files were added or removed, so that rows would be lost or doubled, or their kind changed.
-            CorruptShardError: when the ledger cannot be read.
         """
         if seeds["source_file"].null_count == seeds.num_rows and "made" not in seeds["source_kind"].to_pylist():
             return
@@ -267,7 +251,6 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove what was not published."""
         with contextlib.suppress(OSError):  # a full disk has failed the shard already
             self._tar.close()
         with contextlib.suppress(OSError):
@@ -302,11 +285,7 @@ class ShardWriter:
                     self._thumbnails.append({"key": record["key"], "verdict": verdict, "thumbnail": small})
 
     def publish(self, rows_in: int) -> Manifest:
-        """Make the shard durable under its final names, the manifest last.
-
-        Raises:
-            ShardError: when rows were lost or doubled.
-        """
+        """Make the shard durable under its final names, the manifest last."""
         ledger = pa.concat_tables(self._ledgers).sort_by("row").combine_chunks()
         kept, dropped = counts(ledger.column("verdict"), [*self._plan.reasons, *DROPS])
         drafts = self._tar_draft, self._ledger_draft

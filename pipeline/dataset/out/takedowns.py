@@ -39,11 +39,7 @@ class Listed:
     """The URLs and sha256 of some lists, as hashes of 8 bytes: a list of a million lines takes 8 MB."""
 
     def __init__(self, paths: Sequence[str] = ()) -> None:
-        """Read the lists; lines and cells that are neither URL nor sha256 are passed over.
-
-        Raises:
-            SourceError: when one cannot be read, or holds no URL and no sha256 at all.
-        """
+        """Read the lists; lines and cells that are neither URL nor sha256 are passed over."""
         hashes = [np.empty(0, np.uint64)]
         for path in paths:
             forms = (identity(text) if kind == "url" else text for kind, text in entries(path) if kind != "other")
@@ -78,11 +74,7 @@ class Listed:
 
 
 def entries(path: str) -> Iterator[tuple[Literal["url", "sha256", "other"], str]]:
-    """The lines of a text file (empty ones and `#` are skipped), or the cells of a CSV or parquet file; `.gz` too.
-
-    Raises:
-        SourceError: when it cannot be read.
-    """
+    """The lines of a text file (empty ones and `#` are skipped), or the cells of a CSV or parquet file; `.gz` too."""
     name = path.lower().rpartition("/")[2]
     with reading(f"The list {path}"):
         if name.endswith(".parquet"):
