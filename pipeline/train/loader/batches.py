@@ -111,11 +111,7 @@ class Batch:
 
 
 def collate(group: Sequence[Planned], reading: Reading, position: Position) -> Batch:
-    """Decode samples whose targets have one size, and whose conditions are of equally many photos.
-
-    Raises:
-        CorruptShardError: names shard and key of the first that cannot be decoded.
-    """
+    """Decode samples whose targets have one size, and whose conditions are of equally many photos."""
     width, height = group[0].fit.size
     pixels = latents = None
     if reading.latents:
@@ -187,11 +183,7 @@ def _stacked(rows: Sequence[Array], dtype: type[np.floating[Any]]) -> Tensor:
 
 
 def target_pixels(planned: Planned, suffix: str) -> npt.NDArray[np.uint8]:
-    """The target (H, W, 3), RGB: decoded, scaled, cut, mirrored, recoloured.
-
-    Raises:
-        CorruptShardError: when the JPEG cannot be decoded whole.
-    """
+    """The target (H, W, 3), RGB: decoded, scaled, cut, mirrored, recoloured."""
     resized, (left, top), (width, height) = planned.fit
     image: Array = picture(planned.raw, suffix, planned.size, resized)
     if image.shape[1::-1] != resized:

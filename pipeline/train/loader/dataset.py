@@ -34,8 +34,6 @@ _PEEKED = 4
 
 
 class DatasetFolder(NamedTuple):
-    """One of the given folders."""
-
     given: str
     """As the user wrote it."""
     root: AnyPath
@@ -114,11 +112,7 @@ def _manifest(folder: AnyPath, name: str) -> Manifest:
 
 
 def check_embedders(folders: Sequence[DatasetFolder]) -> None:
-    """Refuse shards whose vectors come from different models.
-
-    Raises:
-        SourceError: names two folders and the models.
-    """
+    """Refuse shards whose vectors come from different models."""
     for task in _EMBEDDERS:
         every = [(one.given, models_of(task, shard.manifest.models)) for one in folders for shard in one.shards]
         used = [entry for entry in every if entry[1]]
@@ -168,9 +162,7 @@ class Dataset:
 def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
     """Find the finished shards of `make dataset` outputs; tars are measured, not hashed.
 
-    Args:
-        dirs: OUT folders, or their `shards` folders; paths or fsspec URLs.
-        data: `verify` says whether manifests must be those of dataset.json.
+    `dirs` are OUT folders, or their `shards` folders: paths or fsspec URLs.
 
     Raises:
         SourceError: when a folder holds no samples, a tar is not as long as its manifest says, or embedders differ.
@@ -207,13 +199,9 @@ def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
 
 
 def check_hashes(dataset: Dataset, rank: int = 0, ranks: int = 1, *, hashed_before: str | None = None) -> None:
-    """Compare the sha256 of tars with their manifests.
+    """Compare the sha256 of tars with their manifests: this process, `rank` of `ranks`, those of its share.
 
-    Args:
-        dataset: the shards.
-        rank: this process, of `ranks` that do this together: each hashes a share.
-        ranks: see `rank`.
-        hashed_before: digest of a dataset that needs no second look.
+    `hashed_before` is the digest of a dataset that needs no second look.
 
     Raises:
         CorruptShardError: for the first tar that differs.
@@ -266,11 +254,7 @@ def _unconditional(folders: Sequence[DatasetFolder]) -> dict[str, Array]:
 
 
 def first_samples(dataset: Dataset, count: int, suffixes: Collection[str] = ()) -> Iterator[Raw]:
-    """The first samples in the order of the shards: json, and where the files of these suffixes are, in any form.
-
-    Raises:
-        CorruptShardError: when a tar cannot be read.
-    """
+    """The first samples in the order of the shards: json, and where the files of these suffixes are, in any form."""
     wanted = either_form({"json", *suffixes})
     every = (
         raw

@@ -53,18 +53,8 @@ def first_faces(
 ) -> list[Face]:
     """A face of each of the first `count` persons in the order of the shards; fewer where there are fewer.
 
-    Those of whom the first samples hold several photos come first; a photo of nobody known is a person of its own.
-
-    Args:
-        dataset: the shards.
-        count: faces.
-        reads: roles of the condition.
-        adapter: says whose features these are.
-        others: most further photos of each person.
-
-    Raises:
-        SourceError: as `features_of`.
-        CorruptShardError: names shard and key of a damaged sample.
+    Those of whom the first samples hold several photos come first, with up to `others` further ones; a photo of nobody
+    known is a person of its own.
     """
     features = features_of(dataset, reads, adapter)
     files = features.files[0]

@@ -93,9 +93,6 @@ class ShardLoader:
 
         With another number of workers or another shuffle buffer there is no such batch: the rest of the epoch is left
         out, and the next one begins.
-
-        Raises:
-            ConfigError: when `state` is of another run.
         """
         self._require_order(state, self._identity)
         if state["deal"] == self._deal:
@@ -107,11 +104,7 @@ class ShardLoader:
     def load_states_of(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on where the loaders of a run with another number of processes were: with the epoch after theirs.
 
-        Args:
-            states: of all of them, in the order of their ranks.
-
-        Raises:
-            ConfigError: when they are of another run.
+        `states` are those of all of them, in the order of their ranks.
         """
         for rank, state in enumerate(states):
             self._require_order(state, self._identity_of(rank, len(states)))

@@ -21,11 +21,7 @@ _SHARDS, _SAMPLES = 8, 250
 
 
 def person(raw: Raw) -> object:
-    """Equal for neighbours that show one person; a photo of which the json does not say it is its own.
-
-    Raises:
-        CorruptShardError: when the json cannot be read.
-    """
+    """Equal for neighbours that show one person; a photo of which the json does not say it is its own."""
     number = meta(raw).get("person")
     return raw.key if number is None else (number,)
 

@@ -63,14 +63,10 @@ class Balance:
         self._counts: Counter[str] = Counter()
 
     def pick(self, there: Mapping[str, TargetCrop], draw: float) -> str:
-        """One of the crops that are there.
+        """One of the crops that are there, at least one; `draw` is uniform in [0, 1).
 
         Those that would be enlarged are taken only when no other is there, the largest first; so are those of no
         weight.
-
-        Args:
-            there: name -> crop, at least one.
-            draw: uniform in [0, 1).
         """
         weighted = [crop for crop in CROPS if crop in there and self._weights[crop]]
         # Those whose picture fills all pixels of the target.
@@ -97,11 +93,7 @@ def bucketed(crop: str, size: Size, face: Box, sizes: Sequence[Size]) -> Fit:
 def random_square(size: Size, face: Box, side: int, at: tuple[float, float]) -> Fit:
     """A random square that holds the face; one that is too large is held by its centre.
 
-    Args:
-        size: of the picture.
-        face: box in it.
-        side: of the square, pixels.
-        at: two uniform draws in [0, 1), for the horizontal and the vertical position.
+    `face` is a box in the picture; `at` are two uniform draws in [0, 1), for the horizontal and the vertical position.
     """
     middle = fit_around(*size, (side, side), face)
     starts = []
@@ -169,12 +161,7 @@ class Planner:
     def __call__(self, raw: Raw, others: Sequence[Raw] = ()) -> Planned | None:
         """Decide for the next sample; None for one that is left out: by its kind, or since the photo gave no crop.
 
-        Args:
-            raw: the sample.
-            others: photos of the same person, of which the condition's files are read.
-
-        Raises:
-            CorruptShardError: when its json cannot be used, or it lacks a file that the json speaks of.
+        `others` are photos of the same person, of which the condition's files are read.
         """
         draws = _Draws(*self._draws.random(len(_Draws._fields)).tolist())
         kind_draw, caption_draw, which = self._mixing.random(3).tolist()

@@ -56,16 +56,10 @@ class Features:
 
 
 def features_of(dataset: Dataset, reads: Sequence[str], adapter: AdapterSettings) -> Features:
-    """Find what a condition is read from.
-
-    Args:
-        dataset: the shards.
-        reads: roles that the variant reads.
-        adapter: says whose features `pooled` and `hidden` are, and of which picture.
+    """Find what a condition is read from, given the roles that the variant `reads`.
 
     Raises:
         SourceError: when shards lack a file, or the features of an empty picture; says what to make again.
-        CorruptShardError: when the first sample is damaged.
     """
     encoder, all_columns = adapter.image_encoder, _COLUMNS[adapter.image_encoder]
     there = tuple(one for one, plain in _PLAIN.items() if f"{all_columns['hidden']}{plain}.npy" in dataset.suffixes)
@@ -106,11 +100,7 @@ def row(role: str, features: Array) -> Array:
 
 
 def stored_row(raw: Raw, role: str, suffix: str, shape: tuple[int, ...]) -> Array | Quantised:
-    """One sample's features of a role; in int8 where they are tokens that are stored so.
-
-    Raises:
-        CorruptShardError: names shard and key.
-    """
+    """One sample's features of a role; in int8 where they are tokens that are stored so."""
     stored = features(raw, suffix, shape)
     if isinstance(stored, Quantised):
         if role != "pooled":
@@ -120,11 +110,7 @@ def stored_row(raw: Raw, role: str, suffix: str, shape: tuple[int, ...]) -> Arra
 
 
 def first_shapes(dataset: Dataset, suffixes: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Suffix -> shape of that file in the first sample, which all others must have too.
-
-    Raises:
-        CorruptShardError: when it is damaged.
-    """
+    """Suffix -> shape of that file in the first sample, which all others must have too."""
     (first,) = first_samples(dataset, 1, suffixes)
     return {suffix: features(first, suffix).shape for suffix in suffixes}
 
@@ -154,12 +140,10 @@ class Reading:
 
     @property
     def wanted(self) -> frozenset[str]:
-        """Suffixes that are read."""
         return either_form({"json", *self.text, *map(self.target, CROPS)}) | self.condition
 
     @property
     def condition(self) -> frozenset[str]:
-        """Those of the condition."""
         return either_form({*self.features.shapes, *self.mirrored.values()})
 
     def condition_file(self, role: str, *, plain: bool, mirror: bool) -> tuple[str, tuple[int, ...]]:
@@ -175,19 +159,14 @@ class Reading:
 def plan_reading(
     dataset: Dataset, reads: Sequence[str], config: TrainConfig, base: Path | None = None, faces: int = 1
 ) -> Reading:
-    """Decide what is read of each sample.
+    """Decide what is read of each sample, given the roles that the variant `reads`.
 
-    Args:
-        dataset: the shards.
-        reads: roles that the variant reads.
-        config: of the run.
-        base: diffusers folder of the base; precomputed targets must be of its encoders. None takes them on trust.
-        faces: most ID vectors side by side that the variant takes.
+    Precomputed targets must be of the encoders of `base`, a diffusers folder; None takes them on trust. `faces` are the
+    most ID vectors side by side that the variant takes.
 
     Raises:
         ConfigError: when there is nothing of another photo that the variant reads.
         SourceError: when the shards lack what the config or the variant asks for.
-        CorruptShardError: when the first sample is damaged.
     """
     notices: list[str] = []
     suffixes, augment = dataset.suffixes, config.augment
@@ -246,11 +225,7 @@ def plan_reading(
 def _precomputed(
     what: Literal["latents", "text"], dataset: Dataset, data: DataSettings, base: Path | None, notices: list[str]
 ) -> bool:
-    """Whether latents or texts come from the shards: where these have them, of this very base.
-
-    Raises:
-        SourceError: when they should, and cannot.
-    """
+    """Whether latents or texts come from the shards: where these have them, of this very base."""
     wish = data.latents if what == "latents" else data.text
     there = any(suffix.startswith("latents.") if what == "latents" else suffix == _TEXT for suffix in dataset.suffixes)
     if wish not in ("auto", "shards") or (wish == "auto" and not there):

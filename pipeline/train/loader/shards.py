@@ -1,6 +1,6 @@
 """Finished shards as undecoded samples, as many as their manifests say; and the files of these as values.
 
-Whatever is wrong with a sample names shard and key.
+Whatever is wrong with a sample is a CorruptShardError that names shard and key.
 """
 
 import json
@@ -25,8 +25,6 @@ _REDUCED = {1: cv2.IMREAD_COLOR, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_RE
 
 
 class Shard(NamedTuple):
-    """A finished shard."""
-
     folder: str
     """The dataset's folder, as it was given."""
     tar: AnyPath
@@ -46,18 +44,12 @@ class Raw(NamedTuple):
     """Suffix -> content."""
 
     def content(self, suffix: str) -> bytes:
-        """One file.
-
-        Raises:
-            CorruptShardError: when the sample lacks it; names shard and key.
-        """
         if suffix not in self.files:
             raise self.corrupt(suffix, "is missing")
         content = self.files[suffix]
         return content if isinstance(content, bytes) else content.read()
 
     def corrupt(self, suffix: str, reason: str) -> CorruptShardError:
-        """The error of a damaged file."""
         return CorruptShardError(f"{self.shard.tar}: {self.key}.{suffix} {reason}")
 
 
@@ -65,8 +57,7 @@ def samples(shard: Shard, start: int, stop: int, wish: Wish) -> Iterator[Raw]:
     """Samples [start, stop) of a shard, fewer where it ends before; its last one must be followed by nothing.
 
     Raises:
-        CorruptShardError: when the tar cannot be read so far, a sample has no json or a file twice, or there are more
-            or fewer samples than the manifest says; names the shard, and the key where known.
+        CorruptShardError: too when there are more or fewer samples than the manifest says, or one without json.
     """
     count, kept = start, shard.manifest.kept
     stop = min(stop, kept)
@@ -83,11 +74,6 @@ def samples(shard: Shard, start: int, stop: int, wish: Wish) -> Iterator[Raw]:
 
 
 def meta(raw: Raw) -> dict[str, Any]:
-    """The sample's json.
-
-    Raises:
-        CorruptShardError: when it is none.
-    """
     try:
         content = json.loads(raw.content("json"))
         if not isinstance(content, dict):
@@ -98,11 +84,7 @@ def meta(raw: Raw) -> dict[str, Any]:
 
 
 def targets(raw: Raw) -> Targets | None:
-    """What the sample's precomputed targets were made by; None where nothing was precomputed.
-
-    Raises:
-        CorruptShardError: when the json cannot be read.
-    """
+    """What the sample's precomputed targets were made by; None where nothing was precomputed."""
     entry = meta(raw).get("targets")
     try:
         return None if entry is None else Targets.from_object(entry)
@@ -111,11 +93,7 @@ def targets(raw: Raw) -> Targets | None:
 
 
 def array(raw: Raw, suffix: str, shape: tuple[int, ...] | None = None) -> Array:
-    """An npy file's finite float array, of this shape where one is given.
-
-    Raises:
-        CorruptShardError: when it is something else.
-    """
+    """An npy file's finite float array, of this shape where one is given."""
     try:
         values = decode_npy(raw.content(suffix))
     except CorruptShardError as error:
@@ -135,11 +113,7 @@ def array(raw: Raw, suffix: str, shape: tuple[int, ...] | None = None) -> Array:
 
 
 def moments(raw: Raw, suffix: str, size: tuple[int, int]) -> Array:
-    """Mean and log-variance (8, h, w) of precomputed latents; shards of earlier releases hold the mean alone.
-
-    Raises:
-        CorruptShardError: when the file is something else.
-    """
+    """Mean and log-variance (8, h, w) of precomputed latents; shards of earlier releases hold the mean alone."""
     values = array(raw, suffix)
     if values.shape == (4, *size):
         return np.concatenate([values, np.full_like(values, -np.inf)])
@@ -149,11 +123,7 @@ def moments(raw: Raw, suffix: str, size: tuple[int, int]) -> Array:
 
 
 def features(raw: Raw, suffix: str, shape: tuple[int, ...] | None = None) -> Array | Quantised:
-    """The finite features of an npy file, or of the int8 file that the sample has in its stead.
-
-    Raises:
-        CorruptShardError: when there is neither, or it is something else.
-    """
+    """The finite features of an npy file, or of the int8 file that the sample has in its stead."""
     int8 = INT8.get(suffix, "")
     if suffix in raw.files or int8 not in raw.files:
         return array(raw, suffix, shape)
@@ -169,17 +139,10 @@ def features(raw: Raw, suffix: str, shape: tuple[int, ...] | None = None) -> Arr
 
 
 def picture(raw: Raw, suffix: str, size: tuple[int, int], wanted: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """A JPEG's pixels (H, W, 3), RGB.
+    """A JPEG's pixels (H, W, 3), RGB, which must be of `size`: width and height.
 
-    Args:
-        raw: the sample.
-        suffix: of the JPEG.
-        size: width and height that it must have.
-        wanted: width and height that it will be reduced to; a picture of at least twice that is decoded at 1/2 or
-            1/4, which costs half as much or less.
-
-    Raises:
-        CorruptShardError: when it is no whole JPEG of that size.
+    A picture of at least twice the width and height that are `wanted` of it is decoded at 1/2 or 1/4, which costs half
+    as much or less.
     """
     data = raw.content(suffix)
     scale = next((by for by in (4, 2) if size[0] >= by * wanted[0] and size[1] >= by * wanted[1]), 1)

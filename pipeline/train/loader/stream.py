@@ -33,15 +33,7 @@ SampleRange = tuple[int, int, int]
 
 
 def sample_ranges(kept: Sequence[int], seed: int, epoch: int, consumer: int, consumers: int) -> list[SampleRange]:
-    """The consumer's part of an epoch, in reading order; together the consumers' parts are all samples, once each.
-
-    Args:
-        kept: samples of each shard.
-        seed: of the run.
-        epoch: from 0.
-        consumer: from 0.
-        consumers: how many there are.
-    """
+    """The part of one of `consumers` of an epoch, in reading order; together theirs are all samples, once each."""
     total = sum(kept)
     first, last = consumer * total // consumers, (consumer + 1) * total // consumers
     ranges, position = [], 0
