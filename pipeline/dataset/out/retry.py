@@ -30,7 +30,12 @@ _NO_ROWS: Integers = np.zeros(0, np.int64)
 def second_chances(
     parts: Sequence[Part], settings: SourceSettings, out: AnyPath, is_done: Callable[[str], bool]
 ) -> Iterator[Seeds]:
-    """The rows of some parts that get another chance now, in shards that are not done yet."""
+    """The rows of some parts that get another chance now, in shards that are not done yet.
+
+    Raises:
+        SourceError: when a part does not hold the rows any more that OUT was made of.
+        CorruptShardError: when a ledger cannot be read.
+    """
     shards = shard_names(out)
     rounds = Rounds(out, shards)
     for part in parts:
