@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
-from pipeline.dataset.config import Config
+from pipeline.dataset.config import PROFILES, Config
 from pipeline.dataset.plan import make_plan
 from schemas.digest import sha256
 from schemas.drops import Dropped
@@ -83,10 +84,16 @@ def effect(photos: Sequence[Screened], threshold: float) -> tuple[list[str], flo
 
 def lines(folder: Path, config: Config, margin: float) -> Iterator[str | Table]:
     """What `screen` says of a folder of photos; raises what `screened` and `fit` raise."""
-    if config.models.screen == "off":
-        config = config.model_copy(update={"models": config.models.model_copy(update={"screen": "detector"})})
-    make_plan(config)  # weights and licences
-    seen, current = list(screened(folder, config, Runtime())), config.models.screen_thresh
+    if not folder.is_dir():
+        raise SourceError(f"{folder} is no folder: give one of photos.")
+    # Weights and licences of the detector alone: no other model looks at these photos.
+    own: dict[str, Any] = {**PROFILES["embedded"]["models"], "detector": config.models.detector}
+    own |= {"captioner": "", "fiqa": "", "heads": {}}
+    own |= {"screen": "detector"} if config.models.screen == "off" else {}
+    models = config.models.model_copy(update=own)
+    make_plan(Config(executor=config.executor, models=models))
+    settings = Settings(models=models, filter=config.filter)
+    seen, current = list(screened(folder, settings, Runtime())), models.screen_thresh
     kept = [one.score for one in seen if one.kept]
     fitted = fit(seen, margin)
     yield f"{len(seen)} photos; the full look keeps {len(kept)}, whose scores begin at {min(kept):.3f}."

@@ -104,10 +104,10 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         known = {name: name.rpartition(".")[2] for name, _ in keys(model)}
         section, _, last = key.rpartition(".")
         # By the whole name only where that is near: of a long section, any key would do.
-        near = get_close_matches(key, known, n=1, cutoff=0.8)
+        near = get_close_matches(key.lower(), known, n=1, cutoff=0.8)
         near = near or [
             name
-            for one in get_close_matches(last, known.values(), n=1, cutoff=0.75)
+            for one in get_close_matches(last.lower(), known.values(), n=1, cutoff=0.75)
             for name in known
             if known[name] == one
         ]
@@ -127,5 +127,6 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         return f"{key!r} is a section and takes no value: give one of its keys, such as {inside}."
     if first["type"] == "value_error":
         return str(first["ctx"]["error"]) + "."
-    message = first["msg"][0].lower() + first["msg"][1:]
+    of_python = {"tuple_type": 'give a list, such as ["a", "b"]', "dict_type": f"give its keys, such as {key}.NAME=…"}
+    message = of_python.get(first["type"], first["msg"][0].lower() + first["msg"][1:])
     return f"Config key {key!r} has the value {first['input']!r}: {message}."

@@ -33,6 +33,9 @@ def test_set_beats_the_file_and_both_beat_the_profile(tmp_path):
         ("filter=3", "'filter' is a section and takes no value: give one of its keys, such as filter."),
         ("profile=fast", "embedded"),
         ("source.columns.txt=x", "'source.columns.txt': did you mean source.columns.text?"),
+        ("FILTER.MIN_FACE_PX=1", "did you mean 'filter.min_face_px'?"),
+        ("download.removed=list.txt", 'has the value \'list.txt\': give a list, such as ["a", "b"].'),
+        ("source.columns=TEXT", "give its keys, such as source.columns.NAME=…."),
         ("crop.size=2000", "crop.max_size"),
     ],
 )

@@ -37,6 +37,8 @@ IMAGE_COLUMNS = ("image", "img", "picture", "photo", "image_bytes", "bytes", "co
 BATCH_ROWS = 32_768
 _BUFFER = 4 << 20
 _GROUP = 64 << 20
+_ABSOLUTE = r"^(?:[A-Za-z]:|file://)?[/\\](?:.*[/\\])?"
+"""The folders of an absolute path, which say who made a file of embedded images, and on which machine."""
 _CSV_BLOCK = 8 << 20
 _CSV_HEADER = 1 << 20
 PROBED = 100
@@ -103,9 +105,11 @@ def read_parquet(path: str, aliases: Aliases = ALIASES, image: pa.Field | None =
                 index = {seed: batch.schema.get_all_field_indices(name)[0] for seed, name in names.items()}
                 table = {seed: batch.column(number) for seed, number in index.items()}
                 if name_cells:
-                    given = batch.column(batch.schema.get_field_index(name)).field("path")
+                    given = batch.column(batch.schema.get_field_index(name)).field("path").cast(pa.string())
                     table["source_file"] = pc.coalesce(given, table["source_file"]) if "source_file" in table else given
                 if image is not None:
+                    if "source_file" in table and pa.types.is_string(table["source_file"].type):
+                        table["source_file"] = pc.replace_substring_regex(table["source_file"], _ABSOLUTE, "")
                     cells = f"{name}.bytes" if is_struct else name
                     refs = [of_cell(path, cells, number) for number in range(row, row + batch.num_rows)]
                     table["image_ref"] = pa.array(refs, pa.string())

@@ -334,6 +334,15 @@ def test_a_parquet_of_hugging_faces_datasets(tmp_path, image):
     assert found[0]["key"] == "train-00000-of-00001-000000000"
 
 
+@pytest.mark.parametrize("column", ["path", "file_name"])
+def test_names_of_embedded_images_leave_the_folders_of_a_machine_out(tmp_path, column):
+    paths = ["/home/me/a b/1.png", r"C:\Users\me\2.png", "file:///home/me/3.png", "train/4.png", "/5.png"]
+    cells = [{"bytes": encoded(n), "path": path if column == "path" else None} for n, path in enumerate(paths)]
+    table = {"image": cells, **({} if column == "path" else {column: paths})}
+    pq.write_table(pa.table(table), tmp_path / "p.parquet")
+    assert [row["source_file"] for row in rows(tmp_path)] == ["1.png", "2.png", "3.png", "train/4.png", "5.png"]
+
+
 def test_cells_are_read_forwards_whoever_asks_for_them(tmp_path, monkeypatch):
     path = str(tmp_path / "p q.parquet")
     images = pa.array([encoded(n) for n in range(40)], pa.large_binary())

@@ -1,0 +1,27 @@
+"""`python -m pipeline screen`: what it needs, and what it says."""
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.__main__ import app
+from schemas.errors import SourceError, WeightsError
+
+
+@pytest.mark.parametrize("more", [[], ["--set", "filter.min_fiqa=0.5", "--set", "models.fiqa=ediffiqa-t"]])
+def test_a_screen_is_fitted_with_a_detector_and_no_other_weights(data, more):
+    """The labelled photos: ten are kept, and the screen loses none of them."""
+    words = ["screen", str(data / "photos"), "--set", f"models.pack={data / 'models' / 'real'}", *more]
+    done = CliRunner().invoke(app, [*words, "--set", "models.accept_noncommercial=true"])
+    assert done.exit_code == 0, done.output
+    assert "the full look keeps 10" in done.stdout
+    assert "models.screen_thresh=" in done.stdout
+
+
+def test_a_screen_needs_a_folder_before_it_needs_weights(tmp_path):
+    done = CliRunner().invoke(app, ["screen", str(tmp_path / "none")])
+    assert isinstance(done.exception, SourceError)
+    assert str(done.exception) == f"{tmp_path / 'none'} is no folder: give one of photos."
+    (tmp_path / "some").mkdir()
+    wants_weights = CliRunner().invoke(app, ["screen", str(tmp_path / "some"), "--set", "models.pack=buffalo_sc"])
+    assert isinstance(wants_weights.exception, WeightsError)
+    assert "clip" not in str(wants_weights.exception)
