@@ -37,8 +37,6 @@ class Pack(RowStage):
         if content.pop("targets"):
             content["targets"] = json.loads(record["targets"])
         content["text"] = record["text"] or ""
-        if content["source_kind"] != "made":
-            del content["source_kind"]
         if record["further_caption"]:
             content["text_alternatives"] = [*(record["text_alternatives"] or []), record["further_caption"]]
         for name in ("source_file", "text_alternatives"):
