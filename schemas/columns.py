@@ -92,6 +92,11 @@ _ALL = (
     _optional("kps", _KPS, "its points: left eye, right eye, nose, left and right mouth corner; x y, pixels"),
     _optional("det_score", _FLOAT, "detector score of the largest face, 0..1"),
     _optional("face_px", _FLOAT, "short side of bbox, pixels of the original"),
+    _optional(
+        "yaw_deg", _FLOAT, "turn to a side that the points suggest, degrees, good to about 10; right is positive"
+    ),
+    _optional("pitch_deg", _FLOAT, "turn up or down that they suggest, degrees, good to about 10; down is positive"),
+    _optional("eye_px", _FLOAT, "distance of the eyes, pixels of the original"),
     Column("second_score", _FLOAT, "best score (a closer look's, where it decided) of the other boxes, or 0"),
     # align
     _payload("face", _BYTES, "224x224 norm_crop of the photo (ArcFace template x 2), RGB, JPEG"),
@@ -184,6 +189,7 @@ SEED_SCHEMA = schema(SEED)
 LATER = (
     *("source_kind", "source_file", "caption_chars", "jpeg_quality", "ai_mark", "screen_score", "occlusion"),
     *("crops_made", "further_chars", "person", "fiqa", "photo", "aesthetic", "nsfw_score"),
+    *("yaw_deg", "pitch_deg", "eye_px"),
 )
 """Columns that ledgers of earlier releases lack: nothing that decides reads them there, so SCHEMA_VERSION stays."""
 

@@ -10,6 +10,7 @@ import numpy as np
 from schemas.arrays import Image
 from schemas.drops import DropReason
 from stages.base import BatchStage
+from stages.filter import from_points
 from stages.models.backends import Faces, backend
 from stages.models.boxes import apart, areas
 from stages.pixels.images import photo_of
@@ -32,7 +33,10 @@ class Detect(BatchStage):
 
     name: ClassVar[str] = "detect"
     reads: ClassVar[tuple[str, ...]] = ("image", "sha256", "screen_points")
-    writes: ClassVar[tuple[str, ...]] = ("n_faces", "bbox", "kps", "det_score", "face_px", "second_score")
+    writes: ClassVar[tuple[str, ...]] = (
+        *("n_faces", "bbox", "kps", "det_score", "face_px", "second_score"),
+        *("yaw_deg", "pitch_deg", "eye_px"),
+    )
     drops: ClassVar[tuple[DropReason, ...]] = (
         DropReason.TRUNCATED_IMAGE,
         DropReason.CORRUPT_IMAGE,
@@ -74,6 +78,7 @@ def measure(faces: Faces, det_thresh: float) -> dict[str, Any]:
     box = faces.bbox[main]
     others = apart(faces.bbox, box)
     others[main] = False
+    yaw, pitch, _, eye_px = from_points(faces.kps[[main]].astype(np.float64))[:, 0].tolist()
     return {
         "n_faces": int(certain.size),
         "bbox": box.tolist(),
@@ -81,4 +86,7 @@ def measure(faces: Faces, det_thresh: float) -> dict[str, Any]:
         "det_score": float(faces.score[main]),
         "face_px": float(min(box[2] - box[0], box[3] - box[1])),
         "second_score": float(faces.score[others].max(initial=0)),
+        "yaw_deg": None if np.isnan(yaw) else yaw,  # of points that `filter` drops
+        "pitch_deg": None if np.isnan(pitch) else pitch,
+        "eye_px": eye_px,
     }

@@ -15,9 +15,15 @@ REPEATED = (
     *("key", "part", "row", "url", "source_kind", "source_file", "text", "text_alternatives"),
     *("sha256", "n_bytes", "format", "width", "height"),
     *("bbox", "kps", "det_score", "face_px", "sharpness", "brightness", "roll_deg", "mask_share", "embedding_norm"),
+    *("yaw_deg", "pitch_deg", "eye_px", "occlusion", "jpeg_quality"),
+    *("ai_mark", "fiqa", "photo", "aesthetic", "nsfw_score"),
     *("punsafe", "pwatermark", "crops", "targets"),
 )
 """Columns that the json repeats."""
+
+
+_WHERE_KNOWN = ("source_file", "text_alternatives", "ai_mark", "fiqa", "photo", "aesthetic", "nsfw_score")
+"""Keys that only samples have of which there is something to say."""
 
 
 class Pack(RowStage):
@@ -39,8 +45,8 @@ class Pack(RowStage):
         content["text"] = record["text"] or ""
         if record["further_caption"]:
             content["text_alternatives"] = [*(record["text_alternatives"] or []), record["further_caption"]]
-        for name in ("source_file", "text_alternatives"):
-            if not content[name]:
+        for name in _WHERE_KNOWN:
+            if content[name] in (None, "", []):
                 del content[name]
         content["fill"] = list(self.settings.segment.fill)
         content["schema_version"] = SCHEMA_VERSION

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from skimage import data
 
+from schemas.arcface import pose
 from schemas.columns import schema
 from schemas.drops import DropReason
 from schemas.record import check
@@ -99,13 +100,20 @@ def test_a_face_is_measured(measured: pa.Table) -> None:
     assert 0.5 <= row["det_score"] <= 1
     assert row["second_score"] < row["det_score"]
     assert np.shape(row["kps"]) == (5, 2)
+    (yaw,), (pitch,), _ = pose(np.array([row["kps"]]))
+    assert (row["yaw_deg"], row["pitch_deg"]) == pytest.approx((yaw, pitch), abs=1e-3)
+    assert row["eye_px"] == pytest.approx(np.linalg.norm(np.subtract(*row["kps"][:2])), abs=1e-3)
+
+
+def test_points_that_are_no_face_have_no_angles() -> None:
+    one = faces((0, 0, 100, 100, 0.9))
+    row = measure(one._replace(kps=np.full((1, 5, 2), 40, np.float32)), 0.5)
+    assert (row["yaw_deg"], row["pitch_deg"], row["eye_px"]) == (None, None, 0)
 
 
 def test_no_face_is_a_measurement_too(measured: pa.Table) -> None:
     row = measured.to_pylist()[1]
-    assert row == {
-        "n_faces": 0, "bbox": None, "kps": None, "det_score": None, "face_px": None, "second_score": 0.0, DROP: None,
-    }  # fmt: skip
+    assert row == {**dict.fromkeys((*Detect.writes, DROP)), "n_faces": 0, "second_score": 0.0}
 
 
 def test_drops_truncated_image(measured: pa.Table) -> None:
