@@ -35,7 +35,7 @@ def standard_streams() -> None:
         elif stream.isatty():
             raw = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True))
-        elif getattr(stream, "errors", "") == "strict":
+        elif getattr(stream, "errors", "") == "strict" or "utf" not in (stream.encoding or "utf").lower():
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -31,8 +31,9 @@ def test_what_is_printed_into_closed_streams_lands_in_no_file(tmp_path):
     assert (tmp_path / "file").read_text() == "content"
 
 
-def test_no_text_is_too_strange_to_be_printed(monkeypatch):
-    written = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the latter is what the locale C gives
+def test_no_text_is_too_strange_to_be_printed(errors, monkeypatch):
+    written = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=errors)
     monkeypatch.setattr(sys, "stdout", written)
     standard_streams()
     written.write("caf\xe9 \udcff\n")

@@ -3,8 +3,9 @@
 Error-versus-discard curves (Grother and Tabassi, TPAMI 2007) where persons are known, which `group` writes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -17,13 +18,15 @@ from pipeline.dataset.finished.replay import floats, ledgers, posed
 from pipeline.dataset.out.ledger import shard_names
 from pipeline.shared.files import AnyPath
 from pipeline.shared.tars import samples
-from schemas.arrays import Doubles, Floats, Integers
+from schemas.arrays import Doubles, Floats, Integers, Mask
 from schemas.columns import KEPT
 from schemas.errors import OutputError
 from schemas.shard import decode_npy
 from stages.filter import FROM_POINTS, QUALITIES
 
 DISCARDED = (0.0, 0.1, 0.3)
+_DRAWN = tuple(share / 100 for share in range(0, 55, 5))
+_BLOCKS = "▁▂▃▄▅▆▇█"
 _FACE_SIZE = "face_px"
 """What every photo is judged by already: other measures have to say more."""
 _MEASURES = tuple(dict.fromkeys([_FACE_SIZE, *(one.measure for one in QUALITIES if one.measure != "ai_mark")]))
@@ -42,6 +45,13 @@ class Faces:
     goodness: dict[str, Doubles]
     """Measure -> (N,), larger is better; NaN where it was not measured."""
 
+    @cached_property
+    def pairs(self) -> tuple[Integers, Integers, Mask, Floats]:
+        """All pairs (P,): the numbers of both, whether they show one person, and the cosine of their vectors."""
+        one, other = np.triu_indices(len(self.persons), 1)
+        cosine: Floats = (self.vectors @ self.vectors.T)[one, other]
+        return one.astype(np.int64), other.astype(np.int64), np.equal(self.persons[one], self.persons[other]), cosine
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -51,6 +61,8 @@ class Curve:
     """Share of pairs of one person under the similarity."""
     mistaken: list[float]
     """Share of pairs of two persons at or over it."""
+    drawn: list[float]
+    """As `missed`, after 0 to 50 % were left out; NaN where no pair of one person is left."""
     photos: int
 
 
@@ -98,18 +110,23 @@ def read_faces(out: AnyPath) -> Faces:
 def curve(faces: Faces, name: str, similarity: float) -> Curve | None:
     """The errors by one measure, over the photos of which it is known; None where these leave too few pairs."""
     known = np.flatnonzero(np.isfinite(faces.goodness[name]))
-    order = known[np.argsort(faces.goodness[name][known], kind="stable")]
-    missed, mistaken = [], []
-    for share in DISCARDED:
-        stay = order[round(share * len(order)) :]
-        one, other = np.triu_indices(len(stay), 1)
-        same = faces.persons[stay][one] == faces.persons[stay][other]
-        alike = (faces.vectors[stay] @ faces.vectors[stay].T)[one, other] >= similarity
-        if same.all() or not same.any():
-            return None
-        missed.append(float(1 - alike[same].mean()))
-        mistaken.append(float(alike[~same].mean()))
-    return Curve(missed, mistaken, len(known))
+    rank = np.full(len(faces.persons), -1)
+    rank[known[np.argsort(faces.goodness[name][known], kind="stable")]] = np.arange(len(known))
+    one, other, same, cosine = faces.pairs
+    first, alike = np.minimum(rank[one], rank[other]), cosine >= similarity
+
+    def left(pairs: Mask) -> Integers:
+        """(n + 1,) how many of these pairs are left after 0 to n photos went, the worst first."""
+        counts = np.bincount(first[pairs & (first >= 0)], minlength=len(known) + 1)
+        left: Integers = counts[::-1].cumsum()[::-1]
+        return left
+
+    with np.errstate(invalid="ignore"):  # 0 / 0 where no pair is left
+        missed, mistaken = left(same & ~alike) / left(same), left(~same & alike) / left(~same)
+    at, drawn = ([round(share * len(known)) for share in shares] for shares in (DISCARDED, _DRAWN))
+    if not np.isfinite([missed[at], mistaken[at]]).all():
+        return None
+    return Curve(missed[at].tolist(), mistaken[at].tolist(), missed[drawn].tolist(), len(known))
 
 
 def judgement(one: Curve, size: Curve) -> str:
@@ -117,6 +134,12 @@ def judgement(one: Curve, size: Curve) -> str:
     mean, least = (float(np.mean(which.missed[1:])) for which in (one, size))
     spread = 2 * np.sqrt(max(least * (1 - least), 1e-12) / one.photos)
     return "better" if mean < least - spread else "worse" if mean > least + spread else "no better"
+
+
+def drawing(values: Sequence[float], most: float) -> str:
+    """A curve as a line of blocks, the full ones at `most`, and nothing where a value is NaN."""
+    steps = (len(_BLOCKS) - 1) / max(most, 1e-12)
+    return "".join(" " if np.isnan(value) else _BLOCKS[round(value * steps)] for value in values)
 
 
 def lines(out: AnyPath, similarity: float) -> Iterator[str | Table]:
@@ -129,8 +152,10 @@ def lines(out: AnyPath, similarity: float) -> Iterator[str | Table]:
     )
     without = [f"all but {100 * share:.0f} %" if share else "all photos" for share in DISCARDED]
     table = Table("measure", *without, "than size", box=box.ASCII)
+    drawn = Table("measure", "curve", "from, to", box=box.ASCII)
     curves = {name: curve(faces, name, similarity) for name in _MEASURES}
     size = curves[_FACE_SIZE]
+    most = max((np.nanmax(one.drawn) for one in curves.values() if one), default=0.0)
     better = []
     for name, one in curves.items():
         if one is None or size is None:
@@ -141,7 +166,11 @@ def lines(out: AnyPath, similarity: float) -> Iterator[str | Table]:
         word = "" if name == _FACE_SIZE else judgement(one, size)
         better += [name] if word == "better" else []
         table.add_row(name, *cells, word)
+        drawn.add_row(name, drawing(one.drawn, most), f"{100 * one.drawn[0]:.2f} %, {100 * one.drawn[-1]:.2f} %")
     yield table
+    if drawn.row_count:
+        yield "The pairs of one person that are under it, as the worst 0 to 50 % of the photos are left out:"
+        yield drawn
     if size and not any(size.missed):
         yield "Every pair of one person is recognised: on more, or poorer, photos the measures would differ."
     else:

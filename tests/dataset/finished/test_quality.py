@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
-from pipeline.dataset.finished.quality import DISCARDED, curve, judgement, read_faces
+from pipeline.dataset.finished.quality import DISCARDED, curve, drawing, judgement, read_faces
 from schemas.columns import LATER
 from schemas.errors import OutputError
 from schemas.names import sample_key
@@ -67,11 +67,21 @@ def test_the_table_names_what_earns_its_place_and_what_was_not_measured(planted,
     assert "300 photos of 60 persons" in result.output
     words = " ".join(result.output.split())
     assert re.search(r"\| sharpness [^a-z]* better", words)
+    assert re.search(r"\| sharpness +\| █[▁-█]{10} \| 5\d\.\d\d %, 0\.\d\d % ", result.output), (
+        "from the most to nearly none"
+    )
     assert "by two standard errors: sharpness." in words
     assert re.search(r"\| brightness [^a-z]* no better", words)
     old = fake.write(tmp_path, {"a-00000": photos(3, 4, **{name: None for name in LATER if name != "person"})})
     result = CliRunner().invoke(app, ["quality", str(old)])
     assert "| jpeg_quality | not measured |" in " ".join(result.output.split())
+
+
+def test_curves_are_drawn_on_one_scale(planted):
+    found = curve(read_faces(planted), "sharpness", 0.5)
+    assert [found.drawn[0], found.drawn[2], found.drawn[6]] == found.missed
+    assert drawing([0.4, 0.2, float("nan"), 0.0], 0.4) == "█▅ ▁"
+    assert drawing([0.0, 0.0], 0.0) == "▁▁"
 
 
 def test_where_everybody_is_recognised_no_measure_is_called_useless(tmp_path):
