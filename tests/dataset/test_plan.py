@@ -35,7 +35,7 @@ def test_a_step_that_reads_what_comes_later_is_refused():
 
 
 def test_a_column_that_no_stage_writes_is_refused():
-    with pytest.raises(PlanError, match="reads 'clip'"):
+    with pytest.raises(PlanError, match="reads 'photo'"):
         prove(step.stage() for name, step in STAGES.items() if name != "embed_image")
 
     class Odd(Align):
