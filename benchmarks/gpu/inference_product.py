@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -60,12 +61,18 @@ def networks(bench: Bench) -> None:
         ("parser", made.parser._batches, parsed),
     ):
         images = noise(8, side) * max(1, batches.size // 8)
-        batches(images[:1], *options)
-        begin, count = time.perf_counter(), 0
-        while count == 0 or (time.perf_counter() - begin < 1 and not bench.smoke):
-            batches(images, *options)
-            count += len(images)
-        bench.record({"network": name, "batch": batches.size, "per_s": round(count / (time.perf_counter() - begin), 1)})
+        per_s = _per_second(bench, batches, images, *options)
+        bench.record({"network": name, "batch": batches.size, "per_s": per_s})
+
+
+def _per_second(bench: Bench, compute: Callable[..., Any], given: list[Any], *options: Any) -> float:
+    """How many of what is given are computed in a second, over one second, or once in small."""
+    compute(given[:1], *options)
+    begin, count = time.perf_counter(), 0
+    while count == 0 or (time.perf_counter() - begin < 1 and not bench.smoke):
+        compute(given, *options)
+        count += len(given)
+    return round(count / (time.perf_counter() - begin), 1)
 
 
 def encoders(bench: Bench) -> None:
@@ -90,12 +97,7 @@ def encoders(bench: Bench) -> None:
             (f"{kind} VAE, {side} px", Vae(source, bench.device).encode, noise(8, side)),
             (f"{kind} text", TextEncoder(source, bench.device).encode, captions),
         ):
-            encode(given[:1])
-            begin, count = time.perf_counter(), 0
-            while count == 0 or (time.perf_counter() - begin < 1 and not bench.smoke):
-                encode(given)
-                count += len(given)
-            bench.record({"encoder": name, "per_s": round(count / (time.perf_counter() - begin), 1)})
+            bench.record({"encoder": name, "per_s": _per_second(bench, encode, given)})
         shutil.rmtree(bench.folder / kind, ignore_errors=True)
 
 

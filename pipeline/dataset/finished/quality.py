@@ -115,11 +115,10 @@ def curve(faces: Faces, name: str, similarity: float) -> Curve | None:
     one, other, same, cosine = faces.pairs
     first, alike = np.minimum(rank[one], rank[other]), cosine >= similarity
 
-    def left(pairs: Mask) -> Integers:
+    def left(pairs: Mask) -> Doubles:
         """(n + 1,) how many of these pairs are left after 0 to n photos went, the worst first."""
-        counts = np.bincount(first[pairs & (first >= 0)], minlength=len(known) + 1)
-        left: Integers = counts[::-1].cumsum()[::-1]
-        return left
+        gone = np.bincount(first[pairs & (first >= 0)], minlength=len(known) + 1)
+        return np.cumsum(gone[::-1], dtype=np.float64)[::-1]
 
     with np.errstate(invalid="ignore"):  # 0 / 0 where no pair is left
         missed, mistaken = left(same & ~alike) / left(same), left(~same & alike) / left(~same)
