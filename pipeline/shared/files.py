@@ -165,7 +165,7 @@ class RemotePath:
 
     def open(self, mode: str = "rb", buffering: int = _BLOCK_BYTES) -> Any:
         """Open for reading and seeking; each request asks for `buffering` bytes at least."""
-        return _Stream(self.url, self._call("open", mode, block_size=buffering))
+        return _RemoteFile(self.url, self._call("open", mode, block_size=buffering))
 
     def read_bytes(self) -> bytes:
         return bytes(self._call("cat_file"))
@@ -218,7 +218,7 @@ def _os_errors(url: str) -> Iterator[None]:
         raise trouble from error
 
 
-class _Stream(io.BufferedIOBase):
+class _RemoteFile(io.BufferedIOBase):
     """A remote file that is read: what breaks off on the way is a `RemoteError` too."""
 
     def __init__(self, url: str, stream: Any) -> None:
