@@ -8,14 +8,21 @@ import re
 from stages.pixels import jpeg
 from stages.pixels.headers import chunks
 
-_MARKS = re.compile(
-    rb"(?P<trainedAlgorithmicMedia>digitalsourcetype/trainedAlgorithmicMedia)"
-    rb"|(?P<stable_diffusion>Steps: \d+, Sampler: |Stable ?Diffusion)"
-    rb"|(?P<comfyui>ComfyUI|\"class_type\": ?\")"
-    rb"|(?P<invokeai>InvokeAI|invokeai_metadata|sd-metadata)"
-    rb"|(?P<novelai>NovelAI)|(?P<midjourney>Midjourney)|(?P<firefly>Adobe Firefly)|(?P<dall_e>DALL.{1,2}E\b)"
-    rb"|(?P<google_ai>Made with Google AI)"
-)
+_MARKS = {
+    re.compile(pattern): name
+    for name, patterns in {
+        "trainedAlgorithmicMedia": (rb"digitalsourcetype/trainedAlgorithmicMedia",),
+        "stable_diffusion": (rb"Steps: \d+, Sampler: ", rb"Stable ?Diffusion"),
+        "comfyui": (rb"ComfyUI", rb"\"class_type\": ?\""),
+        "invokeai": (rb"InvokeAI", rb"invokeai_metadata", rb"sd-metadata"),
+        "novelai": (rb"NovelAI",),
+        "midjourney": (rb"Midjourney",),
+        "firefly": (rb"Adobe Firefly",),
+        "dall_e": (rb"DALL.{1,2}E\b",),
+        "google_ai": (rb"Made with Google AI",),
+    }.items()
+    for pattern in patterns  # each by itself: Python looks for how one begins 20 times as fast as for alternatives
+}
 """IPTC's digital source type, in XMP or in a C2PA manifest, and the names and settings that generators write."""
 _MOST = 4_000_000
 """Bytes of metadata that are searched."""
@@ -28,11 +35,12 @@ _CARRIERS: dict[str, frozenset[bytes | int]] = {
 
 
 def ai_mark(format: str, data: bytes) -> str:
-    """The name of the first mark in a whole file (a group of _MARKS), empty without one; of JPEG, PNG and WebP only."""
+    """The name of the first mark in a whole file (of _MARKS), empty without one; of JPEG, PNG and WebP only."""
     names, texts = _CARRIERS.get(format, frozenset()), bytearray()
     walk = jpeg.segments(data) if format == "JPEG" else chunks(format, data) if names else ()
     for name, start, end in walk:
         if name in names:
             texts += data[start : min(end, start + _MOST - len(texts))]
-    match = _MARKS.search(texts.replace(b"\0", b""))  # UserComment may be UTF-16
-    return match.lastgroup or "" if match else ""
+    text = texts.replace(b"\0", b"")  # UserComment may be UTF-16
+    matches = ((match.start(), name) for pattern, name in _MARKS.items() if (match := pattern.search(text)))
+    return min(matches, default=(0, ""))[1]
