@@ -129,6 +129,7 @@ XMP = b'<x Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalso
         (png_with(prompt='{"3": {"class_type": "KSampler"}}'), "comfyui"),
         (png_with(invokeai_metadata="{}"), "invokeai"),
         (png_with(Software="NovelAI"), "novelai"),
+        (png_with(Software="NovelAI", Title="by ComfyUI and Stable Diffusion"), "novelai"),  # what comes first
         (saved(70, 70, "JPEG", exif=exif_with(0x9286, COMMENT)), "stable_diffusion"),
         (saved(70, 70, "WEBP", exif=exif_with(0x9286, COMMENT)), "stable_diffusion"),
         (saved(70, 70, "JPEG", exif=exif_with(0x0131, "Adobe Firefly")), "firefly"),
