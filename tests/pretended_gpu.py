@@ -210,6 +210,9 @@ def pretended_gpu(monkeypatch):
         def wait_stream(self, other):
             pass
 
+        def is_capturing(self):
+            return gpu.is_capturing
+
     for name, value in {
         "is_available": lambda: True,
         "device_count": lambda: 1,
@@ -228,6 +231,7 @@ def pretended_gpu(monkeypatch):
         "empty_cache": lambda: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda *_: Stream())  # a build for CUDA asks it
     monkeypatch.setattr(torch, "autocast", _Autocast)
     grouped = torch.utils._foreach_utils._group_tensors_by_device_and_dtype
 

@@ -43,10 +43,10 @@ _OTHER_IMAGE = re.compile(
     re.DOTALL,
 )
 _WEB_PAGE = re.compile(
-    rb"(?:\xef\xbb\xbf)?\s*(?:[{\[]|(?:<\?xml[^>]*>\s*)?<(?:!doctype html|(?!svg)[a-z]))",
+    rb"(?:\xef\xbb\xbf)?\s*+(?:[{\[]|(?:<\?xml[^>]*>\s*+)?<(?:!doctype html|(?!svg)[a-z]))",
     re.IGNORECASE,
 )
-_SVG = re.compile(rb"(?:\xef\xbb\xbf)?\s*<.{0,4096}?<?svg[\s>:]", re.IGNORECASE | re.DOTALL)
+_SVG = re.compile(rb"(?:\xef\xbb\xbf)?\s*+<.{0,4096}?<?svg[\s>:]", re.IGNORECASE | re.DOTALL)
 
 APART = frozenset({"TIFF", "AVIF"})
 """Formats whose header needs a library, or may need any time and memory."""

@@ -87,6 +87,7 @@ def test_a_dataset_that_kept_nothing_says_so_and_has_no_rows(tmp_path, load):
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:rdflib")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves files open
+@pytest.mark.filterwarnings("ignore:Python 3.14 will:DeprecationWarning")  # how mlcroissant unpacks a tar
 def test_mlcroissant_finds_nothing_to_warn_of_and_reads_the_kept_samples(dataset, tmp_path, monkeypatch, caplog):
     import mlcroissant
     from mlcroissant._src.operation_graph.operations import extract
