@@ -93,7 +93,6 @@ def test_one_that_gives_another_picture_or_none_is_refused(decode):
         NvJpeg(decode)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_without_a_gpu_it_is_an_error():
     with pytest.raises(PlanError, match="asks for a GPU"):
         NvJpeg()
