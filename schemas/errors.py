@@ -83,7 +83,7 @@ class RemoteError(OSError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message without its full stop, or its type when it has none."""
     text = str(error).strip().split("\n", 1)[0].rstrip(" .")
-    return text or type(error).__name__
+    return text or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
 
 
 def is_gpu_full(error: BaseException) -> bool:

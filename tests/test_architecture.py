@@ -33,8 +33,8 @@ from stages.models import backends as models
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("schemas", "stages", "pipeline")
-OPTIONAL = {"bitsandbytes"}
-"""Asked for by a setting alone, which says what to install where it is not there."""
+OPTIONAL = {"aiobotocore", "bitsandbytes", "botocore"}
+"""Asked for by a setting or a URL alone, which says what to install where it is not there."""
 HEAVY = {
     *("accelerate", "diffusers", "facexlib", "insightface", "onnxruntime", "peft"),
     *("torch", "torchvision", "transformers"),

@@ -28,6 +28,7 @@ from fsspec.asyn import reset_lock
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.shared.atomic import TEMPORARY, fsync_file, fsync_folder, write_atomically
+from pipeline.shared.silence import limit_silence
 from schemas.errors import OutputError, RemoteError, SourceError, first_line
 from schemas.unreadable import unreadable
 
@@ -57,6 +58,7 @@ def writing(target: object) -> Iterator[None]:
 
 def locate(path: str) -> tuple[Any, str]:
     """The file system of a path or URL, and the path in it."""
+    limit_silence(path, fsspec.config.conf)
     try:
         fs, inside = fsspec.core.url_to_fs(path)
     except ImportError as error:
@@ -96,8 +98,9 @@ def _kind(fs: Any, inside: str) -> Literal["file", "directory"] | None:
         return "directory" if fs.info(inside)["type"] == "directory" else "file"
     except FileNotFoundError as error:
         # fsspec raises it over HTTP for a server that does not answer, too; only the cause tells.
-        if isinstance(error.__cause__, OSError) and error.__cause__.errno not in (None, errno.ENOENT):
-            raise error.__cause__ from error
+        cause = error.__cause__
+        if isinstance(cause, TimeoutError) or (isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT)):
+            raise cause from error
         return None
 
 
