@@ -39,6 +39,8 @@ _BUFFER = 4 << 20
 _GROUP = 64 << 20
 _ABSOLUTE = r"^(?:[A-Za-z]:|file://)?[/\\](?:.*[/\\])?"
 """The folders of an absolute path, which say who made a file of embedded images, and on which machine."""
+_WITH_IMAGES = 16 << 10
+"""Bytes of a row, from which on it holds more than names."""
 _CSV_BLOCK = 8 << 20
 _CSV_HEADER = 1 << 20
 PROBED = 100
@@ -86,35 +88,39 @@ def probe_parquet(path: str) -> tuple[pa.Schema, int]:
         return parquet.schema_arrow, parquet.metadata.num_rows
 
 
+def _opened(file: Any) -> pq.ParquetFile:
+    """A parquet file whose large column chunks are read through small buffers."""
+    footer = pq.read_metadata(file)
+    # Not column by column: pyarrow ends the process when it meets damaged statistics there.
+    sizes = [footer.row_group(number).total_byte_size for number in range(footer.num_row_groups)]
+    # Small groups are read whole: behind a buffer, a damaged page gets whatever 2 GB it claims to need.
+    buffer = _BUFFER if max(sizes, default=0) > _GROUP else 0
+    # pre_buffer, on by default, would fetch whole column chunks in spite of the buffer size.
+    return pq.ParquetFile(file, pre_buffer=False, buffer_size=buffer)
+
+
 def read_parquet(path: str, aliases: Aliases = ALIASES, image: pa.Field | None = None) -> Iterator[pa.Table]:
-    """As `tables`; large column chunks are read through small buffers."""
+    """As `tables`."""
     name, type, row = (image.name, image.type, 0) if image is not None else ("", pa.null(), 0)
     is_struct = pa.types.is_struct(type)
     name_cells = [f"{name}.path"] if is_struct and type.get_field_index("path") >= 0 else []
-    with reading(path), open_binary(path) as file:
-        footer = pq.read_metadata(file)
-        # Not column by column: pyarrow ends the process when it meets damaged statistics there.
-        sizes = [footer.row_group(number).total_byte_size for number in range(footer.num_row_groups)]
-        # Small groups are read whole: behind a buffer, a damaged page gets whatever 2 GB it claims to need.
-        buffer = _BUFFER if max(sizes, default=0) > _GROUP else 0
-        # pre_buffer, on by default, would fetch whole column chunks in spite of the buffer size.
-        with pq.ParquetFile(file, pre_buffer=False, buffer_size=buffer) as parquet:
-            names = resolve([one for one in parquet.schema_arrow.names if image is None or one != name], aliases)
-            for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=[*names.values(), *name_cells]):
-                # By number, since a file may hold a name twice.
-                index = {seed: batch.schema.get_all_field_indices(name)[0] for seed, name in names.items()}
-                table = {seed: batch.column(number) for seed, number in index.items()}
-                if name_cells:
-                    given = batch.column(batch.schema.get_field_index(name)).field("path").cast(pa.string())
-                    table["source_file"] = pc.coalesce(given, table["source_file"]) if "source_file" in table else given
-                if image is not None:
-                    if "source_file" in table and pa.types.is_string(table["source_file"].type):
-                        table["source_file"] = pc.replace_substring_regex(table["source_file"], _ABSOLUTE, "")
-                    cells = f"{name}.bytes" if is_struct else name
-                    refs = [of_cell(path, cells, number) for number in range(row, row + batch.num_rows)]
-                    table["image_ref"] = pa.array(refs, pa.string())
-                    row += batch.num_rows
-                yield pa.table(table)
+    with reading(path), open_binary(path) as file, _opened(file) as parquet:
+        names = resolve([one for one in parquet.schema_arrow.names if image is None or one != name], aliases)
+        for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=[*names.values(), *name_cells]):
+            # By number, since a file may hold a name twice.
+            index = {seed: batch.schema.get_all_field_indices(name)[0] for seed, name in names.items()}
+            table = {seed: batch.column(number) for seed, number in index.items()}
+            if name_cells:
+                given = batch.column(batch.schema.get_field_index(name)).field("path").cast(pa.string())
+                table["source_file"] = pc.coalesce(given, table["source_file"]) if "source_file" in table else given
+            if image is not None:
+                if "source_file" in table and pa.types.is_string(table["source_file"].type):
+                    table["source_file"] = pc.replace_substring_regex(table["source_file"], _ABSOLUTE, "")
+                cells = f"{name}.bytes" if is_struct else name
+                refs = [of_cell(path, cells, number) for number in range(row, row + batch.num_rows)]
+                table["image_ref"] = pa.array(refs, pa.string())
+                row += batch.num_rows
+            yield pa.table(table)
 
 
 def _csv_header(path: str) -> tuple[list[str], str, bool]:
@@ -247,3 +253,15 @@ def _bytes_in(field: pa.Field) -> bool:
 
 def _is_binary(type: pa.DataType) -> bool:
     return type in (pa.binary(), pa.large_binary())
+
+
+def holds_images(path: str, image: pa.Field) -> bool:
+    """Whether a parquet file with rows has an image in any cell: `datasets` by itself saves their paths alone."""
+    if not pa.types.is_struct(image.type):
+        return True
+    with reading(path), open_binary(path) as file, _opened(file) as parquet:
+        groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
+        if any(one.total_byte_size > _WITH_IMAGES * one.num_rows for one in groups) or not parquet.metadata.num_rows:
+            return True
+        batches = parquet.iter_batches(batch_size=BATCH_ROWS, columns=[f"{image.name}.bytes"])
+        return any(batch.column(0).field("bytes").null_count < batch.num_rows for batch in batches)

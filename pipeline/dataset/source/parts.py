@@ -95,6 +95,14 @@ class Part:
         require(self.path, columns.names, self.columns)
         usual = (self.columns["image"],) if "image" in self.columns else metadata_files.IMAGE_COLUMNS
         image = metadata_files.image_column(columns, usual)
+        if image is not None and not metadata_files.holds_images(self.path, image):
+            if "url" not in resolve(columns.names, mapped(ALIASES, self.columns)):
+                raise SourceError(
+                    f"{self.path} holds no images, but their paths in the column {image.name}: give the folder in "
+                    "which they lie, or save it with them in it, which `datasets` does after "
+                    '`.with_format("arrow").map(datasets.table.embed_table_storage, batched=True)`.'
+                )
+            image = None
         aliases = mapped(FILE_ALIASES if image else ALIASES, self.columns)
         if image is None:
             require_url(self.path, columns.names, aliases)

@@ -334,6 +334,26 @@ def test_a_parquet_of_hugging_faces_datasets(tmp_path, image):
     assert found[0]["key"] == "train-00000-of-00001-000000000"
 
 
+def test_a_table_of_paths_in_place_of_images_is_refused_unless_it_has_urls(tmp_path):
+    """As `datasets` saves them, unless it is made to embed them."""
+    type = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    cells = pa.array([{"bytes": None, "path": "/photos/1.png"}] * 3 + [None], type)
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"image": cells, "text": list("abcd")}), path)
+    for command in ("plan", "dataset"):
+        done = CliRunner().invoke(app, [command, "--shards", str(path), "--out", str(tmp_path / "out"), *EMBEDDED])
+        assert isinstance(done.exception, SourceError)
+        assert str(done.exception).startswith(f"{path} holds no images, but their paths in the column image: give the ")
+    assert not (tmp_path / "out").exists()
+    pq.write_table(pa.table({"image": cells, "url": [f"http://a.org/{n}" for n in range(4)]}), path)
+    (part,) = find_parts(str(path), SourceSettings())
+    assert (part.kind, part.rows) == ("metadata", 4)
+    for others in ([None, encoded(1)], []):  # one is enough, and where there are no rows nothing is known
+        embedded = pa.array([{"bytes": data, "path": "1.png"} for data in others], type)
+        pq.write_table(pa.table({"image": embedded}), path)
+        assert find_parts(str(path), SourceSettings())[0].kind == "embedded"
+
+
 @pytest.mark.parametrize("column", ["path", "file_name"])
 def test_names_of_embedded_images_leave_the_folders_of_a_machine_out(tmp_path, column):
     paths = ["/home/me/a b/1.png", r"C:\Users\me\2.png", "file:///home/me/3.png", "train/4.png", "/5.png"]
