@@ -128,5 +128,6 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "value_error":
         return str(first["ctx"]["error"]) + "."
     of_python = {"tuple_type": 'give a list, such as ["a", "b"]', "dict_type": f"give its keys, such as {key}.NAME=…"}
-    message = of_python.get(first["type"], first["msg"][0].lower() + first["msg"][1:])
+    text = first["msg"].removeprefix("Assertion failed, ")
+    message = of_python.get(first["type"], text[0].lower() + text[1:])
     return f"Config key {key!r} has the value {first['input']!r}: {message}."

@@ -37,6 +37,9 @@ def test_set_beats_the_file_and_both_beat_the_profile(tmp_path):
         ("download.removed=list.txt", 'has the value \'list.txt\': give a list, such as ["a", "b"].'),
         ("source.columns=TEXT", "give its keys, such as source.columns.NAME=…."),
         ("crop.size=2000", "crop.max_size"),
+        ("filter.min_face_px=true", "'filter.min_face_px' has the value True: give a number."),
+        ("filter.min_image_px=false", "'filter.min_image_px' has the value False: give a number."),
+        ("models.second_look=[true, 0.5]", "'models.second_look' has the value [True, 0.5]: give a number."),
     ],
 )
 def test_a_wrong_key_or_value_is_one_sentence_that_names_the_right_one(pair, expected):
@@ -44,6 +47,19 @@ def test_a_wrong_key_or_value_is_one_sentence_that_names_the_right_one(pair, exp
         load_config(None, [pair], shards="sample")
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_may_be_text_or_whole_and_switches_words():
+    given = [
+        "filter.min_face_px=64",
+        'filter.min_image_px="700"',
+        "crop.face_share.half=1",
+        "report.drops_per_reason= 3",
+    ]
+    config = load_config(None, [*given, "download.respect_robots=no", "pack.embeddings=0"], shards="sample")
+    assert (config.filter.min_face_px, config.filter.min_image_px, config.crop.face_share.half) == (64, 700, 1)
+    assert not config.download.respect_robots
+    assert not config.pack.embeddings
 
 
 def test_an_unreadable_or_broken_file_is_one_sentence(tmp_path):
