@@ -16,6 +16,7 @@ import typer
 from pipeline import models_command
 from pipeline.dataset.execute.watchdog import LESS_GPU_MEMORY, is_hanging
 from pipeline.options import AsJson, ConfigFile, Folder, NewFolder, Profile, ProfileName, Sets, console, errors, say
+from pipeline.shared.commands import application
 from pipeline.shared.process import interrupt, on_interrupt, standard_streams, trouble_of_machine
 from schemas.errors import CorruptShardError, ExitCode, LostError, UserError, WeightsError
 from schemas.names import SAMPLE
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from pipeline.dataset.job import Job
 
 # Each command imports what it needs: `--help`, and a mistake in a call, are answered at once.
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = application(no_args_is_help=True, help=__doc__)
 
 Shards = Annotated[
     str,
@@ -251,8 +252,7 @@ def forget(
     if gone.rows:
         sentence = f"{'Would forget' if dry_run else 'Forgotten'}: {gone}."
     else:
-        later = "would not" if dry_run else "will not"
-        sentence = f"Nothing in the dataset matches; later runs into it {later} fetch it either."
+        sentence = f"Nothing in the dataset matches; later runs {'would' if dry_run else 'will'} not fetch it either."
     say(sentence)
     for trouble in gone.damaged:
         say(f"error: {trouble}.", errors)

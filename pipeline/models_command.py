@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.options import AsJson, ConfigFile, ProfileName, Sets, say
+from pipeline.shared.commands import application
 from schemas.errors import ExitCode, WeightsError
 
 if TYPE_CHECKING:
     from pipeline.dataset.config import Config
     from stages.models.papers import Weight
 
-app = typer.Typer(invoke_without_command=True, help="Weights: where they are, under which licence, how to get them.")
+app = application(invoke_without_command=True, help="Weights: where they are, under which licence, how to get them.")
 Names = Annotated[list[str] | None, typer.Argument(help="Names of `models list`.")]
 
 

@@ -9,12 +9,13 @@ from typing import Annotated
 
 import typer
 
+from pipeline.shared.commands import application
 from pipeline.shared.local_paths import local_path
 from pipeline.shared.process import large_imports, standard_streams, trouble_of_machine
 from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, UserError, is_gpu_full
 
 # Each command imports what it needs: torch takes a second and a half, and `--help` is answered at once.
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = application(help=__doc__)
 _LESS_MEMORY = (
     "Set optim.gradient_checkpointing=true, with which --resume goes on too, or begin anew with a smaller "
     "data.batch_size."

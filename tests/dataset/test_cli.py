@@ -117,6 +117,18 @@ def test_an_empty_name_is_a_mistake_and_not_the_current_folder(words, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_an_empty_value_of_an_option_is_a_mistake_that_names_it(dataset):
+    """As of a shell variable that is not set; `--profile ''` was the default one."""
+    for option in ("profile", "executor", "ray-address", "with", "config", "set"):
+        for words in ([f"--{option}", ""], [f"--{option}="]):
+            result = CliRunner().invoke(app, ["plan", "--shards", "sample", *words])
+            assert isinstance(result.exception, UserError)
+            assert str(result.exception) == f"--{option} is empty: give it a value, or leave it out."
+    for words in (["models", "list", "--profile", ""], ["forget", str(dataset), "--dry-run", "--list", ""]):
+        assert str(CliRunner().invoke(app, words).exception).startswith(f"{words[-2]} is empty: ")
+    assert "folder or URL is empty" in str(CliRunner().invoke(app, ["report", "--no-pictures", ""]).exception)
+
+
 def test_a_url_is_a_mistake_where_files_go_to_this_machine_and_no_folder_of_its_letters(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["export-json", "x", "--out", "s3://bucket/files"])

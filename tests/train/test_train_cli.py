@@ -336,6 +336,7 @@ def test_report_writes_the_page_again_and_refuses_what_is_no_run(cli, real):
         ([*FACEID, "--out", "file/run"], ["file/run", "cannot be"]),
         ([*FACEID, "--out", "file"], ["file", "cannot be"]),
         ([*FACEID, "--out", ""], ["is empty"]),
+        ([*FACEID, "--preset", ""], ["--preset is empty: "]),
         ([*FACEID, "--out", "s3://bucket/run"], ["s3://bucket/run is a URL", "this machine"]),
         ([*FACEID, "--out", "caf\udce9"], ["no Unicode"]),
         ([*FACEID, "--seed", str(2**64)], ["seed"]),
@@ -358,6 +359,9 @@ def test_a_dir_that_is_no_dataset_is_one_sentence(cli):
     assert "empty" in cli.refused("--from-shards", "empty", *FACEID)
     assert "nowhere" in cli.refused("--from-shards", "nowhere", *FACEID)
     assert "nowhere" in cli.refused("--from-shards=nowhere", *FACEID)
+    assert "A DIR of --from-shards cannot be opened: The name of a folder or URL is empty" in cli.refused(
+        "--from-shards", "", *FACEID
+    )
     assert "bucket" in cli.refused("--from-shards", "nocloud://bucket/out", *FACEID)
 
 

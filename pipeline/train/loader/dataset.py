@@ -66,7 +66,7 @@ def read_folder(given: str, *, manifests_may_differ: bool) -> DatasetFolder:
         lengths, finished = sizes(folder), finished_shards(names(folder))
         shards = [Shard(given, folder / f"{name}.tar", _manifest(folder, name)) for name in finished]
     except OutputError as error:
-        raise SourceError(f"{given} cannot be opened: {error}") from error
+        raise SourceError(f"{given or 'A DIR of --from-shards'} cannot be opened: {error}") from error
     except OSError as error:
         raise SourceError(f"{given} cannot be read: {error}") from error
     if not any(shard.manifest.kept for shard in shards):

@@ -1,0 +1,25 @@
+"""What all commands of a command line have in common."""
+
+from itertools import pairwise
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from schemas.errors import UserError
+
+
+class Commands(TyperGroup):
+    """Commands that refuse an option whose value is empty, as of a shell variable that is not set."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, words = super().resolve_command(ctx, args)
+        options = [one for one in (command.params if command else ()) if one.param_type_name == "option"]
+        for option in [opt for one in options if not getattr(one, "is_flag", False) for opt in one.opts]:
+            if f"{option}=" in words or (option, "") in pairwise(words):
+                raise UserError(f"{option} is empty: give it a value, or leave it out.")
+        return name, command, words
+
+
+def application(**options: Any) -> typer.Typer:
+    return typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False, **options)
