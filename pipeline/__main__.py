@@ -59,9 +59,8 @@ def for_job(command: Callable[..., None], *, dry_run: bool = False) -> Callable[
         from pipeline.dataset.config import load_config
         from pipeline.dataset.job import prepared
 
-        pairs = [*(sets or []), *([f"executor.ray_address={ray_address}"] if ray_address else [])]
-        executor = executor or ("ray" if ray_address else None)
-        values = load_config(config, pairs, shards=shards, profile=profile, executor=executor, extras=extras)
+        options = {"profile": profile, "executor": executor, "ray_address": ray_address, "extras": extras}
+        values = load_config(config, sets or [], shards=shards, **options)
         with prepared(shards, values, dry_run=dry_run) as job:
             command(job, **own)
 

@@ -105,6 +105,7 @@ def load_config(
     shards: str = "",
     profile: str | None = None,
     executor: str | None = None,
+    ray_address: str | None = None,
     extras: str | None = None,
 ) -> Config:
     """Merge profile, TOML file, `--set` pairs and the words of `--with` (`extras`), later ones winning, and validate.
@@ -119,8 +120,10 @@ def load_config(
     name = values.setdefault("profile", "embedded" if is_sample else "insightface")
     if name not in PROFILES:
         raise ConfigError(f"profile = {name!r} is not known; choose one of: {', '.join(PROFILES)}.")
-    if executor:
-        merge(values, {"executor": {"name": executor}})
+    if executor == "local" and ray_address:
+        raise ConfigError("--executor local joins no cluster: leave out --ray-address, or give --executor ray.")
+    if executor or ray_address:
+        merge(values, {"executor": {"name": executor or "ray", "ray_address": ray_address}})
     for word in filter(None, (extras or "").replace(" ", "").split(",")):
         if word not in EXTRAS:
             raise ConfigError(f"--with {word!r} is not known; give some of: {', '.join(EXTRAS)}.")

@@ -96,6 +96,18 @@ def test_the_executor_given_on_the_command_line_must_be_known():
         load_config(None, [], executor="spark")
 
 
+def test_an_address_of_ray_means_ray_and_is_not_ignored(tmp_path):
+    executor = load_config(None, [], shards="sample", ray_address="[::1]:6379").executor
+    assert (executor.name, executor.ray_address) == ("ray", "[::1]:6379")
+    with pytest.raises(ConfigError, match=r"^--executor local joins no cluster: leave out --ray-address, or "):
+        load_config(None, [], executor="local", ray_address="auto")
+    cluster = tmp_path / "cluster.toml"
+    cluster.write_text('[executor]\nray_address = "auto"\n')
+    assert load_config(cluster, [], executor="local").executor.name == "local", (
+        "a try of a cluster's config on this machine"
+    )
+
+
 def test_profiles_only_set_what_the_config_knows():
     for name in PROFILES:
         assert load_config(None, [], profile=name).profile == name
