@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,15 +72,17 @@ def prepared(call: Call) -> TrainJob:
 
     Raises:
         UserError: for whatever does not; nothing was written.
-        CorruptShardError: for a tar that is not the one of its manifest; only the process that hashed it raises.
     """
     chosen = variant(call.variant)
     config = load_train_config(call.config_file, call.pairs, call.preset or "tiny", **call.options)
+    is_sdxl = (call.preset or "").startswith("sdxl")
+    if call.base:  # a name that is none, before manifests are read, which may lie far away
+        with suppress(WeightsError):
+            find_base(call.base, sdxl=is_sdxl)
     dataset = open_dataset(call.shards, config.data)
     features = features_of(dataset, chosen.reads, config.adapter)
 
     # What is not given: a real base for real features, else a tiny one, and the preset of the base.
-    is_sdxl = (call.preset or "").startswith("sdxl")
     name = call.base or ("tiny" if EMBEDDED in dataset.profiles else "sdxl" if is_sdxl else "sd15")
     try:
         base = find_base(name, sdxl=is_sdxl)
@@ -93,12 +96,21 @@ def prepared(call: Call) -> TrainJob:
     config = load_train_config(call.config_file, call.pairs, preset, **call.options)
 
     run = RunFolder(call.out or Path("runs") / f"{call.variant}-{base.name}")
-    before = run.description()["identity"].get("dataset") if call.resume and run.exists() else None
-    if config.data.verify == "sha256":
-        # The processes of a machine read the same disk, and a dataset may take hours: each hashes its share of it.
-        rank, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        check_hashes(dataset, rank, ranks, hashed_before=before)
     return TrainJob(config, preset, chosen, base, dataset, features, run, call.resume)
+
+
+def hash_shards(job: TrainJob) -> None:
+    """Compare the tars with their manifests, as far as it is this process's share and no earlier run did.
+
+    Raises:
+        CorruptShardError: for a tar that is not the one of its manifest; only the process that hashed it raises.
+    """
+    if job.config.data.verify != "sha256":
+        return
+    before = job.run.description()["identity"].get("dataset") if job.resume and job.run.exists() else None
+    # The processes of a machine read the same disk, and a dataset may take hours: each hashes its share of it.
+    rank, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    check_hashes(job.dataset, rank, ranks, hashed_before=before)
 
 
 def require_meaning(base: str, dataset: Dataset, config: TrainConfig) -> None:

@@ -8,7 +8,7 @@ from pipeline.train import objective
 from pipeline.train.base_model import Base
 from pipeline.train.export import described, export
 from pipeline.train.id_loss import id_loss_of
-from pipeline.train.job import TrainJob
+from pipeline.train.job import TrainJob, hash_shards
 from pipeline.train.run_folder import partly_done
 from pipeline.train.run_page.run_page import page_of
 from pipeline.train.session import Session
@@ -39,6 +39,10 @@ def train(job: TrainJob) -> ExitCode:
     session = Session(job, accelerator, base)
     if is_main:
         description = described(job, session.model)
+        run.check(description, resume=job.resume)
+    hash_shards(job)  # last: a mistake of the call is not to be shown after hours
+    accelerator.wait_for_everyone()
+    if is_main:
         run.start(description, resume=job.resume)
     accelerator.wait_for_everyone()
     if job.resume and run.steps():

@@ -7,10 +7,11 @@ RUN/<released name>.*  RUN/README.md   at the end
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from errno import EINVAL
+from errno import EACCES, EINVAL, ENOTDIR
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,11 @@ class RunFolder:
             raise OutputError(f"{self.root / _RUN} cannot be read ({error}); choose another --out.") from error
         return content
 
-    def start(self, description: Mapping[str, Any], *, resume: bool) -> None:
-        """Create the directory for a run, or go on in it.
+    def check(self, description: Mapping[str, Any], *, resume: bool) -> None:
+        """See that a run may begin, or go on, in the directory, and write nothing.
 
         Raises:
-            OutputError: when another run, or a dataset, is there, or it cannot be written.
+            OutputError: when another run, or a dataset, is there, or no directory can be.
         """
         if not self.exists() and (self.root / DATASET).exists():
             raise OutputError(f"{self.root} holds a dataset, whose report this would replace: choose another --out.")
@@ -85,6 +86,19 @@ class RunFolder:
                 str(self.root).encode()
             except UnicodeEncodeError:  # TensorBoard and safetensors take no other names
                 raise OSError(EINVAL, "its name is no Unicode") from None
+            there = next(path for path in (self.root, *self.root.absolute().parents) if os.path.lexists(path))
+            if not (there.is_dir() and os.access(there, os.W_OK)):
+                trouble = EACCES if there.is_dir() else ENOTDIR
+                raise OSError(trouble, os.strerror(trouble))
+
+    def start(self, description: Mapping[str, Any], *, resume: bool) -> None:
+        """Create the directory for a run, or go on in it.
+
+        Raises:
+            OutputError: as `check`, and when it cannot be written.
+        """
+        self.check(description, resume=resume)
+        with writing(self.root):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_atomically(self.root / _RUN, (json.dumps(description, indent=2, sort_keys=True) + "\n").encode())
         for stray in self.checkpoints.glob(f"{TEMPORARY}*"):

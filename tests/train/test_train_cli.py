@@ -346,6 +346,8 @@ def test_report_writes_the_page_again_and_refuses_what_is_no_run(cli, real):
 def test_a_wrong_call_is_one_sentence_and_writes_nothing(words, said, cli, dataset, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.delenv("FACESHARDS_MODELS", raising=False)
+    late = "shards were hashed, which may take hours, before a mistake was shown"
+    monkeypatch.setattr("pipeline.train.loader.dataset._sha256", lambda shard: pytest.fail(late))
     Path("file").write_text("")
     line = cli.refused("--from-shards", dataset, *words)
     for each in said:
@@ -358,6 +360,7 @@ def test_a_dir_that_is_no_dataset_is_one_sentence(cli):
     assert re.search(r"\bout\b", line)
     assert "empty" in cli.refused("--from-shards", "empty", *FACEID)
     assert "nowhere" in cli.refused("--from-shards", "nowhere", *FACEID)
+    assert "'sd16'" in cli.refused("--from-shards", "nowhere", "--variant", "faceid", "--base", "sd16")
     assert "nowhere" in cli.refused("--from-shards=nowhere", *FACEID)
     assert "A DIR of --from-shards cannot be opened: The name of a folder or URL is empty" in cli.refused(
         "--from-shards", "", *FACEID

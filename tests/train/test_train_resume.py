@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 import pipeline.train.loop as trainer
 from pipeline.shared.bases import find_base
 from pipeline.train.inputs import Preparer
-from pipeline.train.job import Call, prepared
+from pipeline.train.job import Call, hash_shards, prepared
 from pipeline.train.loader import dataset as dataset_module
 from pipeline.train.loader import reading
 from pipeline.train.run_folder import RunFolder
@@ -457,13 +457,13 @@ def test_processes_of_a_machine_hash_the_dataset_once_and_a_resumed_run_not_agai
     for rank in (0, 1):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-        prepared(call)
+        hash_shards(prepared(call))
     assert hashed == ["sample-00000"]
     monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     assert train(dataset, None) == 0
     hashed.clear()
-    prepared(replace(call, resume=True))
+    hash_shards(prepared(replace(call, resume=True)))
     assert hashed == [], "without --out too"
 
 
