@@ -32,7 +32,7 @@ from pipeline.dataset.source.parts import Part, find_parts
 from pipeline.dataset.source.sample import sample_server, write_sample
 from pipeline.dataset.source.seeds import Captions, Seeds, iter_shards
 from pipeline.shared.files import AnyPath, RemotePath, sizes
-from schemas.errors import ExitCode, LostError, OutputError, UserError
+from schemas.errors import ExitCode, LostError, OutputError, SourceError, UserError
 from schemas.names import SAMPLE, shard_origin, split_kind, split_spec
 from stages.runtime import Runtime
 
@@ -79,8 +79,11 @@ def prepared(spec: str, config: Config, *, dry_run: bool = False) -> Iterator[Jo
         UserError: for anything that the call, the config or the machine lacks; nothing was written.
     """
     words, runtime = [split_kind(word) for word in split_spec(spec)], Runtime()
+    samples = [word for _, word in words].count(SAMPLE)
+    if samples > 1:
+        raise SourceError("SHARDS names sample twice: leave one out.")
     with ExitStack() as stack:
-        if SAMPLE in [word for _, word in words]:
+        if samples:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="faceshards-sample-")))
             metadata = str(write_sample(folder))
             words = [(kind, metadata if word == SAMPLE else word) for kind, word in words]

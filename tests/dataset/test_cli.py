@@ -117,6 +117,11 @@ def test_an_empty_name_is_a_mistake_and_not_the_current_folder(words, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_the_sample_twice_is_named_as_it_was_given():
+    result = CliRunner().invoke(app, ["plan", "--shards", "sample,made:sample"])
+    assert str(result.exception) == "SHARDS names sample twice: leave one out."
+
+
 def test_an_empty_value_of_an_option_is_a_mistake_that_names_it(dataset):
     """As of a shell variable that is not set; `--profile ''` was the default one."""
     for option in ("profile", "executor", "ray-address", "with", "config", "set"):
