@@ -10,7 +10,7 @@ import typer
 
 from pipeline.options import AsJson, ConfigFile, ProfileName, Sets, say
 from pipeline.shared.commands import application
-from schemas.errors import ExitCode, WeightsError
+from schemas.errors import ExitCode, WeightsError, first_line
 
 if TYPE_CHECKING:
     from pipeline.dataset.config import Config
@@ -123,7 +123,7 @@ def _photo(weight: "Weight", settings: "Config", wanted: "Sequence[Weight]") -> 
         write_atomically(target, content)
     except OSError as error:
         raise WeightsError(
-            f"Cannot write {target} ({error}): make its folder writable, and fetch photo again."
+            f"Cannot write {target} ({first_line(error)}): make its folder writable, and fetch photo again."
         ) from error
     if not was_there:
         shutil.rmtree(state_of(whole, settings.models).target)

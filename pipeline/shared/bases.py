@@ -204,7 +204,7 @@ def _json(folder: Path, file: str) -> dict[str, Any]:
             f"{folder} is no whole diffusers folder of Stable Diffusion 1.5 or SDXL: it has no {file}."
         ) from error
     except (OSError, ValueError) as error:
-        raise SourceError(f"{folder / file} cannot be read as JSON: {error}.") from error
+        raise SourceError(f"{folder / file} cannot be read as JSON: {first_line(error)}.") from error
     if not isinstance(content, dict):
         raise SourceError(f"{folder / file} is not the config of a model.")
     return content

@@ -56,7 +56,9 @@ class RunFolder:
             advice = "give the --out of a training run"
             raise OutputError(f"{self.root} holds no run (there is no run.json): {advice}.") from None
         except (OSError, ValueError) as error:
-            raise OutputError(f"{self.root / _RUN} cannot be read ({error}); choose another --out.") from error
+            raise OutputError(
+                f"{self.root / _RUN} cannot be read ({first_line(error)}); choose another --out."
+            ) from error
         return content
 
     def check(self, description: Mapping[str, Any], *, resume: bool) -> None:

@@ -116,7 +116,7 @@ class Stored:
             gone = isinstance(content, FileNotFoundError | IsADirectoryError)
             closed = isinstance(content, PermissionError) and isinstance(fs, LocalFileSystem)
             if not ((gone or closed) and fs.isdir(fs._parent(inside))):
-                raise SourceError(f"{path} cannot be read: {content}") from content
+                raise SourceError(f"{path} cannot be read: {first_line(content)}") from content
             yield index, Dropped(DropReason.NO_FILE)
 
     def _outcome(self, data: bytes | None, size: int | None) -> Outcome:

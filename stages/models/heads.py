@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from schemas.arrays import Doubles, Halves
 from schemas.digest import sha256_of_file
-from schemas.errors import ConfigError, WeightsError
+from schemas.errors import ConfigError, WeightsError, first_line
 from stages.models.backends import ModelCard, backend
 from stages.models.weights import located, stated_card, weight_state
 from stages.settings import ModelSettings, Settings
@@ -75,7 +75,9 @@ def read_head(path: Path) -> Head:
         with safe_open(path, framework="np") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, TypeError) as error:
-        raise WeightsError(f"{path} cannot be read as a safetensors file ({error}): models.heads need one.") from error
+        raise WeightsError(
+            f"{path} cannot be read as a safetensors file ({first_line(error)}): models.heads need one."
+        ) from error
     activation, output = metadata.get("activation", "none"), metadata.get("output", "none")
     numbers = {name: int((re.findall(r"\d+", name) or ["0"])[-1]) for name in tensors if name.endswith("weight")}
     layers: list[Layer] = []

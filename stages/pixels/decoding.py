@@ -22,7 +22,7 @@ import numpy as np
 
 from schemas.arrays import Image
 from schemas.drops import Dropped, DropReason
-from schemas.errors import ShardError
+from schemas.errors import ShardError, first_line
 
 CPU_S = 30
 """Processor time per file; 100 megapixels take about 2 s. The child has itself killed when it is over."""
@@ -145,7 +145,9 @@ class _Child:
         except OSError as error:  # too many processes, no memory: not the file's doing either
             self._socket.close()
             theirs.close()
-            raise ShardError(f"The process in which images are decoded cannot be started: {error}.") from error
+            raise ShardError(
+                f"The process in which images are decoded cannot be started: {first_line(error)}."
+            ) from error
         theirs.close()
         self._end = weakref.finalize(self, _end, self._socket, self._process)
 

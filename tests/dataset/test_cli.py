@@ -117,6 +117,20 @@ def test_an_empty_name_is_a_mistake_and_not_the_current_folder(words, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_sentences_have_the_words_of_the_system_and_not_its_numbers(dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "faces").mkdir()
+    (tmp_path / "faces/dataset.json").mkdir()
+    for words in (
+        ["forget", str(dataset), "--dry-run", "--list", "."],
+        ["plan", "--shards", "sample", "--out", "faces"],
+        ["plan", "--shards", "sample", "--config", "."],
+    ):
+        sentence = str(CliRunner().invoke(app, words).exception)
+        assert "Is a directory" in sentence
+        assert "Errno" not in sentence
+
+
 def test_the_sample_twice_is_named_as_it_was_given():
     result = CliRunner().invoke(app, ["plan", "--shards", "sample,made:sample"])
     assert str(result.exception) == "SHARDS names sample twice: leave one out."

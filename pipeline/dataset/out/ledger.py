@@ -17,7 +17,7 @@ from pipeline.shared.files import AnyPath, RemotePath, names, parquet
 from schemas.arrays import Integers, Mask
 from schemas.columns import KEPT, complete
 from schemas.drops import DropReason
-from schemas.errors import ContractError, CorruptShardError, OutputError, RemoteError
+from schemas.errors import ContractError, CorruptShardError, OutputError, RemoteError, first_line
 from schemas.names import finished_shards, shard_origin
 from schemas.shard import DATASET, Manifest, dataset_digest
 from stages import STAGES
@@ -107,7 +107,7 @@ def read_dataset(out: AnyPath) -> dict[str, Any]:
     except RemoteError:
         raise
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptShardError(f"{DATASET}: cannot be read: {error}") from error
+        raise CorruptShardError(f"{DATASET}: cannot be read: {first_line(error)}") from error
 
 
 def summary(manifests: Sequence[Manifest], out: AnyPath | None = None) -> dict[str, Any]:

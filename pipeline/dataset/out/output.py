@@ -141,7 +141,9 @@ class Output:
         except FileNotFoundError:
             return
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OutputError(f"{self.root / DATASET} cannot be read ({error}); choose another OUT.") from error
+            raise OutputError(
+                f"{self.root / DATASET} cannot be read ({first_line(error)}); choose another OUT."
+            ) from error
         if before.get("plan_digest") == plan.digest or replan:
             return
         raise OutputError(

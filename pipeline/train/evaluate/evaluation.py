@@ -33,7 +33,7 @@ from pipeline.train.settings import TrainConfig, load_train_config
 from pipeline.train.validate.distances import View, Viewer, scale, spread
 from pipeline.train.validate.validation import NAMES, OTHERS, Sampler, Turn, drawings, means, turns_of
 from pipeline.train.watch import console, say
-from schemas.errors import ConfigError, SourceError
+from schemas.errors import ConfigError, SourceError, first_line
 from schemas.shard import CARD
 
 SCHEMA_VERSION = 1
@@ -141,7 +141,7 @@ def _config(call: Call, subject: Subject, preset: str) -> TrainConfig:
         try:
             lines = call.prompts.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--prompts {call.prompts} cannot be read: {error}.") from error
+            raise ConfigError(f"--prompts {call.prompts} cannot be read: {first_line(error)}.") from error
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise ConfigError(f"--prompts {call.prompts} holds no prompt: write one on each line.")

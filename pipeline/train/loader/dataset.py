@@ -17,7 +17,7 @@ from pipeline.train.loader.shards import Raw, Shard, meta, samples, targets
 from pipeline.train.settings import DataSettings
 from schemas.arrays import Array
 from schemas.digest import sha256, sha256_of_json, sha256_of_stream
-from schemas.errors import CorruptShardError, OutputError, RemoteError, SourceError
+from schemas.errors import CorruptShardError, OutputError, RemoteError, SourceError, first_line
 from schemas.names import finished_shards
 from schemas.shard import DATASET, UNCONDITIONAL, Manifest, as_npy, dataset_digest, either_form
 from schemas.targets import Targets
@@ -68,7 +68,7 @@ def read_folder(given: str, *, manifests_may_differ: bool) -> DatasetFolder:
     except OutputError as error:
         raise SourceError(f"{given or 'A DIR of --from-shards'} cannot be opened: {error}") from error
     except OSError as error:
-        raise SourceError(f"{given} cannot be read: {error}") from error
+        raise SourceError(f"{given} cannot be read: {first_line(error)}") from error
     if not any(shard.manifest.kept for shard in shards):
         lack = "no sample was kept" if shards else "there is no finished shard"
         raise SourceError(f"{given} holds nothing to train on ({lack}): run `make dataset` with OUT={given} first.")
@@ -88,7 +88,7 @@ def read_folder(given: str, *, manifests_may_differ: bool) -> DatasetFolder:
         files = {name: str(entry["sha256"]) for name, entry in about.get("files", {}).items()}
         grouped_from = list(about.get("plan", {}).get("settings", {}).get("group", {}).get("of", ()))
     except RemoteError as error:
-        raise SourceError(f"{given} cannot be read: {error}") from error
+        raise SourceError(f"{given} cannot be read: {first_line(error)}") from error
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise SourceError(f"{described} is damaged: run `make dataset` again.") from error
     if not (same or manifests_may_differ):

@@ -39,7 +39,7 @@ from schemas.arrays import Integers
 from schemas.columns import KEPT
 from schemas.digest import sha256
 from schemas.drops import DropReason
-from schemas.errors import CorruptShardError, OutputError
+from schemas.errors import CorruptShardError, OutputError, first_line
 from schemas.names import sample_key, shard_name
 from schemas.shard import DATASET, SUFFIXES, UNCONDITIONAL, dataset_digest, sample_sha256
 from stages import STAGES
@@ -213,7 +213,9 @@ def _sources(folders: Sequence[AnyPath]) -> list[dict[str, Any]]:
         except FileNotFoundError:
             raise OutputError(f"{folder} holds no dataset: give the OUT of a `dataset` run.") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise OutputError(f"{folder / DATASET} cannot be read ({error}): `verify` tells more.") from error
+            raise OutputError(
+                f"{folder / DATASET} cannot be read ({first_line(error)}): `verify` tells more."
+            ) from error
         if not embeddings:
             raise OutputError(f"{folder} was made without ID vectors (pack.embeddings = false): it cannot be grouped.")
         sources.append(content)
