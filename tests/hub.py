@@ -85,7 +85,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def created(hub: Hub, wanted: dict) -> dict:
-    hub.settings |= wanted
+    if not hub.commits:  # of one that is there, only /settings changes who may read it
+        hub.settings |= wanted
     hub.commits = hub.commits or [{".gitattributes": b"*.tar filter=lfs"}]
     return {"url": f"{hub.url}/datasets/ann/faces"}
 

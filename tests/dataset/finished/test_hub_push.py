@@ -89,6 +89,12 @@ def test_a_push_that_broke_off_goes_on_with_what_is_missing(out, hub, monkeypatc
     assert len(hub.commits) == commits + 1  # the card
 
 
+def test_a_page_that_asks_for_a_login_is_no_hub(out, hub, monkeypatch):
+    monkeypatch.setitem(stand_in.PLACES, "/repos/create", lambda hub, wanted: b"<html>Welcome to our WLAN</html>")
+    with pytest.raises(OutputError, match=f"{NAME}: no hub answers; .*HF_ENDPOINT"):
+        push(out, NAME, print)
+
+
 def test_what_is_forgotten_goes_from_the_hub_and_its_history(out, hub):
     push(out, NAME, print)
     shard = next(name for name in shard_names(out) if read_ledger(out, name, ["url"], "kept").num_rows)
@@ -121,6 +127,23 @@ def test_a_dataset_behind_a_url_is_pushed_alike(out, hub, tmp_path):
     assert "gated" not in hub.settings
 
 
+def test_a_copy_that_all_may_read_becomes_private(out, hub):
+    push(out, NAME, print)
+    push(out, NAME, print, private=True)
+    assert hub.settings["visibility"] == "private"
+
+
+def test_shards_of_another_dataset_stay_and_that_is_said(out, hub, tmp_path):
+    push(out, NAME, print)
+    other = shutil.copytree(out, tmp_path / "other")
+    for path in (other / "shards").glob(f"{max(shard_names(other))}.*"):
+        path.unlink()
+    said: list[str] = []
+    push(other, NAME, said.append)
+    assert f"shards/{max(shard_names(out))}.tar" in hub.files
+    assert [line for line in said if line.startswith("WARNING") and f"(1, such as {max(shard_names(out))})" in line]
+
+
 @pytest.mark.parametrize(
     ("url", "token", "says"),
     [
@@ -128,6 +151,7 @@ def test_a_dataset_behind_a_url_is_pushed_alike(out, hub, tmp_path):
         ("hf://datasets/faces", stand_in.TOKEN, "give hf://datasets/OWNER/NAME"),
         ("hf://datasets/ann/fa--ces", stand_in.TOKEN, "fa--ces"),
         (NAME, "hf_wrong", "hf auth login"),
+        (NAME, "hf_wröng", "HF_TOKEN"),
     ],
 )
 def test_what_cannot_be_pushed_is_one_sentence(out, hub, monkeypatch, url, token, says):

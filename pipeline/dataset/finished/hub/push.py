@@ -62,9 +62,17 @@ def push(out: AnyPath, url: str, say: Callable[[str], None], *, gated: bool = Tr
         if about.is_old_laion:
             say(f"WARNING: {OLD_LAION}")
 
-        page = api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
-        if gated:  # before anything is there to be seen
+        try:
+            page = api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
+        except ValueError as error:  # of a token or an address that is none, and of an answer that is no JSON
+            raise OutputError(
+                f"{url}: no hub answers; HF_TOKEN and HF_ENDPOINT say who asks whom ({first_line(error)})."
+            ) from error
+        # Before anything is there to be seen; what was there already would stay as open as it was.
+        if gated:
             api.update_repo_settings(repo, repo_type="dataset", gated="manual")
+        if private:
+            api.update_repo_settings(repo, repo_type="dataset", private=True)
         there, sent = _hashes(api, repo), 0
         missing = (
             one for one in manifests if any(there.get(f"shards/{n}") != f["sha256"] for n, f in one.files.items())
@@ -74,13 +82,17 @@ def push(out: AnyPath, url: str, say: Callable[[str], None], *, gated: bool = Tr
                 files = [file for one in batch for file in _files(out, one, opened)]
                 _commit(api, repo, files, f"{len(batch)} shards from {batch[0].shard} on")
             sent += len(batch)
-            say(f"{sent:,} shards sent")
+            say(f"Shards sent: {sent:,}")
         others |= {CROISSANT: croissant(about, f"{page}/resolve/main/").encode(), REPORT: report.read_bytes()}
         _commit(api, repo, list(others.items()), "Card, Croissant and report")
 
         known = {one.shard for one in manifests}
         if strange := set(finished_shards(path.partition("/")[2] for path in there)) - known:
-            say(f"There are {len(strange):,} shards that {out} has not, such as {min(strange)}: they stay.")
+            say(
+                f"WARNING: shards that {out} has not stay ({len(strange):,}, such as {min(strange)}): readers get "
+                "them too, the card does not count them, and `forget` does not reach them. Delete on its page "
+                "what is not to be read."
+            )
         current = set(_hashes(api, repo).values())
         listed = api.list_lfs_files(repo, repo_type="dataset")
         old = [one for one in listed if one.filename.startswith("shards/") and not current & {one.oid, one.file_oid}]
