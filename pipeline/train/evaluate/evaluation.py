@@ -139,9 +139,11 @@ def _config(call: Call, subject: Subject, preset: str) -> TrainConfig:
     options = dict(call.options)
     if call.prompts is not None:
         try:
-            lines = call.prompts.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = call.prompts.read_text(encoding="utf-8-sig").splitlines()
+        except OSError as error:
             raise ConfigError(f"--prompts {call.prompts} cannot be read: {first_line(error)}.") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"--prompts {call.prompts} is no text in UTF-8: save it as such.") from error
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise ConfigError(f"--prompts {call.prompts} holds no prompt: write one on each line.")

@@ -394,7 +394,8 @@ def test_the_page_has_each_image_beside_its_condition_and_the_person_s_other_pho
         ([f"run/{NAME}_lora.safetensors", "--variant", "faceid"], ["is no faceid adapter"]),
         (["run", "--prompts", "empty.txt"], ["empty.txt holds no prompt"]),
         (["run", "--prompts", "none.txt"], ["none.txt cannot be read"]),
-        (["run", "--prompts", "photo.jpg"], ["photo.jpg cannot be read"]),
+        (["run", "--prompts", "photo.jpg"], ["photo.jpg is no text in UTF-8"]),
+        (["run", "--prompts", "mark.txt"], ["mark.txt holds no prompt"]),
         (["run", "--judge", "nopack"], ["--judge: nopack"]),
         (["run", "--clip", "noclip"], ["--clip: noclip", "no such folder"]),
         (["run", "--set", "watch.judge=nopack"], ["watch.judge: nopack"]),
@@ -407,8 +408,10 @@ def test_the_page_has_each_image_beside_its_condition_and_the_person_s_other_pho
 def test_a_wrong_call_is_one_sentence_and_writes_nothing(words, parts, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").symlink_to(trained / "run")
-    for name, content in {"photo.jpg": b"\xff\xd8", "broken.safetensors": b"no", "empty.txt": b" \n\n"}.items():
-        (tmp_path / name).write_bytes(content)
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8")
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    (tmp_path / "empty.txt").write_bytes(b" \n\n")
+    (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbf\r\n")  # Windows' editor writes it before a text
     shutil.copy(trained / "run" / f"{NAME}.bin", "mine.bin")
     before = sorted(tmp_path.rglob("*"))
     assert call(["evaluate", *words, "--from-shards", trained / "other"]) == 2
