@@ -145,14 +145,26 @@ class Dataset:
     """One digest over all."""
     unconditional: Mapping[str, Array]
     """Column -> features of an empty picture: `clip_hidden` (257, 1280), `dino` (257, D), float16; may be empty."""
-    suffixes: frozenset[str]
-    """Suffixes of the files that all shards hold, those in int8 as npy; crops may be absent from single samples."""
+    suffixes_of_plans: Mapping[str, frozenset[str]]
+    """Plan digest -> suffixes of the files that its shards hold, those in int8 as npy; crops may be absent from single
+    samples."""
     targets: tuple[Targets, ...]
     """What latents and texts were precomputed by, without single cuts; one if all shards agree, none without."""
 
     @property
+    def suffixes(self) -> frozenset[str]:
+        """Those of the files that all shards hold."""
+        return frozenset.intersection(*self.suffixes_of_plans.values())
+
+    @property
     def folders(self) -> str:
         return " and ".join(dict.fromkeys(shard.folder for shard in self.shards))
+
+    def without(self, suffix: str) -> "Dataset":
+        """The shards that do not hold such a file."""
+        plans = {plan: there for plan, there in self.suffixes_of_plans.items() if suffix not in there}
+        shards = tuple(shard for shard in self.shards if shard.manifest.plan_digest in plans)
+        return replace(self, shards=shards, suffixes_of_plans=plans)
 
     @property
     def samples(self) -> int:
@@ -174,10 +186,12 @@ def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
     digests = tuple(folder.digest for folder in folders)
     shards = tuple(shard for folder in folders for shard in folder.shards if shard.manifest.kept)
     # The first samples of one shard per plan; of all but their json it is only noted that they are there.
-    one_per_plan = {shard.manifest.plan_digest: shard for shard in reversed(shards)}.values()
-    peeked = [list(samples(shard, 0, _PEEKED, lambda suffix: suffix == "json")) for shard in one_per_plan]
-    suffixes = [as_npy(suffix for raw in raws for suffix in raw.files) for raws in peeked]
-    made_by = [one for raws in peeked for raw in raws if (one := targets(raw))]
+    one_per_plan = {shard.manifest.plan_digest: shard for shard in reversed(shards)}
+    peeked = {
+        plan: list(samples(shard, 0, _PEEKED, lambda suffix: suffix == "json")) for plan, shard in one_per_plan.items()
+    }
+    suffixes = {plan: as_npy(suffix for raw in raws for suffix in raw.files) for plan, raws in peeked.items()}
+    made_by = [one for raws in peeked.values() for raw in raws if (one := targets(raw))]
     dataset = Dataset(
         shards=shards,
         profiles=tuple(sorted({shard.manifest.profile for shard in shards})),
@@ -185,10 +199,10 @@ def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
         lineage=tuple(dict.fromkeys([*digests, *chain(*(folder.grouped_from for folder in folders))])),
         digest=digests[0] if len(digests) == 1 else sha256_of_json({str(i): one for i, one in enumerate(digests)}),
         unconditional=_unconditional(folders),
-        suffixes=frozenset.intersection(*suffixes),
+        suffixes_of_plans=suffixes,
         targets=_distinct(replace(one, latents={}) for one in made_by),
     )
-    looked_at = chain(*peeked, first_samples(dataset, _LOOKED_AT))
+    looked_at = chain(*peeked.values(), first_samples(dataset, _LOOKED_AT))
     if not data.allow_no_captions and not any(str(meta(raw).get("text") or "").strip() for raw in looked_at):
         raise SourceError(
             f"None of the first {min(_LOOKED_AT, dataset.samples):,} samples of {dataset.folders} has a caption: make "

@@ -75,12 +75,13 @@ def features_of(dataset: Dataset, reads: Sequence[str], adapter: AdapterSettings
     for index, role in product(range(len(files)), reads):
         suffix = files[index][role]
         if suffix not in dataset.suffixes:
+            lacking = dataset.without(suffix)
             how = "" if role == "arcface" else f" with --set models.image_embedder={encoder}"
-            if any(f"{columns[role]}{plain}.npy" in dataset.suffixes for plain in _PLAIN.values()):
+            if any(f"{columns[role]}{plain}.npy" in lacking.suffixes for plain in _PLAIN.values()):
                 how = f" with --set segment.condition={pictures[index]}"  # they are of the other picture
-            if not dataset.suffixes & EMBEDDINGS:
+            if not lacking.suffixes & EMBEDDINGS:
                 how = " with --set pack.embeddings=true"
-            raise SourceError(f"The shards of {dataset.folders} have no {suffix}: make the dataset again{how}.")
+            raise SourceError(f"The shards of {lacking.folders} have no {suffix}: make the dataset again{how}.")
         if role in empty and columns[role] not in dataset.unconditional:
             raise SourceError(
                 f"There are no {columns[role]} features of an empty picture for {dataset.folders}: let "

@@ -235,6 +235,15 @@ def test_columns_that_a_variant_reads_must_be_there(out: Path) -> None:
             features_of(dataset, ("hidden",), AdapterSettings(condition=condition))
 
 
+def test_of_several_datasets_the_one_that_lacks_a_file_is_named(out: Path, tmp_path: Path) -> None:
+    made = fake.sample(0)
+    plain = {name.replace("clip_hidden.", "clip_hidden_plain."): data for name, data in made.items()}
+    other = fake.write(tmp_path / "other", {"a-00000": [plain]}, plan_digest="f" * 64)
+    dataset = open_dataset([str(out), other], DATA)
+    with pytest.raises(SourceError, match=r"of \S*other have no clip_hidden\.npy: .*condition=segmented"):
+        features_of(dataset, ("hidden",), AdapterSettings())
+
+
 def test_hidden_features_need_those_of_an_empty_picture(tmp_path: Path) -> None:
     bare = open_dataset([fake.write(tmp_path / "bare", {"a-00000": fake.counted(0, 1)}, empty=None)], DATA)
     assert features_of(bare, ("arcface", "pooled"), AdapterSettings())
