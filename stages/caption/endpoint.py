@@ -10,7 +10,7 @@ import aiohttp
 from pydantic import BaseModel, Field, ValidationError
 
 from schemas.arrays import Image
-from schemas.errors import PlanError, ShardError, first_line
+from schemas.errors import LostError, PlanError, ShardError, first_line
 from stages.models.backends import ModelCard
 from stages.models.torch_backend import Together
 from stages.pixels.images import encode_jpeg
@@ -24,6 +24,8 @@ _SHOWN = 200
 """Characters of a failure that are shown: a stranger wrote them."""
 _QUALITY = 95
 _TRANSIENT = {408, 409, 425, 429, *range(500, 600)}
+_WRONG = {401, 402, 404}
+"""The key, the account or the address and the model: no photo fares better."""
 _REFUSED = ("content_filter", "content_policy_violation")
 
 
@@ -70,6 +72,7 @@ class Endpoint:
 
         Raises:
             ShardError: when the endpoint fails at one of them, after all attempts; says how.
+            LostError: when it will answer nothing as it is called.
         """
         return self._together((None, image) for image in images)
 
@@ -124,6 +127,12 @@ class Endpoint:
         text = body.decode(errors="replace")
         if status == 400 and any(word in text for word in _REFUSED):
             return ""
+        if status in _WRONG:
+            shown = self._shown(f"HTTP {status}, {text}")
+            raise LostError(
+                f"The endpoint of models.captioner refuses ({shown}), so the run stops: see that its address, "
+                "caption.model and caption.api_key_env are right; the same command goes on."
+            )
         if status != 200:
             raise self._error(f"HTTP {status}, {text.strip() or 'without a word'}")
         try:
@@ -133,9 +142,13 @@ class Endpoint:
         return "" if choice.finish_reason == "content_filter" else choice.message.content or ""
 
     def _error(self, failure: str) -> ShardError:
+        return ShardError(
+            f"The endpoint of models.captioner gave no caption ({self._shown(failure)}): a rerun asks it again."
+        )
+
+    def _shown(self, failure: str) -> str:
         text = failure.replace(self._key, "***") if self._key else failure
-        shown = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())[:_SHOWN]
-        return ShardError(f"The endpoint of models.captioner gave no caption ({shown}): a rerun asks it again.")
+        return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())[:_SHOWN]
 
 
 def _key(settings: Settings) -> str:

@@ -22,7 +22,7 @@ from pipeline.dataset.config import load_config
 from pipeline.dataset.plan import make_plan
 from pipeline.shared.tars import unpack
 from schemas.columns import schema
-from schemas.errors import ConfigError, ExitCode, PlanError, ShardError, WeightsError
+from schemas.errors import ConfigError, ExitCode, LostError, PlanError, ShardError, WeightsError
 from schemas.record import check
 from stages.caption import endpoint
 from stages.caption.stage import Caption
@@ -272,7 +272,7 @@ def test_an_endpoint_that_fails_is_tried_again_and_then_fails_the_shard(chat, na
 )
 def test_an_endpoint_that_will_not_do_is_given_up_at_once(chat, reply, words):
     chat.reply = lambda number: reply
-    with pytest.raises(ShardError, match=words) as caught:
+    with pytest.raises((ShardError, LostError), match=words) as caught:
         captioned(settings_of(chat.url, timeout_s=0.5, api_key_env="CAPTION_KEY"))
     assert KEY not in str(caught.value)
     assert chat.paths == {"/v1/chat/completions": len(chat.requests)}
@@ -325,3 +325,13 @@ def test_a_run_with_an_endpoint_fails_whole_shards_and_a_rerun_finishes_them(cha
     written = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert KEY.encode() not in written
     assert KEY not in screen + again
+
+
+def test_an_endpoint_that_knows_no_such_key_stops_the_run_at_its_first_photo(chat, tmp_path):
+    words = (f"models.captioner={chat.url}", "caption.model=m", "caption.api_key_env=CAPTION_KEY")
+    chat.reply = lambda number: (401, {}, b"who?")
+    with pytest.raises(LostError, match=r"HTTP 401, who\?.*caption\.api_key_env"):
+        make(tmp_path / "out", *words)
+    assert not list((tmp_path / "out/shards").glob("*.json"))
+    chat.reply = lambda number: GOOD
+    assert make(tmp_path / "out", *words)[0] == ExitCode.OK
