@@ -27,7 +27,7 @@ _EMBEDDERS = ("face_embedder", "image_embedder")
 T = TypeVar("T")
 
 _HASHING_THREADS = 8
-_LOOKED_AT = 1000
+LOOKED_AT = 1000
 """Samples without a caption after which it is believed that there is none."""
 _PEEKED = 4
 """Samples per plan whose files tell what its shards hold: a crop may be absent from one."""
@@ -202,10 +202,10 @@ def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
         suffixes_of_plans=suffixes,
         targets=_distinct(replace(one, latents={}) for one in made_by),
     )
-    looked_at = chain(*peeked.values(), first_samples(dataset, _LOOKED_AT))
+    looked_at = chain(*peeked.values(), first_samples(dataset, LOOKED_AT))
     if not data.allow_no_captions and not any(str(meta(raw).get("text") or "").strip() for raw in looked_at):
         raise SourceError(
-            f"None of the first {min(_LOOKED_AT, dataset.samples):,} samples of {dataset.folders} has a caption: make "
+            f"None of the first {min(LOOKED_AT, dataset.samples):,} samples of {dataset.folders} has a caption: make "
             "the dataset again with the column that holds them (source.columns.text), or give --set "
             "data.allow_no_captions=true."
         )

@@ -11,9 +11,9 @@ from typing import Literal, cast
 
 import numpy as np
 
-from pipeline.train.loader.dataset import Dataset, first_samples
+from pipeline.train.loader.dataset import LOOKED_AT, Dataset, first_samples
 from pipeline.train.loader.pairs import lonely
-from pipeline.train.loader.shards import Raw, features
+from pipeline.train.loader.shards import Raw, features, meta
 from pipeline.train.settings import AdapterSettings, Condition, DataSettings, ImageEncoder, TrainConfig
 from schemas.arrays import Array
 from schemas.columns import CROPS
@@ -180,6 +180,13 @@ def plan_reading(
 
     if texts and config.data.alternatives:
         notices.append("data.alternatives is off: texts are precomputed, of the first captions (data.text = captions).")
+    elif config.data.alternatives and not any(
+        meta(raw).get("text_alternatives") for raw in first_samples(dataset, LOOKED_AT)
+    ):
+        notices.append(
+            f"data.alternatives draws from nothing in the first {min(LOOKED_AT, dataset.samples):,} samples: they have "
+            "no further captions (text_alternatives)."
+        )
 
     paired = config.data.pair_features
     if config.data.pairs and not any(paired == "both" or (role == "arcface") == (paired == "id") for role in reads):

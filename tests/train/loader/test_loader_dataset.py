@@ -309,6 +309,12 @@ def test_images_of_id_only_variants_are_augmented(tmp_path: Path) -> None:
     assert read.wanted == {"json", "arcface.npy", "portrait.jpg", "half.jpg", "full.jpg"}
 
 
+def test_further_captions_that_no_sample_has_are_said(tmp_path: Path) -> None:
+    assert "further captions" in reading(tmp_path / "none", [fake.sample(0)], alternatives=0.5).notices[0]
+    some = [fake.sample(0), fake.sample(1, text_alternatives=["b"])]
+    assert reading(tmp_path / "some", some, alternatives=0.5).notices == ()
+
+
 def test_features_of_the_face_switch_augmentation_off(tmp_path: Path) -> None:
     read = reading(tmp_path, [fake.sample(0)], ("arcface", "hidden"))
     assert (read.flip, read.colour, read.mirrored) == (0, 0, {})
