@@ -91,11 +91,12 @@ def read_head(path: Path) -> Head:
         layers.append(Layer(weight, bias, bool(layers) and activation == "relu" and numbers[name] != before + 1))
         before, width = numbers[name], len(weight)
     words_known = activation in ("none", "relu") and output in ("none", "sigmoid", "softmax")
-    if tensors or not words_known or not (width == 1 or (width > 1 and output == "softmax")):
+    finite = all(np.isfinite(layer.weight).all() and np.isfinite(layer.bias).all() for layer in layers)
+    if tensors or not words_known or not finite or not (width == 1 or (width > 1 and output == "softmax")):
         raise WeightsError(
-            f"{path} is no head: models.heads need linear layers that fit on one another and end in one number (in "
-            "several with output = softmax), and in the metadata activation = relu or none, output = sigmoid, softmax "
-            "or none."
+            f"{path} is no head: models.heads need linear layers of finite numbers that fit on one another and end in "
+            "one number (in several with output = softmax), and in the metadata activation = relu or none, output = "
+            "sigmoid, softmax or none."
         )
     return Head(path, tuple(layers), metadata)
 

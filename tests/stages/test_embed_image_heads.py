@@ -222,11 +222,12 @@ def test_a_sequential_of_torch_computes_what_it_does_there(tmp_path: Path) -> No
         ({"0.weight": np.ones((2, 4)), "1.weight": np.ones((1, 3))}, {}),
         ({"weight": np.ones((1, 4))}, {"activation": "gelu"}),
         ({"weight": np.ones((1, 4))}, {"output": "tanh"}),
+        ({"weight": np.full((1, 4), np.nan)}, {}),
     ],
 )
 def test_what_is_no_head_is_one_sentence(tensors: Any, metadata: Any, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "head", metadata)
-    with pytest.raises(WeightsError, match=r"is no head: models\.heads need linear layers"):
+    with pytest.raises(WeightsError, match=r"is no head: models\.heads need linear layers of finite numbers"):
         read_head(tmp_path / "head")
 
 
