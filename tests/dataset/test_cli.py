@@ -173,11 +173,12 @@ def test_verify_does_not_praise_what_is_not_there(tmp_path):
     assert good_news(tmp_path) == "all shards verify."
 
 
-def test_a_training_run_is_no_out(part, tmp_path):
+@pytest.mark.parametrize("command", ["dataset", "plan"])
+def test_a_training_run_is_no_out(part, tmp_path, command):
     run = {name: tmp_path / name for name in ("run.json", "metrics.jsonl", "report.html")}
     for path in run.values():
         path.write_text("of the run")
-    result = CliRunner().invoke(app, ["dataset", "--shards", str(part), "--out", str(tmp_path), *EMBEDDED])
+    result = CliRunner().invoke(app, [command, "--shards", str(part), "--out", str(tmp_path), *EMBEDDED])
     assert "holds a training run" in str(result.exception)
     assert {path.read_text() for path in run.values()} == {"of the run"}
     assert not (tmp_path / "shards").exists()

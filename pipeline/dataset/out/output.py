@@ -60,10 +60,7 @@ class Output:
         with contextlib.ExitStack() as stack:
             is_new = False
             with writing(f"OUT {self.root}"):
-                if (self.root / "run.json").exists() and (self.root / "metrics.jsonl").exists():
-                    raise OutputError(
-                        f"{self.root} holds a training run, whose report this would replace: choose another OUT."
-                    )
+                self.refuse_training_run()
                 self.make_folders()
                 stack.enter_context(self.locked())
                 finish(self.root)
@@ -96,6 +93,11 @@ class Output:
                         with contextlib.suppress(OSError):  # what is not empty holds files of others
                             Path(str(folder)).rmdir()
                 raise
+
+    def refuse_training_run(self) -> None:
+        """Raises an OutputError where OUT is the folder of one."""
+        if (self.root / "run.json").exists() and (self.root / "metrics.jsonl").exists():
+            raise OutputError(f"{self.root} holds a training run, whose report this would replace: choose another OUT.")
 
     def make_folders(self) -> None:
         """Create the directories that are not there; a remote OUT has none."""
