@@ -251,7 +251,8 @@ def forget(
     if gone.rows:
         sentence = f"{'Would forget' if dry_run else 'Forgotten'}: {gone}."
     else:
-        sentence = f"Nothing in the dataset matches; later runs {'would' if dry_run else 'will'} not fetch it either."
+        later = "would" if dry_run else "will"
+        sentence = f"Nothing in the dataset matches; later runs into it {later} not fetch it either."
     say(sentence)
     for trouble in gone.damaged:
         say(f"error: {trouble}.", errors)

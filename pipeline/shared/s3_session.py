@@ -5,14 +5,19 @@ before a body is sent, neither while it awaits `100 Continue` nor while nobody t
 """
 
 import errno
+import inspect
 import socket
 import time
 from typing import Any
 
+from aiobotocore.config import AioConfig
 from aiobotocore.httpsession import AIOHTTPSession
 from botocore.exceptions import ConnectTimeoutError, EndpointConnectionError, ReadTimeoutError
 
 from schemas.errors import RemoteError
+
+if "http_session_cls" not in inspect.signature(AioConfig).parameters:
+    raise ImportError("aiobotocore is older than its choice of sessions")
 
 _PATIENCE, _READ_S = 8, 15
 """Times the read timeout, which is 15 s (of s3fs) unless the user's configuration says otherwise."""

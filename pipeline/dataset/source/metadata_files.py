@@ -6,7 +6,10 @@ Parquet files may hold images in a column: Hugging Face's (`image: struct<bytes,
 import csv
 import json
 import re
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -42,6 +45,8 @@ _ABSOLUTE = r"^(?:[A-Za-z]:|file://)?[/\\](?:.*[/\\])?"
 _WITH_IMAGES = 16 << 10
 """Bytes of a row, from which on it holds more than names."""
 _CSV_BLOCK = 8 << 20
+_GIVEN_BACK_S = 10.0
+"""How long Arrow may take to let go of a file; it reads a block ahead."""
 _CSV_HEADER = 1 << 20
 PROBED = 100
 """Records that are looked at for their keys."""
@@ -150,9 +155,21 @@ def read_csv(path: str, aliases: Aliases) -> Iterator[pa.Table]:
             strings_can_be_null=False,
         ),
     )
-    with open_binary(path, "infer") as file, pa.csv.open_csv(file, *options) as reader:
-        for batch in reader:
+    with open_binary(path, "infer") as file, _given_back(file):
+        for batch in pa.csv.open_csv(file, *options):
             yield pa.Table.from_batches([batch])
+
+
+@contextmanager
+def _given_back(file: Any) -> Iterator[None]:
+    """Wait at the end until Arrow has let go of a file: a thread of it that does so at exit aborts the process."""
+    held = sys.getrefcount(file)
+    try:
+        yield
+    finally:
+        end = time.monotonic() + _GIVEN_BACK_S
+        while sys.getrefcount(file) > held and time.monotonic() < end:
+            time.sleep(0.001)
 
 
 def probe_jsonl(path: str) -> tuple[pa.Schema, None]:

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import pickle
+import sys
 import tarfile
+import time
 from functools import partial
 from pathlib import Path
 
@@ -434,6 +436,29 @@ def test_csv_captions_may_break_where_a_block_ends(tmp_path, monkeypatch):
     lines = [f'http://a.org/{n},"{"x" * (n % 23)}\ny",{n + 1024}' for n in range(60)]
     (tmp_path / "p.csv").write_text("\ufeffurl,text,width\n" + "\n".join(lines))
     assert [row["text"] for row in rows(tmp_path / "p.csv")] == ["x" * (n % 23) + "\ny" for n in range(60)]
+
+
+class Slow(io.FileIO):
+    """A file whose reader is in no hurry after the first time."""
+
+    reads = 0
+
+    def read(self, size=-1):
+        self.reads += 1
+        time.sleep(0.1 if self.reads > 1 else 0)
+        return super().read(size)
+
+
+def test_a_csv_that_is_left_early_is_in_no_thread_any_more(tmp_path, monkeypatch):
+    (tmp_path / "p.csv").write_bytes(b"url\n" + b"http://a.org\n" * 500)
+    monkeypatch.setattr(metadata_files, "_CSV_BLOCK", 128)
+    file, tables = Slow(tmp_path / "p.csv"), metadata_files.read_csv(str(tmp_path / "p.csv"), metadata_files.ALIASES)
+    to_open = [file, io.FileIO(tmp_path / "p.csv")]  # the last one for the header
+    monkeypatch.setattr(metadata_files, "open_binary", lambda *_: to_open.pop())
+    next(tables)
+    tables.close()
+    del tables
+    assert sys.getrefcount(file) == 2, "this name, and the argument"
 
 
 def test_jsonl_rows_may_differ_in_keys_and_types(tmp_path):
