@@ -15,6 +15,7 @@ FaceShardsError
 RemoteError is an OSError, as trouble with a local disk is.
 """
 
+import re
 from enum import IntEnum
 
 
@@ -81,12 +82,8 @@ class RemoteError(OSError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message without its full stop, or its type when it has none.
-
-    Of what the system refused, its words alone: no number, and no name, which sentences have themselves.
-    """
-    of_system = error.strerror if isinstance(error, OSError) and type(error).__module__ == "builtins" else None
-    text = (of_system or str(error)).strip().split("\n", 1)[0].rstrip(" .")
+    """The first line of an error's message without full stop and the system's number, or its type when it has none."""
+    text = re.sub(r"^\[Errno -?\d+\] ", "", str(error).strip().split("\n", 1)[0]).rstrip(" .")
     return text or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
 
 

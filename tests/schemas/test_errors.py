@@ -8,7 +8,7 @@ from schemas.errors import RemoteError, first_line
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/photos"), "No such file or directory"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/a"), "No such file or directory: '/a'"),
         (OSError("footer is damaged.\nmore"), "footer is damaged"),
         (RemoteError("s3://bucket/a.tar: slow down"), "s3://bucket/a.tar: slow down"),
         (ValueError(" no number. "), "no number"),
