@@ -14,7 +14,7 @@ from pipeline.dataset import job
 from pipeline.dataset.config import Config
 from pipeline.dataset.finished.verify import good_news
 from pipeline.shared.configfile import keys
-from schemas.errors import UserError
+from schemas.errors import OutputError, UserError
 
 EMBEDDED = ["--profile", "embedded", "--executor", "local"]
 
@@ -182,6 +182,13 @@ def test_a_training_run_is_no_out(part, tmp_path, command):
     assert "holds a training run" in str(result.exception)
     assert {path.read_text() for path in run.values()} == {"of the run"}
     assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize("command", ["plan", "dataset"])
+def test_an_out_whose_name_no_system_takes_is_one_sentence(command, tmp_path):
+    result = CliRunner().invoke(app, [command, "--shards", "sample", "--out", str(tmp_path / ("x" * 300))])
+    assert isinstance(result.exception, OutputError)
+    assert "File name too long" in str(result.exception)
 
 
 @pytest.mark.parametrize("words", [["report"], ["verify"]])

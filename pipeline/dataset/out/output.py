@@ -59,8 +59,8 @@ class Output:
         listed = Listed(plan.config.download.removed)
         with contextlib.ExitStack() as stack:
             is_new = False
+            self.refuse_training_run()
             with writing(f"OUT {self.root}"):
-                self.refuse_training_run()
                 self.make_folders()
                 stack.enter_context(self.locked())
                 finish(self.root)
@@ -95,8 +95,10 @@ class Output:
                 raise
 
     def refuse_training_run(self) -> None:
-        """Raises an OutputError where OUT is the folder of one."""
-        if (self.root / "run.json").exists() and (self.root / "metrics.jsonl").exists():
+        """Raises an OutputError where OUT is the folder of one, or no folder can be there."""
+        with writing(f"OUT {self.root}"):
+            is_run = (self.root / "run.json").exists() and (self.root / "metrics.jsonl").exists()
+        if is_run:
             raise OutputError(f"{self.root} holds a training run, whose report this would replace: choose another OUT.")
 
     def make_folders(self) -> None:
