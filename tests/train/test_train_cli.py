@@ -344,7 +344,6 @@ def test_report_writes_the_page_again_and_refuses_what_is_no_run(cli, real):
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) and "--variant" in value else None,
 )
 def test_a_wrong_call_is_one_sentence_and_writes_nothing(words, said, cli, dataset, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.delenv("FACESHARDS_MODELS", raising=False)
     late = "shards were hashed, which may take hours, before a mistake was shown"
     monkeypatch.setattr("pipeline.train.loader.dataset._sha256", lambda shard: pytest.fail(late))

@@ -69,10 +69,10 @@ def push(out: AnyPath, url: str, say: Callable[[str], None], *, gated: bool = Tr
                 f"{url}: no hub answers; HF_TOKEN and HF_ENDPOINT say who asks whom ({first_line(error)})."
             ) from error
         # Before anything is there to be seen; what was there already would stay as open as it was.
-        if gated:
-            api.update_repo_settings(repo, repo_type="dataset", gated="manual")
-        if private:
-            api.update_repo_settings(repo, repo_type="dataset", private=True)
+        if gated or private:
+            api.update_repo_settings(
+                repo, repo_type="dataset", gated="manual" if gated else None, private=private or None
+            )
         there, sent = _hashes(api, repo), 0
         missing = (
             one for one in manifests if any(there.get(f"shards/{n}") != f["sha256"] for n, f in one.files.items())
