@@ -50,12 +50,17 @@ class Handler(BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
 
-    def answer(self, content: object = None, status: int = 200) -> None:
+    def answer(self, content: object = None, status: int = 200, **headers: str) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
     def serve(self) -> None:
         hub, path = self.server, unquote(self.path).partition("?")[0]
@@ -67,6 +72,8 @@ class Handler(BaseHTTPRequestHandler):
         elif name == "/put/":
             hub.large[hashlib.sha256(body).hexdigest()] = body
             self.answer()
+        elif name == "/resolve/" and path.partition("/resolve/main/")[2] not in hub.files:
+            self.answer(status=404, X_Error_Code="EntryNotFound")
         elif name == "/resolve/":
             self.answer(hub.files[path.partition("/resolve/main/")[2]])
         elif name == "/commit/" and len(hub.commits) == hub.refuse_commit:
@@ -78,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.answer(PLACES[name](hub, json.loads(body) if body else {}))
 
-    do_GET = do_POST = do_PUT = serve  # noqa: N815  # names that http.server looks for
+    do_GET = do_HEAD = do_POST = do_PUT = serve  # noqa: N815  # names that http.server looks for
 
     def log_message(self, format: str, *args: object) -> None:
         pass

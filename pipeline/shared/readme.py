@@ -37,3 +37,10 @@ def write_readme(folder: AnyPath, template: Path, head: Mapping[str, Any], **val
         lines = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
         text = _TEMPLATES.from_string(template.read_text(encoding="utf-8")).render(json=json.dumps, **values)
         write(path, f"---\n{lines}---\n\n{text}\n{_YOURS}{yours or chr(10)}".encode())
+
+
+def with_text_of(page: str, card: str) -> str:
+    """The `card`, with what its owner added to another copy of it (`page`), unless the card has such text itself."""
+    head, line, yours = card.partition(_YOURS)
+    theirs = page.partition(_YOURS)[2]
+    return head + line + theirs if theirs.startswith(yours.rstrip()) else card

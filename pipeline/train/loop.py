@@ -1,5 +1,7 @@
 """The training loop: `train` reads top to bottom."""
 
+from itertools import chain
+
 import torch
 from accelerate import Accelerator
 
@@ -42,13 +44,16 @@ def train(job: TrainJob) -> ExitCode:
         run.check(description, resume=job.resume)
     hash_shards(job)  # last: a mistake of the call is not to be shown after hours
     accelerator.wait_for_everyone()
-    if is_main:
-        run.start(description, resume=job.resume)
-    accelerator.wait_for_everyone()
     if job.resume and run.steps():
         session.restore(run.steps()[-1])
     for notice in session.loader.notices:
         say(f"note: {notice}")
+    reading = iter(session.loader)
+    first = next(reading)  # shards without a fitting sample leave no RUN behind
+    accelerator.wait_for_everyone()
+    if is_main:
+        run.start(description, resume=job.resume)
+    accelerator.wait_for_everyone()
 
     with (
         partly_done(),
@@ -56,7 +61,7 @@ def train(job: TrainJob) -> ExitCode:
         Watch(run.root, config, session.step, console, hook, quiet=not is_main) as watch,
         StopSignal() as stop,
     ):
-        batches = watch.clock.timed(session.loader)
+        batches = watch.clock.timed(chain([first], reading))
         stopping = False
         while session.step < config.steps and not stopping:
             batch = next(batches)

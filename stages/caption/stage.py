@@ -59,7 +59,7 @@ class Caption(BatchStage):
         if self._captioner is None:
             return [None] * len(given)
         captions = iter(self._captioner.caption(pictures) if pictures else ())
-        return ["" if image is None else " ".join(next(captions).split()) for image in given]
+        return ["" if image is None else " ".join(after_reasoning(next(captions)).split()) for image in given]
 
     def written(self, record: Mapping[str, Any], output: str | None) -> dict[str, Any]:
         return {} if output is None else {"further_caption": output or None, "further_chars": len(output)}
@@ -70,3 +70,12 @@ def captioner_class(models: ModelSettings) -> type[Captioner]:
     kind = "endpoint:Endpoint" if "://" in models.captioner else "transformers_model:Folder"
     cls: type[Captioner] = pkgutil.resolve_name(f"stages.caption.{kind}")
     return cls
+
+
+def after_reasoning(answer: str) -> str:
+    """What a model answers once it has thought; nothing where it was cut off before.
+
+    Servers without a parser for the model's reasoning pass it on, some without its first mark.
+    """
+    thought, _, caption = answer.rpartition("</think>")
+    return "" if not thought and answer.lstrip().startswith("<think>") else caption

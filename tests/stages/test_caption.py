@@ -291,6 +291,21 @@ def test_a_model_that_says_nothing_of_a_photo_leaves_it_without_a_further_captio
     assert len(chat.requests) == 2
 
 
+@pytest.mark.parametrize(
+    ("answer", "caption"),
+    [
+        ("<think>A face?\n</think>\n\nA man.", "A man."),
+        ("A face?</think>A man.", "A man."),
+        ("<think>A face? Perhaps", ""),
+        ("<think></think>A man.", "A man."),
+        ("A man who wears a <think> badge.", "A man who wears a <think> badge."),
+    ],
+)
+def test_what_a_model_thinks_before_it_answers_is_no_caption(chat, answer, caption):
+    chat.reply = lambda number: completion(answer)
+    assert captioned(settings_of(chat.url))[0]["further_caption"] == (caption or None)
+
+
 def test_so_many_requests_at_a_time_and_no_more(chat):
     model = endpoint.Endpoint(settings_of(chat.url, concurrency=3), "cpu")
     pictures = [fake.drawn(64, 64, seed) for seed in range(12)]

@@ -353,6 +353,12 @@ def test_a_wrong_call_is_one_sentence_and_writes_nothing(words, said, cli, datas
         assert each in line
 
 
+def test_shards_without_a_sample_of_the_kind_leave_no_run_behind(cli, dataset):
+    line = cli.refused("--from-shards", dataset, *FACEID, "--set", "data.kinds.web=0", "--out", "run")
+    assert "data.kinds" in line
+    assert not Path("run").exists()
+
+
 def test_a_dir_that_is_no_dataset_is_one_sentence(cli):
     Path("empty").mkdir()
     line = cli.refused("--from-shards", *FACEID)

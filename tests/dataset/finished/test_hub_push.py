@@ -27,6 +27,8 @@ def hub(monkeypatch) -> Iterator[stand_in.Hub]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     with stand_in.Hub() as server:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
@@ -89,6 +91,12 @@ def test_a_push_that_broke_off_goes_on_with_what_is_missing(out, hub, monkeypatc
     assert len(hub.commits) == commits + 1  # the card
 
 
+def test_an_address_of_a_hub_that_is_none(out, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "hub.example.com")
+    with pytest.raises(OutputError, match="HF_ENDPOINT is 'hub"):
+        push(out, NAME, print)
+
+
 def test_a_page_that_asks_for_a_login_is_no_hub(out, hub, monkeypatch):
     monkeypatch.setitem(stand_in.PLACES, "/repos/create", lambda hub, wanted: b"<html>Welcome to our WLAN</html>")
     with pytest.raises(OutputError, match=f"{NAME}: no hub answers; .*HF_ENDPOINT"):
@@ -131,6 +139,17 @@ def test_a_copy_that_all_may_read_becomes_private(out, hub):
     push(out, NAME, print)
     push(out, NAME, print, private=True)
     assert hub.settings["visibility"] == "private"
+
+
+def test_what_the_owner_wrote_into_the_card_on_its_page_stays(out, hub):
+    push(out, NAME, print)
+    hub.files["README.md"] += "\nCollected in Iași: ask ann.\n".encode()
+    push(out, NAME, print)
+    assert hub.files["README.md"].decode().endswith("\nCollected in Iași: ask ann.\n")
+    with (out / "README.md").open("a") as card:
+        card.write("\nAsk bob.\n")
+    push(out, NAME, print)
+    assert hub.files["README.md"].decode().endswith("-->\n\nAsk bob.\n")  # what OUT's copy says counts
 
 
 def test_shards_of_another_dataset_stay_and_that_is_said(out, hub, tmp_path):

@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
@@ -21,6 +21,7 @@ from pipeline.dataset.out.ledger import read_manifests
 from pipeline.dataset.out.output import Output, fingerprint
 from pipeline.dataset.source.laion import OLD_LAION
 from pipeline.shared.files import AnyPath, RemotePath
+from pipeline.shared.readme import with_text_of
 from schemas.errors import CorruptShardError, LostError, OutputError, first_line
 from schemas.names import finished_shards
 from schemas.shard import CARD, CROISSANT, DATASET, UNCONDITIONAL, Manifest
@@ -42,7 +43,8 @@ def push(out: AnyPath, url: str, say: Callable[[str], None], *, gated: bool = Tr
         LostError: when the hub cannot be reached any more.
         CorruptShardError: when a shard is not what its manifest says.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import RemoteEntryNotFoundError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
@@ -50,6 +52,8 @@ def push(out: AnyPath, url: str, say: Callable[[str], None], *, gated: bool = Tr
     match = _URL.fullmatch(url)
     if match is None:
         raise OutputError(f"{url!r} is no dataset of the hub: give hf://datasets/OWNER/NAME.")
+    if not constants.ENDPOINT.startswith(("http://", "https://")):
+        raise OutputError(f"HF_ENDPOINT is {constants.ENDPOINT!r}, no URL of a hub: let it begin with https://.")
     manifests = read_manifests(out)
     if not manifests:
         raise OutputError(f"{out} holds no finished shard yet: let `dataset` finish one.")
@@ -74,6 +78,10 @@ def push(out: AnyPath, url: str, say: Callable[[str], None], *, gated: bool = Tr
                 repo, repo_type="dataset", gated="manual" if gated else None, private=private or None
             )
         there, sent = _hashes(api, repo), 0
+        with suppress(RemoteEntryNotFoundError):  # the hub's page lets its owner write into the card
+            fetched = Path(api.hf_hub_download(repo, CARD, repo_type="dataset", local_dir=folder))
+            page_card, card = (data.decode("utf-8", "replace") for data in (fetched.read_bytes(), others[CARD]))
+            others[CARD] = with_text_of(page_card, card).encode()
         missing = (
             one for one in manifests if any(there.get(f"shards/{n}") != f["sha256"] for n, f in one.files.items())
         )
