@@ -91,7 +91,7 @@ def croissant(about: About, base: str = "") -> str:
         "@type": "sc:Dataset",
         "conformsTo": ["http://mlcommons.org/croissant/1.1", "http://mlcommons.org/croissant/RAI/1.0"],
         "name": about.name,
-        "description": f"{about.funnel.kept:,} photos with exactly one face, captions where they had any, crops, masks.",
+        "description": f"{about.funnel.kept:,} photos with exactly one face, their captions if any, crops, masks.",
         "license": "No licence is given: the images are under the terms of their owners. README.md tells more.",
         "url": base or "README.md",
         "creator": {"@type": "sc:Organization", "name": "Whoever published this dataset"},
