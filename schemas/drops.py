@@ -46,7 +46,7 @@ class DropReason(StrEnum):
     NOT_AN_IMAGE = "not_an_image", "the bytes are not an image (a web page, say)"
     UNSUPPORTED_FORMAT = (
         "unsupported_format",
-        "an image format that is not decoded here, such as HEIC, JPEG XL or SVG: convert it",
+        "an image format that is not decoded here, such as JPEG XL, JPEG 2000 or SVG: convert it",
     )
     TRUNCATED_IMAGE = "truncated_image", "the image file ends before its pixels do"
     CORRUPT_IMAGE = "corrupt_image", "the image file cannot be decoded"

@@ -1,7 +1,7 @@
 """Headers of image files: what a file is, how large its picture is, whether its end has arrived. No pixel is decoded.
 
 All that this process does with the bytes of a stranger takes a bounded number of steps, and no code outside of Python's
-own sees them. Where that cannot be had (TIFF, AVIF), the header too is read in another process
+own sees them. Where that cannot be had (TIFF, AVIF, HEIF), the header too is read in another process
 (`stages.pixels.decoding`). Only this module and `stages.pixels.decoding_child`, which decodes pixels, translate what a
 decoder raises, from a closed list.
 """
@@ -28,13 +28,27 @@ Pillow.MAX_IMAGE_PIXELS = None  # the cap is filter.max_pixels, judged before an
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # broken files are counted as drops, not logged one by one
 
 _PLUGINS = ("Jpeg", "Png", "WebP", "Gif", "Bmp", "Tiff", *(["Avif"] if features.check("avif") else []))
+
+
+def _heif(file: io.BytesIO) -> ImageFile:
+    """The primary image of a HEIF file (HEIC), turned by libheif, and said to be upright; raises SyntaxError."""
+    from pi_heif import HeifImageFile, options  # on first use: few have such a file
+
+    options.DECODE_THREADS = 1
+    options.THUMBNAILS = options.DEPTH_IMAGES = options.AUX_IMAGES = False
+    image: ImageFile = HeifImageFile(file)
+    return image
+
+
 OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
-    name.upper(): resolve_name(f"PIL.{name}ImagePlugin:{name}ImageFile") for name in _PLUGINS
+    **{name.upper(): resolve_name(f"PIL.{name}ImagePlugin:{name}ImageFile") for name in _PLUGINS},
+    "HEIF": _heif,
 }
 
 _FORMAT = re.compile(
     rb"(?P<JPEG>\xff\xd8\xff)|(?P<PNG>\x89PNG\r\n\x1a\n)|(?P<WEBP>RIFF....WEBP)|(?P<GIF>GIF8[79]a)"
-    rb"|(?P<BMP>BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0)|(?P<TIFF>II\*\0|MM\0\*)|(?P<AVIF>....ftypavi[fs])",
+    rb"|(?P<BMP>BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0)|(?P<TIFF>II\*\0|MM\0\*)|(?P<AVIF>....ftypavi[fs])"
+    rb"|(?P<HEIF>....ftyp(?:hei[cimsx]|mif1.{4}(?:.{4}){0,8}?hei[cx]))",
     re.DOTALL,
 )
 _OTHER_IMAGE = re.compile(
@@ -48,7 +62,7 @@ _WEB_PAGE = re.compile(
 )
 _SVG = re.compile(rb"(?:\xef\xbb\xbf)?\s*+<.{0,4096}?<?svg[\s>:]", re.IGNORECASE | re.DOTALL)
 
-APART = frozenset({"TIFF", "AVIF"})
+APART = frozenset({"TIFF", "AVIF", "HEIF"})
 """Formats whose header needs a library, or may need any time and memory."""
 
 _CHUNKS = 50_000
@@ -68,7 +82,7 @@ DECODER_ERRORS = (
 
 class Header(NamedTuple):
     format: str
-    """JPEG, PNG, WEBP, GIF, BMP, TIFF or AVIF."""
+    """JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF or HEIF."""
     width: int
     """After the EXIF turn, pixels."""
     height: int
@@ -120,7 +134,7 @@ def read_header(data: bytes) -> Header:
 def check_whole(data: bytes, header: Header) -> None:
     """Check that an image file has its end, and is no trap for its decoder: cheap, no pixel is decoded.
 
-    Formats without an end mark (GIF, BMP, TIFF, AVIF) are left to their decoder.
+    Formats without an end mark (GIF, BMP, TIFF, AVIF, HEIF) are left to their decoder.
 
     Raises:
         Dropped: truncated_image; corrupt_image for a JPEG of too many scans or a PNG of too many chunks.

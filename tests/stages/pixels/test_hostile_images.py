@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import heif
 import pytest
 from PIL import Image, features
 from skimage import data as samples
@@ -114,7 +115,15 @@ def upside_down() -> bytes:
     return bytes(content)
 
 
-HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(500)
+BROKEN_HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(500)
+
+
+def claimed(width: int, height: int) -> bytes:
+    """A HEIC whose `ispe` box says so."""
+    at = heif.UPRIGHT.index(b"ispe") + 8
+    return heif.UPRIGHT[:at] + struct.pack(">II", width, height) + heif.UPRIGHT[at + 8 :]
+
+
 ZIP = b"PK\3\4" + bytes(26) + b"evil.sh"
 
 FILES: dict[str, tuple[str, Callable[[], bytes]]] = {
@@ -194,10 +203,16 @@ FILES: dict[str, tuple[str, Callable[[], bytes]]] = {
     # too large
     "png of 60000 x 60000": ("too_many_pixels", lambda: png(head=struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0))),
     "gif of 65535 x 65535": ("too_many_pixels", lambda: screen(65535, 65535)),
+    "heic": ("ok", lambda: heif.UPRIGHT),
+    "heic by its second brand": ("ok", lambda: heif.UPRIGHT.replace(b"ftypheic", b"ftypmif1")),
+    "heic of a head alone": ("corrupt_image", lambda: BROKEN_HEIC),
+    "heic cut": ("corrupt_image", lambda: cut(heif.UPRIGHT)),
+    "heic that lies about its size": ("corrupt_image", lambda: claimed(9999, 9999)),
+    "heic of 60000 x 60000": ("too_many_pixels", lambda: claimed(60000, 60000)),
     # images that are not decoded here
     "jpeg 12 bit": ("unsupported_format", lambda: frame_of(saved("JPEG"), 0, 12)),
     "jpeg of two components": ("unsupported_format", lambda: frame_of(saved("JPEG"), 5, 2)),
-    "heic": ("unsupported_format", lambda: HEIC),
+    "heic sequence": ("unsupported_format", lambda: BROKEN_HEIC.replace(b"ftypheic", b"ftyphevc")),
     "svg": ("unsupported_format", lambda: b"<svg xmlns='http://www.w3.org/2000/svg'><script/></svg>"),
     "ico": ("unsupported_format", lambda: saved("ICO")),
     "jpeg 2000": ("unsupported_format", lambda: saved("JPEG2000")),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import cache
 
 import cv2
+import heif
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -99,6 +100,7 @@ FILES: dict[str, tuple[Callable[[], bytes], Callable[[], np.ndarray], float]] = 
     "tiff cmyk": (lambda: saved(picture().convert("CMYK"), "TIFF"), colour, 1),
     "tiff I;16": (lambda: saved(sixteen_bit(), "TIFF"), grey, 0),
 }
+FILES["heif"] = (lambda: heif.UPRIGHT, heif.drawn, 2)
 if features.check("avif"):
     FILES["avif"] = (lambda: saved(picture(), "AVIF", quality=95), colour, 5)
 
@@ -142,6 +144,12 @@ def test_exif_orientations_give_the_same_turned_picture(format: str, orientation
     assert np.abs(decode(data).astype(int) - colour()).mean() < 4
     assert read_header(data)[1:] == SIZE
     assert sniff(data) == (None if format in ("TIFF", "AVIF") else read_header(data))
+
+
+def test_a_heif_that_lies_on_its_side_is_turned_once() -> None:
+    assert np.abs(decode(heif.TURNED).astype(int) - heif.drawn()).mean() < 2
+    assert read_header(heif.TURNED) == Header("HEIF", *SIZE)
+    assert sniff(heif.TURNED) is None
 
 
 @pytest.mark.parametrize("value", [b"", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", exif(9), exif(0), exif(6)[:20]])
@@ -205,7 +213,7 @@ def test_formats_that_pillow_could_read_are_still_unsupported(format: str) -> No
 
 
 @pytest.mark.parametrize(
-    "head", [b"8BPS\0\1", b"\0\0\0\x18ftypheic\0\0\0\0", b"\0\0\0\x0cJXL \r\n", b"\xff\x0a\xfa\x1f"]
+    "head", [b"8BPS\0\1", b"\0\0\0\x18ftyphevc\0\0\0\0", b"\0\0\0\x0cJXL \r\n", b"\xff\x0a\xfa\x1f"]
 )
 def test_formats_that_nothing_here_reads_are_unsupported(head: bytes) -> None:
     assert reason_of(head + bytes(100)) == DropReason.UNSUPPORTED_FORMAT
@@ -279,7 +287,7 @@ def test_a_bomb_is_measured_but_not_decoded() -> None:
 
 @cache
 def seeds() -> list[bytes]:
-    return [make() for name, (make, _, _) in FILES.items() if name != "avif"]
+    return [make() for name, (make, _, _) in FILES.items() if name not in ("avif", "heif")]
 
 
 @given(st.data())
