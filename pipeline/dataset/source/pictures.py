@@ -9,6 +9,7 @@ import json
 import os
 import posixpath
 import unicodedata
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -220,29 +221,45 @@ class Pictures:
 
     def _image(self, base: str, name: str) -> str | None:
         """The image that metadata in a folder means: right there, or the only one below it whose name ends so."""
-        name = posixpath.normpath(_normal(name))
-        ours = self._by_name.get(posixpath.basename(name), ())
-        path = posixpath.normpath(posixpath.join(_normal(base), name))
-        below = f"{_normal(base)}/" if base else ""
-        ends = tuple(f"/{name}{suffix}" for suffix in ("", *(f".{one}" for one in IMAGE_SUFFIXES)))
-        ending = []
-        for form, image in ours:
+        name, base = posixpath.normpath(_normal(name)), _normal(base)
+        path = posixpath.normpath(posixpath.join(base, name))
+        exact = bisect_left(self._by_form, (path,))
+        for form, image in self._by_form[exact : exact + 1]:
             if form == path:
                 return image
-            if form.startswith(below) and f"/{form}".endswith(ends):
-                ending.append(image)
-        return ending[0] if len(ending) == 1 else None
+        # A thousand folders may each have an `01.jpg`: those that end so, or those below, whichever are fewer.
+        below = f"{base}/" if base else ""
+        sides = ((self._by_end, _reversed(name)), *([(self._by_form, below)] if base else []))
+        pairs, at = min(((pairs, _starting(pairs, start)) for pairs, start in sides), key=lambda side: len(side[1]))
+        meant = (
+            image
+            for form, image in ((_normal(image), image) for _, image in map(pairs.__getitem__, at))
+            if form.startswith(below)
+            and any(f"/{end}".endswith(f"/{name}") for end in (form, posixpath.splitext(form)[0]))
+        )
+        two = list(islice(meant, 2))
+        return two[0] if len(two) == 1 else None
 
     @cached_property
-    def _by_name(self) -> Mapping[str, Sequence[tuple[str, str]]]:
-        """Normal forms of images' names, and these, by the last part of the name, with and without suffix."""
-        by_name = defaultdict(list)
-        for image in self.images:
-            form = _normal(image)
-            last = posixpath.basename(form)
-            for one in (last, posixpath.splitext(last)[0]):
-                by_name[one].append((form, image))
-        return by_name
+    def _by_form(self) -> Sequence[tuple[str, str]]:
+        """Normal forms of images' names, sorted, and these names."""
+        return sorted((_normal(image), image) for image in self.images)
+
+    @cached_property
+    def _by_end(self) -> Sequence[tuple[str, str]]:
+        """The same with the last part of the name first; also without the suffix."""
+        ends = ((end, image) for form, image in self._by_form for end in (form, posixpath.splitext(form)[0]))
+        return sorted((_reversed(end), image) for end, image in ends)
+
+
+def _reversed(name: str) -> str:
+    """`b/c/`, of `c/b`."""
+    return "".join(f"{part}/" for part in reversed(name.split("/")))
+
+
+def _starting(pairs: Sequence[tuple[str, str]], start: str) -> range:
+    """Numbers of those of sorted pairs that begin with a text, which ends with a slash."""
+    return range(bisect_left(pairs, (start,)), bisect_left(pairs, (f"{start[:-1]}0",)))  # `0` comes after the slash
 
 
 def _normal(name: str) -> str:
