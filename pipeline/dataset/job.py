@@ -143,7 +143,7 @@ def make_dataset(
             screen.say("Some shards failed: second chances wait until all are done.")
         elif retry:
             again = second_chances(job.parts, plan.config.source, out, partial(output.is_done, plan=plan))
-            pending = work.pending([again])
+            pending = work.pending(again)
             first = next(pending, None)
             if first is not None:
                 with start(plan) as execute:  # once more: a run that is over leaves no worker behind

@@ -6,6 +6,7 @@ with before another begins, and the rows of each of its shards follow from the l
 """
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -29,36 +30,49 @@ _NO_ROWS: Integers = np.zeros(0, np.int64)
 
 def second_chances(
     parts: Sequence[Part], settings: SourceSettings, out: AnyPath, is_done: Callable[[str], bool]
-) -> Iterator[Seeds]:
-    """The rows of some parts that get another chance now, in shards that are not done yet.
+) -> Iterator[Iterator[Seeds]]:
+    """The rows of some parts that get another chance now, part by part, in shards that are not done yet.
 
     Raises:
         SourceError: when a part does not hold the rows any more that OUT was made of.
         CorruptShardError: when a ledger cannot be read.
     """
     shards = shard_names(out)
-    rounds = Rounds(out, shards)
+    rounds, by_part = Rounds(out, shards), defaultdict[str, list[str]](list)
+    for name in shards:
+        by_part[shard_origin(name)[0]].append(name)
     for part in parts:
-        own = [name for name in shards if shard_origin(name)[0] == part.name]
-        last = rounds.last(part.name)
-        for round in range(max(last, 1), last + 2):
-            done = {
-                name: read_ledger(out, name, ("row",))["row"].to_numpy()
-                for name in own
-                if shard_origin(name)[1] == round and is_done(name)
-            }
-            # The rows whose last verdict before the round is a transient failure.
-            tables = [pa.table({"row": pa.array([], pa.int64()), "url": pa.array([], pa.string())})]
-            for name in (name for name in own if shard_origin(name)[1] < round):
-                ledger = read_ledger(out, name, ("row", "url", "verdict"))
-                last = pa.array(~rounds.replaced(name, ledger["row"], round))
-                failed = pc.is_in(ledger["verdict"], pa.array(sorted(map(str, SECOND_CHANCE))))
-                tables.append(ledger.filter(pc.and_(failed, last)).select(["row", "url"]))
-            table = pa.concat_tables(tables).sort_by("row")
-            rows, urls = table["row"].to_numpy(), _hashes(table["url"])
-            if not np.isin(rows, np.concatenate([_NO_ROWS, *done.values()])).all():
-                yield from _again(part, settings, round, rows, urls, done)
-                break
+        yield _of_part(part, settings, out, rounds, by_part[part.name], is_done)
+
+
+def _of_part(
+    part: Part,
+    settings: SourceSettings,
+    out: AnyPath,
+    rounds: Rounds,
+    own: Sequence[str],
+    is_done: Callable[[str], bool],
+) -> Iterator[Seeds]:
+    """Those of a part, of whose finished shards these are the names."""
+    last = rounds.last(part.name)
+    for round in range(max(last, 1), last + 2):
+        done = {
+            name: read_ledger(out, name, ("row",))["row"].to_numpy()
+            for name in own
+            if shard_origin(name)[1] == round and is_done(name)
+        }
+        # The rows whose last verdict before the round is a transient failure.
+        tables = [pa.table({"row": pa.array([], pa.int64()), "url": pa.array([], pa.string())})]
+        for name in (name for name in own if shard_origin(name)[1] < round):
+            ledger = read_ledger(out, name, ("row", "url", "verdict"))
+            is_last = pa.array(~rounds.replaced(name, ledger["row"], round))
+            failed = pc.is_in(ledger["verdict"], pa.array(sorted(map(str, SECOND_CHANCE))))
+            tables.append(ledger.filter(pc.and_(failed, is_last)).select(["row", "url"]))
+        table = pa.concat_tables(tables).sort_by("row")
+        rows, urls = table["row"].to_numpy(), _hashes(table["url"])
+        if not np.isin(rows, np.concatenate([_NO_ROWS, *done.values()])).all():
+            yield from _again(part, settings, round, rows, urls, done)
+            return
 
 
 def _again(

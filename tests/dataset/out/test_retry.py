@@ -88,7 +88,7 @@ SETS = (
 )
 
 
-def run(part: Path, out: Path, *, retry: bool = True) -> tuple[ExitCode, str]:
+def run(part: Path | str, out: Path, *, retry: bool = True) -> tuple[ExitCode, str]:
     config = load_config(None, SETS, shards=str(part), profile="embedded", executor="local")
     said = io.StringIO()
     with remembered_models(), prepared(str(part), config) as job:
@@ -215,6 +215,17 @@ def test_a_part_that_holds_other_urls_now_is_told(server, part, tmp_path):
     assert code == ExitCode.SHARDS_FAILED
     assert "other URLs than OUT was made of" in said
     assert {shard_origin(name)[1] for name in shards(out)} == {0}
+
+
+def test_a_part_that_was_changed_costs_no_other_part_its_second_chances(server, part, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "zzz.parquet"
+    server.write_part(other)
+    run(f"{part},{other}", out, retry=False)
+    server.write_part(part, prefix="?changed")
+    code, said = run(f"{part},{other}", out)
+    assert code == ExitCode.SHARDS_FAILED
+    assert "part.parquet holds other URLs than OUT was made of" in said
+    assert {shard_origin(name) for name in shards(out)} == {("part", 0), ("zzz", 0), ("zzz", 1)}
 
 
 def test_no_row_gets_another_chance_before_all_shards_are_done(server, part, tmp_path):
