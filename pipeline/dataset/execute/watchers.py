@@ -15,6 +15,7 @@ from pipeline.dataset.out.ledger import LIVE
 from pipeline.shared.events import EventFile, Hook
 from pipeline.shared.files import AnyPath, RemotePath, write, writing
 from schemas.errors import first_line
+from schemas.names import shard_origin
 
 _EVERY_S, _REMOTE_EVERY_S = 15.0, 60.0
 """How often numbers are passed on, and how often where OUT is a store; in the first minutes more often."""
@@ -74,8 +75,9 @@ class Watchers:
             self._emit(
                 "shard", shard=event.shard, rows=event.manifest.rows_in, kept=event.manifest.kept, dropped=dropped
             )
-        for kind, words in self._words.of(now):
-            self.warn(kind, words)
+        if not shard_origin(event.shard)[1]:  # of second chances most fail again, which is no news
+            for kind, words in self._words.of(now):
+                self.warn(kind, words)
         if time.monotonic() > self._due:
             self._pass_on(now)
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from sample_runs import SHARDS, contents, make
 
 from pipeline.dataset.config import WatchSettings
 from pipeline.dataset.execute import watchers as watching
+from pipeline.dataset.execute.make_shard import Advanced, Started
 from pipeline.dataset.execute.progress import RunScreen
 from pipeline.dataset.finished.status import status, text_of
 from pipeline.dataset.finished.verify import foreign_files, verify
@@ -54,6 +56,17 @@ def metrics(path: Path) -> dict[tuple[str, ...], float]:
     """(name, values of its labels) -> value."""
     families = text_string_to_metric_families(path.read_text())
     return {(one.name, *one.labels.values()): one.value for family in families for one in family.samples}
+
+
+@pytest.mark.parametrize(("shard", "warnings"), [("part-00000", 2), ("part-r1_00000", 0)])
+def test_rows_that_failed_before_raise_no_alarm_when_they_fail_again(tmp_path, shard, warnings):
+    """That most do is ordinary; the hook of docs/watching.md would have ended the run."""
+    said = io.StringIO()
+    shown = RunScreen(Console(file=said), 1000)
+    with watching.Watchers(shown, tmp_path, WatchSettings()) as watchers, shown:
+        watchers.take(Started(shard, 1000, 1000))
+        watchers.take(Advanced(shard, Counter({("download", "timeout"): 1000})))
+    assert said.getvalue().count("WARNING") == warnings
 
 
 def test_events_metrics_and_hook_of_a_run_whose_bytes_they_do_not_change(whole, tmp_path):
