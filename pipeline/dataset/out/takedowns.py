@@ -74,19 +74,33 @@ class Listed:
 
 
 def entries(path: str) -> Iterator[tuple[Literal["url", "sha256", "other"], str]]:
-    """The lines of a text file (empty ones and `#` are skipped), or the cells of a CSV or parquet file; `.gz` too."""
+    """The cells of a text file's lines, between tabs (empty ones and `#` are skipped), of a CSV or parquet file.
+
+    Those that end with `.gz` too. Semicolons separate the cells of a CSV whose first line names its columns so.
+    """
     name = path.lower().rpartition("/")[2]
     with reading(f"The list {path}"):
         if name.endswith(".parquet"):
             with open_binary(path) as file, pq.ParquetFile(file) as parquet:
-                texts = [field.name for field in parquet.schema_arrow if field.type in (pa.string(), pa.large_string())]
+                texts = [field.name for field in parquet.schema_arrow if _is_text(field.type)]
                 for batch in parquet.iter_batches(batch_size=_ROWS, columns=texts):
                     for column in batch.columns:
                         yield from map(_entry, filter(None, column.to_pylist()))
             return
         with TextIOWrapper(open_binary(path, "infer"), encoding="utf-8-sig", newline="") as file:
-            cells = chain.from_iterable(csv.reader(file)) if ".csv" in name else file
-            yield from (_entry(cell) for cell in cells if cell.strip() and not cell.lstrip().startswith("#"))
+            first = file.readline()
+            lines, separator = chain([first], file), "\t"
+            if ".csv" in name:
+                is_of_semicolons = ";" in first and "," not in first and _entry(first)[0] == "other"
+                separator = ";" if is_of_semicolons else ","
+            is_table = ".csv" in name or ".tsv" in name
+            cells = csv.reader(lines, delimiter=separator) if is_table else (line.split(separator) for line in lines)
+            yield from (_entry(cell) for cell in chain.from_iterable(cells) if cell.strip()[:1] not in ("", "#"))
+
+
+def _is_text(type: pa.DataType) -> bool:
+    plain = type.value_type if pa.types.is_dictionary(type) else type
+    return plain in (pa.string(), pa.large_string(), pa.string_view())
 
 
 def _entry(cell: str) -> tuple[Literal["url", "sha256", "other"], str]:

@@ -75,6 +75,35 @@ def test_text_csv_and_parquet_say_the_same(listed, tmp_path):
         assert not holds(removed, sha256=hashlib.sha256(b"y").hexdigest())
 
 
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("removed.tsv", ["url\twhy", f'"{URL}"\tby request; of 2026', f"{OTHER}\t{SHA}"]),
+        ("removed.txt", [f"{URL}\tby request", f"{OTHER}\t", SHA]),
+        ("removed.csv", ["url;why", f'{URL};"by request; of 2026"', f"{OTHER};{SHA}"]),
+        ("removed.csv", [f"{URL},by request", OTHER, SHA]),
+    ],
+)
+def test_whatever_separates_the_cells_of_a_list(listed, name, lines):
+    """A whole line `URL, tab, reason` was taken for a URL, which no row has: nothing was removed, without a word."""
+    removed = Listed([listed(*lines, name=name)])
+    assert (holds(removed, URL), holds(removed, OTHER), holds(removed, sha256=SHA)) == (True, True, True)
+    assert len(removed.hashes) == 3
+
+
+def test_a_url_may_hold_what_separates_cells_elsewhere(listed):
+    url = "http://a.test/x;jsessionid=1/y,z.jpg"
+    assert holds(Listed([listed(url)]), url)
+    assert holds(Listed([listed("url,why", f'"{url}",by request; of 2026', name="r.csv")]), url)
+    assert holds(Listed([listed(url.replace(",", ""), name="r.csv")]), url.replace(",", ""))
+
+
+def test_columns_of_few_values_are_read_too(tmp_path):
+    columns = {"why": [SHA], "url": pa.array([URL]).dictionary_encode(), "n": pa.array([1]).dictionary_encode()}
+    pq.write_table(pa.table(columns), tmp_path / "r.parquet")
+    assert len(Listed([str(tmp_path / "r.parquet")]).hashes) == 2
+
+
 def test_several_lists_add_up(listed):
     removed = Listed([listed(URL, name="1.txt"), listed(SHA, name="2.txt")])
     assert holds(removed, URL)
