@@ -103,7 +103,8 @@ def tree(hub: Hub, wanted: dict) -> list:
     for path, data in hub.files.items():
         sha256 = hashlib.sha256(data).hexdigest()
         lfs = {"lfs": {"oid": sha256, "size": len(data), "pointerSize": 130}} if path.endswith(LARGE) else {}
-        entries.append({"type": "file", "path": path, "size": len(data), "oid": "1" * 40, **lfs})
+        oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        entries.append({"type": "file", "path": path, "size": len(data), "oid": oid, **lfs})
     return entries
 
 

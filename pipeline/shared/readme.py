@@ -43,4 +43,4 @@ def with_text_of(page: str, card: str) -> str:
     """The `card`, with what its owner added to another copy of it (`page`), unless the card has such text itself."""
     head, line, yours = card.partition(_YOURS)
     theirs = page.partition(_YOURS)[2]
-    return head + line + theirs if theirs and theirs.startswith(yours.rstrip()) else card
+    return head + line + theirs if line and theirs and theirs.startswith(yours.rstrip()) else card

@@ -3,7 +3,9 @@
 import json
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import fsspec
 import hub as stand_in
@@ -12,7 +14,7 @@ from huggingface_hub import constants
 
 from pipeline.dataset.finished.forget import forget
 from pipeline.dataset.finished.hub.push import push
-from pipeline.dataset.out.ledger import read_ledger, read_manifests, shard_names
+from pipeline.dataset.out.ledger import read_ledger, read_manifest, read_manifests, shard_names
 from pipeline.shared.files import RemotePath
 from schemas.errors import CorruptShardError, LostError, OutputError
 
@@ -95,6 +97,18 @@ def test_an_address_of_a_hub_that_is_none(out, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "hub.example.com")
     with pytest.raises(OutputError, match="HF_ENDPOINT is 'hub"):
         push(out, NAME, print)
+
+
+def test_a_manifest_of_another_plan_replaces_the_one_there_though_the_files_are_the_same(out, hub):
+    """As --replan with a threshold that parts no row writes it: the copy would contradict its dataset.json."""
+    push(out, NAME, print)
+    shard, hub.asked = shard_names(out)[0], Counter()
+    manifest = out / "shards" / f"{shard}.json"
+    manifest.write_text(replace(read_manifest(out, shard), plan_digest="0" * 64).to_json())
+    said: list[str] = []
+    push(out, NAME, said.append)
+    assert hub.files[f"shards/{shard}.json"] == manifest.read_bytes()
+    assert (said, hub.asked["PUT /put/"]) == (["Shards sent: 1"], 0)
 
 
 def test_a_page_that_asks_for_a_login_is_no_hub(out, hub, monkeypatch):

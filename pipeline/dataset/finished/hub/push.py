@@ -4,10 +4,11 @@ The hub's copy is brought to what OUT is: shards that lie there as their manifes
 goes on after any interruption, and what `forget` removed from OUT goes from the hub and its history.
 """
 
+import hashlib
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from pipeline.dataset.out.output import Output, fingerprint
 from pipeline.dataset.source.laion import OLD_LAION
 from pipeline.shared.files import AnyPath, RemotePath
 from pipeline.shared.readme import with_text_of
+from schemas.digest import sha256
 from schemas.errors import CorruptShardError, LostError, OutputError, first_line
 from schemas.names import finished_shards
 from schemas.shard import CARD, CROISSANT, DATASET, UNCONDITIONAL, Manifest
@@ -82,9 +84,7 @@ def push(out: AnyPath, url: str, say: Callable[[str], None], *, gated: bool = Tr
             fetched = Path(api.hf_hub_download(repo, CARD, repo_type="dataset", local_dir=folder))
             page_card, card = (data.decode("utf-8", "replace") for data in (fetched.read_bytes(), others[CARD]))
             others[CARD] = with_text_of(page_card, card).encode()
-        missing = (
-            one for one in manifests if any(there.get(f"shards/{n}") != f["sha256"] for n, f in one.files.items())
-        )
+        missing = (one for one in manifests if not _is_there(one, there))
         while batch := list(islice(missing, _SHARDS)):
             with ExitStack() as opened:
                 files = [file for one in batch for file in _files(out, one, opened)]
@@ -118,6 +118,15 @@ def _hashes(api: "HfApi", repo: str) -> dict[str, str]:
     tree = api.list_repo_tree(repo, recursive=True, repo_type="dataset")
     files = (one for one in tree if isinstance(one, RepoFile))
     return {one.path: one.lfs.sha256 if one.lfs else one.blob_id for one in files}
+
+
+def _is_there(manifest: Manifest, there: Mapping[str, str]) -> bool:
+    """Whether the hub's copy, of which these are the hashes, has a shard; another plan may give the same files."""
+    text = manifest.to_json().encode()
+    as_git = hashlib.sha1(b"blob %d\0" % len(text) + text, usedforsecurity=False).hexdigest()
+    return there.get(f"shards/{manifest.shard}.json") in (as_git, sha256(text)) and all(
+        there.get(f"shards/{name}") == file["sha256"] for name, file in manifest.files.items()
+    )
 
 
 def _files(out: AnyPath, manifest: Manifest, opened: ExitStack) -> Iterator[tuple[str, Path | bytes]]:
