@@ -155,7 +155,7 @@ def _show_forecast(of: dict[str, Any], parts: int, cost_per_hour: float | None) 
         )
     console.print(table)
     say("Time is of this machine and network, under the load of now; a start counts once.")
-    if not of["kept_of_run"]:
+    if not (of["kept_of_run"] or of["is_exact"]):
         say("No row that was run was kept: the upper end on disk assumes 2.2 MB an image.")
     if given_up := of["given_up"]:
         say(f"Fetched are whole files; 4 to 64 kB come for each of {_number(given_up)} that start too small.")

@@ -234,11 +234,11 @@ def extrapolated(
         "run": size,  # rows that were run for real
         "seed": draw.seed,
         "counted": counts,
-        "is_exact": size == population,  # these were all rows: only the time is a guess for the next run
+        "is_exact": is_whole or size == population,  # these were all rows: only the time is a guess for the next run
         "kept_of_run": len(keys),
         "kept": kept,
         "bytes_fetched": fetched,  # image files that arrive whole, but for those of existing downloads and folders
-        "given_up": float(early.sum()) * population / size,  # photos whose first bytes showed that they are too small
+        "given_up": float(early.sum()) * population / max(1, size),  # whose first bytes show that they are too small
         "bytes_on_disk": disk,  # all of OUT
         "wall_hours": hours,
         "cores": cores,  # that are held for the run

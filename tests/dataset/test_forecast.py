@@ -221,6 +221,16 @@ def test_a_sample_of_all_rows_is_exact(tmp_path, monkeypatch, whole):
     assert causes["filter.min_image_px = 1024"] == 2  # small.jpg by its metadata, boasting.jpg by its header
 
 
+def test_of_rows_that_must_all_be_forgotten_nothing_is_forecast(tmp_path, whole):
+    out = shutil.copytree(whole, tmp_path / "out")
+    save(out, Forgotten().adding(domains=["sample.localhost"]))
+    result = forecast_of("--out", str(out), "--sample", "1000")["forecast"]
+    assert (result["run"], result["kept"]["high"], result["bytes_fetched"]["high"]) == (0, 0, 0)
+    said = CliRunner().invoke(app, ["plan", "--out", str(out), "--sample", "1000"]).output
+    assert "Run for real: all of these, and 0 were kept" in said
+    assert "assumes 2.2 MB an image" not in said
+
+
 def test_an_interrupted_sample_says_so_and_knows_what_out_forgets(tmp_path, monkeypatch):
     out = fake.write(tmp_path / "out", {"a-00000": fake.mixed("a")})
     save(out, Forgotten().adding(domains=["photos.example"]))

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from pipeline.dataset.out.ledger import read_manifests
 from pipeline.shared.files import AnyPath, Draft, fsync_names, writing
-from pipeline.shared.tars import Sample, unpack
+from pipeline.shared.tars import Sample, samples, unpack
 from schemas.errors import CorruptShardError, LostError, OutputError, RemoteError
 from schemas.shard import decode_npy
 
@@ -49,6 +49,10 @@ def export_json(
         claimed = manifest.files.get(tar.name, {}).get("bytes")
         if not tar.is_file() or tar.stat().st_size != claimed:
             raise CorruptShardError(f"{tar.name}: it has not the {claimed} bytes that {manifest.shard}.json says")
+    first = next((tar for tar, manifest in zip(tars, manifests, strict=True) if manifest.kept), None)
+    for _, files in samples(first, 0, 1, lambda suffix: False) if first else ():
+        if "arcface.npy" not in files:
+            raise OutputError("The samples hold no ID vectors: make the dataset again with --set pack.embeddings=true.")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
@@ -98,8 +102,6 @@ def _export(sample: Sample, folder: Path, crop: Crop, id_format: IdFormat) -> di
     if not areas:
         return None
     shown = crop if crop in areas else max(areas, key=areas.__getitem__)
-    if "arcface.npy" not in sample.files:
-        raise OutputError("The samples hold no ID vectors: make the dataset again with --set pack.embeddings=true.")
     suffix, vector = "npy", sample.files["arcface.npy"]
     if id_format == "pt-numpy":
         import torch  # takes seconds, so only where it is needed

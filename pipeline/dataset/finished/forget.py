@@ -21,6 +21,7 @@ from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.report import REPORT, write_report
 from pipeline.dataset.out.forgotten import NEW, finish, load, save
 from pipeline.dataset.out.ledger import (
+    LIVE,
     UNREADABLE,
     counts,
     funnel,
@@ -117,6 +118,7 @@ def forget(
         with writing(out):
             finish(out)
             output.clear()
+            (out / LIVE).unlink(missing_ok=True)  # a run that was killed leaves it behind a URL, with names of hosts
             save(out, forgotten)  # first of all: whatever happens then, nothing of it is fetched again
         try:
             if (out / EVENTS).exists():  # no run may be writing to it: names of hosts go, and a line that is none

@@ -67,7 +67,7 @@ class Curve:
 
 
 def read_faces(out: AnyPath) -> Faces:
-    """The first 3,000 or so photos of the dataset.
+    """The first 3,000 photos of the dataset.
 
     Raises:
         OutputError: when persons or ID vectors are not known, or no person has two photos.
@@ -78,6 +78,7 @@ def read_faces(out: AnyPath) -> Faces:
     vectors: list[Floats] = []
     for shard, ledger in zip(shard_names(out), ledgers(out, columns), strict=True):
         rows = ledger.filter(pc.and_(pc.equal(ledger["verdict"], KEPT), pc.is_valid(ledger["person"])))
+        rows = rows.slice(0, _MOST - len(vectors))
         if rows.num_rows:
             tar = out / "shards" / f"{shard}.tar"
             files = dict(samples(tar, wish=lambda suffix: suffix == "arcface.npy"))
@@ -86,7 +87,7 @@ def read_faces(out: AnyPath) -> Faces:
             except KeyError as error:
                 raise OutputError(f"{tar} has no ID vectors (pack.embeddings = false).") from error
             tables.append(rows)
-        if len(vectors) >= _MOST:
+        if len(vectors) == _MOST:
             break
     if not tables:
         raise OutputError(

@@ -10,6 +10,7 @@ from pipeline.dataset.execute.tally import details
 from pipeline.dataset.out.ledger import LIVE, read_dataset, read_manifests, summary, why_nothing
 from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import AnyPath, RemotePath, times
+from schemas.errors import OutputError
 from schemas.names import shard_origin
 from schemas.shard import DATASET
 from stages.fetch.answer import SECOND_CHANCE
@@ -25,14 +26,16 @@ def status(out: AnyPath) -> dict[str, Any]:
     Times are seconds since 1970, those of the file system that holds OUT.
 
     Raises:
-        OutputError: when OUT is no dataset.
+        OutputError: when OUT is no dataset, or on a site that says nothing of times.
         CorruptShardError: when a file of it is damaged.
     """
     manifests = read_manifests(out)
     dataset = read_dataset(out)
     planned: dict[str, int | None] = dataset["planned"] if isinstance(dataset.get("planned"), dict) else {}
     counted = summary(manifests, out)
-    begun, files = times(out)[DATASET], times(out / "shards")
+    begun, files = times(out).get(DATASET), times(out / "shards")
+    if begun is None:
+        raise OutputError(f"{out} does not say when its files were written: ask where its run goes on.")
     ends = {manifest.shard: files.get(f"{manifest.shard}.json", begun) for manifest in manifests}
     of_run = sorted((end, manifest.rows_in) for manifest in manifests if (end := ends[manifest.shard]) > begun)
     is_over, live = "shards" in dataset, None

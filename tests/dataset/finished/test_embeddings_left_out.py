@@ -66,6 +66,7 @@ def test_the_trainer_and_the_export_say_what_to_do(tmp_path):
             features_of(dataset, [role], AdapterSettings())
     with pytest.raises(OutputError, match=r"again with --set pack\.embeddings=true"):
         export_json(Path(out), tmp_path / "list")
+    assert not (tmp_path / "list").exists()
 
 
 def test_a_dataset_without_embeddings(tmp_path, remembered):

@@ -23,7 +23,7 @@ from pipeline.dataset.finished.forget import forget, take_down_listed
 from pipeline.dataset.finished.report import write_report
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.out.forgotten import FORGOTTEN, Forgotten, finish, load
-from pipeline.dataset.out.ledger import funnel, read_manifests
+from pipeline.dataset.out.ledger import LIVE, funnel, read_manifests
 from pipeline.dataset.out.output import Output
 from pipeline.shared.files import to_path, write
 from schemas.errors import CorruptShardError, LostError, OutputError, SourceError
@@ -220,6 +220,7 @@ def remote(published):
 
 
 def test_a_remote_dataset_is_forgotten_in_too(out, remote):
+    write(remote / LIVE, b'{"slowest_hosts": {"photos.example": 2.5}}')  # of a run that was killed
     wanted = {"urls": (KEPT_URL, DEAD_URL), "contents": ("cd" * 32,)}
     assert forget(remote, **wanted).rows == forget(out, **wanted).rows == {FIRST: [KEYS[0], KEYS[3]], SECOND: [KEYS[6]]}
     assert verify(remote) == []
@@ -227,6 +228,7 @@ def test_a_remote_dataset_is_forgotten_in_too(out, remote):
         if name != FORGOTTEN:
             assert (remote / name).read_bytes() == data, name
     assert not list((remote / "shards").glob(".new-*"))
+    assert not (remote / LIVE).exists()
 
 
 @pytest.mark.parametrize("steps", range(3))

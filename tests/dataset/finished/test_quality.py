@@ -61,6 +61,12 @@ def test_errors_are_those_of_all_pairs(planted):
         )
 
 
+def test_no_more_photos_are_compared_than_memory_has_room_for(planted, monkeypatch):
+    """A shard may hold any number (`group --samples-per-shard`): all of its pairs were held, 25 bytes each."""
+    monkeypatch.setattr("pipeline.dataset.finished.quality._MOST", 200)
+    assert len(read_faces(planted).persons) == 200
+
+
 def test_the_table_names_what_earns_its_place_and_what_was_not_measured(planted, tmp_path):
     result = CliRunner().invoke(app, ["quality", str(planted), "--similarity", "0.5"])
     assert result.exit_code == 0, result.output

@@ -113,6 +113,13 @@ def test_a_remote_run_is_seen_too():
     MemoryFileSystem.store.clear()
 
 
+def test_a_site_that_says_nothing_of_times_is_one_sentence(half, monkeypatch):
+    """As https:// does."""
+    monkeypatch.setattr("pipeline.dataset.finished.status.times", lambda folder: {})
+    with pytest.raises(OutputError, match="does not say when its files were written"):
+        status(half)
+
+
 @pytest.mark.parametrize("key", ["mtime", "LastModified", "last_modified", "updated"])
 def test_times_of_other_stores(key, monkeypatch):
     from datetime import UTC, datetime
