@@ -79,10 +79,12 @@ def full_path(fs: Any, inside: str, word: str = "") -> str:
     return inside if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(inside))
 
 
-def open_binary(path: str, compression: str | None = None) -> Any:
-    """Open a file for reading bytes, seekable; with "infer", decompressed by its name."""
+def open_binary(path: str, compression: str | None = None, **options: Any) -> Any:
+    """Open a file for reading bytes, seekable; with "infer", decompressed by its name. `options` are fsspec's."""
     fs, inside = locate(path)
-    return fsspec.core.OpenFile(fs, inside, "rb", compression).open() if compression else fs.open(inside, "rb")
+    if compression:
+        return fsspec.core.OpenFile(fs, inside, "rb", compression).open()
+    return fs.open(inside, "rb", **options)
 
 
 def kind_of(path: str) -> Literal["file", "directory"] | None:

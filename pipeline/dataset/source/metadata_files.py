@@ -93,15 +93,21 @@ def probe_parquet(path: str) -> tuple[pa.Schema, int]:
         return parquet.schema_arrow, parquet.metadata.num_rows
 
 
-def _opened(file: Any) -> pq.ParquetFile:
+@contextmanager
+def _opened(path: str) -> Iterator[pq.ParquetFile]:
     """A parquet file whose large column chunks are read through small buffers."""
-    footer = pq.read_metadata(file)
+    with open_binary(path) as file:
+        footer = pq.read_metadata(file)
     # Not column by column: pyarrow ends the process when it meets damaged statistics there.
     sizes = [footer.row_group(number).total_byte_size for number in range(footer.num_row_groups)]
     # Small groups are read whole: behind a buffer, a damaged page gets whatever 2 GB it claims to need.
     buffer = _BUFFER if max(sizes, default=0) > _GROUP else 0
+    # Columns take turns behind buffers: what a remote file reads ahead in one, 50 MB on S3, is lost at the next.
+    cache = {"cache_type": "none"} if buffer else {}
     # pre_buffer, on by default, would fetch whole column chunks in spite of the buffer size.
-    return pq.ParquetFile(file, pre_buffer=False, buffer_size=buffer)
+    options: dict[str, Any] = {"metadata": footer, "pre_buffer": False, "buffer_size": buffer}
+    with open_binary(path, **cache) as file, pq.ParquetFile(file, **options) as parquet:
+        yield parquet
 
 
 def read_parquet(path: str, aliases: Aliases = ALIASES, image: pa.Field | None = None) -> Iterator[pa.Table]:
@@ -109,7 +115,7 @@ def read_parquet(path: str, aliases: Aliases = ALIASES, image: pa.Field | None =
     name, type, row = (image.name, image.type, 0) if image is not None else ("", pa.null(), 0)
     is_struct = pa.types.is_struct(type)
     name_cells = [f"{name}.path"] if is_struct and type.get_field_index("path") >= 0 else []
-    with reading(path), open_binary(path) as file, _opened(file) as parquet:
+    with reading(path), _opened(path) as parquet:
         names = resolve([one for one in parquet.schema_arrow.names if image is None or one != name], aliases)
         for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=[*names.values(), *name_cells]):
             # By number, since a file may hold a name twice.
@@ -286,7 +292,7 @@ def holds_images(path: str, image: pa.Field) -> bool:
     """Whether a parquet file with rows has an image in any cell: `datasets` by itself saves their paths alone."""
     if not pa.types.is_struct(image.type):
         return True
-    with reading(path), open_binary(path) as file, _opened(file) as parquet:
+    with reading(path), _opened(path) as parquet:
         groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
         if any(one.total_byte_size > _WITH_IMAGES * one.num_rows for one in groups) or not parquet.metadata.num_rows:
             return True

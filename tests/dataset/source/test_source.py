@@ -11,7 +11,6 @@ import tarfile
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import aiohttp
 import fsspec
@@ -19,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from fsspec.spec import AbstractBufferedFile
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -463,31 +462,55 @@ def test_a_csv_that_is_left_early_is_in_no_thread_any_more(tmp_path, monkeypatch
     assert sys.getrefcount(file) == 2, "this name, and the argument"
 
 
-class Remote(AbstractBufferedFile):
-    """A file as fsspec has it of a store, which counts the bytes that it gives."""
+class Store(AbstractFileSystem):
+    """Local files as those of a store, of which fsspec reads blocks; counts what is fetched, and what is given."""
 
-    given = 0
+    protocol, cachable = "counted", False
+    fetched = given = 0
 
-    def _fetch_range(self, start, end):
-        return Path(self.path).read_bytes()[start:end]
+    class File(AbstractBufferedFile):
+        def _fetch_range(self, start, end):
+            Store.fetched += end - start
+            return Path(self.path).read_bytes()[start:end]
 
-    def read(self, length=-1):
-        data = super().read(length)
-        Remote.given += len(data)
-        return data
+        def read(self, length=-1):
+            data = super().read(length)
+            Store.given += len(data)
+            return data
+
+    def info(self, path, **_):
+        return {"name": path, "size": Path(path).stat().st_size, "type": "file"}
+
+    def _open(self, path, mode="rb", block_size=None, **options):
+        return Store.File(self, path, mode, block_size or 1 << 20, **options)
 
 
-def test_lines_of_a_remote_jsonl_cost_no_block_each(tmp_path, monkeypatch):
+@pytest.fixture
+def store():
+    fsspec.register_implementation("counted", Store, clobber=True)
+    Store.fetched = Store.given = 0
+    return Store
+
+
+def test_lines_of_a_remote_jsonl_cost_no_block_each(tmp_path, store):
     """Of S3, 184 rows were read in 20 s: for each line 50 MB were copied."""
     path = tmp_path / "p.jsonl"
     path.write_text("".join(f'{{"url": "http://a.org/{n}"}}\n' for n in range(5000)))
-    store = SimpleNamespace(info=lambda path: {"size": path.stat().st_size}, details={})
-    monkeypatch.setattr(
-        metadata_files, "open_binary", lambda *_: Remote(store, path, size=path.stat().st_size, cache_type="readahead")
-    )
-    (table,) = metadata_files.read_jsonl(str(path), metadata_files.ALIASES)
+    (table,) = metadata_files.tables(f"counted://{path}")
     assert table["url"].to_pylist() == [f"http://a.org/{n}" for n in range(5000)]
-    assert Remote.given <= 2 * path.stat().st_size
+    assert store.given <= 2 * path.stat().st_size
+
+
+def test_a_remote_parquet_of_large_groups_is_fetched_once(tmp_path, store, monkeypatch):
+    """Of S3, ten times its bytes came: 50 MB were read ahead in each column, and lost at the next."""
+    monkeypatch.setattr(metadata_files, "_GROUP", 1 << 16)
+    monkeypatch.setattr(metadata_files, "_BUFFER", 1 << 16)
+    monkeypatch.setattr(metadata_files, "BATCH_ROWS", 1000)
+    path, texts = tmp_path / "p.parquet", [os.urandom(40).hex() for _ in range(20_000)]
+    pq.write_table(pa.table({"url": texts, "text": texts[::-1], "nsfw": texts}), path, data_page_size=1 << 14)
+    tables = list(metadata_files.tables(f"counted://{path}"))
+    assert pa.concat_tables(tables)["url"].to_pylist() == texts
+    assert store.fetched <= 2 * path.stat().st_size
 
 
 def test_jsonl_rows_may_differ_in_keys_and_types(tmp_path):
