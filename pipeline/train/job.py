@@ -55,6 +55,11 @@ class TrainJob:
         return Widths(self.base.kind, self.base.text_width, **self.features.widths)
 
     @property
+    def last_step(self) -> int:
+        """That of the checkpoint from which a resumed run goes on, 0 for one that begins."""
+        return max(self.run.steps(), default=0) if self.resume else 0
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What must not change when a run is resumed."""
         return {

@@ -4,6 +4,7 @@ from itertools import chain
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from pipeline.shared.events import Hook
 from pipeline.train import objective
@@ -18,7 +19,7 @@ from pipeline.train.settings import OptimSettings
 from pipeline.train.stop import StopSignal
 from pipeline.train.validate.validation import Validator
 from pipeline.train.watch import Watch, console, say, show, warn_once
-from schemas.errors import ConfigError, ExitCode
+from schemas.errors import ConfigError, ExitCode, OutputError, SourceError
 
 FROZEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The frozen base needs no more precision than it is computed in."""
@@ -38,14 +39,15 @@ def train(job: TrainJob) -> ExitCode:
     id_loss = id_loss_of(config.objective, base)
     validator = Validator(job, base)
     hook = Hook(config.watch.hook, warn_once()) if config.watch.hook and is_main else None
-    session = Session(job, accelerator, base)
+    session, last = Session(job, accelerator, base), job.last_step
+    require_agreement(accelerator, job, last)
     if is_main:
         description = described(job, session.model)
         run.check(description, resume=job.resume)
     hash_shards(job)  # last: a mistake of the call is not to be shown after hours
     accelerator.wait_for_everyone()
-    if job.resume and run.steps():
-        session.restore(run.steps()[-1])
+    if last:
+        session.restore(last)
     for notice in session.loader.notices:
         say(f"note: {notice}")
     reading = iter(session.loader)
@@ -109,6 +111,28 @@ def train(job: TrainJob) -> ExitCode:
         say(note)
     write_page()  # with those files
     return ExitCode.OK
+
+
+def require_agreement(accelerator: Accelerator, job: TrainJob, last: int) -> None:
+    """See that all processes go on from the same step, on the same data: each reads the disks of its own machine.
+
+    Else each would train weights of its own, without a word.
+
+    Raises:
+        OutputError: when RUN is another folder for some of them.
+        SourceError: when the dataset is.
+    """
+    seen = gather_object([(last, job.dataset.digest)])
+    steps = dict.fromkeys(str(step or "none") for step, _ in seen)
+    if len(steps) > 1:
+        raise OutputError(
+            f"{job.run.root} is not the same folder on all machines (step of the last checkpoint: {', '.join(steps)}): "
+            "put --out on a disk that they share, or copy it to each of them."
+        )
+    if len({digest for _, digest in seen}) > 1:
+        raise SourceError(
+            f"{job.dataset.folders} is not the same on all machines: copy the dataset to each of them again."
+        )
 
 
 def make_accelerator(settings: OptimSettings) -> Accelerator:

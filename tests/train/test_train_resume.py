@@ -475,8 +475,8 @@ def test_a_resumed_run_plans_what_it_reads_once(short, dataset, monkeypatch):
     assert len(plans) == 1
 
 
-def test_another_dataset_is_not_continued_on(short, dataset, tmp_path):
-    other = tmp_path / "other"
+def other_dataset(dataset, other):
+    """The same samples, made by another plan, as the manifest says."""
     (other / "shards").mkdir(parents=True)
     for path in (dataset / "shards").iterdir():
         os.link(path, other / "shards" / path.name)
@@ -488,6 +488,11 @@ def test_another_dataset_is_not_continued_on(short, dataset, tmp_path):
     (ledger,) = other.glob("shards/*.parquet")
     told["files"][ledger.name] = {**told["files"][ledger.name], "sha256": "0" * 64}
     manifest.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
+    return other
+
+
+def test_another_dataset_is_not_continued_on(short, dataset, tmp_path):
+    other = other_dataset(dataset, tmp_path / "other")
     with pytest.raises(UserError, match="dataset was '") as error:
         train(other, short.root, resume=True)
     refused(error)
@@ -680,3 +685,28 @@ def test_another_number_of_processes_goes_on_with_the_next_epoch(pair, server, d
             generator.set_state(rank[name])
             seeds.append(generator.initial_seed())
         assert len({*seeds}) == 5
+
+
+_ELSEWHERE = """
+if os.environ["RANK"] == "1":
+    call["words"][call["words"].index({here!r})] = {there!r}
+"""
+
+
+def test_machines_that_see_other_checkpoints_do_not_train_each_by_itself(pair, server, dataset, tmp_path):
+    run = RunFolder(Path(shutil.copytree(pair[0].root, tmp_path / "run")))
+    first = _ELSEWHERE.format(here=str(run.root), there=str(tmp_path / "there"))
+    again = two(server, dataset, run, tmp_path / "observed", "--resume", first=first, steps=DDP_STEPS + 2)
+    assert [process.end() for process in again] == [ExitCode.USER_ERROR] * 2, again[0].said
+    assert f"(step of the last checkpoint: {DDP_STEPS}, none)" in again[0].said
+    assert run.steps()[-1] == DDP_STEPS
+    assert not (tmp_path / "there").exists()
+
+
+def test_machines_that_see_other_datasets_do_not_train(server, dataset, tmp_path):
+    run, other = RunFolder(tmp_path / "run"), other_dataset(dataset, tmp_path / "other")
+    first = _ELSEWHERE.format(here=str(dataset), there=str(other))
+    both = two(server, dataset, run, tmp_path / "observed", first=first)
+    assert [process.end() for process in both] == [ExitCode.USER_ERROR] * 2, both[0].said
+    assert "is not the same on all machines" in both[0].said
+    assert not run.root.exists()
