@@ -1,10 +1,12 @@
 """The training loop: `train` reads top to bottom."""
 
+import os
+from datetime import timedelta
 from itertools import chain
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, gather_object
 
 from pipeline.shared.events import Hook
 from pipeline.train import objective
@@ -23,6 +25,10 @@ from schemas.errors import ConfigError, ExitCode, OutputError, SourceError
 
 FROZEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The frozen base needs no more precision than it is computed in."""
+_SPLITTING = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
+"""What accelerate may be set up for that spreads weights over processes: each of these would save its part of them."""
+_PATIENCE = timedelta(hours=2)
+"""How long processes wait for another one: the main one may draw a large grid. By themselves they wait 10 minutes."""
 
 
 def train(job: TrainJob) -> ExitCode:
@@ -139,8 +145,13 @@ def make_accelerator(settings: OptimSettings) -> Accelerator:
     """This process's device, precision and peers.
 
     Raises:
-        ConfigError: for a precision that the device cannot do.
+        ConfigError: for a precision that the device cannot do, and a launcher that spreads weights over processes.
     """
+    if splitting := [name for name in _SPLITTING if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"]:
+        raise ConfigError(
+            f"accelerate is set up for {splitting[0]}, which spreads weights over processes, and every process trains "
+            "all of them here: start it by torchrun, or by accelerate launch --multi_gpu."
+        )
     precision, has_gpu = settings.precision, torch.cuda.is_available()
     if precision == "auto":
         precision = "bf16" if has_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
@@ -148,4 +159,10 @@ def make_accelerator(settings: OptimSettings) -> Accelerator:
         raise ConfigError(
             "optim.precision = fp16 needs a GPU, and torch has none here; use no (or bf16, slow on CPUs)."
         )
-    return Accelerator(gradient_accumulation_steps=settings.accumulate, mixed_precision=precision, cpu=not has_gpu)
+    return Accelerator(
+        # Given as a number, accelerate would take a variable of the environment instead.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.accumulate),
+        mixed_precision=precision,
+        cpu=not has_gpu,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+    )

@@ -21,10 +21,10 @@ from pipeline.train.base_model import Base
 from pipeline.train.export import described, export_run, loading
 from pipeline.train.job import Call, prepared
 from pipeline.train.session import Session
-from pipeline.train.settings import ObjectiveSettings
+from pipeline.train.settings import ObjectiveSettings, OptimSettings
 from pipeline.train.watch import METRICS
 from schemas.arcface import PACK_FILES
-from schemas.errors import ExitCode, OutputError
+from schemas.errors import ConfigError, ExitCode, OutputError
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -298,6 +298,18 @@ def test_two_batches_of_one_are_a_batch_of_two(dataset, tmp_path, monkeypatch):
         assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=1e-4)
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
     assert distance(weights(whole), weights(parts)) < 1e-5
+
+
+def test_a_variable_of_accelerate_s_changes_no_step(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    assert trainer.make_accelerator(OptimSettings(accumulate=2)).gradient_accumulation_steps == 2
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
+def test_a_launcher_that_spreads_weights_over_processes_is_refused(name, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ConfigError, match="torchrun"):
+        trainer.make_accelerator(OptimSettings())
 
 
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine(dataset, tmp_path):

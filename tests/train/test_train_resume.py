@@ -661,6 +661,21 @@ def test_one_of_two_processes_hears_the_signal_and_both_stop_and_go_on(pair, ser
     assert lines(run) == lines(undisturbed)
 
 
+_SLOW_GRID = """
+import datetime
+import torch.distributed.distributed_c10d
+from pipeline.train.validate.validation import Validator
+torch.distributed.distributed_c10d._get_default_timeout = lambda _: datetime.timedelta(seconds=3)
+Validator.run = lambda *_: __import__("time").sleep(6) or {}
+"""
+
+
+def test_the_other_process_waits_for_a_grid_that_takes_long(server, dataset, tmp_path):
+    grids = ("--set", "watch.validate_every=1", "--set", "watch.save_every=9")
+    both = two(server, dataset, RunFolder(tmp_path / "run"), tmp_path / "seen", *grids, first=_SLOW_GRID, steps=2)
+    assert [process.end() for process in both] == [0, 0], both[0].said + both[1].said
+
+
 def test_another_number_of_processes_goes_on_with_the_next_epoch(pair, server, dataset, tmp_path):
     run = RunFolder(Path(shutil.copytree(pair[0].root, tmp_path / "run")))
     before = lines(run)[-1]["epoch"]
