@@ -31,6 +31,9 @@ FFHQ_TEMPLATE: Floats = np.array(
 _FFHQ_BORDER = (132, 133, 135)
 """RGB around the photo in FFHQ crops, as facexlib fills it."""
 
+MOST_SIDE = 32_766
+"""Pixels, of a picture that OpenCV warps."""
+
 
 def similarity(kps: npt.ArrayLike, template: npt.ArrayLike) -> Matrix:
     """The (2, 3) similarity that maps kps onto template, both (N, 2), with least squares (Umeyama 1991); read-only.
@@ -65,7 +68,7 @@ def norm_matrix(kps: npt.ArrayLike, size: int) -> Matrix:
 
 def norm_crop(image: Image, kps: npt.ArrayLike, size: int) -> Image:
     """(size, size, 3) aligned face, bilinear, black outside of the photo: insightface's `face_align.norm_crop`."""
-    return _warp(image, norm_matrix(kps, size), size)
+    return warp(image, norm_matrix(kps, size), size)
 
 
 def ffhq_matrix(kps: npt.ArrayLike) -> Matrix:
@@ -75,7 +78,7 @@ def ffhq_matrix(kps: npt.ArrayLike) -> Matrix:
 
 def ffhq_crop(image: Image, kps: npt.ArrayLike) -> Image:
     """(512, 512, 3) aligned face with hair and neck, bilinear, grey outside of the photo: what face parsers expect."""
-    return _warp(image, ffhq_matrix(kps), FFHQ_SIZE, _FFHQ_BORDER)
+    return warp(image, ffhq_matrix(kps), FFHQ_SIZE, _FFHQ_BORDER)
 
 
 def transform_points(matrix: Matrix, points: npt.ArrayLike) -> Floats:
@@ -89,7 +92,7 @@ def warp_labels(labels: npt.NDArray[np.uint8], kps: npt.ArrayLike, size: int) ->
     `kps` are the five points in the photo.
     """
     matrix = norm_matrix(kps, size) @ np.vstack([invert(ffhq_matrix(kps)), [0, 0, 1]])
-    return _warp(labels, matrix, size, 0, cv2.INTER_NEAREST)
+    return warp(labels, matrix, size, 0, cv2.INTER_NEAREST)
 
 
 def inside_photo(kps: npt.ArrayLike, width: int, height: int, size: int) -> Mask:
@@ -162,12 +165,28 @@ def _start(wanted: float, face: tuple[int, int], side: int, limit: int) -> int:
     return min(max(round(wanted), first), last)
 
 
-def _warp(
+def warp(
     image: npt.NDArray[np.uint8],
     matrix: Matrix,
     size: int,
     border: int | tuple[int, int, int] = 0,
     interpolation: int = cv2.INTER_LINEAR,
 ) -> npt.NDArray[np.uint8]:
+    """(size, size, ...) of the image under a (2, 3) matrix, `border` outside of it."""
+    if max(image.shape[:2]) > MOST_SIDE:
+        image, matrix = _part(image, matrix, size)
     warped: npt.NDArray[np.uint8] = cv2.warpAffine(image, matrix, (size, size), flags=interpolation, borderValue=border)
     return warped
+
+
+def _part(image: npt.NDArray[np.uint8], matrix: Matrix, size: int) -> tuple[npt.NDArray[np.uint8], Matrix]:
+    """What of an image a warp shows, thinned out where that is too large too, and the matrix that suits it."""
+    ends = -1, size
+    shown = transform_points(invert(matrix), [(x, y) for x in ends for y in ends])
+    sides = np.array(image.shape[1::-1])
+    first = np.clip(np.floor(shown.min(axis=0)) - 1, 0, sides - 1).astype(int)
+    last = np.clip(np.ceil(shown.max(axis=0)) + 1, first, sides - 1).astype(int)
+    step = -(-int((last - first).max() + 1) // MOST_SIDE)
+    part = np.ascontiguousarray(image[first[1] : last[1] + 1 : step, first[0] : last[0] + 1 : step])
+    linear = matrix[:, :2]
+    return part, np.column_stack([step * linear, linear @ first + matrix[:, 2]])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
+from math import ceil
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -34,6 +35,8 @@ _DOUBTFUL, _CERTAIN = 0.1, 0.3
 of them turned, dark or blurred, none scored under 0.18, four under 0.3; of faceless photos 43 % score 0.1, 3 % 0.3."""
 _CROP, _AROUND, _MOST_CROPS = 128, 2.0, 8
 """Side of what is looked at closer, pixels; that of the square / longer side of the box in it; boxes of one photo."""
+_MOST_REACH = 16_000
+"""How far around such a box a photo is looked at that is larger than OpenCV can warp (32,766 px)."""
 _WIDE = {(0, 1): 1.0, (0, -1): 0.8} | {(turn, 1): 0.6 for turn in (45, -45, 90, -90, 135, -135, 180)}
 _LOOKS = {1.5: {(0, 1): 0.7, (0, -1): 0.56}, 3.0: _WIDE, 4.0: _WIDE}
 """How a doubtful second box is looked at: side of what is cut out for it / its own -> degrees by which it is turned,
@@ -253,10 +256,15 @@ def _closer(image: Image, boxes: Floats, scores: Floats, turn: float = 0, around
     for index in order[without_overlaps(boxes[order])[:_MOST_CROPS]]:
         x1, y1, x2, y2 = boxes[index]
         scale = _CROP / (around * max(x2 - x1, y2 - y1, 1))
-        centre = float(x1 + x2) / 2, float(y1 + y2) / 2
+        part, centre = image, np.array([float(x1 + x2), float(y1 + y2)]) / 2
+        if max(image.shape[:2]) > 2 * _MOST_REACH:
+            reach, middle = min(ceil(_CROP / scale), _MOST_REACH), centre.astype(int)
+            start = np.clip(middle - reach, 0, np.array(image.shape[1::-1]) - 1)
+            right, bottom = np.maximum(middle + reach, start) + 1
+            part, centre = image[start[1] : bottom, start[0] : right], centre - start
         matrix = cv2.getRotationMatrix2D(centre, turn, float(scale))
-        matrix[:, 2] += _CROP / 2 - np.array(centre)
-        crops.append(np.ascontiguousarray(cv2.warpAffine(image, matrix, (_CROP, _CROP))[:, :, ::-1]))
+        matrix[:, 2] += _CROP / 2 - centre
+        crops.append(np.ascontiguousarray(cv2.warpAffine(part, matrix, (_CROP, _CROP))[:, :, ::-1]))
     return crops
 
 

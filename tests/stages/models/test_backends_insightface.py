@@ -379,3 +379,12 @@ def test_yunet_sees_the_same_faces_with_points_in_our_order(
         assert np.abs(found.kps[0] - expected.kps[0]).max() < 0.25 * eyes, name
         assert found.score[0] > 0.8
         assert np.all(np.diff(found.score) <= 0)
+
+
+def test_a_box_in_a_photo_wider_than_opencv_warps_is_looked_at_closer():
+    near = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    wide = np.hstack([near, np.zeros((300, 33_000, 3), np.uint8)])
+    box, score = np.array([[100, 80, 180, 170]], np.float32), np.ones(1, np.float32)
+    for turn in (0, 45):
+        (expected,), (crop,) = (scrfd._closer(photo, box, score, turn) for photo in (near, wide))
+        assert (crop == expected).all()

@@ -58,6 +58,27 @@ def test_ffhq_crop_is_filled_with_grey_outside_of_the_photo() -> None:
     assert np.abs(geometry.transform_points(geometry.ffhq_matrix(KPS), KPS) - FFHQ_TEMPLATE).max() < 15
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_a_crop_is_the_same_of_a_part_of_the_photo(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, image = np.random.default_rng(seed), samples.astronaut()
+    matrix = similar(rng.uniform(0.3, 1.5), rng.uniform(-180, 180), rng.uniform(-50, 500), rng.uniform(-50, 500))
+    kps = geometry.transform_points(matrix, ARCFACE_TEMPLATE)
+    whole = geometry.ffhq_crop(image, kps)
+    monkeypatch.setattr(geometry, "MOST_SIDE", 511)
+    assert (geometry.ffhq_crop(image, kps) == whole).all()
+
+
+@pytest.mark.parametrize("scale", [1, 300])
+def test_a_photo_may_be_wider_than_opencv_warps(scale: int) -> None:
+    kps = (KPS - KPS[0]) * [scale, 1] + [20_000, 300]
+    photo = np.full((600, geometry.MOST_SIDE + 1, 3), 200, np.uint8)
+    photo[:, :20_000] = 100
+    crop = geometry.norm_crop(photo, kps, 224)
+    eye = geometry.transform_points(geometry.norm_matrix(kps, 224), kps[:1])[0].round().astype(int)
+    assert crop[eye[1], eye[0] - 8].tolist() == [100] * 3
+    assert crop[eye[1], eye[0] + 8].tolist() == [200] * 3
+
+
 @given(matrices, jitters, st.floats(0.1, 0.9), st.floats(0.1, 0.9))
 @settings(max_examples=100, deadline=None)
 def test_a_label_lands_where_its_pixel_lands(matrix: np.ndarray, jitter: np.ndarray, u: float, v: float) -> None:
