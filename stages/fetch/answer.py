@@ -64,7 +64,7 @@ def opted_out(tags: Iterable[str], agent: str) -> bool:
         is_meant = True
         for piece in tag.lower().split(","):
             name, colon, rest = (part.strip() for part in piece.partition(":"))
-            if colon and name in _WITH_VALUE:
+            if colon and (name in _WITH_VALUE or " " in name):  # the latter is half of a date: `Fri, 25 Jun 2010 15:00`
                 continue
             if colon:
                 is_meant = name == "*" or name in our_words
@@ -81,7 +81,7 @@ def _seconds(retry_after: str | None) -> float | None:
         return float(retry_after)
     try:
         date = parsedate_to_datetime(retry_after)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
 

@@ -24,6 +24,8 @@ SETTINGS = DownloadSettings(retries=2)
         "otherbot: nofollow, faceshards: noindex",
         "max-image-preview: large, noai",
         "unavailable_after: 25 Jun 2030 15:00:00 PST, noai",
+        "unavailable_after: Tue, 25 Jun 2030 15:00:00 GMT, noai",
+        "faceshards: unavailable_after: Tuesday, 25-Jun-30 15:00:00 GMT, noai",
     ],
 )
 def test_opt_outs(tag):
@@ -31,7 +33,18 @@ def test_opt_outs(tag):
 
 
 @pytest.mark.parametrize(
-    "tag", ["", "all", "nofollow", "otherbot: noai", "otherbot: nofollow, noai", "noaix", "max-snippet: 0", "::,,:"]
+    "tag",
+    [
+        "",
+        "all",
+        "nofollow",
+        "otherbot: noai",
+        "otherbot: nofollow, noai",
+        "noaix",
+        "max-snippet: 0",
+        "::,,:",
+        "360bot: noai",
+    ],
 )
 def test_no_opt_outs(tag):
     assert not opted_out([tag], OURS)
@@ -77,6 +90,11 @@ def test_retry_after_as_a_date(zone):
     date = format_datetime((datetime.now(UTC) + timedelta(seconds=5)).replace(tzinfo=zone))
     assert 2 < wait_s(refusal(date), 0, SETTINGS, left_s=9.0) <= 5
     assert wait_s(refusal("Mon, 01 Jan 2001 00:00:00 GMT"), 0, SETTINGS, left_s=9.0) == 0
+
+
+@pytest.mark.parametrize("date", ["Mon, 01 Jan 2024 00:00:00 +99999999999999999999", f"1 Jan 2024 0:0:{'9' * 20} GMT"])
+def test_retry_after_as_a_date_beyond_all_dates_is_none(date):
+    assert wait_s(refusal(date), 0, SETTINGS, left_s=9.0) == 0.25
 
 
 def test_the_back_off_doubles_and_ends():
