@@ -19,6 +19,8 @@ from stages.settings import DownloadSettings
 PATH = "/robots.txt"
 MOST_BYTES = 500 << 10
 """So much of a robots.txt is read (RFC 9309, 2.5)."""
+_MOST_RECEIVED = 2 * MOST_BYTES
+"""What may come until that is there, however little download.max_bytes allows for an image."""
 _MOST_WORK = 50_000
 """Rules, counted once for each robot of their group, and wildcards: more than that would take seconds to read."""
 _LONGEST_LINE = 2_000
@@ -37,7 +39,7 @@ _MOST_KEPT = 8 << 20
 """Bytes of robots.txt files whose rules are remembered, of all hosts together; rules take some ten times as much."""
 
 _AGENT = re.compile(r"[ \t]*user[- ]?agent\b", re.IGNORECASE)
-_VERSION = re.compile(r"^([ \t]*user[- ]?agent[ \t]*:[ \t]*[a-z_-]+)/[^\s#]*", re.IGNORECASE | re.MULTILINE)
+_VERSION = re.compile(r"^([ \t]*user[- ]?agent[ \t]*:[ \t]*[^\s/#]+)/[^\s#]*", re.IGNORECASE | re.MULTILINE)
 _UNROOTED = re.compile(r"^([ \t]*(?:dis)?allow[ \t]*:[ \t]*)(?=[^/*$#\s])", re.IGNORECASE | re.MULTILINE)
 _UNREACHABLE = frozenset({DropReason.FORBIDDEN_ADDRESS, DropReason.DNS_ERROR})
 
@@ -80,7 +82,7 @@ ALL = Rules()
 
 def name_of(user_agent: str) -> str:
     """Our name in robots.txt: the first word of the User-Agent, up to a slash."""
-    name = re.match(r"[A-Za-z_-]+", user_agent)
+    name = re.search(r"[^\s/]+", user_agent)
     return name[0].lower() if name else "*"
 
 
@@ -129,7 +131,7 @@ class Robots:
             url = trail[-1]
             async with self._hosts.connections(url.host), deadline.running(), self._client.get(url) as answer:
                 if not check_status(answer.status, answer.headers.get("Retry-After")):
-                    async for piece in answer.pieces(self._settings.max_bytes):
+                    async for piece in answer.pieces(_MOST_RECEIVED):
                         text += piece
                         if len(text) >= MOST_BYTES:
                             break

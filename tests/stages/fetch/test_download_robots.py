@@ -149,6 +149,12 @@ def test_only_the_first_half_megabyte_is_read(stage, server):
     assert server.poured < 16 << 20
 
 
+def test_it_may_be_larger_than_an_image_may(stage, server):
+    server.answers["/robots.txt"] = robots("User-agent: *", "Disallow: /no", "#" * 300_000, "Disallow: /ok")
+    urls = server.url("/no.jpg"), server.url("/ok.jpg"), server.url("/small.jpg")
+    assert fetch(stage(max_bytes=100_000), *urls) == ["robots_txt", "robots_txt", "small_image"]
+
+
 def test_a_redirect_is_checked_at_the_host_that_it_leads_to(stage, server):
     inner = servers.HostileServer()
     try:

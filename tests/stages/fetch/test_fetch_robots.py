@@ -133,7 +133,20 @@ def test_more_rules_than_can_be_heeded_are_a_no(kind):
 
 
 @pytest.mark.parametrize(
-    ("agent", "name"), [("faceshards/0.1 (+x)", "faceshards"), ("My_Bot-x 1", "my_bot-x"), ("123", "*"), ("", "*")]
+    ("agent", "name"),
+    [
+        ("faceshards/0.1 (+x)", "faceshards"),
+        ("My_Bot-x 1", "my_bot-x"),
+        ("img2dataset/1.45", "img2dataset"),
+        ("123", "123"),
+        (" ", "*"),
+        ("", "*"),
+    ],
 )
 def test_our_name(agent, name):
     assert robots.name_of(agent) == name
+
+
+@pytest.mark.parametrize("line", ["img2dataset", "img2dataset/1.0", "Img2Dataset"])
+def test_a_name_may_hold_digits(line):
+    assert not allowed(f"User-agent: {line}\nDisallow: /", "/a", "img2dataset")
