@@ -7,9 +7,12 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 class Section(BaseModel):
-    """A frozen group of settings; an unknown key is an error, and a field's docstring is its explanation."""
+    """A frozen group of settings; an unknown key is an error, and a field's docstring is its explanation.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    Numbers are finite: infinity is none in JSON, and few clocks take it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -57,11 +57,11 @@ class DownloadSettings(Section):
 class FilterSettings(Section):
     """Thresholds on measurements."""
 
-    min_image_px: int = Field(1024, ge=1)
+    min_image_px: int = Field(1024, ge=1, le=2**31 - 1)
     """Both sides of the image must have at least this many pixels."""
     max_pixels: int = Field(100_000_000, ge=1)
     """Images with more pixels are never decoded (decompression bombs)."""
-    min_face_px: float = Field(128, ge=0, allow_inf_nan=False)
+    min_face_px: float = Field(128, ge=0)
     """Short side of the face box, pixels of the original."""
     max_second_score: float = Field(0.4, ge=0, le=1)
     """A further box with a score above this counts as a second face, even under models.det_thresh."""
@@ -73,13 +73,13 @@ class FilterSettings(Section):
     """Farthest look up or down, degrees, likewise; 90: any."""
     max_roll: float = Field(180.0, gt=0, le=180)
     """Farthest tilt of the eye line, degrees; 180: any."""
-    min_eye_px: float = Field(0.0, ge=0, allow_inf_nan=False)
+    min_eye_px: float = Field(0.0, ge=0)
     """Least distance of the eyes, pixels of the original; 0: any."""
     min_jpeg_quality: float = Field(0.0, ge=0, le=100)
     """Least quality of the JPEG file, by its tables; files of other formats count as 100; 0: any."""
     max_ai_marks: float = Field(1.0, ge=0, le=1)
     """0: drop files that say in EXIF, XMP, C2PA or PNG texts that a model made them; 1: any."""
-    min_sharpness: float = Field(0.0, ge=0, allow_inf_nan=False)
+    min_sharpness: float = Field(0.0, ge=0)
     """Least variance of the Laplacian of the face crop, grey levels squared; 0: any."""
     min_brightness: float = Field(0.0, ge=0, le=255)
     """Least mean grey level of the face crop; 0: any."""
@@ -87,25 +87,28 @@ class FilterSettings(Section):
     """Most mean grey level of the face crop; 255: any."""
     max_occlusion: float = Field(1.0, ge=0, le=1)
     """Most of the area between eyes and mouth that may be no skin, by the face mask; 1: any."""
-    min_embedding_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
+    min_embedding_norm: float = Field(0.0, ge=0)
     """Least norm of the raw face embedding, which is low for faces that are hard to tell; 0: any."""
     min_fiqa: float = Field(0.0, ge=0, le=1)
     """Least quality of the face for recognition, as models.fiqa sees it; 0: any."""
     photo: float = Field(0.0, ge=0, le=1)
     """Least probability that the face is that of a photo, not of a painting, cartoon or statue, as CLIP sees it; 0:
     any."""
-    min_aesthetic: float = Field(0.0, ge=0, allow_inf_nan=False)
+    min_aesthetic: float = Field(0.0, ge=0)
     """Least score by models.heads.aesthetic; 0: any."""
     max_nsfw: float = Field(1.0, ge=0, le=1)
     """Most that models.heads.nsfw may give a photo; 1: any."""
 
 
+Level = Annotated[int, Field(ge=0, le=255)]
+
+
 class SegmentSettings(Section):
     """The face mask."""
 
-    keep: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 18)
+    keep: tuple[Annotated[int, Field(ge=0, le=18)], ...] = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 18)
     """CelebAMask labels (BiSeNet order) that are foreground; by default all but background and cloth."""
-    fill: tuple[int, int, int] = (128, 128, 128)
+    fill: tuple[Level, Level, Level] = (128, 128, 128)
     """RGB that replaces the background before the image embedding."""
     min_share: float = Field(0.1, ge=0, le=1)
     """Smallest share of the face crop that must be foreground."""
@@ -132,8 +135,8 @@ class CropSettings(Section):
     """Smallest side of a crop, pixels of the original: nothing is upsampled."""
     max_size: int = Field(1024, ge=1)
     """Larger square crops are reduced to this side."""
-    max_long_side: int = Field(2048, ge=1)
-    """`full` is reduced to this long side."""
+    max_long_side: int = Field(2048, ge=1, le=65_500)
+    """`full` is reduced to this long side; no JPEG has more than 65,500."""
     face_share: FaceShare = FaceShare()
     """Face height / crop height per crop."""
     tolerance: float = Field(0.1, ge=0)
@@ -241,7 +244,7 @@ class CaptionSettings(Section):
     nowhere."""
     concurrency: int = Field(8, ge=1)
     """Requests at a time, per process; those of a batch (executor.batch_rows) go together."""
-    timeout_s: float = Field(120.0, gt=0, allow_inf_nan=False)
+    timeout_s: float = Field(120.0, gt=0)
     """Total deadline per picture, retries included, seconds."""
     retries: int = Field(5, ge=0)
     """Further attempts after a transient failure, within the deadline. Then the shard fails; a rerun tries it again."""

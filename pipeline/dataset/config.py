@@ -65,7 +65,7 @@ class ExecutorSettings(Section):
     batches at a time."""
     fetch_ahead: int = Field(256, ge=1)
     """Batches per shard that are downloaded while earlier ones are computed, or wait for a slow host."""
-    shard_timeout_s: float = Field(900.0, gt=0)
+    shard_timeout_s: float = Field(900.0, gt=0, le=1e9)
     """A shard of which no batch gets done for so long is given up: it fails, its workers are replaced."""
 
 

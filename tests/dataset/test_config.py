@@ -39,6 +39,13 @@ def test_set_beats_the_file_and_both_beat_the_profile(tmp_path):
         ("crop.size=2000", "crop.max_size"),
         ("filter.min_face_px=true", "'filter.min_face_px' has the value True: give a number."),
         ("filter.min_image_px=false", "'filter.min_image_px' has the value False: give a number."),
+        ("crop.tolerance=inf", "'crop.tolerance' has the value inf: input should be a finite number."),
+        ("download.timeout_s=nan", "'download.timeout_s' has the value nan: input should be "),
+        ("executor.shard_timeout_s=1e12", "'executor.shard_timeout_s' has the value 1000000000000.0: "),
+        ("segment.fill=[0, 0, 256]", "'segment.fill.2' has the value 256: input should be less than or equal to 255."),
+        ("segment.keep=[1, 19]", "'segment.keep.1' has the value 19: input should be less than or equal to 18."),
+        ("crop.max_long_side=100000", "'crop.max_long_side' has the value 100000: input should be less than"),
+        (f"filter.min_image_px={10**30}", "'filter.min_image_px' has the value 1"),
         ("models.second_look=[true, 0.5]", "'models.second_look' has the value [True, 0.5]: give a number."),
     ],
 )
