@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterable
 
+from schemas.digest import sha256
 from schemas.errors import SourceError
 
 SAMPLE = "sample"
@@ -13,6 +14,9 @@ _RANGE = re.compile(r"((?:web:|made:)?)laion-part-(\d+)(?:\.\.(\d+))?")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _FURTHER = re.compile(r"(.+)-r(\d+)_\d+")
 _MANIFEST = re.compile(r"([A-Za-z0-9_-]+-(?:r\d+_)?\d{5,})\.json")
+_MOST_CHARS, _SHORTENED = 74, 44
+"""Of a part's name, and what is left of a longer one, before a digest: tars of webdataset hold names of 100 characters,
+of which the row takes 10 and `.clip_hidden.npy` 16; with all that may be asked for `clip_hidden` takes 21 more."""
 _ROW_DIGITS = 9
 _SHARD_DIGITS = 5
 
@@ -57,10 +61,16 @@ def split_kind(word: str) -> tuple[str, str]:
 
 
 def part_name(path: str) -> str:
-    """A part's name from its file's path or URL: the stem, with all but letters, digits, `_` and `-` replaced."""
+    """A part's name from its file's path or URL: the stem, with all but letters, digits, `_` and `-` replaced.
+
+    A long one is cut, and a digest of it put behind.
+    """
     stem = path.rstrip("/").rsplit("/", 1)[-1].split("?", 1)[0]
     stem = re.sub(r"(\.(parquet|csv|jsonl|json|tsv|tar|gz|snappy|zst))+$", "", stem, flags=re.IGNORECASE)
-    return _UNSAFE.sub("-", stem).strip("-") or "part"
+    name = _UNSAFE.sub("-", stem).strip("-") or "part"
+    if len(name) > _MOST_CHARS:
+        name = f"{name[:_SHORTENED]}-{sha256(stem.encode(errors='backslashreplace'))[:8]}"
+    return name
 
 
 def sample_key(part: str, row: int) -> str:

@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 
 from schemas.errors import SourceError
 from schemas.names import finished_shards, part_name, part_number, sample_key, shard_name, split_spec
+from schemas.shard import SUFFIXES
 
 
 def test_ranges_are_inclusive_and_lists_keep_their_order():
@@ -34,6 +35,14 @@ def test_part_names_never_hold_a_dot_or_a_slash_and_are_never_empty(text):
     name = part_name(f"s3://bucket/{text}")
     assert name
     assert not set(name) & set("./\\ ?%")
+
+
+def test_no_name_is_too_long_for_a_tar_or_a_file_system():
+    assert part_name(f"{'a' * 74}.parquet") == "a" * 74
+    long = [part_name(f"/x/{'a' * count}.parquet") for count in (75, 76, 247)]
+    assert len(set(long)) == 3
+    longest = max(map(len, SUFFIXES))
+    assert all(len(f"{sample_key(name, 10**9 - 1)}.") + longest <= 100 for name in long)
 
 
 @given(st.integers(0, 10**9 - 1), st.integers(0, 10**9 - 1))
