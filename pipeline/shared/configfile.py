@@ -26,7 +26,8 @@ def read_values(path: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     try:
         if path:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            # "sig": Windows' editor puts a byte order mark before the text.
+            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"The config file {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:

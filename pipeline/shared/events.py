@@ -54,7 +54,9 @@ class EventFile:
     def write(self, event: dict[str, Any] | None) -> None:
         is_due = event is None or time.monotonic() > self._put_at + _PUT_EVERY_S
         try:
-            self._stream.write(json.dumps(event, ensure_ascii=False).encode() + b"\n" if event else b"")
+            # Halves of surrogates, of a path that is no Unicode, become \\udc…, which JSON has for them too.
+            line = json.dumps(event, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+            self._stream.write(line if event else b"")
             if is_due and isinstance(self._stream, io.BytesIO):
                 self._put_at = time.monotonic()
                 self._path.write_bytes(self._stream.getvalue())

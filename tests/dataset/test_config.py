@@ -18,6 +18,12 @@ def test_set_beats_the_file_and_both_beat_the_profile(tmp_path):
     assert (config.filter.min_face_px, config.filter.min_image_px, config.models.detector) == (64, 700, "yunet")
 
 
+def test_a_file_of_windows_editor_begins_with_a_mark(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_bytes(b"\xef\xbb\xbf[filter]\r\nmin_face_px = 99\r\n")
+    assert load_config(path, [], shards="sample").filter.min_face_px == 99
+
+
 @pytest.mark.parametrize(
     ("pair", "expected"),
     [

@@ -203,3 +203,10 @@ def test_trouble_with_the_last_event_is_an_event_of_the_file(tmp_path, monkeypat
     *_, end, warning = lines(tmp_path / "e.jsonl")
     assert (end["kind"], end["stopped_by"]) == ("end", "KeyboardInterrupt: ")
     assert ("is still busy" if waits else "ZeroDivisionError") in warning["text"]
+
+
+def test_an_event_may_name_a_folder_that_is_no_unicode(tmp_path):
+    file = events.EventFile(str(tmp_path / "e.jsonl"), lambda about, text: pytest.fail(text))
+    file.write({"kind": "start", "out": "Zoë/\udcff"})
+    file.close()
+    assert lines(tmp_path / "e.jsonl") == [{"kind": "start", "out": "Zoë/\udcff"}]
