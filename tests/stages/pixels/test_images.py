@@ -177,6 +177,16 @@ def test_sniff_waits_for_the_exif_of_a_webp() -> None:
     assert sniff(data) == Header("WEBP", SIZE[1], SIZE[0])
 
 
+def test_a_webp_may_announce_an_exif_that_it_has_not() -> None:
+    data = bytearray(saved(picture(), "WEBP", lossless=True, exif=exif(6)))
+    start = data.index(b"EXIF")
+    del data[start : start + 8 + int.from_bytes(data[start + 4 : start + 8], "little")]
+    data[4:8] = (len(data) - 8).to_bytes(4, "little")
+    assert read_header(bytes(data)) == Header("WEBP", *SIZE)
+    assert (decode(bytes(data)) == np.asarray(picture())).all()
+    assert sniff(bytes(data[:30])) is None
+
+
 WEB_PAGES = [
     b"<!DOCTYPE html><html>",
     b"\xef\xbb\xbf\r\n<HTML lang=en>",
