@@ -88,7 +88,7 @@ def parse(text: str | None) -> Url:
         except UnicodeEncodeError as error:
             raise BadUrl("text that is none") from error
         target = f"{path}?{query}" if query else path
-        url = Url(scheme, host, port or _DEFAULT_PORTS[scheme], target)
+        url = Url(scheme, host, _DEFAULT_PORTS[scheme] if port is None else port, target)
     if url.port in OTHER_SERVICES or url.port > 0xFFFF:
         raise BadUrl("a port of another service than the web")
     return url

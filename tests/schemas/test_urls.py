@@ -73,6 +73,8 @@ def test_hosts_are_looked_up_as_browsers_do(host, ascii):
         "http://e\ufe0fvil.test/",
         "http://" + "ü" * 60 + ".test/",
         "http://a.test:0/",
+        "http://a.test:0/ü.jpg",
+        "http://[2001:db8::1]:00/",
         "https://a.test:22/",
         "http://a.test:6667/x",
         "http://a.test/#\0",
