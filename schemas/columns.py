@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,10 @@ _payload = partial(Column, ledger=False)
 _extra = partial(Column, ledger=False, optional=True)
 
 _INT, _FLOAT, _TEXT, _BYTES = pa.int32(), pa.float32(), pa.string(), pa.binary()
-_BBOX = pa.list_(_FLOAT, 4)
-_KPS = pa.list_(pa.list_(_FLOAT, 2), 5)
+# Not of a fixed size, as a type: pyarrow before 26 cannot read such lists from parquet where a row has none.
+_BBOX = pa.list_(_FLOAT)
+_KPS = pa.list_(pa.list_(_FLOAT))
+_SIZES = {"bbox": (4,), "kps": (5, 2)}
 
 CROPS = ("portrait", "half", "full")
 
@@ -195,9 +198,28 @@ LATER = (
 
 
 def complete(ledger: pa.Table) -> pa.Table:
-    """A ledger with the columns that it lacks since an earlier release wrote it, null."""
+    """A ledger as this release writes it: with the columns that it lacks since an earlier one did, null.
+
+    Raises:
+        pa.ArrowException: when a box or points are not lists of their sizes.
+    """
+    for name in _SIZES.keys() & {*ledger.column_names}:
+        lists = ledger[name].cast(COLUMNS[name].type)
+        if not has_sizes(name, lists):
+            raise pa.ArrowInvalid(f"{name} holds lists of other sizes than {_SIZES[name]}")
+        ledger = ledger.set_column(ledger.column_names.index(name), name, lists)
     for name in LATER:
         if name not in ledger.column_names:
             nulls = pa.nulls(ledger.num_rows, COLUMNS[name].type)
             ledger = ledger.add_column(min(LEDGER.index(name), ledger.num_columns), name, nulls)
     return ledger
+
+
+def has_sizes(name: str, column: pa.ChunkedArray) -> bool:
+    """Whether a box has four numbers, and points are five of two, in each row that has any."""
+    column = column.drop_null()
+    for size in _SIZES.get(name, ()):
+        if pc.unique(pc.list_value_length(column)).to_pylist() not in ([], [size]):
+            return False
+        column = pc.list_flatten(column)
+    return True

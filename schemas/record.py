@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from schemas.columns import COLUMNS
+from schemas.columns import COLUMNS, has_sizes
 from schemas.errors import ContractError
 
 SCHEMA_VERSION = 1
@@ -21,6 +21,8 @@ def check(table: pa.Table, names: tuple[str, ...], owner: str) -> None:
     for name in names:
         if table.schema.field(name).type != COLUMNS[name].type:
             raise ContractError(f"{owner}: column {name} is {table.schema.field(name).type}, not {COLUMNS[name].type}")
+        if not has_sizes(name, table[name]):
+            raise ContractError(f"{owner}: column {name} holds lists of other sizes than it is of")
 
 
 def check_filled(table: pa.Table, names: tuple[str, ...], owner: str) -> None:

@@ -164,9 +164,9 @@ def posed(kps: pa.ChunkedArray, chosen: Mask) -> dict[str, Doubles]:
     return dict(zip(FROM_POINTS, values, strict=True))
 
 
-def points(values: pa.FixedSizeListArray) -> Doubles:
-    """All numbers of (nested) lists of fixed size without nulls."""
-    while pa.types.is_fixed_size_list(values.type):
+def points(values: pa.ListArray) -> Doubles:
+    """All numbers of (nested) lists without nulls."""
+    while pa.types.is_list(values.type):
         values = values.flatten()
     numbers: Doubles = values.to_numpy(zero_copy_only=False).astype(np.float64)
     return numbers

@@ -167,7 +167,7 @@ def _of_type(type: pa.DataType) -> Feature:
     """A type as the front matter of a card has it, which versions 3 to 5 of `datasets` read."""
     if pa.types.is_struct(type):
         return {"struct": [{"name": field.name, **_of_type(field.type)} for field in type]}
-    if pa.types.is_list(type) or pa.types.is_fixed_size_list(type):
+    if pa.types.is_list(type):
         inner = _of_type(type.value_type)
         return {"sequence": inner.get("dtype", inner)}
     return {"dtype": _DTYPES.get(str(type), str(type))}
