@@ -4,6 +4,7 @@ Parquet files may hold images in a column: Hugging Face's (`image: struct<bytes,
 """
 
 import csv
+import io
 import json
 import re
 import sys
@@ -198,21 +199,12 @@ def read_jsonl(path: str, aliases: Aliases) -> Iterator[pa.Table]:
 
 
 def _records(path: str, file: Any) -> Iterator[dict[str, Any] | None]:
-    for line in filter(bytes.strip, _lines(file)):
+    # fsspec's own lines of a remote file copy a whole block, of 50 MB on S3, for each.
+    for line in filter(bytes.strip, io.BufferedReader(file, _BUFFER)):
         record = parse_record(line)
         if record is None and not line.endswith(b"\n"):
             raise SourceError(f"{path} is cut off: its last line is no whole JSON object.")
         yield record
-
-
-def _lines(file: Any) -> Iterator[bytes]:
-    """Its lines with their ends. fsspec's own of a remote file copy a whole block, of 50 MB on S3, for each line."""
-    rest = b""
-    while block := file.read(_BUFFER):
-        *lines, rest = (rest + block).split(b"\n")
-        yield from (line + b"\n" for line in lines)
-    if rest:
-        yield rest
 
 
 def parse_record(data: bytes) -> dict[str, Any] | None:
