@@ -180,7 +180,7 @@ def _given_back(file: Any) -> Iterator[None]:
 
 
 def probe_jsonl(path: str) -> tuple[pa.Schema, None]:
-    with reading(path), open_binary(path, "infer") as file:
+    with reading(path), _by_lines(path) as file:
         records = list(islice(_records(path, file), PROBED))
     if records and not any(records):
         raise SourceError(f"{path} holds no JSON objects, one a line.")
@@ -192,15 +192,21 @@ def _strings(names: Iterable[str]) -> pa.Schema:
 
 
 def read_jsonl(path: str, aliases: Aliases) -> Iterator[pa.Table]:
-    with open_binary(path, "infer") as file:
+    with _by_lines(path) as file:
         records = _records(path, file)
         while batch := list(islice(records, BATCH_ROWS)):
             yield from_records(batch, aliases)
 
 
-def _records(path: str, file: Any) -> Iterator[dict[str, Any] | None]:
-    # fsspec's own lines of a remote file copy a whole block, of 50 MB on S3, for each.
-    for line in filter(bytes.strip, io.BufferedReader(file, _BUFFER)):
+@contextmanager
+def _by_lines(path: str) -> Iterator[io.BufferedReader]:
+    """Splits lines by itself: fsspec's of a remote file copies a whole block, of 50 MB on S3, for each of them."""
+    with open_binary(path, "infer") as file, io.BufferedReader(file, _BUFFER) as lines:
+        yield lines
+
+
+def _records(path: str, file: Iterable[bytes]) -> Iterator[dict[str, Any] | None]:
+    for line in filter(bytes.strip, file):
         record = parse_record(line)
         if record is None and not line.endswith(b"\n"):
             raise SourceError(f"{path} is cut off: its last line is no whole JSON object.")
