@@ -22,6 +22,9 @@ from pipeline.shared.files import kind_of, open_binary, reading
 from pipeline.shared.tars import members, read, require_whole
 from schemas.errors import SourceError
 
+_PROBE = 1 << 18
+"""Bytes of a request where the ends of a tar are looked at."""
+
 
 class Member(NamedTuple):
     """Where a file's bytes lie in its tar."""
@@ -33,6 +36,8 @@ class Member(NamedTuple):
 
 Samples = dict[str, dict[str, Member]]
 """Key -> suffix -> member; webdataset's split at the first dot of the file's name."""
+Texts = dict[str, dict[str, bytes]]
+"""Key -> suffix -> content."""
 
 
 def is_tar(path: str) -> bool:
@@ -43,7 +48,7 @@ def is_tar(path: str) -> bool:
 def rows_in(path: str) -> int | None:
     """Check that a tar is whole, by its ends, and holds images; its number of rows when a parquet stands beside it."""
     table = table_path(path)
-    with reading(path), open_binary(path) as file:
+    with reading(path), open_binary(path, block_size=_PROBE) as file:
         require_whole(file)
         file.seek(0)
         names = (info.name for info in members(file) if info.isreg())
@@ -83,16 +88,17 @@ def tables(path: str, aliases: Aliases = STORED_ALIASES) -> Iterator[pa.Table]:
 
     `image_ref` is `<path>#<offset>:<size>`, or "" for a row whose download failed.
     """
-    samples = scan(path)
     table = table_path(path)
     beside = list(read_parquet(table, aliases)) if kind_of(table) else []
-    if beside and "image_key" in beside[0].column_names:
+    is_described = bool(beside) and "image_key" in beside[0].column_names
+    samples, texts = scan(path, with_texts=not is_described)
+    if is_described:
         rows = pa.concat_tables(beside)
         with reading(table):
             keys = rows.column("image_key").cast(pa.string())
         rows = rows.set_column(rows.column_names.index("image_key"), "image_key", keys)
     else:
-        rows = _rows_inside(path, samples, aliases)
+        rows = _rows_inside(samples, texts, aliases)
     rows = rows.sort_by("image_key")
     images = [_image(samples.get(key, {})) for key in rows.column("image_key").to_pylist()]
     if any(map(_image, samples.values())) and not any(images):
@@ -104,17 +110,21 @@ def tables(path: str, aliases: Aliases = STORED_ALIASES) -> Iterator[pa.Table]:
     yield rows.append_column("image_ref", pa.array(refs, pa.string()))
 
 
-def scan(path: str) -> Samples:
-    """The members of a tar by key and suffix, from its headers alone."""
+def scan(path: str, *, with_texts: bool = False) -> tuple[Samples, Texts]:
+    """The members of a tar by key and suffix, from its headers alone, and what BESIDE's files hold where wanted."""
     samples: Samples = defaultdict(dict)
+    texts: Texts = defaultdict(dict)
     with reading(path), open_binary(path) as file:
         for info in members(file):
             if info.isreg():
                 name = as_text(info.name)
                 folder, slash, last = name.rpartition("/")
                 key = folder + slash + last.partition(".")[0]
-                samples[key][suffix_of(name)] = Member(name, info.offset_data, info.size)
-    return dict(samples)
+                suffix = suffix_of(name)
+                samples[key][suffix] = Member(name, info.offset_data, info.size)
+                if with_texts and suffix in BESIDE:  # at once: behind a URL a second pass fetches all of the tar again
+                    texts[key][suffix] = read(file, info.offset_data, info.size)
+    return dict(samples), dict(texts)
 
 
 def suffix_of(name: str) -> str:
@@ -130,15 +140,10 @@ def _image(files: dict[str, Member]) -> Member | None:
     return next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
 
 
-def _rows_inside(path: str, samples: Samples, aliases: Aliases) -> pa.Table:
+def _rows_inside(samples: Samples, texts: Texts, aliases: Aliases) -> pa.Table:
     """Rows from the members: of samples with an image (under a dotted suffix too, which is not read), or a json."""
     suffixes = {"json", *IMAGE_SUFFIXES}
-    rows = {key: files for key, files in samples.items() if any(one.rpartition(".")[2] in suffixes for one in files)}
-    with reading(path), open_binary(path) as file:
-        beside = [
-            {suffix: read(file, files[suffix].offset, files[suffix].size) for suffix in BESIDE if suffix in files}
-            for files in rows.values()
-        ]
-    table = from_files(beside, aliases)
-    keys = pa.array(list(rows), pa.string())
+    rows = [key for key, files in samples.items() if any(one.rpartition(".")[2] in suffixes for one in files)]
+    table = from_files([texts.get(key, {}) for key in rows], aliases)
+    keys = pa.array(rows, pa.string())
     return table.set_column(table.column_names.index("image_key"), "image_key", keys)

@@ -30,6 +30,7 @@ from pipeline.dataset.source.values import score, size
 from schemas.columns import SEED, SEED_SCHEMA
 from schemas.errors import SourceError
 from schemas.names import sample_key
+from stages.fetch.stored import Stored
 from stages.metadata import Metadata
 from stages.runtime import Runtime
 from stages.settings import Settings
@@ -467,6 +468,7 @@ class Store(AbstractFileSystem):
 
     protocol, cachable = "counted", False
     fetched = given = 0
+    block = 1 << 20
 
     class File(AbstractBufferedFile):
         def _fetch_range(self, start, end):
@@ -482,7 +484,7 @@ class Store(AbstractFileSystem):
         return {"name": path, "size": Path(path).stat().st_size, "type": "file"}
 
     def _open(self, path, mode="rb", block_size=None, **options):
-        return Store.File(self, path, mode, block_size or 1 << 20, **options)
+        return Store.File(self, path, mode, block_size or Store.block, **options)
 
 
 @pytest.fixture
@@ -511,6 +513,34 @@ def test_a_remote_parquet_of_large_groups_is_fetched_once(tmp_path, store, monke
     tables = list(metadata_files.tables(f"counted://{path}"))
     assert pa.concat_tables(tables)["url"].to_pylist() == texts
     assert store.fetched <= 2 * path.stat().st_size
+
+
+def test_a_remote_tar_is_fetched_once_for_its_rows_and_once_for_its_images(tmp_path, store, monkeypatch):
+    """Of S3 came 105 MB to see that it is one, all of it twice for its rows, and 50 MB for each 32 images."""
+    monkeypatch.setattr(Store, "block", 4 << 20)
+    path, photos = tmp_path / "p.tar", [bytes(9) + os.urandom(100_000) for _ in range(64)]
+    with tarfile.open(path, "w") as tar:
+        for number, photo in enumerate(photos):
+            for suffix, data in (("jpg", photo), ("json", b'{"caption": "%d"}' % number)):
+                info = tarfile.TarInfo(f"{number:03}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    size = path.stat().st_size
+
+    def fetched(work):
+        before = store.fetched
+        return work(), (store.fetched - before) / size
+
+    (part,), at_first = fetched(lambda: find_parts(f"counted://{path}", HERE))
+    (rows,), for_rows = fetched(lambda: list(part.tables()))
+    assert rows["text"].to_pylist() == [[str(number)] for number in range(64)]
+    images, refs = Stored(Settings()), rows["image_ref"].to_pylist()
+    batches = [refs[start : start + 8] for start in range(0, 64, 8)]
+    read, for_images = fetched(lambda: [one for batch in batches for one in images.read(batch)])
+    assert read == photos
+    some, for_some = fetched(lambda: images.read(refs[::16]))
+    assert some == photos[::16]
+    assert (at_first < 0.2, for_rows < 1.2, for_images < 1.2, for_some < 0.1) == (True,) * 4
 
 
 def test_jsonl_rows_may_differ_in_keys_and_types(tmp_path):
