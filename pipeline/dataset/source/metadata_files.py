@@ -145,15 +145,31 @@ def _csv_header(path: str) -> tuple[list[str], str, bool]:
         return names, delimiter, bool(end) or len(line) == _CSV_HEADER
 
 
+def _is_quoted(path: str) -> bool:
+    """Whether quotation marks of a TSV enclose cells: whichever begins with one ends with one, and has pairs inside.
+
+    Else they are marks of captions, and one that is not closed would take the rows after it into its cell.
+    """
+    with reading(path), open_binary(path, "infer") as file:
+        try:
+            for _ in csv.reader((line.decode("latin-1") for line in _lines(file)), delimiter="\t", strict=True):
+                pass
+        except csv.Error:
+            return False
+    return True
+
+
 def read_csv(path: str, aliases: Aliases) -> Iterator[pa.Table]:
     header, delimiter, may_have_rows = _csv_header(path)
     if not may_have_rows:  # pyarrow has no line to skip
         return
+    # A CSV is written by programs that know its rules; what tabs separate is often written as it comes.
+    is_quoted = delimiter == "," or _is_quoted(path)
     ours = {header.index(name): seed for seed, name in resolve(header, aliases).items()}
     names = [ours.get(number, f"unused{number}") for number in range(len(header))]
     options = (
         pa.csv.ReadOptions(column_names=names, skip_rows=1, block_size=_CSV_BLOCK, use_threads=False),
-        pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        pa.csv.ParseOptions(delimiter=delimiter, quote_char=is_quoted and '"', newlines_in_values=is_quoted),
         pa.csv.ConvertOptions(
             # All as strings: a type guessed from the first block would fail on a later one.
             column_types=dict.fromkeys(ours.values(), pa.string()),

@@ -1,5 +1,6 @@
 """Sources: SHARDS words to parts, files in many schemas to seed rows, seed rows to shards, and every complaint."""
 
+import csv
 import gzip
 import io
 import json
@@ -431,6 +432,27 @@ def test_csv_with_lines_in_captions_and_late_surprises(tmp_path):
     found = rows(tmp_path / "p.csv")
     assert [row["text"] for row in found] == ['a\nb "c"'] * 3 + ["x", "caf\ufffd"]
     assert [row["meta_width"] for row in found] == [1024] * 3 + [None, None]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_marks_of_captions_enclose_nothing_in_a_tsv(tmp_path, end):
+    """Rows 1 and 2 were part of the caption of row 0, without a word."""
+    captions = ['"Unclosed', "plain", 'some "marks" inside', '"Star" by X', "", "last"]
+    lines = ["url\tcaption\twidth", *(f"http://a.org/{n}\t{one}\t1024" for n, one in enumerate(captions))]
+    (tmp_path / "p.tsv").write_bytes(end.join(lines).encode())
+    found = rows(tmp_path / "p.tsv")
+    assert [row["text"] for row in found] == captions
+    assert [row["url"] for row in found] == [f"http://a.org/{n}" for n in range(6)]
+    assert {row["meta_width"] for row in found} == {1024}
+
+
+@given(st.lists(st.tuples(*[st.text('ab"\t\n\r é', max_size=6)] * 2), max_size=8))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_tsv_that_a_program_wrote_is_read_as_it_was_written(tmp_path, written):
+    written = [("http://a.org", *cells) for cells in written]
+    with (tmp_path / "p.tsv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter="\t").writerows([("url", "text", "caption"), *written])
+    assert metadata_files._is_quoted(str(tmp_path / "p.tsv"))
 
 
 def test_csv_captions_may_break_where_a_block_ends(tmp_path, monkeypatch):
