@@ -38,7 +38,7 @@ class RunScreen(Screen):
         self.skip(rows)
 
     def show(self, event: Event) -> dict[str, Any]:
-        """Take an event; what the run has come to by now."""
+        """Take an event; what the run has come to by now, as `Tally.counts` has it."""
         before = self.tally.rows
         self.tally.take(event)
         if event.shard in self._bars and event.shard in self.tally.making:
@@ -51,7 +51,7 @@ class RunScreen(Screen):
             why = "" if event.lost else f": {event.error}"  # what the whole run lost stands at its end
             again = "" if event.shard == METADATA else ", a rerun tries it again"  # only who mends a part helps it
             self.say(f"{event.shard}: FAILED{again}{why}")
-        now = self.tally.snapshot()
+        now = self.tally.counts()
         kept = f"kept {now['kept']:,} ({100 * now['kept'] / max(1, now['rows']):.1f} %)"
         self.advance(now["rows"] - before, f"{now['rows_per_second']:,.1f} rows/s, {kept}")
         return now

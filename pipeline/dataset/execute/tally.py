@@ -62,6 +62,15 @@ class Tally:
 
     def snapshot(self) -> dict[str, Any]:
         """All of it, JSON-able; see docs/watching.md."""
+        means = {
+            host: round(self._fetches.microseconds[host] / 1e6 / count, 3)
+            for host, count in self._fetches.fetches.items()
+            if count >= _FEWEST_FETCHES and host != RESOLVER
+        }
+        return {**self.counts(), "slowest_hosts": dict(sorted(means.items(), key=lambda one: -one[1])[:_SHOWN_HOSTS])}
+
+    def counts(self) -> dict[str, Any]:
+        """The same without hosts, of which there are thousands: for every event."""
         seconds, rows, kept = max(time.monotonic() - self.begun, 1e-3), self.rows, 0
         stages: dict[str, dict[str, Any]] = {name: {"dropped": {}} for name in STAGES}
         for (name, verdict), count in self._outcomes.most_common():
@@ -75,11 +84,6 @@ class Tally:
             stage.update(rows_in=left, rows_out=left - sum(stage["dropped"].values()), seconds=spent)
             left = stage["rows_out"]
         left = 0 if self._total_rows is None else max(0, self._total_rows - self.rows_before - rows)
-        means = {
-            host: round(self._fetches.microseconds[host] / 1e6 / count, 3)
-            for host, count in self._fetches.fetches.items()
-            if count >= _FEWEST_FETCHES and host != RESOLVER
-        }
         names = self._fetches.fetches[RESOLVER]
         return {
             "seconds": round(seconds, 3),
@@ -96,7 +100,6 @@ class Tally:
             "stages": stages,
             "names": names,
             "name_seconds": round(self._fetches.microseconds[RESOLVER] / 1e6, 3),
-            "slowest_hosts": dict(sorted(means.items(), key=lambda one: -one[1])[:_SHOWN_HOSTS]),
         }
 
 

@@ -79,7 +79,7 @@ class Watchers:
             for kind, words in self._words.of(now):
                 self.warn(kind, words)
         if time.monotonic() > self._due:
-            self._pass_on(now)
+            self._pass_on()
 
     def warn(self, kind: str, words: str) -> None:
         """Say something once."""
@@ -90,13 +90,13 @@ class Watchers:
 
     def end(self, **facts: Any) -> None:
         self._is_open = False
-        self._pass_on(self._screen.tally.snapshot())
+        self._pass_on()
         self._emit("end", **facts)
         with suppress(OSError):  # of an OUT that is gone or read-only, which ended the run
             (self._out / LIVE).unlink(missing_ok=True)
 
-    def _pass_on(self, now: dict[str, Any]) -> None:
-        now = {**now, "warnings": dict(self._warned)}
+    def _pass_on(self) -> None:
+        now = {**self._screen.tally.snapshot(), "warnings": dict(self._warned)}
         every_s = _REMOTE_EVERY_S if isinstance(self._out, RemotePath) else _EVERY_S
         self._due = time.monotonic() + min(every_s, 1 + now["seconds"] / 4)
         self._emit("progress", **now)

@@ -69,6 +69,18 @@ def test_rows_that_failed_before_raise_no_alarm_when_they_fail_again(tmp_path, s
     assert said.getvalue().count("WARNING") == warnings
 
 
+def test_hosts_are_compared_now_and_then_and_not_for_every_event(tmp_path, monkeypatch):
+    """There are 4,000: it took the driver 8 ms an event, of which 64 workers send hundreds a second."""
+    shown, calls = RunScreen(Console(file=io.StringIO()), 1000), []
+    snapshot = shown.tally.snapshot
+    monkeypatch.setattr(shown.tally, "snapshot", lambda: calls.append(1) or snapshot())
+    with watching.Watchers(shown, tmp_path, WatchSettings()) as watchers, shown:
+        watchers.take(Started("part-00000", 1000, 1000))
+        for _ in range(100):
+            watchers.take(Advanced("part-00000", Counter({("download", "timeout"): 1})))
+    assert len(calls) < 10
+
+
 def test_events_metrics_and_hook_of_a_run_whose_bytes_they_do_not_change(whole, tmp_path):
     out, prom = tmp_path / "out", tmp_path / "run.prom"
     out.mkdir()
