@@ -207,7 +207,8 @@ class Output:
         Raises:
             SourceError: when files were added or removed, so that rows would be lost or doubled, or their kind changed.
         """
-        if seeds["source_file"].null_count == seeds.num_rows and "made" not in seeds["source_kind"].to_pylist():
+        is_of_one_kind = not any(source.startswith("made:") for source in self.sources)
+        if seeds["source_file"].null_count == seeds.num_rows and is_of_one_kind:
             return
         ledger = read_ledger(self.root, shard, ("source_kind", "source_file"))
         for name in ledger.column_names:
