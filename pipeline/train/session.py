@@ -39,18 +39,6 @@ class Session:
         self._accelerator, self._job = accelerator, job
         self.step = 0
         self._skipped = 0
-        # The same adapter on every process, another noise on each.
-        torch.manual_seed(config.seed)
-        self.model = _model(job, base)
-        self.trained = self.model.trained()
-        parameters = list(self.trained.values())
-        decay = config.optim.ema_decay
-        self.average: Any | None = EMAModel(parameters, decay=decay) if decay else None
-        optimizer = optim.optimizer(parameters, config.optim)
-        self.schedule = optim.schedule(optimizer, config.optim, config.steps)
-        torch.manual_seed(config.seed + 1 + rank)
-        self.generator = torch.Generator().manual_seed(config.seed + 1 + rank)
-        self.forward, self.optimizer = accelerator.prepare(self.model, optimizer)
         self.loader = ShardLoader(
             job.dataset,
             job.variant.reads,
@@ -61,6 +49,18 @@ class Session:
             faces=job.variant.faces,
             pin_memory=accelerator.device.type == "cuda",
         )
+        # The same adapter on every process, another noise on each.
+        torch.manual_seed(config.seed)
+        self.model = _model(job, base, has_buckets=config.data.buckets or self.loader.reading.latents)
+        self.trained = self.model.trained()
+        parameters = list(self.trained.values())
+        decay = config.optim.ema_decay
+        self.average: Any | None = EMAModel(parameters, decay=decay) if decay else None
+        optimizer = optim.optimizer(parameters, config.optim)
+        self.schedule = optim.schedule(optimizer, config.optim, config.steps)
+        torch.manual_seed(config.seed + 1 + rank)
+        self.generator = torch.Generator().manual_seed(config.seed + 1 + rank)
+        self.forward, self.optimizer = accelerator.prepare(self.model, optimizer)
         self.prepare = Preparer(base, self.generator)
 
     def optimizer_step(self) -> torch.Tensor | None:
@@ -189,8 +189,11 @@ class Session:
             torch.cuda.set_rng_state(mine["cuda"], accelerator.device)
 
 
-def _model(job: TrainJob, base: Base) -> AdapterModel:
-    """The adapter in its base, from scratch or from a released file, ready to train."""
+def _model(job: TrainJob, base: Base, *, has_buckets: bool) -> AdapterModel:
+    """The adapter in its base, from scratch or from a released file, ready to train.
+
+    `has_buckets` is whether `full` targets have several shapes.
+    """
     adapter, settings = job.config.adapter, job.config.optim
     model = AdapterModel(base.unet, job.variant, job.widths, adapter)
     if adapter.init_from:
@@ -208,7 +211,7 @@ def _model(job: TrainJob, base: Base) -> AdapterModel:
     if is_compiled == "auto":
         data = job.config.data
         samples = job.config.steps * settings.accumulate * data.batch_size
-        has_one_shape = not (data.buckets and data.crops.full) and not (data.pairs and job.variant.faces > 1)
+        has_one_shape = not (has_buckets and data.crops.full) and not (data.pairs and job.variant.faces > 1)
         is_worth_it = samples >= _WORTH_COMPILING and has_one_shape
         is_compiled = on_gpu and is_worth_it and can_compile
         if on_gpu and is_worth_it and not can_compile:

@@ -168,7 +168,8 @@ class OptimSettings(Section):
     """Less memory, one more forward pass."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile the model (in channels_last), which takes some two minutes and makes it 1.3 times as fast. auto: on
-    a GPU, for 200,000 samples a process or more, where targets have one shape (no `full` crops or no data.buckets)."""
+    a GPU, for 200,000 samples a process or more, where targets have one shape (no `full` crops, or images and no
+    data.buckets)."""
     channels_last: bool = False
     """Memory format of the UNet where it is not compiled; on an H200 slower than the plain one."""
 

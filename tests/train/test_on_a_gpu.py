@@ -100,6 +100,17 @@ def test_how_long_a_run_is_its_samples_say(samples, is_long, on_gpu, monkeypatch
     assert bool(compiled) == is_long  # one step of two batches of two
 
 
+@pytest.mark.parametrize(("pairs", "is_compiled"), [((), False), (("data.latents=images",), True)])
+def test_precomputed_latents_have_many_shapes_whatever_buckets_are_set(pairs, is_compiled, on_gpu, monkeypatch):
+    compiled = []
+    monkeypatch.setattr("pipeline.train.session._WORTH_COMPILING", 1)
+    monkeypatch.setattr("pipeline.train.session.find_spec", lambda name: name)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr(AdapterModel, "compile_predict", lambda _, batch_size: compiled.append(batch_size))
+    on_gpu("ip-adapter", "tiny", "data.buckets=false", *pairs, steps=1)
+    assert bool(compiled) == is_compiled
+
+
 @pytest.mark.parametrize("compilers", [True, False])
 def test_by_itself_it_compiles_long_runs_where_that_works(compilers, on_gpu, monkeypatch, capsys):
     compiled = []
