@@ -94,7 +94,10 @@ def described(job: TrainJob, model: AdapterModel) -> dict[str, Any]:
         sha = sha256_of_file(path)
         licence = LICENCES.get(sha, f"unknown ({path.name})")
         weights.append({"name": path.name, "task": "id_loss", "licence": licence, "sha256": sha})
-    init_from = _initial(Path(config.adapter.init_from))
+    if job.last_step and job.run.exists():  # what lies at that path by now may be another file than it began as
+        init_from = job.run.description()["sidecar"].get("init_from")
+    else:
+        init_from = _initial(Path(config.adapter.init_from))
     before = init_from or {"licences": [], "lineage": []}
     # The config without what was watched, and with names of files instead of paths.
     recipe = config.model_dump(mode="json", exclude={"watch"})

@@ -112,10 +112,14 @@ def hash_shards(job: TrainJob) -> None:
     """
     if job.config.data.verify != "sha256":
         return
-    before = job.run.description()["identity"].get("dataset") if job.resume and job.run.exists() else None
+    hashed_before = None
+    if job.resume and job.run.exists():
+        before = job.run.description()
+        if leaves(before.get("sidecar", {})).get("recipe.data.verify") == "sha256":
+            hashed_before = before["identity"].get("dataset")
     # The processes of a machine read the same disk, and a dataset may take hours: each hashes its share of it.
     rank, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    check_hashes(job.dataset, rank, ranks, hashed_before=before)
+    check_hashes(job.dataset, rank, ranks, hashed_before=hashed_before)
 
 
 def require_meaning(base: str, dataset: Dataset, config: TrainConfig) -> None:

@@ -196,7 +196,7 @@ def _model(job: TrainJob, base: Base, *, has_buckets: bool) -> AdapterModel:
     """
     adapter, settings = job.config.adapter, job.config.optim
     model = AdapterModel(base.unet, job.variant, job.widths, adapter)
-    if adapter.init_from:
+    if adapter.init_from and not job.last_step:
         tensors = read_released(Path(adapter.init_from))
         require_fit(Path(adapter.init_from), tensors, model.trained(), job.variant.name)
         model.load_trained(tensors)

@@ -32,6 +32,7 @@ from pipeline.train.loader import reading
 from pipeline.train.run_folder import RunFolder
 from pipeline.train.stop import StopSignal
 from pipeline.train.watch import METRICS
+from schemas.digest import sha256_of_file
 from schemas.errors import ExitCode, FaceShardsError, UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("loaded_once")]
@@ -465,6 +466,11 @@ def test_processes_of_a_machine_hash_the_dataset_once_and_a_resumed_run_not_agai
     hashed.clear()
     hash_shards(prepared(replace(call, resume=True)))
     assert hashed == [], "without --out too"
+    RunFolder(tmp_path / "runs" / "faceid-tiny").root.rename(tmp_path / "hashed")
+    assert train(dataset, None, "data.verify=size") == 0
+    hashed.clear()
+    hash_shards(prepared(replace(call, resume=True)))
+    assert hashed == ["sample-00000"], "none of these was hashed before"
 
 
 def test_a_resumed_run_plans_what_it_reads_once(short, dataset, monkeypatch):
@@ -531,6 +537,21 @@ def test_a_finished_run_can_be_made_longer(short, dataset, tmp_path):
     ends = [load_file(run.folder(4) / "adapter.safetensors") for run in (short, straight)]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[1])
     assert lines(short) == lines(straight)
+
+
+def test_what_a_run_began_as_is_not_needed_to_go_on_and_may_be_another_file_by_then(short, dataset, tmp_path):
+    start = exported(short)["ip-adapter-faceid_sd15.safetensors"]
+    again, began_as = RunFolder(tmp_path / "again"), f"adapter.init_from={start}"
+    assert train(dataset, again.root, began_as, steps=1) == 0
+    before = again.description()["sidecar"]["init_from"]
+    assert train(dataset, short.root, resume=True, steps=3) == 0
+    assert sha256_of_file(start) != before["sha256"]
+    assert train(dataset, again.root, began_as, resume=True, steps=2) == 0
+    assert again.description()["sidecar"]["init_from"] == before
+    start.unlink()
+    assert train(dataset, again.root, began_as, resume=True, steps=3) == 0
+    with pytest.raises(UserError, match="does not exist"):
+        train(dataset, tmp_path / "anew", began_as, resume=True, steps=1)
 
 
 def test_resume_where_nothing_is_begins(dataset, tmp_path):
