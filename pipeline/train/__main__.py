@@ -3,6 +3,7 @@
 The loop is in `pipeline.train.loop`.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -177,10 +178,11 @@ def show_config() -> None:
     print_keys(TrainConfig())
 
 
-def _say(text: str, **options: bool) -> None:
+def _say(text: str, *, from_any_process: bool = False) -> None:
+    """Once on each machine, since what one of them lacks the others may have."""
     from pipeline.train.watch import say
 
-    say(text, **options)
+    say(text, from_any_process=from_any_process or os.environ.get("LOCAL_RANK", "0") == "0")
 
 
 def main() -> None:

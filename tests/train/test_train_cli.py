@@ -373,6 +373,15 @@ def test_a_dir_that_is_no_dataset_is_one_sentence(cli):
     assert "bucket" in cli.refused("--from-shards", "nocloud://bucket/out", *FACEID)
 
 
+@pytest.mark.parametrize(("local", "lines"), [("0", 1), ("1", 0)])
+def test_each_machine_says_once_what_it_lacks(local, lines, cli, monkeypatch):
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", local)
+    code, _, err = cli("--from-shards", "nowhere", *FACEID)
+    assert code == 2
+    assert err.count("error: nowhere does not exist") == err.count("\n") == lines
+
+
 def test_a_run_that_is_there_is_not_trained_over(cli, dataset, real):
     run = real[0] / "runs" / "faceid-tiny"
     before = contents(run)
