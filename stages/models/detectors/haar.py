@@ -69,12 +69,15 @@ class Haar(WithoutWeights):
         grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
         height, width = grey.shape
         scale = min(1.0, self._long_side / max(grey.shape))
+        nothing = Faces(np.empty((0, 4), np.float32), np.empty((0, 5, 2), np.float32), np.empty(0, np.float32))
+        if round(scale * min(grey.shape)) < _MIN_SQUARE:  # a strip, of which nothing may be left
+            return nothing
         small = grey if scale == 1 else cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         rects, counts = self._face.detectMultiScale2(
             small, scaleFactor=1.1, minNeighbors=_MIN_NEIGHBOURS, minSize=(_MIN_SQUARE, _MIN_SQUARE)
         )
         if len(rects) == 0:
-            return Faces(np.empty((0, 4), np.float32), np.empty((0, 5, 2), np.float32), np.empty(0, np.float32))
+            return nothing
         squares, hits = np.asarray(rects), np.ravel(counts)
         scores = hits / (hits + _HALF_SCORE_NEIGHBOURS)
         best_first = np.lexsort((squares[:, 0], -squares[:, 2], -scores))

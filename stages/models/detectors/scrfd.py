@@ -221,7 +221,7 @@ def _reduced_looks(network: Any, images: Sequence[Image], lowest: float, *, is_s
     """
     pictures = [[image] for image in images]
     for halves in pictures:
-        while max(halves[-1].shape) > _LARGEST:
+        while max(halves[-1].shape) > _LARGEST and min(halves[-1].shape[:2]) > 1:
             halves.append(cv2.resize(halves[-1], None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA))
     canvases = [_padded(picture, is_square=is_square) for halves in pictures for picture in halves]
     seen = iter(network.screened(canvases, _DOUBTFUL))

@@ -110,7 +110,7 @@ def test_haar_boxes_end_where_the_photo_does(haar: haar_module.Haar) -> None:
     assert (faces.bbox[0][1], faces.bbox[0][3]) == (0, 4 * tight.shape[0])
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (10, 2000), (3000, 3), (19, 19)])
+@pytest.mark.parametrize("shape", [(1, 1), (10, 2000), (3000, 3), (3000, 1), (19, 19)])
 def test_haar_finds_nothing_in_strips_and_dots(haar: haar_module.Haar, shape: tuple[int, int]) -> None:
     faces = haar.detect(np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8))
     assert (faces.bbox.shape, faces.kps.shape, faces.score.shape) == ((0, 4), (0, 5, 2), (0,))

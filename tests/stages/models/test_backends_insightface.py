@@ -115,7 +115,10 @@ def test_detects_nothing_in_darkness(toy: ModelSettings) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (7, 3)])
 def test_odd_photos_do_not_break_the_detector(shape: tuple[int, int], toy: ModelSettings) -> None:
-    Scrfd(toy, "cpu").detect(np.full((*shape, 3), 255, np.uint8))
+    photo, screen = np.full((*shape, 3), 255, np.uint8), Scrfd.screen(toy, "cpu")
+    Scrfd(toy, "cpu").detect(photo)
+    assert screen is not None
+    screen([photo])
 
 
 @pytest.mark.parametrize(("width", "height"), [(1000, 500), (333, 777), (1024, 1024)])
