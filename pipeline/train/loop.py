@@ -43,7 +43,7 @@ def train(job: TrainJob) -> ExitCode:
     is_main = accelerator.is_main_process
     base = Base(job.base, accelerator.device, FROZEN.get(accelerator.mixed_precision, torch.float32))
     id_loss = id_loss_of(config.objective, base)
-    validator = Validator(job, base)
+    validator = Validator(job, base) if is_main else None  # its judges take gigabytes
     hook = Hook(config.watch.hook, warn_once()) if config.watch.hook and is_main else None
     session, last = Session(job, accelerator, base), job.last_step
     require_agreement(accelerator, job, last)
@@ -96,10 +96,11 @@ def train(job: TrainJob) -> ExitCode:
                 session.save()
                 if is_main:
                     export(run, description, session.step, run.folder(session.step))
-            if is_main and validator.is_due(session.step, done):
+            is_due = validator is not None and validator.is_due(session.step, done)
+            if validator is not None and is_due:
                 with session.averaged_weights():
                     watch.note(session.step, validator.run(session.model, session.step))
-            if is_checkpoint or validator.is_due(session.step, done):
+            if is_checkpoint or is_due:
                 write_page()
 
     # What averages the gradients must not outlive the process group: it would end gloo's threads while holding Python's

@@ -688,13 +688,16 @@ import torch.distributed.distributed_c10d
 from pipeline.train.validate.validation import Validator
 torch.distributed.distributed_c10d._get_default_timeout = lambda _: datetime.timedelta(seconds=3)
 Validator.run = lambda *_: __import__("time").sleep(6) or {}
+load_judges = Validator.__init__
+Validator.__init__ = lambda *given: note(judges=os.environ["RANK"]) or load_judges(*given)
 """
 
 
-def test_the_other_process_waits_for_a_grid_that_takes_long(server, dataset, tmp_path):
+def test_the_other_process_waits_for_a_grid_that_takes_long_and_loads_no_judges(server, dataset, tmp_path):
     grids = ("--set", "watch.validate_every=1", "--set", "watch.save_every=9")
     both = two(server, dataset, RunFolder(tmp_path / "run"), tmp_path / "seen", *grids, first=_SLOW_GRID, steps=2)
     assert [process.end() for process in both] == [0, 0], both[0].said + both[1].said
+    assert [sum("judges" in each for each in rank) for rank in notes(tmp_path / "seen")] == [1, 0]
 
 
 def test_another_number_of_processes_goes_on_with_the_next_epoch(pair, server, dataset, tmp_path):
