@@ -8,9 +8,9 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.pool import AsyncResult, ThreadPool
-from typing import IO, Any
+from typing import Any
 
-from pipeline.shared.files import RemotePath, to_path, writing
+from pipeline.shared.files import RemotePath, read_range, to_path, writing
 from schemas.errors import ConfigError, first_line
 
 _PUT_EVERY_S = 300.0
@@ -32,16 +32,18 @@ class EventFile:
             OutputError: when it cannot be written.
         """
         self._path, self._warn, self._put_at = to_path(path), warn, time.monotonic()
-        self._stream: IO[bytes] = io.BytesIO()
-        before = b""
+        self._stream: io.BytesIO | io.FileIO = io.BytesIO()
         with writing(path):
-            with suppress(FileNotFoundError):
-                before = self._path.read_bytes()
             if isinstance(self._path, RemotePath):
+                with suppress(FileNotFoundError):
+                    self._stream.write(self._path.read_bytes())
+                before = self._stream.getvalue()
                 self._path.write_bytes(before)
-                self._stream.write(before)
             else:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
+                # Its end alone: it may be long, and of /dev/stdout or a pipe there is nothing to read.
+                size = self._path.stat().st_size if self._path.is_file() else 0
+                before = read_range(self._path, size - 1, size) if size else b""
                 self._stream = self._path.open("ab", buffering=0)  # a line is written whole: a kill tears none
             if before and not before.endswith(b"\n"):  # a full disk does
                 self._stream.write(b"\n")
@@ -54,7 +56,7 @@ class EventFile:
     def write(self, event: dict[str, Any] | None) -> None:
         is_due = event is None or time.monotonic() > self._put_at + _PUT_EVERY_S
         try:
-            # Halves of surrogates, of a path that is no Unicode, become \\udc…, which JSON has for them too.
+            # Halves of surrogates, of a path that is no Unicode, become \udc…, which JSON has for them too.
             line = json.dumps(event, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
             self._stream.write(line if event else b"")
             if is_due and isinstance(self._stream, io.BytesIO):

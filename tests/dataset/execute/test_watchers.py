@@ -222,3 +222,13 @@ def test_an_event_may_name_a_folder_that_is_no_unicode(tmp_path):
     file.write({"kind": "start", "out": "Zoë/\udcff"})
     file.close()
     assert lines(tmp_path / "e.jsonl") == [{"kind": "start", "out": "Zoë/\udcff"}]
+
+
+def test_events_may_go_to_a_pipe(tmp_path):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    ours = os.open(pipe, os.O_RDWR)  # as /dev/stdout is in `… | cat`: what is read of it never ends
+    file = events.EventFile(str(pipe), lambda about, text: pytest.fail(text))
+    file.write({"kind": "start"})
+    file.close()
+    assert os.read(ours, 100) == b'{"kind": "start"}\n'
+    os.close(ours)
