@@ -31,7 +31,7 @@ import hostile
 
 BATCH = 64
 MOST_ROWS = 2048
-"""Fetched before their turn: fewer than half of all, so that what was refused is known when it comes again."""
+"""Fetched before their turn, at most a quarter of all, so that what was refused is known when it comes again."""
 
 
 def batches(rows: Iterator[tuple[str, str]]) -> Iterator[Rows]:
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, ports: dict[str, int]) -> tuple[dict[str, Coun
             keys_of.append(rows.alive["key"].to_pylist())
             yield rows
 
-    for done in apply_ahead(step, source(), MOST_ROWS):
+    for done in apply_ahead(step, source(), min(MOST_ROWS, args.rows // 4)):
         keys = keys_of.popleft()
         reasons = dict(zip(done.dead["key"].to_pylist(), done.dead["verdict"].to_pylist(), strict=True))
         for key in keys:
