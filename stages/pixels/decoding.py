@@ -39,7 +39,8 @@ _ANSWER_S = 10.0 * CPU_S
 """Only a child that sleeps for ever takes so long: a busy one runs out of processor time."""
 _CANVAS = 96 << 20
 """Bytes for pixels that stay mapped in the child; where a photo needs more, they come and go with it."""
-_MESSAGE = 4096
+MESSAGE = 4096
+"""Bytes of a request or an answer, at most."""
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(128 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
 """A process's libc keeps the memory of one photo for the next: getting it anew costs a fifth of a PNG's time."""
 
@@ -166,7 +167,7 @@ class _Child:
         try:
             if request:
                 self._socket.send(request)
-            answer = self._socket.recv(_MESSAGE)
+            answer = self._socket.recv(MESSAGE)
         except ConnectionError:
             pass
         except TimeoutError:

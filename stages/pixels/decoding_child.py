@@ -27,10 +27,9 @@ from PIL.ImageFile import ImageFile
 from schemas.arrays import Image
 from schemas.drops import Dropped, DropReason
 from stages.pixels import headers
-from stages.pixels.decoding import CPU_S, MEMORY
+from stages.pixels.decoding import CPU_S, MEMORY, MESSAGE
 from stages.pixels.images import encode_jpeg, shrink, stderr_taken
 
-_MESSAGE = 4096
 _MAX_THUMBNAIL_PIXELS = 100_000_000
 _THUMBNAIL_QUALITY = 85
 _DAMAGE = re.compile(
@@ -48,7 +47,7 @@ def main(link: socket.socket, file: int, canvas: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     memory: mmap.mmap | None = None
     link.send(b"ready")
-    while message := link.recv(_MESSAGE):
+    while message := link.recv(MESSAGE):
         used = resource.getrusage(resource.RUSAGE_SELF)
         limit = math.ceil(used.ru_utime + used.ru_stime) + CPU_S  # the next file that takes longer ends this process
         resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
