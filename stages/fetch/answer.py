@@ -23,6 +23,8 @@ SECOND_CHANCE = HOST_TROUBLE | {DropReason.DNS_ERROR, DropReason.HOST_DOWN}
 LOCAL_TROUBLE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL})
 """This machine's own trouble (no more files, ports, memory): stops the shard, never drops a row."""
 
+LONGEST_REST_S = 600.0
+"""Of a host; also the longest that a Retry-After is heeded without another request."""
 _BACK_OFF_S = 0.25
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _REASONS = {
@@ -43,6 +45,11 @@ class Refused(Dropped):
         super().__init__(reason)
         self.retry_after_s = retry_after_s
         """How long the server wants to be left alone, seconds."""
+
+
+def rest_s(failure: Dropped) -> float:
+    """How long a server wants to be left alone, seconds, as far as that is heeded; 0 where it does not say."""
+    return min(failure.retry_after_s or 0.0, LONGEST_REST_S) if isinstance(failure, Refused) else 0.0
 
 
 def check_status(status: int, retry_after: str | None) -> bool:

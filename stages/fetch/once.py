@@ -6,11 +6,12 @@ from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
 from schemas.drops import Dropped, DropReason
+from stages.fetch.answer import rest_s
 
 K = TypeVar("K")
 V = TypeVar("V")
 FAILED_S = 60.0
-"""How long it is remembered that something could not be learned."""
+"""How long it is remembered that something could not be learned, unless a server wants to be left alone for longer."""
 
 
 class Once(Generic[K, V]):
@@ -47,7 +48,7 @@ class Once(Generic[K, V]):
             known = await self._learn(key)
             until, weight = time.monotonic() + self._known_s, self._weigh(known)
         except Dropped as dropped:
-            known, until, weight = dropped.reason, time.monotonic() + FAILED_S, 1
+            known, until, weight = dropped.reason, time.monotonic() + max(FAILED_S, rest_s(dropped)), 1
         finally:
             del self._tasks[key]
         self._weight += weight - self._known.pop(key, (0.0, known, 0))[2]

@@ -14,12 +14,10 @@ from dataclasses import dataclass
 
 from schemas.drops import Dropped, DropReason
 from schemas.urls import Origin, Url
-from stages.fetch.answer import HOST_TROUBLE, Refused
+from stages.fetch.answer import HOST_TROUBLE, LONGEST_REST_S, rest_s
 from stages.settings import DownloadSettings
 
 _FIRST_REST_S = 10.0
-_LONGEST_REST_S = 600.0
-"""Also the longest that a Retry-After is heeded without another request."""
 _PAUSE_S = 0.25
 """After each deadline that passed: others that pass at the same time are counted before yet another row begins."""
 _LOOK_AGAIN_S = 0.05
@@ -110,12 +108,11 @@ class Hosts:
         host.probe_until = 0.0
         if failure.reason is DropReason.TIMEOUT:
             host.pause_until = now + _PAUSE_S
-        retry_after_s = failure.retry_after_s if isinstance(failure, Refused) else None
-        if retry_after_s:
-            host.until = max(host.until, now + min(retry_after_s, _LONGEST_REST_S))
+        if wanted_s := rest_s(failure):
+            host.until = max(host.until, now + wanted_s)
             host.reason = failure.reason
         elif self._is_down(host) and now >= host.until:
-            host.rest_s = min(max(2 * host.rest_s, _FIRST_REST_S), _LONGEST_REST_S)
+            host.rest_s = min(max(2 * host.rest_s, _FIRST_REST_S), LONGEST_REST_S)
             host.until, host.reason = now + host.rest_s, DropReason.HOST_DOWN
 
     def _is_down(self, host: _Host) -> bool:

@@ -12,6 +12,7 @@ import servers
 from schemas.drops import DropReason
 from stages.base import DROP
 from stages.download import Download
+from stages.fetch import once
 from stages.fetch.manners import robots as manners
 from stages.runtime import Runtime
 from stages.settings import DownloadSettings, Settings
@@ -123,6 +124,15 @@ def test_while_a_host_cannot_say_what_it_allows_nothing_is_asked_for(stage, serv
     monkeypatch.setattr(manners, "LIMIT_S", 0.5 if reason == "timeout" else 60.0)
     server.answers["/robots.txt"] = answer
     assert fetch(stage(timeout_s=60.0), *[server.url("/ok.jpg")] * 3) == [reason] * 3
+    assert server.hits == {"/robots.txt": 1}
+
+
+def test_a_host_whose_robots_txt_wants_rest_is_left_alone_for_so_long(stage, server, monkeypatch):
+    monkeypatch.setattr(once, "FAILED_S", 0.0)
+    server.answers["/robots.txt"] = says("503 Service Unavailable", Retry_After="3600")
+    download = stage()
+    for _ in range(2):
+        assert fetch(download, server.url("/ok.jpg")) == ["server_error"]
     assert server.hits == {"/robots.txt": 1}
 
 

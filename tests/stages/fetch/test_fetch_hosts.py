@@ -1,7 +1,7 @@
 import pytest
 
 from schemas.drops import Dropped, DropReason
-from stages.fetch.answer import SECOND_CHANCE, Refused
+from stages.fetch.answer import LONGEST_REST_S, SECOND_CHANCE, Refused
 from stages.fetch.manners import hosts
 from stages.settings import DownloadSettings
 
@@ -116,7 +116,7 @@ def test_nobody_waits_for_longer_than_the_deadline_of_a_url(clock, reason):
     assert refused(health) == reason
     health.record(A, None)  # a request that was under way went well
     assert refused(health) == reason
-    clock.now += hosts._LONGEST_REST_S - 15
+    clock.now += LONGEST_REST_S - 15
     assert health.wait_s(A) == 15
     clock.now += 16
     assert health.wait_s(A) == 0
