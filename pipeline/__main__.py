@@ -16,7 +16,7 @@ import typer
 from pipeline import models_command
 from pipeline.dataset.execute.watchdog import LESS_GPU_MEMORY, is_hanging
 from pipeline.options import AsJson, ConfigFile, Folder, NewFolder, Profile, ProfileName, Sets, console, errors, say
-from pipeline.shared.commands import application
+from pipeline.shared.commands import Interrupted, application
 from pipeline.shared.process import interrupt, on_interrupt, standard_streams, trouble_of_machine
 from schemas.errors import CorruptShardError, ExitCode, LostError, UserError, WeightsError
 from schemas.names import SAMPLE
@@ -384,7 +384,7 @@ def main() -> None:
         except (OSError, RuntimeError) as error:
             say(f"error: {trouble_of_machine(error, LESS_GPU_MEMORY)}", errors)
             sys.exit(ExitCode.SHARDS_FAILED)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Interrupted):
             errors.print("Interrupted. Finished shards are kept; the same command goes on.")
             sys.exit(ExitCode.INTERRUPTED)
     except SystemExit as end:

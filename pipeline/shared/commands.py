@@ -9,8 +9,18 @@ from typer.core import TyperGroup
 from schemas.errors import UserError
 
 
+class Interrupted(BaseException):
+    """A KeyboardInterrupt of a command: from that, typer would make an exit without a word."""
+
+
 class Commands(TyperGroup):
     """Commands that refuse an option whose value is empty, as of a shell variable that is not set."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, words = super().resolve_command(ctx, args)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.shared.commands import application
+from pipeline.shared.commands import Interrupted, application
 from pipeline.shared.local_paths import local_path
 from pipeline.shared.process import large_imports, standard_streams, trouble_of_machine
 from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, UserError, is_gpu_full
@@ -216,7 +216,7 @@ def main() -> None:
         else:
             _say(f"error: {worker_died(error)}")
         sys.exit(ExitCode.SHARDS_FAILED)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         begins = (
             "the same command begins anew." if words[:1] == ["evaluate"] else "the same command with --resume goes on."
         )

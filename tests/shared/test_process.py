@@ -96,6 +96,27 @@ def signals():
 
 
 @pytest.mark.usefixtures("signals")
+@pytest.mark.parametrize(
+    ("program", "called", "words"),
+    [
+        (pipeline_cli, "pipeline.dataset.finished.verify.verify", ["verify", "out"]),
+        (pipeline_cli, "pipeline.dataset.config.load_config", ["models", "list"]),
+        (trainer, "pipeline.train.run_page.run_page.write_page", ["report", "run"]),
+    ],
+)
+def test_an_interrupted_command_says_what_is_left(monkeypatch, capsys, program, called, words):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(called, interrupted)
+    monkeypatch.setattr(sys, "argv", ["program", *words])
+    with pytest.raises(SystemExit) as end:
+        program.main()
+    assert end.value.code == 130
+    assert "Interrupted. " in "".join(capsys.readouterr())
+
+
+@pytest.mark.usefixtures("signals")
 def test_a_second_interrupt_while_all_ends_is_no_traceback(monkeypatch):
     def app():
         raise KeyboardInterrupt
