@@ -150,9 +150,9 @@ def _is_quoted(path: str) -> bool:
 
     Else they are marks of captions, and one that is not closed would take the rows after it into its cell.
     """
-    with reading(path), open_binary(path, "infer") as file:
+    with reading(path), _by_lines(path) as file:
         try:
-            for _ in csv.reader((line.decode("latin-1") for line in _lines(file)), delimiter="\t", strict=True):
+            for _ in csv.reader((line.decode("latin-1") for line in file), delimiter="\t", strict=True):
                 pass
         except csv.Error:
             return False
