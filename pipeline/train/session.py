@@ -35,7 +35,7 @@ class Session:
 
     def __init__(self, job: TrainJob, accelerator: Accelerator, base: Base) -> None:
         """Everything at step 0; `base` is loaded on the accelerator's device."""
-        config, rank = job.config, accelerator.process_index
+        config, rank, on_gpu = job.config, accelerator.process_index, accelerator.device.type == "cuda"
         self._accelerator, self._job = accelerator, job
         self.step = 0
         self._skipped = 0
@@ -47,7 +47,7 @@ class Session:
             world=accelerator.num_processes,
             base=job.base.folder,
             faces=job.variant.faces,
-            pin_memory=accelerator.device.type == "cuda",
+            pin_memory=on_gpu,
         )
         # The same adapter on every process, another noise on each.
         torch.manual_seed(config.seed)
@@ -55,7 +55,7 @@ class Session:
         self.trained = self.model.trained()
         parameters = list(self.trained.values())
         decay = config.optim.ema_decay
-        self.average: Any | None = EMAModel(parameters, decay=decay) if decay else None
+        self.average: Any | None = EMAModel(parameters, decay=decay, foreach=on_gpu) if decay else None
         optimizer = optim.optimizer(parameters, config.optim)
         self.schedule = optim.schedule(optimizer, config.optim, config.steps)
         torch.manual_seed(config.seed + 1 + rank)
