@@ -3,7 +3,9 @@
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,8 @@ from stages import STAGES
 
 LIVE = f"{TEMPORARY}progress.json"
 """Beside the shards' folder while a run goes on, and after one that was killed: what it came to so far."""
+_AT_A_TIME = 16
+"""Manifests of a store that are asked for together."""
 UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError)
 """What pyarrow raises for a file that is no such parquet."""
 
@@ -93,8 +97,15 @@ def read_manifest(out: AnyPath, shard: str) -> Manifest:
 
 
 def read_manifests(out: AnyPath) -> list[Manifest]:
-    """The manifests of all finished shards, in the order of their names."""
-    return [read_manifest(out, shard) for shard in shard_names(out)]
+    """The manifests of all finished shards, in the order of their names; of a store several come at a time."""
+    shards = shard_names(out)
+    if not isinstance(out, RemotePath):
+        return [read_manifest(out, shard) for shard in shards]
+    pool = ThreadPoolExecutor(_AT_A_TIME)
+    try:
+        return list(pool.map(partial(read_manifest, out), shards))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def read_dataset(out: AnyPath) -> dict[str, Any]:
