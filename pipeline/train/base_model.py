@@ -74,8 +74,8 @@ class Base:
         return parts
 
     def _model(self, cls: Any, part: str, dtype: torch.dtype) -> Any:
-        key = "dtype" if cls.__module__.startswith("transformers") else "torch_dtype"
-        options = {"use_safetensors": True, "variant": variant_of(self.source.folder / part), key: dtype}
+        # `torch_dtype` is known to all releases of both libraries; `dtype` to transformers from 4.56 on
+        options = {"use_safetensors": True, "variant": variant_of(self.source.folder / part), "torch_dtype": dtype}
         model, report = self._load(cls, part, output_loading_info=True, **options)
         missing = sorted(report["missing_keys"])
         if missing:  # left without values, or with random ones

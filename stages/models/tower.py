@@ -114,8 +114,8 @@ def load_folder(model_class: Any, folder: Path, device: str, gpu_dtype: str = "f
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     dtype = getattr(torch, gpu_dtype) if device == "cuda" else torch.float32
-    key = "dtype" if model_class.__module__.startswith("transformers") else "torch_dtype"
-    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, key: dtype}
+    # `torch_dtype` is known to all releases of both libraries; `dtype` to transformers from 4.56 on
+    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, "torch_dtype": dtype}
     options["variant"] = variant_of(folder)
     try:
         model, info = model_class.from_pretrained(str(folder), **options)
