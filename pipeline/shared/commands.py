@@ -6,7 +6,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from schemas.errors import UserError
+from schemas.errors import UserError, first_line
+
+_OURS = ("pipeline", "schemas", "stages")
 
 
 class Interrupted(BaseException):
@@ -14,7 +16,10 @@ class Interrupted(BaseException):
 
 
 class Commands(TyperGroup):
-    """Commands that refuse an option whose value is empty, as of a shell variable that is not set."""
+    """Commands that refuse an option whose value is empty, as of a shell variable that is not set.
+
+    They name a package that was removed or replaced since faceshards was installed.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -29,6 +34,18 @@ class Commands(TyperGroup):
             if f"{option}=" in words or (option, "") in pairwise(words):
                 raise UserError(f"{option} is empty: give it a value, or leave it out.")
         return name, command, words
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ImportError as error:
+            package = (error.name or "").partition(".")[0]
+            if not package or package in _OURS:
+                raise
+            raise UserError(
+                f"{package} cannot be imported here ({first_line(error)}): install faceshards into this environment "
+                "again, by `make setup` or `pip install .`; its pyproject.toml names which releases it needs."
+            ) from error
 
 
 def application(**options: Any) -> typer.Typer:

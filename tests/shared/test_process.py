@@ -8,10 +8,13 @@ import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import pipeline.__main__ as pipeline_cli
+from pipeline.shared.commands import application
 from pipeline.shared.process import standard_streams
 from pipeline.train import __main__ as trainer
+from schemas.errors import UserError
 
 CLOSED = """
 import os, sys
@@ -157,3 +160,27 @@ def test_a_gpu_that_is_full_when_models_load_is_one_sentence(monkeypatch, capsys
     assert end.value.code == 3
     err = capsys.readouterr().err
     assert err.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB. Free that GPU of other programs, ")
+
+
+@pytest.mark.parametrize(
+    ("statement", "why"),
+    [
+        ("import xyzzy.plugh", "No module named 'xyzzy'"),
+        ("from torch import of_another_release", "cannot import name 'of_another_release' from 'torch'"),
+    ],
+)
+def test_a_package_that_is_missing_or_of_another_release_is_one_sentence(statement, why):
+    app = application()
+    app.command("a")(lambda: exec(statement, {}))
+    app.command("b")(lambda: None)
+    error = CliRunner().invoke(app, ["a"]).exception
+    assert isinstance(error, UserError)
+    assert str(error).startswith(f"{statement.split()[1].split('.')[0]} cannot be imported here ({why}")
+
+
+def test_a_mistake_of_our_own_imports_stays_one():
+    app = application()
+    app.command("a")(lambda: exec("from schemas import nothing_of_this_name", {}))
+    app.command("b")(lambda: None)
+    error = CliRunner().invoke(app, ["a"]).exception
+    assert isinstance(error, ImportError)
