@@ -80,7 +80,8 @@ class Base:
         missing = sorted(report["missing_keys"])
         if missing:  # left without values, or with random ones
             raise self._unusable(cls, part, f"its files lack {len(missing)} weights, such as {missing[0]}")
-        return model.eval().requires_grad_(False).to(self.device)
+        # transformers 4.49 leaves CLIPTextModelWithProjection in float32
+        return model.eval().requires_grad_(False).to(self.device, dtype)
 
     def _load(self, cls: Any, part: str, **options: Any) -> Any:
         try:
