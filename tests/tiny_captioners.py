@@ -22,6 +22,7 @@ def write(folder: Path, kind: str, seed: int = 0) -> Path:
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
         cls_token="<s>", sep_token="</s>", additional_special_tokens=["<image>"],
+        model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip
     pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     ids = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}

@@ -16,6 +16,7 @@ from skimage import data
 from schemas.arcface import pose
 from schemas.columns import schema
 from schemas.drops import DropReason
+from schemas.errors import ContractError
 from schemas.record import check
 from stages.base import DROP
 from stages.detect import Detect, measure
@@ -182,3 +183,10 @@ def test_haar_agrees_with_the_labels(data: Path, labels: list[dict[str, str]]) -
         if (reason is None) != (row["expected"] == "keep"):
             wrong[row["file"]] = reason
     assert not wrong
+
+
+def test_a_box_without_its_four_numbers_breaks_the_declaration():
+    table = pa.table({"bbox": pa.array([[1.0, 2.0, 3.0, 4.0], None, [1.0]], pa.list_(pa.float32()))})
+    check(table.slice(0, 2), ("bbox",), "detect")
+    with pytest.raises(ContractError, match="bbox holds lists of other sizes"):
+        check(table, ("bbox",), "detect")

@@ -416,7 +416,9 @@ def test_a_ledger_that_lies(out, change, message):
 
 def test_ledgers_of_earlier_releases_are_read_as_ever(out):
     path = out / "shards" / f"{SHARD}.parquet"
-    pq.write_table(pq.read_table(path).drop_columns(["caption_chars", "screen_score", "crops_made"]), path)
+    old = pq.read_table(path).drop_columns(["caption_chars", "screen_score", "crops_made"])
+    boxes = pa.array(old["bbox"].to_pylist(), pa.list_(pa.float32(), 4))
+    pq.write_table(old.set_column(old.column_names.index("bbox"), "bbox", boxes), path)
     seal(out)
     assert told(out) == []
     assert Output(out).is_done(SHARD, fake.plan())
@@ -426,6 +428,22 @@ def test_ledgers_of_earlier_releases_are_read_as_ever(out):
     assert forget(out, urls=("http://photos.example/a/0.jpg",)).kept == {SHARD: 1}
     assert told(out) == []
     assert pq.read_schema(path) == LEDGER_SCHEMA
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("bbox", [1.0, 2.0, 3.0]), ("kps", [[1.0, 2.0]] * 4), ("kps", [[1.0]] * 5)]
+)
+def test_boxes_and_points_of_another_size_are_no_ledger(name, value, out):
+    edit_ledger(out, put(0, **{name: value}))
+    ((file, _, message),) = told(out)
+    assert file == f"{SHARD}.parquet"
+    assert message.startswith(f"not a ledger: {name} holds lists of other sizes")
+    with pytest.raises(CorruptShardError, match=f"{name} holds lists of other sizes"):
+        write_report(out)
+
+
+def test_pyarrow_before_26_can_read_what_ledgers_hold():
+    assert not [field.name for field in LEDGER_SCHEMA if "fixed_size" in str(field.type)]
 
 
 def test_crops_that_are_not_those_of_the_ledger(out):

@@ -110,7 +110,7 @@ def test_towers_parsers_and_jpegs(gpu) -> None:
     assert len(parse([np.zeros((8, 8, 3), np.uint8)] * 3)) == 3
 
     def decoded(files):
-        pixels = (cv2.imdecode(file.numpy(), cv2.IMREAD_COLOR_RGB) for file in files)
+        pixels = (cv2.cvtColor(cv2.imdecode(file.numpy(), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB) for file in files)
         return [gpu.mark(torch.from_numpy(each).permute(2, 0, 1)) for each in pixels]
 
     picture = cv2.imencode(".jpg", np.full((16, 24, 3), 90, np.uint8))[1].tobytes()

@@ -36,10 +36,11 @@ class Decode:
         self.batches.append(len(files))
         decoded = []
         for file in files:
-            pixels = cv2.imdecode(file.numpy(), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+            pixels = cv2.imdecode(file.numpy(), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
             if pixels is None or b"BROKEN" in file.numpy().tobytes():
                 raise RuntimeError("nvjpegDecode failed")
-            decoded.append(torch.from_numpy(pixels + np.uint8(self.offset)).permute(2, 0, 1))
+            rgb = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) + np.uint8(self.offset)
+            decoded.append(torch.from_numpy(rgb).permute(2, 0, 1))
         return decoded
 
 
