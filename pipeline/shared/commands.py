@@ -21,12 +21,6 @@ class Commands(TyperGroup):
     They name a package that was removed or replaced since faceshards was installed.
     """
 
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            raise Interrupted from error
-
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, words = super().resolve_command(ctx, args)
         options = [one for one in (command.params if command else ()) if one.param_type_name == "option"]
@@ -38,6 +32,8 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
         except ImportError as error:
             package = (error.name or "").partition(".")[0]
             if not package or package in _OURS:
