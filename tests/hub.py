@@ -50,14 +50,12 @@ class Handler(BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
 
-    def answer(self, content: object = None, status: int = 200, **headers: str) -> None:
+    def answer(self, content: object = None, status: int = 200) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
         self.send_header("X-Repo-Commit", "0" * 40)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
@@ -72,8 +70,6 @@ class Handler(BaseHTTPRequestHandler):
         elif name == "/put/":
             hub.large[hashlib.sha256(body).hexdigest()] = body
             self.answer()
-        elif name == "/resolve/" and path.partition("/resolve/main/")[2] not in hub.files:
-            self.answer(status=404, X_Error_Code="EntryNotFound")
         elif name == "/resolve/":
             self.answer(hub.files[path.partition("/resolve/main/")[2]])
         elif name == "/commit/" and len(hub.commits) == hub.refuse_commit:

@@ -94,15 +94,6 @@ def _as_ledger(rows: pa.Table) -> pa.Table:
     return pa.table(arrays, schema=LEDGER_SCHEMA)
 
 
-def filtered(table: pa.Table, mask: pa.Array) -> pa.Table:
-    """The rows where `mask` is true.
-
-    Column by column: `Table.filter` cuts each where any other has a chunk, and pyarrow 26.0.1 mixes up the values of
-    lists of lists (kps) that are cut.
-    """
-    return pa.table([column.filter(mask) for column in table.columns], schema=table.schema)
-
-
 def put(table: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
     if name in table.column_names:
         return table.set_column(table.column_names.index(name), name, values)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset.rows import Rows, filtered, put, tombstones
+from pipeline.dataset.rows import Rows, put, tombstones
 from schemas.columns import COLUMNS, schema
 from schemas.errors import ContractError
 from schemas.record import check, check_filled
@@ -66,8 +66,8 @@ def _applied(step: Loaded, rows: Rows, result: pa.Table | None) -> Rows:
         dropped = pc.is_valid(drop)
         used = {*keep, *stage.writes}
         needed = [name for name in columns if name in used]
-        survivors = filtered(alive.select(needed), pc.invert(dropped))
-        fallen = filtered(alive.select([name for name in columns if COLUMNS[name].ledger]), dropped)
+        survivors = alive.select(needed).filter(pc.invert(dropped))
+        fallen = alive.select([name for name in columns if COLUMNS[name].ledger]).filter(dropped)
         dead = pa.concat_tables([dead, tombstones(fallen, drop.drop_null(), stage.name)])
         witnesses = _witnesses(witnesses, alive, drop)
     check_filled(survivors, stage.writes, stage.name)

@@ -20,7 +20,6 @@ from pipeline.dataset.finished.group.near_copies import SIDE, Looks, details, ha
 from pipeline.dataset.out.forgotten import load
 from pipeline.dataset.out.ledger import read_ledger
 from pipeline.dataset.out.takedowns import Takedowns
-from pipeline.dataset.rows import filtered
 from pipeline.shared.files import AnyPath, read_range
 from pipeline.shared.tars import NATIVE, corrupt_errors, members, read
 from schemas.arrays import Floats, Image, Integers
@@ -98,7 +97,7 @@ def read_photos(shards: Iterable[tuple[AnyPath, str]], describe: Describe | None
                 ledger = read_ledger(folder, shard, LEDGER)
                 reasons = Takedowns(load(folder)).reasons(ledger)
                 stays = pc.and_(pc.equal(ledger["verdict"], KEPT), pc.is_null(reasons))
-                ledger = filtered(ledger, stays).cast(LEDGER_SCHEMA).combine_chunks()
+                ledger = ledger.filter(stays).cast(LEDGER_SCHEMA).combine_chunks()
                 if not ledger.num_rows:
                     continue
                 tar = folder / "shards" / f"{shard}.tar"

@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
@@ -46,7 +46,6 @@ def push(out: AnyPath, url: str, say: Callable[[str], None], *, gated: bool = Tr
         CorruptShardError: when a shard is not what its manifest says.
     """
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import RemoteEntryNotFoundError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
@@ -80,7 +79,7 @@ def push(out: AnyPath, url: str, say: Callable[[str], None], *, gated: bool = Tr
                 repo, repo_type="dataset", gated="manual" if gated else None, private=private or None
             )
         there, sent = _hashes(api, repo), 0
-        with suppress(RemoteEntryNotFoundError):  # the hub's page lets its owner write into the card
+        if CARD in there:  # the hub's page lets its owner write into it
             fetched = Path(api.hf_hub_download(repo, CARD, repo_type="dataset", local_dir=folder))
             page_card, card = (data.decode("utf-8", "replace") for data in (fetched.read_bytes(), others[CARD]))
             others[CARD] = with_text_of(page_card, card).encode()
