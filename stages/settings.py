@@ -261,7 +261,7 @@ class EncodeSettings(Section):
     """Image features of the mirrored face too, so that training may mirror: doubles them."""
     base: str = "sd15"
     """Whose encoders: sd15, sdxl, tiny, tiny-sdxl, or a diffusers folder."""
-    resolution: int = Field(512, ge=64, multiple_of=8)
+    resolution: int = Field(512, ge=64, le=8192, multiple_of=8)
     """Side of a square picture before the VAE, pixels; other sizes have about its area. At most crop.size."""
 
 

@@ -57,6 +57,14 @@ def test_what_the_images_install_is_pinned_and_what_they_copy_is_let_into_the_co
     assert all((ROOT / path).exists() for path in own_paths)
 
 
+def test_volumes_of_the_cluster_belong_to_the_user_of_the_image():
+    """A new volume takes the owner of the folder over which it lies; where there is none, it is root's."""
+    nodes = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"].values()
+    mounts = {volume.rpartition(":")[2] for node in nodes for volume in node["volumes"]}
+    (owned,) = [words for words in dockerfile()["cpu"] if "--owner=faceshards" in words]
+    assert mounts <= {*owned}
+
+
 def test_the_gpu_image_is_of_cuda_13_and_cudnn_9():
     text = " ".join(" ".join(words) for words in dockerfile()["venv-gpu"])
     assert all(word in text for word in ("libcublas.so.13", "libcudnn.so.9", "--no-deps onnxruntime-gpu"))

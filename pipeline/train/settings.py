@@ -45,7 +45,7 @@ class KindShares(Section):
 class DataSettings(Section):
     """What is read from the shards, and in which order."""
 
-    resolution: int = Field(512, ge=64, multiple_of=8)
+    resolution: int = Field(512, ge=64, le=8192, multiple_of=8)
     """Side of a square target, pixels; other buckets have about the same area."""
     buckets: bool = True
     """Train `full` at its own aspect, in batches of one aspect; otherwise on random squares that hold the face."""
