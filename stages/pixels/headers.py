@@ -13,6 +13,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pkgutil import resolve_name
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ def _heif(file: io.BytesIO) -> ImageFile:
 
 OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
     **{name.upper(): resolve_name(f"PIL.{name}ImagePlugin:{name}ImageFile") for name in _PLUGINS},
-    "HEIF": _heif,
+    **({"HEIF": _heif} if find_spec("pi_heif") else {}),
 }
 
 _FORMAT = re.compile(
