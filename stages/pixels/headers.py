@@ -13,7 +13,6 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pkgutil import resolve_name
 from typing import NamedTuple
 
@@ -33,8 +32,10 @@ _PLUGINS = ("Jpeg", "Png", "WebP", "Gif", "Bmp", "Tiff", *(["Avif"] if features.
 
 def _heif(file: io.BytesIO) -> ImageFile:
     """The primary image of a HEIF file (HEIC), turned by libheif, and said to be upright; raises SyntaxError."""
-    from pi_heif import HeifImageFile, options  # on first use: few have such a file
-
+    try:
+        from pi_heif import HeifImageFile, options  # on first use: few have such a file
+    except ModuleNotFoundError as error:
+        raise Dropped(DropReason.UNSUPPORTED_FORMAT) from error
     options.DECODE_THREADS = 1
     options.THUMBNAILS = options.DEPTH_IMAGES = options.AUX_IMAGES = False
     image: ImageFile = HeifImageFile(file)
@@ -43,7 +44,7 @@ def _heif(file: io.BytesIO) -> ImageFile:
 
 OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
     **{name.upper(): resolve_name(f"PIL.{name}ImagePlugin:{name}ImageFile") for name in _PLUGINS},
-    **({"HEIF": _heif} if find_spec("pi_heif") else {}),
+    "HEIF": _heif,
 }
 
 _FORMAT = re.compile(

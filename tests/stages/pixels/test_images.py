@@ -16,7 +16,7 @@ from skimage import data as samples
 
 from schemas.drops import Dropped, DropReason
 from stages.pixels import images
-from stages.pixels.headers import Header, check_whole, is_web_page, read_header, sniff
+from stages.pixels.headers import Header, check_whole, is_web_page, open_lazily, read_header, sniff
 from stages.pixels.images import PhotoCache, thumbnail
 
 SIZE = 96, 80
@@ -150,6 +150,13 @@ def test_a_heif_that_lies_on_its_side_is_turned_once() -> None:
     assert np.abs(decode(heif.TURNED).astype(int) - heif.drawn()).mean() < 2
     assert read_header(heif.TURNED) == Header("HEIF", *SIZE)
     assert sniff(heif.TURNED) is None
+
+
+def test_without_its_package_heif_is_an_unsupported_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pi_heif", None)
+    with pytest.raises(Dropped) as dropped:
+        open_lazily("HEIF", heif.UPRIGHT)
+    assert dropped.value.reason is DropReason.UNSUPPORTED_FORMAT
 
 
 @pytest.mark.parametrize("value", [b"", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", exif(9), exif(0), exif(6)[:20]])
