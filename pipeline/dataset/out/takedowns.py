@@ -168,8 +168,6 @@ def blank(table: pa.Table, reasons: pa.Array) -> pa.Table:
     if reasons.null_count == len(reasons):
         return table
     fallen = pc.is_valid(reasons)
-    # take() with null indices: if_else knows no lists of fixed size
-    others = pa.array(np.arange(len(reasons)), mask=fallen.to_numpy(zero_copy_only=False))
     columns = []
     for name in table.column_names:
         column = table[name]
@@ -178,6 +176,6 @@ def blank(table: pa.Table, reasons: pa.Array) -> pa.Table:
         elif name == "stage":
             column = pc.if_else(fallen, pa.scalar(STAGE, COLUMNS[name].type), column)
         elif name not in KEEPS:
-            column = column.combine_chunks().take(others)
+            column = pc.if_else(fallen, pa.scalar(None, column.type), column)
         columns.append(column)
     return pa.table(columns, schema=table.schema)
