@@ -3,7 +3,7 @@
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -124,17 +124,14 @@ def make_dataset(
         output.prepared(plan, replan=replan),  # first: an OUT that will not do is known at once, Ray takes seconds
         start(plan) as execute,
         screen,
+        _Work(output, plan, screen, watchers, job.parts, output.sources).described() as work,
     ):
-        output.sources = sorted({*output.sources, *(part.origin for part in job.parts)})
-        # For `status`, from any terminal; when the run comes to its end, its counts stand there.
-        output.describe(plan, {"planned": {part.name: part.rows for part in job.parts}})
         gone = take_down_listed(output)
         if gone.rows:
             screen.say(f"download.removed: {gone}, are taken out of what is done.")
         for note in job.notes:
             screen.say(note)
         watchers.begin(parts=len(job.parts), input_rows=job.rows, plan_digest=plan.digest)
-        work = _Work(output, plan, screen, watchers)
         # A shard that is made anew takes those along that gave its rows a second chance.
         further = [name for name in shard_names(out) if shard_origin(name)[1]]
         work.make(execute, work.pending(job.shards_by_part(), further))
@@ -150,6 +147,7 @@ def make_dataset(
                     work.make(execute, chain([first], pending))
             elif not work.failed:
                 screen.say("Second chances: no row failed for a reason that may have passed.")
+        output.sources = work.sources
         counted = _finish(output, plan)
         silent = counted.kept or (work.failed and not counted.rows_in)  # where all failed, that is known
         nothing = "" if silent else why_nothing(f"{counted.rows_in:,} rows", counted.dropped)
@@ -186,8 +184,38 @@ class _Work:
     plan: Plan
     screen: RunScreen
     watchers: Watchers
+    parts: Sequence[Part]
+    earlier: Sequence[str]
+    """The sources of earlier runs."""
     failed: list[str] = field(default_factory=list)
     captions: Captions = field(default_factory=Captions)
+    made: set[str] = field(default_factory=set)
+    """Parts of which this run made a shard."""
+    same: set[str] = field(default_factory=set)
+    """Parts of which a shard was done before, and that were not refused."""
+
+    @property
+    def sources(self) -> list[str]:
+        """Those of OUT: a part that was refused, or of which no shard is there, is none of them."""
+        given = (part.origin for part in self.parts if part.name in self.made | self.same)
+        return sorted({*self.earlier, *given})
+
+    @contextmanager
+    def described(self) -> Iterator["_Work"]:
+        """For `status`, from any terminal; when the run comes to its end, its counts stand in dataset.json."""
+        planned = {"planned": {part.name: part.rows for part in self.parts}}
+        # All that is given, so that a run that is killed leaves out none of which it made a shard.
+        self.output.sources = sorted({*self.earlier, *(part.origin for part in self.parts)})
+        self.output.describe(self.plan, planned)
+        try:
+            yield self
+        except BaseException:
+            # Not once there is a shard: to `status` the run begins when this is written.
+            if not self.made | self.same:
+                self.output.sources = self.sources
+                with suppress(OSError):  # of an OUT that is gone or read-only, which ended the run
+                    self.output.describe(self.plan, planned)
+            raise
 
     def make(self, execute: Execute, pending: Iterable[Seeds]) -> None:
         """Make shards.
@@ -198,7 +226,9 @@ class _Work:
         with closing(execute(self.plan, pending, self.output)) as events:
             for event in events:
                 self.watchers.take(event)
-                if isinstance(event, Finished) and event.manifest is None:
+                if isinstance(event, Finished) and event.manifest is not None:
+                    self.made.add(shard_origin(event.shard)[0])
+                elif isinstance(event, Finished):
                     self.failed.append(event.shard)
                     if event.lost:
                         raise LostError(event.error)
@@ -209,7 +239,7 @@ class _Work:
         Of `further`, the shards of second chances, those go that hold rows of a shard which is to be made.
         """
         listed = sizes(self.output.shards)
-        for shards in parts:
+        for part, shards in zip(self.parts, parts, strict=True):
             try:
                 for seeds in shards:
                     self.captions.add(seeds)
@@ -221,10 +251,12 @@ class _Work:
                             discard(self.output, further, seeds)
                     if done:
                         self.output.require_same_files(seeds.name, seeds.table)
+                        self.same.add(part.name)
                         self.screen.done_before(seeds.table.num_rows)
                     else:
                         yield seeds
             except UserError as error:
+                self.same.discard(part.name)
                 self.watchers.take(Finished.failed(METADATA, error))
                 self.failed.append(METADATA)
 

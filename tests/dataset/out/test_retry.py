@@ -217,6 +217,32 @@ def test_a_part_that_holds_other_urls_now_is_told(server, part, tmp_path):
     assert {shard_origin(name)[1] for name in shards(out)} == {0}
 
 
+def test_what_a_refused_run_was_given_is_no_source(server, part, tmp_path):
+    """Neither a part that is refused, at once or when rows get another chance, nor one of which no shard was made."""
+    out, sources = tmp_path / "out", lambda: json.loads((out / "dataset.json").read_bytes())["sources"]
+    run(part, out, retry=False)
+    own = sources()
+    mistaken, other = tmp_path / "mistaken" / "part.parquet", tmp_path / "other" / "zzz.parquet"
+    for path in (mistaken, other):
+        path.parent.mkdir()
+        server.write_part(path, prefix="?changed")
+    assert run(mistaken, out)[0] == ExitCode.SHARDS_FAILED  # in the second chances
+    assert sources() == own
+    pq.write_table(pq.read_table(mistaken).slice(0, 3), mistaken)
+    assert run(mistaken, out, retry=False)[0] == ExitCode.SHARDS_FAILED
+    assert sources() == own
+    config = load_config(None, SETS, shards=str(other), profile="embedded", executor="local")
+
+    def interrupt(event: object) -> None:
+        raise KeyboardInterrupt
+
+    with prepared(str(other), config) as job, pytest.raises(KeyboardInterrupt):
+        make_dataset(job, out, Console(quiet=True), watch=interrupt)
+    assert sources() == own
+    assert run(f"{other},{part}", out, retry=False)[0] == ExitCode.OK
+    assert sources() == sorted([*own, "other"])
+
+
 def test_a_part_that_was_changed_costs_no_other_part_its_second_chances(server, part, tmp_path):
     out, other = tmp_path / "out", tmp_path / "zzz.parquet"
     server.write_part(other)

@@ -171,6 +171,8 @@ def test_a_folder_that_changed_mixes_no_shards(made, out, tmp_path):
     code, text = make(tmp_path / "out", "source.rows_per_shard=2", **words)
     assert (code, "was made of a #1.jpg, its part gives it a #2.jpg" in text) == (ExitCode.SHARDS_FAILED, True)
     assert contents(tmp_path / "out") == before
+    described = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert described["sources"] == [f"made:{made.name}"], "what was refused gave no rows"
 
 
 # Layouts
