@@ -54,7 +54,7 @@ class Job:
     def notes(self) -> list[str]:
         """What the sources leave out, and what they should not be."""
         notes = [note for part in self.parts if part.pictures for note in part.pictures.named.notes]
-        is_old = is_old_laion([part.origin for part in self.parts], [part.name for part in self.parts])
+        is_old = any(is_old_laion([part.origin], [part.name]) for part in self.parts)
         return [*notes, *([f"WARNING: {OLD_LAION}"] if is_old else [])]
 
     def shards(self) -> Iterator[Seeds]:

@@ -1,7 +1,9 @@
 """LAION's lists, of which Re-LAION alone should be used: known by their names, since columns are the same."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+
+from schemas.names import part_name
 
 _LAION = re.compile(r"laion|^part-\d{5}-[0-9a-f-]{36}-c000", re.IGNORECASE)
 _RE_LAION = re.compile(r"re-?laion", re.IGNORECASE)
@@ -13,10 +15,14 @@ OLD_LAION = (
 )
 
 
-def is_old_laion(origins: Iterable[str], parts: Iterable[str]) -> bool:
+def is_old_laion(origins: Iterable[str], parts: Collection[str]) -> bool:
     """Whether the lists are LAION's, and nothing says that they are of Re-LAION.
 
-    `origins` are where they come from, as `Part.origin` has it, `parts` their names.
+    `origins` are where they come from, as `Part.origin` has it, `parts` their names. dataset.json does not say which
+    part is of which origin: where a name is LAION's, any origin may be that of an old list, but for those that are
+    known to be none. AI-made images are none, nor the sample, nor folders of images: their part has the folder's name.
+    An origin that is called LAION's counts whatever it is.
     """
-    files_are = any(map(_LAION.search, parts))
-    return any((files_are or _LAION.search(one)) and not _RE_LAION.search(one) for one in origins)
+    doubtful = [one for one in origins if not _RE_LAION.search(one)]
+    others = (one for one in doubtful if not one.startswith("made:") and part_name(one) not in parts)
+    return any(map(_LAION.search, doubtful)) or (any(map(_LAION.search, parts)) and any(others))

@@ -17,6 +17,7 @@ from pipeline.dataset.finished.hub.croissant import croissant
 from pipeline.dataset.finished.verify import foreign_files
 from pipeline.dataset.job import Job
 from pipeline.dataset.out.ledger import Funnel, FunnelRow, read_ledger, read_manifests, shard_names
+from pipeline.dataset.source.laion import is_old_laion
 from pipeline.dataset.source.parts import Part
 from pipeline.shared.tars import unpack
 from schemas.errors import CorruptShardError
@@ -159,6 +160,36 @@ def test_old_lists_of_laion_are_warned_of_by_card_and_croissant(tmp_path, path, 
         assert ("2,236 links" in text) is warned
         assert origin in text
         assert "secret" not in text
+
+
+UUID = "part-00007-5b54c5d5-bbcf-484d-a2ce-0d6f73df1a36-c000.snappy"
+
+
+@pytest.mark.parametrize(
+    ("origins", "parts", "is_old"),
+    [
+        (["relaion2B-en", "my pictures"], ["laion-part-0", "my-pictures"], False),
+        (["s3://bucket/relaion2B-en", "s3://bucket/pictures"], ["laion-part-0", "pictures"], False),
+        (["relaion2B-en", "made:diffusiondb"], ["laion-part-0", "0"], False),
+        (["relaion2B-en", "sample"], ["laion-part-0", "sample"], False),
+        (["lists", "relaion2B-en"], ["laion-part-0", part_name(UUID)], True),
+        (["lists", "pictures"], ["laion-part-0", "pictures"], True),
+        (["laion2B", "pictures"], ["laion2B", "pictures"], True),
+        (["laion-part-0", "pictures"], ["laion-part-0", "pictures"], True),
+    ],
+)
+def test_images_of_ones_own_beside_re_laion_are_no_old_lists(origins, parts, is_old):
+    """The last two are a list in a folder of its own name, and a dataset.json without sources."""
+    assert is_old_laion(origins, parts) is is_old
+
+
+def test_a_run_knows_which_part_is_of_which_list():
+    """Tars of images lie in a folder, as lists do: dataset.json does not tell them apart."""
+    re_laion = Part("laion-part-0", "/data/relaion2B-en/0.parquet", None, "metadata")
+    tar = Part("00000", "/data/pictures/00000.tar", None, "tar")
+    old = Part("laion-part-1", "/data/lists/1.parquet", None, "metadata")
+    assert Job(SimpleNamespace(), (re_laion, tar)).notes == []
+    assert len(Job(SimpleNamespace(), (re_laion, tar, old)).notes) == 1
 
 
 def test_a_manifest_that_names_no_tar_is_damage(tmp_path):
