@@ -139,7 +139,9 @@ def make_dataset(
         if retry and work.failed:
             screen.say("Some shards failed: second chances wait until all are done.")
         elif retry:
-            again = second_chances(job.parts, plan.config.source, out, partial(output.is_done, plan=plan))
+            again = second_chances(
+                job.parts, plan.config.source, out, partial(output.is_done, plan=plan), screen.expect
+            )
             pending = work.pending(again)
             first = next(pending, None)
             if first is not None:

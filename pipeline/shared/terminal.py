@@ -60,6 +60,12 @@ class Screen:
         self._start += count
         self.advance(count)
 
+    def grow(self, count: int) -> None:
+        """So much more is to be done than was known at first, where anything was."""
+        if self._total is not None:
+            self._total += count
+            self.bars.update(self._whole, total=self._total)
+
     def advance(self, count: int, words: str | None = None) -> None:
         """So much more of the whole is done (or less, where it is done anew).
 

@@ -37,6 +37,12 @@ class RunScreen(Screen):
         self.tally.rows_before += rows
         self.skip(rows)
 
+    def expect(self, rows: int) -> None:
+        """So many rows get a second chance, on top of the total."""
+        if self.tally.total_rows is not None:
+            self.tally.total_rows += rows
+        self.grow(rows)
+
     def show(self, event: Event) -> dict[str, Any]:
         """Take an event; what the run has come to by now, as `Tally.counts` has it."""
         before = self.tally.rows

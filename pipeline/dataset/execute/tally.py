@@ -26,7 +26,7 @@ class Tally:
         self.shards = {"made": 0, "failed": 0, "before": 0}
         self.rows_before = 0
         self.begun = time.monotonic()
-        self._total_rows = total_rows
+        self.total_rows = total_rows
         self._outcomes: Counter[tuple[str, str]] = Counter()
         self._begun_rows = self._captions = 0
         self._microseconds: Counter[str] = Counter()
@@ -83,18 +83,18 @@ class Tally:
             spent = round(self._microseconds[name] / 1e6, 3)
             stage.update(rows_in=left, rows_out=left - sum(stage["dropped"].values()), seconds=spent)
             left = stage["rows_out"]
-        left = 0 if self._total_rows is None else max(0, self._total_rows - self.rows_before - rows)
+        left = 0 if self.total_rows is None else max(0, self.total_rows - self.rows_before - rows)
         names = self._fetches.fetches[RESOLVER]
         return {
             "seconds": round(seconds, 3),
-            "input_rows": self._total_rows,
+            "input_rows": self.total_rows,
             "rows_before": self.rows_before,
             "begun_rows": self._begun_rows,
             "captions": self._captions,
             "rows": rows,
             "kept": kept,
             "rows_per_second": round(rows / seconds, 3),
-            "seconds_left": None if self._total_rows is None or not rows else round(left * seconds / rows),
+            "seconds_left": None if self.total_rows is None or not rows else round(left * seconds / rows),
             "network_failures": sum(stages["download"]["dropped"].get(reason, 0) for reason in SECOND_CHANCE),
             "shards": {**self.shards, "making": len(self.making)},
             "stages": stages,

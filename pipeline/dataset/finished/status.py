@@ -52,8 +52,10 @@ def status(out: AnyPath) -> dict[str, Any]:
     pace = _pace(of_run, begun)
     recent = _pace(of_run, max(begun, of_run[-1][0] - _RECENT_S)) if of_run else None
     seconds_left = 0.0 if is_over else None
-    if not is_over and planned_rows is not None and (recent or pace):
-        seconds_left = max(0, planned_rows - done) / (recent or pace or 1)
+    if not is_over and planned_rows is not None and done >= planned_rows:
+        seconds_left = (live or {}).get("seconds_left") or None  # of second chances the run alone knows
+    elif not is_over and planned_rows is not None and (recent or pace):
+        seconds_left = (planned_rows - done) / (recent or pace or 1)
     return {
         "is_over": is_over,
         "shards": len(manifests),
@@ -72,7 +74,8 @@ def status(out: AnyPath) -> dict[str, Any]:
         "in_the_making": None if isinstance(out, RemotePath) else drafts,
         # What the run itself says of the rows that it has finished, at `time`; None when it is over: docs/watching.md.
         "live": live,
-        # By the recent pace; None where the pace or the total is not known, and 0 for a run that is over.
+        # By the recent pace, in second chances by the run's own count; None where the pace or the total is not known,
+        # and 0 for a run that is over.
         "seconds_left": seconds_left,
     }
 
@@ -109,12 +112,16 @@ def text_of(status: Mapping[str, Any], out: AnyPath, now: float) -> str:
     ]
     pace = ", ".join(f"{rows:,.1f} rows/s {when}" for rows, when in paces if rows) or "no shard is done yet"
     lines.append(f"The run began {ago(status['begun'])}: {pace}")
+    making, live = status["in_the_making"], status["live"]
     if status["planned_rows"] is not None:
         left = (
             "" if status["seconds_left"] is None else f", about {timedelta(seconds=round(status['seconds_left']))} left"
         )
-        lines.append(f"{status['planned_done']:,} of {status['planned_rows']:,} rows are done{left}")
-    making, live = status["in_the_making"], status["live"]
+        further = ((live or {}).get("input_rows") or 0) - status["planned_rows"]
+        if further > 0 and status["planned_done"] >= status["planned_rows"]:
+            lines.append(f"All {status['planned_rows']:,} rows are done; {further:,} get a second chance{left}")
+        else:
+            lines.append(f"{status['planned_done']:,} of {status['planned_rows']:,} rows are done{left}")
     if live is not None:
         lines.append(f"By its own count, {ago(live['time'])}: {live['rows']:,} rows, kept {live['kept']:,}")
         lines += [f"  {line}" for line in details(live)]

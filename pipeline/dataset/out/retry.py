@@ -29,9 +29,15 @@ _NO_ROWS: Integers = np.zeros(0, np.int64)
 
 
 def second_chances(
-    parts: Sequence[Part], settings: SourceSettings, out: AnyPath, is_done: Callable[[str], bool]
+    parts: Sequence[Part],
+    settings: SourceSettings,
+    out: AnyPath,
+    is_done: Callable[[str], bool],
+    expect: Callable[[int], None],
 ) -> Iterator[Iterator[Seeds]]:
     """The rows of some parts that get another chance now, part by part, in shards that are not done yet.
+
+    `expect` is called with the number of them before those of a part come.
 
     Raises:
         SourceError: when a part does not hold the rows any more that OUT was made of.
@@ -42,7 +48,7 @@ def second_chances(
     for name in shards:
         by_part[shard_origin(name)[0]].append(name)
     for part in parts:
-        yield _of_part(part, settings, out, rounds, by_part[part.name], is_done)
+        yield _of_part(part, settings, out, rounds, by_part[part.name], is_done, expect)
 
 
 def _of_part(
@@ -52,6 +58,7 @@ def _of_part(
     rounds: Rounds,
     own: Sequence[str],
     is_done: Callable[[str], bool],
+    expect: Callable[[int], None],
 ) -> Iterator[Seeds]:
     """Those of a part, of whose finished shards these are the names."""
     last = rounds.last(part.name)
@@ -70,7 +77,9 @@ def _of_part(
             tables.append(ledger.filter(pc.and_(failed, is_last)).select(["row", "url"]))
         table = pa.concat_tables(tables).sort_by("row")
         rows, urls = table["row"].to_numpy(), _hashes(table["url"])
-        if not np.isin(rows, np.concatenate([_NO_ROWS, *done.values()])).all():
+        left = ~np.isin(rows, np.concatenate([_NO_ROWS, *done.values()]))
+        if left.any():
+            expect(int(left.sum()))
             yield from _again(part, settings, round, rows, urls, done)
             return
 

@@ -2,9 +2,11 @@
 
 import io
 import json
+import re
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -15,12 +17,16 @@ from rich.console import Console
 from sample_runs import remembered_models
 
 from pipeline.dataset.config import load_config
+from pipeline.dataset.execute import watchers
+from pipeline.dataset.execute.make_shard import Event, Started
 from pipeline.dataset.finished.forget import forget
+from pipeline.dataset.finished.status import status, text_of
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.job import make_dataset, prepared
 from pipeline.dataset.out.ledger import funnel, read_ledger, read_manifests
 from pipeline.dataset.out.output import Output
 from pipeline.dataset.source import sample
+from pipeline.shared import terminal
 from pipeline.shared.tars import unpack
 from schemas.errors import ExitCode
 from schemas.names import shard_name, shard_origin
@@ -88,11 +94,13 @@ SETS = (
 )
 
 
-def run(part: Path | str, out: Path, *, retry: bool = True) -> tuple[ExitCode, str]:
+def run(
+    part: Path | str, out: Path, *, retry: bool = True, watch: Callable[[Event], None] | None = None
+) -> tuple[ExitCode, str]:
     config = load_config(None, SETS, shards=str(part), profile="embedded", executor="local")
     said = io.StringIO()
     with remembered_models(), prepared(str(part), config) as job:
-        return make_dataset(job, out, Console(file=said, width=200), retry=retry), said.getvalue()
+        return make_dataset(job, out, Console(file=said, width=200), retry=retry, watch=watch), said.getvalue()
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -231,16 +239,38 @@ def test_what_a_refused_run_was_given_is_no_source(server, part, tmp_path):
     pq.write_table(pq.read_table(mistaken).slice(0, 3), mistaken)
     assert run(mistaken, out, retry=False)[0] == ExitCode.SHARDS_FAILED
     assert sources() == own
-    config = load_config(None, SETS, shards=str(other), profile="embedded", executor="local")
 
-    def interrupt(event: object) -> None:
+    def interrupt(event: Event) -> None:
         raise KeyboardInterrupt
 
-    with prepared(str(other), config) as job, pytest.raises(KeyboardInterrupt):
-        make_dataset(job, out, Console(quiet=True), watch=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(other, out, watch=interrupt)
     assert sources() == own
     assert run(f"{other},{part}", out, retry=False)[0] == ExitCode.OK
     assert sources() == sorted([*own, "other"])
+
+
+@pytest.mark.parametrize("is_rerun", [False, True])
+def test_second_chances_come_on_top_of_the_rows_that_are_planned(server, part, tmp_path, monkeypatch, is_rerun):
+    monkeypatch.setattr(terminal, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(watchers, "_EVERY_S", -1.0)
+    out, seen = tmp_path / "out", []
+
+    def watch(event: Event) -> None:
+        if shard_origin(event.shard)[1] and isinstance(event, Started):
+            seen.append((status(out), text_of(status(out), out, time.time())))
+
+    if is_rerun:
+        run(part, out, retry=False)
+    _, said = run(part, out, watch=watch)
+    counts = [tuple(map(int, pair)) for pair in re.findall(r"^(\d+) of (\d+) rows", said, re.MULTILINE)]
+    assert counts[-1] == (ROWS + len(FLAKY),) * 2
+    assert all(done <= total for done, total in counts)
+    first, last = seen[0], seen[-1]
+    assert first[0]["seconds_left"] is None, "of this nothing is known yet"
+    assert (last[0]["planned_done"], last[0]["planned_rows"]) == (ROWS, ROWS)
+    assert last[0]["seconds_left"] == (last[0]["live"]["seconds_left"] or None)
+    assert f"All {ROWS} rows are done; {len(FLAKY)} get a second chance" in last[1]
 
 
 def test_a_part_that_was_changed_costs_no_other_part_its_second_chances(server, part, tmp_path):
