@@ -45,6 +45,8 @@ _PLACED_S = 60.0
 """How long a shard waits for an actor that is still to be placed, while others are ready."""
 _IN_FLIGHT_PER_SHARD = 2
 """Batches of one shard in the models at a time: one is computed, the next lies ready."""
+_MISTAKES = (UserError, ImportError)
+"""Why models do not load that no other process would load either."""
 _DEATHS = (NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError)
 """What is raised for a process that died, as opposed to one that reports an error."""
 
@@ -138,7 +140,7 @@ class _Actors:
         """See which are placed, and replace those whose node died.
 
         Raises:
-            UserError: when the models cannot be loaded, and never were.
+            UserError: when the models cannot be loaded, and never were; an ImportError for want of a package.
             LostError: when the models cannot be loaded any more, or no actor got ready for long.
         """
         had_some = bool(self._placed())
@@ -146,7 +148,7 @@ class _Actors:
             if not actor.is_placed and ray.wait([actor.answer], timeout=0)[0]:
                 try:
                     actor.node, actor.answer, self._failures = ray.get(actor.answer), None, 0
-                except (RayActorError, UserError) as error:
+                except (RayActorError, *_MISTAKES) as error:
                     self._failures += 1
                     if isinstance(error, RayTaskError) and not any(other.node for other in self._all):
                         raise error.cause from None
@@ -294,17 +296,17 @@ class _Models:
     """A worker of the models, which it loads once."""
 
     def __init__(self, plan: Plan) -> None:
-        self._mistake: UserError | None = None
+        self._mistake: UserError | ImportError | None = None
         try:
             self._steps = load_models(plan)
-        except UserError as error:  # Ray would write the trace of what ends an actor's start, and start it again
+        except _MISTAKES as error:  # Ray would write the trace of what ends an actor's start, and start it again
             self._mistake = error
 
     def node_id(self) -> str:
         """Where it was placed.
 
         Raises:
-            UserError: when it could not load the models.
+            UserError: when it could not load the models; an ImportError for want of a package.
         """
         if self._mistake:
             raise self._mistake

@@ -86,7 +86,7 @@ class Output:
                 finally:
                     with contextlib.suppress(OSError):  # of an OUT that is gone or read-only, which ended the run
                         self.clear()
-            except UserError:  # such as models that do not load: then nothing is to have been written
+            except (UserError, ImportError):  # models that do not load, for instance: nothing is to have been written
                 if is_new and not names(self.shards):
                     (self.root / DATASET).unlink(missing_ok=True)
                     for folder in () if isinstance(self.root, RemotePath) else (self.shards, self.drops, self.root):

@@ -1,8 +1,11 @@
 """Whole runs: equal bytes from every executor, resuming, interruption, and what a failed shard leaves."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -62,6 +65,33 @@ def test_a_run_that_is_interrupted_or_killed_again_and_again_ends_whole(whole, t
     assert make(out)[0] is ExitCode.OK
     assert contents(out) == contents(whole)
     assert not list(out.rglob(".tmp-*"))
+
+
+WITHOUT_A_PACKAGE = """
+from stages.models.detectors.haar import Haar
+
+def missing(*_):
+    raise ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime")
+
+Haar.__init__ = missing
+"""
+
+
+@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.long)])
+def test_a_package_that_a_model_lacks_is_a_mistake_that_leaves_nothing(tmp_path, executor):
+    """Models import theirs when they are loaded, and by then OUT is there."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_A_PACKAGE)
+    words = ["dataset", "--shards", "sample", "--out", str(tmp_path / "out"), "--executor", executor]
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[3])])
+    ended = subprocess.run(
+        [sys.executable, "-m", "pipeline", *words, "--set", "executor.workers=1"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, "Traceback" in ended.stdout + ended.stderr) == (ExitCode.USER_ERROR, False), ended.stderr
+    assert "error: onnxruntime cannot be imported here (No module named 'onnxruntime'): install" in ended.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_gpu_that_is_full_fails_its_shard_with_one_sentence(whole, tmp_path, monkeypatch):
