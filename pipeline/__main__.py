@@ -229,7 +229,7 @@ def forget(
     contents: Annotated[list[str] | None, typer.Option("--sha256", help="The sha256 of an image file.")] = None,
     files: Annotated[
         list[str] | None,
-        typer.Option("--file", help="An image that needed no download: its source_file, or PART/source_file."),
+        typer.Option("--file", help="An image without a download: source_file, or PART/source_file (unless grouped)."),
     ] = None,
     lists: Annotated[
         list[str] | None, typer.Option("--list", metavar="FILE", help="A file, or its URL: URL, site or sha256 a line.")

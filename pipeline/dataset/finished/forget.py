@@ -109,9 +109,12 @@ def forget(
         if not forgotten:
             raise OutputError("There is nothing to forget: give --url, --domain, --sha256, --file or --list.")
         if unknown := _in_no_row(out, [name for name in files if before.adding(files=[name]) != before]):
+            is_grouped = "group" in read_dataset(out).get("plan", {}).get("settings", {})
+            of_group = "; a dataset of `group` knows no PART of before: give the source_file alone, or --sha256"
             raise OutputError(
                 f"No row of {out} has the file {min(unknown)!r}: give its source_file as the ledger has it, which "
-                "begins below the folder of the images; a file with URLs, sites and sha256 goes by --list."
+                "begins below the folder of the images; a file with URLs, sites and sha256 goes by --list"
+                f"{of_group if is_grouped else ''}."
             )
         if dry_run:
             return _matches(out, Takedowns(forgotten))[1]

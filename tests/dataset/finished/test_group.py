@@ -169,6 +169,20 @@ def test_what_a_source_is_to_forget_is_not_read_from_it(made, tmp_path):
     assert len(ledger(tmp_path / "out")) == len(ROWS) - 1
 
 
+def test_a_file_of_a_grouped_dataset_is_forgotten_without_the_part_that_it_was_of(tmp_path):
+    own = {"url": None, "source_file": "a/1.jpg", "sha256": "0" * 64}
+    records = [record("pictures", row, row, "a", **(own if row == 1 else {})) for row in range(3)]
+    grouped(tmp_path / "out", fake_dataset.write(tmp_path / "source", {"pictures-00000": records}))
+    sentence = "a dataset of `group` knows no PART of before: give the source_file alone, or --sha256"
+    with pytest.raises(OutputError, match=sentence):
+        forget(tmp_path / "out", files=["pictures/a/1.jpg"])
+    with pytest.raises(OutputError) as plain:
+        forget(tmp_path / "source", files=["no/1.jpg"])
+    assert "no PART of before" not in str(plain.value)
+    for words in ({"files": ["a/1.jpg"]}, {"files": ["persons/a/1.jpg"]}, {"contents": ["0" * 64]}):
+        assert sum(forget(tmp_path / "out", dry_run=True, **words).kept.values()) == 1
+
+
 def test_datasets_elsewhere_are_grouped_to_elsewhere(made):
     """Over fsspec's file system in memory; several datasets become one."""
     remote = RemotePath("memory://grouped-sources")
