@@ -21,7 +21,7 @@ from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import Rows, tombstones
 from pipeline.shared import tars
 from pipeline.shared.atomic import TEMPORARY
-from pipeline.shared.files import AnyPath, Draft, RemotePath, fsync_names, names, write, writing
+from pipeline.shared.files import AnyPath, Draft, RemotePath, fsync_names, names, times, write, writing
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.digest import sha256_of_stream
 from schemas.errors import CorruptShardError, LostError, OutputError, ShardError, SourceError, UserError, first_line
@@ -58,7 +58,7 @@ class Output:
         """
         listed = Listed(plan.config.download.removed)
         with contextlib.ExitStack() as stack:
-            is_new = False
+            before = None
             self.refuse_training_run()
             with writing(f"OUT {self.root}"):
                 self.make_folders()
@@ -67,17 +67,15 @@ class Output:
                 self.takedowns = Takedowns(load(self.root), listed)
                 self.refuse_other_plan(plan, replan=replan)
                 self.clear()
-                try:
-                    self.sources = json.loads((self.root / DATASET).read_bytes())["sources"]
-                except FileNotFoundError:
-                    is_new = True
-                except (OSError, ValueError, KeyError):
-                    pass
+                with contextlib.suppress(FileNotFoundError):
+                    before = (self.root / DATASET).read_bytes()
+                    self.sources = json.loads(before).get("sources", [])
+                written = times(self.shards)
                 if replan:
                     for shard in finished_shards(names(self.shards)):
                         with contextlib.suppress(CorruptShardError):  # it counts as not done
-                            before = Manifest.from_json((self.shards / f"{shard}.json").read_bytes())
-                            if before.plan_digest != plan.digest:
+                            manifest = Manifest.from_json((self.shards / f"{shard}.json").read_bytes())
+                            if manifest.plan_digest != plan.digest:
                                 self.remove(shard)
                 self.describe(plan, {})
             try:
@@ -87,7 +85,11 @@ class Output:
                     with contextlib.suppress(OSError):  # of an OUT that is gone or read-only, which ended the run
                         self.clear()
             except (UserError, ImportError):  # models that do not load, for instance: nothing is to have been written
-                if is_new and not names(self.shards):
+                if before is not None:
+                    with contextlib.suppress(OSError):
+                        if written and times(self.shards) == written:  # what it says still is so
+                            write(self.root / DATASET, before)
+                elif not names(self.shards):
                     (self.root / DATASET).unlink(missing_ok=True)
                     for folder in () if isinstance(self.root, RemotePath) else (self.shards, self.drops, self.root):
                         with contextlib.suppress(OSError):  # what is not empty holds files of others

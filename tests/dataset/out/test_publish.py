@@ -1,3 +1,4 @@
+import json
 import tarfile
 from contextlib import suppress
 
@@ -193,8 +194,17 @@ def test_a_mistake_leaves_no_new_out_whatever_was_being_written(tmp_path, plan, 
         (out / folder / f"{TEMPORARY}draft").write_bytes(b"of a process that was killed, or of the progress")
         raise PlanError("models that do not load")
     assert not out.exists()
-    with Output(out).prepared(plan):
-        pass
-    with pytest.raises(PlanError), Output(out).prepared(plan):
-        raise PlanError("models that do not load any more")
-    assert (out / "dataset.json").exists()
+    output = Output(out)
+    with output.prepared(plan):
+        output.describe(plan, {"shards": ["p-00000"]})
+        (out / "shards" / "p-00000.json").touch()
+    before = (out / "dataset.json").read_bytes()
+    for mistake in (PlanError, ImportError):
+        with suppress(mistake), output.prepared(plan):
+            output.describe(plan, {"planned": {"mistaken": 1}})
+            raise mistake("models that do not load any more")
+        assert (out / "dataset.json").read_bytes() == before
+    with suppress(PlanError), output.prepared(plan):
+        (out / "shards" / "p-00001.json").touch()
+        raise PlanError("an endpoint that refuses its key meanwhile")
+    assert "shards" not in json.loads((out / "dataset.json").read_bytes()), "which no longer are those"
