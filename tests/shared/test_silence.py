@@ -2,6 +2,7 @@
 
 import random
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from threading import Thread
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from pipeline.__main__ import app
 from pipeline.shared.files import Draft, RemotePath, kind_of, locate
+from pipeline.shared.s3_session import S3Session
 from schemas.errors import RemoteError, SourceError, UserError
 
 _TRIES = 8
@@ -52,10 +54,13 @@ def _put(file: RemotePath) -> None:
     ],
     ids=["read", "head", "list", "write", "put"],
 )
-def test_a_store_that_answers_nothing_is_given_up_after_eight_timeouts(request_of, store):
+def test_a_store_that_answers_nothing_is_given_up_after_eight_timeouts(request_of, store, monkeypatch):
+    sent, send, begun = [], S3Session.send, time.monotonic()
+    monkeypatch.setattr(S3Session, "send", lambda *args: sent.append(args) or send(*args))
     with pytest.raises(RemoteError, match=r"^s3://bucket/file: http://127\.0\.0\.1:\d+ gave no answer for \d+ s$"):
         request_of(RemotePath("s3://bucket/file"))
-    assert _TRIES // 2 < sum(store.hits.values()) <= _TRIES
+    assert time.monotonic() - begun >= _TRIES * READ_S
+    assert 1 < len(sent) <= _TRIES  # on a busy machine each takes longer, and the server sees fewer
 
 
 def test_verify_of_a_store_that_answers_nothing_is_one_sentence(store):
