@@ -68,7 +68,7 @@ def norm_matrix(kps: npt.ArrayLike, size: int) -> Matrix:
 
 def norm_crop(image: Image, kps: npt.ArrayLike, size: int) -> Image:
     """(size, size, 3) aligned face, bilinear, black outside of the photo: insightface's `face_align.norm_crop`."""
-    return warp(image, norm_matrix(kps, size), size)
+    return _warp(image, norm_matrix(kps, size), size)
 
 
 def ffhq_matrix(kps: npt.ArrayLike) -> Matrix:
@@ -78,7 +78,7 @@ def ffhq_matrix(kps: npt.ArrayLike) -> Matrix:
 
 def ffhq_crop(image: Image, kps: npt.ArrayLike) -> Image:
     """(512, 512, 3) aligned face with hair and neck, bilinear, grey outside of the photo: what face parsers expect."""
-    return warp(image, ffhq_matrix(kps), FFHQ_SIZE, _FFHQ_BORDER)
+    return _warp(image, ffhq_matrix(kps), FFHQ_SIZE, _FFHQ_BORDER)
 
 
 def transform_points(matrix: Matrix, points: npt.ArrayLike) -> Floats:
@@ -92,7 +92,7 @@ def warp_labels(labels: npt.NDArray[np.uint8], kps: npt.ArrayLike, size: int) ->
     `kps` are the five points in the photo.
     """
     matrix = norm_matrix(kps, size) @ np.vstack([invert(ffhq_matrix(kps)), [0, 0, 1]])
-    return warp(labels, matrix, size, 0, cv2.INTER_NEAREST)
+    return _warp(labels, matrix, size, 0, cv2.INTER_NEAREST)
 
 
 def inside_photo(kps: npt.ArrayLike, width: int, height: int, size: int) -> Mask:
@@ -165,7 +165,7 @@ def _start(wanted: float, face: tuple[int, int], side: int, limit: int) -> int:
     return min(max(round(wanted), first), last)
 
 
-def warp(
+def _warp(
     image: npt.NDArray[np.uint8],
     matrix: Matrix,
     size: int,

@@ -99,8 +99,8 @@ FILES: dict[str, tuple[Callable[[], bytes], Callable[[], np.ndarray], float]] = 
     "tiff": (lambda: saved(picture(), "TIFF", compression="tiff_lzw"), colour, 0),
     "tiff cmyk": (lambda: saved(picture().convert("CMYK"), "TIFF"), colour, 1),
     "tiff I;16": (lambda: saved(sixteen_bit(), "TIFF"), grey, 0),
+    "heif": (lambda: heif.UPRIGHT, heif.drawn, 2),
 }
-FILES["heif"] = (lambda: heif.UPRIGHT, heif.drawn, 2)
 if features.check("avif"):
     FILES["avif"] = (lambda: saved(picture(), "AVIF", quality=95), colour, 5)
 
