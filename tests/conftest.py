@@ -41,6 +41,7 @@ for _name, _value in {
 # A run in a process of its own would compile hundreds of modules first, each time, and each worker of Ray too.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+gc.disable()  # what is imported for the tests stays; to look through it again and again took a fifth of that time
 
 _NO_DATA = "FACESHARDS_DATA is not set to a folder with labelled photos and weights"
 
@@ -61,13 +62,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Two more than there are cores: a third of the time tests wait, for deadlines, and for Ray to see who died."""
-    return len(os.sched_getaffinity(0)) + 2
+    """One more than there are cores: at times tests wait, for deadlines, and for Ray to see who died.
+
+    A further one would import all that the tests do once more, and fill no core.
+    """
+    return len(os.sched_getaffinity(0)) + 1
 
 
 def pytest_collection_finish() -> None:
     """All modules are imported: the collector, which each training calls, need not look at them half a second long."""
     gc.freeze()
+    gc.enable()
     gc.set_threshold(10_000, 10, 10)  # 1 % of the time that tests compute, where 700 takes 3 %
 
 
