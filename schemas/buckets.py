@@ -76,6 +76,17 @@ def fit_around(width: int, height: int, size: Size, box: Sequence[float]) -> Fit
     return fit(width, height, size, (at[0], at[1]))
 
 
+def bucketed(crop: str, size: Size, face: Sequence[float], sizes: Sequence[Size]) -> Fit:
+    """The cut of a crop's picture around the face in it: `full` to its nearest size, the squares to the square."""
+    return fit_around(*size, nearest(*(size if crop == "full" else (1, 1)), sizes), face)
+
+
+def in_crop(bbox: Sequence[float], box: Sequence[float], size: Size) -> list[float]:
+    """A box of the photo in pixels of the picture that has `size` and shows the part `box` of the photo."""
+    scales = [size[0] / (box[2] - box[0]), size[1] / (box[3] - box[1])] * 2
+    return [(value - start) * scale for value, start, scale in zip(bbox, [*box[:2]] * 2, scales, strict=True)]
+
+
 def _position(whole: int, cut: int, low: float, high: float) -> float:
     """Where, from 0 to 1, a cut of one axis lies that holds low..high."""
     spare = whole - cut

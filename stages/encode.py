@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import cv2
 
 from schemas.arrays import Halves, Image
-from schemas.buckets import Fit, Size, buckets, fit_around, nearest
+from schemas.buckets import Fit, Size, bucketed, buckets, in_crop
 from schemas.columns import CROPS
 from schemas.errors import PlanError
 from schemas.shard import encode_npy
@@ -80,17 +80,10 @@ class Encode(BatchStage):
 
 
 def fit_crop(crop: str, image: Image, record: Mapping[str, Any], sizes: tuple[Size, ...]) -> Fit:
-    """How a crop is scaled and cut: squares to the square, `full` to its nearest size; with the face where it can be.
-
-    `record` holds `bbox` (pixels of the photo) and `crops`, as the stages before wrote them.
-    """
-    height, width = image.shape[:2]
-    size = nearest(width, height, sizes) if crop == "full" else nearest(1, 1, sizes)
-    x0, y0, x1, y1 = json.loads(record["crops"])[crop]["box"]
-    across, down = width / (x1 - x0), height / (y1 - y0)
-    face = record["bbox"]
-    box = ((face[0] - x0) * across, (face[1] - y0) * down, (face[2] - x0) * across, (face[3] - y0) * down)
-    return fit_around(width, height, size, box)
+    """How a crop is scaled and cut, by a record's `bbox` (pixels of the photo) and `crops` of the stages before."""
+    size = image.shape[1], image.shape[0]
+    face = in_crop(record["bbox"], json.loads(record["crops"])[crop]["box"], size)
+    return bucketed(crop, size, face, sizes)
 
 
 def cut(image: Image, fit: Fit) -> Image:

@@ -13,7 +13,7 @@ from pipeline.train.loader.reading import Reading
 from pipeline.train.loader.shards import Raw, meta, targets
 from pipeline.train.settings import CropWeights, TrainConfig
 from schemas.arrays import Doubles, Floats
-from schemas.buckets import Fit, Size, buckets, fit_around, nearest
+from schemas.buckets import Fit, Size, bucketed, buckets, fit_around, in_crop
 from schemas.columns import CROPS
 
 _OTHER_SIDE = [1, 0, 2, 4, 3]
@@ -83,11 +83,6 @@ class Balance:
             picked = candidates[index if index < len(candidates) else lacks.index(max(lacks))]
         self._counts[picked] += 1
         return picked
-
-
-def bucketed(crop: str, size: Size, face: Box, sizes: Sequence[Size]) -> Fit:
-    """The cut of a crop as precomputed latents have it: `full` to its nearest size, the squares to the square."""
-    return fit_around(*size, nearest(*(size if crop == "full" else (1, 1)), sizes), face)
 
 
 def random_square(size: Size, face: Box, side: int, at: tuple[float, float]) -> Fit:
@@ -236,10 +231,7 @@ class Planner:
             width, height = map(int, entry["size"])
             if width < 1 or height < 1:
                 raise ValueError(f"{entry['size']} is no size")
-            # The face in pixels of the crop's picture.
-            scales = [width / (box[2] - box[0]), height / (box[3] - box[1])] * 2
-            corners = zip(_box(content["bbox"]), box[:2] * 2, scales, strict=True)
-            face = [(value - start) * scale for value, start, scale in corners]
+            face = in_crop(_box(content["bbox"]), box, (width, height))
             if cuts is not None:
                 fit = cuts[name]
             elif data.buckets:

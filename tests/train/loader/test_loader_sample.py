@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.train.loader import Features
-from pipeline.train.loader.plan_sample import Balance, Planned, Planner, TargetCrop, bucketed, random_square
+from pipeline.train.loader.plan_sample import Balance, Planned, Planner, TargetCrop, random_square
 from pipeline.train.loader.reading import Reading
 from pipeline.train.loader.shards import Raw, Shard
 from pipeline.train.settings import CropWeights, TrainConfig
-from schemas.buckets import buckets, fit
+from schemas.buckets import bucketed, buckets, fit
 from schemas.columns import CROPS
 from schemas.errors import CorruptShardError
 
