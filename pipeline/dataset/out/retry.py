@@ -5,7 +5,6 @@ they are: of a row that several ledgers hold, the one of the last round counts. 
 with before another begins, and the rows of each of its shards follow from the ledgers before it alone.
 """
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.out.ledger import Rounds, read_ledger, shard_names
 from pipeline.dataset.out.output import Output
+from pipeline.dataset.out.takedowns import short_hashes
 from pipeline.dataset.source.parts import Part, SourceSettings
 from pipeline.dataset.source.seeds import Seeds, iter_again
 from pipeline.shared.files import AnyPath
@@ -76,7 +76,7 @@ def _of_part(
             failed = pc.is_in(ledger["verdict"], pa.array(sorted(map(str, SECOND_CHANCE))))
             tables.append(ledger.filter(pc.and_(failed, is_last)).select(["row", "url"]))
         table = pa.concat_tables(tables).sort_by("row")
-        rows, urls = table["row"].to_numpy(), _hashes(table["url"])
+        rows, urls = table["row"].to_numpy(), short_hashes(url or "" for url in table["url"].to_pylist())
         left = ~np.isin(rows, np.concatenate([_NO_ROWS, *done.values()]))
         if left.any():
             expect(int(left.sum()))
@@ -97,7 +97,8 @@ def _again(
     for seeds in iter_again(part, settings, rows, round):
         own = seeds.table["row"].to_numpy()
         count += len(own)
-        if not np.array_equal(urls[np.searchsorted(rows, own)], _hashes(seeds.table["url"])):
+        given = short_hashes(url or "" for url in seeds.table["url"].to_pylist())
+        if not np.array_equal(urls[np.searchsorted(rows, own)], given):
             raise SourceError(f"{part.path} holds other URLs than OUT was made of: give the file that OUT was made of.")
         # A take-down in between moves the borders: some rows may stand in another finished shard of the round.
         others = np.concatenate([_NO_ROWS, *(numbers for name, numbers in done.items() if name != seeds.name)])
@@ -106,12 +107,6 @@ def _again(
             yield replace(seeds, table=left)
     if count < len(rows):
         raise SourceError(f"{part.path} has fewer rows than OUT was made of: give the file that OUT was made of.")
-
-
-def _hashes(urls: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
-    """Eight bytes each: a part has millions of URLs."""
-    texts = ((url or "").encode() for url in urls.to_pylist())
-    return np.frombuffer(b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts), np.uint64)
 
 
 def discard(output: Output, further: Sequence[str], seeds: Seeds) -> None:

@@ -15,6 +15,7 @@ from itertools import chain
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -43,7 +44,7 @@ class Listed:
         hashes = [np.empty(0, np.uint64)]
         for path in paths:
             forms = (identity(text) if kind == "url" else text for kind, text in entries(path) if kind != "other")
-            hashes.append(np.fromiter(map(_hash, forms), np.uint64))
+            hashes.append(short_hashes(forms))
             if not len(hashes[-1]):
                 raise SourceError(f"The list {path} of download.removed holds neither a URL nor a sha256.")
         self.hashes = np.unique(np.concatenate(hashes))
@@ -66,10 +67,10 @@ class Listed:
         return mask
 
     def _contains(self, forms: Iterable[str | None]) -> Mask:
-        hashes = [None if form is None else _hash(form) for form in forms]
-        wanted = np.array([one or 0 for one in hashes], np.uint64)
+        given = list(forms)
+        wanted = short_hashes(form or "" for form in given)
         at = np.minimum(np.searchsorted(self.hashes, wanted), len(self.hashes) - 1)
-        mask: Mask = (self.hashes[at] == wanted) & np.array([one is not None for one in hashes], bool)
+        mask: Mask = (self.hashes[at] == wanted) & np.array([form is not None for form in given], bool)
         return mask
 
 
@@ -110,8 +111,10 @@ def _entry(cell: str) -> tuple[Literal["url", "sha256", "other"], str]:
     return ("url" if _URL.match(text) else "other"), text
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+def short_hashes(texts: Iterable[str]) -> npt.NDArray[np.uint64]:
+    """Of eight bytes each: a list or a part has millions of URLs."""
+    digests = (blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in texts)
+    return np.fromiter((int.from_bytes(digest, "little") for digest in digests), np.uint64)
 
 
 DROPS = (DropReason.FORGOTTEN, DropReason.REMOVED)
