@@ -25,6 +25,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from PIL import Image as Pillow
 
+from schemas.arrays import Doubles, Image
+
 _ORIENTATION_TAG = 0x0112
 _LYING = 6
 """EXIF orientation of a picture that is stored turned to the left and must be turned to the right."""
@@ -35,18 +37,15 @@ _FEATHER = 0.08
 _HTML = b"<!DOCTYPE html>\n<html><head><title>Sorry</title></head><body>This image has moved.</body></html>\n"
 _SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="1200" height="1200"><circle r="500"/></svg>\n'
 
-Picture = npt.NDArray[np.uint8]
-"""(H, W, 3) RGB."""
-
 _HILLS = ((0.55, 0.06, (130, 170, 130)), (0.7, 0.04, (90, 140, 80)), (0.85, 0.02, (70, 110, 60)))
 """Level and swing, shares of the height, and colour."""
 
 
 @cache
-def _photo(package: str, file: str) -> Picture:
+def _photo(package: str, file: str) -> Image:
     """A photo that an installed package brings along, located without importing it, which takes half a second."""
     with Pillow.open(str(distribution(package).locate_file(file))) as image:
-        photo: Picture = np.array(image.convert("RGB"))
+        photo: Image = np.array(image.convert("RGB"))
     return photo
 
 
@@ -55,20 +54,20 @@ _hopper = partial(_photo, "matplotlib", "matplotlib/mpl-data/sample_data/grace_h
 """Eileen Collins, (512, 512, 3), and Grace Hopper, (600, 512, 3)."""
 
 
-def _enlarged(photo: Picture, factor: float) -> Picture:
+def _enlarged(photo: Image, factor: float) -> Image:
     """The photo with each side `factor` times as long, bicubic."""
     size = round(photo.shape[1] * factor), round(photo.shape[0] * factor)
-    larger: Picture = cv2.resize(photo, size, interpolation=cv2.INTER_CUBIC)
+    larger: Image = cv2.resize(photo, size, interpolation=cv2.INTER_CUBIC)
     return larger
 
 
-def _lit(photo: Picture, red: float, green: float, blue: float) -> Picture:
+def _lit(photo: Image, red: float, green: float, blue: float) -> Image:
     """Multiply the channels: another light."""
-    lit: Picture = (photo * np.array([red, green, blue])).clip(0, 255).astype(np.uint8)
+    lit: Image = (photo * np.array([red, green, blue])).clip(0, 255).astype(np.uint8)
     return lit
 
 
-def _scene(width: int, height: int) -> Picture:
+def _scene(width: int, height: int) -> Image:
     """A drawn landscape: sky, sun, hills, a house and trees."""
     canvas = np.empty((height, width, 3), np.uint8)
     canvas[:] = np.linspace((90, 150, 220), (230, 235, 240), height)[:, None]
@@ -89,7 +88,7 @@ def _scene(width: int, height: int) -> Picture:
     return canvas
 
 
-def _set_into(around: Picture, photo: Picture, left: int, top: int) -> Picture:
+def _set_into(around: Image, photo: Image, left: int, top: int) -> Image:
     """The scene with a photo in it, its edges soft where they do not meet the scene's; left and top in pixels."""
     height, width = photo.shape[:2]
     feather = _FEATHER * min(width, height)
@@ -103,12 +102,12 @@ def _set_into(around: Picture, photo: Picture, left: int, top: int) -> Picture:
     return composed
 
 
-def _ramp(depth: npt.NDArray[np.intp], gap: int, feather: float) -> npt.NDArray[np.float64]:
+def _ramp(depth: npt.NDArray[np.intp], gap: int, feather: float) -> Doubles:
     """Opacity at a depth behind an edge that lies `gap` pixels inside the scene."""
     return np.ones(depth.shape) if gap == 0 else np.clip(depth / feather, 0, 1)
 
 
-def _jpeg(picture: Picture, **options: object) -> bytes:
+def _jpeg(picture: Image, **options: object) -> bytes:
     return _saved(Pillow.fromarray(picture), "JPEG", quality=_QUALITY, **options)
 
 

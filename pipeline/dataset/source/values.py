@@ -109,7 +109,6 @@ def _numbers(values: pa.Array) -> pa.Array:
 
 _CONVERT: Mapping[str, Callable[[pa.Array], pa.Array]] = {
     "url": lambda values: pc.utf8_trim_whitespace(text(values)),
-    "text": text,
     "meta_width": size,
     "meta_height": size,
     "nsfw": text,

@@ -96,10 +96,11 @@ def tables(path: str, aliases: Aliases = STORED_ALIASES) -> Iterator[pa.Table]:
         rows = pa.concat_tables(beside)
         with reading(table):
             keys = rows.column("image_key").cast(pa.string())
-        rows = rows.set_column(rows.column_names.index("image_key"), "image_key", keys)
-    else:
-        rows = _rows_inside(samples, texts, aliases)
-    rows = rows.sort_by("image_key")
+    else:  # of samples with an image (under a dotted suffix too, which is not read), or a json
+        suffixes = {"json", *IMAGE_SUFFIXES}
+        named = [key for key, files in samples.items() if any(one.rpartition(".")[2] in suffixes for one in files)]
+        rows, keys = from_files([texts.get(key, {}) for key in named], aliases), pa.array(named, pa.string())
+    rows = rows.set_column(rows.column_names.index("image_key"), "image_key", keys).sort_by("image_key")
     images = [_image(samples.get(key, {})) for key in rows.column("image_key").to_pylist()]
     if any(map(_image, samples.values())) and not any(images):
         raise SourceError(f"{table} does not describe {path}: no key of it occurs there.")
@@ -138,12 +139,3 @@ def table_path(path: str) -> str:
 
 def _image(files: dict[str, Member]) -> Member | None:
     return next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
-
-
-def _rows_inside(samples: Samples, texts: Texts, aliases: Aliases) -> pa.Table:
-    """Rows from the members: of samples with an image (under a dotted suffix too, which is not read), or a json."""
-    suffixes = {"json", *IMAGE_SUFFIXES}
-    rows = [key for key, files in samples.items() if any(one.rpartition(".")[2] in suffixes for one in files)]
-    table = from_files([texts.get(key, {}) for key in rows], aliases)
-    keys = pa.array(rows, pa.string())
-    return table.set_column(table.column_names.index("image_key"), "image_key", keys)
