@@ -35,12 +35,16 @@ _SIZES = {"bbox": (4,), "kps": (5, 2)}
 CROPS = ("portrait", "half", "full")
 
 _FEATURES = {
-    "clip": "(1024,) float16: image_embeds",
-    "clip_hidden": "(257, 1280) float16: penultimate hidden_states",
-    "dino": "(257, D) float16: last hidden state of DINOv2",
+    f"{name}{plain}{mirror}": f"npy {what} of the {how}{turned}face"
+    for name, what in (
+        ("clip", "(1024,) float16: image_embeds"),
+        ("clip_hidden", "(257, 1280) float16: penultimate hidden_states"),
+        ("dino", "(257, D) float16: last hidden state of DINOv2"),
+    )
+    for plain, how in (("", "segmented "), ("_plain", "plain (not segmented) "))
+    for mirror, turned in (("", ""), ("_mirror", "mirrored "))
 }
-_CONDITIONS = {"": "segmented ", "_plain": "plain (not segmented) "}
-FEATURES = tuple(f"{name}{plain}{mirror}" for name in _FEATURES for plain in _CONDITIONS for mirror in ("", "_mirror"))
+FEATURES = tuple(_FEATURES)
 """Columns of image features: of the face by `segment.condition`, and of its mirror image with `encode.mirror`."""
 TOKENS = tuple(name for name in FEATURES if name.startswith(("clip_hidden", "dino")))
 """Those that hold a row per token; in int8 they are columns of their own, `<name>_int8`."""
@@ -130,12 +134,7 @@ _ALL = (
     Column("embedding_norm", _FLOAT, "L2 norm of the raw embedding: raw = arcface x embedding_norm"),
     _optional("fiqa", _FLOAT, "quality for recognition by models.fiqa, about 0..1"),
     # embed_image
-    *(
-        _extra(f"{name}{plain}{mirror}", _BYTES, f"npy {what} of the {how}{turned}face")
-        for name, what in _FEATURES.items()
-        for plain, how in _CONDITIONS.items()
-        for mirror, turned in (("", ""), ("_mirror", "mirrored "))
-    ),
+    *(_extra(name, _BYTES, doc) for name, doc in _FEATURES.items()),
     *(
         _extra(f"{name}_int8", _BYTES, f"{name} as schemas.int8 has it, safetensors; with pack.hidden = int8")
         for name in TOKENS
