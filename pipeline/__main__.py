@@ -366,7 +366,6 @@ _NO_TELEMETRY = {
 
 
 def main() -> None:
-    """Run the command line, with the exit codes of schemas.errors."""
     standard_streams()
     os.environ.update(_NO_TELEMETRY)
     on_interrupt(interrupt)

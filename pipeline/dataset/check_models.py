@@ -26,8 +26,6 @@ _KPS = np.array([[193, 240], [319, 240], [257, 314], [201, 371], [313, 371]], np
 
 
 class Check(NamedTuple):
-    """What came of a model."""
-
     weights: str
     """Names of the weights; of the files or the method where these are of no known weight."""
     state: str
@@ -42,7 +40,6 @@ class Check(NamedTuple):
     """Why it cannot be used; empty where it can."""
 
     def __str__(self) -> str:
-        """A line for people."""
         name = f"{self.weights or self.backend}: {self.state}"
         if self.problem:
             return f"{self.weights or self.backend}: NOT USABLE as {self.task}: {self.problem}"

@@ -95,8 +95,6 @@ def counted(job: Job, output: Output, screen: Console, draw: Draw | None) -> Cou
 
 @dataclass(frozen=True)
 class Sampled(Job):
-    """The job over drawn rows alone."""
-
     drawn: tuple[Seeds, ...]
 
     @property
@@ -162,8 +160,6 @@ class Clock:
 
 @dataclass(frozen=True)
 class Loss:
-    """Rows that go no further."""
-
     cause: str
     """A reason, or `filter.*` = value."""
     rows: float

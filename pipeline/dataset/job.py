@@ -62,7 +62,6 @@ class Job:
         return chain.from_iterable(self.shards_by_part())
 
     def shards_by_part(self) -> Iterator[Iterable[Seeds]]:
-        """The same, each part by itself."""
         metadata = self.plan.steps[0].stage()
         for part in self.parts:
             stage = metadata(self.plan.config, self.plan.runtime)  # one per part: it remembers the URLs before
@@ -164,7 +163,6 @@ def make_dataset(
 
 
 def _finish(output: Output, plan: Plan) -> Funnel:
-    """Write the files beside the shards."""
     try:
         with lost_errors(output.root):
             manifests = read_manifests(output.root)
@@ -180,8 +178,6 @@ def _finish(output: Output, plan: Plan) -> Funnel:
 
 @dataclass
 class _Work:
-    """Shards that are made, and which of them failed."""
-
     output: Output
     plan: Plan
     screen: RunScreen
@@ -269,7 +265,6 @@ _RAY_TOKEN = secrets.token_hex(32)
 
 
 def executor_of(config: Config) -> Start:
-    """What starts the config's executor."""
     if config.executor.name == "local":
         return local.started
     if not config.executor.ray_address:

@@ -26,7 +26,6 @@ _OTHERWISE = {
 
 
 def base_papers(name: str) -> Weight:
-    """A base of BASES as the weights of a folder."""
     hub = BASES[name]
     known_files = {file: ("base", *hub.weights[file]) for file in hub.weights}
     return Weight(

@@ -82,7 +82,6 @@ class Plan:
         return "\n".join(block(described(state, self.config.models)) for state in self.lacks)
 
     def at(self, *where: Where) -> tuple[Step, ...]:
-        """The steps that run there, in order."""
         return tuple(step for step in self.steps if step.at in where)
 
     @cached_property
@@ -193,7 +192,6 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the identity."""
         return sha256_of_json(self.identity)
 
 

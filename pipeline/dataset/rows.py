@@ -32,7 +32,6 @@ class Rows:
 
     @staticmethod
     def joined(batches: "Sequence[Rows]") -> "Rows":
-        """Batches as one."""
         return Rows(
             pa.concat_tables([rows.alive for rows in batches]),
             pa.concat_tables([rows.dead for rows in batches]),
@@ -57,7 +56,6 @@ class Rows:
         return _received, (self.alive.column_names, *held, *payload, self.microseconds)
 
     def timed(self, stage: str, seconds: float) -> "Rows":
-        """The same rows, on which a stage spent so many `seconds`."""
         return replace(self, microseconds=self.microseconds + Counter({stage: round(1e6 * seconds)}))
 
 

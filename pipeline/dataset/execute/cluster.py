@@ -53,7 +53,6 @@ _DEATHS = (NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, Work
 
 @contextmanager
 def started(plan: Plan) -> Iterator[Execute]:
-    """Ray for the time of a run; see `joined`."""
     with joined(plan) as guard:
         yield lambda plan, shards, output: run(plan, shards, output, guard)
 
@@ -85,8 +84,6 @@ def run(plan: Plan, shards: Iterable[Seeds], output: Output, guard: NodeGuard) -
 
 @dataclass(eq=False)
 class _Actor:
-    """A model worker."""
-
     handle: Any
     answer: Any
     """Reference to the id of its node, which comes once it is placed there and has loaded its models."""
@@ -174,8 +171,6 @@ class _Actors:
 
 @dataclass
 class _Attempt:
-    """A shard that is being made."""
-
     seeds: Seeds
     deaths_left: int = _RETRIES
     overdue_left: int = _OVERDUE_RETRIES
@@ -206,7 +201,6 @@ class _Crew:
         """Stream of events -> the shard."""
 
     def begin(self, attempt: _Attempt) -> None:
-        """Have a shard made, with the models' actor that has the least to do."""
         attempt.actor = self._actors.choose()
         attempt.actor.shards += 1
         # Where fewest are made, and were, such as on a node that just joined; by a maker that idles there, if any does.
@@ -293,8 +287,6 @@ class _Crew:
 
 
 class _Models:
-    """A worker of the models, which it loads once."""
-
     def __init__(self, plan: Plan) -> None:
         self._mistake: UserError | ImportError | None = None
         try:

@@ -23,8 +23,6 @@ _INPUT_ROWS, _PASSING = 100_000, 0.001
 
 
 class EarlyWords:
-    """Looks at the snapshots of a run, one after the other."""
-
     def __init__(self) -> None:
         self._fetched = self._failures = self._names = 0
         self._names_s = 0.0

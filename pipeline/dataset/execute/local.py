@@ -55,8 +55,6 @@ def run(plan: Plan, shards: Iterable[Seeds], output: Output) -> Generator[Event,
 
 
 class _Desk:
-    """All stages, loaded in this process."""
-
     def __init__(self, plan: Plan) -> None:
         pool = plan.pool
         self.worker = Worker(plan)

@@ -40,8 +40,6 @@ Compute = Callable[[Iterator[Rows]], Iterator[Rows]]
 
 @dataclass(frozen=True)
 class Started:
-    """A shard was begun."""
-
     shard: str
     rows: int
     """Input rows of the shard."""
@@ -51,8 +49,6 @@ class Started:
 
 @dataclass(frozen=True)
 class Advanced:
-    """News of a shard while it is made."""
-
     shard: str
     outcomes: Counter[tuple[str, str]]
     """(stage, verdict) -> input rows that were finished since the last news."""
@@ -64,8 +60,6 @@ class Advanced:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of a shard: its manifest, or why it failed."""
-
     shard: str
     manifest: Manifest | None
     error: str = ""
@@ -90,7 +84,6 @@ Execute = Callable[[Plan, Iterable[Seeds], Output], Generator[Event, None, None]
 
 
 def load_models(plan: Plan) -> list[Loaded]:
-    """Load the models' steps in this process, for the threads of a worker."""
     first_choice = None
     if plan.config.models.decoding == "gpu":
         from stages.pixels.nvjpeg import NvJpeg
@@ -101,14 +94,12 @@ def load_models(plan: Plan) -> list[Loaded]:
 
 
 def load(plan: Plan, steps: tuple[Step, ...]) -> list[Loaded]:
-    """Load stages, and their models, in this process."""
     # One thread per call: more of them only wait for each other, and fill the cores that other workers have.
     threadpool_limits(1)
     return [Loaded(step.stage()(plan.config, plan.runtime), plan.keeps[step]) for step in steps]
 
 
 def make_shard(plan: Plan, seeds: Seeds, output: Output, worker: "Worker", compute: Compute) -> Iterator[Event]:
-    """Make and publish one shard, telling its progress batch by batch."""
     rows = split_seeds(seeds.table)
     size = plan.batch_rows
     starts = range(0, rows.alive.num_rows, FETCH_ROWS)
@@ -137,14 +128,12 @@ class Worker:
         self.write = load(plan, plan.at("write"))
 
     def close(self) -> None:
-        """Let go of the fetching stages' threads and connections."""
         for step in self._fetch:
             close = getattr(step.stage, "close", None)
             if close is not None:
                 close()
 
     def take_times(self) -> FetchTimes:
-        """Times of hosts and the resolver since the last call."""
         (take,) = (step.stage.take_times for step in self._fetch if hasattr(step.stage, "take_times"))
         times: FetchTimes = take()
         return times

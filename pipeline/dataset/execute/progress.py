@@ -15,7 +15,6 @@ class RunScreen(Screen):
     """Counts and shows the events of a run; a context manager. Shards get no line each: there are thousands."""
 
     def __init__(self, console: Console, total_rows: int | None) -> None:
-        """Prepare for a run over `total_rows` input rows, where known."""
         super().__init__(console, "all", "{done:,} of {total} rows", total_rows)
         self.tally = Tally(total_rows)
         self._bars: dict[str, TaskID] = {}

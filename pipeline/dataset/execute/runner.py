@@ -52,7 +52,6 @@ def apply_ahead(step: Loaded, batches: Iterator[Rows], most_rows: int) -> Iterat
 
 
 def _applied(step: Loaded, rows: Rows, result: pa.Table | None) -> Rows:
-    """Rows with what a stage made of the living ones."""
     stage, alive = step.stage, rows.alive
     if alive.num_rows == 0 or result is None:
         known = step.keep & {*alive.column_names, *stage.writes}
@@ -75,7 +74,6 @@ def _applied(step: Loaded, rows: Rows, result: pa.Table | None) -> Rows:
 
 
 def apply_all(steps: Sequence[Loaded], rows: Rows) -> Rows:
-    """Run several stages, one after the other."""
     for step in steps:
         rows = apply(step, rows)
     return rows

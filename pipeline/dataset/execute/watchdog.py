@@ -76,5 +76,4 @@ class Watchdog:
 
 
 def overdue(seconds: float) -> str:
-    """Why a shard is given up."""
     return f"no batch got done for {seconds:g} s (executor.shard_timeout_s): given up, and its workers replaced"

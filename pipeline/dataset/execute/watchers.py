@@ -64,7 +64,6 @@ class Watchers:
         self._emit("start", out=str(self._out), **facts)
 
     def take(self, event: Event) -> None:
-        """Show an event, and pass on what it means."""
         now = self._screen.show(event)
         if self._watch is not None:
             self._watch(event)
@@ -82,7 +81,6 @@ class Watchers:
             self._pass_on()
 
     def warn(self, kind: str, words: str) -> None:
-        """Say something once."""
         if kind not in self._warned:
             self._warned[kind] = words
             self._screen.say(f"WARNING: {words}")

@@ -330,7 +330,6 @@ def encoded_problems(sample: Sample, described: Any) -> Iterator[str]:
 
 
 def unconditional_problems(path: AnyPath) -> Iterator[str]:
-    """What is wrong with the file of the features of "no face"."""
     try:
         features = load(path.read_bytes())
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:

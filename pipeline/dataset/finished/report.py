@@ -188,7 +188,6 @@ def _kept_cards(out: AnyPath, manifests: list[Manifest], limits: FilterSettings)
 
 
 def _is_shown(suffix: str) -> bool | None:
-    """What of a sample is read."""
     return suffix.endswith(("json", "jpg", "png")) or None
 
 

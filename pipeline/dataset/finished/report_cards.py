@@ -101,8 +101,6 @@ _FACTS = {
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a card, or why it is absent."""
-
     title: str
     uri: str = ""
     absent: str = ""
@@ -110,8 +108,6 @@ class Picture:
 
 @dataclass(frozen=True)
 class Card:
-    """One row of the dataset as the page shows it."""
-
     key: str
     text: str
     url: str

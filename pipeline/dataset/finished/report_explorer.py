@@ -50,7 +50,6 @@ class Explorer:
     """Counts the rows of all ledgers in few cells, whatever their number."""
 
     def __init__(self, limits: FilterSettings, factor: int) -> None:
-        """Take the thresholds of the run, and what its screen had reduced photos by."""
         self.limits, self.factor = limits, factor
         stops = {**{quality.key: _stops(quality) for quality in QUALITIES}, **_STOPS}
         self.stops = {key: sorted({*stops[key], getattr(limits, key)}) for key in THRESHOLDS}

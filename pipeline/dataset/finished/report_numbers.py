@@ -129,8 +129,6 @@ def fates(ledger: pa.Table) -> Integers:
 
 
 class Numbers:
-    """Sums over ledgers."""
-
     def __init__(self) -> None:
         self.histograms = {one.name: np.zeros((2, len(one.edges) - 1), np.int64) for one in MEASURES}
         """Measure -> (2, bins): kept rows, dropped rows."""

@@ -57,7 +57,6 @@ def persons(out: AnyPath, chosen: Sequence[Manifest], every: Sequence[Manifest],
     own = (near[rows, group] - 1)[several] / (size[group[several]] - 1)
 
     def sheet(words: str, members: Iterable[int]) -> dict[str, Any]:
-        """Faces that belong together, or look as if they did."""
         shown = [data_uri(reduced(decode_jpeg(faces[at]), _FACE_PX)) for at in members] if pictures else []
         return {"words": words, "faces": shown}
 

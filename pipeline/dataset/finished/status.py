@@ -87,8 +87,6 @@ def _pace(ends: Sequence[tuple[float, int]], since: float) -> float | None:
 
 
 def text_of(status: Mapping[str, Any], out: AnyPath, now: float) -> str:
-    """For people, a line per fact."""
-
     def share(rows: int) -> str:
         return f"{rows:,} ({100 * rows / max(1, status['rows']):.1f} %)"
 

@@ -116,7 +116,6 @@ def normal_domain(text: str) -> str:
 
 
 def normal_sha256(text: str) -> str:
-    """A sha256 in lower case."""
     digest = text.strip().lower()
     if not _SHA256.fullmatch(digest):
         raise OutputError(f"{text!r} is no sha256: give 64 hexadecimal digits, as in a ledger.")

@@ -34,8 +34,6 @@ UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError)
 
 @dataclass(frozen=True)
 class FunnelRow:
-    """One stage: how many rows reached it, and how many it dropped."""
-
     stage: str
     rows_in: int
     dropped: dict[str, int]
@@ -48,8 +46,6 @@ class FunnelRow:
 
 @dataclass(frozen=True)
 class Funnel:
-    """What became of all rows of the finished shards."""
-
     shards: int
     rows_in: int
     rows: tuple[FunnelRow, ...]

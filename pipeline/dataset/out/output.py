@@ -224,7 +224,6 @@ class Output:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Where two plans differ."""
     for name in sorted({*before, *now}):
         old, new = before.get(name), now.get(name)
         if name == "models" and isinstance(old, list) and isinstance(new, list):  # a model by what it does and its name

@@ -88,7 +88,6 @@ def require(path: str, columns: Sequence[str], chosen: Mapping[ColumnKey, str]) 
 
 
 def require_url(path: str, columns: Sequence[str], aliases: Aliases = ALIASES) -> None:
-    """Check that a file has a column of URLs."""
     if "url" in resolve(columns, aliases):
         return
     hint = "the first line of a csv or tsv must name the columns"

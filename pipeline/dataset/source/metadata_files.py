@@ -54,8 +54,6 @@ PROBED = 100
 
 
 class Format(NamedTuple):
-    """How one kind of file is read."""
-
     probe: Callable[[str], tuple[pa.Schema, int | None]]
     """Path -> its columns, as far as known in their types, and the number of rows where that is cheap to know."""
     tables: Callable[[str, Aliases], Iterator[pa.Table]]
@@ -112,7 +110,6 @@ def _opened(path: str) -> Iterator[pq.ParquetFile]:
 
 
 def read_parquet(path: str, aliases: Aliases = ALIASES, image: pa.Field | None = None) -> Iterator[pa.Table]:
-    """As `tables`."""
     name, type, row = (image.name, image.type, 0) if image is not None else ("", pa.null(), 0)
     is_struct = pa.types.is_struct(type)
     name_cells = [f"{name}.path"] if is_struct and type.get_field_index("path") >= 0 else []

@@ -51,7 +51,6 @@ _DESCRIBED = (
 
 
 def is_image(path: str) -> bool:
-    """Whether a file is an image by its name."""
     return path.lower().endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES))
 
 
@@ -167,7 +166,6 @@ class Pictures:
 
     @cached_property
     def named(self) -> "Named":
-        """What the folder's metadata says."""
         records, rows, count = [SEED_SCHEMA.empty_table()], defaultdict(list), 0
         captioned: set[str] = set()
         notes = (
@@ -269,8 +267,6 @@ def _normal(name: str) -> str:
 
 @dataclass(frozen=True)
 class Named:
-    """What metadata says of the images that it names."""
-
     table: pa.Table
     """A row per record."""
     rows: Mapping[str, Sequence[int]]

@@ -62,7 +62,6 @@ def _enlarged(photo: Image, factor: float) -> Image:
 
 
 def _lit(photo: Image, red: float, green: float, blue: float) -> Image:
-    """Multiply the channels: another light."""
     lit: Image = (photo * np.array([red, green, blue])).clip(0, 255).astype(np.uint8)
     return lit
 

@@ -23,8 +23,6 @@ JudgeSeeds = Callable[[pa.Table], pa.Table]
 
 @dataclass(frozen=True)
 class Seeds:
-    """The input rows of one shard."""
-
     name: str
     part: str
     table: pa.Table

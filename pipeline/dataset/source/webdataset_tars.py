@@ -41,7 +41,6 @@ Texts = dict[str, dict[str, bytes]]
 
 
 def is_tar(path: str) -> bool:
-    """Whether a file is a tar by its name."""
     return path.lower().endswith(".tar")
 
 

@@ -61,8 +61,6 @@ _SAMPLE_WEIGHT = 10
 
 @dataclass(frozen=True)
 class Wish:
-    """How to group."""
-
     similarity: float = SIMILARITY
     """Least mean cosine within a person."""
     singles: bool = True

@@ -57,7 +57,6 @@ def details(face: npt.NDArray[np.uint8]) -> Details:
 
 
 def copies(looks: Looks, pairs: Pairs) -> Mask:
-    """Which pairs are near-copies."""
     bits = looks.hashes[pairs.one, :1] ^ looks.hashes[pairs.other]
     differing = _ONES[bits.view(np.uint16)].reshape(-1, 2, 4).sum(axis=2, dtype=np.uint8).min(axis=1)
     alike = pairs.cosine >= _COPY

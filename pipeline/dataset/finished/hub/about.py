@@ -29,8 +29,6 @@ _HEAVY = re.compile(r"(clip_hidden|dino|latents\.|text\.)")
 
 @dataclass(frozen=True)
 class About:
-    """What card and Croissant say of a dataset."""
-
     funnel: Funnel
     manifests: list[Manifest]
     dataset: dict[str, Any]
