@@ -186,7 +186,6 @@ def _say(text: str, *, from_any_process: bool = False) -> None:
 
 
 def main() -> None:
-    """Run the command line, with the exit codes of schemas.errors."""
     standard_streams()
     # `--from-shards DIR …` as click understands it: a flag and arguments; training is what is done by default.
     words: list[str] = []

@@ -15,8 +15,6 @@ _FAMILIES = {"sd15": "Stable Diffusion 1.5", "sdxl": "Stable Diffusion XL"}
 
 
 class Results(NamedTuple):
-    """What an evaluation says."""
-
     table: Sequence[tuple[str, str, str, str]]
     """Measure, mean, interval of 95 %, what it is to be compared with."""
     notes: Sequence[str]

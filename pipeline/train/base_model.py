@@ -28,8 +28,6 @@ _ENCODERS = {"vae", "_texts", "_encoder"}
 
 
 class TextEmbeds(NamedTuple):
-    """Encoded captions."""
-
     embeds: Tensor
     """(B, 77, C)."""
     pooled: Tensor | None

@@ -34,7 +34,6 @@ class Preparer:
     _empty: TextEmbeds | None = None
 
     def __call__(self, batch: Batch) -> Inputs:
-        """A batch on the base's device."""
         base, dropped = self.base, batch.uncond_text.tolist()
         # As it is stored, half or a quarter of the bytes, from pinned memory and without waiting; made float32 there.
         batch = batch.to(base.device)

@@ -38,8 +38,6 @@ class Call:
 
 @dataclass(frozen=True)
 class TrainJob:
-    """A proved call."""
-
     config: TrainConfig
     preset: str
     variant: Variant
@@ -51,7 +49,6 @@ class TrainJob:
 
     @property
     def widths(self) -> Widths:
-        """The widths that the adapter's shapes follow from."""
         return Widths(self.base.kind, self.base.text_width, **self.features.widths)
 
     @property

@@ -39,7 +39,6 @@ class RunFolder:
         self.checkpoints = root / "checkpoints"
 
     def exists(self) -> bool:
-        """Whether there is a run."""
         return (self.root / _RUN).exists()
 
     def description(self) -> dict[str, Any]:

@@ -77,7 +77,6 @@ class StepClock:
             yield batch
 
     def count(self, samples: int) -> None:
-        """So many samples go into the current step."""
         self._samples += samples
 
     def stop(self) -> None:

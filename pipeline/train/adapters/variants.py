@@ -194,8 +194,6 @@ class ShortcutQueries(IdQueries):
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of the table."""
-
     name: str
     reads: tuple[str, ...]
     """Roles of its condition, in the order in which the projection takes them: `arcface` (B, 512), `pooled` (CLIP's

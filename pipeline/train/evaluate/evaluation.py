@@ -194,8 +194,6 @@ def _papers(
 
 
 class Person(NamedTuple):
-    """What was drawn of a person."""
-
     number: int
     keys: list[str]
     """Of the photos, the condition's first."""

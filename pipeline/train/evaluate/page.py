@@ -53,7 +53,6 @@ _SHORT = {"id_similarity": "ID", "id_to_others": "ID of others", "copy_paste_id"
 
 
 def words(name: str, value: float) -> str:
-    """A value as people read it."""
     if name == "faces_found":
         return f"{100 * value:.0f} %"
     return f"{value:.1f}°" if name == "diversity_pose" else f"{value:.2f}"
@@ -74,13 +73,11 @@ def table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def title(prompt: str, score: Mapping[str, float]) -> str:
-    """What stands below an image."""
     known = [f"{short} {score[name]:.2f}" for name, short in _SHORT.items() if name in score]
     return " · ".join([prompt, *(["no face"] if score.get("faces_found") == 0 else []), *known])
 
 
 def reduced(picture: Pixels, title: str) -> dict[str, str]:
-    """A picture for the page."""
     factor = min(_SIDE / max(picture.shape[:2]), 1)
     small = cv2.resize(picture, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
     jpeg = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])[1].tobytes()

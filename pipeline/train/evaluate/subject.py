@@ -26,8 +26,6 @@ _RELEASED = {
 
 @dataclass(frozen=True)
 class Subject:
-    """An adapter, and its papers."""
-
     about: dict[str, Any]
     """`name` of the file or the run's folder, `step` of a run, `sha256` of the file."""
     variant: Variant

@@ -50,8 +50,6 @@ def mixed(rows: Sequence[Array | Quantised]) -> MixedTokens:
 
 
 class Position(NamedTuple):
-    """Where in the order a batch stands."""
-
     worker: int
     epoch: int
     batch: int

@@ -112,7 +112,6 @@ def _manifest(folder: AnyPath, name: str) -> Manifest:
 
 
 def check_embedders(folders: Sequence[DatasetFolder]) -> None:
-    """Refuse shards whose vectors come from different models."""
     for task in _EMBEDDERS:
         every = [(one.given, models_of(task, shard.manifest.models)) for one in folders for shard in one.shards]
         used = [entry for entry in every if entry[1]]

@@ -27,8 +27,6 @@ Box = Sequence[float]
 
 
 class TargetCrop(NamedTuple):
-    """One crop of a photo, and how it becomes a target."""
-
     box: Box
     """In the photo."""
     size: Size
@@ -215,7 +213,6 @@ class Planner:
         )
 
     def _crops(self, raw: Raw, content: Mapping[str, Any], draws: _Draws) -> dict[str, TargetCrop]:
-        """The crops that can be the target."""
         data, cuts = self._config.data, None
         if self._reading.latents:
             encoded = targets(raw)

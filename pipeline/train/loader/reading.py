@@ -118,8 +118,6 @@ def first_shapes(dataset: Dataset, suffixes: Sequence[str]) -> dict[str, tuple[i
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read of each sample, and what is done to it."""
-
     features: Features
     """What the condition is read from."""
     mirrored: Mapping[str, str]

@@ -84,7 +84,6 @@ class Consumer:
                 )
 
     def _planned(self, epoch: int) -> Iterator[Planned]:
-        """The consumer's samples of an epoch, planned and shuffled."""
         config, shards, wanted = self.config, self.dataset.shards, self.reading.wanted
         draws = np.random.default_rng([_DRAWS, config.seed, epoch, self.consumer])
         shuffling = Random(int(draws.integers(2**63)))  # noqa: S311  # an order, not a secret

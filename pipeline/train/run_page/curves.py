@@ -128,8 +128,6 @@ def thinned(steps: Doubles, values: Doubles, points: int = POINTS) -> Thinned:
 
 @dataclass(frozen=True)
 class Chart:
-    """One curve as the page draws it."""
-
     name: str
     title: str
     about: str

@@ -41,8 +41,6 @@ DISTANCES: dict[str, Callable[[Doubles, Doubles], float]] = {
 
 
 class Viewer:
-    """Looks at pictures with the judges that there are."""
-
     def __init__(
         self, judge: str, clip: str, device: str = "cpu", options: Sequence[str] = ("watch.judge", "watch.clip")
     ) -> None:

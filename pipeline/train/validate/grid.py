@@ -16,8 +16,6 @@ _PAPER, _INK = (255, 255, 255), (20, 20, 20)
 
 
 class GridRow(NamedTuple):
-    """One face and what was made of it."""
-
     name: str
     face: Pixels
     images: Sequence[Pixels]

@@ -27,8 +27,6 @@ _PACKS = "~/.insightface/models"
 
 
 class Look(NamedTuple):
-    """A face in an image."""
-
     embedding: Floats
     """(512,), normed."""
     kps: Floats
