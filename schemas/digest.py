@@ -9,7 +9,6 @@ from typing import IO, Any
 
 
 def sha256(data: bytes | bytearray | memoryview) -> str:
-    """Of bytes."""
     return hashlib.sha256(data).hexdigest()
 
 

@@ -20,8 +20,6 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Exit codes of every command."""
-
     OK = 0
     USER_ERROR = 2
     SHARDS_FAILED = 3

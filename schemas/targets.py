@@ -35,7 +35,6 @@ class Targets:
     """portrait, half, full: those that have latents."""
 
     def to_json(self) -> str:
-        """As compact JSON text."""
         cuts = {crop: fit._asdict() for crop, fit in self.latents.items()}
         return json.dumps({**asdict(self), "latents": cuts}, separators=(",", ":"), sort_keys=True)
 

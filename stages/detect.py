@@ -44,7 +44,6 @@ class Detect(BatchStage):
     )
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
-        """Load the detector."""
         super().__init__(settings, runtime)
         make = backend("detector", settings.models.detector)
         self._own = _OfThread(partial(make, settings.models, runtime.device))

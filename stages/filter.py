@@ -32,8 +32,6 @@ def is_least(key: str) -> bool:
 
 @dataclass(frozen=True)
 class Quality:
-    """A threshold on one measurement."""
-
     key: str
     """Of `filter`: `max_…` is the most, all others the least. Its default is no threshold."""
     measure: str

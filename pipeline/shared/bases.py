@@ -29,8 +29,6 @@ _SD2_WIDTH = 1024
 
 @dataclass(frozen=True)
 class Hub:
-    """A base on the Hugging Face hub."""
-
     repository: str
     revision: str
     kind: BaseKind
@@ -109,8 +107,6 @@ _KINDS: dict[str | None, BaseKind] = {None: "sd15", "text_time": "sdxl"}
 
 @dataclass(frozen=True)
 class BaseSource:
-    """A base model's folder in diffusers' layout."""
-
     name: str
     folder: Path
     kind: BaseKind

@@ -49,7 +49,6 @@ class EventFile:
                 self._stream.write(b"\n")
 
     def close(self) -> None:
-        """Have all lines where they belong."""
         self.write(None)
         self._stream.close()
 
@@ -95,7 +94,6 @@ class Hook:
         self._last = self._threads.apply_async(self._function, (event,), error_callback=self._errors.append)
 
     def close(self) -> None:
-        """Wait a while for the last call."""
         if self._last is not None:
             self._last.wait(_PATIENCE_S)
             if not self._last.ready():

@@ -107,7 +107,6 @@ def _kind(fs: Any, inside: str) -> Literal["file", "directory"] | None:
 
 
 def is_local(path: str) -> bool:
-    """Whether a path or URL is on this machine's file system."""
     return isinstance(locate(path)[0], LocalFileSystem)
 
 
@@ -380,7 +379,6 @@ class Draft:
             self.stream = self.path.open("wb")
 
     def fsync(self) -> None:
-        """Have on the disk what was written to `stream`, or at `path`."""
         fsync_file(self.stream)
 
     def publish(self) -> None:

@@ -16,8 +16,6 @@ from stages.settings import ModelSettings, Settings
 
 
 class Captioner(Protocol):
-    """Says what is in pictures."""
-
     batch: int
     """Pictures that it takes at a time."""
 

@@ -41,7 +41,6 @@ class Body:
             self._look()
 
     def finish(self) -> bytes:
-        """All bytes of a complete body."""
         if not self._size:
             raise Dropped(DropReason.EMPTY_BODY)
         if self._size < _FIRST_LOOK:

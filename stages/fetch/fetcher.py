@@ -33,7 +33,6 @@ class Fetcher:
         self._robots = Robots(self._client, self._hosts, settings.download)
 
     async def close(self) -> None:
-        """End all that is going on, and close all connections."""
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
@@ -42,7 +41,6 @@ class Fetcher:
         self.refusals.close()
 
     async def outcome(self, pending: Pending) -> Outcome:
-        """The image file of a URL, or why there is none."""
         trail: list[Url] = []
         """The URL, and where its redirects led."""
         deadline = Deadline(self._download.timeout_s)

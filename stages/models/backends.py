@@ -54,8 +54,6 @@ class ReducedLook(NamedTuple):
 
 
 class Backend(Protocol):
-    """What all model backends share."""
-
     runtime: str
     """What computes, and where, such as `torch cuda` or `onnxruntime CPUExecutionProvider`."""
 
@@ -87,15 +85,11 @@ class WithoutWeights:
 
 
 class Detector(Backend, Protocol):
-    """Finds faces."""
-
     def detect(self, image: Image) -> Faces:
         """Faces of one RGB photo."""
 
 
 class Segmenter(Backend, Protocol):
-    """Labels the parts of a face."""
-
     def segment(self, image: Image, kps: Floats) -> npt.NDArray[np.uint8]:
         """(512, 512) labels, 19 CelebAMask classes in BiSeNet order, of an FFHQ-style aligned (512, 512, 3) RGB crop.
 
@@ -104,22 +98,16 @@ class Segmenter(Backend, Protocol):
 
 
 class FaceEmbedder(Backend, Protocol):
-    """Turns aligned faces into identity vectors."""
-
     def embed(self, faces: Image) -> Floats:
         """(N, 512) raw embeddings of (N, 112, 112, 3) RGB norm_crops."""
 
 
 class FaceQuality(Backend, Protocol):
-    """Says how good faces are for recognition."""
-
     def score(self, faces: Image) -> Floats:
         """(N,) of (N, 112, 112, 3) RGB norm_crops; larger is better, about 0..1."""
 
 
 class ImageEmbedder(Backend, Protocol):
-    """Turns face crops into image features."""
-
     def embed(self, images: Image) -> Mapping[str, Halves]:
         """Column name (clip, clip_hidden or dino) -> features of (N, 224, 224, 3) RGB images, N first."""
 

@@ -21,8 +21,6 @@ _GPU_CAPTIONS = 16
 
 
 class Vae:
-    """The image encoder of a base."""
-
     def __init__(self, source: EncoderSource, device: Device) -> None:
         prepare(device)
         import torch

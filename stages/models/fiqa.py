@@ -55,7 +55,6 @@ class Fiqa:
         return [stated_card(path.name, "fiqa", sha256, licence, "the table of weights")]
 
     def score(self, faces: Image) -> Floats:
-        """(N,) of (N, 112, 112, 3) RGB norm_crops."""
         outputs = [self._run(face) for face in faces]
         scores = [float(one[0] if self._side == 112 else 1 - one[13:].mean()) for one in outputs]
         return np.array(scores, np.float32)

@@ -56,7 +56,6 @@ class Tower:
         return [card(cls.papers, "image_embedder", settings)]
 
     def embed(self, images: Image) -> Features:
-        """Features of (N, 224, 224, 3) RGB images."""
         # towers cannot run on nothing: a black image tells the shapes of an empty answer
         given = images if len(images) else np.zeros((1, 224, 224, 3), np.uint8)
         return {name: column[: len(images)] for name, column in self._run(given).items()}

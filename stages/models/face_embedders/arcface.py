@@ -58,7 +58,6 @@ class ArcFace:
         return [pack_card("face_embedder", settings)]
 
     def embed(self, faces: Image) -> Floats:
-        """(N, 512) raw embeddings of (N, 112, 112, 3) RGB norm_crops."""
         if len(faces) == 0:
             return np.zeros((0, 512), np.float32)
         if hasattr(self._model, "embed"):
