@@ -123,11 +123,7 @@ class BaseSource:
 
 
 def find_base(name: str, *, sdxl: bool = False) -> BaseSource:
-    """The base of that name: `tiny`, `tiny-sdxl`, `sd15`, `sdxl`, or the path of a diffusers folder.
-
-    Args:
-        name: what the user gave.
-        sdxl: whether `tiny` stands for the SDXL-like one.
+    """The base of that name: `tiny` (with `sdxl` the SDXL-like one), `tiny-sdxl`, one of BASES, or a diffusers folder.
 
     Raises:
         WeightsError: when it, or the weights of a part, are not on this machine; says what to fetch.

@@ -45,15 +45,9 @@ def align(pixels: Tensor, kps: Tensor) -> Tensor:
 
 
 def in_face(kps: Tensor, size: tuple[int, int], step: int) -> Tensor:
-    """Which cells of a grid over an image have their middle in the square that `align` cuts out.
+    """(B, height, width): which cells of a grid over an image have their middle in the square that `align` cuts out.
 
-    Args:
-        kps: (B, 5, 2) in pixels of the image, the centre of the first pixel at (0, 0).
-        size: height and width of the grid, in cells.
-        step: side of a cell, pixels.
-
-    Returns:
-        (B, height, width) bool.
+    `kps` are as `align` takes them; `size` is the grid's height and width in cells, `step` the side of a cell, pixels.
     """
     rotation, shift = similarity_transform(kps)
     down, right = (torch.arange(count) * step + (step - 1) / 2 for count in size)

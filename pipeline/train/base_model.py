@@ -40,11 +40,8 @@ class Base:
     def __init__(self, source: BaseSource, device: torch.device, dtype: torch.dtype) -> None:
         """Load the UNet and the noise schedule.
 
-        Args:
-            source: the folder; see `find_base`.
-            device: of all parts.
-            dtype: of all parts but SDXL's VAE, whose activations overflow in half precision, unless its config says
-                that they do not (force_upcast).
+        `dtype` is that of all parts but SDXL's VAE, whose activations overflow in half precision, unless its config
+        says that they do not (force_upcast).
 
         Raises:
             WeightsError: when a part of the folder is missing or damaged.

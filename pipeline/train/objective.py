@@ -33,13 +33,9 @@ class Noised(NamedTuple):
 def noised(
     scheduler: "DDPMScheduler", latents: Tensor, settings: ObjectiveSettings, generator: torch.Generator
 ) -> Noised:
-    """Add noise to clean latents (B, 4, h, w) at uniformly drawn timesteps.
+    """Add noise to clean, scaled latents (B, 4, h, w), on any device, at uniformly drawn timesteps.
 
-    Args:
-        scheduler: of the base; its prediction type decides on the target.
-        latents: clean, scaled latents on any device.
-        settings: the noise offset is read.
-        generator: on the CPU.
+    The scheduler's prediction type decides on the target. `generator` is on the CPU.
 
     Raises:
         ConfigError: for a base that predicts something else than Stable Diffusion bases do.

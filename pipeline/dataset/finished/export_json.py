@@ -27,14 +27,8 @@ def export_json(
 
     An entry of the list has image_file, text, id_embed_file ((512,) float32 of unit length), face_image_file (the
     aligned 224 x 224 face) and id_embed_norm (raw embedding = unit one x norm). Returns how many samples the list
-    has, and how many have no crop at all and were left out.
-
-    Args:
-        out: OUT of a `dataset` run.
-        folder: a new one.
-        crop: becomes `image_file`; a sample without it gives the largest crop that it has.
-        id_format: what `id_embed_file` is.
-        absolute: whether paths are so, or relative to the list's folder.
+    has, and how many have no crop at all and were left out. `crop` becomes `image_file`; a sample without it gives the
+    largest crop that it has. Paths are relative to the list's folder unless `absolute`.
 
     Raises:
         OutputError: when OUT is no dataset or has no embeddings, or `folder` is not empty or cannot be written.

@@ -74,15 +74,8 @@ def forget(
     """Forget in OUT what is wanted, now and in earlier calls; later runs into OUT will not fetch it again.
 
     Any part of the work may be interrupted: the same call goes on with it; so does a call that wants nothing more.
-
-    Args:
-        out: OUT of a `dataset` run.
-        lists: files (or URLs of these) of URLs and sha256; whatever else they hold is a site.
-        urls: of images.
-        domains: sites.
-        contents: sha256 of image files.
-        files: names of image files that needed no download.
-        dry_run: write nothing.
+    `lists` are files (or URLs of these) of URLs and sha256; whatever else they hold is a site. `contents` are sha256 of
+    image files, `files` names of those that needed no download.
 
     Raises:
         SourceError: when a list cannot be read.

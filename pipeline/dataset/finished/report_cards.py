@@ -40,14 +40,10 @@ def reduced(image: Image, side: int) -> bytes:
 def marked(
     image: Image, side: int, frame: npt.ArrayLike, bbox: npt.ArrayLike | None, kps: npt.ArrayLike | None
 ) -> bytes:
-    """A reduced photo with its face box and five points drawn, as JPEG.
+    """A photo, reduced to a long side of `side` pixels, with its face box and five points drawn, as JPEG.
 
-    Args:
-        image: (H, W, 3) RGB: the part `frame` of the photo, at any scale.
-        side: long side of the result, pixels.
-        frame: x0 y0 x1 y1 of the image in the photo, pixels of the photo.
-        bbox: (4,) xyxy, pixels of the photo, or None.
-        kps: (5, 2), pixels of the photo, or None.
+    `image` (H, W, 3), RGB, is the part `frame` (x0 y0 x1 y1) of the photo, at any scale. `frame`, `bbox` (4,) xyxy and
+    `kps` (5, 2) are in pixels of the photo.
     """
     canvas = shrink(image, side).copy()
     corners = np.asarray(frame, np.float64).reshape(2, 2)

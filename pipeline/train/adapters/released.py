@@ -37,13 +37,8 @@ def write_released(
 ) -> list[Path]:
     """Write `name`.safetensors, .bin, .json, and the LoRA file where there is a LoRA; all in float16.
 
-    Args:
-        folder: where to; it must exist.
-        name: see Variant.released_name.
-        tensors: flat keys `image_proj.…`, `ip_adapter.…` (see AdapterModel.trained), any float type.
-        attention_paths: the UNet's attention layers in their order (see attention.named_attention).
-        kind: SDXL's LoRA files carry an alpha, SD1.5's do not.
-        sidecar: content of the JSON file.
+    `tensors` have the flat keys of `AdapterModel.trained`; `attention_paths` are the UNet's attention layers in the
+    order of `named_attention`.
 
     Raises:
         FaceShardsError: when a weight is not finite in float16.

@@ -99,10 +99,7 @@ class Subject:
 def read_subject(path: Path, name: str, step: int | None) -> Subject:
     """A run's folder, at its last step or at `step`; or a .safetensors or .bin file.
 
-    Args:
-        path: of the folder or the file.
-        name: of the variant, where it is not known otherwise; "" for what is known.
-        step: of a checkpoint.
+    `name` is that of the variant, where it is not known otherwise; "" for what is known.
 
     Raises:
         UserError: when it is neither, its variant is not known, or is another one.

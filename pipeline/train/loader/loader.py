@@ -43,15 +43,8 @@ class ShardLoader:
     ) -> None:
         """Prove that the shards hold what is read; nothing is started yet.
 
-        Args:
-            dataset: the shards.
-            variant_reads: roles of the variant's condition.
-            config: of the run.
-            rank: this process, from 0.
-            world: training processes.
-            base: diffusers folder of the base, whose encoders precomputed targets must be of; None is trust.
-            faces: most ID vectors side by side that the variant takes, where data.pairs draws several photos.
-            pin_memory: put batches into page-locked memory, for a GPU.
+        This is the training process `rank` of `world`. `variant_reads` and `faces` are the variant's; precomputed
+        targets must be of the encoders of `base`, a diffusers folder, None is trust. `pin_memory` is for a GPU.
 
         Raises:
             SourceError: when the shards lack what is read, or hold fewer samples than there are processes.

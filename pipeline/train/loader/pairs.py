@@ -31,9 +31,7 @@ def persons(
 ) -> Iterator[Iterator[tuple[Raw, Sequence[Raw]]]]:
     """For each person in a stretch of one shard: the photos, each with up to 2 * WINDOW - 1 others of the person.
 
-    Args:
-        raws: samples in the order of the shard, and whether they are to come out or are others' others alone.
-        suffixes: files of the condition, which alone are held of others.
+    Of `raws` some are not to come out, but others' others alone. Of others the files of `suffixes` alone are held.
     """
     for _, members in groupby(raws, key=lambda one: person(one[1])):
         yield _with_others(members, suffixes)

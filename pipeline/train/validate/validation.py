@@ -29,7 +29,7 @@ NAMES = (
     *("faces_found", "id_similarity", "id_to_others", "clip_similarity"),
     *(f"copy_paste_{space}" for space in DISTANCES),
 )
-"""What may be known of an image."""
+"""What may be known of an image; copy_paste_… by `distances.copy_paste`."""
 
 
 class Turn(NamedTuple):
@@ -104,13 +104,10 @@ class Validator:
         return bool(every) and (is_last or step % every == 0)
 
     def run(self, model: AdapterModel, step: int) -> dict[str, float]:
-        """Write the grid of a step.
+        """Write the grid of a step; returns what can be known of it.
 
-        Returns:
-            What can be known of it, each a mean over images: with a judge `faces_found` and, of images that show a
-            face, `id_similarity` to the condition photo; where the shards know the person's other photos too,
-            `id_to_others` and copy_paste_… (see `views.copy_paste`), and of the real photos, the same at each step,
-            `id_same_person` and `id_strangers`; with CLIP `clip_similarity`.
+        Of NAMES, means over images. Where the shards know other photos of the persons too, `id_same_person` and
+        `id_strangers` of the real photos, the same at each step.
         """
         config, folder = self._job.config, self._job.run.root / "validation"
         with _undisturbed(model, self._base):
