@@ -5,9 +5,8 @@ from typing import Any, ClassVar
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
-from schemas.arrays import Floats, Image
+from schemas.arrays import Floats, Image, Labels
 from schemas.drops import Dropped, DropReason
 from stages.align import FACE_SIZE
 from stages.base import BatchStage
@@ -44,13 +43,13 @@ class Segment(BatchStage):
         kps = record["kps"]
         return ffhq_crop(photo_of(record), kps), transform_points(ffhq_matrix(kps), kps)
 
-    def computed(self, given: Sequence[tuple[Image, Floats]]) -> Sequence[npt.NDArray[np.uint8]]:
+    def computed(self, given: Sequence[tuple[Image, Floats]]) -> Sequence[Labels]:
         if self.batch == 1:
             return [self._segmenter.segment(crop, kps) for crop, kps in given]
-        labels: Sequence[npt.NDArray[np.uint8]] = self._segmenter.segment_all([crop for crop, _ in given])
+        labels: Sequence[Labels] = self._segmenter.segment_all([crop for crop, _ in given])
         return labels
 
-    def written(self, record: Mapping[str, Any], output: npt.NDArray[np.uint8]) -> dict[str, Any]:
+    def written(self, record: Mapping[str, Any], output: Labels) -> dict[str, Any]:
         kps = record["kps"]
         mask = warp_labels(output, kps, FACE_SIZE)
         height, width = photo_of(record).shape[:2]
@@ -66,7 +65,7 @@ class Segment(BatchStage):
         return {"mask": encode_png(mask), **measured}
 
 
-def occlusion(mask: npt.NDArray[np.uint8], kps: Floats) -> float:
+def occlusion(mask: Labels, kps: Floats) -> float:
     """Share of the convex hull of five points (5, 2) in a label map that is labelled as none of _BARE, 0..1.
 
     Glasses, hair, hats, cloth, hands (background, to face parsers), and what lies beyond the photo.

@@ -6,8 +6,6 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import diffusers
-import numpy as np
-import numpy.typing as npt
 import torch
 import transformers
 from torch import Tensor
@@ -15,6 +13,7 @@ from torch import Tensor
 from pipeline.shared.bases import BaseSource
 from pipeline.train.adapters.released import DAMAGED
 from pipeline.train.objective import sent
+from schemas.arrays import Array
 from schemas.errors import WeightsError, first_line
 from schemas.targets import variant_of
 
@@ -156,8 +155,8 @@ class Base:
         return pixels.float()
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> npt.NDArray[np.uint8]:
+    def decode(self, latents: Tensor) -> Array:
         """Scaled latents (B, 4, h, w) -> (B, 8 h, 8 w, 3) RGB."""
         pixels = (self.decode_pixels(latents).clamp(-1, 1) + 1) * 127.5
-        images: npt.NDArray[np.uint8] = pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        images: Array = pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return images

@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from schemas.arrays import Floats, Halves, Image
+from schemas.arrays import Floats, Halves, Image, Labels
 from schemas.errors import ConfigError
 from stages.models import REGISTRIES
 from stages.models.papers import Weight
@@ -90,7 +87,7 @@ class Detector(Backend, Protocol):
 
 
 class Segmenter(Backend, Protocol):
-    def segment(self, image: Image, kps: Floats) -> npt.NDArray[np.uint8]:
+    def segment(self, image: Image, kps: Floats) -> Labels:
         """(512, 512) labels, 19 CelebAMask classes in BiSeNet order, of an FFHQ-style aligned (512, 512, 3) RGB crop.
 
         `kps` are the five points in that crop, (5, 2).

@@ -19,12 +19,11 @@ from typing import Any
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import simplejpeg
 from PIL import Image as Pillow
 from PIL.ImageFile import ImageFile
 
-from schemas.arrays import Image
+from schemas.arrays import Array, Image
 from schemas.drops import Dropped, DropReason
 from stages.pixels import headers
 from stages.pixels.decoding import CPU_S, MEMORY, MESSAGE
@@ -73,7 +72,7 @@ def main(link: socket.socket, file: int, canvas: int) -> None:
         link.send(json.dumps(answer).encode())
 
 
-def decode_into(data: bytes, canvas: npt.NDArray[np.uint8], factor: int = 1) -> tuple[int, int]:
+def decode_into(data: bytes, canvas: Array, factor: int = 1) -> tuple[int, int]:
     """Write the pixels of an image file into memory of the right length, and return height and width.
 
     (H, W, 3) uint8 RGB, EXIF turned, transparency over white, first frame; the sides divided by `factor` and rounded

@@ -10,9 +10,9 @@ import numpy.typing as npt
 from skimage.transform import SimilarityTransform
 
 from schemas.arcface import ARCFACE_SIZE, ARCFACE_TEMPLATE
-from schemas.arrays import Floats, Image, Mask
+from schemas.arrays import Doubles, Floats, Image, Labels, Mask
 
-Matrix = npt.NDArray[np.float64]
+Matrix = Doubles
 """(2, 3): maps x y 1 to x y."""
 
 FFHQ_SIZE = 512
@@ -86,7 +86,7 @@ def transform_points(matrix: Matrix, points: npt.ArrayLike) -> Floats:
     return (np.asarray(points, np.float64) @ matrix[:, :2].T + matrix[:, 2]).astype(np.float32)
 
 
-def warp_labels(labels: npt.NDArray[np.uint8], kps: npt.ArrayLike, size: int) -> npt.NDArray[np.uint8]:
+def warp_labels(labels: Labels, kps: npt.ArrayLike, size: int) -> Labels:
     """(512, 512) labels of the FFHQ crop as (size, size) labels of the norm_crop, nearest; 0 outside of the former.
 
     `kps` are the five points in the photo.
@@ -103,7 +103,7 @@ def inside_photo(kps: npt.ArrayLike, width: int, height: int, size: int) -> Mask
     return inside.reshape(size, size)
 
 
-def foreground(face: Image, mask: npt.NDArray[np.uint8], keep: tuple[int, ...], fill: tuple[int, int, int]) -> Image:
+def foreground(face: Image, mask: Labels, keep: tuple[int, ...], fill: tuple[int, int, int]) -> Image:
     """(H, W, 3) RGB face with every pixel whose label in mask (H, W) is not in `keep` replaced by the RGB `fill`."""
     kept = np.isin(mask, keep)[:, :, None]
     return np.where(kept, face, np.array(fill, np.uint8))
@@ -166,20 +166,20 @@ def _start(wanted: float, face: tuple[int, int], side: int, limit: int) -> int:
 
 
 def _warp(
-    image: npt.NDArray[np.uint8],
+    image: Image,
     matrix: Matrix,
     size: int,
     border: int | tuple[int, int, int] = 0,
     interpolation: int = cv2.INTER_LINEAR,
-) -> npt.NDArray[np.uint8]:
+) -> Image:
     """(size, size, ...) of the image under a (2, 3) matrix, `border` outside of it."""
     if max(image.shape[:2]) > MOST_SIDE:
         image, matrix = _part(image, matrix, size)
-    warped: npt.NDArray[np.uint8] = cv2.warpAffine(image, matrix, (size, size), flags=interpolation, borderValue=border)
+    warped: Image = cv2.warpAffine(image, matrix, (size, size), flags=interpolation, borderValue=border)
     return warped
 
 
-def _part(image: npt.NDArray[np.uint8], matrix: Matrix, size: int) -> tuple[npt.NDArray[np.uint8], Matrix]:
+def _part(image: Image, matrix: Matrix, size: int) -> tuple[Image, Matrix]:
     """What of an image a warp shows, thinned out where that is too large too, and the matrix that suits it."""
     ends = -1, size
     shown = transform_points(invert(matrix), [(x, y) for x in ends for y in ends])

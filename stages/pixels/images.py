@@ -15,7 +15,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import simplejpeg
 
 from schemas.arrays import Image
@@ -140,7 +139,7 @@ def encode_png(image: Image) -> bytes:
     return _encode(".png", in_order, [cv2.IMWRITE_PNG_COMPRESSION, _PNG_LEVEL])
 
 
-def _encode(suffix: str, image: npt.NDArray[np.uint8], options: list[int]) -> bytes:
+def _encode(suffix: str, image: Image, options: list[int]) -> bytes:
     done, data = cv2.imencode(suffix, image, options)
     if not done:
         raise ValueError(f"cannot encode {image.shape} as {suffix}")

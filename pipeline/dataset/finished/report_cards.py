@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pipeline.shared.page import data_uri
 from pipeline.shared.tars import Sample
-from schemas.arrays import Image
+from schemas.arrays import Array, Image, Labels
 from schemas.columns import CROPS
 from stages.filter import FROM_POINTS, POSE, from_points
 from stages.pixels.images import decode_jpeg, decode_png, encode_jpeg, shrink
@@ -60,13 +60,13 @@ def marked(
     return encode_jpeg(canvas, _QUALITY)
 
 
-def _pixels(points: npt.NDArray[Any]) -> list[tuple[int, int]]:
+def _pixels(points: Array) -> list[tuple[int, int]]:
     """(N, 2) positions as OpenCV wants them; undefined ones, and those far away, are put where none sees them."""
     safe = np.clip(np.nan_to_num(points, nan=-1e4, posinf=1e4, neginf=-1e4), -1e4, 1e4)
     return [(int(x), int(y)) for x, y in safe.round()]
 
 
-def masked(face: Image, mask: npt.NDArray[np.uint8], side: int) -> bytes:
+def masked(face: Image, mask: Labels, side: int) -> bytes:
     """A face (H, W, 3) RGB under the colours of its labels (H, W), as JPEG; unknown labels are black."""
     colours = np.zeros((256, 3), np.uint8)
     colours[: len(LABEL_COLOURS)] = list(LABEL_COLOURS.values())

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -20,7 +19,7 @@ from pipeline.dataset.out.takedowns import short_hashes
 from pipeline.dataset.source.parts import Part, SourceSettings
 from pipeline.dataset.source.seeds import Seeds, iter_again
 from pipeline.shared.files import AnyPath
-from schemas.arrays import Integers
+from schemas.arrays import Hashes, Integers
 from schemas.errors import SourceError
 from schemas.names import shard_origin
 from stages.fetch.answer import SECOND_CHANCE
@@ -89,7 +88,7 @@ def _again(
     settings: SourceSettings,
     round: int,
     rows: Integers,
-    urls: npt.NDArray[np.uint64],
+    urls: Hashes,
     done: dict[str, Integers],
 ) -> Iterator[Seeds]:
     """The shards of a round that are not `done`, from a part that must still be the one that OUT was made of."""

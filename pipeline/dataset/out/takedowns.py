@@ -15,7 +15,6 @@ from itertools import chain
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -23,7 +22,7 @@ import pyarrow.parquet as pq
 from pipeline.dataset.out.forgotten import Forgotten
 from pipeline.dataset.rows import Rows, tombstones
 from pipeline.shared.files import open_binary, reading
-from schemas.arrays import Mask
+from schemas.arrays import Hashes, Mask
 from schemas.columns import COLUMNS
 from schemas.digest import sha256
 from schemas.drops import DropReason
@@ -111,7 +110,7 @@ def _entry(cell: str) -> tuple[Literal["url", "sha256", "other"], str]:
     return ("url" if _URL.match(text) else "other"), text
 
 
-def short_hashes(texts: Iterable[str]) -> npt.NDArray[np.uint64]:
+def short_hashes(texts: Iterable[str]) -> Hashes:
     """Of eight bytes each: a list or a part has millions of URLs."""
     digests = (blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in texts)
     return np.fromiter((int.from_bytes(digest, "little") for digest in digests), np.uint64)

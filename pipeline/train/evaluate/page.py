@@ -8,7 +8,7 @@ import cv2
 
 from pipeline.shared.atomic import write_atomically
 from pipeline.shared.page import data_uri, rendered
-from pipeline.train.loader import Pixels
+from schemas.arrays import Image
 
 _SIDE, _QUALITY = 256, 80
 SHOWN = 600
@@ -77,7 +77,7 @@ def title(prompt: str, score: Mapping[str, float]) -> str:
     return " · ".join([prompt, *(["no face"] if score.get("faces_found") == 0 else []), *known])
 
 
-def reduced(picture: Pixels, title: str) -> dict[str, str]:
+def reduced(picture: Image, title: str) -> dict[str, str]:
     factor = min(_SIDE / max(picture.shape[:2]), 1)
     small = cv2.resize(picture, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
     jpeg = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])[1].tobytes()

@@ -2,7 +2,7 @@
 
 from pipeline.train.loader.batches import Batch
 from pipeline.train.loader.dataset import Dataset, check_hashes, models_of, open_dataset
-from pipeline.train.loader.faces import Face, Photo, Pixels, first_faces
+from pipeline.train.loader.faces import Face, Photo, first_faces
 from pipeline.train.loader.loader import ShardLoader, worker_died
 from pipeline.train.loader.reading import Features, features_of, plan_reading
 
@@ -12,7 +12,6 @@ __all__ = [
     "Face",
     "Features",
     "Photo",
-    "Pixels",
     "ShardLoader",
     "check_hashes",
     "features_of",

@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pipeline.train.loader.plan_sample import Planned
 from pipeline.train.loader.reading import Reading, stored_row
 from pipeline.train.loader.shards import array, moments, picture
-from schemas.arrays import Array
+from schemas.arrays import Array, Image
 from schemas.buckets import PIXELS_PER_LATENT
 from schemas.int8 import GROUP, Quantised
 
@@ -180,7 +179,7 @@ def _stacked(rows: Sequence[Array], dtype: type[np.floating[Any]]) -> Tensor:
     return torch.from_numpy(out)
 
 
-def target_pixels(planned: Planned, suffix: str) -> npt.NDArray[np.uint8]:
+def target_pixels(planned: Planned, suffix: str) -> Image:
     """The target (H, W, 3), RGB: decoded, scaled, cut, mirrored, recoloured."""
     resized, (left, top), (width, height) = planned.fit
     image: Array = picture(planned.raw, suffix, planned.size, resized)

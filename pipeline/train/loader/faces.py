@@ -5,7 +5,6 @@ from itertools import groupby, islice
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -14,12 +13,9 @@ from pipeline.train.loader.pairs import person
 from pipeline.train.loader.reading import features_of, stored_row
 from pipeline.train.loader.shards import Raw, meta, picture
 from pipeline.train.settings import AdapterSettings
-from schemas.arrays import Array
+from schemas.arrays import Array, Image
 from schemas.columns import CROPS
 from schemas.int8 import Quantised, dequantise
-
-Pixels = npt.NDArray[np.uint8]
-"""(H, W, 3) RGB."""
 
 _FACE, _SIDE = "face.jpg", (224, 224)
 _ENOUGH = (640, 640)
@@ -32,9 +28,9 @@ class Photo(NamedTuple):
     """One sample's pictures, RGB."""
 
     key: str
-    face: Pixels
+    face: Image
     """(224, 224, 3): the aligned face."""
-    crop: Pixels
+    crop: Image
     """(H, W, 3): the portrait, else the next larger crop that the sample has, else the aligned face."""
 
 

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.shared import tars
 from pipeline.shared.files import AnyPath
 from pipeline.shared.tars import Span, Wish
-from schemas.arrays import Array
+from schemas.arrays import Array, Image
 from schemas.errors import CorruptShardError
 from schemas.int8 import Quantised, decode_int8
 from schemas.shard import INT8, Manifest, decode_npy
@@ -138,7 +137,7 @@ def features(raw: Raw, suffix: str, shape: tuple[int, ...] | None = None) -> Arr
     return stored
 
 
-def picture(raw: Raw, suffix: str, size: tuple[int, int], wanted: tuple[int, int]) -> npt.NDArray[np.uint8]:
+def picture(raw: Raw, suffix: str, size: tuple[int, int], wanted: tuple[int, int]) -> Image:
     """A JPEG's pixels (H, W, 3), RGB, which must be of `size`: width and height.
 
     A picture of at least twice the width and height that are `wanted` of it is decoded at 1/2 or 1/4, which costs half

@@ -10,10 +10,10 @@ from statistics import fmean
 import cv2
 import numpy as np
 
-from pipeline.train.loader import Face, Pixels
+from pipeline.train.loader import Face
 from pipeline.train.validate.judge import Clip, IdJudge
 from schemas.arcface import pose
-from schemas.arrays import Doubles
+from schemas.arrays import Doubles, Image
 
 View = Mapping[str, Doubles]
 """Space -> the picture's point in it; a picture without a face has none in `id` and `pose`."""
@@ -52,7 +52,7 @@ class Viewer:
         self.judge = IdJudge(judge, options[0]) if judge else None
         self.clip = Clip(clip, device, options[1]) if clip else None
 
-    def image(self, image: Pixels) -> View:
+    def image(self, image: Image) -> View:
         """A picture (H, W, 3), RGB."""
         small = cv2.resize(image, _THUMBNAIL, interpolation=cv2.INTER_AREA)
         view = {"pixels": small.ravel() / 255 / np.sqrt(small.size)}

@@ -14,9 +14,8 @@ import transformers
 
 from pipeline.shared.bases import card_licence
 from pipeline.train.adapters.released import DAMAGED
-from pipeline.train.loader import Pixels
 from schemas.arcface import ARCFACE_SIZE, LICENCES
-from schemas.arrays import Doubles, Floats
+from schemas.arrays import Doubles, Floats, Image
 from schemas.digest import sha256_of_file
 from schemas.errors import ConfigError, WeightsError, first_line
 
@@ -82,7 +81,7 @@ class IdJudge:
         ]
         """name, task (detector, face_embedder), sha256 and licence, which is known by the hash."""
 
-    def look(self, image: Pixels) -> Look | None:
+    def look(self, image: Image) -> Look | None:
         """The largest face of an image (H, W, 3), RGB; None where there is none."""
         bgr = np.ascontiguousarray(image[..., ::-1])
         border = max(bgr.shape) // 2
@@ -95,7 +94,7 @@ class IdJudge:
         largest = max(seen, key=lambda one: np.prod(one.bbox[2:4] - one.bbox[:2]), default=None)
         return None if largest is None else Look(largest.normed_embedding, largest.kps)
 
-    def embed(self, face: Pixels) -> Floats:
+    def embed(self, face: Image) -> Floats:
         """Normed ID vector (512,) of an aligned crop, which is too tight for a detector."""
         small = cv2.resize(face, (ARCFACE_SIZE, ARCFACE_SIZE), interpolation=cv2.INTER_AREA)
         bgr = np.ascontiguousarray(small[..., ::-1])
@@ -130,7 +129,7 @@ class Clip:
         self.weights = [{**about, "sha256": sha256_of_file(file)} for file in sorted(path.glob("*.safetensors"))]
 
     @torch.no_grad()
-    def image(self, image: Pixels) -> Doubles:
+    def image(self, image: Image) -> Doubles:
         """(H, W, 3) RGB to a unit vector."""
         pixels = self._processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
         return self._unit(self._model.get_image_features(pixel_values=pixels.to(self._model.device)))

@@ -8,16 +8,16 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image as Pillow
 
 from pipeline.shared.atomic import write_atomically
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.base_model import Base
-from pipeline.train.loader import Face, Pixels, first_faces
+from pipeline.train.loader import Face, first_faces
 from pipeline.train.settings import TrainConfig
 from pipeline.train.validate.distances import DISTANCES, View, Viewer, copy_paste, scale
 from pipeline.train.validate.grid import GridRow, draw
-from schemas.arrays import Array, Doubles
+from schemas.arrays import Array, Doubles, Image
 
 if TYPE_CHECKING:
     from pipeline.train.job import TrainJob
@@ -54,7 +54,7 @@ def turns_of(config: TrainConfig, viewer: Viewer, images: int = 1) -> list[Turn]
 
 def drawings(
     face: Face, photos: Sequence[View], turns: Sequence[Turn], viewer: Viewer, sampler: "Sampler"
-) -> Iterator[tuple[Turn, Pixels, View, dict[str, float]]]:
+) -> Iterator[tuple[Turn, Image, View, dict[str, float]]]:
     """Draw a face; `photos` are what is seen of its condition's photo and of the others of the person.
 
     Yields:
@@ -119,7 +119,7 @@ class Validator:
             _, images, _, scores = zip(*some, strict=True)
             rows.append(GridRow(face.photo.key, face.photo.face, images, [_caption(score) for score in scores]))
         png = BytesIO()
-        Image.fromarray(draw(config.watch.validate_prompts, rows)).save(png, "PNG")
+        Pillow.fromarray(draw(config.watch.validate_prompts, rows)).save(png, "PNG")
         folder.mkdir(exist_ok=True)
         write_atomically(folder / f"step-{step:08d}.png", png.getvalue())
         same, strangers = (list(chain(*values)) for values in scale(self._persons))
@@ -145,7 +145,7 @@ class Sampler:
         self._unconditional = {role: torch.from_numpy(features) for role, features in unconditional.items()}
         self._pipeline: Any = base.sampler()
 
-    def __call__(self, face: Face, prompt: str, seed: int) -> Pixels:
+    def __call__(self, face: Face, prompt: str, seed: int) -> Image:
         """One image (H, W, 3) of a face with a prompt, from the noise of a seed."""
         watch, side = self._config.watch, self._config.data.resolution
         device, dtype = self._base.device, self._base.dtype
@@ -167,7 +167,7 @@ class Sampler:
                 output_type="latent",
             ).images
         # Decoded by the base, which knows the precision that its VAE needs.
-        image: Pixels = self._base.decode(latents)[0]
+        image: Image = self._base.decode(latents)[0]
         return image
 
 

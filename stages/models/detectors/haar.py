@@ -12,9 +12,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
-from schemas.arrays import Floats, Image
+from schemas.arrays import Floats, Grey, Image
 from schemas.digest import sha256_of_file
 from schemas.errors import WeightsError
 from stages.models.backends import Faces, ModelCard, WithoutWeights
@@ -42,8 +41,6 @@ _EYE_COLUMNS = (slice(int(0.1 * _PATCH), int(0.5 * _PATCH)), slice(int(0.5 * _PA
 _MIN_EYE, _MAX_EYE = (30, 30), (80, 80)
 _MAX_EYE_SHIFT = 0.1
 """Eyes further from where they usually are (shares of the square) are brows or nostrils."""
-
-_Grey = npt.NDArray[np.uint8]
 
 
 class Haar(WithoutWeights):
@@ -90,7 +87,7 @@ class Haar(WithoutWeights):
         bbox = np.array(boxes, np.float32).clip(0, [width, height, width, height])
         return Faces(bbox.astype(np.float32), np.array(points, np.float32), scores)
 
-    def _points(self, grey: _Grey, square: Floats) -> Floats:
+    def _points(self, grey: Grey, square: Floats) -> Floats:
         """The five points (5, 2) in units of the square, turned onto the eyes where there are both."""
         left, top, side = square.astype(int)
         face = grey[top : top + side, left : left + side]

@@ -9,9 +9,8 @@ from functools import cache
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
-from schemas.arrays import Doubles, Floats, Image
+from schemas.arrays import Doubles, Floats, Grey, Image
 from stages.models.backends import WithoutWeights
 from stages.runtime import Device
 from stages.settings import ModelSettings
@@ -70,7 +69,7 @@ def _distinct(cells: Doubles) -> Doubles:
     return np.ravel(cells - cells.mean(axis=0))
 
 
-def _codes(grey: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def _codes(grey: Grey) -> Grey:
     """Per pixel the 8 neighbours, in a circle, that are at least as bright: one bit each; edges are repeated."""
     padded = np.pad(grey, 1, mode="edge")
     height, width = grey.shape

@@ -5,9 +5,8 @@ from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from schemas.arrays import Floats, Image
+from schemas.arrays import Floats, Image, Labels
 from schemas.errors import PlanError, WeightsError
 from stages.models.backends import ModelCard
 from stages.models.papers import WEIGHTS, Weight
@@ -67,7 +66,7 @@ class FacexlibParser:
     def cards(cls, settings: ModelSettings) -> list[ModelCard]:
         return [card(WEIGHTS[settings.parser], "segmenter", settings)]
 
-    def segment(self, image: Image, kps: Floats) -> npt.NDArray[np.uint8]:
+    def segment(self, image: Image, kps: Floats) -> Labels:
         """(512, 512) labels in BiSeNet's order of an FFHQ-style (512, 512, 3) RGB crop; `kps` are not needed."""
         return self.segment_all([image])[0]
 
@@ -78,7 +77,7 @@ class FacexlibParser:
             if np.mean(together == self.segment_all([image])[0]) < _SAME_LABELS:
                 raise PlanError(f"{self._name} mixes the images of a batch: set executor.gpus = 0.")
 
-    def segment_all(self, images: Sequence[Image]) -> list[npt.NDArray[np.uint8]]:
+    def segment_all(self, images: Sequence[Image]) -> list[Labels]:
         """`segment` of each image, in batches on a GPU."""
         return [_TO_BISENET[self._name][labels] for (labels,) in self._batches(images)]
 

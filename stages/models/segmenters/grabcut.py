@@ -6,9 +6,8 @@ Paper: Rother, Kolmogorov and Blake, SIGGRAPH 2004, doi:10.1145/1186562.1015720;
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
-from schemas.arrays import Doubles, Floats, Image
+from schemas.arrays import Doubles, Floats, Image, Labels
 from stages.models.backends import WithoutWeights
 from stages.runtime import Device
 from stages.settings import ModelSettings
@@ -40,7 +39,7 @@ class GrabCut(WithoutWeights):
     def __init__(self, settings: ModelSettings, device: Device) -> None:
         cv2.setNumThreads(1)
 
-    def segment(self, image: Image, kps: Floats) -> npt.NDArray[np.uint8]:
+    def segment(self, image: Image, kps: Floats) -> Labels:
         """(512, 512) labels, 0 background and 1 face, of an aligned (512, 512, 3) RGB crop; `kps` (5, 2) lie in it."""
         side = image.shape[0]
         small = cv2.resize(image, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA)
@@ -63,13 +62,7 @@ class GrabCut(WithoutWeights):
         return np.where(smooth > 0.5, np.uint8(SKIN), np.uint8(0))
 
 
-def _ellipse(
-    mask: npt.NDArray[np.uint8],
-    centre: Doubles,
-    axis: Doubles,
-    half_axes: tuple[float, float],
-    label: int,
-) -> None:
+def _ellipse(mask: Labels, centre: Doubles, axis: Doubles, half_axes: tuple[float, float], label: int) -> None:
     """Fill an ellipse whose second half axis lies along `axis`, in units of its length."""
     length = max(float(np.hypot(*axis)), 1.0)
     size = tuple(2 * half * length for half in half_axes)

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.dataset.finished.group.persons import NEIGHBOURS, Pairs, mutual_neighbours
-from schemas.arrays import Floats, Integers, Mask
+from schemas.arrays import Floats, Grey, Hashes, Integers, Mask
 from stages.models import sscd
 
 SIDE = 24
@@ -24,7 +24,6 @@ _ONES = np.unpackbits(np.arange(1 << 16, dtype=np.uint16).view(np.uint8)).reshap
 _TOGETHER = 1 << 14
 """Pairs whose descriptors are in memory at a time."""
 
-Hashes = npt.NDArray[np.uint64]
 Details = npt.NDArray[np.int8]
 
 
@@ -40,7 +39,7 @@ class Looks:
     """(N, D) of unit length, by SSCD; D = 0 without it."""
 
 
-def hashes(image: npt.NDArray[np.uint8]) -> tuple[np.uint64, np.uint64]:
+def hashes(image: Grey) -> tuple[np.uint64, np.uint64]:
     """Perceptual hashes (pHash) of a grey image (H, W) and of its mirror image: signs of its lowest frequencies."""
     small = cv2.resize(image, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
     low = cv2.dct(small)[:8, :8]
@@ -48,7 +47,7 @@ def hashes(image: npt.NDArray[np.uint8]) -> tuple[np.uint64, np.uint64]:
     return one, mirrored
 
 
-def details(face: npt.NDArray[np.uint8]) -> Details:
+def details(face: Grey) -> Details:
     """(SIDE, SIDE) what is not smooth in a grey face (H, W): all faces are alike in the rest."""
     small = cv2.resize(face, (SIDE, SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
     small -= cv2.GaussianBlur(small, (0, 0), _SIGMA)
