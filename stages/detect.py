@@ -13,6 +13,7 @@ from stages.base import BatchStage
 from stages.filter import from_points
 from stages.models.backends import Faces, backend
 from stages.models.boxes import apart, areas
+from stages.pixels.headers import UNDECODABLE
 from stages.pixels.images import photo_of
 from stages.runtime import Runtime
 from stages.settings import Settings
@@ -37,11 +38,7 @@ class Detect(BatchStage):
         *("n_faces", "bbox", "kps", "det_score", "face_px", "second_score"),
         *("yaw_deg", "pitch_deg", "eye_px"),
     )
-    drops: ClassVar[tuple[DropReason, ...]] = (
-        DropReason.TRUNCATED_IMAGE,
-        DropReason.CORRUPT_IMAGE,
-        DropReason.DECODER_CRASH,
-    )
+    drops: ClassVar[tuple[DropReason, ...]] = UNDECODABLE
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
         super().__init__(settings, runtime)

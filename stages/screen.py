@@ -8,6 +8,7 @@ from schemas.drops import Dropped, DropReason
 from stages.base import BatchStage
 from stages.models.backends import ReducedLook, backend
 from stages.pixels.decoding import decoder
+from stages.pixels.headers import UNDECODABLE
 from stages.pixels.images import reduced
 from stages.runtime import Runtime
 from stages.settings import FilterSettings, ModelSettings, Settings
@@ -27,12 +28,7 @@ class Screen(BatchStage):
     name: ClassVar[str] = "screen"
     reads: ClassVar[tuple[str, ...]] = ("image", "sha256")
     writes: ClassVar[tuple[str, ...]] = ("screen_score", "screen_points")
-    drops: ClassVar[tuple[DropReason, ...]] = (
-        DropReason.NO_FACE,
-        DropReason.TRUNCATED_IMAGE,
-        DropReason.CORRUPT_IMAGE,
-        DropReason.DECODER_CRASH,
-    )
+    drops: ClassVar[tuple[DropReason, ...]] = (DropReason.NO_FACE, *UNDECODABLE)
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
         """Load what looks; meanwhile the decoder starts, whose first user this is or `Detect`."""

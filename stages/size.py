@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from schemas.drops import Dropped, DropReason
 from stages.base import RowStage
 from stages.pixels import jpeg
-from stages.pixels.headers import check_whole, read_header
+from stages.pixels.headers import UNDECODABLE, check_whole, read_header
 from stages.pixels.marks import ai_mark
 
 
@@ -22,9 +22,7 @@ class Size(RowStage):
     drops: ClassVar[tuple[DropReason, ...]] = (
         DropReason.NOT_AN_IMAGE,
         DropReason.UNSUPPORTED_FORMAT,
-        DropReason.TRUNCATED_IMAGE,
-        DropReason.CORRUPT_IMAGE,
-        DropReason.DECODER_CRASH,
+        *UNDECODABLE,
         DropReason.TOO_MANY_PIXELS,
         DropReason.SMALL_IMAGE,
     )

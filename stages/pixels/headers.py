@@ -80,6 +80,8 @@ DECODER_ERRORS = (
     *(struct.error, zlib.error, cv2.error, AssertionError, AttributeError),
 )
 """What Pillow and OpenCV raise for bytes that they cannot read: what `PIL.Image.open` expects, and more."""
+UNDECODABLE = (DropReason.TRUNCATED_IMAGE, DropReason.CORRUPT_IMAGE, DropReason.DECODER_CRASH)
+"""Why a file that is an image has no pixels."""
 
 
 class Header(NamedTuple):
