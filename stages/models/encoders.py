@@ -77,8 +77,10 @@ class TextEncoder:
         SD1.5: the last hidden state. SDXL: the penultimate ones of both encoders side by side, and the projected
         text of the second.
         """
+        options = {"padding": "max_length", "truncation": True}
         tokens = [
-            np.array([self._tokens(tokenizer, caption) for tokenizer in self._tokenizers]) for caption in captions
+            np.array([one(caption, max_length=one.model_max_length, **options).input_ids for one in self._tokenizers])
+            for caption in captions
         ]
         return [
             {
@@ -87,9 +89,3 @@ class TextEncoder:
             }
             for arrays in self._batches(tokens)
         ]
-
-    @staticmethod
-    def _tokens(tokenizer: Any, caption: str) -> list[int]:
-        length = tokenizer.model_max_length
-        ids: list[int] = tokenizer(caption, padding="max_length", max_length=length, truncation=True).input_ids
-        return ids
