@@ -119,8 +119,14 @@ def read_dataset(out: AnyPath) -> dict[str, Any]:
 
 def summary(manifests: Sequence[Manifest], out: AnyPath | None = None) -> dict[str, Any]:
     """What manifests add up to, as dataset.json says it, less the verdicts that later rounds in `out` replaced."""
-    gone = _replaced(out) if out is not None else Counter[str]()
-    dropped: Counter[str] = Counter()
+    gone, dropped = Counter[str](), Counter[str]()
+    if out is not None:
+        shards = shard_names(out)
+        rounds = Rounds(out, shards)
+        for shard in shards:
+            if rounds.last(shard_origin(shard)[0]):
+                ledger = read_ledger(out, shard, ("row", "verdict"))
+                gone.update(ledger.filter(pa.array(rounds.replaced(shard, ledger["row"])))["verdict"].to_pylist())
     for manifest in manifests:
         dropped.update(manifest.dropped)
     dropped.subtract({verdict: count for verdict, count in gone.items() if verdict != KEPT})
@@ -191,18 +197,6 @@ class Rounds:
                 # A search in sorted numbers: np.isin would sort them anew for each of thousands of shards.
                 mask |= numbers[np.searchsorted(numbers, wanted).clip(max=len(numbers) - 1)] == wanted
         return mask
-
-
-def _replaced(out: AnyPath) -> Counter[str]:
-    """Verdict -> rows whose verdict a later round has replaced. Less these, manifests count each row once."""
-    total: Counter[str] = Counter()
-    shards = shard_names(out)
-    rounds = Rounds(out, shards)
-    for shard in shards:
-        if rounds.last(shard_origin(shard)[0]):
-            ledger = read_ledger(out, shard, ("row", "verdict"))
-            total.update(ledger.filter(pa.array(rounds.replaced(shard, ledger["row"])))["verdict"].to_pylist())
-    return total
 
 
 def funnel(out: AnyPath) -> Funnel:

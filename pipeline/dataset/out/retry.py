@@ -19,7 +19,7 @@ from pipeline.dataset.out.takedowns import short_hashes
 from pipeline.dataset.source.parts import Part, SourceSettings
 from pipeline.dataset.source.seeds import Seeds, iter_again
 from pipeline.shared.files import AnyPath
-from schemas.arrays import Hashes, Integers
+from schemas.arrays import Integers
 from schemas.errors import SourceError
 from schemas.names import shard_origin
 from stages.fetch.answer import SECOND_CHANCE
@@ -59,7 +59,7 @@ def _of_part(
     is_done: Callable[[str], bool],
     expect: Callable[[int], None],
 ) -> Iterator[Seeds]:
-    """Those of a part, of whose finished shards these are the names."""
+    """Those of a part, whose finished shards are `own`, and which must still be the one that OUT was made of."""
     last = rounds.last(part.name)
     for round in range(max(last, 1), last + 2):
         done = {
@@ -78,32 +78,22 @@ def _of_part(
         rows, urls = table["row"].to_numpy(), short_hashes(url or "" for url in table["url"].to_pylist())
         left = ~np.isin(rows, np.concatenate([_NO_ROWS, *done.values()]))
         if left.any():
-            expect(int(left.sum()))
-            yield from _again(part, settings, round, rows, urls, done)
-            return
-
-
-def _again(
-    part: Part,
-    settings: SourceSettings,
-    round: int,
-    rows: Integers,
-    urls: Hashes,
-    done: dict[str, Integers],
-) -> Iterator[Seeds]:
-    """The shards of a round that are not `done`, from a part that must still be the one that OUT was made of."""
+            break
+    else:
+        return
+    expect(int(left.sum()))
     count = 0
     for seeds in iter_again(part, settings, rows, round):
-        own = seeds.table["row"].to_numpy()
-        count += len(own)
+        numbers = seeds.table["row"].to_numpy()
+        count += len(numbers)
         given = short_hashes(url or "" for url in seeds.table["url"].to_pylist())
-        if not np.array_equal(urls[np.searchsorted(rows, own)], given):
+        if not np.array_equal(urls[np.searchsorted(rows, numbers)], given):
             raise SourceError(f"{part.path} holds other URLs than OUT was made of: give the file that OUT was made of.")
         # A take-down in between moves the borders: some rows may stand in another finished shard of the round.
-        others = np.concatenate([_NO_ROWS, *(numbers for name, numbers in done.items() if name != seeds.name)])
-        left = seeds.table.filter(pa.array(~np.isin(own, others)))
-        if seeds.name not in done and left.num_rows:
-            yield replace(seeds, table=left)
+        others = np.concatenate([_NO_ROWS, *(held for name, held in done.items() if name != seeds.name)])
+        rest = seeds.table.filter(pa.array(~np.isin(numbers, others)))
+        if seeds.name not in done and rest.num_rows:
+            yield replace(seeds, table=rest)
     if count < len(rows):
         raise SourceError(f"{part.path} has fewer rows than OUT was made of: give the file that OUT was made of.")
 
