@@ -55,11 +55,7 @@ def encode_int8(features: Quantised) -> bytes:
 
 
 def decode_int8(data: bytes) -> Quantised:
-    """The features in the bytes of such a file.
-
-    Raises:
-        CorruptShardError: when the bytes are no such file.
-    """
+    """The features in the bytes of such a file; a CorruptShardError when they are none."""
     try:
         parts = load(data)
         int8, scale = parts.pop("int8"), parts.pop("scale")

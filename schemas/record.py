@@ -10,11 +10,7 @@ SCHEMA_VERSION = 1
 
 
 def check(table: pa.Table, names: tuple[str, ...], owner: str) -> None:
-    """Check that a table has exactly these columns, of their types.
-
-    Raises:
-        ContractError: names `owner` and what differs.
-    """
+    """Check that a table has exactly these columns, of their types; a ContractError names `owner` and what differs."""
     if set(table.column_names) != set(names):
         missing, extra = sorted(set(names) - set(table.column_names)), sorted(set(table.column_names) - set(names))
         raise ContractError(f"{owner}: missing columns {missing}, undeclared columns {extra}")

@@ -161,11 +161,7 @@ class Manifest:
 
     @staticmethod
     def from_json(text: str | bytes) -> "Manifest":
-        """Read a manifest.
-
-        Raises:
-            CorruptShardError: when the text is not a manifest of this schema version.
-        """
+        """Read a manifest; a CorruptShardError when the text is none of this schema version."""
         try:
             fields = json.loads(text)
             manifest = Manifest(**{name: fields[name] for name in Manifest.__dataclass_fields__})

@@ -40,11 +40,7 @@ class Targets:
 
     @staticmethod
     def from_object(value: Any) -> "Targets":
-        """Read `targets` of a sample's parsed json.
-
-        Raises:
-            CorruptShardError: when it is something else.
-        """
+        """Read `targets` of a sample's parsed json; a CorruptShardError when it is something else."""
         try:
             fields: dict[str, Any] = {name: value[name] for name in Targets.__dataclass_fields__}
             fields["latents"] = {crop: _fit(entry) for crop, entry in fields["latents"].items()}
@@ -77,11 +73,7 @@ def variant_of(part: Path) -> str | None:
 
 
 def vae_sha256(folder: Path) -> str:
-    """sha256 of the VAE's weights in a diffusers folder, hex.
-
-    Raises:
-        WeightsError: when they are not there.
-    """
+    """sha256 of the VAE's weights in a diffusers folder, hex; a WeightsError when they are not there."""
     return _sha256(folder / "vae", "diffusion_pytorch_model")
 
 

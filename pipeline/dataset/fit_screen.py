@@ -65,11 +65,7 @@ def screened(folder: Path, settings: Settings, runtime: Runtime) -> Iterator[Scr
 
 
 def fit(photos: Sequence[Screened], margin: float) -> float:
-    """The threshold: the lowest score of a photo that is kept, times `margin`.
-
-    Raises:
-        SourceError: when none is kept.
-    """
+    """The threshold: the lowest score of a photo that is kept, times `margin`; a SourceError when none is kept."""
     kept = [one.score for one in photos if one.kept]
     if not kept:
         raise SourceError("None of the photos is kept by the full look, so nothing can be fitted: give others.")

@@ -216,11 +216,7 @@ class _Work:
             raise
 
     def make(self, execute: Execute, pending: Iterable[Seeds]) -> None:
-        """Make shards.
-
-        Raises:
-            LostError: when none that comes after would fare better than the one that failed.
-        """
+        """Raises a LostError when none that comes after would fare better than the shard that failed."""
         with closing(execute(self.plan, pending, self.output)) as events:
             for event in events:
                 self.watchers.take(event)

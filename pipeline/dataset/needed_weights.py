@@ -52,11 +52,7 @@ def _others(settings: ModelSettings) -> dict[str, Weight]:
 
 
 def named(names: Iterable[str], settings: ModelSettings) -> list[Weight]:
-    """The papers of weights and bases.
-
-    Raises:
-        WeightsError: for an unknown name; lists the known ones.
-    """
+    """The papers of weights and bases; a WeightsError for an unknown name lists the known ones."""
     others = _others(settings)
     return [known(name, settings, others) for name in names]
 

@@ -26,11 +26,7 @@ class EventFile:
     """Lines of JSON in a file, or an object behind a URL; what it held before stays."""
 
     def __init__(self, path: str, warn: Warn) -> None:
-        """Open it.
-
-        Raises:
-            OutputError: when it cannot be written.
-        """
+        """Raises an OutputError when it cannot be written."""
         self._path, self._warn, self._put_at = to_path(path), warn, time.monotonic()
         self._stream: io.BytesIO | io.FileIO = io.BytesIO()
         with writing(path):
@@ -72,11 +68,7 @@ class Hook:
     """
 
     def __init__(self, path: str, warn: Warn) -> None:
-        """Import `module:function`.
-
-        Raises:
-            ConfigError: when there is none.
-        """
+        """Import `module:function`; a ConfigError when there is none."""
         self._path, self._warn = path, warn
         try:
             self._function = pkgutil.resolve_name(path)

@@ -35,11 +35,7 @@ class Span(NamedTuple):
     size: int
 
     def read(self) -> bytes:
-        """Read it now.
-
-        Raises:
-            CorruptShardError: when it cannot be read.
-        """
+        """Raises a CorruptShardError when it cannot be read."""
         with corrupt_errors(self.tar), self.tar.open("rb") as stream:
             return read(stream, self.offset, self.size)
 
@@ -200,11 +196,7 @@ def _require_end(stream: IO[bytes], offset: int) -> None:
 
 
 def read(stream: IO[bytes], offset: int, size: int) -> bytes:
-    """The bytes of a file in a tar.
-
-    Raises:
-        EOFError: when the tar ends before it.
-    """
+    """The bytes of a file in a tar; an EOFError when it ends before them."""
     stream.seek(offset)
     data = _Bounded(stream).read(size)
     if len(data) != size:

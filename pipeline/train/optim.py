@@ -13,11 +13,7 @@ from schemas.errors import ConfigError
 
 
 def optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' 8-bit AdamW.
-
-    Raises:
-        ConfigError: when bitsandbytes is configured and not installed.
-    """
+    """AdamW, or bitsandbytes' 8-bit AdamW; a ConfigError when that is configured and not installed."""
     options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, "betas": settings.betas}
     if not settings.eight_bit:
         # Fused: one pass over the weights, and no temporary copies of all of them. Not with fp16's scaler: a fused

@@ -42,11 +42,7 @@ class RunFolder:
         return (self.root / _RUN).exists()
 
     def description(self) -> dict[str, Any]:
-        """What run.json says.
-
-        Raises:
-            OutputError: when it cannot be read, or there is no run.
-        """
+        """What run.json says; an OutputError when it cannot be read, or there is no run."""
         try:
             content = json.loads((self.root / _RUN).read_bytes())
             if not isinstance(content, dict) or not isinstance(content.get("identity"), dict):
@@ -93,11 +89,7 @@ class RunFolder:
                 raise OSError(trouble, os.strerror(trouble))
 
     def start(self, description: Mapping[str, Any], *, resume: bool) -> None:
-        """Create the directory for a run, or go on in it.
-
-        Raises:
-            OutputError: as `check`, and when it cannot be written.
-        """
+        """Create the folder for a run, or go on in it; an OutputError as in `check`, and when it cannot be written."""
         self.check(description, resume=resume)
         with writing(self.root):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -111,11 +103,7 @@ class RunFolder:
         return sorted(int(number) for number in numbers if number.isdigit())
 
     def chosen(self, step: int | None) -> int:
-        """A step that has a checkpoint: this one, or the last.
-
-        Raises:
-            OutputError: when there is no such checkpoint.
-        """
+        """A step that has a checkpoint: this one, or the last; an OutputError when there is none."""
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
             there = f"there are those of steps {', '.join(map(str, steps))}" if steps else "there is none yet"

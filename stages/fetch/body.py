@@ -28,11 +28,7 @@ class Body:
             raise Dropped(DropReason.TOO_MANY_BYTES)
 
     def feed(self, chunk: bytes) -> None:
-        """Take a chunk.
-
-        Raises:
-            Dropped: TOO_MANY_BYTES, SMALL_IMAGE (with width and height), NOT_AN_IMAGE (a web page).
-        """
+        """Take a chunk; drops as TOO_MANY_BYTES, SMALL_IMAGE (with width and height), NOT_AN_IMAGE (a web page)."""
         self._chunks.append(chunk)
         self._size += len(chunk)
         if self._size > self._max_bytes:

@@ -131,11 +131,7 @@ def runtime_of(task: str, settings: ModelSettings, device: Device) -> str:
 
 
 def backend(task: str, name: str) -> Any:
-    """The backend class that is registered under a name.
-
-    Raises:
-        ConfigError: for an unknown name; lists the known ones.
-    """
+    """The backend class that is registered under a name; a ConfigError for an unknown one lists the known ones."""
     known = REGISTRIES[task]
     if task in ONNX_FILES and name.endswith(".onnx"):
         name = ONNX_FILES[task]
@@ -156,9 +152,5 @@ def chosen(settings: Settings) -> dict[str, str]:
 
 
 def backends(settings: Settings) -> list[type[Backend]]:
-    """The classes that these settings name, one per task.
-
-    Raises:
-        ConfigError: for an unknown name; lists the known ones.
-    """
+    """The classes that these settings name, one per task; a ConfigError as `backend` has it."""
     return [backend(task, name) for task, name in chosen(settings).items()]

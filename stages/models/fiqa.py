@@ -71,11 +71,7 @@ class Fiqa:
 
 
 def _given(settings: ModelSettings) -> Path | None:
-    """The file that `models.fiqa` is the path of.
-
-    Raises:
-        WeightsError: when it is not there.
-    """
+    """The file that `models.fiqa` is the path of; a WeightsError when it is not there."""
     if not settings.fiqa.endswith(".onnx"):
         return None
     path = Path(settings.fiqa).expanduser()

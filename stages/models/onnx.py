@@ -62,11 +62,7 @@ def load(path: Path, task: str, device: Device) -> Any:
 
 
 def require_device(session: Any, device: Device) -> None:
-    """Refuse a session that quietly fell back to the CPU.
-
-    Raises:
-        PlanError: says what to install or set.
-    """
+    """Refuse a session that quietly fell back to the CPU; a PlanError says what to install or set."""
     if device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
         raise PlanError(
             "executor.gpus asks for a GPU, but ONNX Runtime has none here: install onnxruntime-gpu in place of "

@@ -37,11 +37,7 @@ class OnnxModule(torch.nn.Module):
     """An ONNX graph with one input; `forward` gives its outputs in the graph's order, images first."""
 
     def __init__(self, path: Path) -> None:
-        """Read a file.
-
-        Raises:
-            WeightsError: when it is no ONNX model, or uses what is not known here.
-        """
+        """Raises a WeightsError when the file is no ONNX model, or uses what is not known here."""
         super().__init__()
         try:
             graph = onnx.load(str(path), load_external_data=False).graph

@@ -43,11 +43,7 @@ def known_weights(settings: ModelSettings) -> dict[str, Weight]:
 
 
 def known(name: str, settings: ModelSettings, others: Mapping[str, Weight] = MappingProxyType({})) -> Weight:
-    """The papers of a weight, or of one of `others`.
-
-    Raises:
-        WeightsError: for an unknown name; lists the known ones.
-    """
+    """The papers of a weight, or of one of `others`; a WeightsError for an unknown name lists the known ones."""
     weights = {**known_weights(settings), **others}
     if name not in weights:
         near = get_close_matches(name, weights, n=1)

@@ -159,11 +159,7 @@ def decode_jpeg(data: bytes, shown_px: int = 0) -> Image:
 
 
 def decode_png(data: bytes) -> Image:
-    """(H, W, 3) uint8 RGB or (H, W) uint8, whichever `encode_png` was given.
-
-    Raises:
-        ValueError: when the bytes are no PNG.
-    """
+    """(H, W, 3) uint8 RGB or (H, W) uint8, whichever `encode_png` was given; a ValueError for what is no PNG."""
     pixels: Image | None = None
     if format_of(data) == "PNG" and has_png_end(data):  # a chunk that claims 4 GB would get them
         with stderr_taken():

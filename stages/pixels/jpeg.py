@@ -57,11 +57,7 @@ def segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def first_scan(data: bytes) -> int | None:
-    """Where the first scan's marker stands, None when there is none.
-
-    Raises:
-        Endless: when nobody can tell.
-    """
+    """Where the first scan's marker stands, None when there is none; Endless when nobody can tell."""
     try:
         return next((start - 4 for marker, start, _ in segments(data) if marker == _SOS), None)
     except Endless:

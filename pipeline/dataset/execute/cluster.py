@@ -230,11 +230,7 @@ class _Crew:
         return attempt
 
     def news(self) -> Iterator[Event]:
-        """What happened meanwhile, if anything.
-
-        Raises:
-            LostError: when the node died, or no actor of the models can be had.
-        """
+        """What happened meanwhile, if anything; a LostError when the node died, or there is no actor of the models."""
         ready, _ = ray.wait(list(self.running), num_returns=1, timeout=min(TICK_S, self._patience))
         if self._guard.is_lost:
             raise LostError(NODE_DIED)
@@ -295,11 +291,7 @@ class _Models:
             self._mistake = error
 
     def node_id(self) -> str:
-        """Where it was placed.
-
-        Raises:
-            UserError: when it could not load the models; an ImportError for want of a package.
-        """
+        """Where it was placed; raises why it could not load the models: a UserError, or an ImportError."""
         if self._mistake:
             raise self._mistake
         node_id: str = ray.get_runtime_context().get_node_id()

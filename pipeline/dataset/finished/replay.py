@@ -101,11 +101,7 @@ class Evidence:
 
 
 def evidence(ledger: pa.Table) -> Evidence:
-    """The evidence in a ledger's COLUMNS and verdicts.
-
-    Raises:
-        CorruptShardError: for a verdict that is not known.
-    """
+    """The evidence in a ledger's COLUMNS and verdicts; a CorruptShardError for a verdict that is not known."""
     known = pc.index_in(ledger["verdict"], value_set=pa.array(OUTCOMES))
     if known.null_count:
         raise CorruptShardError("a ledger holds a verdict that is not known")

@@ -251,11 +251,7 @@ VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _TABLE}
 
 
 def variant(name: str) -> Variant:
-    """The variant of that name.
-
-    Raises:
-        ConfigError: when there is none; lists the known ones.
-    """
+    """The variant of that name; a ConfigError lists the known ones when there is none."""
     if not name:
         raise ConfigError(f"Say what to train, by --variant and one of: {', '.join(VARIANTS)}.")
     if name not in VARIANTS:

@@ -285,11 +285,7 @@ def _write_shard(output: Output, plan: Plan, photos: Photos, laid: Layout, numbe
 
 
 def _sample(photos: Photos, number: int, record: dict[str, Any], origin: str) -> dict[str, bytes]:
-    """The files of a sample, with its new json.
-
-    Raises:
-        CorruptShardError: when they are not those that its ledger stands for.
-    """
+    """The files of a sample, with its new json; a CorruptShardError when its ledger stands for others."""
     tar, data = photos.files(number)
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as members:

@@ -41,11 +41,7 @@ class About:
 
     @staticmethod
     def of(out: AnyPath, counted: Funnel, manifests: list[Manifest]) -> "About":
-        """Read dataset.json and some samples.
-
-        Raises:
-            CorruptShardError: names the file that cannot be read.
-        """
+        """Read dataset.json and some samples; a CorruptShardError names the file that cannot be read."""
         samples = list(peek(out, manifests))
         written = times(out / "shards")
         done = [datetime.fromtimestamp(written.get(f"{one.shard}.json", 0), UTC) for one in manifests]
@@ -109,11 +105,7 @@ _DTYPES = {"halffloat": "float16", "float": "float32", "double": "float64", "nul
 
 
 def peek(out: AnyPath, manifests: Sequence[Manifest]) -> Iterator[Sample]:
-    """The first samples of some shards.
-
-    Raises:
-        CorruptShardError: names the tar that cannot be read.
-    """
+    """The first samples of some shards; a CorruptShardError names the tar that cannot be read."""
     seen: Counter[str] = Counter()
     for manifest in manifests:
         if manifest.kept and seen[manifest.plan_digest] < _PEEKED:
