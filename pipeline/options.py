@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console, RenderableType
 
-from pipeline.shared.local_paths import local_path
+from pipeline.shared.commands import local_path
 
 console = Console(markup=False, emoji=False)
 errors = Console(markup=False, emoji=False, stderr=True)

@@ -1,12 +1,13 @@
 """What all commands of a command line have in common."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from schemas.errors import UserError, first_line
+from schemas.errors import OutputError, UserError, first_line
 
 _OURS = ("pipeline", "schemas", "stages")
 
@@ -46,3 +47,18 @@ class Commands(TyperGroup):
 
 def application(**options: Any) -> typer.Typer:
     return typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False, **options)
+
+
+def local_path(word: str) -> Path:
+    """The path on this machine that a word of a command line names.
+
+    Raises:
+        OutputError: when it is empty, as of a shell variable that is not set, or a URL, of which `Path` would make the
+            folder `s3:` below the current one.
+    """
+    if not word:
+        raise OutputError("The name of a folder is empty: give one, or `.` for the current folder.")
+    word = word.removeprefix("file://")
+    if "://" in word:
+        raise OutputError(f"{word} is a URL: what is given here has to lie on this machine.")
+    return Path(word)

@@ -10,8 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.shared.commands import Interrupted, application
-from pipeline.shared.local_paths import local_path
+from pipeline.shared.commands import Interrupted, application, local_path
 from pipeline.shared.process import large_imports, standard_streams, trouble_of_machine
 from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, UserError, is_gpu_full
 
