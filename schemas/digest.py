@@ -18,11 +18,7 @@ def sha256_of_stream(stream: IO[bytes]) -> str:
 
 
 def sha256_of_file(path: Path) -> str:
-    """Of a local file that others leave alone, such as weights: read once per process while size and time stay.
-
-    Raises:
-        OSError: when it cannot be read.
-    """
+    """Of a local file that others leave alone, such as weights: read once per process while size and time stay."""
     stat = path.stat()
     return _of_file(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
 

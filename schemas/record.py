@@ -22,11 +22,7 @@ def check(table: pa.Table, names: tuple[str, ...], owner: str) -> None:
 
 
 def check_filled(table: pa.Table, names: tuple[str, ...], owner: str) -> None:
-    """Check that no required column of a table of living rows holds a null.
-
-    Raises:
-        ContractError: names `owner` and the first column with a null.
-    """
+    """A ContractError names `owner` and the first required column that holds a null in a table of living rows."""
     for name in names:
         if not COLUMNS[name].optional and table.column(name).null_count:
             raise ContractError(f"{owner}: column {name} is null for a row that was not dropped")

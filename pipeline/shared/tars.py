@@ -177,10 +177,7 @@ def members(stream: IO[bytes]) -> Iterator[tarfile.TarInfo]:
 
 
 def require_whole(stream: IO[bytes]) -> None:
-    """Check the first header and the end of a tar, without a look at what lies between.
-
-    Raises one of `BROKEN`.
-    """
+    """Check the first header and the end of a tar, without a look at what lies between; raises one of `BROKEN`."""
     head = stream.read(tarfile.BLOCKSIZE)
     if head.strip(b"\0"):  # a tar without members begins with its end
         tarfile.TarInfo.frombuf(head, tarfile.ENCODING, "surrogateescape")

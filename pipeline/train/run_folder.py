@@ -148,11 +148,7 @@ class RunFolder:
         return final
 
     def load(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict[str, Any]]:
-        """Weights, averaged weights (None where there are none) and state of a checkpoint.
-
-        Raises:
-            OutputError: when it is damaged.
-        """
+        """Weights, their average if there is one, and state of a checkpoint; an OutputError when it is damaged."""
         weights, average = self.weights(step)
         with self._reading(step) as folder:
             state: dict[str, Any] = torch.load(folder / _STATE, weights_only=True, map_location="cpu")
@@ -161,11 +157,7 @@ class RunFolder:
         return weights, average, state
 
     def weights(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """Weights and averaged weights of a checkpoint: all that an export needs of it.
-
-        Raises:
-            OutputError: when they are damaged.
-        """
+        """Weights and averaged weights of a checkpoint: all that an export needs; an OutputError when damaged."""
         with self._reading(step) as folder:
             average = folder / _AVERAGE
             return load_file(folder / _ADAPTER), load_file(average) if average.exists() else None

@@ -66,11 +66,7 @@ class Head:
 
 
 def read_head(path: Path) -> Head:
-    """The head in a file.
-
-    Raises:
-        WeightsError: when it cannot be read, or holds anything but linear layers that lead to one number.
-    """
+    """The head in a file; a WeightsError when that holds anything but linear layers that lead to one number."""
     try:
         with safe_open(path, framework="np") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -19,11 +19,7 @@ _MANIFEST_TASKS = {"detector": "detection", "face_embedder": "recognition"}
 
 
 def pack_weights(settings: ModelSettings) -> tuple[Weight, ...]:
-    """The weights of `models.pack`; none when it is a folder.
-
-    Raises:
-        WeightsError: when it is neither a known name nor a folder.
-    """
+    """The weights of `models.pack`, none when it is a folder; a WeightsError when it is neither a name nor a folder."""
     if settings.pack in WEIGHTS:
         return (WEIGHTS[settings.pack],)
     if not Path(settings.pack).expanduser().is_dir():

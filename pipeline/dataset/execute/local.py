@@ -16,11 +16,7 @@ from schemas.errors import PlanError
 
 @contextmanager
 def started(plan: Plan) -> Iterator[Execute]:
-    """Check that this process has the GPU that the plan asks for.
-
-    Raises:
-        PlanError: when it has none, or the plan asks for several.
-    """
+    """Raises a PlanError when this process lacks the GPU that the plan asks for, or the plan asks for several."""
     wanted = plan.config.executor.gpus
     if wanted:
         import torch  # takes seconds, so only where it matters

@@ -7,11 +7,7 @@ from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 
 
 def write_metrics(path: str, now: Mapping[str, Any]) -> None:
-    """Renew a file by a rename. All are gauges: counts fall when a shard is begun again.
-
-    Raises:
-        OSError: when it cannot be written.
-    """
+    """Renew a file by a rename, or raise an OSError. All are gauges: counts fall when a shard is begun again."""
     registry, gauges = CollectorRegistry(), dict[str, Gauge]()
 
     def put(name: str, value: float, **labels: str) -> None:

@@ -127,11 +127,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
 
 
 def require_fit(path: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], variant: str) -> None:
-    """Check that the tensors of a file are exactly those of a variant: keys, shapes, finite numbers.
-
-    Raises:
-        SourceError: says what differs first.
-    """
+    """Raises a SourceError with what a file has otherwise than a variant: keys, shapes, numbers that are not finite."""
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     shapes = [key for key in own if key in tensors and own[key].shape != tensors[key].shape]
     whole = [key for key, tensor in tensors.items() if not tensor.is_floating_point()]
