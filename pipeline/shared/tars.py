@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BytesIO
+from itertools import groupby
 from typing import IO, NamedTuple, cast
 
 from pipeline.shared.files import AnyPath
@@ -126,30 +127,26 @@ def samples(
 def _samples(
     tar: AnyPath, stream: IO[bytes], start: int, stop: int | None, wish: Wish
 ) -> Iterator[tuple[str, dict[str, bytes | Span]]]:
-    number, current = -1, None
-    seen: set[str] = set()
-    files: dict[str, bytes | Span] = {}
-    for info in members(stream):
-        key, _, suffix = info.name.partition(".")
-        if key != current:
-            if number >= start and current is not None:
-                yield current, files
-            number, current, seen, files = number + 1, key, set(), {}
-            if number == stop:
-                return
-        if not (info.isreg() and suffix):
-            raise CorruptShardError(f"{tar}: {info.name} is not a file of a sample")
-        suffix = NATIVE.get(suffix, suffix)
-        if suffix in seen:
-            raise CorruptShardError(f"{tar}: {info.name} occurs twice")
-        seen.add(suffix)
-        wanted = wish(suffix) if number >= start else None
-        if wanted:
-            files[suffix] = read(stream, info.offset_data, info.size)
-        elif wanted is not None:
-            files[suffix] = Span(tar, info.offset_data, info.size)
-    if number >= start and current is not None:
-        yield current, files
+    for number, (key, group) in enumerate(groupby(members(stream), lambda info: info.name.partition(".")[0])):
+        if number == stop:
+            return
+        seen: set[str] = set()
+        files: dict[str, bytes | Span] = {}
+        for info in group:
+            _, _, suffix = info.name.partition(".")
+            if not (info.isreg() and suffix):
+                raise CorruptShardError(f"{tar}: {info.name} is not a file of a sample")
+            suffix = NATIVE.get(suffix, suffix)
+            if suffix in seen:
+                raise CorruptShardError(f"{tar}: {info.name} occurs twice")
+            seen.add(suffix)
+            wanted = wish(suffix) if number >= start else None
+            if wanted:
+                files[suffix] = read(stream, info.offset_data, info.size)
+            elif wanted is not None:
+                files[suffix] = Span(tar, info.offset_data, info.size)
+        if number >= start:
+            yield key, files
 
 
 @contextmanager
