@@ -1,13 +1,12 @@
 """Align: the face, upright and of standard size, and what its crop looks like."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import cv2
 import numpy as np
 
 from schemas.arcface import ARCFACE_SIZE
-from schemas.drops import DropReason
 from stages.base import RowStage
 from stages.filter import reasons, require
 from stages.pixels.geometry import norm_crop, roll_degrees
@@ -23,10 +22,10 @@ _FACE_QUALITY = 99
 class Align(RowStage):
     """Cuts the norm_crops and measures their sharpness, brightness and roll; drops none unless thresholds are set."""
 
-    name: ClassVar[str] = "align"
-    reads: ClassVar[tuple[str, ...]] = ("image", "sha256", "kps")
-    writes: ClassVar[tuple[str, ...]] = ("face", "face112", "sharpness", "brightness", "roll_deg")
-    drops: ClassVar[tuple[DropReason, ...]] = reasons("align")
+    name = "align"
+    reads = ("image", "sha256", "kps")
+    writes = ("face", "face112", "sharpness", "brightness", "roll_deg")
+    drops = reasons("align")
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
         image, kps = photo_of(record), record["kps"]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from schemas.columns import CROPS
 from stages.base import RowStage
@@ -18,9 +18,9 @@ _DIGITS = 4
 class Crop(RowStage):
     """Cuts portrait and half (squares around the face) and full (the whole photo)."""
 
-    name: ClassVar[str] = "crop"
-    reads: ClassVar[tuple[str, ...]] = ("image", "sha256", "bbox")
-    writes: ClassVar[tuple[str, ...]] = ("portrait", "half", "full", "crops", "crops_made")
+    name = "crop"
+    reads = ("image", "sha256", "bbox")
+    writes = ("portrait", "half", "full", "crops", "crops_made")
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
         settings = self.settings.crop

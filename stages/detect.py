@@ -3,12 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from threading import local
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from schemas.arrays import Image
-from schemas.drops import DropReason
 from stages.base import BatchStage
 from stages.filter import from_points
 from stages.models.backends import Faces, backend
@@ -32,13 +31,10 @@ class _OfThread(local):
 class Detect(BatchStage):
     """Counts the faces of a photo by the configured detector, and measures the largest."""
 
-    name: ClassVar[str] = "detect"
-    reads: ClassVar[tuple[str, ...]] = ("image", "sha256", "screen_points")
-    writes: ClassVar[tuple[str, ...]] = (
-        *("n_faces", "bbox", "kps", "det_score", "face_px", "second_score"),
-        *("yaw_deg", "pitch_deg", "eye_px"),
-    )
-    drops: ClassVar[tuple[DropReason, ...]] = UNDECODABLE
+    name = "detect"
+    reads = ("image", "sha256", "screen_points")
+    writes = ("n_faces", "bbox", "kps", "det_score", "face_px", "second_score", "yaw_deg", "pitch_deg", "eye_px")
+    drops = UNDECODABLE
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
         super().__init__(settings, runtime)

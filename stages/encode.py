@@ -5,7 +5,7 @@ Off unless `encode` wants some: else nothing is loaded and all its columns are n
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import cv2
 
@@ -29,12 +29,9 @@ _Columns = dict[str, Halves]
 class Encode(BatchStage):
     """Encodes the crops and the caption by the encoders of the base that `settings.encode` names; drops nothing."""
 
-    name: ClassVar[str] = "encode"
-    reads: ClassVar[tuple[str, ...]] = ("text", "bbox", "portrait", "half", "full", "crops")
-    writes: ClassVar[tuple[str, ...]] = (
-        *("latents_portrait", "latents_half", "latents_full"),
-        *("text_embeds", "text_pooled", "targets"),
-    )
+    name = "encode"
+    reads = ("text", "bbox", "portrait", "half", "full", "crops")
+    writes = ("latents_portrait", "latents_half", "latents_full", "text_embeds", "text_pooled", "targets")
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
         super().__init__(settings, runtime)

@@ -8,7 +8,7 @@ pass, a call of `require` in the stage that measures it, and for a new measure i
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -84,13 +84,10 @@ def reasons(stage: str) -> tuple[DropReason, ...]:
 class Filter(RowStage):
     """Keeps photos with exactly one face that is large enough, and good enough where thresholds are set."""
 
-    name: ClassVar[str] = "filter"
-    reads: ClassVar[tuple[str, ...]] = (
-        *("n_faces", "bbox", "kps", "face_px", "second_score", "det_score"),
-        *("jpeg_quality", "ai_mark"),
-    )
-    writes: ClassVar[tuple[str, ...]] = ()
-    drops: ClassVar[tuple[DropReason, ...]] = (
+    name = "filter"
+    reads = ("n_faces", "bbox", "kps", "face_px", "second_score", "det_score", "jpeg_quality", "ai_mark")
+    writes = ()
+    drops = (
         DropReason.NO_FACE,
         DropReason.SEVERAL_FACES,
         DropReason.SMALL_FACE,

@@ -1,7 +1,7 @@
 """Screen: a cheap look at the reduced photo. Where it sees nothing at all, there is no face that could be kept."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from schemas.arrays import Image
 from schemas.drops import Dropped, DropReason
@@ -25,10 +25,10 @@ class Screen(BatchStage):
     Passes every row, unmeasured, where `models.screen` is off or the detector has no such look.
     """
 
-    name: ClassVar[str] = "screen"
-    reads: ClassVar[tuple[str, ...]] = ("image", "sha256")
-    writes: ClassVar[tuple[str, ...]] = ("screen_score", "screen_points")
-    drops: ClassVar[tuple[DropReason, ...]] = (DropReason.NO_FACE, *UNDECODABLE)
+    name = "screen"
+    reads = ("image", "sha256")
+    writes = ("screen_score", "screen_points")
+    drops = (DropReason.NO_FACE, *UNDECODABLE)
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
         """Load what looks; meanwhile the decoder starts, whose first user this is or `Detect`."""

@@ -1,7 +1,7 @@
 """Segment: which part of the face crop is skin, hair, background. Parsed on a wider crop, warped onto the face crop."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import cv2
 import numpy as np
@@ -25,10 +25,10 @@ _BARE = (1, 2, 3, 4, 5, 10, 11, 12, 13)
 class Segment(BatchStage):
     """Labels the face crop by the configured segmenter, and drops faces of which next to nothing is kept."""
 
-    name: ClassVar[str] = "segment"
-    reads: ClassVar[tuple[str, ...]] = ("image", "sha256", "kps")
-    writes: ClassVar[tuple[str, ...]] = ("mask", "mask_share", "occlusion")
-    drops: ClassVar[tuple[DropReason, ...]] = (DropReason.EMPTY_MASK, *reasons("segment"))
+    name = "segment"
+    reads = ("image", "sha256", "kps")
+    writes = ("mask", "mask_share", "occlusion")
+    drops = (DropReason.EMPTY_MASK, *reasons("segment"))
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
         super().__init__(settings, runtime)

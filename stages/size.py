@@ -1,7 +1,7 @@
 """Size: what the image file is, whether it is whole, whether its picture is large enough. Pixels are not decoded."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from schemas.drops import Dropped, DropReason
 from stages.base import RowStage
@@ -16,10 +16,10 @@ class Size(RowStage):
     Also how strongly a JPEG was compressed, and whether a file says that a model made it: `filter` judges both.
     """
 
-    name: ClassVar[str] = "size"
-    reads: ClassVar[tuple[str, ...]] = ("image",)
-    writes: ClassVar[tuple[str, ...]] = ("format", "width", "height", "jpeg_quality", "ai_mark")
-    drops: ClassVar[tuple[DropReason, ...]] = (
+    name = "size"
+    reads = ("image",)
+    writes = ("format", "width", "height", "jpeg_quality", "ai_mark")
+    drops = (
         DropReason.NOT_AN_IMAGE,
         DropReason.UNSUPPORTED_FORMAT,
         *UNDECODABLE,

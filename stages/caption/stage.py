@@ -5,7 +5,7 @@ Off unless `models.captioner` names a model: else nothing is loaded and its colu
 
 import pkgutil
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from schemas.arrays import Image
 from stages.base import BatchStage
@@ -37,9 +37,9 @@ class Caption(BatchStage):
     `further_chars` is 0. An endpoint that fails fails the shard, so that no caption is missing by accident.
     """
 
-    name: ClassVar[str] = "caption"
-    reads: ClassVar[tuple[str, ...]] = ("full", "half", "portrait")
-    writes: ClassVar[tuple[str, ...]] = ("further_caption", "further_chars")
+    name = "caption"
+    reads = ("full", "half", "portrait")
+    writes = ("further_caption", "further_chars")
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
         super().__init__(settings, runtime)
