@@ -57,11 +57,6 @@ _PERSON_SHARDS = 4
 _PICTURE_BYTES = 3_000_000
 _DROP_BYTES = 1_000_000
 """Bounds on the length of all pictures, as text."""
-_DROP_COLUMNS = (
-    *("key", "url", "source_file", "width", "height", "n_faces", "face_px", "det_score", "second_score", "bbox", "kps"),
-    *("sharpness", "brightness", "embedding_norm", "jpeg_quality", "occlusion"),
-    *("fiqa", "photo", "aesthetic", "nsfw_score"),
-)
 
 _JUDGED = ("key", "verdict", *replay.COLUMNS)
 
@@ -216,7 +211,7 @@ def _reasons(
                     drops = storage.parquet(out / "drops" / f"{manifest.shard}.parquet")
                     table = drops.read(columns=["key", "verdict", "thumbnail"])
                     thumbnails = {row["key"]: row["thumbnail"] for row in table.to_pylist() if row["verdict"] == name}
-            rows = read_ledger(out, manifest.shard, [*_DROP_COLUMNS, *_JUDGED], name)
+            rows = read_ledger(out, manifest.shard, ["url", "source_file", *_JUDGED], name)
             shown = pc.is_in(rows["key"], pa.array(list(thumbnails), pa.string()))
             rows = pa.concat_tables([rows.filter(shown), rows.filter(pc.invert(shown))]).slice(0, wanted)
             for rank, (record, (key, row, far)) in enumerate(zip(rows.to_pylist(), _judged(rows, limits), strict=True)):
