@@ -14,9 +14,10 @@ _RANGE = re.compile(r"((?:web:|made:)?)laion-part-(\d+)(?:\.\.(\d+))?")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _FURTHER = re.compile(r"(.+)-r(\d+)_\d+")
 _MANIFEST = re.compile(r"([A-Za-z0-9_-]+-(?:r\d+_)?\d{5,})\.json")
+_TAR_CHARS = 100
+"""Of a name in a tar of webdataset, of which the row takes 10 and `.clip_hidden.npy` 16; with all options 37."""
 _MOST_CHARS, _SHORTENED = 74, 44
-"""Of a part's name, and what is left of a longer one, before a digest: tars of webdataset hold names of 100 characters,
-of which the row takes 10 and `.clip_hidden.npy` 16; with all that may be asked for `clip_hidden` takes 21 more."""
+"""Of a part's name, and what is left of a longer one, before a digest."""
 _ROW_DIGITS = 9
 _SHARD_DIGITS = 5
 
@@ -71,6 +72,12 @@ def part_name(path: str) -> str:
     if len(name) > _MOST_CHARS:
         name = f"{name[:_SHORTENED]}-{sha256(stem.encode(errors='backslashreplace'))[:8]}"
     return name
+
+
+def fitting_name(part: str, suffixes: Iterable[str]) -> str:
+    """A part's name, cut like a long one where a tar could not hold the names of samples' files with these suffixes."""
+    is_long = max(len(f"{sample_key(part, 0)}.{suffix}") for suffix in suffixes) > _TAR_CHARS
+    return f"{part[:_SHORTENED]}-{sha256(part.encode())[:8]}" if is_long else part
 
 
 def sample_key(part: str, row: int) -> str:

@@ -33,7 +33,7 @@ from pipeline.dataset.source.sample import sample_server, write_sample
 from pipeline.dataset.source.seeds import Captions, Seeds, iter_shards
 from pipeline.shared.files import AnyPath, RemotePath, sizes
 from schemas.errors import ExitCode, LostError, OutputError, SourceError, UserError
-from schemas.names import SAMPLE, shard_origin, split_kind, split_spec
+from schemas.names import SAMPLE, fitting_name, shard_origin, split_kind, split_spec
 from stages.runtime import Runtime
 
 
@@ -92,7 +92,8 @@ def prepared(spec: str, config: Config, *, dry_run: bool = False) -> Iterator[Jo
             file = stack.enter_context(TemporaryFile())
             runtime = replace(runtime, refusals=f"/proc/{os.getpid()}/fd/{file.fileno()}")
         parts = find_parts(",".join(kind + word.replace(",", r"\,") for kind, word in words), config.source)
-        yield Job(make_plan(config, runtime, dry_run=dry_run), tuple(parts))
+        plan = make_plan(config, runtime, dry_run=dry_run)
+        yield Job(plan, tuple(replace(part, name=fitting_name(part.name, plan.suffixes)) for part in parts))
 
 
 def make_dataset(

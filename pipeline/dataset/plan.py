@@ -12,7 +12,7 @@ from schemas.columns import COLUMNS, LEDGER, SEED
 from schemas.digest import sha256_of_json
 from schemas.errors import PlanError, WeightsError
 from schemas.record import SCHEMA_VERSION
-from schemas.shard import SUFFIXES
+from schemas.shard import EMBEDDINGS, SUFFIXES
 from schemas.targets import text_sha256, vae_sha256
 from stages import STAGES, Step, Where
 from stages.base import Stage
@@ -97,6 +97,20 @@ class Plan:
     def reasons(self) -> tuple[str, ...]:
         """Every reason that some step declares, in the order of the steps."""
         return tuple(dict.fromkeys(str(reason) for step in self.steps for reason in step.stage().drops))
+
+    @property
+    def suffixes(self) -> set[str]:
+        """Those of the files that a sample may have."""
+        config = self.config
+        written = {
+            "clip": not config.models.image_embedder.startswith("dino"),
+            "latents": config.encode.latents,
+            "mirror": config.encode.mirror,
+            "plain": config.segment.condition != "segmented",
+            "safetensors": config.pack.hidden == "int8",
+        }
+        no = {suffix for word, is_written in written.items() if not is_written for suffix in SUFFIXES if word in suffix}
+        return SUFFIXES.keys() - no - (set() if config.pack.embeddings else EMBEDDINGS)
 
     def __getstate__(self) -> dict[str, Any]:
         """With all that the stages declare: processes that make shards import only the stages that they run."""

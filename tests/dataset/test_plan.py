@@ -11,6 +11,7 @@ from pipeline.shared.bases import BASES, find_base
 from schemas.columns import LEDGER
 from schemas.digest import sha256_of_file
 from schemas.errors import ConfigError, PlanError, WeightsError
+from schemas.names import fitting_name
 from schemas.shard import SUFFIXES
 from stages import STAGES
 from stages.align import Align
@@ -43,6 +44,24 @@ def test_a_column_that_no_stage_writes_is_refused():
 
     with pytest.raises(PlanError, match="does not define"):
         prove([Odd, *(step.stage() for step in STAGES.values())])
+
+
+@pytest.mark.parametrize(
+    ("sets", "most"),
+    [
+        ([], 74),
+        (["segment.condition=plain"], 68),
+        (["encode.mirror=true"], 67),
+        (["pack.hidden=int8"], 66),
+        (["pack.hidden=int8", "models.image_embedder=dinov2"], 73),
+        (["pack.hidden=int8", "segment.condition=both", "encode.mirror=true"], 53),
+        (["pack.hidden=int8", "segment.condition=both", "encode.mirror=true", "pack.embeddings=false"], 74),
+    ],
+)
+def test_names_of_parts_are_as_long_as_the_files_of_the_samples_let_them(sets, most):
+    suffixes = make_plan(load_config(None, sets, shards="sample"), dry_run=True).suffixes
+    assert fitting_name("a" * most, suffixes) == "a" * most
+    assert most == 74 or len(fitting_name("a" * (most + 1), suffixes)) == 53
 
 
 def test_pixels_are_kept_only_as_long_as_a_later_step_reads_them():

@@ -124,6 +124,15 @@ def test_a_folder_becomes_a_dataset_that_knows_its_files(made, out):
     assert all(words in page for words in ("3 made by a model", "<bdi>a #1.jpg</bdi>", "<bdi>bad.jpg</bdi>"))
 
 
+def test_the_name_of_a_folder_is_cut_where_no_tar_holds_the_longest_name_of_its_files(tmp_path):
+    folder = tmp_path / ("f" * 54)
+    put(folder, **{"warm.webp": FILES["warm.webp"]()})
+    sets = "pack.hidden=int8", "segment.condition=both"
+    assert make(tmp_path / "out", *sets, shards=str(folder), profile="embedded", extras="mirror")[0] is ExitCode.OK
+    (sample,) = samples(tmp_path / "out")
+    assert re.fullmatch("f{44}-[0-9a-f]{8}-000000000", sample)
+
+
 @pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.long)])
 def test_a_second_run_gives_the_same_bytes(made, out, tmp_path, executor):
     words = {"shards": f"made:{made}", "profile": "embedded", "executor": executor}
