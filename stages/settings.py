@@ -45,7 +45,7 @@ class DownloadSettings(Section):
     contact: str = Field("", pattern=r"^[ -~]*$")
     """Address or URL that site owners can write to; appended to the User-Agent."""
     respect_opt_out: bool = True
-    """Drop images whose X-Robots-Tag says noai, noimageai, noindex or noimageindex."""
+    """Drop images whose X-Robots-Tag says noai, noimageai, noindex, noimageindex or none."""
     respect_robots: bool = True
     """Fetch nothing that a host's robots.txt disallows for our name, or for `*` where our name is not in it."""
     removed: tuple[str, ...] = ()

@@ -33,8 +33,8 @@ _REASONS = {
     429: DropReason.RATE_LIMITED,
     **dict.fromkeys(range(500, 600), DropReason.SERVER_ERROR),
 }
-DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
-"""Of X-Robots-Tag: the wish of a site not to be used for AI training (img2dataset's list)."""
+DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
+"""Of X-Robots-Tag: the wish of a site not to be used for AI training (img2dataset's list, and `none`: noindex)."""
 
 _WITH_VALUE = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
 _WORD = re.compile(r"[a-z0-9_-]+")

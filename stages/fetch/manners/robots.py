@@ -41,6 +41,10 @@ _MOST_KEPT = 8 << 20
 _AGENT = re.compile(r"[ \t]*user[- ]?agent\b", re.IGNORECASE)
 _VERSION = re.compile(r"^([ \t]*user[- ]?agent[ \t]*:[ \t]*[^\s/#]+)/[^\s#]*", re.IGNORECASE | re.MULTILINE)
 _UNROOTED = re.compile(r"^([ \t]*(?:dis)?allow[ \t]*:[ \t]*)(?=[^/*$#\s])", re.IGNORECASE | re.MULTILINE)
+_NOTHING = b"User-agent: *\nDisallow: /"
+"""Of what cannot be read all may be meant."""
+_NOT_UNDONE = frozenset({"br", "zstd", "compress"})
+"""Codings that come although they were not requested: browsers would read what is in them."""
 _UNREACHABLE = frozenset({DropReason.FORBIDDEN_ADDRESS, DropReason.DNS_ERROR})
 
 
@@ -50,9 +54,10 @@ class Rules:
     def __init__(self, text: bytes = b"", name: str = "*") -> None:
         self.size = len(text)
         # Sites mean these too, though Protego does not read them: `User-agent: name/1.0`, `Disallow: folder`.
-        plain = _UNROOTED.sub(r"\1/", _VERSION.sub(r"\1", text.decode("utf-8-sig", "replace")))
+        encoding = "utf-16" if text.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+        plain = _UNROOTED.sub(r"\1/", _VERSION.sub(r"\1", text.decode(encoding, "replace")))
         # More rules than we are ready to go through are a no to everything.
-        plain = "User-agent: *\nDisallow: /" if _is_too_much(plain) else plain
+        plain = _NOTHING.decode() if _is_too_much(plain) else plain
         self._rules = Protego.parse(plain) if plain else None
         self._name = name
 
@@ -131,6 +136,8 @@ class Robots:
             url = trail[-1]
             async with self._hosts.connections(url.host), deadline.running(), self._client.get(url) as answer:
                 if not check_status(answer.status, answer.headers.get("Retry-After")):
+                    if answer.headers.get("Content-Encoding", "").strip().lower() in _NOT_UNDONE:
+                        return _NOTHING
                     async for piece in answer.pieces(_MOST_RECEIVED):
                         text += piece
                         if len(text) >= MOST_BYTES:

@@ -152,6 +152,12 @@ def test_robots_txt_may_lie_behind_redirects_and_chunks(stage, server):
     assert fetch(stage(), server.url("/no.jpg"), server.url("/ok.jpg")) == ["robots_txt", None]
 
 
+@pytest.mark.parametrize(("coding", "reason"), [("br", "robots_txt"), ("utf-8", None)])
+def test_what_cannot_be_unpacked_is_a_no(stage, server, coding, reason):
+    server.answers["/robots.txt"] = says(body=b"\x0b\x02\x80abc\x03", Content_Encoding=coding)
+    assert fetch(stage(), server.url("/ok.jpg")) == [reason]
+
+
 def test_only_the_first_half_megabyte_is_read(stage, server):
     rule = b"User-agent: *\nDisallow: /no\n#"
     server.answers["/robots.txt"] = servers.pours(rule, None)

@@ -96,6 +96,13 @@ def test_which_paths_rules_are_about(lines, target, allows):
     assert allowed(rules(*lines), target) is allows
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_windows_other_form_of_text_is_read(encoding):
+    text = rules("Disallow: /a")
+    assert not allowed(f"\ufeff{text}".encode(encoding), "/a.jpg")
+    assert allowed(f"\ufeff{text}".encode(encoding), "/b.jpg")
+
+
 @given(st.binary(max_size=400), st.text("/ab*$%4", max_size=9))
 def test_any_bytes_are_a_robots_txt(text, path):
     assert allowed(text, f"/{path}") in (True, False)
