@@ -104,7 +104,7 @@ class Pictures:
         names = [name for file in self.metadata for name in probe(self._path(file))[0].names]
         records = [record for file in self._lists for record in self._records(file)]
         beside = (f"{stem}.json" for image in self.images for stem in (posixpath.splitext(image)[0], image))
-        contents = self._contents(list(islice(filter(self.files.__contains__, beside), PROBED)))
+        contents = self._contents(list(islice(filter(None, map(self._file, beside)), PROBED)))
         records += [parse_record(content or b"") for content in contents]
         return list(dict.fromkeys([*names, *(key for record in records for key in record or ())]))
 
@@ -138,11 +138,11 @@ class Pictures:
     def _beside(self, images: Sequence[str]) -> Sequence[Mapping[str, bytes]]:
         """Of each image, suffix -> content of the files beside it that tell of it."""
         files = [
-            (index, suffix, name)
+            (index, suffix, file)
             for index, image in enumerate(images)
             for suffix in BESIDE
             for name in (f"{posixpath.splitext(image)[0]}.{suffix}", f"{image}.{suffix}")
-            if name in self.files
+            if (file := self._file(name)) is not None
         ]
         samples: list[dict[str, bytes]] = [{} for _ in images]
         for (index, suffix, _), content in zip(files, self._contents([name for *_, name in files]), strict=True):
@@ -151,6 +151,18 @@ class Pictures:
             else:
                 samples[index].setdefault(suffix, content)
         return samples
+
+    def _file(self, name: str) -> str | None:
+        """The file of a name, however its accents are written."""
+        if name in self.files:
+            return name
+        form = unicodedata.normalize("NFC", name)
+        return form if form in self.files else self._taken_apart.get(form)
+
+    @cached_property
+    def _taken_apart(self) -> dict[str, str]:
+        """NFC -> the name of a file that is written otherwise."""
+        return {form: file for file in self.files if (form := unicodedata.normalize("NFC", file)) != file}
 
     def _contents(self, names: Sequence[str]) -> Iterator[bytes | None]:
         """Contents of small files; None for a local one that cannot be opened."""

@@ -9,6 +9,7 @@ import posixpath
 import re
 import tarfile
 import time
+import unicodedata
 import warnings
 from types import SimpleNamespace
 
@@ -482,6 +483,14 @@ def test_a_tar_without_samples_is_refused(tmp_path, names, why):
 
 
 # Captions and columns
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_caption_beside_an_image_is_its_own_however_accents_are_written(tmp_path, forms):
+    image, caption = (unicodedata.normalize(form, "grüße/ä") for form in forms)
+    put(tmp_path, **{f"{image}.png": encoded(), f"{caption}.txt": "an umlaut"})
+    put(tmp_path, **{f"{caption}.png.json": '{"mine": "more"}'})
+    assert picked(rows(tmp_path, columns={"text": "mine"})) == [(f"{image}.png", "more", ["an umlaut"])]
 
 
 def test_captions_of_other_names_and_lists(tmp_path):
