@@ -45,6 +45,8 @@ class DatasetFolder(NamedTuple):
     """Name -> sha256 of the further files, as dataset.json tells; empty where it is not there (yet)."""
     grouped_from: Sequence[str]
     """Digests of the datasets that `group` made this one of."""
+    kinds: frozenset[str]
+    """Of its sources, `web` and `made`; empty where dataset.json does not say."""
 
 
 def read_folder(given: str, *, manifests_may_differ: bool) -> DatasetFolder:
@@ -87,6 +89,7 @@ def read_folder(given: str, *, manifests_may_differ: bool) -> DatasetFolder:
         same = about.get("dataset_digest", digest) == digest
         files = {name: str(entry["sha256"]) for name, entry in about.get("files", {}).items()}
         grouped_from = list(about.get("plan", {}).get("settings", {}).get("group", {}).get("of", ()))
+        kinds = frozenset("made" if one.startswith("made:") else "web" for one in about.get("sources", ()))
     except RemoteError as error:
         raise SourceError(f"{given} cannot be read: {first_line(error)}") from error
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
@@ -96,7 +99,7 @@ def read_folder(given: str, *, manifests_may_differ: bool) -> DatasetFolder:
             f"The manifests of {given} are not those that {described} was written for: copy the dataset again (`python "
             f"-m pipeline verify {given}` tells what differs), or train on what is there with --set data.verify=size."
         )
-    return DatasetFolder(given, root, shards, digest, files, grouped_from)
+    return DatasetFolder(given, root, shards, digest, files, grouped_from, kinds)
 
 
 def _manifest(folder: AnyPath, name: str) -> Manifest:
@@ -147,6 +150,8 @@ class Dataset:
     suffixes_of_plans: Mapping[str, frozenset[str]]
     """Plan digest -> suffixes of the files that its shards hold, those in int8 as npy; crops may be absent from single
     samples."""
+    kinds: frozenset[str]
+    """Of the sources, `web` and `made`; empty where that is not known of all."""
     targets: tuple[Targets, ...]
     """What latents and texts were precomputed by, without single cuts; one if all shards agree, none without."""
 
@@ -199,6 +204,7 @@ def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
         digest=digests[0] if len(digests) == 1 else sha256_of_json({str(i): one for i, one in enumerate(digests)}),
         unconditional=_unconditional(folders),
         suffixes_of_plans=suffixes,
+        kinds=frozenset(chain(*(one.kinds for one in folders if all(each.kinds for each in folders)))),
         targets=_distinct(replace(one, latents={}) for one in made_by),
     )
     looked_at = chain(*peeked.values(), first_samples(dataset, LOOKED_AT))

@@ -186,6 +186,14 @@ def plan_reading(
             "no further captions (text_alternatives)."
         )
 
+    shares = config.data.kinds.model_dump()
+    notices += [
+        f"data.kinds.{kind} takes a share of nothing: no source of {dataset.folders} is marked as {kind} (`made:` "
+        "before a word of SHARDS, or source.kind = made, marks those of AI-made images)."
+        for kind in shares.keys() - dataset.kinds
+        if dataset.kinds and shares[kind] < 1
+    ]
+
     paired = config.data.pair_features
     if config.data.pairs and not any(paired == "both" or (role == "arcface") == (paired == "id") for role in reads):
         raise ConfigError(

@@ -315,6 +315,24 @@ def test_further_captions_that_no_sample_has_are_said(tmp_path: Path) -> None:
     assert reading(tmp_path / "some", some, alternatives=0.5).notices == ()
 
 
+@pytest.mark.parametrize(
+    ("sources", "kinds", "notices"),
+    [
+        (["sample"], {"made": 0.5}, ["data.kinds.made takes a share of nothing"]),
+        (["made:mj"], {"web": 0.5}, ["data.kinds.web takes a share of nothing"]),
+        (["made:mj", "sample"], {"web": 0.5, "made": 0.5}, []),
+        (["sample"], {"web": 0.5}, []),
+        ([], {"made": 0.5}, []),
+    ],
+)
+def test_a_share_of_a_kind_that_there_is_not_is_said(tmp_path: Path, sources: Any, kinds: Any, notices: Any) -> None:
+    out = Path(fake.write(tmp_path, {"a-00000": [fake.sample(0)]}))
+    (out / "dataset.json").write_text(json.dumps({"sources": sources}))
+    config = TrainConfig.model_validate({"data": {"kinds": kinds}})
+    read = plan_reading(open_dataset([str(out)], DATA), ("arcface",), config)
+    assert [notice.partition(":")[0] for notice in read.notices] == notices
+
+
 def test_features_of_the_face_switch_augmentation_off(tmp_path: Path) -> None:
     read = reading(tmp_path, [fake.sample(0)], ("arcface", "hidden"))
     assert (read.flip, read.colour, read.mirrored) == (0, 0, {})
