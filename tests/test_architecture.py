@@ -216,6 +216,12 @@ def test_help_is_answered_before_anything_slow_is_imported(module: str) -> None:
     assert not slow.intersection(done.stdout.splitlines()[-1].split())
 
 
+def test_a_call_of_the_trainer_is_proved_before_diffusers_is_imported() -> None:
+    script = "import sys, pipeline.train.job, pipeline.train.evaluate.call; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"diffusers", "accelerate", "transformers"}.intersection(done.stdout.split())
+
+
 def test_who_makes_shards_imports_the_stages_that_it_runs_and_no_model() -> None:
     sent = pickle.dumps(make_plan(load_config(None, [], shards="sample")))
     script = f"""

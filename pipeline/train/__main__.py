@@ -149,14 +149,19 @@ def evaluate_command(
     from rich.table import Table
 
     with large_imports():
-        from pipeline.train.evaluate.evaluation import Call, evaluate
-        from pipeline.train.evaluate.page import table
-        from pipeline.train.watch import console, show
+        from pipeline.train.evaluate.call import Call, prepared
 
     options = {"seed": seed, "watch": {"judge": judge, "clip": clip}}
     folders = tuple(shards or ["out"])
-    call = Call(subject, folders, name, base, step, out, prompts, faces, images, config, tuple(sets or ()), options)
-    if (written := evaluate(call)) is None:  # another process than the main one
+    job = prepared(
+        Call(subject, folders, name, base, step, out, prompts, faces, images, config, tuple(sets or ()), options)
+    )
+    with large_imports():  # once a call was proved, as in `run`
+        from pipeline.train.evaluate.evaluation import evaluate
+        from pipeline.train.evaluate.page import table
+        from pipeline.train.watch import console, show
+
+    if (written := evaluate(job)) is None:  # another process than the main one
         return
     folder, result = written
     seen = Table("measure", "mean", "95 % interval", "beside it", box=None, pad_edge=False)

@@ -14,6 +14,8 @@ import pipeline.train.loop as trainer
 from pipeline.shared.bases import find_base
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.evaluate import evaluation
+from pipeline.train.evaluate.call import Call as Wish
+from pipeline.train.evaluate.call import prepared as granted
 from pipeline.train.job import Call, prepared
 from pipeline.train.loader import ShardLoader
 from pipeline.train.session import Session
@@ -154,7 +156,6 @@ def test_whatever_else_a_run_may_do_goes_on_a_gpu_too(base, dataset, tmp_path, m
             assert trainer.train(prepared(call)) == ExitCode.OK
         forget_accelerate()
         pairs = ("watch.validate_steps=1",)
-        folder, _ = evaluation.evaluate(
-            evaluation.Call(tmp_path / "run", (str(dataset),), faces=1, images=1, pairs=pairs)
-        )
+        wish = Wish(tmp_path / "run", (str(dataset),), faces=1, images=1, pairs=pairs)
+        folder, _ = evaluation.evaluate(granted(wish))
     assert (folder / "evaluation.json").exists()

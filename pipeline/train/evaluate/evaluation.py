@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
@@ -16,51 +15,30 @@ from accelerate.utils import gather_object
 from rich.console import Console
 
 from pipeline.shared.atomic import write_atomically
-from pipeline.shared.bases import BaseSource, find_base
+from pipeline.shared.bases import BaseSource
 from pipeline.shared.terminal import Screen
 from pipeline.train.adapter_card import Results, write_adapter_card
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.adapters.released import read_sidecar, require_fit
 from pipeline.train.adapters.variants import Widths
 from pipeline.train.base_model import Base
+from pipeline.train.evaluate.call import EvaluationJob
 from pipeline.train.evaluate.page import SHOWN, reduced, table, title, write_page
-from pipeline.train.evaluate.subject import Subject, read_subject
-from pipeline.train.job import DEFAULT_PRESETS, EMBEDDED, TINY, require_meaning
-from pipeline.train.loader import Dataset, Face, features_of, first_faces, open_dataset
+from pipeline.train.evaluate.subject import Subject
+from pipeline.train.job import EMBEDDED, TINY
+from pipeline.train.loader import Dataset, Face, first_faces
 from pipeline.train.loop import FROZEN, make_accelerator
 from pipeline.train.run_folder import writing
-from pipeline.train.settings import TrainConfig, load_train_config
 from pipeline.train.validate.distances import View, Viewer, scale, spread
 from pipeline.train.validate.validation import NAMES, OTHERS, Sampler, Turn, drawings, means, turns_of
 from pipeline.train.watch import console, say
-from schemas.errors import ConfigError, SourceError, first_line
 from schemas.shard import CARD
 
 SCHEMA_VERSION = 1
 _RESAMPLED = 1000
 
 
-@dataclass(frozen=True)
-class Call:
-    """What the user typed."""
-
-    path: Path
-    shards: tuple[str, ...]
-    variant: str = ""
-    base: str | None = None
-    step: int | None = None
-    out: Path | None = None
-    prompts: Path | None = None
-    faces: int = 16
-    images: int = 2
-    """Of each face with each prompt."""
-    config_file: Path | None = None
-    pairs: Sequence[str] = ()
-    options: dict[str, Any] = field(default_factory=dict)
-    """See `job.Call`."""
-
-
-def evaluate(call: Call) -> tuple[Path, dict[str, Any]] | None:
+def evaluate(job: EvaluationJob) -> tuple[Path, dict[str, Any]] | None:
     """Write evaluation.json, evaluation.html and images/ into a folder; one process of possibly several.
 
     Returns:
@@ -70,23 +48,8 @@ def evaluate(call: Call) -> tuple[Path, dict[str, Any]] | None:
         UserError: for what is wrong with the call; nothing was written.
         CorruptShardError: for a damaged sample.
     """
-    subject = read_subject(call.path, call.variant, call.step)
-    config = _config(call, subject, "tiny")
-    dataset = open_dataset(call.shards, config.data.model_copy(update={"allow_no_captions": True}))
-    subject.require_embedders(dataset)
-    name = call.base or subject.sidecar.get("base") or ("tiny" if EMBEDDED in dataset.profiles else subject.kind)
-    try:
-        source = find_base(name or "sd15", sdxl=subject.kind == "sdxl")
-    except SourceError as error:
-        if call.base is not None or Path(name).exists():
-            raise
-        raise ConfigError(
-            f"{call.path} was trained on the base {name}, of whose folder it knows the name alone: give it by --base."
-        ) from error
-    config = _config(call, subject, "tiny" if source.name in TINY else DEFAULT_PRESETS[source.kind])
-    require_meaning(source.name, dataset, config)
-    features = features_of(dataset, subject.variant.reads, config.adapter)
-    faces = first_faces(dataset, call.faces, subject.variant.reads, config.adapter, OTHERS)
+    call, subject, config, source = job.call, job.subject, job.config, job.base
+    faces = first_faces(job.dataset, call.faces, subject.variant.reads, config.adapter, OTHERS)
     accelerator, watch, typed = make_accelerator(config.optim), config.watch, call.options.get("watch", {})
     options = [f"--{name}" if typed.get(name) else f"watch.{name}" for name in ("judge", "clip")]
     viewer = Viewer(watch.judge, watch.clip, str(accelerator.device), options)
@@ -94,14 +57,14 @@ def evaluate(call: Call) -> tuple[Path, dict[str, Any]] | None:
 
     base = Base(source, accelerator.device, FROZEN.get(accelerator.mixed_precision, torch.float32))
     model = AdapterModel(
-        base.unet, subject.variant, Widths(source.kind, source.text_width, **features.widths), config.adapter
+        base.unet, subject.variant, Widths(source.kind, source.text_width, **job.features.widths), config.adapter
     )
     require_fit(call.path, subject.tensors, model.trained(), subject.variant.name)
     model.load_trained(subject.tensors)
     model.to(base.device).eval()
-    sampler = Sampler(base, model, features.unconditional, config)
+    sampler = Sampler(base, model, job.features.unconditional, config)
 
-    papers = _papers(subject, dataset, source, viewer, faces, call.faces)
+    papers = _papers(subject, job.dataset, source, viewer, faces, call.faces)
     for note in papers["notes"]:
         say(f"note: {note}")
     out = call.out or subject.folder
@@ -132,26 +95,6 @@ def evaluate(call: Call) -> tuple[Path, dict[str, Any]] | None:
         notes = list(dict.fromkeys([papers["held_out"]["why"], *papers["notes"]]))
         write_adapter_card(file.parent, file.stem, sidecar, Results(table(result), notes))
     return out, result
-
-
-def _config(call: Call, subject: Subject, preset: str) -> TrainConfig:
-    """The settings of the training, or of a preset where they are not known, with those of the call over them."""
-    options = dict(call.options)
-    if call.prompts is not None:
-        try:
-            lines = call.prompts.read_text(encoding="utf-8-sig").splitlines()
-        except OSError as error:
-            raise ConfigError(f"--prompts {call.prompts} cannot be read: {first_line(error)}.") from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"--prompts {call.prompts} is no text in UTF-8: save it as such.") from error
-        prompts = [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise ConfigError(f"--prompts {call.prompts} holds no prompt: write one on each line.")
-        options["watch"] = {**options.get("watch", {}), "validate_prompts": prompts}
-    ranks = [len(tensor) for key, tensor in subject.tensors.items() if key.endswith("to_q_lora.down.weight")]
-    if ranks:
-        options["adapter"] = {**options.get("adapter", {}), "lora_rank": ranks[0]}
-    return load_train_config(call.config_file, call.pairs, subject.recipe or preset, **options)
 
 
 def _papers(
