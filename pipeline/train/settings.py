@@ -17,7 +17,10 @@ ConditionChoice = Literal["auto", "segmented", "plain", "both"]
 
 
 class CropWeights(Section):
-    """How often each crop is the target, relative to the others; a crop that a sample lacks is made up for later."""
+    """How often each crop is the target, relative to the others; a crop that a sample lacks is made up for later.
+
+    A sample that has none but crops of weight 0 is left out.
+    """
 
     portrait: float = Field(1.0, ge=0)
     """Head and shoulders."""
@@ -25,6 +28,12 @@ class CropWeights(Section):
     """Half body."""
     full: float = Field(1.0, ge=0)
     """The whole photo."""
+
+    @model_validator(mode="after")
+    def _takes_any(self) -> "CropWeights":
+        if self.portrait == self.half == self.full == 0:
+            raise ValueError("data.crops.portrait, .half and .full are all 0: nothing would be left")
+        return self
 
 
 class KindShares(Section):

@@ -317,6 +317,7 @@ def test_report_writes_the_page_again_and_refuses_what_is_no_run(cli, real):
         ([*FACEID, "--set", "optim.lr=-1"], ["optim.lr"]),
         ([*FACEID, "--set", "optim.betas=[true,0.9]"], ["optim.betas", "give a number"]),
         ([*FACEID, "--set", "guidance.p_uncond_both=1"], ["guidance.p_uncond_image", "more than 1"]),
+        ([*FACEID, "--set", "data.crops={portrait=0, half=0, full=0}"], ["data.crops.portrait", "all 0"]),
         ([*FACEID, "--steps", "0"], ["steps"]),
         ([*FACEID, "--config", "none.toml"], ["none.toml", "cannot be read"]),
         ([*FACEID, "--image-encoder", "clip"], ["adapter.image_encoder"]),

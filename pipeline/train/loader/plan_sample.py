@@ -63,14 +63,12 @@ class Balance:
     def pick(self, there: Mapping[str, TargetCrop], draw: float) -> str:
         """One of the crops that are there, at least one; `draw` is uniform in [0, 1).
 
-        Those that would be enlarged are taken only when no other is there, the largest first; so are those of no
-        weight.
+        Those that would be enlarged are taken only when no other is there, the largest first.
         """
-        weighted = [crop for crop in CROPS if crop in there and self._weights[crop]]
         # Those whose picture fills all pixels of the target.
-        candidates = [crop for crop in weighted if there[crop].fit.resized[0] <= there[crop].size[0]]
+        candidates = [crop for crop in there if there[crop].fit.resized[0] <= there[crop].size[0]]
         if not candidates:
-            candidates = [max(weighted or there, key=lambda crop: (min(there[crop].size), crop))]
+            candidates = [max(there, key=lambda crop: (min(there[crop].size), crop))]
         picked = candidates[0]
         if len(candidates) > 1:
             # A chance in proportion to what each lacks of its share among the candidates.
@@ -152,7 +150,7 @@ class Planner:
         self._sizes = buckets(config.data.resolution)
 
     def __call__(self, raw: Raw, others: Sequence[Raw] = ()) -> Planned | None:
-        """Decide for the next sample; None for one that is left out: by its kind, or since the photo gave no crop.
+        """Decide for the next sample; None for one that is left out: by its kind, or for want of a crop.
 
         `others` are photos of the same person, of which the condition's files are read.
         """
@@ -222,7 +220,7 @@ class Planner:
         crops = {}
         for name in CROPS:
             entry = content["crops"][name]
-            if "box" not in entry or (cuts is not None and name not in cuts):
+            if "box" not in entry or (cuts is not None and name not in cuts) or not getattr(data.crops, name):
                 continue
             box = _box(entry["box"])
             width, height = map(int, entry["size"])

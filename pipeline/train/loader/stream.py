@@ -66,7 +66,7 @@ class Consumer:
 
         Raises:
             CorruptShardError: names shard and key of what is damaged.
-            SourceError: when no sample has a crop to train on.
+            SourceError: when no sample is one to train on.
         """
         empty = 0
         for number in count(epoch):
@@ -80,7 +80,8 @@ class Consumer:
             if empty == _EMPTY_EPOCHS:
                 folders = self.dataset.folders
                 raise SourceError(
-                    f"None of the samples that were read from {folders} has any crop, or is of a kind in data.kinds."
+                    f"None of the samples that were read from {folders} has a crop of data.crops, and is of a kind in "
+                    "data.kinds."
                 )
 
     def _planned(self, epoch: int) -> Iterator[Planned]:

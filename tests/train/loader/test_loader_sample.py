@@ -56,9 +56,11 @@ def test_a_crop_that_is_too_rare_is_always_taken_and_the_others_share_the_rest()
     assert abs(found["full"] / found["portrait"] - 3) < 0.2
 
 
-def test_a_crop_of_no_weight_is_taken_only_when_nothing_else_is_there() -> None:
-    assert picks({"half": 0}, 1.0)["half"] == 0
-    assert Balance(CropWeights(portrait=0, half=0)).pick({"portrait": crop(99), "half": crop(100)}, 0.1) == "half"
+def test_a_crop_of_no_weight_is_never_taken() -> None:
+    """A sample that has no other is left out; of such a crop alone, as `full` of a bucket, nobody would know."""
+    data = {"resolution": 64, "crops": {"full": 0}}
+    assert {one.crop for one in planned(count=40, data=data)} == {"portrait", "half"}
+    assert planned(fake.sample(0, has=("full",)), 2, data=data) == [None, None]
 
 
 def test_a_crop_that_would_be_enlarged_is_avoided() -> None:
