@@ -74,7 +74,7 @@ class DataSettings(Section):
     allow_no_captions: bool = False
     """Train on shards of which no sample has a caption."""
     batch_size: int = Field(8, ge=1)
-    """Samples per step and process. What an epoch leaves of each shape comes in smaller batches, which weigh as much."""
+    """Samples per step and process. What an epoch leaves of a shape comes in smaller batches, which weigh as much."""
     workers: int = Field(2, ge=0)
     """Loader processes per training process; 0 reads in the training process."""
     shuffle: int = Field(256, ge=1)

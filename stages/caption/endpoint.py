@@ -24,8 +24,8 @@ _SHOWN = 200
 """Characters of a failure that are shown: a stranger wrote them."""
 _QUALITY = 95
 _TRANSIENT = {408, 409, 425, 429, *range(500, 600)}
-_WRONG = {401, 402, 404}
-"""The key, the account or the address and the model: no photo fares better."""
+_WRONG = {*range(300, 400), 401, 402, 404, 405}
+"""The address (that of http where there is https), the key, the account or the model: no photo fares better."""
 _REFUSED = ("content_filter", "content_policy_violation")
 
 
@@ -127,14 +127,14 @@ class Endpoint:
         text = body.decode(errors="replace")
         if status == 400 and any(word in text for word in _REFUSED):
             return ""
+        answer = f"HTTP {status}, {text.strip() or 'without a word'}"
         if status in _WRONG:
-            shown = self._shown(f"HTTP {status}, {text}")
             raise LostError(
-                f"The endpoint of models.captioner refuses ({shown}), so the run stops: see that its address, "
-                "caption.model and caption.api_key_env are right; the same command goes on."
+                f"The endpoint of models.captioner refuses ({self._shown(answer)}), so the run stops: see that its "
+                "address, caption.model and caption.api_key_env are right; the same command goes on."
             )
         if status != 200:
-            raise self._error(f"HTTP {status}, {text.strip() or 'without a word'}")
+            raise self._error(answer)
         try:
             choice = _Completion.model_validate_json(bytes(body)).choices[0]
         except ValidationError as error:

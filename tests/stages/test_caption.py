@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import re
 import shutil
 import threading
 import time
@@ -342,10 +343,14 @@ def test_a_run_with_an_endpoint_fails_whole_shards_and_a_rerun_finishes_them(cha
     assert KEY not in screen + again
 
 
-def test_an_endpoint_that_knows_no_such_key_stops_the_run_at_its_first_photo(chat, tmp_path):
+@pytest.mark.parametrize(
+    ("reply", "shown"),
+    [((401, {}, b"who?"), "HTTP 401, who?)"), ((308, {"Location": "https://a/v1"}, b""), "HTTP 308, without a word)")],
+)
+def test_an_endpoint_that_will_answer_nothing_stops_the_run_at_its_first_photo(chat, tmp_path, reply, shown):
     words = (f"models.captioner={chat.url}", "caption.model=m", "caption.api_key_env=CAPTION_KEY")
-    chat.reply = lambda number: (401, {}, b"who?")
-    with pytest.raises(LostError, match=r"HTTP 401, who\?.*caption\.api_key_env"):
+    chat.reply = lambda number: reply
+    with pytest.raises(LostError, match=rf"{re.escape(shown)}.*caption\.api_key_env"):
         make(tmp_path / "out", *words)
     assert not list((tmp_path / "out/shards").glob("*.json"))
     chat.reply = lambda number: GOOD
