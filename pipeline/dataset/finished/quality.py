@@ -20,7 +20,7 @@ from pipeline.shared.files import AnyPath
 from pipeline.shared.tars import samples
 from schemas.arrays import Doubles, Floats, Integers, Mask
 from schemas.columns import KEPT
-from schemas.errors import OutputError
+from schemas.errors import CorruptShardError, OutputError
 from schemas.shard import decode_npy
 from stages.filter import FROM_POINTS, QUALITIES
 
@@ -83,9 +83,12 @@ def read_faces(out: AnyPath) -> Faces:
             tar = out / "shards" / f"{shard}.tar"
             files = dict(samples(tar, wish=lambda suffix: suffix == "arcface.npy"))
             try:
-                vectors += [decode_npy(cast(bytes, files[key]["arcface.npy"])) for key in rows["key"].to_pylist()]
+                own = [cast(bytes, files[key]["arcface.npy"]) for key in rows["key"].to_pylist()]
+                vectors += [decode_npy(data).reshape(512) for data in own]
             except KeyError as error:
                 raise OutputError(f"{tar} has no ID vectors (pack.embeddings = false).") from error
+            except (ValueError, CorruptShardError) as error:
+                raise CorruptShardError(f"{tar}: an arcface.npy is no ID vector ({error})") from error
             tables.append(rows)
         if len(vectors) == _MOST:
             break

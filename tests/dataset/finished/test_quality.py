@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from pipeline.__main__ import app
 from pipeline.dataset.finished.quality import DISCARDED, curve, drawing, judgement, read_faces
 from schemas.columns import LATER
-from schemas.errors import OutputError
+from schemas.errors import CorruptShardError, OutputError
 from schemas.names import sample_key
 from schemas.shard import encode_npy
 
@@ -104,3 +104,10 @@ def test_a_dataset_without_persons_is_refused_in_a_sentence(tmp_path):
         read_faces(fake.write(tmp_path / "single", {"a-00000": photos(3, 1)}))
     with pytest.raises(OutputError, match="no ID vectors"):
         read_faces(fake.write(tmp_path / "bare", {"a-00000": photos(2, 2, arcface=None)}))
+
+
+@pytest.mark.parametrize("vector", [b"torn", encode_npy(np.ones(5, np.float32))])
+def test_a_vector_that_is_none_names_its_tar(tmp_path, vector):
+    out = fake.write(tmp_path, {"a-00000": [*photos(2, 2)[:3], *photos(2, 2, arcface=vector)[3:]]})
+    with pytest.raises(CorruptShardError, match=r"a-00000\.tar: an arcface\.npy is no ID vector"):
+        read_faces(out)
