@@ -187,12 +187,15 @@ def plan_reading(
         )
 
     shares = config.data.kinds.model_dump()
-    notices += [
-        f"data.kinds.{kind} takes a share of nothing: no source of {dataset.folders} is marked as {kind} (`made:` "
-        "before a word of SHARDS, or source.kind = made, marks those of AI-made images)."
-        for kind in shares.keys() - dataset.kinds
-        if dataset.kinds and shares[kind] < 1
-    ]
+    for kind in shares.keys() - dataset.kinds if dataset.kinds else ():
+        why = (
+            f"no source of {dataset.folders} is marked as {kind} (`made:` before a word of SHARDS, or source.kind = "
+            "made, marks those of AI-made images)."
+        )
+        if not any(shares[other] for other in dataset.kinds):  # before all is read in vain
+            raise SourceError(f"data.kinds leaves nothing: {why}")
+        if shares[kind] < 1:
+            notices.append(f"data.kinds.{kind} takes a share of nothing: {why}")
 
     paired = config.data.pair_features
     if config.data.pairs and not any(paired == "both" or (role == "arcface") == (paired == "id") for role in reads):

@@ -333,6 +333,15 @@ def test_a_share_of_a_kind_that_there_is_not_is_said(tmp_path: Path, sources: An
     assert [notice.partition(":")[0] for notice in read.notices] == notices
 
 
+@pytest.mark.parametrize(("source", "kinds"), [("sample", {"web": 0}), ("made:mj", {"made": 0})])
+def test_shares_that_leave_nothing_are_refused_before_all_is_read(tmp_path: Path, source: str, kinds: Any) -> None:
+    out = Path(fake.write(tmp_path, {"a-00000": [fake.sample(0)]}))
+    (out / "dataset.json").write_text(json.dumps({"sources": [source]}))
+    config = TrainConfig.model_validate({"data": {"kinds": kinds}})
+    with pytest.raises(SourceError, match=r"data\.kinds leaves nothing: no source of .* is marked as "):
+        plan_reading(open_dataset([str(out)], DATA), ("arcface",), config)
+
+
 def test_features_of_the_face_switch_augmentation_off(tmp_path: Path) -> None:
     read = reading(tmp_path, [fake.sample(0)], ("arcface", "hidden"))
     assert (read.flip, read.colour, read.mirrored) == (0, 0, {})
