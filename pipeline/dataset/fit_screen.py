@@ -9,6 +9,7 @@ from rich.table import Table
 
 from pipeline.dataset.config import PROFILES, Config
 from pipeline.dataset.plan import make_plan
+from pipeline.dataset.source.pictures import is_image
 from schemas.digest import sha256
 from schemas.drops import Dropped
 from schemas.errors import ConfigError, SourceError
@@ -20,8 +21,6 @@ from stages.runtime import Runtime
 from stages.screen import factor
 from stages.settings import Settings
 from stages.size import Size
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,9 @@ def screened(folder: Path, settings: Settings, runtime: Runtime) -> Iterator[Scr
     by = factor(settings.models, settings.filter)
     if not by:
         raise ConfigError("These settings have no screen: models.screen is off, or the detector is not scrfd.")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in folder.rglob("*") if is_image(path.name) and path.is_file())
     if not files:
-        raise SourceError(f"{folder} holds no image files ({', '.join(SUFFIXES)}).")
+        raise SourceError(f"{folder} holds no image files.")
     detector = backend("detector", settings.models.detector)
     look, full = detector.screen(settings.models, runtime.device), detector(settings.models, runtime.device)
     if look is None:

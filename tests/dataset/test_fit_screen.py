@@ -1,5 +1,6 @@
 """`python -m pipeline screen`: what it needs, and what it says."""
 
+import heif
 import pytest
 from typer.testing import CliRunner
 
@@ -15,6 +16,15 @@ def test_a_screen_is_fitted_with_a_detector_and_no_other_weights(data, more):
     assert done.exit_code == 0, done.output
     assert "the full look keeps 10" in done.stdout
     assert "models.screen_thresh=" in done.stdout
+
+
+def test_photos_are_what_a_run_takes_for_such(data, tmp_path):
+    (tmp_path / "photo.HEIC").write_bytes(heif.UPRIGHT)  # too small for either look
+    (tmp_path / "folder.jpg").mkdir()
+    words = ["screen", str(tmp_path), "--set", f"models.pack={data / 'models' / 'real'}"]
+    done = CliRunner().invoke(app, [*words, "--set", "models.accept_noncommercial=true"])
+    assert isinstance(done.exception, SourceError)
+    assert str(done.exception).startswith("None of the photos is kept")
 
 
 def test_a_screen_needs_a_folder_before_it_needs_weights(tmp_path):
