@@ -286,7 +286,7 @@ def group(
     from pipeline.dataset.out.ledger import funnel_table
     from pipeline.shared.files import to_path
 
-    sources = [to_path(folder) for folder in dict.fromkeys(folders)]
+    sources = [to_path(folder) for folder in folders]
     wish = Wish(similarity, singles, samples_per_shard, sscd)
     counted = grouped(sources, to_path(out), wish, console, replan=replan)
     console.print(funnel_table(counted))

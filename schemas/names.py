@@ -18,6 +18,7 @@ _TAR_CHARS = 100
 """Of a name in a tar of webdataset, of which the row takes 10 and `.clip_hidden.npy` 16; with all options 37."""
 _MOST_CHARS, _SHORTENED = 74, 44
 """Of a part's name, and what is left of a longer one, before a digest."""
+_MOST_PARTS = 1_000_000
 _ROW_DIGITS = 9
 _SHARD_DIGITS = 5
 
@@ -40,6 +41,8 @@ def split_spec(spec: str) -> list[str]:
         first, last = (int(match[2]), int(match[3] or match[2])) if match else (0, 0)
         if last < first:
             raise SourceError(f"The range {word!r} runs backwards: write laion-part-{last}..{first}.")
+        if last - first >= _MOST_PARTS:  # before they are counted up in memory
+            raise SourceError(f"The range {word!r} names {last - first + 1:,} parts: no metadata has so many files.")
         words += [f"{match[1]}laion-part-{number}" for number in range(first, last + 1)] if match else [word]
     if not words:
         raise SourceError(

@@ -28,8 +28,8 @@ class DownloadSettings(Section):
     """Fetch from loopback addresses too (tests and the bundled sample)."""
     timeout_s: float = Field(20.0, gt=0)
     """Total deadline per URL, redirects and retries included, without the waits for its turn, seconds."""
-    max_bytes: int = Field(50_000_000, gt=0)
-    """Bodies larger than this are dropped, bytes."""
+    max_bytes: int = Field(50_000_000, gt=0, le=2**31 - 1)
+    """Bodies larger than this are dropped, bytes; no column of Arrow takes more than 2 GB."""
     max_redirects: int = Field(5, ge=0)
     """Redirects followed per URL."""
     retries: int = Field(1, ge=0)

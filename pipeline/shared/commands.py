@@ -1,5 +1,6 @@
 """What all commands of a command line have in common."""
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def local_path(word: str) -> Path:
     """
     if not word:
         raise OutputError("The name of a folder is empty: give one, or `.` for the current folder.")
-    word = word.removeprefix("file://")
+    word = re.sub(r"^file:(//|(?=/))", "", word)
     if "://" in word:
         raise OutputError(f"{word} is a URL: what is given here has to lie on this machine.")
     return Path(word)

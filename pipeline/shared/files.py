@@ -14,6 +14,7 @@ import io
 import os
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -265,7 +266,7 @@ def to_path(text: str) -> AnyPath:
     if not colon or not protocol.isalnum() or len(protocol) == 1:
         return Path(text)
     if protocol == "file":
-        return Path(text.removeprefix("file://"))
+        return Path(text.removeprefix("file:").removeprefix("//"))
     if f"{protocol}://" not in text:
         raise OutputError(f"{text!r} is neither a folder nor a URL: give a folder, or a URL such as s3://bucket/faces.")
     try:
@@ -278,7 +279,11 @@ def to_path(text: str) -> AnyPath:
 def sizes(folder: AnyPath) -> dict[str, int]:
     """Name -> bytes of the files right in a folder, sorted; empty where there is no folder."""
     if isinstance(folder, RemotePath):
-        return {name: int(entry["size"]) for name, entry in folder.listing().items() if entry["type"] == "file"}
+        listed = {name: entry["size"] for name, entry in folder.listing().items() if entry["type"] == "file"}
+        silent = [name for name, size in listed.items() if size is None]  # the page by which a site lists files
+        with ThreadPoolExecutor(16) as pool:
+            asked = pool.map(lambda name: (folder / name).stat().st_size, silent)
+            return {name: int(size) for name, size in {**listed, **dict(zip(silent, asked, strict=True))}.items()}
     try:
         with os.scandir(folder) as entries:
             return dict(sorted((entry.name, entry.stat().st_size) for entry in entries if entry.is_file()))
@@ -287,10 +292,7 @@ def sizes(folder: AnyPath) -> dict[str, int]:
 
 
 def times(folder: AnyPath) -> dict[str, float]:
-    """Name -> when a file right in a folder was written last, seconds since 1970; those of which nobody can tell lack.
-
-    Files that go meanwhile are left out.
-    """
+    """Name -> when a file right in a folder was written last, seconds since 1970; none of those that go meanwhile."""
     if isinstance(folder, RemotePath):
         listed = folder.listing().items()
         known = ((name, next(filter(None, map(entry.get, _WRITTEN)), None)) for name, entry in listed)
@@ -320,9 +322,8 @@ def names(folder: AnyPath) -> list[str]:
 def parquet(file: AnyPath) -> pq.ParquetFile:
     """Open a parquet file; a remote one is fetched as a whole."""
     # pyarrow takes a path as text that has to be Unicode, and bytes as they are.
-    return pq.ParquetFile(
-        pa.BufferReader(file.read_bytes()) if isinstance(file, RemotePath) else pa.OSFile(bytes(file))
-    )
+    source = pa.BufferReader(file.read_bytes()) if isinstance(file, RemotePath) else pa.OSFile(bytes(file))
+    return pq.ParquetFile(source)
 
 
 def forget_network_loops() -> None:

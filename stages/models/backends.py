@@ -147,7 +147,9 @@ def chosen(settings: Settings) -> dict[str, str]:
     """Task -> the name of the backend that does it; without `pack.embeddings` no image is embedded."""
     names = {task: getattr(settings.models, task) for task in REGISTRIES}
     return {
-        task: name for task, name in names.items() if name and (settings.pack.embeddings or task != "image_embedder")
+        task: name
+        for task, name in names.items()
+        if (name or task not in ONNX_FILES) and (settings.pack.embeddings or task != "image_embedder")
     }
 
 

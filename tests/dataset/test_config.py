@@ -46,6 +46,7 @@ def test_a_file_of_windows_editor_begins_with_a_mark(tmp_path):
         ("filter.min_face_px=true", "'filter.min_face_px' has the value True: give a number."),
         ("filter.min_image_px=false", "'filter.min_image_px' has the value False: give a number."),
         ("crop.tolerance=inf", "'crop.tolerance' has the value inf: input should be a finite number."),
+        ("download.max_bytes=1e11", "'download.max_bytes' has the value 100000000000.0: input should be less than"),
         ("download.timeout_s=nan", "'download.timeout_s' has the value nan: input should be "),
         ("executor.shard_timeout_s=1e12", "'executor.shard_timeout_s' has the value 1000000000000.0: "),
         ("segment.fill=[0, 0, 256]", "'segment.fill.2' has the value 256: input should be less than or equal to 255."),

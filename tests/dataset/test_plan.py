@@ -131,6 +131,9 @@ def test_the_plan_names_the_rule_of_the_closer_look_and_without_it_is_as_before_
 def test_an_unknown_backend_names_the_known_ones():
     with pytest.raises(ConfigError, match=r"did you mean 'scrfd'.*yunet"):
         plan_of("models.detector=scrfdd")
+    for task in ("detector", "segmenter", "face_embedder", "image_embedder"):
+        with pytest.raises(ConfigError, match=f"models.{task} = '' is not known"):
+            plan_of(f"models.{task}=''")
 
 
 @pytest.fixture

@@ -18,7 +18,9 @@ def test_a_comma_in_a_path(tmp_path):
     assert split_spec(rf"memory://x\, y/*.tar,{tmp_path}/a\, b") == ["memory://x, y/*.tar", f"{tmp_path}/a, b"]
 
 
-@pytest.mark.parametrize("spec", ["", " , ", "laion-part-3..1", "made:", "a.parquet,web: "])
+@pytest.mark.parametrize(
+    "spec", ["", " , ", "laion-part-3..1", "laion-part-0..99999999999", "made:", "a.parquet,web: "]
+)
 def test_an_empty_or_backward_spec_is_the_users_mistake(spec):
     with pytest.raises(SourceError):
         split_spec(spec)

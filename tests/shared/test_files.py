@@ -3,13 +3,17 @@
 import os
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from pipeline.shared.atomic import write_atomically
 from pipeline.shared.files import AnyPath, Draft, names, rename, sizes, to_path, write
+from pipeline.shared.commands import local_path
 from schemas.errors import OutputError
 
 
@@ -20,7 +24,8 @@ def folder(request, tmp_path) -> AnyPath:
 
 def test_what_a_path_or_url_stands_for(tmp_path):
     assert to_path("out") == Path("out")
-    assert to_path(f"file://{tmp_path}") == tmp_path
+    for one in (f"file://{tmp_path}", f"file:{tmp_path}"):
+        assert (to_path(one), local_path(one)) == (tmp_path, tmp_path)
     url = to_path("memory://bucket/a.b/") / "c.tar"
     assert (str(url), url.name) == ("memory://bucket/a.b/c.tar", "c.tar")
     assert url.parent == to_path("memory://bucket/a.b")
@@ -58,6 +63,16 @@ def test_a_listing_has_folders_and_sizes_have_files_alone(folder):
     assert names(folder) == [".a", "b", "below"]
     assert sizes(folder) == {".a": 0, "b": 2}
     assert sorted(path.name for path in folder.glob("b*")) == ["b", "below"]
+
+
+def test_a_site_says_sizes_file_by_file(tmp_path):
+    """Its pages list names alone."""
+    (tmp_path / "a.tar").write_bytes(b"123")
+    serving = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), serving) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert sizes(to_path(f"http://127.0.0.1:{server.server_port}")) == {"a.tar": 3}
+        server.shutdown()
 
 
 def test_a_draft_has_its_name_when_it_is_published_and_leaves_nothing_else(folder, tmp_path, monkeypatch):

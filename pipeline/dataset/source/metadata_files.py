@@ -271,11 +271,11 @@ def from_files(samples: Sequence[Mapping[str, bytes]], aliases: Aliases) -> pa.T
 
 
 def _text(value: Any) -> str | None:
-    """A scalar as text; null for lists and objects."""
+    """A scalar as text; null for lists, objects, and NaN, as which Python writes what pandas lacks."""
     if isinstance(value, str):
         # A lone surrogate from a \u escape has no UTF-8 form.
         return value if value.isascii() else value.encode("utf-8", "replace").decode()
-    return str(value) if isinstance(value, int | float) else None
+    return str(value) if isinstance(value, int | float) and value == value else None
 
 
 _CSV = Format(lambda path: (_strings(_csv_header(path)[0]), None), read_csv)

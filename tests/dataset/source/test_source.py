@@ -568,7 +568,7 @@ def test_a_remote_tar_is_fetched_once_for_its_rows_and_once_for_its_images(tmp_p
 def test_jsonl_rows_may_differ_in_keys_and_types(tmp_path):
     lines = (
         '{"url": "http://a.org", "width": 1024}', '{"URL": "http://b.org", "WIDTH": "2000.5", "text": ["no", "text"]}',
-        '{"text": "\\ud800x", "nsfw": true, "width": null}', '{"url": "http://c.org", "width": NaN, "": 5}',
+        '{"text": "\\ud800x", "nsfw": true, "width": null}', '{"url": "http://c.org", "width": NaN, "text": NaN}',
     )  # fmt: skip
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     found = rows(tmp_path / "p.jsonl")

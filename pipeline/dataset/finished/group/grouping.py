@@ -149,9 +149,10 @@ def group(folders: Sequence[AnyPath], out: AnyPath, wish: Wish, console: Console
         CorruptShardError: when a file of theirs is damaged; finished shards of OUT are kept.
         LostError: when OUT cannot be written any more.
     """
-    given = [one.resolve() if isinstance(one, Path) else one for one in (*folders, out)]
-    if given[-1] in given[:-1]:
+    *given, target = (one.resolve() if isinstance(one, Path) else one for one in (*folders, out))
+    if target in given:
         raise OutputError(f"{out} is what is to be grouped: give another --out.")
+    folders = [one for number, one in enumerate(folders) if given[number] not in given[:number]]
     sources = _sources(folders)
     if not any(source.get("kept", 1) for source in sources):
         raise OutputError("No photo was kept in what is to be grouped: there is nothing to group.")
