@@ -102,7 +102,8 @@ class Sampled(Job):
         return sum(seeds.table.num_rows for seeds in self.drawn)
 
     def shards_by_part(self) -> Iterator[Iterable[Seeds]]:
-        return iter([self.drawn])
+        """All with the first part: which row is of which, each row says."""
+        return iter([self.drawn, *[()] * (len(self.parts) - 1)])
 
     @staticmethod
     def of(job: Job, rows: pa.Table) -> "Sampled":

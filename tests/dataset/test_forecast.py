@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
+from servers import jpeg
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
@@ -205,6 +206,15 @@ def test_a_sample_is_run_for_real_and_leaves_nothing(tmp_path, monkeypatch, whol
         "filter.min_image_px = 1024",
     }
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sample_of_several_parts(tmp_path):
+    for part in ("a", "b"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "grey.jpg").write_bytes(jpeg(300))
+    words = ("--shards", f"{tmp_path}/a,{tmp_path}/b", "--profile", "embedded", "--executor", "local")
+    plan = forecast_of(*words, "--out", str(tmp_path / "out"), "--sample", "1", "--set", "filter.min_image_px=64")
+    assert (plan["parts"], plan["forecast"]["run"], plan["forecast"]["kept_of_run"]) == (2, 1, 0)
 
 
 def test_a_sample_of_all_rows_is_exact(tmp_path, monkeypatch, whole):
