@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.shared.atomic import write_atomically
-from pipeline.shared.files import AnyPath, Draft, names, rename, sizes, to_path, write
 from pipeline.shared.commands import local_path
+from pipeline.shared.files import AnyPath, Draft, names, rename, sizes, to_path, write
 from schemas.errors import OutputError
 
 
