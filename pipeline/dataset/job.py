@@ -202,7 +202,7 @@ class _Work:
     @contextmanager
     def described(self) -> Iterator["_Work"]:
         """For `status`, from any terminal; when the run comes to its end, its counts stand in dataset.json."""
-        planned = {"planned": {part.name: part.rows for part in self.parts}}
+        planned = {"planned": {part.name: part.rows for part in self.parts}, "sources_before": self.earlier}
         # All that is given, so that a run that is killed leaves out none of which it made a shard.
         self.output.sources = sorted({*self.earlier, *(part.origin for part in self.parts)})
         self.output.describe(self.plan, planned)

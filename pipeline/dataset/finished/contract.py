@@ -88,7 +88,8 @@ def dataset_problems(dataset: dict[str, Any], text: bytes, sums: Mapping[str, An
     if dataset_text(dataset) != text:
         yield f"the text is not that of a {DATASET} as it was written"
     summed = set(summary([]))
-    more = set(dataset) - {*IDENTITY, "plan", "planned", "sources"}  # there when the run came to its end
+    # What is there when the run came to its end.
+    more = set(dataset) - {*IDENTITY, "plan", "planned", "sources", "sources_before"}
     if missing := sorted(summed - more) if more else []:
         yield f"it lacks {', '.join(missing)}"
     if unknown := sorted(more - {*summed, "files"}):

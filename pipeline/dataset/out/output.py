@@ -25,7 +25,7 @@ from pipeline.shared.files import AnyPath, Draft, RemotePath, fsync_names, names
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.digest import sha256_of_stream
 from schemas.errors import CorruptShardError, LostError, OutputError, ShardError, SourceError, UserError, first_line
-from schemas.names import finished_shards
+from schemas.names import finished_shards, shard_origin
 from schemas.shard import DATASET, PLAIN, SUFFIXES, Manifest, dataset_text, sample_files
 from stages.pixels.images import thumbnail
 
@@ -69,7 +69,7 @@ class Output:
                 self.clear()
                 with contextlib.suppress(FileNotFoundError):
                     before = (self.root / DATASET).read_bytes()
-                    self.sources = json.loads(before).get("sources", [])
+                    self.sources = _sources(json.loads(before), finished_shards(names(self.shards)))
                 written = times(self.shards)
                 if replan:
                     for shard in finished_shards(names(self.shards)):
@@ -221,6 +221,13 @@ class Output:
                     f"{shard} was made of {ledger[name][row]}, its part gives it {seeds[name][row]} in that row now: "
                     "give what OUT was made of, or another OUT."
                 )
+
+
+def _sources(dataset: dict[str, Any], shards: list[str]) -> list[str]:
+    """The origins in a dataset.json; without those that a run was given which was killed before it made a shard."""
+    is_made = not {shard_origin(shard)[0] for shard in shards}.isdisjoint(dataset.get("planned", ()))
+    sources: list[str] = dataset.get("sources", [])
+    return sources if is_made else dataset.get("sources_before", sources)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -250,6 +250,28 @@ def test_what_a_refused_run_was_given_is_no_source(server, part, tmp_path):
     assert sources() == sorted([*own, "other"])
 
 
+def test_what_a_run_was_given_that_was_killed_before_it_made_a_shard_is_no_source(server, part, tmp_path):
+    out, other, left = tmp_path / "out", tmp_path / "other" / "zzz.parquet", []
+    other.parent.mkdir()
+    server.write_part(other)
+    run(part, out, retry=False)
+    own, described = json.loads((out / "dataset.json").read_bytes())["sources"], out / "dataset.json"
+
+    def interrupt(event: Event) -> None:
+        left.append(described.read_bytes())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(other, out, watch=interrupt)
+    assert json.loads(left[0])["sources"] == sorted([*own, "other"])
+    for killed, sources in ((left[0], own), (left[0], sorted([*own, "other"]))):
+        described.write_bytes(killed)  # as kill -9 leaves it
+        assert verify(out) == []
+        assert run(part, out, retry=False)[0] == ExitCode.OK
+        assert json.loads(described.read_bytes())["sources"] == sources
+        run(other, out, retry=False)  # whose shards are there then
+
+
 @pytest.mark.parametrize("is_rerun", [False, True])
 def test_second_chances_come_on_top_of_the_rows_that_are_planned(server, part, tmp_path, monkeypatch, is_rerun):
     monkeypatch.setattr(terminal, "LINE_EVERY_S", 0.0)
