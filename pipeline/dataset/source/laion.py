@@ -3,7 +3,8 @@
 import re
 from collections.abc import Collection, Iterable
 
-from schemas.names import part_name
+from schemas.names import fitting_name, part_name
+from schemas.shard import SUFFIXES
 
 _LAION = re.compile(r"laion|^part-\d{5}-[0-9a-f-]{36}-c000", re.IGNORECASE)
 _RE_LAION = re.compile(r"re-?laion", re.IGNORECASE)
@@ -24,5 +25,6 @@ def is_old_laion(origins: Iterable[str], parts: Collection[str]) -> bool:
     An origin that is called LAION's counts whatever it is.
     """
     doubtful = [one for one in origins if not _RE_LAION.search(one)]
-    others = (one for one in doubtful if not one.startswith("made:") and part_name(one) not in parts)
+    names = {one: part_name(one) for one in doubtful if not one.startswith("made:")}
+    others = (one for one, name in names.items() if not {name, fitting_name(name, SUFFIXES)}.intersection(parts))
     return any(map(_LAION.search, doubtful)) or (any(map(_LAION.search, parts)) and any(others))

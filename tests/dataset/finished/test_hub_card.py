@@ -21,8 +21,8 @@ from pipeline.dataset.source.laion import is_old_laion
 from pipeline.dataset.source.parts import Part
 from pipeline.shared.tars import unpack
 from schemas.errors import CorruptShardError
-from schemas.names import part_name
-from schemas.shard import decode_npy
+from schemas.names import fitting_name, part_name
+from schemas.shard import SUFFIXES, decode_npy
 
 
 @pytest.fixture
@@ -170,6 +170,7 @@ UUID = "part-00007-5b54c5d5-bbcf-484d-a2ce-0d6f73df1a36-c000.snappy"
     [
         (["relaion2B-en", "my pictures"], ["laion-part-0", "my-pictures"], False),
         (["s3://bucket/relaion2B-en", "s3://bucket/pictures"], ["laion-part-0", "pictures"], False),
+        (["relaion2B-en", "f" * 60], ["laion-part-0", fitting_name("f" * 60, SUFFIXES)], False),
         (["relaion2B-en", "made:diffusiondb"], ["laion-part-0", "0"], False),
         (["relaion2B-en", "sample"], ["laion-part-0", "sample"], False),
         (["lists", "relaion2B-en"], ["laion-part-0", part_name(UUID)], True),
