@@ -218,9 +218,9 @@ class Planner:
                 raise raw.corrupt("json", "does not say how its latents were cut")
             cuts = encoded.latents
         crops = {}
-        for name in CROPS:
+        for name in self._reading.crops:
             entry = content["crops"][name]
-            if "box" not in entry or (cuts is not None and name not in cuts) or not getattr(data.crops, name):
+            if "box" not in entry or (cuts is not None and name not in cuts):
                 continue
             box = _box(entry["box"])
             width, height = map(int, entry["size"])

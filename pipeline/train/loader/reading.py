@@ -122,6 +122,8 @@ class Reading:
     """What the condition is read from."""
     mirrored: Mapping[str, str]
     """Suffix -> that of the file for mirrored targets, where that is another one and anything is mirrored."""
+    crops: tuple[str, ...]
+    """Those that may be the target."""
     latents: bool
     """Targets are precomputed latents, not images."""
     text: Mapping[str, tuple[int, ...]]
@@ -139,7 +141,7 @@ class Reading:
 
     @property
     def wanted(self) -> frozenset[str]:
-        return either_form({"json", *self.text, *map(self.target, CROPS)}) | self.condition
+        return either_form({"json", *self.text, *map(self.target, self.crops)}) | self.condition
 
     @property
     def condition(self) -> frozenset[str]:
@@ -229,6 +231,7 @@ def plan_reading(
     return Reading(
         features=features,
         mirrored=mirrored if flip else {},
+        crops=tuple(name for name in CROPS if getattr(config.data.crops, name)),
         latents=latents,
         text=texts,
         flip=flip,

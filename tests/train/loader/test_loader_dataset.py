@@ -307,6 +307,8 @@ def test_images_of_id_only_variants_are_augmented(tmp_path: Path) -> None:
     assert (read.latents, read.text, read.flip, read.colour) == (False, {}, 0.5, 0.5)
     assert read.notices == ()
     assert read.wanted == {"json", "arcface.npy", "portrait.jpg", "half.jpg", "full.jpg"}
+    fewer = reading(tmp_path / "fewer", [fake.sample(0)], crops={"full": 0})
+    assert fewer.wanted == read.wanted - {"full.jpg"}
 
 
 def test_further_captions_that_no_sample_has_are_said(tmp_path: Path) -> None:

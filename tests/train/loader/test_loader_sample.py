@@ -58,9 +58,9 @@ def test_a_crop_that_is_too_rare_is_always_taken_and_the_others_share_the_rest()
 
 def test_a_crop_of_no_weight_is_never_taken() -> None:
     """A sample that has no other is left out; of such a crop alone, as `full` of a bucket, nobody would know."""
-    data = {"resolution": 64, "crops": {"full": 0}}
-    assert {one.crop for one in planned(count=40, data=data)} == {"portrait", "half"}
-    assert planned(fake.sample(0, has=("full",)), 2, data=data) == [None, None]
+    reading = replace(READING, crops=("portrait", "half"))
+    assert {one.crop for one in planned(count=40, reading=reading)} == {"portrait", "half"}
+    assert planned(fake.sample(0, has=("full",)), 2, reading) == [None, None]
 
 
 def test_a_crop_that_would_be_enlarged_is_avoided() -> None:
@@ -107,6 +107,7 @@ def test_only_the_whole_photo_has_an_aspect_of_its_own() -> None:
 READING = Reading(
     features=Features(("segmented",), ({"arcface": "arcface.npy"},), {"arcface.npy": (512,)}, {}),
     mirrored={},
+    crops=CROPS,
     latents=False,
     text={},
     flip=0.5,
