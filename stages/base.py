@@ -55,12 +55,9 @@ def records(table: pa.Table) -> list[Record]:
     return [Record(columns, index) for index in range(table.num_rows)]
 
 
-class RowStage:
+class RowStage(Stage):
     """A stage that works row by row: subclasses write `row`, and raise `Dropped` to drop."""
 
-    name: ClassVar[str]
-    reads: ClassVar[tuple[str, ...]]
-    writes: ClassVar[tuple[str, ...]]
     drops: ClassVar[tuple[DropReason, ...]] = ()
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:

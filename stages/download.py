@@ -5,13 +5,12 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
-from typing import ClassVar
 
 import pyarrow as pa
 
 from schemas.digest import sha256
 from schemas.drops import Dropped, DropReason
-from stages.base import DROP, to_table
+from stages.base import DROP, Stage, to_table
 from stages.fetch import ENGINES
 from stages.fetch.engine import MOST_ROWS, Engine, FetchTimes, Outcome
 from stages.fetch.stored import Stored
@@ -22,17 +21,17 @@ _STORED_AHEAD = 4
 """Tables whose images are read from where they lie before their turn."""
 
 
-class Download:
+class Download(Stage):
     """Fetches each row's image file; a row with an image_ref is read from where that says instead.
 
     May be called from several threads at once. Width and height are written only for rows that are dropped as
     SMALL_IMAGE, whose bodies were not read to their end.
     """
 
-    name: ClassVar[str] = "download"
-    reads: ClassVar[tuple[str, ...]] = ("url", "image_ref")
-    writes: ClassVar[tuple[str, ...]] = ("image", "sha256", "n_bytes", "width", "height")
-    drops: ClassVar[tuple[DropReason, ...]] = (
+    name = "download"
+    reads = ("url", "image_ref")
+    writes = ("image", "sha256", "n_bytes", "width", "height")
+    drops = (
         *(DropReason.BAD_URL, DropReason.SMALL_IMAGE, DropReason.FORBIDDEN_ADDRESS, DropReason.DNS_ERROR),
         *(DropReason.CONNECTION_ERROR, DropReason.TIMEOUT, DropReason.HOST_DOWN, DropReason.NOT_FOUND),
         *(DropReason.ACCESS_DENIED, DropReason.RATE_LIMITED, DropReason.HTTP_ERROR, DropReason.SERVER_ERROR),

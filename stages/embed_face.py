@@ -1,6 +1,6 @@
 """Embed the face: who it is, as a vector of unit length and the length that it had; and how good it is for that."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -8,20 +8,20 @@ import pyarrow as pa
 from schemas.arcface import ARCFACE_SIZE
 from schemas.drops import DropReason
 from schemas.shard import encode_npy
-from stages.base import DROP, to_table
+from stages.base import DROP, Stage, to_table
 from stages.filter import poor, reasons
 from stages.models.backends import FaceEmbedder, FaceQuality, backend
 from stages.runtime import Runtime
 from stages.settings import Settings
 
 
-class EmbedFace:
+class EmbedFace(Stage):
     """Embeds the 112 norm_crops by the configured face embedder, and scores them where `models.fiqa` is set."""
 
-    name: ClassVar[str] = "embed_face"
-    reads: ClassVar[tuple[str, ...]] = ("face112",)
-    writes: ClassVar[tuple[str, ...]] = ("arcface", "embedding_norm", "fiqa")
-    drops: ClassVar[tuple[DropReason, ...]] = (DropReason.BAD_EMBEDDING, *reasons("embed_face"))
+    name = "embed_face"
+    reads = ("face112",)
+    writes = ("arcface", "embedding_norm", "fiqa")
+    drops = (DropReason.BAD_EMBEDDING, *reasons("embed_face"))
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
         self._is_packed, self._limits = settings.pack.embeddings, settings.filter

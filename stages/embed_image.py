@@ -5,7 +5,7 @@ read off CLIP's: whether the face is that of a photo, and scores of the whole ph
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,12 +13,11 @@ import pyarrow as pa
 
 from schemas.arrays import Halves
 from schemas.columns import FEATURES, TOKENS
-from schemas.drops import DropReason
 from schemas.errors import WeightsError
 from schemas.int8 import encode_int8, quantise
 from schemas.shard import encode_npy
 from stages.align import FACE_SIZE
-from stages.base import DROP, records, to_table
+from stages.base import DROP, Stage, records, to_table
 from stages.filter import poor, reasons
 from stages.models.backends import ImageEmbedder, backend
 from stages.models.heads import MEASURES, heads_of
@@ -28,16 +27,16 @@ from stages.runtime import Runtime
 from stages.settings import Settings
 
 
-class EmbedImage:
+class EmbedImage(Stage):
     """Embeds the face crops by the configured image embedder; drops none unless thresholds on heads are set.
 
     Loads nothing and leaves all its columns null where `pack.embeddings` is off.
     """
 
-    name: ClassVar[str] = "embed_image"
-    reads: ClassVar[tuple[str, ...]] = ("face", "mask", "image", "sha256")
-    writes: ClassVar[tuple[str, ...]] = (*FEATURES, *(f"{name}_int8" for name in TOKENS), *MEASURES.values())
-    drops: ClassVar[tuple[DropReason, ...]] = reasons("embed_image")
+    name = "embed_image"
+    reads = ("face", "mask", "image", "sha256")
+    writes = (*FEATURES, *(f"{name}_int8" for name in TOKENS), *MEASURES.values())
+    drops = reasons("embed_image")
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
         """Load the image embedder and the heads that the run uses.

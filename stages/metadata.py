@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from schemas.arrays import Mask
 from schemas.columns import COLUMNS
 from schemas.drops import DropReason
 from schemas.urls import identity
-from stages.base import DROP
+from stages.base import DROP, Stage
 from stages.runtime import Runtime
 from stages.settings import Settings
 
@@ -22,7 +22,7 @@ _HOST = r"\[[0-9a-f:.]+\]|[^\s/?#@:\[\]\\]*[\pL\pN][^\s/?#@:\[\]\\]*"
 _URL = rf"(?i)^https?://(?:[^/?#@\s]*@)?(?:{_HOST})(?::(?:{_PORT}))?(?:[/?#][^\x00-\x1f]*)?$"
 
 
-class Metadata:
+class Metadata(Stage):
     """Drop rows that their metadata rules out; of several reasons the first of `drops` stands.
 
     One instance judges one part, in row order: it remembers the URLs of the candidates so far (16 bytes each), and a
@@ -31,12 +31,10 @@ class Metadata:
     the tar ("") neither are nor make duplicates.
     """
 
-    name: ClassVar[str] = "metadata"
-    reads: ClassVar[tuple[str, ...]] = (
-        "url", "image_ref", "broken", "meta_width", "meta_height", "nsfw", "punsafe", "pwatermark",
-    )  # fmt: skip
-    writes: ClassVar[tuple[str, ...]] = ()
-    drops: ClassVar[tuple[DropReason, ...]] = (
+    name = "metadata"
+    reads = ("url", "image_ref", "broken", "meta_width", "meta_height", "nsfw", "punsafe", "pwatermark")
+    writes = ()
+    drops = (
         DropReason.BAD_METADATA,
         DropReason.BAD_URL,
         DropReason.UNSAFE,
