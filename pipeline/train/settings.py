@@ -165,7 +165,7 @@ class OptimSettings(Section):
     """Learning rate over time, after the warm-up."""
     warmup_steps: int = Field(0, ge=0)
     """Steps from zero to lr."""
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(1, ge=1, le=2**31 - 1)
     """Batches per step."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the gradient to this norm; 0 is off."""

@@ -316,6 +316,7 @@ def test_report_writes_the_page_again_and_refuses_what_is_no_run(cli, real):
         ([*FACEID, "--set", "optim.lr=fast"], ["optim.lr"]),
         ([*FACEID, "--set", "optim.lr=-1"], ["optim.lr"]),
         ([*FACEID, "--set", "optim.betas=[true,0.9]"], ["optim.betas", "give a number"]),
+        ([*FACEID, "--set", f"optim.accumulate={10**20}"], ["optim.accumulate", "less than"]),
         ([*FACEID, "--set", "guidance.p_uncond_both=1"], ["guidance.p_uncond_image", "more than 1"]),
         ([*FACEID, "--set", "data.crops={portrait=0, half=0, full=0}"], ["data.crops.portrait", "all 0"]),
         ([*FACEID, "--steps", "0"], ["steps"]),
