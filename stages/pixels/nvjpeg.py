@@ -54,7 +54,7 @@ class NvJpeg:
         try:
             with DEVICE:
                 return [to_host(image.permute(1, 2, 0).contiguous()) for image in self._decode(given)]
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:  # so called in torch 2.4 too
             raise
         except RuntimeError:  # one that cannot be decoded spoils the batch
             return [None] if len(files) == 1 else [image for data in files for image in self._decoded(kind, [data])]
