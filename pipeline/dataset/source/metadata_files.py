@@ -222,7 +222,7 @@ def _records(path: str, file: Iterable[bytes]) -> Iterator[dict[str, Any] | None
     for line in filter(bytes.strip, file):
         record = parse_record(line)
         if record is None and not line.endswith(b"\n"):
-            raise SourceError(f"{path} is cut off: its last line is no whole JSON object.")
+            raise SourceError(f"{path} is cut off, or holds no JSON object a line: its last line is no whole one.")
         yield record
 
 

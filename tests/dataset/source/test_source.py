@@ -314,7 +314,10 @@ def test_jsonl_with_a_line_that_is_no_object(tmp_path):
     path.write_text('[1]\n{"url": "http://a.org"}\n{"url": "http://b\n')
     assert [row["verdict"] for row in rows(path)] == ["bad_metadata", None, "bad_metadata"]
     path.write_text('{"url": "http://a.org"}\n' * 150 + '{"url": "http://b')
-    assert complaint(path) == f"{path} is cut off: its last line is no whole JSON object."
+    cut_off = f"{path} is cut off, or holds no JSON object a line: its last line is no whole one."
+    assert complaint(path) == cut_off
+    path.write_text('[{"url": "http://a.org"}]')
+    assert complaint(path) == cut_off
     path.write_text('[\n  {"url": "http://a.org"},\n]\n'.replace("  {", "{"))
     assert complaint(path) == f"{path} holds no JSON objects, one a line."
 
