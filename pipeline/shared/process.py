@@ -4,10 +4,11 @@ import gc
 import io
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from errno import EDQUOT, EFBIG, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC, EROFS
+from errno import EDQUOT, EFBIG, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC, EPIPE, EROFS
 from types import FrameType
 from typing import Any
 
@@ -32,21 +33,31 @@ def standard_streams() -> None:
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # as long as the process
-        elif stream.isatty():
-            raw = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
+        elif stream.isatty() or _is_pipe(stream):
+            raw = io.BufferedWriter(_Read(stream.fileno(), "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True))
         elif getattr(stream, "errors", "") == "strict" or "utf" not in (stream.encoding or "utf").lower():
             stream.reconfigure(errors="backslashreplace")
 
 
-class _Terminal(io.FileIO):
-    """A terminal: what is printed after it was closed goes nowhere, so that whatever prints can come to its end."""
+def _is_pipe(stream: Any) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError):  # a stream of a program that calls us
+        return False
+
+
+class _Read(io.FileIO):
+    """A terminal or pipe: what is printed once nobody reads it goes nowhere, so that whatever prints comes to its end.
+
+    A run of days would end with `| head`, or with the `tee` that somebody killed.
+    """
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno != EIO:
+            if error.errno not in (EIO, EPIPE):
                 raise
             return len(data)
 

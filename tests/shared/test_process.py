@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -79,6 +80,24 @@ def test_a_terminal_that_is_closed_interrupts_and_what_is_printed_then_is_no_err
     ended = subprocess.run(call, check=False, capture_output=True, text=True, timeout=50)
     assert ended.returncode == 130, ended.stderr
     assert (tmp_path / "file").read_text() == "rows"
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_who_no_longer_reads_what_is_printed_ends_nothing(stream, tmp_path):
+    code = f"""
+import sys
+from pipeline.shared.process import standard_streams
+standard_streams()
+for _ in range(3):
+    print("x" * 100_000, file=sys.{stream}, flush=True)
+open(sys.argv[1], "w").write("rows")
+"""
+    reading, writing = os.pipe()
+    os.close(reading)
+    call = [sys.executable, "-c", code, str(tmp_path / "file")]
+    ended = subprocess.run(call, check=False, timeout=50, **{stream: writing})
+    os.close(writing)
+    assert (ended.returncode, (tmp_path / "file").read_text()) == (0, "rows")
 
 
 def test_nohup_stays():
