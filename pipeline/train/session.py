@@ -38,6 +38,7 @@ class Session:
         config, rank, on_gpu = job.config, accelerator.process_index, accelerator.device.type == "cuda"
         self._accelerator, self._job = accelerator, job
         self.step = 0
+        self._samples = config.optim.accumulate * config.data.batch_size * accelerator.num_processes  # of a step
         self._skipped = 0
         self.loader = ShardLoader(
             job.dataset,
@@ -146,6 +147,7 @@ class Session:
                 "average": counters,
                 "scaler": None if self._accelerator.scaler is None else self._accelerator.scaler.state_dict(),
                 "ranks": ranks,
+                "samples": self._samples,
             }
             self._job.run.save(self.step, self.trained, average, state, self._job.config.watch.keep)
         self._accelerator.wait_for_everyone()
@@ -169,6 +171,12 @@ class Session:
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         self.step = step
+        before = state.get("samples", self._samples // accelerator.num_processes * len(ranks))
+        if before != self._samples:
+            say(
+                f"note: a step had {before} samples and has {self._samples}, by the number of processes and "
+                "optim.accumulate, which may be changed so that it has as many as before."
+            )
         if len(ranks) != accelerator.num_processes:
             self.loader.load_states_of([one["loader"] for one in ranks])
             # From seeds of this step: those of the beginning would give its noise once more.
@@ -176,10 +184,7 @@ class Session:
             drawn, dropped = sequence.generate_state(2).tolist()
             self.generator.manual_seed(drawn)
             torch.manual_seed(dropped)
-            say(
-                f"note: the number of processes was {len(ranks)} and is {accelerator.num_processes}: optim.accumulate "
-                "may be changed, so that a step has as many samples as before."
-            )
+            say(f"note: the number of processes was {len(ranks)} and is {accelerator.num_processes}.")
             return
         mine = ranks[accelerator.process_index]
         self.loader.load_state_dict(mine["loader"])

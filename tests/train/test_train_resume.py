@@ -412,8 +412,11 @@ def test_what_a_short_of_memory_machine_needs_may_change(short, dataset, capsys)
     pairs = ("data.workers=1", "optim.gradient_checkpointing=true")
     assert train(dataset, short.root, *pairs, steps=3, resume=True) == 0
     assert "note:" not in capsys.readouterr().err, "one worker deals out samples as none does"
-    assert train(dataset, short.root, "data.workers=2", "data.shuffle=1", steps=4, resume=True) == 0
-    assert "data.workers or data.shuffle differ" in capsys.readouterr().err
+    more = ("data.workers=2", "data.shuffle=1", "optim.accumulate=2")
+    assert train(dataset, short.root, *more, steps=4, resume=True) == 0
+    errors = capsys.readouterr().err
+    assert "data.workers or data.shuffle differ" in errors
+    assert "note: a step had 2 samples and has 4, by the number of processes" in errors
     assert [line["step"] for line in lines(short)] == [1, 2, 3, 4]
     assert lines(short)[3]["epoch"] == lines(short)[2]["epoch"] + 1
 
@@ -711,6 +714,7 @@ def test_another_number_of_processes_goes_on_with_the_next_epoch(pair, server, d
     again = two(server, dataset, run, tmp_path / "observed", "--resume", steps=DDP_STEPS + 2)
     assert [process.end() for process in again] == [0, 0], again[0].said
     assert "processes was 1 and is 2" in again[0].said
+    assert "a step had" not in child.said + again[0].said
     assert [line["step"] for line in lines(run)] == list(range(1, DDP_STEPS + 3))
     weights = [[note["weights"] for note in rank if "step" in note] for rank in notes(tmp_path / "observed")]
     assert weights[0] == weights[1]

@@ -78,7 +78,8 @@ def features_of(dataset: Dataset, reads: Sequence[str], adapter: AdapterSettings
             lacking = dataset.without(suffix)
             how = "" if role == "arcface" else f" with --set models.image_embedder={encoder}"
             if any(f"{columns[role]}{plain}.npy" in lacking.suffixes for plain in _PLAIN.values()):
-                how = f" with --set segment.condition={pictures[index]}"  # they are of the other picture
+                wanted = "both" if len(pictures) > 1 else pictures[index]
+                how = f" with --set segment.condition={wanted}"  # they are of the other picture
             if not lacking.suffixes & EMBEDDINGS:
                 how = " with --set pack.embeddings=true"
             raise SourceError(f"The shards of {lacking.folders} have no {suffix}: make the dataset again{how}.")

@@ -231,7 +231,7 @@ def test_columns_that_a_variant_reads_must_be_there(out: Path) -> None:
     with pytest.raises(SourceError, match=r"no dino\.npy: .*models\.image_embedder=dinov2"):
         features_of(dataset, ("hidden",), DINO)
     for condition in ("plain", "both"):
-        with pytest.raises(SourceError, match=r"no clip_hidden_plain\.npy: .*segment\.condition=plain"):
+        with pytest.raises(SourceError, match=rf"no clip_hidden_plain\.npy: .*segment\.condition={condition}"):
             features_of(dataset, ("hidden",), AdapterSettings(condition=condition))
 
 
