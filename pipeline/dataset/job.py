@@ -93,7 +93,8 @@ def prepared(spec: str, config: Config, *, dry_run: bool = False) -> Iterator[Jo
             runtime = replace(runtime, refusals=f"/proc/{os.getpid()}/fd/{file.fileno()}")
         parts = find_parts(",".join(kind + word.replace(",", r"\,") for kind, word in words), config.source)
         plan = make_plan(config, runtime, dry_run=dry_run)
-        yield Job(plan, tuple(replace(part, name=fitting_name(part.name, plan.suffixes)) for part in parts))
+        suffixes = plan.suffixes
+        yield Job(plan, tuple(replace(part, name=fitting_name(part.name, suffixes)) for part in parts))
 
 
 def make_dataset(
