@@ -19,7 +19,7 @@ _TAR_CHARS = 100
 _MOST_CHARS, _SHORTENED = 74, 44
 """Of a part's name, and what is left of a longer one, before a digest."""
 _MOST_PARTS = 1_000_000
-_ROW_DIGITS = 9
+ROW_DIGITS = 9
 _SHARD_DIGITS = 5
 
 
@@ -85,7 +85,7 @@ def fitting_name(part: str, suffixes: Iterable[str]) -> str:
 
 def sample_key(part: str, row: int) -> str:
     """The key of a row: `<part>-<row>`, zero-padded so that keys sort as rows do."""
-    return f"{part}-{row:0{_ROW_DIGITS}d}"
+    return f"{part}-{row:0{ROW_DIGITS}d}"
 
 
 def shard_name(part: str, number: int, round: int = 0) -> str:

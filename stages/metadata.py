@@ -51,22 +51,25 @@ class Metadata(Stage):
     def __call__(self, table: pa.Table) -> pa.Table:
         limits, shortest = self.settings.metadata, self.settings.filter.min_image_px
         urls, tags = pc.utf8_trim_whitespace(table["url"]), pc.utf8_upper(pc.utf8_trim_whitespace(table["nsfw"]))
-        fetched = _mask(pc.is_valid(table["image_ref"]))
-        tagged = _mask(pc.is_in(tags, value_set=self._tags))
-        # Either side decides alone, so swapped columns and a single known side are judged alike.
-        small = _mask(pc.less(table["meta_width"], shortest)) | _mask(pc.less(table["meta_height"], shortest))
-        reasons = np.full(table.num_rows, None, dtype=object)
-        for reason, mask in (
-            (DropReason.BAD_METADATA, _mask(table["broken"])),
-            (DropReason.BAD_URL, ~fetched & ~_mask(pc.match_substring_regex(urls, _URL))),
-            (DropReason.UNSAFE, _above(table["punsafe"], limits.max_punsafe) | tagged),
-            (DropReason.WATERMARK, _above(table["pwatermark"], limits.max_pwatermark)),
-            (DropReason.SMALL_IMAGE, small),
-        ):
-            reasons[mask & (reasons == None)] = reason.value  # noqa: E711 (elementwise)
-        alive = np.flatnonzero(reasons == None)  # noqa: E711
-        reasons[alive[self._seen.repeats(table, alive)]] = DropReason.DUPLICATE_URL.value
-        return pa.table({DROP: pa.array(reasons, pa.string())})
+        is_url = pc.fill_null(pc.match_substring_regex(urls, _URL), False)
+        reasons = {
+            DropReason.BAD_METADATA: table["broken"],
+            DropReason.BAD_URL: pc.and_(pc.is_null(table["image_ref"]), pc.invert(is_url)),
+            DropReason.UNSAFE: pc.or_kleene(
+                _above(table["punsafe"], limits.max_punsafe), pc.is_in(tags, value_set=self._tags)
+            ),
+            DropReason.WATERMARK: _above(table["pwatermark"], limits.max_pwatermark),
+            # Either side decides alone, so swapped columns and a single known side are judged alike.
+            DropReason.SMALL_IMAGE: pc.or_kleene(
+                pc.less(table["meta_width"], shortest), pc.less(table["meta_height"], shortest)
+            ),
+        }
+        masks = pc.make_struct(*(pc.fill_null(mask, False) for mask in reasons.values()))
+        drop = pc.case_when(masks, *(reason.value for reason in reasons))
+        alive = np.flatnonzero(_mask(pc.is_null(drop)))
+        repeated = np.zeros(table.num_rows, dtype=bool)
+        repeated[alive] = self._seen.repeats(table, alive)
+        return pa.table({DROP: pc.if_else(pa.array(repeated), DropReason.DUPLICATE_URL.value, drop)})
 
 
 @dataclass
@@ -98,9 +101,9 @@ class SeenUrls:
         return repeated
 
 
-def _above(column: pa.ChunkedArray, limit: float) -> Mask:
+def _above(column: pa.ChunkedArray, limit: float) -> pa.ChunkedArray:
     # The limit in the column's own precision: 0.8 as float32 is more than 0.8, and must not count as above it.
-    return _mask(pc.greater(column, pa.scalar(limit, COLUMNS["punsafe"].type)))
+    return pc.greater(column, pa.scalar(limit, COLUMNS["punsafe"].type))
 
 
 def _mask(column: Any) -> Mask:

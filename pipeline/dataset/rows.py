@@ -12,6 +12,8 @@ from schemas.columns import COLUMNS, LEDGER, LEDGER_SCHEMA, SEED
 
 WITNESS_SCHEMA = pa.schema([("key", pa.string()), ("verdict", pa.string()), ("image", pa.binary())])
 """Photos of a few dropped rows, for the report alone."""
+NO_WITNESSES = WITNESS_SCHEMA.empty_table()
+_NONE_DEAD = LEDGER_SCHEMA.empty_table()
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Rows:
     @staticmethod
     def living(table: pa.Table) -> "Rows":
         """Rows of which none was dropped yet."""
-        return Rows(table, LEDGER_SCHEMA.empty_table(), WITNESS_SCHEMA.empty_table())
+        return Rows(table, _NONE_DEAD, NO_WITNESSES)
 
     @staticmethod
     def joined(batches: "Sequence[Rows]") -> "Rows":
@@ -77,7 +79,7 @@ def split_seeds(seeds: pa.Table) -> Rows:
     """Judged seed rows as living rows and tombstones."""
     alive = pc.is_null(seeds.column("verdict"))
     dead = seeds.filter(pc.invert(alive))
-    return Rows(seeds.filter(alive).select(list(SEED)), _as_ledger(dead), WITNESS_SCHEMA.empty_table())
+    return Rows(seeds.filter(alive).select(list(SEED)), _as_ledger(dead), NO_WITNESSES)
 
 
 def tombstones(rows: pa.Table, verdicts: pa.Array, stage: str) -> pa.Table:

@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -54,8 +55,7 @@ def apply_ahead(step: Loaded, batches: Iterator[Rows], most_rows: int) -> Iterat
 def _applied(step: Loaded, rows: Rows, result: pa.Table | None) -> Rows:
     stage, alive = step.stage, rows.alive
     if alive.num_rows == 0 or result is None:
-        known = step.keep & {*alive.column_names, *stage.writes}
-        return replace(rows, alive=schema(tuple(name for name in COLUMNS if name in known)).empty_table())
+        return replace(rows, alive=_empty(step.keep & {*alive.column_names, *stage.writes}))
     written, drop = checked(stage, alive, result)
     columns = {column.name: alive[column.name] for column in alive.schema} | {n: written[n] for n in stage.writes}
     keep = [name for name in COLUMNS if name in step.keep and name in columns]
@@ -71,6 +71,11 @@ def _applied(step: Loaded, rows: Rows, result: pa.Table | None) -> Rows:
         witnesses = _witnesses(witnesses, alive, drop)
     check_filled(survivors, stage.writes, stage.name)
     return replace(rows, alive=survivors.select(keep), dead=dead, witnesses=witnesses)
+
+
+@cache
+def _empty(names: frozenset[str]) -> pa.Table:
+    return schema(tuple(name for name in COLUMNS if name in names)).empty_table()
 
 
 def apply_all(steps: Sequence[Loaded], rows: Rows) -> Rows:

