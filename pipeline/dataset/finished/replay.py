@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rich.table import Table
 from pipeline.dataset.out.ledger import Rounds, occurrences, read_ledger, shard_names, shards_folder
 from pipeline.shared.configfile import explain, merge, read_values
 from pipeline.shared.files import AnyPath
+from pipeline.shared.several import of_each
 from schemas.arrays import Doubles, Mask
 from schemas.columns import KEPT, LATER
 from schemas.drops import DropReason
@@ -180,8 +182,8 @@ def ledgers(out: AnyPath, columns: Sequence[str]) -> Iterator[pa.Table]:
     """These columns and the verdict of every ledger of OUT, each row of a part once, with its last verdict."""
     shards = shard_names(out)
     rounds = Rounds(out, shards)
-    for shard in shards:
-        ledger = read_ledger(out, shard, [*columns, "row", "verdict"])
+    read = partial(read_ledger, out, columns=[*columns, "row", "verdict"])
+    for shard, ledger in zip(shards, of_each(out, read, shards), strict=True):
         if rounds.last(shard_origin(shard)[0]):
             ledger = ledger.filter(pa.array(~rounds.replaced(shard, ledger["row"])))
         yield ledger

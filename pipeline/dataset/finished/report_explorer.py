@@ -55,6 +55,7 @@ class Explorer:
         self.stops = {key: sorted({*stops[key], getattr(limits, key)}) for key in THRESHOLDS}
         empty = dict.fromkeys((*THRESHOLDS, "outcome"), np.zeros(0, np.uint8))
         self._cells = [pa.table({**empty, "count": np.zeros(0, np.int64)})]
+        self._held = 0
 
     def add(self, rows: Evidence) -> None:
         """Count rows. A bin is how many stops a value passes (of a least) or fails (of a most)."""
@@ -64,8 +65,10 @@ class Explorer:
         }
         ones = np.ones(len(rows.outcome), np.int64)
         self._cells.append(_summed(pa.table({**columns, "outcome": rows.outcome.astype(np.uint8), "count": ones})))
-        if sum(cells.num_rows for cells in self._cells) > _MERGE:
+        self._held += self._cells[-1].num_rows
+        if self._held > _MERGE:
             self._cells = [self._merged()]
+            self._held = self._cells[0].num_rows
 
     def _merged(self) -> pa.Table:
         """All cells; while they are too many, the quality with the most stops loses every other."""

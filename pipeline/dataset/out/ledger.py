@@ -3,7 +3,6 @@
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import AnyPath, RemotePath, names, parquet
+from pipeline.shared.several import of_each
 from schemas.arrays import Integers, Mask
 from schemas.columns import KEPT, complete
 from schemas.drops import DropReason
@@ -26,8 +26,6 @@ from stages import STAGES
 
 LIVE = f"{TEMPORARY}progress.json"
 """Beside the shards' folder while a run goes on, and after one that was killed: what it came to so far."""
-_AT_A_TIME = 16
-"""Manifests of a store that are asked for together."""
 UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError)
 """What pyarrow raises for a file that is no such parquet."""
 
@@ -93,15 +91,8 @@ def read_manifest(out: AnyPath, shard: str) -> Manifest:
 
 
 def read_manifests(out: AnyPath) -> list[Manifest]:
-    """The manifests of all finished shards, in the order of their names; of a store several come at a time."""
-    shards = shard_names(out)
-    if not isinstance(out, RemotePath):
-        return [read_manifest(out, shard) for shard in shards]
-    pool = ThreadPoolExecutor(_AT_A_TIME)
-    try:
-        return list(pool.map(partial(read_manifest, out), shards))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    """The manifests of all finished shards, in the order of their names."""
+    return list(of_each(out, partial(read_manifest, out), shard_names(out)))
 
 
 def read_dataset(out: AnyPath) -> dict[str, Any]:
@@ -200,16 +191,19 @@ class Rounds:
 
 
 def funnel(out: AnyPath) -> Funnel:
-    """The funnel of all finished shards, counted from their ledgers, one ledger in memory at a time.
+    """The funnel of all finished shards, counted from their ledgers, of which few are in memory at a time.
 
     Rows that had a second chance are counted once, with their last verdict.
     """
     total: Counter[tuple[str, str]] = Counter()
     shards = shard_names(out)
     rounds = Rounds(out, shards)
-    for shard in shards:
-        ledger = read_ledger(out, shard, ("row", "stage", "verdict"))
-        counted, manifest = by_stage_and_verdict(ledger), read_manifest(out, shard)
+
+    def read(shard: str) -> tuple[pa.Table, Manifest]:
+        return read_ledger(out, shard, ("row", "stage", "verdict")), read_manifest(out, shard)
+
+    for shard, (ledger, manifest) in zip(shards, of_each(out, read, shards), strict=True):
+        counted = by_stage_and_verdict(ledger)
         if unknown := {stage for stage, _ in counted} - set(STAGES):
             raise CorruptShardError(f"{shard}.parquet: the stage {min(map(str, unknown))!r} is not known")
         by_verdict = occurrences(ledger["verdict"])

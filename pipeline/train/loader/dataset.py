@@ -5,6 +5,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from typing import NamedTuple, TypeVar
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from pipeline.shared.files import AnyPath, names, sizes, to_path
+from pipeline.shared.several import of_each
 from pipeline.train.loader.shards import Raw, Shard, meta, samples, targets
 from pipeline.train.settings import DataSettings
 from schemas.arrays import Array
@@ -66,7 +68,8 @@ def read_folder(given: str, *, manifests_may_differ: bool) -> DatasetFolder:
         if not folder.is_dir():
             root, folder = root.parent, root
         lengths, finished = sizes(folder), finished_shards(names(folder))
-        shards = [Shard(given, folder / f"{name}.tar", _manifest(folder, name)) for name in finished]
+        manifests = of_each(folder, partial(_manifest, folder), finished)
+        shards = [Shard(given, folder / f"{one.shard}.tar", one) for one in manifests]
     except OutputError as error:
         raise SourceError(f"{given or 'A DIR of --from-shards'} cannot be opened: {error}") from error
     except OSError as error:
