@@ -90,7 +90,7 @@ class Screen:
                 # Going by what was done since the start.
                 seconds = (time.monotonic() - self._begun) * (self._total - self._done) / (self._done - self._start)
                 amount, unit = (seconds / 60, "min") if seconds < 7200 else (seconds / 3600, "h")
-                left = f", about {amount:,.0f} {unit} left"
+                left = f", about {max(amount, 1):,.0f} {unit} left"
             line = f"{self._line.format(done=self._done, total=total)}, {words}{left}"
             self.say("\n  ".join([line, *([] if is_over else self.notes())]))
 
