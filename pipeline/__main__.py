@@ -209,7 +209,7 @@ def verify(folder: Folder = "out") -> None:
     from pipeline.dataset.finished import verify as finished
     from pipeline.shared.files import to_path
 
-    problems = finished.verify(to_path(folder))
+    problems = finished.verify(to_path(folder), console)
     if foreign := finished.foreign_files(to_path(folder)):
         say(f"Not ours, and left alone: {', '.join(foreign)}")
     for problem in problems:

@@ -1,4 +1,4 @@
-"""Several files of a store at a time: over a network, each of them is mostly waited for."""
+"""Several files at a time: those of a store are mostly waited for, and those on a disk may be work for all cores."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -9,19 +9,20 @@ from pipeline.shared.files import AnyPath, RemotePath
 
 T = TypeVar("T")
 
-_AT_A_TIME = 16
+_OF_A_STORE = 16
 
 
-def of_each(folder: AnyPath, read: Callable[[str], T], names: Iterable[str]) -> Iterator[T]:
-    """What is read of each name, in their order; of a local folder one by one, of a store no more than 16 ahead."""
-    if not isinstance(folder, RemotePath):
+def of_each(folder: AnyPath, read: Callable[[str], T], names: Iterable[str], threads: int = 1) -> Iterator[T]:
+    """What is read of each name, in their order, of a store by 16 threads and no more ahead, else by `threads`."""
+    threads = _OF_A_STORE if isinstance(folder, RemotePath) else threads
+    if threads == 1:
         yield from map(read, names)
         return
-    pool, ahead = ThreadPoolExecutor(_AT_A_TIME), deque[Future[T]]()
+    pool, ahead = ThreadPoolExecutor(threads), deque[Future[T]]()
     try:
         for name in names:
             ahead.append(pool.submit(read, name))
-            if len(ahead) == _AT_A_TIME:
+            if len(ahead) == threads:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()

@@ -1,12 +1,14 @@
 """`verify`: whether every file of a dataset is what its manifest says, and every sample what the contract says."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+from rich.console import Console
 
 from pipeline.dataset.finished.contract import (
     IDENTITY,
@@ -22,6 +24,8 @@ from pipeline.dataset.out.ledger import UNREADABLE, read_dataset, read_manifest,
 from pipeline.dataset.out.output import fingerprint
 from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import AnyPath, names, parquet
+from pipeline.shared.several import of_each
+from pipeline.shared.terminal import Screen
 from schemas.columns import LEDGER_SCHEMA, complete
 from schemas.errors import CorruptShardError, RemoteError
 from schemas.names import finished_shards
@@ -42,8 +46,8 @@ class Problem:
     message: str
 
 
-def verify(out: AnyPath) -> list[Problem]:
-    """Check all finished shards of OUT.
+def verify(out: AnyPath, shown_on: Console | None = None) -> list[Problem]:
+    """Check all finished shards of OUT, on all cores; `shown_on` is told how far it is.
 
     Whatever is wrong with files below OUT is a problem in the list, never an exception. Bytes that are not those of the
     manifest are a problem of their file: what is inside them proves nothing more.
@@ -65,14 +69,21 @@ def verify(out: AnyPath) -> list[Problem]:
     embeddings = None
     with suppress(CorruptShardError, OSError, KeyError, TypeError, AttributeError):  # a problem of dataset.json, below
         embeddings = read_dataset(out)["plan"]["settings"].get("pack", {}).get("embeddings", True)
-    for shard in shards:
+
+    def checked(shard: str) -> tuple[Manifest | None, list[Problem]]:
         try:
             manifest = read_manifest(out, shard)
         except (CorruptShardError, RemoteError) as error:
-            problems.append(Problem(shard, f"{shard}.json", None, str(error).removeprefix(f"{shard}.json: ")))
-        else:
-            manifests.append(manifest)
-            problems += _shard_problems(out, shard, manifest, forgotten, embeddings)
+            return None, [Problem(shard, f"{shard}.json", None, str(error).removeprefix(f"{shard}.json: "))]
+        return manifest, list(_shard_problems(out, shard, manifest, forgotten, embeddings))
+
+    cores = len(os.sched_getaffinity(0))
+    with Screen(shown_on or Console(quiet=True), "verify", "{done:,} of {total} shards", len(shards)) as screen:
+        for number, (manifest, damage) in enumerate(of_each(out, checked, shards, cores), 1):
+            manifests += [manifest] if manifest else []
+            problems += damage
+            # Its end is for whoever called to say.
+            screen.advance(1, f"problems: {len(problems):,}" if number < len(shards) else None)
     strays = [name for name in names(shards_folder(out)) if _shard_of(name) not in known]
     message = "belongs to no finished shard: a rerun makes it anew, or remove it"
     problems += [Problem("", name, None, message) for name in strays]

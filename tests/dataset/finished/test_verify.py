@@ -3,6 +3,7 @@ import io
 import json
 import shutil
 import tarfile
+import threading
 from pathlib import Path
 
 import fake_dataset as fake
@@ -12,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.numpy import save as save_features
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
+from pipeline.dataset.finished import verify as verification
 from pipeline.dataset.finished.forget import forget
 from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.replay import replay
@@ -87,6 +90,17 @@ def told(out):
 
 def test_what_the_publisher_writes_verifies(out):
     assert verify(out) == []
+
+
+def test_it_says_how_far_it_is_and_looks_at_several_shards_together(out, monkeypatch):
+    screen, meeting = io.StringIO(), threading.Barrier(2)
+    monkeypatch.setattr("pipeline.shared.terminal.LINE_EVERY_S", -1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr(verification, "manifest_problems", lambda *_: [str(meeting.wait(60))])
+    problems = verify(out, Console(file=screen, width=100))
+    assert [problem.file for problem in problems] == [f"{SHARD}.json", "a-00001.json"]
+    assert screen.getvalue().startswith("1 of 2 shards, problems: 1")
+    assert screen.getvalue().count("\n") == 1, "its end is said by the command"
 
 
 def test_the_edits_of_this_file_are_themselves_harmless(out):
