@@ -181,15 +181,16 @@ class Dataset:
 def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
     """Find the finished shards of `make dataset` outputs; tars are measured, not hashed.
 
-    `dirs` are OUT folders, or their `shards` folders: paths or fsspec URLs.
+    `dirs` are OUT folders, or their `shards` folders: paths or fsspec URLs. Of folders with the same shards one counts.
 
     Raises:
         SourceError: when a folder holds no samples, a tar is not as long as its manifest says, or embedders differ.
     """
     if not dirs:
         raise SourceError("No dataset is given: --from-shards takes the OUT folders of `make dataset`.")
-    folders = [read_folder(given, manifests_may_differ=data.verify == "size") for given in dirs]
-    check_embedders(folders)
+    read = [read_folder(given, manifests_may_differ=data.verify == "size") for given in dirs]
+    check_embedders(read)
+    folders = list({folder.digest: folder for folder in read}.values())  # what is named twice counts once
     digests = tuple(folder.digest for folder in folders)
     shards = tuple(shard for folder in folders for shard in folder.shards if shard.manifest.kept)
     # The first samples of one shard per plan; of all but their json it is only noted that they are there.

@@ -1,6 +1,7 @@
 """Opening datasets: what is refused, and with which sentence."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,17 @@ def test_several_folders_may_have_shards_of_one_name(out: Path, tmp_path: Path) 
     assert [shard.name for shard in both.shards] == ["a-00000", "b-00001", "a-00000"]
     assert both.digest not in both.lineage
     assert len(set(both.lineage)) == 2
+
+
+def test_a_folder_that_is_named_twice_counts_once(out: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(out)
+    copy = shutil.copytree(out, tmp_path / "copy")
+    names = [f"{out}/", f"{out.parent}/./out", f"{out}/shards", f"{tmp_path}/link", f"file://{out}", str(copy)]
+    alone, other = open_dataset([str(out)], DATA), fake.write(tmp_path / "other", {"a-00000": fake.counted(10, 2)})
+    for name in names:
+        twice = open_dataset([str(out), name], DATA)
+        assert (twice.samples, twice.digest, twice.lineage) == (5, alone.digest, alone.lineage)
+        assert open_dataset([str(out), other, name], DATA).samples == 7
 
 
 def test_a_dataset_in_memory(memory: str) -> None:
