@@ -95,7 +95,8 @@ def dataset(
     say(f"Shards: {folder / 'shards'}\nReport: {folder / REPORT}")
     if code is ExitCode.SHARDS_FAILED:
         errors.print(
-            "Some shards failed, for the reasons above; the others are done. The same command goes on from there."
+            "Some shards failed, for the reasons above; the others are done. Unless a reason asks for another command, "
+            "the same one goes on from there."
         )
     raise typer.Exit(code)
 

@@ -34,4 +34,6 @@ def test_a_part_that_was_made_by_a_model_mixes_with_none_of_the_web(tmp_path, fi
     done = CliRunner().invoke(app, [*words, f"{then}{part}"])
     kinds = [kind.strip(":") or "web" for kind in (first, then)]
     assert done.exit_code == 3
-    assert f"was made of {kinds[0]}, its part gives it {kinds[1]} in that row now" in " ".join(done.output.split())
+    output = " ".join(done.output.split())
+    assert f"was made of {kinds[0]}, its part gives it {kinds[1]} in that row now" in output
+    assert "Unless a reason asks for another command, the same one goes on from there." in output
