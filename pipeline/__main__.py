@@ -214,8 +214,7 @@ def verify(folder: Folder = "out") -> None:
     if foreign := finished.foreign_files(to_path(folder)):
         say(f"Not ours, and left alone: {', '.join(foreign)}")
     for problem in problems:
-        where = f"{problem.file}{f' [{problem.key}]' if problem.key else ''}"
-        say(f"{where}: {problem.message}", errors)
+        say(f"{problem.file}{f' [{problem.key}]' if problem.key else ''}: {problem.message}", errors)
     if problems:
         errors.print(f"Problems found: {len(problems)}.")
         raise typer.Exit(ExitCode.SHARDS_FAILED)
@@ -244,16 +243,18 @@ def forget(
     from pipeline.dataset.finished import forget as finished
     from pipeline.shared.files import to_path
 
-    texts = (given or () for given in (urls, domains, contents, files))
-    gone = finished.forget(to_path(folder), lists or (), *texts, dry_run=dry_run)
+    texts = [given or [] for given in (lists, urls, domains, contents, files)]
+    gone = finished.forget(to_path(folder), *texts, dry_run=dry_run)
     for shard, keys in gone.rows.items() if dry_run else ():
         for key in keys:
             say(f"{shard}: {key}")
     if gone.rows:
         sentence = f"{'Would forget' if dry_run else 'Forgotten'}: {gone}."
-    else:
+    elif any(texts):
         later = "would" if dry_run else "will"
         sentence = f"Nothing in the dataset matches; later runs into it {later} not fetch it either."
+    else:
+        sentence = "Nothing is left to be done: to forget more, give --url, --domain, --sha256, --file or --list."
     say(sentence)
     for trouble in gone.damaged:
         say(f"error: {trouble}.", errors)
@@ -287,9 +288,8 @@ def group(
     from pipeline.dataset.out.ledger import funnel_table
     from pipeline.shared.files import to_path
 
-    sources = [to_path(folder) for folder in folders]
     wish = Wish(similarity, singles, samples_per_shard, sscd)
-    counted = grouped(sources, to_path(out), wish, console, replan=replan)
+    counted = grouped([to_path(one) for one in folders], to_path(out), wish, console, replan=replan)
     console.print(funnel_table(counted))
 
 

@@ -80,7 +80,13 @@ def part_name(path: str) -> str:
 def fitting_name(part: str, suffixes: Iterable[str]) -> str:
     """A part's name, cut like a long one where a tar could not hold the names of samples' files with these suffixes."""
     is_long = max(len(f"{sample_key(part, 0)}.{suffix}") for suffix in suffixes) > _TAR_CHARS
-    return f"{part[:_SHORTENED]}-{sha256(part.encode())[:8]}" if is_long else part
+    return part_names(part)[1] if is_long else part
+
+
+def part_names(path: str) -> tuple[str, str]:
+    """A part's name from its file's path or URL, and the one that it has where a tar could not hold it."""
+    part = part_name(path)
+    return part, f"{part[:_SHORTENED]}-{sha256(part.encode())[:8]}"
 
 
 def sample_key(part: str, row: int) -> str:

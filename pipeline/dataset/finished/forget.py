@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 
 from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.report import REPORT, write_report
-from pipeline.dataset.out.forgotten import NEW, finish, load, save
+from pipeline.dataset.out.forgotten import NEW, finish, given_forms, load, row_forms, save
 from pipeline.dataset.out.ledger import (
     LIVE,
     UNREADABLE,
@@ -56,7 +57,8 @@ class Gone:
     """Sentences on shards that could not be read or rewritten."""
 
     def __str__(self) -> str:
-        rows, samples, shards = sum(map(len, self.rows.values())), sum(self.kept.values()), len(self.rows)
+        # Of a row that had a second chance, several shards may hold the key.
+        rows, samples, shards = len(set(chain(*self.rows.values()))), sum(self.kept.values()), len(self.rows)
         many = ["" if count == 1 else "s" for count in (rows, shards)]
         return f"{rows:,} row{many[0]}, {samples:,} of them samples, in {shards:,} shard{many[1]}"
 
@@ -140,8 +142,8 @@ def _in_no_row(out: AnyPath, files: Sequence[str]) -> set[str]:
         except CorruptShardError:  # they may be there
             return set()
         rows = zip(ledger["part"].to_pylist(), ledger["source_file"].to_pylist(), strict=True)
-        there = {form for part, name in rows if name for form in (name, f"{part}/{name}")}
-        left = {name for name in left if name.removeprefix("./") not in there}
+        there = {form for part, name in rows if name for form in row_forms(part, name)}
+        left = {name for name in left if there.isdisjoint(given_forms(name))}
     return left
 
 

@@ -19,6 +19,7 @@ from pipeline.shared.files import AnyPath, fsync_names, rename, write
 from schemas.arrays import Mask
 from schemas.digest import sha256
 from schemas.errors import CorruptShardError, OutputError
+from schemas.names import part_names
 from schemas.urls import host_of, identity
 
 FORGOTTEN = "forgotten.json"
@@ -40,7 +41,7 @@ class Forgotten:
     contents: frozenset[str] = frozenset()
     """Of the sha256 of image files."""
     files: frozenset[str] = frozenset()
-    """Of the names of image files, as `source_file` has them, with or without `<part>/` before."""
+    """Of the names of image files, in the forms that `given_forms` and `row_forms` have in common."""
     lists: str = ""
     """The digest of the lists of `download.removed` that all finished shards were made under, or rewritten for."""
 
@@ -61,7 +62,7 @@ class Forgotten:
             urls=self.urls | {self._hash("url", identity(url)) for url in urls},
             domains=self.domains | {self._hash("domain", normal_domain(name)) for name in domains},
             contents=self.contents | {self._hash("content", normal_sha256(one)) for one in contents},
-            files=self.files | {self._hash("file", name.removeprefix("./")) for name in files},
+            files=self.files | {self._hash("file", form) for name in files for form in given_forms(name)},
         )
 
     def concerns_url(self, url: str | None) -> bool:
@@ -79,7 +80,7 @@ class Forgotten:
             mask |= np.array([self.concerns_url(url) for url in table["url"].to_pylist()], bool)
         if self.files:
             rows = zip(table["part"].to_pylist(), table["source_file"].to_pylist(), strict=True)
-            forms = ((name, f"{part}/{name}") if name else () for part, name in rows)
+            forms = (row_forms(part, name) if name else () for part, name in rows)
             mask |= np.array([any(self._hash("file", one) in self.files for one in every) for every in forms], bool)
         return mask
 
@@ -92,6 +93,18 @@ class Forgotten:
 
     def _hash(self, kind: str, form: str) -> str:
         return sha256(f"{self.salt}{kind}\0{form}".encode("utf-8", "surrogatepass"))
+
+
+def given_forms(name: str) -> list[str]:
+    """What `--file` gives, as `row_forms` may have it: with what a part made of the name of its folder, too."""
+    name = name.removeprefix("./")
+    folder, slash, inside = name.partition("/")
+    return [name, *(f"{part}//{inside}" for part in part_names(folder) if folder and slash)]
+
+
+def row_forms(part: str, source_file: str) -> tuple[str, ...]:
+    """Two slashes part the name of a part from that of a file, which may begin with a folder of the same name."""
+    return source_file, f"{part}/{source_file}", f"{part}//{source_file}"
 
 
 @lru_cache(1 << 16)

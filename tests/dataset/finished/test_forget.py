@@ -328,6 +328,8 @@ def test_nothing_that_matches_is_said_and_remembered(out):
     assert code == 0
     assert said.startswith("Nothing in the dataset matches")
     assert load(out).concerns_url("http://nowhere.example")
+    code, said = call(out)  # to go on where it stopped, which it did not
+    assert (code, "matches" in said, "give --url, --domain, --sha256, --file or --list" in said) == (0, False, True)
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,16 @@ def test_rows_that_were_forgotten_in_the_middle_of_a_round_double_no_other(serve
     assert server.hits == Counter([4, 5, 8])
 
 
+def test_a_row_that_had_a_second_chance_is_forgotten_once(server, part, tmp_path):
+    out = tmp_path / "out"
+    run(part, out, retry=False)
+    server.failing = {GONE: 404}
+    run(part, out)
+    gone = forget(out, urls=(f"http://127.0.0.1:{server.http.server_port}/5.jpg",))
+    assert str(gone) == "1 row, 1 of them samples, in 2 shards"
+    check(out)
+
+
 def test_a_shard_that_is_made_anew_takes_the_place_of_its_rows_second_chances(server, part, tmp_path):
     out = tmp_path / "out"
     run(part, out, retry=False)

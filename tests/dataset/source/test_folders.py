@@ -132,6 +132,23 @@ def test_the_name_of_a_folder_is_cut_where_no_tar_holds_the_longest_name_of_its_
     assert make(tmp_path / "out", *sets, shards=str(folder), profile="embedded", extras="mirror")[0] is ExitCode.OK
     (sample,) = samples(tmp_path / "out")
     assert re.fullmatch("f{44}-[0-9a-f]{8}-000000000", sample)
+    done = CliRunner().invoke(app, ["forget", str(tmp_path / "out"), "--file", f"{folder.name}/warm.webp"])
+    assert "Forgotten: 1 row, 1 of them samples" in done.output
+
+
+def test_a_file_is_forgotten_by_its_folder_as_it_is_called_and_no_other_is(tmp_path):
+    """A part's name is made of its folder's: `a b` gives `a-b`, and a long one is cut."""
+    long = "f" * 90
+    put(tmp_path / "all", **{f"{name}/x.webp": FILES["warm.webp"]() for name in ("a b", "a-b", long)})
+    folders = ",".join(str(tmp_path / "all" / name) for name in ("a b", long))
+    words = ["--profile", "embedded", "--executor", "local", "--set", "filter.min_image_px=64"]
+    for out, shards in (("parts", folders), ("whole", str(tmp_path / "all"))):
+        call = ["dataset", "--shards", shards, "--out", str(tmp_path / out), *words]
+        assert CliRunner().invoke(app, call).exit_code == 0
+        for name in ("a b", long):
+            done = CliRunner().invoke(app, ["forget", str(tmp_path / out), "--file", f"{name}/x.webp"])
+            assert "Forgotten: 1 row, 1 of them samples" in done.output, (out, name)
+    assert picked(samples(tmp_path / "whole").values(), "source_file") == [("a-b/x.webp",)]
 
 
 @pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.long)])
