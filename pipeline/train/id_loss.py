@@ -77,8 +77,9 @@ def id_loss_of(settings: ObjectiveSettings, base: "Base") -> Callable[[Tensor, N
     """The ID loss as a term of the objective, of clean images as the UNet predicts them at low noise; None where off.
 
     It takes the UNet's output (B, 4, h, w), what the UNet was given, clean latents (B, 4, h, w), and the batch, whose
-    `kps` (B, 5, 2) are points of the face in pixels of the target. It gives the weighted mean over the batch, a float32
-    scalar; samples of higher noise count as zero.
+    `kps` (B, 5, 2) are points of the face in pixels of the target. It gives the weighted mean, a float32 scalar, over the
+    samples that have a face as their condition (those without would teach the unconditional branch an identity), 0
+    without any; samples of higher noise count as zero.
 
     Raises:
         ConfigError: when it is on without weights.
@@ -95,7 +96,8 @@ def id_loss_of(settings: ObjectiveSettings, base: "Base") -> Callable[[Tensor, N
     limit = settings.id_loss_max_t * base.scheduler.config.num_train_timesteps
 
     def term(noise_pred: Tensor, noised: Noised, latents: Tensor, batch: "Batch") -> Tensor:
-        chosen = noised.timesteps < limit
+        has_face = ~batch.uncond_image.to(latents.device)
+        chosen = has_face & (noised.timesteps < limit)
         if not chosen.any():
             return torch.zeros((), device=latents.device)
         some = Noised(*(part[chosen] for part in noised))
@@ -103,6 +105,6 @@ def id_loss_of(settings: ObjectiveSettings, base: "Base") -> Callable[[Tensor, N
         with torch.no_grad():
             true = base.decode_pixels(latents[chosen])
         losses = loss(predicted, batch.kps.to(latents.device)[chosen], true)
-        return settings.id_loss * losses.sum() / len(latents)
+        return settings.id_loss * losses.sum() / has_face.sum()
 
     return term

@@ -187,8 +187,16 @@ def step(base, timesteps, seed=0):
     made = noised(base.scheduler, latents, ObjectiveSettings(), torch.Generator().manual_seed(seed))
     timesteps = torch.tensor(timesteps)
     noisy = base.scheduler.add_noise(latents, made.noise, timesteps)
-    batch = SimpleNamespace(kps=torch.from_numpy(np.stack([points(0.7, at=(64.0, 64.0))] * count)))
+    kps = torch.from_numpy(np.stack([points(0.7, at=(64.0, 64.0))] * count))
+    batch = SimpleNamespace(kps=kps, uncond_image=torch.zeros(count, dtype=torch.bool))
     return latents, made._replace(noisy_latents=noisy, timesteps=timesteps), batch
+
+
+def some(of, rows):
+    """Some samples of such a step."""
+    latents, made, batch = of
+    few = SimpleNamespace(kps=batch.kps[rows], uncond_image=batch.uncond_image[rows])
+    return Noised(*(part[rows] for part in made)), latents[rows], few
 
 
 def test_the_loss_is_off_unless_it_is_asked_for(base):
@@ -222,11 +230,25 @@ def test_only_samples_of_low_noise_count_and_the_mean_is_over_all(base, weights)
     mixed = loss(guess, made, latents, batch)
     mixed.backward()
     assert [bool(one.abs().sum() > 0) for one in guess.grad] == [True, False, False]
-    alone = loss(guess[:1], Noised(*(part[:1] for part in made)), latents[:1], SimpleNamespace(kps=batch.kps[:1]))
+    alone = loss(guess[:1], *some((latents, made, batch), slice(1)))
     assert mixed.item() == pytest.approx(alone.item() / 3, rel=1e-3)
-    high = Noised(*(part[1:] for part in made))
-    nothing = loss(guess[1:], high, latents[1:], SimpleNamespace(kps=batch.kps[1:]))
+    nothing = loss(guess[1:], *some((latents, made, batch), slice(1, 3)))
     assert nothing.item() == 0
+
+
+def test_samples_without_a_face_as_their_condition_do_not_count(base, weights):
+    """They are there for guidance: what is drawn without a face must not learn one."""
+    loss = id_loss_of(asked(weights), base)
+    step_of_four = latents, made, batch = step(base, [0, 100, 200, 900])
+    batch.uncond_image[[1, 3]] = True
+    guess = torch.zeros_like(made.noise).requires_grad_()
+    mixed = loss(guess, made, latents, batch)
+    mixed.backward()
+    assert [bool(one.abs().sum() > 0) for one in guess.grad] == [True, False, True, False]
+    with_face = loss(guess[[0, 2]], *some(step_of_four, [0, 2]))
+    assert mixed.item() == pytest.approx(with_face.item(), rel=1e-3)
+    batch.uncond_image[:] = True
+    assert loss(guess, made, latents, batch).item() == 0
 
 
 def test_files_that_are_no_weights_are_refused(tmp_path, state):
