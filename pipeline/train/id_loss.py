@@ -77,9 +77,9 @@ def id_loss_of(settings: ObjectiveSettings, base: "Base") -> Callable[[Tensor, N
     """The ID loss as a term of the objective, of clean images as the UNet predicts them at low noise; None where off.
 
     It takes the UNet's output (B, 4, h, w), what the UNet was given, clean latents (B, 4, h, w), and the batch, whose
-    `kps` (B, 5, 2) are points of the face in pixels of the target. It gives the weighted mean, a float32 scalar, over the
-    samples that have a face as their condition (those without would teach the unconditional branch an identity), 0
-    without any; samples of higher noise count as zero.
+    `kps` (B, 5, 2) are points of the face in pixels of the target. It gives the weighted mean, a float32 scalar, of the
+    samples with a face as their condition (others would teach the unconditional branch an identity), 0 without any;
+    those of higher noise count as zero.
 
     Raises:
         ConfigError: when it is on without weights.

@@ -195,6 +195,15 @@ def test_datasets_elsewhere_are_grouped_to_elsewhere(made):
     assert verify(out) == []
 
 
+def test_a_dataset_of_an_earlier_release_is_named_by_its_parts(made, tmp_path):
+    """Else one of AI-made images beside it would be all that the trainer knows of, and shares by kind wrong."""
+    other = fake_dataset.write(tmp_path / "other", {"zzz-00000": [record("zzz", 0, 50, "e")]})
+    described = json.loads((other / "dataset.json").read_text())
+    (other / "dataset.json").write_text(json.dumps(described | {"sources": ["made:zzz"]}))
+    grouped(tmp_path / "out", made / "source", other)
+    assert json.loads((tmp_path / "out/dataset.json").read_text())["sources"] == ["made:zzz", "part"]
+
+
 def test_other_wishes_in_the_same_out_are_refused(made):
     with pytest.raises(OutputError, match=r"group\.singles was True, is now False.*--replan"):
         grouped(made / "out", made / "source", singles=False)

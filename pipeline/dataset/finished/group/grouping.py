@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from schemas.columns import KEPT
 from schemas.digest import sha256
 from schemas.drops import DropReason
 from schemas.errors import CorruptShardError, OutputError, first_line
-from schemas.names import sample_key, shard_name
+from schemas.names import sample_key, shard_name, shard_origin
 from schemas.shard import DATASET, SUFFIXES, UNCONDITIONAL, dataset_digest, sample_sha256
 from stages import STAGES
 from stages.models.sscd import Sscd
@@ -181,7 +182,9 @@ def group(folders: Sequence[AnyPath], out: AnyPath, wish: Wish, console: Console
         plan = _plan(folders, sources, wish, laid.digest, sscd)
         console.print(laid.summary)
     with output.prepared(plan, replan=replan):
-        output.sources = sorted({name for source in sources for name in source.get("sources", ())})
+        parts = [{shard_origin(shard)[0] for shard in shard_names(folder)} for folder in folders]
+        known = (source.get("sources") or own for source, own in zip(sources, parts, strict=True))  # once not written
+        output.sources = sorted(set(chain(*known)))
         if photos:
             listed = sizes(output.shards)
             output.describe(plan, {"planned": {PART: len(photos)}})
