@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
+import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from schemas.arrays import Image
@@ -24,8 +25,8 @@ _SHOWN = 200
 """Characters of a failure that are shown: a stranger wrote them."""
 _QUALITY = 95
 _TRANSIENT = {408, 409, 425, 429, *range(500, 600)}
-_WRONG = {*range(300, 400), 401, 402, 404, 405}
-"""The address (that of http where there is https), the key, the account or the model: no photo fares better."""
+_WRONG = {*range(300, 400), 401, 402, 404, 405, 413}
+"""The address (that of http where there is https), key, account, model or size: no photo, or few, would fare better."""
 _REFUSED = ("content_filter", "content_policy_violation")
 
 
@@ -102,7 +103,7 @@ class Endpoint:
             failure += f", {settings.timeout_s:g} s are over"
         raise self._error(failure)
 
-    async def _answer(self, session: aiohttp.ClientSession, image: Image) -> str:
+    async def _answer(self, session: aiohttp.ClientSession, image: Image, *, is_grey: bool = False) -> str:
         picture = base64.b64encode(encode_jpeg(image, _QUALITY)).decode()
         content = [
             {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{picture}"}},
@@ -128,10 +129,14 @@ class Endpoint:
         if status == 400 and any(word in text for word in _REFUSED):
             return ""
         answer = f"HTTP {status}, {text.strip() or 'without a word'}"
-        if status in _WRONG:
+        if 400 <= status < 500 and status not in _WRONG and not is_grey:
+            # This photo, or any? One of its size with nothing to see tells: where that is refused too, the run stops.
+            await self._answer(session, np.full_like(image, 127), is_grey=True)
+            return ""
+        if 300 <= status < 500:
             raise LostError(
                 f"The endpoint of models.captioner refuses ({self._shown(answer)}), so the run stops: see that its "
-                "address, caption.model and caption.api_key_env are right; the same command goes on."
+                "address is right, and caption.model, caption.api_key_env, caption.max_side; the same command goes on."
             )
         if status != 200:
             raise self._error(answer)

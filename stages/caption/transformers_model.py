@@ -36,11 +36,14 @@ class Folder:
             raise WeightsError(f"{folder} has no processor that transformers can load ({error}).") from error
         self._model = load_folder(transformers.AutoModelForImageTextToText, folder, device, "bfloat16")
         self._words: dict[str, Any] = {}
+        self._begun = ""
         if getattr(self._processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": settings.caption.prompt}]
             turn = [{"role": "user", "content": content}]
             self._words["text"] = self._processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
             self._processor.tokenizer.padding_side = "left"
+            if self._words["text"].rstrip().endswith("<think>"):  # the answer goes on from there
+                self._begun = "<think>"
         self._most = settings.caption.max_tokens
 
     @classmethod
@@ -64,8 +67,7 @@ class Folder:
         # those that chat repeat the question, those with an encoder do not
         if question is not None and torch.equal(tokens[:, : question.shape[1]], question):
             tokens = tokens[:, question.shape[1] :]
-        captions: list[str] = self._processor.batch_decode(tokens, skip_special_tokens=True)
-        return captions
+        return [f"{self._begun}{text}" for text in self._processor.batch_decode(tokens, skip_special_tokens=True)]
 
 
 def _licence(folder: Path) -> str:

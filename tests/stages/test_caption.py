@@ -96,7 +96,7 @@ def test_the_licence_of_a_folder_is_that_of_its_card(folders, tmp_path, card, li
 
 
 @pytest.mark.parametrize("kind", ["git", "llava"])
-def test_a_model_by_folder_captions_each_photo_by_itself(folders, kind):
+def test_a_model_by_folder_captions_each_photo_by_itself(folders, tmp_path, kind):
     settings = Settings(models={"captioner": folders[kind]}, caption={"max_tokens": 8, "prompt": "describe this a"})
     rows = captioned(settings)
     captions = [row["further_caption"] for row in rows]
@@ -110,6 +110,10 @@ def test_a_model_by_folder_captions_each_photo_by_itself(folders, kind):
     together = model.caption([*pictures, *pictures])
     assert together == [model.caption([picture])[0] for picture in [*pictures, *pictures]]
     if kind == "llava":
+        template = shutil.copytree(folders[kind], tmp_path / kind) / "chat_template.jinja"
+        template.write_text(f"{template.read_text()} <think>\n")  # so begin the answers of some models that think
+        thinks = Settings(models={"captioner": str(template.parent)}, caption={"max_tokens": 8})
+        assert [row["further_chars"] for row in captioned(thinks)] == [0] * 3, "it was cut off before its caption"
         assert "describe" not in captions[0], "the question is no part of the answer"
         asked = Settings(models={"captioner": folders[kind]}, caption={"max_tokens": 8, "prompt": "b c this"})
         assert captioned(asked) != rows
@@ -235,6 +239,12 @@ def chat(monkeypatch) -> Iterator[Server]:
     server.http.server_close()
 
 
+def shown(chat: Server, number: int) -> Any:
+    """The picture of the n-th request."""
+    url = chat.requests[number - 1]["messages"][0]["content"][0]["image_url"]["url"]
+    return decode_jpeg(base64.b64decode(url.removeprefix("data:image/jpeg;base64,")))
+
+
 def settings_of(url: str, **caption: Any) -> Settings:
     return Settings(models={"captioner": url}, caption={"model": "m", "retries": 2, **caption})
 
@@ -248,8 +258,8 @@ def test_an_endpoint_gets_the_picture_the_prompt_and_the_key(chat):
         assert (question["model"], question["temperature"], question["max_tokens"]) == ("m", 0, 77)
         picture, text = question["messages"][0]["content"]
         assert text == {"type": "text", "text": "What?"}
-        data = base64.b64decode(picture["image_url"]["url"].removeprefix("data:image/jpeg;base64,"))
-        assert max(decode_jpeg(data).shape) == 64
+        assert picture["type"] == "image_url"
+    assert {max(shown(chat, number).shape) for number in (1, 2)} == {64}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -290,6 +300,21 @@ def test_a_model_that_says_nothing_of_a_photo_leaves_it_without_a_further_captio
     chat.reply = lambda number: reply
     assert captioned(settings_of(chat.url)) == [{"further_caption": None, "further_chars": 0}] * 3
     assert len(chat.requests) == 2
+
+
+@pytest.mark.parametrize("status", [400, 403, 422])
+def test_an_endpoint_that_refuses_one_photo_leaves_it_without_a_further_caption(chat, status):
+    """It answers to a grey picture of that size: so it is the photo that it refuses, not all of them."""
+
+    def reply(number: int) -> Reply:
+        picture = shown(chat, number)
+        is_portrait, is_grey = picture.shape[0] == picture.shape[1], (picture == 127).all()
+        return (status, {}, b"flagged") if is_portrait and not is_grey else GOOD
+
+    chat.reply = reply
+    captions = [row["further_caption"] for row in captioned(settings_of(chat.url, max_side=64))]
+    assert captions == ["a photo of someone", None, None]
+    assert len(chat.requests) == 3
 
 
 @pytest.mark.parametrize(
@@ -345,7 +370,13 @@ def test_a_run_with_an_endpoint_fails_whole_shards_and_a_rerun_finishes_them(cha
 
 @pytest.mark.parametrize(
     ("reply", "shown"),
-    [((401, {}, b"who?"), "HTTP 401, who?)"), ((308, {"Location": "https://a/v1"}, b""), "HTTP 308, without a word)")],
+    [
+        ((401, {}, b"who?"), "HTTP 401, who?)"),
+        ((308, {"Location": "https://a/v1"}, b""), "HTTP 308, without a word)"),
+        ((400, {}, b"it sees no pictures"), "HTTP 400, it sees no pictures)"),
+        ((403, {}, b"not for you"), "HTTP 403, not for you)"),
+        ((413, {}, b"too large"), "HTTP 413, too large)"),
+    ],
 )
 def test_an_endpoint_that_will_answer_nothing_stops_the_run_at_its_first_photo(chat, tmp_path, reply, shown):
     words = (f"models.captioner={chat.url}", "caption.model=m", "caption.api_key_env=CAPTION_KEY")
