@@ -1,5 +1,6 @@
 """What all commands of a command line have in common."""
 
+import os
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,9 @@ from typer.core import TyperGroup
 from schemas.errors import OutputError, UserError, first_line
 
 _OURS = ("pipeline", "schemas", "stages")
+
+if not os.environ.get("COLUMNS", "80").strip("0"):  # of a terminal that knows no width: rich would print nothing
+    del os.environ["COLUMNS"]
 
 
 class Interrupted(BaseException):

@@ -1,5 +1,6 @@
 """What a user may get wrong: one sentence, exit code 2, nothing written, never a traceback."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -250,3 +251,12 @@ def test_config_lists_every_key_in_a_pipe_a_line_each():
     meanings = {name: " ".join(meaning.split()) for name, meaning in keys(Config)}
     assert [name for name, meaning in meanings.items() if meaning not in rows[name]] == []
     assert "crop.face_share.portrait" in rows
+
+
+@pytest.mark.parametrize("words", [["status", "--help"], ["verify", "nowhere"]])
+def test_a_terminal_that_knows_no_width_is_written_to(words):
+    """As some serial ones, editors and CI have it."""
+    call = [sys.executable, "-m", "pipeline", *words]
+    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    usual, none = (subprocess.run(call, env={**env, **more}, capture_output=True) for more in ({}, {"COLUMNS": "0"}))
+    assert (none.returncode, none.stdout, none.stderr) == (usual.returncode, usual.stdout, usual.stderr)
