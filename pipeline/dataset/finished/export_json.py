@@ -61,14 +61,14 @@ def export_json(
             for sample in unpack(tar):
                 try:
                     entry = _export(sample, folder, crop, id_format)
-                except (KeyError, ValueError, TypeError, CorruptShardError) as error:
+                except (KeyError, ValueError, TypeError, RecursionError, CorruptShardError) as error:
                     raise CorruptShardError(f"{tar.name}: {sample.key} is no whole sample ({error})") from error
                 if entry is None:
                     left_out += 1
                     continue
                 entry |= {field: f"{root}{path}" for field, path in entry.items() if field.endswith("_file")}
                 draft.stream.write(b",\n" if listed else b"\n")
-                draft.stream.write(json.dumps(entry, ensure_ascii=False).encode())
+                draft.stream.write(json.dumps(entry, ensure_ascii=False).encode(errors="replace"))
                 listed += 1
         draft.stream.write(b"\n]\n")
         draft.fsync()

@@ -295,11 +295,11 @@ def _sample(photos: Photos, number: int, record: dict[str, Any], origin: str) ->
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as members:
             read = {one.name.partition(".")[2]: members.extractfile(one).read() for one in members}  # type: ignore[union-attr]
         files = {NATIVE.get(suffix, suffix): content for suffix, content in read.items()}
+        if sample_sha256(files) != record["sample_sha256"]:
+            raise CorruptShardError(f"{tar}: the files of {origin} are not those that its ledger stands for")
         content = json.loads(files["json"])
-    except (tarfile.TarError, OSError, ValueError, KeyError, AttributeError) as error:
+        content.setdefault("origin", origin)
+        content.update({name: record[name] for name in ("key", "part", "row", "person")})
+        return {**files, "json": json.dumps(content, sort_keys=True, ensure_ascii=False).encode()}
+    except (tarfile.TarError, OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise CorruptShardError(f"{tar}: {origin}: {error}") from error
-    if sample_sha256(files) != record["sample_sha256"]:
-        raise CorruptShardError(f"{tar}: the files of {origin} are not those that its ledger stands for")
-    content.setdefault("origin", origin)
-    content.update({name: record[name] for name in ("key", "part", "row", "person")})
-    return {**files, "json": json.dumps(content, sort_keys=True, ensure_ascii=False).encode()}

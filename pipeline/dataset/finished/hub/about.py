@@ -16,9 +16,11 @@ from pipeline.dataset.source.laion import is_old_laion
 from pipeline.shared.files import AnyPath, times
 from pipeline.shared.tars import Sample, unpack
 from schemas.columns import COLUMNS, CROPS
+from schemas.errors import CorruptShardError, first_line
 from schemas.names import shard_origin
 from schemas.shard import EMBEDDINGS, PLAIN, SUFFIXES, Manifest, decode_npy
 from stages.pack import REPEATED
+from stages.pixels.headers import DECODER_ERRORS
 
 Feature = dict[str, Any]
 
@@ -43,13 +45,17 @@ class About:
     def of(out: AnyPath, counted: Funnel, manifests: list[Manifest]) -> "About":
         """Read dataset.json and some samples; a CorruptShardError names the file that cannot be read."""
         samples = list(peek(out, manifests))
+        try:
+            described = features(samples)
+        except DECODER_ERRORS as error:  # of json that is none of ours
+            raise CorruptShardError(f"the json of samples cannot be read: {first_line(error)}") from error
         written = times(out / "shards")
         done = [datetime.fromtimestamp(written.get(f"{one.shard}.json", 0), UTC) for one in manifests]
         return About(
             funnel=counted,
             manifests=manifests,
             dataset=read_dataset(out),
-            features=features(samples),
+            features=described,
             row_bytes=max((sum(map(len, sample.files.values())) for sample in samples), default=0),
             made=(min(done), max(done)) if done else (datetime.now(UTC),) * 2,
         )
