@@ -181,7 +181,7 @@ class Dataset:
 def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
     """Find the finished shards of `make dataset` outputs; tars are measured, not hashed.
 
-    `dirs` are OUT folders, or their `shards` folders: paths or fsspec URLs. Of folders with the same shards one counts.
+    `dirs` are OUT folders, or their `shards` folders: paths or fsspec URLs. One that is named twice counts once.
 
     Raises:
         SourceError: when a folder holds no samples, a tar is not as long as its manifest says, or embedders differ.
@@ -190,7 +190,7 @@ def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
         raise SourceError("No dataset is given: --from-shards takes the OUT folders of `make dataset`.")
     read = [read_folder(given, manifests_may_differ=data.verify == "size") for given in dirs]
     check_embedders(read)
-    folders = list({folder.digest: folder for folder in read}.values())  # what is named twice counts once
+    folders = list({os.path.realpath(str(one.root)): one for one in read}.values())  # what is named twice counts once
     digests = tuple(folder.digest for folder in folders)
     shards = tuple(shard for folder in folders for shard in folder.shards if shard.manifest.kept)
     # The first samples of one shard per plan; of all but their json it is only noted that they are there.

@@ -82,13 +82,18 @@ def test_several_folders_may_have_shards_of_one_name(out: Path, tmp_path: Path) 
 
 def test_a_folder_that_is_named_twice_counts_once(out: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(out)
-    copy = shutil.copytree(out, tmp_path / "copy")
-    names = [f"{out}/", f"{out.parent}/./out", f"{out}/shards", f"{tmp_path}/link", f"file://{out}", str(copy)]
+    names = [f"{out}/", f"{out.parent}/./out", f"{out}/shards", f"{tmp_path}/link", f"file://{out}"]
     alone, other = open_dataset([str(out)], DATA), fake.write(tmp_path / "other", {"a-00000": fake.counted(10, 2)})
     for name in names:
         twice = open_dataset([str(out), name], DATA)
         assert (twice.samples, twice.digest, twice.lineage) == (5, alone.digest, alone.lineage)
         assert open_dataset([str(out), other, name], DATA).samples == 7
+    assert open_dataset([str(out), str(shutil.copytree(out, tmp_path / "copy"))], DATA).samples == 10
+
+
+def test_a_url_that_is_named_twice_counts_once(memory: str) -> None:
+    first, second = (fake.write(f"{memory}/{n}", {"a-00000": fake.counted(3 * n, 3)}) for n in (0, 1))
+    assert open_dataset([first, f"{first}/", second], DATA).samples == 6
 
 
 def test_a_dataset_in_memory(memory: str) -> None:
