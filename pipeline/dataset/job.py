@@ -51,6 +51,13 @@ class Job:
         return None if None in known else sum(rows or 0 for rows in known)
 
     @property
+    def summary(self) -> str:
+        """What starts, in a line."""
+        rows = "" if self.rows is None else f" of {self.rows:,} rows"
+        config, many = self.plan.config, "" if len(self.parts) == 1 else "s"
+        return f"Starting {config.executor.name}: {len(self.parts):,} part{many}{rows}, profile {config.profile}."
+
+    @property
     def notes(self) -> list[str]:
         """What the sources leave out, and what they should not be."""
         notes = [note for part in self.parts if part.pictures for note in part.pictures.named.notes]
@@ -120,44 +127,45 @@ def make_dataset(
     if isinstance(out, RemotePath) and out.url.startswith("memory:") and plan.config.executor.name == "ray":
         raise OutputError(f"OUT {out} exists in one process alone: give --executor local, or another OUT.")
     start, screen = executor_of(plan.config), RunScreen(console, job.rows)
-    with (
-        Watchers(screen, out, plan.config.watch, watch) as watchers,
-        output.prepared(plan, replan=replan),  # first: an OUT that will not do is known at once, Ray takes seconds
-        start(plan) as execute,
-        screen,
-        _Work(output, plan, screen, watchers, job.parts, output.sources).described() as work,
-    ):
-        gone = take_down_listed(output)
-        if gone.rows:
-            screen.say(f"download.removed: {gone}, are taken out of what is done.")
-        for note in job.notes:
-            screen.say(note)
-        watchers.begin(parts=len(job.parts), input_rows=job.rows, plan_digest=plan.digest)
-        # A shard that is made anew takes those along that gave its rows a second chance.
-        further = [name for name in shard_names(out) if shard_origin(name)[1]]
-        work.make(execute, work.pending(job.shards_by_part(), further))
-        screen.say(str(work.captions))
-        if retry and work.failed:
-            screen.say("Some shards failed: second chances wait until all are done.")
-        elif retry:
-            again = second_chances(
-                job.parts, plan.config.source, out, partial(output.is_done, plan=plan), screen.expect
+    # OUT first: one that will not do is known at once.
+    with Watchers(screen, out, plan.config.watch, watch) as watchers, output.prepared(plan, replan=replan):
+        screen.say(job.summary)  # Ray and models take seconds to start
+        with (
+            start(plan) as execute,
+            screen,
+            _Work(output, plan, screen, watchers, job.parts, output.sources).described() as work,
+        ):
+            gone = take_down_listed(output)
+            if gone.rows:
+                screen.say(f"download.removed: {gone}, are taken out of what is done.")
+            for note in job.notes:
+                screen.say(note)
+            watchers.begin(parts=len(job.parts), input_rows=job.rows, plan_digest=plan.digest)
+            # A shard that is made anew takes those along that gave its rows a second chance.
+            further = [name for name in shard_names(out) if shard_origin(name)[1]]
+            work.make(execute, work.pending(job.shards_by_part(), further))
+            screen.say(str(work.captions))
+            if retry and work.failed:
+                screen.say("Some shards failed: second chances wait until all are done.")
+            elif retry:
+                again = second_chances(
+                    job.parts, plan.config.source, out, partial(output.is_done, plan=plan), screen.expect
+                )
+                pending = work.pending(again)
+                first = next(pending, None)
+                if first is not None:
+                    with start(plan) as execute:  # once more: a run that is over leaves no worker behind
+                        work.make(execute, chain([first], pending))
+                elif not work.failed:
+                    screen.say("Second chances: no row failed for a reason that may have passed.")
+            output.sources = work.sources
+            counted = _finish(output, plan)
+            silent = counted.kept or (work.failed and not counted.rows_in)  # where all failed, that is known
+            nothing = "" if silent else why_nothing(f"{counted.rows_in:,} rows", counted.dropped)
+            code = ExitCode.SHARDS_FAILED if work.failed else ExitCode.OK
+            watchers.end(
+                rows=counted.rows_in, kept=counted.kept, dropped=counted.dropped, exit_code=code, nothing_kept=nothing
             )
-            pending = work.pending(again)
-            first = next(pending, None)
-            if first is not None:
-                with start(plan) as execute:  # once more: a run that is over leaves no worker behind
-                    work.make(execute, chain([first], pending))
-            elif not work.failed:
-                screen.say("Second chances: no row failed for a reason that may have passed.")
-        output.sources = work.sources
-        counted = _finish(output, plan)
-        silent = counted.kept or (work.failed and not counted.rows_in)  # where all failed, that is known
-        nothing = "" if silent else why_nothing(f"{counted.rows_in:,} rows", counted.dropped)
-        code = ExitCode.SHARDS_FAILED if work.failed else ExitCode.OK
-        watchers.end(
-            rows=counted.rows_in, kept=counted.kept, dropped=counted.dropped, exit_code=code, nothing_kept=nothing
-        )
     console.print(funnel_table(counted))
     if nothing:
         screen.say(nothing)

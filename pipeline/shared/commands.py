@@ -12,6 +12,13 @@ from typer.core import TyperGroup
 from schemas.errors import OutputError, UserError, first_line
 
 _OURS = ("pipeline", "schemas", "stages")
+_TRAINING = {
+    "train": "`python -m pipeline.train --from-shards DIR --variant NAME`",
+    **{name: f"`python -m pipeline.train {name} RUN`" for name in ("export", "evaluate")},
+}
+"""Commands that are looked for beside `dataset`."""
+_UsageError: Any = typer.BadParameter.__mro__[1]
+"""Of click, or of the copy of it that newer releases of typer hold."""
 
 if not os.environ.get("COLUMNS", "80").strip("0"):  # of a terminal that knows no width: rich would print nothing
     del os.environ["COLUMNS"]
@@ -24,10 +31,13 @@ class Interrupted(BaseException):
 class Commands(TyperGroup):
     """Commands that refuse an option whose value is empty, as of a shell variable that is not set.
 
-    They name a package that was removed or replaced since faceshards was installed.
+    They name a package that was removed or replaced since faceshards was installed, and say where
+    the commands of training are.
     """
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] in _TRAINING and args[0] not in self.commands:
+            raise UserError(f"{args[0]} is a command of its own: {_TRAINING[args[0]]}.")
         name, command, words = super().resolve_command(ctx, args)
         options = [one for one in (command.params if command else ()) if one.param_type_name == "option"]
         for option in [opt for one in options if not getattr(one, "is_flag", False) for opt in one.opts]:
@@ -40,6 +50,14 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise Interrupted from error
+        except _UsageError as error:
+            if not error.message.startswith("Got unexpected extra argument"):
+                raise
+            takes_shards = any(one.name == "shards" for one in error.ctx.command.params)
+            raise UserError(
+                f"{error.message}: a path with blanks wants quotes, and --set is one word, such as "
+                f"filter.min_face_px=160.{' Sources are given by --shards.' if takes_shards else ''}"
+            ) from error
         except ImportError as error:
             package = (error.name or "").partition(".")[0]
             if not package or package in _OURS:
@@ -66,4 +84,4 @@ def local_path(word: str) -> Path:
     word = re.sub(r"^file:(//|(?=/))", "", word)
     if "://" in word:
         raise OutputError(f"{word} is a URL: what is given here has to lie on this machine.")
-    return Path(word)
+    return Path(word).expanduser()

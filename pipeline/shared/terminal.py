@@ -89,8 +89,8 @@ class Screen:
             if self._total is not None and self._start < self._done < self._total:
                 # Going by what was done since the start.
                 seconds = (time.monotonic() - self._begun) * (self._total - self._done) / (self._done - self._start)
-                amount, unit = (seconds / 60, "min") if seconds < 7200 else (seconds / 3600, "h")
-                left = f", about {max(amount, 1):,.0f} {unit} left"
+                length, unit = (1, "s") if seconds < 90 else (60, "min") if seconds < 7200 else (3600, "h")
+                left = f", about {seconds / length:,.0f} {unit} left"
             line = f"{self._line.format(done=self._done, total=total)}, {words}{left}"
             self.say("\n  ".join([line, *([] if is_over else self.notes())]))
 

@@ -14,7 +14,9 @@ from pipeline.__main__ import app
 from pipeline.dataset import job
 from pipeline.dataset.config import Config
 from pipeline.dataset.finished.verify import good_news
+from pipeline.shared.commands import local_path
 from pipeline.shared.configfile import keys
+from pipeline.shared.files import to_path
 from schemas.errors import OutputError, UserError
 
 EMBEDDED = ["--profile", "embedded", "--executor", "local"]
@@ -135,6 +137,33 @@ def test_sentences_have_the_words_of_the_system_and_not_its_numbers(dataset, tmp
 def test_the_sample_twice_is_named_as_it_was_given():
     result = CliRunner().invoke(app, ["plan", "--shards", "sample,made:sample"])
     assert str(result.exception) == "SHARDS names sample twice: leave one out."
+
+
+@pytest.mark.parametrize(
+    ("words", "hints"),
+    [
+        (["dataset", "--shards", "My", "photos"], ["(photos)", "wants quotes", "--shards"]),
+        (["dataset", "photos"], ["(photos)", "by --shards"]),
+        (["plan", "--set", "filter.min_face_px", "=", "96"], ["(= 96)", "one word"]),
+        (["report", "out", "x"], ["(x)"]),
+        (["train", "--from-shards", "out"], ["python -m pipeline.train --from-shards DIR"]),
+        (["evaluate", "runs/x"], ["python -m pipeline.train evaluate RUN"]),
+        (["replay", "DATASET", "--set", "min_face_px=96"], ["did you mean 'filter.min_face_px'?"]),
+    ],
+)
+def test_words_that_no_command_takes_are_one_sentence_that_says_what_to_do(words, hints, dataset):
+    result = CliRunner().invoke(app, [str(dataset) if word == "DATASET" else word for word in words])
+    assert isinstance(result.exception, UserError)
+    for hint in hints:
+        assert hint in str(result.exception)
+
+
+def test_a_home_folder_that_no_shell_wrote_out_is_none_of_that_name(tmp_path, monkeypatch):
+    """As in `make dataset OUT=~/faces` from most shells."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert to_path("~/faces") == local_path("~/faces") == tmp_path / "home/faces"
+    assert to_path("file:///a/~b") == tmp_path / "/a/~b"
 
 
 def test_an_empty_value_of_an_option_is_a_mistake_that_names_it(dataset):

@@ -24,10 +24,10 @@ def test_a_line_says_how_far_it_is_what_was_measured_and_how_long_the_rest_takes
     assert text.getvalue() == "step 1,000 of 4,000, loss 0.5, about 9 min left\n"
 
 
-def test_what_takes_less_than_a_minute_is_not_said_to_take_none(monkeypatch):
+def test_the_last_minute_is_told_in_seconds(monkeypatch):
     screen, text = lines(monkeypatch, total=4000)
-    screen.advance(3900, "loss 0.5")
-    assert text.getvalue() == "step 3,900 of 4,000, loss 0.5, about 1 min left\n"
+    screen.advance(3000, "loss 0.5")
+    assert text.getvalue() == "step 3,000 of 4,000, loss 0.5, about 60 s left\n"
 
 
 def test_what_was_done_before_says_nothing_of_the_pace(monkeypatch):

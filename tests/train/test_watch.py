@@ -154,7 +154,7 @@ def test_elsewhere_than_on_a_terminal_there_are_plain_lines_now_and_then(tmp_pat
     assert [line.split(",")[0] for line in said] == ["step 2 of 6", "step 4 of 6", "step 6 of 6"]
     assert "loss 0.2500" in said[0]
     assert "samples/s, data wait" in said[0]
-    assert said[0].endswith("about 1 min left")
+    assert said[0].endswith("about 40 s left")
     assert "left" not in said[-1]
 
 

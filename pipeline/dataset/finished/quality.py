@@ -169,7 +169,8 @@ def lines(out: AnyPath, similarity: float) -> Iterator[str | Table]:
         word = "" if name == _FACE_SIZE else judgement(one, size)
         better += [name] if word == "better" else []
         table.add_row(name, *cells, word)
-        drawn.add_row(name, drawing(one.drawn, most), f"{100 * one.drawn[0]:.2f} %, {100 * one.drawn[-1]:.2f} %")
+        last = next(value for value in reversed(one.drawn) if not np.isnan(value))  # beyond it no pair is left
+        drawn.add_row(name, drawing(one.drawn, most), f"{100 * one.drawn[0]:.2f} %, {100 * last:.2f} %")
     yield table
     if drawn.row_count:
         yield "The pairs of one person that are under it, as the worst 0 to 50 % of the photos are left out:"

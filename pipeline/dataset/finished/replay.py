@@ -213,6 +213,8 @@ def other_thresholds(limits: FilterSettings, path: Path | None, pairs: Sequence[
     """
     values = read_values(path, pairs)
     if other := sorted(set(values) - {"filter"}):
+        if near := [one for one in other if one in FilterSettings.model_fields]:
+            raise ConfigError(f"Unknown config key {near[0]!r}: did you mean 'filter.{near[0]}'?")
         raise ConfigError(f"Ledgers can be judged by other filter.* only: {', '.join(other)} needs a new run.")
     base: dict[str, Any] = {"filter": limits.model_dump()}
     merge(base, values)

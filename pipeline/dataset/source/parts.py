@@ -293,8 +293,8 @@ def _hint(word: str, fs: Any, inside: str) -> str:
         siblings = []
     paths = [folder + slash + sibling for sibling in difflib.get_close_matches(name, siblings, n=2)]
     near = [word[: -len(inside)] + path if word.endswith(inside) else path for path in paths]
-    numbers = re.search(r"[0-9]+(?:\.\.[0-9]+)?", word)
-    near += difflib.get_close_matches(word, [SAMPLE, f"laion-part-{numbers[0] if numbers else 0}"], n=1)
+    numbers = "..".join(re.findall("[0-9]+", word)[:2]) or "0"
+    near += difflib.get_close_matches(word, [SAMPLE, f"laion-part-{numbers}"], n=1)
     return (
         f"did you mean {' or '.join(near)}?"
         if near

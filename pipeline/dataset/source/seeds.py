@@ -50,7 +50,8 @@ class Captions:
 
     def __str__(self) -> str:
         several = f"; {self.several:,} have several, of which the first counts" if self.several else ""
-        none = "; if a column holds them, source.columns.text must name it" if self.rows and not self.captions else ""
+        nowhere = "; they are read from .txt files beside images, or from a column, which source.columns.text may name"
+        none = nowhere if self.rows and not self.captions else ""
         return f"Captions: {self.captions:,} of {self.rows:,} rows that pass the metadata filter{several}{none}"
 
 

@@ -58,7 +58,7 @@ def test_without_a_terminal_a_line_tells_how_far_it_is_and_how_long_it_will_take
         shown.show(Started("p-00000", 10))
         shown.show(advanced(kept=1, filter__no_face=4))
     assert "5 of 20 rows" in text.getvalue()
-    assert "min left" in text.getvalue()
+    assert ", about 0 s left" in text.getvalue()
     assert "\n  rows left after filter 1" in text.getvalue()
 
 

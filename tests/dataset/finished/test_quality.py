@@ -61,6 +61,18 @@ def test_errors_are_those_of_all_pairs(planted):
         )
 
 
+def test_a_curve_that_runs_out_of_pairs_ends_with_the_last_it_had(tmp_path):
+    """It ended with `nan %`."""
+    rows = photos(2, 3)
+    for number, row in enumerate(rows):
+        row["sharpness"] = float([1, 2, 3, 9, 9, 9][number])  # the worst half is one person
+    rows = [{**row, "person": 1 if number < 4 else number} for number, row in enumerate(rows)]
+    said = CliRunner().invoke(app, ["quality", str(fake.write(tmp_path, {"a-00000": rows}))])
+    assert said.exit_code == 0, said.output
+    assert " %, " in said.output
+    assert "nan" not in said.output
+
+
 def test_no_more_photos_are_compared_than_memory_has_room_for(planted, monkeypatch):
     """A shard may hold any number (`group --samples-per-shard`): all of its pairs were held, 25 bytes each."""
     monkeypatch.setattr("pipeline.dataset.finished.quality._MOST", 200)

@@ -572,3 +572,10 @@ def test_plan_and_run_count_captions_and_links(tmp_path):
         assert "Captions: 1 of 3 rows that pass the metadata filter; 1 have several, of which the first counts" in text
         assert "set: left out, as links that lead out of it or no files: 1" in text
         assert "m.csv: of 2 rows, 1 name no file that is there." in text
+        assert text.startswith("Starting local: 1 part of 3 rows, profile embedded. ") is (command == "dataset")
+
+
+def test_where_no_image_has_a_caption_it_is_said_where_captions_may_stand(tmp_path):
+    put(tmp_path, **{"a.png": encoded()})
+    said = CliRunner().invoke(app, ["plan", "--shards", str(tmp_path), *EMBEDDED]).output
+    assert "Captions: 0 of 1 rows that pass the metadata filter; they are read from .txt files beside images" in said

@@ -195,6 +195,7 @@ def test_unknown_words_suggest_near_ones(tmp_path):
     parquet(tmp_path / "part-00.parquet")
     assert "did you mean laion-part-12?" in complaint("laion-prt-12")
     assert "did you mean laion-part-0..99?" in complaint("laion-parts-0..99")
+    assert "did you mean laion-part-0..3?" in complaint("laion-part-0-3")
     assert "did you mean sample?" in complaint("sampel")
     assert "part-00.parquet" in complaint(tmp_path / "part-00.parqet")
     assert "path, glob or URL" in complaint("/no/such/folder/qqq")
