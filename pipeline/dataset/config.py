@@ -91,7 +91,7 @@ class Config(Settings):
     """Everything that `--config FILE` and `--set a.b=c` can say."""
 
     profile: Profile = "insightface"
-    """Names the models; see PROFILES."""
+    """embedded, insightface or permissive: which models, and which licences weights may have."""
     source: SourceSettings = SourceSettings()
     executor: ExecutorSettings = ExecutorSettings()
     report: ReportSettings = ReportSettings()

@@ -1,20 +1,21 @@
 """TOML files and `--set a.b=c` pairs as one mapping, and what pydantic says of it as one sentence."""
 
+import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import typer
 from pydantic import BaseModel, ValidationError
-from rich.console import Console
-from rich.table import Column, Table
 
 from schemas.errors import ConfigError
 
-_UNBOUNDED = 10_000
-"""Columns: a table takes no more than it needs."""
+_MEANINGS_AT = 44
+"""Column."""
 
 
 def read_values(path: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
@@ -78,19 +79,11 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def print_keys(defaults: BaseModel) -> None:
-    """Print every config key with its default and explanation; elsewhere than on a terminal, a line each."""
-    meanings = dict(keys(type(defaults)))
-    longest = max(map(len, meanings))
-    table = Table(Column("key", no_wrap=True, min_width=longest), Column("default", overflow="fold"), "meaning")
-    for name, meaning in meanings.items():
-        value: object = defaults
-        for piece in name.split("."):
-            value = getattr(value, piece)
-        table.add_row(name, repr(value), " ".join(meaning.split()))
-    console = Console(markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = _UNBOUNDED
-    console.print(table)
+    """Print every config key with its default and meaning, a line each, as TOML in which all of it is a comment."""
+    typer.echo("# A file for --config: take the # off what you change.")
+    for name, meaning in keys(type(defaults)):
+        value = reduce(getattr, name.split("."), defaults)
+        typer.echo(f"{f'# {name} = {json.dumps(value)}':<{_MEANINGS_AT}} # {' '.join(meaning.split())}")
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +18,8 @@ from pipeline.dataset.finished.verify import good_news
 from pipeline.shared.commands import local_path
 from pipeline.shared.configfile import keys
 from pipeline.shared.files import to_path
+from pipeline.train.__main__ import app as train_app
+from pipeline.train.settings import TrainConfig
 from schemas.errors import OutputError, UserError
 
 EMBEDDED = ["--profile", "embedded", "--executor", "local"]
@@ -274,7 +277,7 @@ def test_plan_without_weights_is_a_whole_plan_that_says_what_is_missing(part, tm
     assert not (tmp_path / "models").exists()
 
 
-def test_config_lists_every_key_in_a_pipe_a_line_each():
+def test_config_lists_every_key_a_line_each():
     lines = CliRunner().invoke(app, ["config"], env={"COLUMNS": "80"}).output.splitlines()
     rows = {words[1]: line for line in lines if len(words := line.split()) > 2}
     meanings = {name: " ".join(meaning.split()) for name, meaning in keys(Config)}
@@ -289,3 +292,13 @@ def test_a_terminal_that_knows_no_width_is_written_to(words):
     env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     usual, none = (subprocess.run(call, env={**env, **more}, capture_output=True) for more in ({}, {"COLUMNS": "0"}))
     assert (none.returncode, none.stdout, none.stderr) == (usual.returncode, usual.stdout, usual.stderr)
+
+
+@pytest.mark.parametrize(("command", "model"), [(app, Config), (train_app, TrainConfig)])
+def test_config_is_a_file_that_changes_nothing_until_a_key_is_taken_out_of_its_comment(command, model):
+    """It was a table, whose values no TOML file takes."""
+    text = CliRunner().invoke(command, ["config"]).output
+    assert tomllib.loads(text) == {}
+    first, *others = text.splitlines()
+    assert first.startswith("# A file for --config")
+    assert model.model_validate(tomllib.loads("\n".join(line.removeprefix("# ") for line in others))) == model()
