@@ -17,7 +17,7 @@ from pipeline import models_command
 from pipeline.dataset.execute.watchdog import LESS_GPU_MEMORY, is_hanging
 from pipeline.options import AsJson, ConfigFile, Folder, NewFolder, Profile, ProfileName, Sets, console, errors, say
 from pipeline.shared.commands import Interrupted, application
-from pipeline.shared.process import interrupt, on_interrupt, standard_streams, trouble_of_machine
+from pipeline.shared.process import NO_TELEMETRY, interrupt, on_interrupt, standard_streams, trouble_of_machine
 from schemas.errors import CorruptShardError, ExitCode, LostError, UserError, WeightsError
 from schemas.names import SAMPLE
 
@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     from pipeline.dataset.job import Job
 
 # Each command imports what it needs: `--help`, and a mistake in a call, are answered at once.
-app = application(no_args_is_help=True, help=__doc__)
+app = application(
+    no_args_is_help=True,
+    help="Face-conditioned training shards, from lists of images on the web or from folders of your own.",
+    epilog="Begin with `dataset`, which takes the bundled sample. Training: `python -m pipeline.train`; see docs/.",
+)
 
 Shards = Annotated[
     str,
@@ -50,8 +54,8 @@ def for_job(command: Callable[..., None], *, dry_run: bool = False) -> Callable[
         shards: Shards = SAMPLE,
         config: ConfigFile = None,
         sets: Sets = None,
-        executor: Executor = None,
         profile: Profile = None,
+        executor: Executor = None,
         ray_address: RayAddress = None,
         extras: With = None,
         **own: Any,
@@ -65,19 +69,21 @@ def for_job(command: Callable[..., None], *, dry_run: bool = False) -> Callable[
             command(job, **own)
 
     # Typer reads the options from the signature.
-    shared, own = (list(inspect.signature(function).parameters.values()) for function in (run, command))
-    run.__signature__ = inspect.Signature([*shared[:-1], *own[1:]])  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*shared[:-1], *own[1:]]}
+    (shards, *shared, _), (_, out, *own) = (inspect.signature(one).parameters.values() for one in (run, command))
+    run.__signature__ = inspect.Signature([shards, out, *shared, *own])  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in [shards, out, *shared, *own]}
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     return run
 
 
-@app.command()
+@app.command(epilog="Example: python -m pipeline dataset --shards photos --profile embedded --out faces")
 @for_job
 def dataset(
     job: "Job",
     out: Out = "out",
-    replan: Annotated[bool, typer.Option(help="Go on in an OUT of another plan; its shards are removed.")] = False,
+    replan: Annotated[
+        bool, typer.Option("--replan", help="Go on in an OUT of another plan; its shards are removed.")
+    ] = False,
     retry: Annotated[
         Literal["transient"] | None,
         typer.Option(
@@ -85,7 +91,7 @@ def dataset(
         ),
     ] = None,
 ) -> None:
-    """Make training shards from metadata parts; a rerun skips what is done."""
+    """Make training shards; a rerun skips what is done."""
     from pipeline.dataset.finished.report import REPORT
     from pipeline.dataset.job import make_dataset
     from pipeline.shared.files import to_path
@@ -101,24 +107,7 @@ def dataset(
     raise typer.Exit(code)
 
 
-@app.command()
-def screen(
-    photos: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of photos, with and without faces.")],
-    config: ConfigFile = None,
-    sets: Sets = None,
-    profile: ProfileName = None,
-    margin: Annotated[float, typer.Option(help="Threshold / lowest score of a kept photo.", min=0.01, max=1)] = 0.6,
-) -> None:
-    """Fit models.screen_thresh on photos, and show what it would miss."""
-    from pipeline.dataset.config import load_config
-    from pipeline.dataset.fit_screen import lines
-
-    values = load_config(config, sets or [], shards=SAMPLE, profile=profile or "insightface", executor="local")
-    for line in lines(photos, values, margin):
-        say(line)
-
-
-@app.command()
+@app.command(epilog="Example: python -m pipeline plan --shards laion-part-0..9 --out faces --sample 500")
 @partial(for_job, dry_run=True)
 def plan(
     job: "Job",
@@ -132,7 +121,7 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prove the plan and show what would be done, and what is missing for it; nothing is written to OUT.
+    """Show what `dataset` would do, and what it lacks; write nothing.
 
     With --sample, N rows are drawn from all parts and run for real, for which
     weights and licences are needed: images, bytes, hours and costs of the whole
@@ -149,24 +138,9 @@ def plan(
         raise typer.Exit(ExitCode.INTERRUPTED) from None
 
 
-@app.command()
-def report(
-    folder: Folder = "out",
-    pictures: Annotated[bool, typer.Option(help="Show faces: some of what was kept and dropped.")] = True,
-) -> None:
-    """Write DIR/report.html: what was kept and dropped, all measurements, and sliders for other thresholds."""
-    from pipeline.dataset.finished.report import REPORT, write_report
-    from pipeline.dataset.out.ledger import funnel_table
-    from pipeline.shared.files import to_path
-
-    counted = write_report(to_path(folder), pictures=pictures)
-    say(f"Report: {to_path(folder) / REPORT}")
-    console.print(funnel_table(counted))
-
-
-@app.command()
+@app.command(epilog="Example: python -m pipeline status faces")
 def status(folder: Folder = "out", as_json: AsJson = False) -> None:
-    """Tell how the run into DIR goes, from its files alone: pace, kept share, failures, time left."""
+    """Tell how a run goes, from another terminal or machine."""
     from pipeline.dataset.finished.status import status as read
     from pipeline.dataset.finished.status import text_of
     from pipeline.shared.files import to_path
@@ -178,9 +152,24 @@ def status(folder: Folder = "out", as_json: AsJson = False) -> None:
         say(text_of(now, to_path(folder), time.time()))
 
 
-@app.command()
+@app.command(epilog="Example: python -m pipeline report faces")
+def report(
+    folder: Folder = "out",
+    pictures: Annotated[bool, typer.Option(help="Show faces: some of what was kept and dropped.")] = True,
+) -> None:
+    """Write DIR/report.html: what was kept, dropped and measured."""
+    from pipeline.dataset.finished.report import REPORT, write_report
+    from pipeline.dataset.out.ledger import funnel_table
+    from pipeline.shared.files import to_path
+
+    counted = write_report(to_path(folder), pictures=pictures)
+    say(f"Report: {to_path(folder) / REPORT}")
+    console.print(funnel_table(counted))
+
+
+@app.command(epilog="Example: python -m pipeline replay faces --set filter.min_face_px=220")
 def replay(folder: Folder = "out", config: ConfigFile = None, sets: Sets = None) -> None:
-    """Judge the ledgers of DIR by other thresholds (--set filter.…), without an image; nothing is written."""
+    """Count what other thresholds would keep, without an image."""
     from pipeline.dataset.finished import replay as finished
     from pipeline.shared.files import to_path
 
@@ -188,25 +177,9 @@ def replay(folder: Folder = "out", config: ConfigFile = None, sets: Sets = None)
         say(line)
 
 
-@app.command()
-def quality(
-    folder: Folder = "out",
-    similarity: Annotated[float, typer.Option(min=-1, max=1, help="From which cosine on a pair is one person.")] = 0.48,
-) -> None:
-    """Tell which measure of quality earns its place, where persons are known (`group`); nothing is written.
-
-    The worst photos by each measure are discarded, and errors of recognition counted in the rest.
-    """
-    from pipeline.dataset.finished import quality as finished
-    from pipeline.shared.files import to_path
-
-    for line in finished.lines(to_path(folder), similarity):
-        say(line)
-
-
-@app.command()
+@app.command(epilog="Example: python -m pipeline verify faces")
 def verify(folder: Folder = "out") -> None:
-    """Check manifests, hashes, counts, and that every sample can be decoded."""
+    """Check manifests, hashes and counts, and decode every sample."""
     from pipeline.dataset.finished import verify as finished
     from pipeline.shared.files import to_path
 
@@ -221,7 +194,56 @@ def verify(folder: Folder = "out") -> None:
     say(f"{folder}: {finished.good_news(to_path(folder))}")
 
 
-@app.command()
+@app.command(epilog="Example: python -m pipeline group faces --out grouped")
+def group(
+    folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="The OUTs of runs.")],
+    out: Annotated[str, typer.Option("--out", help="Where the new dataset goes: a folder, or a URL.")],
+    similarity: Annotated[
+        float, typer.Option(min=0.2, max=1, help="Least mean cosine of the ID vectors of one person.")
+    ] = 0.48,
+    singles: Annotated[
+        bool, typer.Option("--singles/--no-singles", help="Keep photos of which no other shows the same person.")
+    ] = True,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="About how many; persons stay whole.")] = 1000,
+    sscd: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="SSCD's weights, by which copies that were edited are known too."),
+    ] = None,
+    replan: Annotated[
+        bool, typer.Option("--replan", help="Go on in an OUT of another plan; its shards are removed.")
+    ] = False,
+) -> None:
+    """Put photos of one person side by side, without near-copies.
+
+    Each sample's json has `person`, a random number of this dataset alone. The same call goes on where it stopped.
+    """
+    from pipeline.dataset.finished.group.grouping import Wish
+    from pipeline.dataset.finished.group.grouping import group as grouped
+    from pipeline.dataset.out.ledger import funnel_table
+    from pipeline.shared.files import to_path
+
+    wish = Wish(similarity, singles, samples_per_shard, sscd)
+    counted = grouped([to_path(one) for one in folders], to_path(out), wish, console, replan=replan)
+    console.print(funnel_table(counted))
+
+
+@app.command(epilog="Example: python -m pipeline quality grouped")
+def quality(
+    folder: Folder = "out",
+    similarity: Annotated[float, typer.Option(min=-1, max=1, help="From which cosine on a pair is one person.")] = 0.48,
+) -> None:
+    """Tell which quality measure earns its place, after `group`.
+
+    The worst photos by each measure are discarded, and errors of recognition counted in the rest.
+    """
+    from pipeline.dataset.finished import quality as finished
+    from pipeline.shared.files import to_path
+
+    for line in finished.lines(to_path(folder), similarity):
+        say(line)
+
+
+@app.command(epilog="Example: python -m pipeline forget faces --domain example.org --dry-run")
 def forget(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="The OUT of a run.")],
     urls: Annotated[list[str] | None, typer.Option("--url", help="The URL of an image, however it is written.")] = None,
@@ -236,9 +258,11 @@ def forget(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; write nothing.")] = False,
 ) -> None:
-    """Take samples out of DIR, blank their rows, and never fetch them again. Without options: go on where it stopped.
+    """Take samples out for good; they are never fetched again.
 
-    Options may be given several times. People cannot be searched for by face: a site, URL or file has to be named.
+    Rows are blanked. Without options, it goes on where it stopped. Options may be
+    given several times. People cannot be searched for by face: a site, URL or
+    file has to be named.
     """
     from pipeline.dataset.finished import forget as finished
     from pipeline.shared.files import to_path
@@ -262,38 +286,7 @@ def forget(
         raise typer.Exit(ExitCode.SHARDS_FAILED)
 
 
-@app.command()
-def group(
-    folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="The OUTs of runs.")],
-    out: Annotated[str, typer.Option("--out", help="Where the new dataset goes: a folder, or a URL.")],
-    similarity: Annotated[
-        float, typer.Option(min=0.2, max=1, help="Least mean cosine of the ID vectors of one person.")
-    ] = 0.48,
-    singles: Annotated[
-        bool, typer.Option("--singles/--no-singles", help="Keep photos of which no other shows the same person.")
-    ] = True,
-    samples_per_shard: Annotated[int, typer.Option(min=1, help="About how many; persons stay whole.")] = 1000,
-    sscd: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="SSCD's weights, by which copies that were edited are known too."),
-    ] = None,
-    replan: Annotated[bool, typer.Option(help="Go on in an OUT of another plan; its shards are removed.")] = False,
-) -> None:
-    """Make a dataset of DIRs in which the photos of one person lie side by side, and near-copies are left out.
-
-    Each sample's json has `person`, a random number of this dataset alone. The same call goes on where it stopped.
-    """
-    from pipeline.dataset.finished.group.grouping import Wish
-    from pipeline.dataset.finished.group.grouping import group as grouped
-    from pipeline.dataset.out.ledger import funnel_table
-    from pipeline.shared.files import to_path
-
-    wish = Wish(similarity, singles, samples_per_shard, sscd)
-    counted = grouped([to_path(one) for one in folders], to_path(out), wish, console, replan=replan)
-    console.print(funnel_table(counted))
-
-
-@app.command()
+@app.command(epilog="Example: python -m pipeline push faces hf://datasets/OWNER/NAME")
 def push(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="The OUT of a run.")],
     url: Annotated[str, typer.Argument(metavar="URL", help="hf://datasets/OWNER/NAME; made where it is not there.")],
@@ -302,10 +295,11 @@ def push(
     ] = True,
     private: Annotated[bool, typer.Option("--private", help="Make it for the owner's eyes only.")] = False,
 ) -> None:
-    """Publish DIR on the Hugging Face hub: shards, ledgers, card, report, without any picture of dropped photos.
+    """Publish DIR on the Hugging Face hub, gated.
 
-    The same call goes on where it stopped, and brings the copy to what DIR is
-    now: after `forget`, what was taken out goes from the copy's history too.
+    That is shards, ledgers, card and report, without any picture of dropped
+    photos. The same call goes on where it stopped, and brings the copy to what
+    DIR is now: after `forget`, what was taken out goes from its history too.
     """
     from pipeline.dataset.finished.hub import push as finished
     from pipeline.shared.files import to_path
@@ -313,7 +307,7 @@ def push(
     say(f"Published: {finished.push(to_path(folder), url, say, gated=gated, private=private)}")
 
 
-@app.command("export-json")
+@app.command("export-json", epilog="Example: python -m pipeline export-json faces --out list")
 def export_json(
     target: NewFolder,
     folder: Folder = "out",
@@ -329,7 +323,7 @@ def export_json(
         bool, typer.Option("--absolute", help="Absolute paths: the published FaceID script needs them for the IDs.")
     ] = False,
 ) -> None:
-    """Write DIR as single files and FOLDER/data.json, the list that the published IP-Adapter scripts read.
+    """Write single files, and the list that other trainers read.
 
     The published FaceID script reads it with `--id-format pt-numpy --absolute`;
     from torch 2.6 on, set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 for that script.
@@ -343,32 +337,38 @@ def export_json(
         say(f"{left_out:,} samples have no crop and were left out.")
 
 
-app.add_typer(models_command.app, name="models")
+@app.command(epilog="Example: python -m pipeline screen photos")
+def screen(
+    photos: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of photos, with and without faces.")],
+    config: ConfigFile = None,
+    sets: Sets = None,
+    profile: ProfileName = None,
+    margin: Annotated[float, typer.Option(help="Threshold / lowest score of a kept photo.", min=0.01, max=1)] = 0.6,
+) -> None:
+    """Fit models.screen_thresh on photos; show what it would miss."""
+    from pipeline.dataset.config import load_config
+    from pipeline.dataset.fit_screen import lines
+
+    values = load_config(config, sets or [], shards=SAMPLE, profile=profile or "insightface", executor="local")
+    for line in lines(photos, values, margin):
+        say(line)
 
 
-@app.command("config")
+@app.command("config", epilog="Example: python -m pipeline config > my.toml")
 def show_config() -> None:
-    """List every config key with its default and explanation."""
+    """List every config key, with its default and meaning."""
     from pipeline.dataset.config import Config
     from pipeline.shared.configfile import print_keys
 
     print_keys(Config())
 
 
-_NO_TELEMETRY = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "NO_ALBUMENTATIONS_UPDATE": "1",
-    "WANDB_MODE": "disabled",
-    "ORT_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "DO_NOT_TRACK": "1",
-}
-"""Switches of dependencies, which are all imported later than this is set; worker processes inherit them."""
+app.add_typer(models_command.app, name="models")
 
 
 def main() -> None:
     standard_streams()
-    os.environ.update(_NO_TELEMETRY)
+    os.environ.update(NO_TELEMETRY)
     on_interrupt(interrupt)
     try:
         try:

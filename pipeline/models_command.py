@@ -34,7 +34,7 @@ def _chosen(config: ConfigFile, sets: Sets, profile: ProfileName) -> "tuple[Conf
     return load_config(config, sets or [], profile=profile), bool(config or sets or profile)
 
 
-@app.command("list")
+@app.command("list", epilog="Example: python -m pipeline models list --profile insightface")
 def list_models(
     names: Names = None,
     config: ConfigFile = None,
@@ -54,7 +54,7 @@ def list_models(
     typer.echo(json.dumps(listed, indent=2)) if as_json else say(text_of(listed, only=only or bool(names)))
 
 
-@app.command("check")
+@app.command("check", epilog="Example: python -m pipeline models check --profile insightface")
 def check_models(
     names: Names = None,
     config: ConfigFile = None,
@@ -86,7 +86,7 @@ def check_models(
         raise typer.Exit(ExitCode.USER_ERROR)
 
 
-@app.command("fetch")
+@app.command("fetch", epilog="Example: python -m pipeline models fetch --profile insightface")
 def fetch_models(
     names: Names = None, config: ConfigFile = None, sets: Sets = None, profile: ProfileName = None
 ) -> None:

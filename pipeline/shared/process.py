@@ -17,6 +17,16 @@ from schemas.errors import RemoteError, first_line, is_gpu_full
 _MACHINE = (EDQUOT, EFBIG, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC, EROFS)
 """Errors of disks and tables that are full or broken: no bug, whoever meets them."""
 
+NO_TELEMETRY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+    "WANDB_MODE": "disabled",
+    "ORT_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+}
+"""Switches of dependencies, which are all imported later than this is set; worker processes inherit them."""
+
 
 def standard_streams() -> None:
     """Have stdin, stdout and stderr open, and able to write any text, also once their terminal is closed.

@@ -23,7 +23,7 @@ _LESS_MEMORY = (
 _COMMANDS = ("run", "export", "evaluate", "report", "config")
 
 
-@app.command()
+@app.command(epilog="Example: python -m pipeline.train --from-shards faces --variant faceid-plusv2 --out adapter")
 def run(
     shards: Annotated[
         list[str] | None, typer.Argument(metavar="[DIR]...", help="OUTs of `dataset`; `out` if none.")
@@ -82,7 +82,7 @@ def run(
     raise typer.Exit(train(job))
 
 
-@app.command("export")
+@app.command("export", epilog="Example: python -m pipeline.train export adapter --step 2000")
 def export_command(
     folder: Annotated[Path, typer.Argument(parser=local_path, metavar="RUN", help="The --out of a training run.")],
     step: Annotated[int | None, typer.Option(help="The checkpoint. (Default: the last.)")] = None,
@@ -99,7 +99,7 @@ def export_command(
         show(path)
 
 
-@app.command("report")
+@app.command("report", epilog="Example: python -m pipeline.train report adapter")
 def report_command(
     folder: Annotated[Path, typer.Argument(parser=local_path, metavar="RUN", help="The --out of a training run.")],
 ) -> None:
@@ -111,7 +111,7 @@ def report_command(
     show(write_page(RunFolder(folder)))
 
 
-@app.command("evaluate")
+@app.command("evaluate", epilog="Example: python -m pipeline.train evaluate adapter --from-shards held-back")
 def evaluate_command(
     subject: Annotated[
         Path,
@@ -173,7 +173,7 @@ def evaluate_command(
         show(folder / path)
 
 
-@app.command("config")
+@app.command("config", epilog="Example: python -m pipeline.train config > my.toml")
 def show_config() -> None:
     """List every config key with its default and explanation."""
     from pipeline.shared.configfile import print_keys

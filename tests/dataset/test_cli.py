@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
@@ -238,6 +239,25 @@ def test_each_command_explains_itself(words):
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0
     assert "Usage" in result.output
+
+
+@pytest.mark.parametrize("application", [app, train_app])
+def test_help_fits_a_line_a_command_and_each_ends_with_a_call_that_parses(application):
+    group = typer.main.get_command(application)
+    commands = {**group.commands, **getattr(group.commands.get("models"), "commands", {})}
+    for name, command in commands.items():
+        if name == "models":
+            continue
+        call = (command.epilog or "").partition("Example: ")[2].split()
+        assert call[:2] == ["python", "-m"], name
+        words = call[3 + (name in call) + ("models" in call) : call.index(">") if ">" in call else None]
+        flags = [word for word in words if word != "--from-shards"]  # the trainer makes a flag and arguments of it
+        command.make_context(name, flags)  # raises where an option is none
+    if application is app:
+        assert list(commands)[:3] == ["dataset", "plan", "status"]
+        assert [one.name for one in commands["plan"].params[:2]] == ["shards", "out"]
+        summaries = [one.help.split("\n\n")[0] for name, one in group.commands.items()]
+        assert max(map(len, summaries)) <= 63, "at 80 columns"
 
 
 def test_plan_shows_steps_models_and_work_and_writes_nothing(tmp_path):
