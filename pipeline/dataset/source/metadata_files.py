@@ -20,6 +20,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline.dataset.source.aliases import ALIASES, Aliases, resolve
+from pipeline.dataset.source.prompts import of_infotext
 from pipeline.dataset.source.values import distinct
 from pipeline.shared.files import open_binary, reading
 from schemas.errors import SourceError
@@ -263,7 +264,14 @@ def from_files(samples: Sequence[Mapping[str, bytes]], aliases: Aliases) -> pa.T
     table = from_records([parse_record(files["json"]) if "json" in files else {} for files in samples], aliases)
     texts = [
         distinct(
-            [known, *(files[suffix].decode("utf-8-sig", "replace").strip() for suffix in BESIDE[1:] if suffix in files)]
+            [
+                known,
+                *(
+                    of_infotext(files[suffix].decode("utf-8-sig", "replace").strip())
+                    for suffix in BESIDE[1:]
+                    if suffix in files
+                ),
+            ]
         )
         for known, files in zip(table["text"].to_pylist(), samples, strict=True)
     ]

@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.dataset.source import prompts
 from pipeline.dataset.source.aliases import FILE_ALIASES, FILE_NAMES, Aliases, resolve
 from pipeline.dataset.source.metadata_files import (
     BESIDE,
@@ -150,6 +151,9 @@ class Pictures:
                 samples[index]["json"] = b""  # which is no record: whatever it holds is not passed over
             else:
                 samples[index].setdefault(suffix, content)
+        for sample, image in zip(samples, images, strict=True):
+            if not sample and image.lower().endswith(".png") and is_local(self.folder):
+                sample["txt"] = prompts.in_png(self._path(image)).encode("utf-8", "replace")
         return samples
 
     def _file(self, name: str) -> str | None:
