@@ -42,6 +42,7 @@ def test_steps_whose_loss_was_not_finite_are_marked_and_a_divergence_gets_a_loga
     assert len(loss.spans) == 55
     assert loss.spans[-1][2] == "step 55: 10,000"
     assert similarity.lost == lr.lost == []
+    assert lr.about == "0.0001 throughout"
     assert [words for _, words in similarity.ticks][-1] == "0"
     (tmp_path / "metrics.jsonl").write_text(text + "no line\n")
     with pytest.raises(OutputError, match=r"metrics\.jsonl cannot be read"):
@@ -121,6 +122,14 @@ def test_the_slider_goes_through_the_steps_and_marks_them_in_the_curves(visit, r
 def test_a_run_that_did_not_finish_says_so(run, tmp_path, kind, words, shown):
     folder = copy_of(run, tmp_path / "other", (1.0, "start", 0, ""), (2.0, kind, 30, words))
     assert shown in re.sub(r"\s+", " ", write_page(folder).read_text())
+
+
+def test_a_short_run_is_timed_in_seconds_and_told_of_grids_that_it_has_steps_for(run, tmp_path):
+    run = copy_of(run, tmp_path / "short", (0, "start", 0, ""))
+    (run.root / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0, "seconds": 8.2}\n')
+    text = write_page(run).read_text()
+    assert "<dt>time</dt><dd>8 s</dd>" in text
+    assert "watch.validate_every=1</code>" in text
 
 
 def test_many_large_grids_make_no_endless_page(run, tmp_path):

@@ -194,7 +194,9 @@ def _chart(name: str, kind: Kind, curve: Thinned, metrics: Metrics, last: int) -
     return Chart(
         name,
         kind.title,
-        f"from {kind.words(curve.mean[0])} to {kind.words(curve.mean[-1])}, lowest {kind.words(curve.low.min())}, "
+        f"{kind.words(curve.mean[0])} throughout"
+        if curve.low.min() == curve.high.max()
+        else f"from {kind.words(curve.mean[0])} to {kind.words(curve.mean[-1])}, lowest {kind.words(curve.low.min())}, "
         f"highest {kind.words(curve.high.max())}{', on a logarithmic axis' if is_log else ''}",
         [(float(at), kind.words(value)) for at, value in zip(down(axis), axis, strict=True)][::-1],
         _path(np.append(x, x[::-1]), down(np.append(curve.high, curve.low[::-1]))) + "z",

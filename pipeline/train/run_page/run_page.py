@@ -122,7 +122,8 @@ def _numbers(metrics: Metrics, starts: list[int]) -> Iterator[tuple[str, str]]:
         steps, seconds = metrics["step"], np.nan_to_num(metrics["seconds"])
         turns = np.searchsorted(starts, steps)  # the steps after one start, to the next
         hours = sum(float(seconds[turns == turn].max(initial=0)) for turn in range(len(starts) + 1)) / 3600
-        yield "time", f"{60 * hours:.1f} min" if hours < 2 else f"{hours:,.1f} h"
+        short = f"{3600 * hours:.0f} s" if hours < 1 / 30 else f"{60 * hours:.1f} min"
+        yield "time", short if hours < 2 else f"{hours:,.1f} h"
     if "epoch" in metrics:
         yield "epoch", f"{np.nanmax(metrics['epoch'], initial=0):,.0f}"
 

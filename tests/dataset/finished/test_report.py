@@ -141,7 +141,7 @@ def test_all_rows_count_not_those_alone_that_are_shown(tmp_path):
     rows += [fake.dead("a", 50 + n, "metadata", "unsafe", caption_chars=100 * n) for n in range(3)]
     rows += [fake.dead("a", 53, "embed_face", "bad_embedding", caption_chars=9, crops_made=["half"])]
     page = page_of(fake.write(tmp_path, {"a-00000": rows}))
-    assert "captions 18 of 34 kept: 15 of 30 crop portrait 30 of 30 crop half 0 of 30" in page.text
+    assert "captions 15 of 30 all rows: 18 of 34 crop portrait 30 of 30 crop half 0 of 30" in page.text
     assert re.search(r"median [78] characters of 15 kept, \d+ characters of 3 dropped", page.text), (
         "a distribution for either"
     )

@@ -176,3 +176,16 @@ def test_drops_are_filtered_by_reason_and_samples_ordered_by_a_measurement(visit
     sizes = [float(size) for size in re.findall(r"face (\d+) px", page.inner_text("#kept-cards"))]
     assert len(sizes) == 9
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_without_javascript_nothing_is_shown_that_does_nothing_and_paper_is_white(browser, visit, tmp_path):
+    write_report(fake.write(tmp_path, {"a-00000": fake.mixed("a")}))
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto((tmp_path / "report.html").as_uri())
+    assert "need JavaScript" in page.inner_text("body")
+    assert [one for one in ("input", "select", ".mark", "#chips") if page.locator(f"{one}:visible").count()] == []
+    context.close()
+    page = visit(tmp_path / "report.html")
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

@@ -101,6 +101,7 @@ def test_a_run_gets_the_same_json_each_time_which_says_what_it_is_worth(trained,
         assert note in notes
         assert note in seen.err
         assert note in (tmp_path / "out/evaluation.html").read_text()
+    assert (tmp_path / "out/evaluation.html").read_text().count('class="warn"') == 1, "no wall of boxes"
     assert "Copy-paste by the pixels" in seen.out
     assert [len(one["others"]) for one in result["persons"]] == [2, 1, 0]
     assert result["results"].keys() == {"copy_paste_pixels"}, "a judge, CLIP and a second image of a prompt are lacking"
@@ -141,7 +142,7 @@ def test_progress_is_a_bar_on_a_terminal_and_plain_lines_elsewhere(trained, tmp_
     evaluated(tmp_path / "lines", *words)
     lines = [line for line in capsys.readouterr().out.splitlines() if " images, person " in line]
     assert [line.partition(",")[0] for line in lines] == [f"{done} of 6 images" for done in range(1, 7)]
-    assert re.fullmatch(r"1 of 6 images, person 1, about \d+ min left", lines[0])
+    assert re.fullmatch(r"1 of 6 images, person 1, about \d+ (s|min) left", lines[0])
     assert lines[-1] == "6 of 6 images, person 3"
     monkeypatch.setattr(evaluation, "console", screen := Console(file=StringIO(), force_terminal=True, width=90))
     evaluated(tmp_path / "bar", *words)
