@@ -51,7 +51,7 @@ TOKENS = tuple(name for name in FEATURES if name.startswith(("clip_hidden", "din
 
 _ALL = (
     # seed: what the metadata says
-    Column("key", _TEXT, "dot-free id, <part>-<row with 9 digits>; unique in the dataset, sorts as the rows do"),
+    Column("key", _TEXT, "dot-free id: part, `-`, row with 9 digits; unique in the dataset, sorts as the rows do"),
     Column("part", _TEXT, "name of the metadata part"),
     Column("row", pa.int64(), "row number in the part, from 0"),
     _optional("url", _TEXT, "where the image is fetched from"),

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from schemas.columns import COLUMNS
+from stages.pack import REPEATED
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 PROOFS = [ROOT / "docs" / "SECURITY.md", ROOT / "docs" / "reliability.md"]
@@ -40,3 +43,8 @@ def test_links_and_benchmarks_lead_somewhere(page):
         assert [link for link in links if not (page.parent / link).resolve().is_relative_to(ROOT / "docs")] == []
     if page.name != "LOG.md":  # it tells what was measured, by what was there on that day
         assert [path for path in re.findall(r"\bbenchmarks/\w+\.py", text) if not (ROOT / path).exists()] == []
+
+
+def test_each_key_of_a_sample_s_json_is_explained_as_its_column_is():
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "docs/shards.md").read_text(), re.MULTILINE))
+    assert {name: rows.get(name) for name in REPEATED} == {name: COLUMNS[name].doc for name in REPEATED}

@@ -31,6 +31,10 @@ _LORA = (
     "diffusers needs peft beside it, else it leaves the LoRA out with one line in its log; load_ip_adapter brings the "
     "LoRA along: _lora.safetensors is for ComfyUI and webui, and whoever loads both in diffusers has it twice."
 )
+_SHORTCUT = (
+    "In diffusers set pipe.unet.encoder_hid_proj.image_projection_layers[0].shortcut = True after loading: no file can "
+    "say it."
+)
 _SEGMENTED = (
     "It was trained on features of the face alone, on the fill colour of its shards: give it such pictures, as "
     "docs/training.md shows, or train with segment.condition = plain."
@@ -45,7 +49,7 @@ def loading(
     embedder = next((one for one in models if one["task"] == "face_embedder" and "arcface" in variant.reads), None)
     notes = {
         _LORA: variant.lora,
-        "Set shortcut = True on the projection layer: no file can say it.": variant.sidecar["shortcut"],
+        _SHORTCUT: variant.sidecar["shortcut"],
         _SEGMENTED: condition == "segmented" and variant.reads != ("arcface",),
         "Neither ComfyUI nor webui loads full-face on SDXL; diffusers does.": is_sdxl and variant.name == "full-face",
         "ComfyUI's and webui's presets leave faceid-plus on SDXL out: choose model and preprocessor by hand.": is_sdxl

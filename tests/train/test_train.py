@@ -151,7 +151,8 @@ def test_the_sidecar_tells_all_about_the_adapter(run):
     assert told["shortcut"] == (run.name == "faceid-plusv2")
     assert tuple(told["condition"]) == run.job.variant.reads
     assert [
-        any(word in note for note in told["loading"]) for word in ("peft", "shortcut", "alone, on the fill", "SDXL")
+        any(word in note for note in told["loading"])
+        for word in ("peft", "image_projection_layers[0].shortcut = True", "alone, on the fill", "SDXL")
     ] == [
         run.name in WITH_LORA,
         run.name == "faceid-plusv2",
