@@ -192,7 +192,7 @@ def lacking(lacks: Sequence[WeightState]) -> str:
     names = " ".join(one.weight.name for one in lacks)
     return (
         f"Weights are missing: {', '.join(words)} ({bytes_of(lacks):,} bytes to fetch): run `python -m pipeline models "
-        f"fetch {names}`, or put each file where the list says."
+        f"fetch {names}`, or put each file where the list says; `--profile embedded` is for trying out, without any."
     )
 
 

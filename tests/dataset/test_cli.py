@@ -288,6 +288,7 @@ def test_plan_without_weights_is_a_whole_plan_that_says_what_is_missing(part, tm
     assert verdict.startswith(
         "Verdict: NOT READY. Weights are missing: buffalo_l, bisenet, clip-vit-h (2,870,284,265 bytes"
     )
+    assert "`--profile embedded` is for trying out" in verdict
     refused = subprocess.run([sys.executable, "-m", "pipeline", "dataset", *words], capture_output=True, text=True)
     assert refused.returncode == 2
     sentence, _, below = refused.stderr.partition("\n")

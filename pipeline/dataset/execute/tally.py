@@ -107,10 +107,8 @@ def details(now: Mapping[str, Any]) -> list[str]:
     """A snapshot for people: shards and failures, the stages that take rows or time, hosts that are slow."""
     shards, failed, stages = now["shards"], now["network_failures"], now["stages"]
     share = f"{100 * failed / max(1, now['rows']):.1f} %"
-    lines = [
-        f"shards: {shards['made']:,} made, {shards['before']:,} done before, {shards['failed']:,} failed; "
-        f"rows that the network failed: {failed:,} ({share})"
-    ]
+    network = f"; rows that the network failed: {failed:,} ({share})" if failed else ""
+    lines = [f"shards: {shards['made']:,} made, {shards['before']:,} done before, {shards['failed']:,} failed{network}"]
     least = max(0.5, sum(stage["seconds"] for stage in stages.values()) / 50)
     words = [
         f"{name} {stage['rows_out']:,}" + (f" ({stage['seconds']:,.0f} s)" if stage["seconds"] > least else "")

@@ -106,6 +106,7 @@ def test_stages_hosts_and_failures_of_a_snapshot():
         "rows left after metadata 10, download 7 (9 s), size 2",
         "slow hosts: slow 5.0 s per fetch",
     ]
+    assert details(Tally(30).snapshot()) == ["shards: 0 made, 0 done before, 0 failed"], "no network, no word of it"
 
 
 def test_the_table_of_hosts_is_bounded_and_keeps_those_that_take_time():
