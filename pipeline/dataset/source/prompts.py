@@ -2,14 +2,12 @@
 
 import json
 import re
-import struct
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_MOST_BYTES = 4 << 20
-"""Of a text in a file; ComfyUI's hold a whole workflow."""
-_MOST_CHUNKS = 1000
+from PIL import Image as Pillow
+
+from stages.pixels.headers import DECODER_ERRORS
+
 _SETTINGS = re.compile(r"Steps: \d+, .*\bSeed: \d")
 _NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
 _STARTS = ("positive", "conditioning")
@@ -33,32 +31,11 @@ def of_infotext(text: str) -> str:
 def in_png(path: str) -> str:
     """The prompt that a PNG file says it was made by; empty where it says none that is understood."""
     try:
-        with open(path, "rb") as stream:
-            texts = dict(_texts(stream))
+        with Pillow.open(path, formats=["PNG"]) as image:  # reads what stands before the pixels, and not these
+            texts = image.info
         return of_infotext(texts["parameters"]) if "parameters" in texts else _of_graph(json.loads(texts["prompt"]))
-    except (OSError, LookupError, ValueError, RecursionError, AttributeError):
+    except (*DECODER_ERRORS, RecursionError):
         return ""
-
-
-def _texts(stream: BinaryIO) -> Iterator[tuple[str, str]]:
-    """Keywords and texts before the pixels; none that is compressed."""
-    is_png = stream.read(len(_SIGNATURE)) == _SIGNATURE
-    for _ in range(_MOST_CHUNKS if is_png else 0):
-        head = stream.read(8)
-        if len(head) < 8 or head.endswith(b"IDAT"):
-            return
-        size, kind = struct.unpack(">I4s", head)
-        if kind not in (b"tEXt", b"iTXt") or size > _MOST_BYTES:
-            stream.seek(size + 4, 1)
-            continue
-        content = stream.read(size + 4)  # and its checksum
-        if len(content) < size + 4:
-            return
-        keyword, _, text = content[:-4].partition(b"\0")
-        if kind == b"iTXt" and text[:1] == b"\0":  # two bytes of compression, language, translated keyword
-            yield keyword.decode("latin-1"), text[2:].split(b"\0", 2)[2].decode("utf-8", "replace")
-        elif kind == b"tEXt":
-            yield keyword.decode("latin-1"), text.decode("latin-1")
 
 
 def _of_graph(nodes: Any) -> str:
