@@ -84,4 +84,4 @@ def local_path(word: str) -> Path:
     word = re.sub(r"^file:(//|(?=/))", "", word)
     if "://" in word:
         raise OutputError(f"{word} is a URL: what is given here has to lie on this machine.")
-    return Path(word).expanduser()
+    return Path(os.path.expanduser(word))

@@ -264,7 +264,7 @@ def to_path(text: str) -> AnyPath:
         raise OutputError("The name of a folder or URL is empty: give one, or `.` for the current folder.")
     protocol, colon, _ = text.rpartition("::")[2].partition(":/")  # of simplecache::s3://bucket, s3
     if not colon or not protocol.isalnum() or len(protocol) == 1:
-        return Path(text).expanduser()  # `OUT=~/faces` reaches make as it is written
+        return Path(os.path.expanduser(text))  # `OUT=~/faces` reaches make as it is written
     if protocol == "file":
         return Path(text.removeprefix("file:").removeprefix("//"))
     if f"{protocol}://" not in text:

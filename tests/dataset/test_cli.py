@@ -167,6 +167,7 @@ def test_a_home_folder_that_no_shell_wrote_out_is_none_of_that_name(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert to_path("~/faces") == local_path("~/faces") == tmp_path / "home/faces"
+    assert to_path("~nobody-here/x") == local_path("~nobody-here/x") == Path("~nobody-here/x")
     assert to_path("file:///a/~b") == tmp_path / "/a/~b"
 
 
