@@ -126,15 +126,11 @@ def make_dataset(
     plan, output = job.plan, Output(out)
     if isinstance(out, RemotePath) and out.url.startswith("memory:") and plan.config.executor.name == "ray":
         raise OutputError(f"OUT {out} exists in one process alone: give --executor local, or another OUT.")
-    start, screen = executor_of(plan.config), RunScreen(console, job.rows)
+    screen = RunScreen(console, job.rows)
     # OUT first: one that will not do is known at once.
     with Watchers(screen, out, plan.config.watch, watch) as watchers, output.prepared(plan, replan=replan):
-        screen.say(job.summary)  # Ray and models take seconds to start
-        with (
-            start(plan) as execute,
-            screen,
-            _Work(output, plan, screen, watchers, job.parts, output.sources).described() as work,
-        ):
+        screen.say(job.summary)
+        with screen, _Work(output, plan, screen, watchers, job.parts, output.sources).described() as work:
             gone = take_down_listed(output)
             if gone.rows:
                 screen.say(f"download.removed: {gone}, are taken out of what is done.")
@@ -143,7 +139,7 @@ def make_dataset(
             watchers.begin(parts=len(job.parts), input_rows=job.rows, plan_digest=plan.digest)
             # A shard that is made anew takes those along that gave its rows a second chance.
             further = [name for name in shard_names(out) if shard_origin(name)[1]]
-            work.make(execute, work.pending(job.shards_by_part(), further))
+            work.make(work.pending(job.shards_by_part(), further))
             screen.say(str(work.captions))
             if retry and work.failed:
                 screen.say("Some shards failed: second chances wait until all are done.")
@@ -151,12 +147,7 @@ def make_dataset(
                 again = second_chances(
                     job.parts, plan.config.source, out, partial(output.is_done, plan=plan), screen.expect
                 )
-                pending = work.pending(again)
-                first = next(pending, None)
-                if first is not None:
-                    with start(plan) as execute:  # once more: a run that is over leaves no worker behind
-                        work.make(execute, chain([first], pending))
-                elif not work.failed:
+                if not work.make(work.pending(again)) and not work.failed:
                     screen.say("Second chances: no row failed for a reason that may have passed.")
             output.sources = work.sources
             counted = _finish(output, plan)
@@ -225,9 +216,21 @@ class _Work:
                     self.output.describe(self.plan, planned)
             raise
 
-    def make(self, execute: Execute, pending: Iterable[Seeds]) -> None:
-        """Raises a LostError when none that comes after would fare better than the shard that failed."""
-        with closing(execute(self.plan, pending, self.output)) as events:
+    def make(self, pending: Iterator[Seeds]) -> bool:
+        """Whether there was any shard to be made: Ray and models, which take seconds to start, are so for the first.
+
+        Raises:
+            LostError: when none that comes after would fare better than the shard that failed.
+        """
+        first = next(pending, None)
+        if first is None:
+            return False
+        with (
+            executor_of(self.plan.config)(self.plan) as execute,
+            closing(execute(self.plan, chain([first], pending), self.output)) as events,
+        ):
+            if not self.made and not self.failed:  # second chances are of the same run
+                self.screen.begin()
             for event in events:
                 self.watchers.take(event)
                 if isinstance(event, Finished) and event.manifest is not None:
@@ -236,6 +239,7 @@ class _Work:
                     self.failed.append(event.shard)
                     if event.lost:
                         raise LostError(event.error)
+        return True
 
     def pending(self, parts: Iterable[Iterable[Seeds]], further: Sequence[str] = ()) -> Iterator[Seeds]:
         """The shards that are not done; a part that turns out unreadable in the middle fails, and the others go on.

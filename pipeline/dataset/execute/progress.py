@@ -1,7 +1,7 @@
 """The screen of a run: counts of its events, and a bar for each shard that is made."""
 
 import time
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import TaskID
@@ -19,9 +19,9 @@ class RunScreen(Screen):
         self.tally = Tally(total_rows)
         self._bars: dict[str, TaskID] = {}
 
-    def __enter__(self) -> Self:
-        self.tally.begun = time.monotonic()  # what was started before is not this run's pace
-        return super().__enter__()
+    def begin(self) -> None:
+        """What was started until now is not this run's pace."""
+        self._begun = self.tally.begun = time.monotonic()
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from sample_runs import SHARDS, contents, make, manifests, stopped, without
 
+from pipeline.dataset import job
 from pipeline.dataset.finished.verify import verify
 from schemas.errors import ExitCode, UserError
 from stages.models.detectors.haar import Haar
@@ -32,6 +33,18 @@ def test_a_rerun_skips_what_is_done_and_changes_nothing(whole, tmp_path):
     code, text = make(out)
     assert (code, f"{len(SHARDS)} done before" in text) == (ExitCode.OK, True)
     assert {path: path.stat().st_mtime_ns for path in (out / "shards").iterdir()} == before
+
+
+def test_a_rerun_starts_neither_ray_nor_models_until_a_shard_is_to_be_made(whole, tmp_path, monkeypatch):
+    out, started = Path(shutil.copytree(whole, tmp_path / "out")), []
+    real = job.executor_of
+    monkeypatch.setattr(job, "executor_of", lambda config: started.append(config.executor.name) or real(config))
+    assert make(out)[0] == ExitCode.OK
+    assert started == []
+    (out / "shards" / f"{SHARDS[5]}.json").unlink()
+    assert make(out)[0] == ExitCode.OK
+    assert started == ["local"]
+    assert contents(out) == contents(whole)
 
 
 @pytest.mark.parametrize("engine", ["native", "img2dataset"])
