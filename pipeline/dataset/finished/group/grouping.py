@@ -182,8 +182,10 @@ def group(folders: Sequence[AnyPath], out: AnyPath, wish: Wish, console: Console
         plan = _plan(folders, sources, wish, laid.digest, sscd)
         console.print(laid.summary)
     with output.prepared(plan, replan=replan):
-        parts = [{shard_origin(shard)[0] for shard in shard_names(folder)} for folder in folders]
-        known = (source.get("sources") or own for source, own in zip(sources, parts, strict=True))  # once not written
+        known = (
+            source.get("sources") or {shard_origin(shard)[0] for shard in shard_names(folder)}  # once not written
+            for folder, source in zip(folders, sources, strict=True)
+        )
         output.sources = sorted(set(chain(*known)))
         if photos:
             listed = sizes(output.shards)
