@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import hypergeom
-from scipy.stats import t as student
+import scipy  # imports its parts when they are used: a plan without a forecast is spared a second
 
 from schemas.arrays import Doubles
 
@@ -52,8 +51,8 @@ def count(hits: int, size: int, population: int) -> Range:
     if not size:
         return Range(0, 0, population)
     possible = range(hits, population - (size - hits) + 1)
-    low = bisect_left(possible, TAIL, key=lambda total: hypergeom.sf(hits - 1, population, total, size))
-    above = bisect_left(possible, -TAIL, key=lambda total: -hypergeom.cdf(hits, population, total, size))
+    low = bisect_left(possible, TAIL, key=lambda total: scipy.stats.hypergeom.sf(hits - 1, population, total, size))
+    above = bisect_left(possible, -TAIL, key=lambda total: -scipy.stats.hypergeom.cdf(hits, population, total, size))
     return Range(population * hits / size, possible[min(low, len(possible) - 1)], possible[max(0, above - 1)])
 
 
@@ -92,4 +91,4 @@ def _error(deviations: Sequence[float] | Doubles) -> float:
 
 
 def _quantile(number: int) -> float:
-    return float(student.ppf(1 - TAIL, number + 1))
+    return float(scipy.stats.t.ppf(1 - TAIL, number + 1))

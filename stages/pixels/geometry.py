@@ -7,7 +7,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import numpy.typing as npt
-from skimage.transform import SimilarityTransform
+import skimage  # imports its parts when they are used: a plan, and who sees no face, is spared half a second
 
 from schemas.arcface import ARCFACE_SIZE, ARCFACE_TEMPLATE
 from schemas.arrays import Doubles, Floats, Image, Labels, Mask
@@ -53,7 +53,7 @@ def similarity(kps: npt.ArrayLike, template: npt.ArrayLike) -> Matrix:
 def _similarity(points: bytes, template: bytes) -> Matrix:
     """`similarity` of float32 points: three of them come seven times for each face."""
     source, target = (np.frombuffer(each, np.float32).reshape(-1, 2) for each in (points, template))
-    transform = SimilarityTransform.from_estimate(source, target)
+    transform = skimage.transform.SimilarityTransform.from_estimate(source, target)
     if not transform:
         raise ValueError(f"points do not determine a similarity: {source.tolist()}")
     matrix: Matrix = transform.params[:2]
