@@ -33,6 +33,8 @@ for _name, _value in {
     "ORT_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
+    "RAY_AUTH_MODE": "token",  # test modules import Ray, which remembers these, before a run sets them
+    "RAY_AUTH_TOKEN": "0" * 64,
     "RAY_worker_niceness": "0",  # on a busy machine, the workers of Ray would starve, and their deadlines pass
     "CUDA_VISIBLE_DEVICES": "",  # a GPU computes other bits than the CPU, and would be there where none may be
     "OMP_NUM_THREADS": "1",  # the processes of the suite fill the cores; their threads would only fight for them

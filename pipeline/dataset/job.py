@@ -278,8 +278,8 @@ def executor_of(config: Config) -> Start:
     if config.executor.name == "local":
         return local.started
     if not config.executor.ray_address:
-        # Ray remembers what it read when it was imported.
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=_RAY_TOKEN)
+        # Ray remembers what it read when it was imported, perhaps by another.
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=os.environ.get("RAY_AUTH_TOKEN") or _RAY_TOKEN)
     from pipeline.dataset.execute import cluster  # Ray takes seconds to import
 
     return cluster.started

@@ -41,7 +41,7 @@ def test_two_workers_make_the_same_bytes_and_go_on_when_the_node_of_one_is_gone(
     out = tmp_path / "out"
     words = ["--ray-address", cluster.address, "--set", "executor.workers=2", "--set", "executor.batch_rows=1"]
     words += ["--set", f"watch.events={out}/events.jsonl"]
-    process = begun(out, *words, shards=2, env={**os.environ, "RAY_AUTH_MODE": "disabled"})
+    process = begun(out, *words, shards=2)  # which inherits the token that the cluster has
     (raylet,) = node.all_processes["raylet"]
     while not any("ray::_Maker" in child.cmdline()[0] for child in psutil.Process(raylet.process.pid).children()):
         assert process.poll() is None, process.communicate()
