@@ -12,15 +12,16 @@ import unicodedata
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset.source import prompts
 from pipeline.dataset.source.aliases import FILE_ALIASES, FILE_NAMES, Aliases, resolve
 from pipeline.dataset.source.metadata_files import (
     BESIDE,
@@ -33,6 +34,7 @@ from pipeline.dataset.source.metadata_files import (
     probe,
     tables,
 )
+from pipeline.dataset.source.prompts import in_image
 from pipeline.dataset.source.values import as_text, distinct, to_seeds
 from pipeline.shared.files import is_local, open_binary, reading
 from schemas.columns import SEED_SCHEMA
@@ -151,9 +153,10 @@ class Pictures:
                 samples[index]["json"] = b""  # which is no record: whatever it holds is not passed over
             else:
                 samples[index].setdefault(suffix, content)
-        for sample, image in zip(samples, images, strict=True):
-            if not sample and image.lower().endswith(".png") and is_local(self.folder):
-                sample["txt"] = prompts.in_png(self._path(image)).encode("utf-8", "replace")
+        for sample, image in zip(samples, images, strict=True) if is_local(self.folder) else ():
+            if not sample:
+                with suppress(OSError), Path(self._path(image)).open("rb") as opened:
+                    sample["txt"] = in_image(opened)
         return samples
 
     def _file(self, name: str) -> str | None:

@@ -2,11 +2,13 @@
 
 import json
 import re
-from typing import Any
+import struct
+from typing import IO, Any
 
 from PIL import Image as Pillow
 
-from stages.pixels.headers import DECODER_ERRORS
+from stages.pixels.headers import DECODER_ERRORS, chunks, format_of
+from stages.pixels.jpeg import segments
 
 _SETTINGS = re.compile(r"Steps: \d+, .*\bSeed: \d")
 _NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
@@ -17,6 +19,12 @@ _FOLLOWED = (
     *("text", "text_g", "text_l", "clip_l", "t5xxl", "prompt", "string", "value", "populated_text"),
 )
 """Inputs in which a prompt may stand, or that lead to it."""
+_HEAD = 1 << 17
+"""EXIF stands at the beginning of a JPEG file, and is at most half as long."""
+_MOST_EXIF = 1 << 22
+_EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
+_GRAPHS = (0x0110, 0x010F, 0x010E)
+"""Model, make and description: where savers of ComfyUI put `prompt:` and its graph, each as it likes."""
 
 
 def of_infotext(text: str) -> str:
@@ -28,14 +36,55 @@ def of_infotext(text: str) -> str:
     return ", ".join(filter(None, map(str.strip, prompt.split(",")))) if networks else prompt
 
 
-def in_png(path: str) -> str:
-    """The prompt that a PNG file says it was made by; empty where it says none that is understood."""
+def in_image(file: IO[bytes]) -> bytes:
+    """What a PNG, JPEG or WebP file says it was made by, as a .txt beside it would hold it: A1111's text as it stands.
+
+    Empty where it says nothing that is understood. No pixel is decoded.
+    """
     try:
-        with Pillow.open(path, formats=["PNG"]) as image:  # reads what stands before the pixels, and not these
-            texts = image.info
-        return of_infotext(texts["parameters"]) if "parameters" in texts else _of_graph(json.loads(texts["prompt"]))
-    except (*DECODER_ERRORS, RecursionError):
-        return ""
+        head = file.read(_HEAD)
+        format = format_of(head)
+        if format == "PNG":
+            with Pillow.open(file, formats=["PNG"]) as image:  # reads what stands before the pixels, and not these
+                texts = image.info
+            text = texts["parameters"] if "parameters" in texts else _of_graph(json.loads(texts["prompt"]))
+        elif format == "JPEG":
+            starts = ((start, end) for marker, start, end in segments(head) if marker == 0xE1)
+            text = _in_exif(next(head[start:end] for start, end in starts if head[start : start + 6] == b"Exif\0\0"))
+        elif format == "WEBP" and head[12:16] == b"VP8X" and head[20] & 0x08:  # its header announces EXIF
+            data = head + file.read()
+            text = _in_exif(next(data[start:end] for name, start, end in chunks("WEBP", data) if name == b"EXIF"))
+        else:
+            text = ""
+    except (*DECODER_ERRORS, StopIteration, RecursionError):
+        text = ""
+    return text.encode("utf-8", "replace")
+
+
+def _in_exif(exif: bytes) -> str:
+    """The graph of _GRAPHS, or the user comment of A1111."""
+    tiff = exif.removeprefix(b"Exif\0\0")[:_MOST_EXIF]
+    order = {b"II*\0": "<", b"MM\0*": ">"}[tiff[:4]]
+    values, pointer = dict[int, bytes](), 4
+    for _ in range(2):  # the first directory, and EXIF's own, to which it points
+        (start,) = struct.unpack_from(f"{order}I", tiff, pointer)
+        (count,) = struct.unpack_from(f"{order}H", tiff, start)
+        for at in range(start + 2, start + 2 + 12 * count, 12):
+            tag, size = struct.unpack_from(f"{order}HxxI", tiff, at)
+            if tag == _EXIF_IFD:
+                pointer = at + 8
+            elif tag in (*_GRAPHS, _USER_COMMENT) and tag not in values:
+                (value,) = (at + 8,) if size <= 4 else struct.unpack_from(f"{order}I", tiff, at + 8)
+                values[tag] = tiff[value : value + size]
+    for tag in _GRAPHS:
+        name, _, graph = values.get(tag, b"").partition(b":")
+        if name.lower() == b"prompt":
+            return _of_graph(json.loads(graph.rstrip(b"\0")))
+    code, comment = values[_USER_COMMENT][:8], values[_USER_COMMENT][8:]
+    is_little = comment[1::2].count(0) > comment[::2].count(0)  # writers do not agree; the zeros of "Steps:" tell
+    encoding = ("utf-16-le" if is_little else "utf-16-be") if code == b"UNICODE\0" else "utf-8"
+    text = comment.decode(encoding, "replace")
+    return text if of_infotext(text) != text else ""  # cameras write comments too
 
 
 def _of_graph(nodes: Any) -> str:

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import NamedTuple
 
 import pyarrow as pa
+from PIL.ContainerIO import ContainerIO
 
 from pipeline.dataset.source.aliases import STORED_ALIASES, Aliases
 from pipeline.dataset.source.metadata_files import (
@@ -17,8 +18,9 @@ from pipeline.dataset.source.metadata_files import (
     probe_parquet,
     read_parquet,
 )
+from pipeline.dataset.source.prompts import in_image
 from pipeline.dataset.source.values import as_text
-from pipeline.shared.files import kind_of, open_binary, reading
+from pipeline.shared.files import is_local, kind_of, open_binary, reading
 from pipeline.shared.tars import members, read, require_whole
 from schemas.errors import SourceError
 
@@ -98,6 +100,10 @@ def tables(path: str, aliases: Aliases = STORED_ALIASES) -> Iterator[pa.Table]:
     else:  # of samples with an image (under a dotted suffix too, which is not read), or a json
         suffixes = {"json", *IMAGE_SUFFIXES}
         named = [key for key, files in samples.items() if any(one.rpartition(".")[2] in suffixes for one in files)]
+        if is_local(path):  # of a remote tar it would fetch most
+            with reading(path), open_binary(path) as file:
+                for key, image in ((key, _image(samples[key])) for key in named if key not in texts):
+                    texts[key] = {"txt": in_image(ContainerIO(file, image.offset, image.size)) if image else b""}
         rows, keys = from_files([texts.get(key, {}) for key in named], aliases), pa.array(named, pa.string())
     rows = rows.set_column(rows.column_names.index("image_key"), "image_key", keys).sort_by("image_key")
     images = [_image(samples.get(key, {})) for key in rows.column("image_key").to_pylist()]

@@ -1,6 +1,8 @@
 """Prompts in images that A1111 and ComfyUI made, and in the .txt files that A1111 writes beside them."""
 
+import io
 import json
+import tarfile
 
 import pytest
 from PIL import Image
@@ -10,7 +12,7 @@ from typer.testing import CliRunner
 from pipeline.__main__ import app
 from pipeline.dataset.source.aliases import FILE_ALIASES
 from pipeline.dataset.source.metadata_files import from_files
-from pipeline.dataset.source.prompts import in_png, of_infotext
+from pipeline.dataset.source.prompts import in_image, of_infotext
 
 SETTINGS = "Steps: 20, Sampler: DPM++ 2M, CFG scale: 7, Seed: 5, Size: 1024x1024, Model: x"
 GRAPH = {
@@ -51,25 +53,60 @@ def test_of_what_a1111_writes_the_prompt_alone_is_the_caption(text, prompt):
     assert beside["text"].to_pylist() == [[prompt] if prompt else []]
 
 
+def caption(path):
+    with path.open("rb") as file:
+        return "".join(*from_files([{"txt": in_image(file)}], FILE_ALIASES)["text"].to_pylist())
+
+
+def with_exif(path, comment=b"", **texts):
+    exif = Image.Exif()
+    for name, text in texts.items():
+        exif[{"Model": 0x0110, "Make": 0x010F, "ImageDescription": 0x010E}[name]] = text
+    if comment:
+        exif.get_ifd(0x8769)[0x9286] = comment
+    Image.new("RGB", (8, 8)).save(path, exif=exif)
+    return path
+
+
 def test_prompts_in_png_files(tmp_path):
-    assert in_png(png(tmp_path / "a.png", parameters=f"a woman\nNegative prompt: ugly\n{SETTINGS}")) == "a woman"
-    assert in_png(png(tmp_path / "u.png", parameters=f"größer 人\n{SETTINGS}")) == "größer 人"
-    assert in_png(png(tmp_path / "c.png", workflow="{}", prompt=json.dumps(GRAPH))) == "a portrait, größer"
+    for text, prompt in (("a woman\nNegative prompt: ugly", "a woman"), ("größer 人", "größer 人")):
+        png(tmp_path / "a.png", parameters=f"{text}\n{SETTINGS}")
+        assert caption(tmp_path / "a.png") == prompt
+    png(tmp_path / "c.png", workflow="{}", prompt=json.dumps(GRAPH))
+    assert caption(tmp_path / "c.png") == "a portrait, größer"
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.webp"])
+def test_prompts_in_exif(name, tmp_path):
+    text, path = f"größer 人\nNegative prompt: ugly\n{SETTINGS}", tmp_path / name
+    for encoding in ("utf-16-be", "utf-16-le"):
+        assert caption(with_exif(path, b"UNICODE\0" + text.encode(encoding))) == "größer 人"
+    graph = json.dumps(GRAPH)
+    assert caption(with_exif(path, Model=f"prompt:{graph}", Make="workflow:{}")) == "a portrait, größer"
+    assert caption(with_exif(path, Make=f"Prompt:{graph}", ImageDescription="Workflow:{}")) == "a portrait, größer"
+    for other in ({}, {"Make": "prompt:{"}, {"ImageDescription": "DIGITAL CAMERA", "comment": b"ASCII\0\0\0hello"}):
+        assert caption(with_exif(path, **other)) == ""
 
 
 @pytest.mark.parametrize(
     "prompt", ["", "[]", "{", "[" * 100_000, '{"1": 2}', '{"1": {"inputs": {"positive": ["1", 0]}}}']
 )
 def test_what_is_no_prompt_is_none(prompt, tmp_path):
-    assert in_png(png(tmp_path / "a.png", prompt=prompt, other="x")) == ""
+    png(tmp_path / "a.png", prompt=prompt, other="x")
+    assert caption(tmp_path / "a.png") == ""
 
 
-def test_a_file_that_ends_anywhere_or_is_no_png_has_no_prompt(tmp_path):
-    whole = (tmp_path / "a.png", png(tmp_path / "a.png", parameters="a woman"))[0].read_bytes()
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+def test_a_file_that_ends_anywhere_has_no_prompt_or_a_whole_one(name, tmp_path):
+    comment = f"a woman\n{SETTINGS}"
+    if name == "a.png":
+        png(tmp_path / name, parameters=comment)
+    else:
+        with_exif(tmp_path / name, b"UNICODE\0" + comment.encode("utf-16-be"))
+    whole = (tmp_path / name).read_bytes()
     for length in range(len(whole)):
-        (tmp_path / "b.png").write_bytes(whole[:length])
-        assert in_png(str(tmp_path / "b.png")) in ("", "a woman")
-    assert in_png(str(tmp_path / "none.png")) == ""
+        assert of_infotext(in_image(io.BytesIO(whole[:length])).decode()) in ("", "a woman")
+    assert caption(tmp_path / name) == "a woman"
 
 
 def test_a_folder_of_generated_images_has_captions_and_a_file_beside_comes_first(tmp_path):
@@ -78,7 +115,13 @@ def test_a_folder_of_generated_images_has_captions_and_a_file_beside_comes_first
     png(tmp_path / "c.png", parameters="another")
     (tmp_path / "c.txt").write_text(f"a man\nNegative prompt: ugly\n{SETTINGS}")
     png(tmp_path / "d.png")
-    words = ["plan", "--shards", f"made:{tmp_path}", "--profile", "embedded", "--executor", "local"]
-    done = CliRunner().invoke(app, words)
-    assert done.exit_code == 0, done.output
-    assert "Captions: 3 of 4 rows" in done.output
+    with_exif(tmp_path / "e.webp", Model=f"prompt:{json.dumps(GRAPH)}")
+    tar = tmp_path.with_suffix(".tar")
+    with tarfile.open(tar, "w") as file:
+        for name in ("a.png", "c.png", "c.txt", "d.png", "e.webp"):
+            file.add(tmp_path / name, name)
+    for source, captions in ((tmp_path, "4 of 5"), (tar, "3 of 4")):
+        words = ["plan", "--shards", f"made:{source}", "--profile", "embedded", "--executor", "local"]
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
+        assert f"Captions: {captions} rows" in done.output
