@@ -12,6 +12,7 @@ import typer
 
 from pipeline.shared.commands import Interrupted, application, local_path
 from pipeline.shared.process import large_imports, standard_streams, trouble_of_machine
+from pipeline.train.adapters import NAMES, require_known
 from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, UserError, is_gpu_full
 
 # Each command imports what it needs: torch takes a second and a half, and `--help` is answered at once.
@@ -33,7 +34,7 @@ def run(
         str,
         typer.Option(
             "--variant",
-            help="One of: ip-adapter, plus, plus-face, full-face, faceid, faceid-portrait, faceid-plus, faceid-plusv2.",
+            help=f"One of: {', '.join(NAMES)}.",
         ),
     ] = "",
     base: Annotated[
@@ -63,6 +64,7 @@ def run(
 
     Other commands: `export RUN`, `evaluate RUN|FILE`, `report RUN`, `config`; each has its own --help.
     """
+    require_known(name)
     with large_imports():
         from pipeline.train.job import EMBEDDED, Call, prepared
         from pipeline.train.watch import say
@@ -148,6 +150,8 @@ def evaluate_command(
     """Draw images of persons in DIR, and measure: whose face, copied or not, as the prompt says, how different."""
     from rich.table import Table
 
+    if name:
+        require_known(name)
     with large_imports():
         from pipeline.train.evaluate.call import Call, prepared
 

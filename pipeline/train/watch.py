@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
-from torch import Tensor
 
 from pipeline.shared.atomic import write_atomically
 from pipeline.shared.events import EventFile, Hook, Warn
 from pipeline.shared.terminal import Screen
 from pipeline.train.settings import TrainConfig
 from schemas.errors import first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor  # takes seconds, and mistakes are told by `say`
 
 T = TypeVar("T")
 
@@ -171,13 +173,13 @@ class Watch:
         if self._hook is not None:
             self._hook.call(event)
 
-    def batch(self, loss: Tensor, samples: int) -> None:
+    def batch(self, loss: "Tensor", samples: int) -> None:
         """A batch went forward and back; its loss is read only when it is logged, so that a GPU need not wait."""
         self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
         self._batches += 1
         self.clock.count(samples)
 
-    def step(self, step: int, *, lr: Tensor | float, grad_norm: Tensor | float | None, epoch: int) -> None:
+    def step(self, step: int, *, lr: "Tensor | float", grad_norm: "Tensor | float | None", epoch: int) -> None:
         """An optimiser step is done; every `log_every` steps, and at the last, its metrics are written."""
         self._done = step
         due = step % self._config.watch.log_every == 0 or step >= self._config.steps

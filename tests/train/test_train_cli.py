@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 import pipeline.train.__main__ as trainer
 from pipeline.shared.bases import find_base
+from pipeline.train.adapters import NAMES as VARIANT_NAMES
 from pipeline.train.adapters.released import read_released
 from pipeline.train.adapters.variants import VARIANTS
 from pipeline.train.settings import TrainConfig
@@ -217,6 +218,7 @@ def test_licences_and_lineage_of_a_starting_point_go_on(cli, dataset, real, tmp_
 
 
 def test_help_and_config_tell_everything(cli, monkeypatch):
+    assert list(VARIANTS) == list(VARIANT_NAMES)
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = cli("--help")
     assert code == 0

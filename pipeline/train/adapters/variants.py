@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from pipeline.train.adapters import require_known
 from pipeline.train.settings import AdapterSettings
-from schemas.errors import ConfigError
 from schemas.targets import BaseKind
 
 HEAD = 64
@@ -252,8 +252,5 @@ VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _TABLE}
 
 def variant(name: str) -> Variant:
     """The variant of that name; a ConfigError lists the known ones when there is none."""
-    if not name:
-        raise ConfigError(f"Say what to train, by --variant and one of: {', '.join(VARIANTS)}.")
-    if name not in VARIANTS:
-        raise ConfigError(f"The variant {name!r} is not known; choose one of: {', '.join(VARIANTS)}.")
+    require_known(name)
     return VARIANTS[name]
