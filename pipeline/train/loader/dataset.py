@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, combinations, islice
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -51,10 +51,11 @@ class DatasetFolder(NamedTuple):
     """Of its sources, `web` and `made`; empty where dataset.json does not say."""
 
 
-def read_folder(given: str, *, manifests_may_differ: bool) -> DatasetFolder:
+def read_folder(given: str, known: dict[str, DatasetFolder], *, manifests_may_differ: bool) -> DatasetFolder:
     """Find the finished shards of a folder: the OUT of a `dataset` run, or its `shards`; tars are measured, not hashed.
 
-    `manifests_may_differ` from those that the dataset's last run came to its end with.
+    One that is in `known`, which it comes into, is not read again. `manifests_may_differ` from those that the dataset's
+    last run came to its end with.
 
     Raises:
         SourceError: when it does not exist, cannot be read, holds no finished shard with samples, or files of it are
@@ -67,6 +68,9 @@ def read_folder(given: str, *, manifests_may_differ: bool) -> DatasetFolder:
         folder: AnyPath = root / "shards"
         if not folder.is_dir():
             root, folder = root.parent, root
+        path = os.path.realpath(str(root))
+        if path in known:
+            return known[path]
         lengths, finished = sizes(folder), finished_shards(names(folder))
         manifests = of_each(folder, partial(_manifest, folder), finished)
         shards = [Shard(given, folder / f"{one.shard}.tar", one) for one in manifests]
@@ -102,7 +106,7 @@ def read_folder(given: str, *, manifests_may_differ: bool) -> DatasetFolder:
             f"The manifests of {given} are not those that {described} was written for: copy the dataset again (`python "
             f"-m pipeline verify {given}` tells what differs), or train on what is there with --set data.verify=size."
         )
-    return DatasetFolder(given, root, shards, digest, files, grouped_from, kinds)
+    return known.setdefault(path, DatasetFolder(given, root, shards, digest, files, grouped_from, kinds))
 
 
 def _manifest(folder: AnyPath, name: str) -> Manifest:
@@ -157,6 +161,8 @@ class Dataset:
     """Of the sources, `web` and `made`; empty where that is not known of all."""
     targets: tuple[Targets, ...]
     """What latents and texts were precomputed by, without single cuts; one if all shards agree, none without."""
+    notices: tuple[str, ...] = ()
+    """A sentence for each thing of the folders that its user may not want."""
 
     @property
     def suffixes(self) -> frozenset[str]:
@@ -188,9 +194,19 @@ def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
     """
     if not dirs:
         raise SourceError("No dataset is given: --from-shards takes the OUT folders of `make dataset`.")
-    read = [read_folder(given, manifests_may_differ=data.verify == "size") for given in dirs]
-    check_embedders(read)
-    folders = list({os.path.realpath(str(one.root)): one for one in read}.values())  # what is named twice counts once
+    known = dict[str, DatasetFolder]()
+    read = [read_folder(given, known, manifests_may_differ=data.verify == "size") for given in dirs]
+    folders = list(known.values())
+    check_embedders(folders)
+    names = [[given for given, one in zip(dirs, read, strict=True) if one is folder] for folder in folders]
+    notices = [f"{' and '.join(many)} are one dataset, which counts once." for many in names if many[1:]]
+    lineages = [(folder.given, {folder.digest, *folder.grouped_from}) for folder in folders]
+    notices += [
+        f"{one} and {other} hold the same photos, which count twice: one was grouped or copied from the other, or both "
+        "from a third dataset."
+        for (one, its), (other, others) in combinations(lineages, 2)
+        if its & others
+    ]
     digests = tuple(folder.digest for folder in folders)
     shards = tuple(shard for folder in folders for shard in folder.shards if shard.manifest.kept)
     # The first samples of one shard per plan; of all but their json it is only noted that they are there.
@@ -210,6 +226,7 @@ def open_dataset(dirs: Sequence[str], data: DataSettings) -> Dataset:
         suffixes_of_plans=suffixes,
         kinds=frozenset(chain(*(one.kinds for one in folders if all(each.kinds for each in folders)))),
         targets=_distinct(replace(one, latents={}) for one in made_by),
+        notices=tuple(notices),
     )
     looked_at = chain(*peeked.values(), first_samples(dataset, LOOKED_AT))
     if not data.allow_no_captions and not any(str(meta(raw).get("text") or "").strip() for raw in looked_at):

@@ -138,7 +138,7 @@ class Reading:
     faces: int
     """Most photos of a person whose ID vectors are one condition, side by side."""
     notices: tuple[str, ...]
-    """A sentence for each thing of the config that was switched off, and why."""
+    """Those of the dataset, and a sentence for each thing of the config that was switched off, and why."""
 
     @property
     def wanted(self) -> frozenset[str]:
@@ -170,7 +170,7 @@ def plan_reading(
         ConfigError: when there is nothing of another photo that the variant reads.
         SourceError: when the shards lack what the config or the variant asks for.
     """
-    notices: list[str] = []
+    notices = [*dataset.notices]
     suffixes, augment = dataset.suffixes, config.augment
     features = features_of(dataset, reads, config.adapter)
     latents = _precomputed("latents", dataset, config.data, base, notices)

@@ -77,7 +77,7 @@ class Consumer:
                 empty = 0
                 if position >= before:
                     yield collate(group, self.reading, Position(self.worker, number, position))
-            if empty == _EMPTY_EPOCHS:
+            if empty == max(_EMPTY_EPOCHS, self.consumers):  # as much as the whole dataset
                 folders = self.dataset.folders
                 raise SourceError(
                     f"None of the samples that were read from {folders} has a crop of data.crops, and is of a kind in "

@@ -489,3 +489,10 @@ def test_workers_end_with_the_iteration(dataset: Dataset) -> None:
     take(ShardLoader(dataset, ID, config(workers=2)), 3)
     left = set(children.read_text().split()) - before
     assert not [pid for pid in left if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+def test_a_consumer_that_happens_to_get_no_fitting_sample_for_some_epochs_goes_on(tmp_path: Path) -> None:
+    shards = {f"a-{number:05}": [fake.sample(number, has=("full",) * (number % 4 == 0))] for number in range(16)}
+    dataset = opened(tmp_path, shards)
+    first = [take(ShardLoader(dataset, ID, config(), rank=rank, world=8), 1)[0].position for rank in range(8)]
+    assert max(position.epoch for position in first) >= 3

@@ -437,3 +437,22 @@ def test_a_tar_that_is_none_is_told_when_it_is_looked_into(tmp_path: Path) -> No
     fake.put(f"{tmp_path}/shards/a-00000.json", fake.manifest("a-00000", data, 1).to_json().encode())
     with pytest.raises(CorruptShardError, match=r"a-00000\.tar: not a readable tar"):
         open_dataset([str(tmp_path)], DATA)
+
+
+def test_what_counts_once_is_read_once_and_what_counts_twice_is_said(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, sizes = [], dataset_module.sizes
+    monkeypatch.setattr(dataset_module, "sizes", lambda folder: read.append(folder) or sizes(folder))
+    twice = open_dataset([str(out), f"{out}/shards"], DATA)
+    assert (len(read), twice.samples) == (1, 5)
+    assert twice.notices == (f"{out} and {out}/shards are one dataset, which counts once.",)
+    assert plan_reading(twice, ("arcface",), TrainConfig()).notices[:1] == twice.notices
+
+    grouped = fake.write(tmp_path / "grouped", {"g-00000": fake.counted(10, 2)})
+    about = {"plan": {"settings": {"group": {"of": [twice.digest]}}}}
+    (tmp_path / "grouped/dataset.json").write_text(json.dumps(about))
+    other = fake.write(tmp_path / "other", {"a-00000": fake.counted(20, 2)})
+    assert not open_dataset([str(out), other], DATA).notices
+    (notice,) = open_dataset([str(out), other, grouped], DATA).notices
+    assert notice.startswith(f"{out} and {grouped} hold the same photos, which count twice")
