@@ -2,7 +2,7 @@
 
 import json
 import re
-import struct
+import warnings
 from typing import IO, Any
 
 from PIL import Image as Pillow
@@ -21,7 +21,6 @@ _FOLLOWED = (
 """Inputs in which a prompt may stand, or that lead to it."""
 _HEAD = 1 << 17
 """EXIF stands at the beginning of a JPEG file, and is at most half as long."""
-_MOST_EXIF = 1 << 22
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 _GRAPHS = (0x0110, 0x010F, 0x010E)
 """Model, make and description: where savers of ComfyUI put `prompt:` and its graph, each as it likes."""
@@ -61,26 +60,21 @@ def in_image(file: IO[bytes]) -> bytes:
     return text.encode("utf-8", "replace")
 
 
-def _in_exif(exif: bytes) -> str:
+def _in_exif(data: bytes) -> str:
     """The graph of _GRAPHS, or the user comment of A1111."""
-    tiff = exif.removeprefix(b"Exif\0\0")[:_MOST_EXIF]
-    order = {b"II*\0": "<", b"MM\0*": ">"}[tiff[:4]]
-    values, pointer = dict[int, bytes](), 4
-    for _ in range(2):  # the first directory, and EXIF's own, to which it points
-        (start,) = struct.unpack_from(f"{order}I", tiff, pointer)
-        (count,) = struct.unpack_from(f"{order}H", tiff, start)
-        for at in range(start + 2, start + 2 + 12 * count, 12):
-            tag, size = struct.unpack_from(f"{order}HxxI", tiff, at)
-            if tag == _EXIF_IFD:
-                pointer = at + 8
-            elif tag in (*_GRAPHS, _USER_COMMENT) and tag not in values:
-                (value,) = (at + 8,) if size <= 4 else struct.unpack_from(f"{order}I", tiff, at + 8)
-                values[tag] = tiff[value : value + size]
-    for tag in _GRAPHS:
-        name, _, graph = values.get(tag, b"").partition(b":")
-        if name.lower() == b"prompt":
-            return _of_graph(json.loads(graph.rstrip(b"\0")))
-    code, comment = values[_USER_COMMENT][:8], values[_USER_COMMENT][8:]
+    exif = Pillow.Exif()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks on broken metadata
+        exif.load(data)
+        texts = [exif.get(tag) for tag in _GRAPHS]
+        comment = exif.get_ifd(_EXIF_IFD).get(_USER_COMMENT)
+    for text in texts:
+        name, _, graph = text.partition(":") if isinstance(text, str) else ("", "", "")
+        if name.lower() == "prompt":
+            return _of_graph(json.loads(graph.encode("latin-1")))  # as which Pillow reads what is UTF-8
+    if not isinstance(comment, bytes):
+        return ""
+    code, comment = comment[:8], comment[8:]
     is_little = comment[1::2].count(0) > comment[::2].count(0)  # writers do not agree; the zeros of "Steps:" tell
     encoding = ("utf-16-le" if is_little else "utf-16-be") if code == b"UNICODE\0" else "utf-8"
     text = comment.decode(encoding, "replace")
