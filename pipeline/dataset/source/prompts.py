@@ -21,6 +21,8 @@ _FOLLOWED = (
 """Inputs in which a prompt may stand, or that lead to it."""
 _HEAD = 1 << 17
 """EXIF stands at the beginning of a JPEG file, and is at most half as long."""
+_MADE = (b"rompt:", b"ROMPT:", b"Steps:", b"S\0t\0e\0p\0s\0:")
+"""One of these is in EXIF that is looked into: a camera's says much else."""
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 _GRAPHS = (0x0110, 0x010F, 0x010E)
 """Model, make and description: where savers of ComfyUI put `prompt:` and its graph, each as it likes."""
@@ -62,6 +64,8 @@ def in_image(file: IO[bytes]) -> bytes:
 
 def _in_exif(data: bytes) -> str:
     """The graph of _GRAPHS, or the user comment of A1111."""
+    if not any(word in data for word in _MADE):
+        return ""
     exif = Pillow.Exif()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # remarks on broken metadata
