@@ -16,6 +16,7 @@ from schemas.shard import DATASET
 from stages.fetch.answer import SECOND_CHANCE
 
 _RECENT_S = 3600.0
+_NO_SNAPSHOT = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 _SILENT_S = 900.0
 """Without any news for longer, a run may be dead: executor.shard_timeout_s gives up a shard after as long."""
 
@@ -40,8 +41,10 @@ def status(out: AnyPath) -> dict[str, Any]:
     of_run = sorted((end, manifest.rows_in) for manifest in manifests if (end := ends[manifest.shard]) > begun)
     is_over, live = "shards" in dataset, None
     if not is_over:
-        with suppress(OSError, ValueError):  # what manifests say stands without it
-            live = json.loads((out / LIVE).read_bytes())
+        with suppress(*_NO_SNAPSHOT):  # what manifests say stands without it
+            read = json.loads((out / LIVE).read_bytes())
+            _live_lines(read, read["time"])
+            live = read
     drafts = {
         name.removeprefix(TEMPORARY).rsplit(".", 2)[0]: written
         for name, written in sorted(files.items(), key=lambda entry: entry[1])
@@ -86,12 +89,20 @@ def _pace(ends: Sequence[tuple[float, int]], since: float) -> float | None:
     return rows / (ends[-1][0] - since) if rows else None
 
 
+def _ago(then: float, now: float) -> str:
+    return f"{timedelta(seconds=max(0, round(now - then)))} ago"
+
+
+def _live_lines(live: Mapping[str, Any], now: float) -> list[str]:
+    """What a run says of itself; raises one of _NO_SNAPSHOT for what no run wrote."""
+    lines = [f"By its own count, {_ago(live['time'], now)}: {live['rows']:,} rows, kept {live['kept']:,}"]
+    lines += [f"  {line}" for line in details(live)]
+    return [*lines, *(f"WARNING: {text}" for text in live["warnings"].values())]
+
+
 def text_of(status: Mapping[str, Any], out: AnyPath, now: float) -> str:
     def share(rows: int) -> str:
         return f"{rows:,} ({100 * rows / max(1, status['rows']):.1f} %)"
-
-    def ago(then: float) -> str:
-        return f"{timedelta(seconds=max(0, round(now - then)))} ago"
 
     plural = "" if status["shards"] == 1 else "s"
     lines = [f"{out}: {status['shards']:,} shard{plural}, {status['rows']:,} rows, kept {share(status['kept'])}"]
@@ -103,13 +114,13 @@ def text_of(status: Mapping[str, Any], out: AnyPath, now: float) -> str:
     if status["rows"] and not status["kept"]:
         lines.append(why_nothing(f"{status['rows']:,} rows", status["dropped"]))
     if status["is_over"]:
-        return "\n".join([*lines, f"The run is over, {ago(status['begun'])}."])
+        return "\n".join([*lines, f"The run is over, {_ago(status['begun'], now)}."])
     paces = [
         (status["rows_per_second"], "since the run began"),
         (status["recent_rows_per_second"], "in the last hour of it"),
     ]
     pace = ", ".join(f"{rows:,.1f} rows/s {when}" for rows, when in paces if rows) or "no shard is done yet"
-    lines.append(f"The run began {ago(status['begun'])}: {pace}")
+    lines.append(f"The run began {_ago(status['begun'], now)}: {pace}")
     making, live = status["in_the_making"], status["live"]
     if status["planned_rows"] is not None:
         left = (
@@ -121,12 +132,12 @@ def text_of(status: Mapping[str, Any], out: AnyPath, now: float) -> str:
         else:
             lines.append(f"{status['planned_done']:,} of {status['planned_rows']:,} rows are done{left}")
     if live is not None:
-        lines.append(f"By its own count, {ago(live['time'])}: {live['rows']:,} rows, kept {live['kept']:,}")
-        lines += [f"  {line}" for line in details(live)]
-        lines += [f"WARNING: {text}" for text in live["warnings"].values()]
+        lines += _live_lines(live, now)
     news = max([status["begun"], status["last_shard"] or 0, live["time"] if live else 0, *(making or {}).values()])
     if making:
         lines.append(f"In the making: {', '.join(making)}")
     if making == {} or now - news > _SILENT_S:
-        lines.append(f"No news for {ago(news).removesuffix(' ago')}. If the run has ended, the same command goes on.")
+        lines.append(
+            f"No news for {_ago(news, now).removesuffix(' ago')}. If the run has ended, the same command goes on."
+        )
     return "\n".join(lines)

@@ -115,6 +115,10 @@ def _dataset_problems(out: AnyPath, manifests: list[Manifest]) -> Iterator[Probl
         text = (out / DATASET).read_bytes()
         dataset = json.loads(text)
         same = {**{name: dataset[name] for name in IDENTITY}, "models": dataset["plan"]["models"]}
+        read_dataset(out)
+    except CorruptShardError as error:
+        yield Problem("", DATASET, None, str(error).removeprefix(f"{DATASET}: "))
+        return
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         yield Problem("", DATASET, None, f"cannot be read: {type(error).__name__}: {error}")
         return

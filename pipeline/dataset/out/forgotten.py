@@ -145,6 +145,8 @@ def load(out: AnyPath) -> Forgotten:
         text = (out / FORGOTTEN).read_bytes()
     except FileNotFoundError:
         return Forgotten()
+    except IsADirectoryError as error:
+        raise CorruptShardError(f"{FORGOTTEN}: cannot be read: it is a folder") from error
     try:
         content = json.loads(text)
         content.setdefault("files", [])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import BaseModel, ValidationError
 from rich import box
 from rich.table import Table
 
@@ -95,16 +96,34 @@ def read_manifests(out: AnyPath) -> list[Manifest]:
     return list(of_each(out, partial(read_manifest, out), shard_names(out)))
 
 
+class _Plan(BaseModel):
+    settings: dict[str, dict[str, Any]] = {}
+    models: list[dict[str, str]] = []
+
+
+class _Described(BaseModel):
+    """What is read of dataset.json; each may be lacking."""
+
+    plan: _Plan | None = None
+    sources: list[str] = []
+    sources_before: list[str] = []
+    planned: dict[str, int | None] = {}
+    files: dict[str, dict[str, Any]] = {}
+    dataset_digest: str = ""
+
+
 def read_dataset(out: AnyPath) -> dict[str, Any]:
     try:
         dataset = dict(json.loads((out / DATASET).read_bytes()))
         json.dumps(dataset, ensure_ascii=False).encode()  # JSON may hold halves of surrogates, which are no text
-        for section in dataset.get("plan", {}).get("settings", {}).values():
-            section.items()
+        _Described.model_validate(dataset, strict=True)
         return dataset
     except RemoteError:
         raise
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except ValidationError as error:  # edited by hand
+        name = ".".join(map(str, error.errors()[0]["loc"]))
+        raise CorruptShardError(f"{DATASET}: what a run writes as {name} is of another type") from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CorruptShardError(f"{DATASET}: cannot be read: {first_line(error)}") from error
 
 

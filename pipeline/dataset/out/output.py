@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.dataset.out.forgotten import finish, load
-from pipeline.dataset.out.ledger import counts, read_ledger
+from pipeline.dataset.out.ledger import counts, read_dataset, read_ledger
 from pipeline.dataset.out.lost import lost_errors
 from pipeline.dataset.out.takedowns import DROPS, Listed, Takedowns
 from pipeline.dataset.plan import Plan
@@ -69,7 +69,7 @@ class Output:
                 self.clear()
                 with contextlib.suppress(FileNotFoundError):
                     before = (self.root / DATASET).read_bytes()
-                    self.sources = _sources(json.loads(before), finished_shards(names(self.shards)))
+                    self.sources = _sources(read_dataset(self.root), finished_shards(names(self.shards)))
                 written = times(self.shards)
                 if replan:
                     for shard in finished_shards(names(self.shards)):

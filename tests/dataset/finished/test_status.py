@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from pipeline.__main__ import app
 from pipeline.dataset.finished.status import status, text_of
 from pipeline.dataset.finished.verify import verify
+from pipeline.dataset.out.ledger import LIVE
 from pipeline.shared.files import times, to_path
 from schemas.errors import OutputError
 from schemas.shard import dataset_text
@@ -135,3 +136,11 @@ def test_times_of_other_stores(key, monkeypatch):
 def test_a_folder_without_a_run_is_one_sentence(tmp_path):
     with pytest.raises(OutputError):
         status(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", "{}", '{"time": 1e999, "rows": 1, "kept": 1}', "[" * 100_000])
+def test_a_snapshot_that_no_run_wrote_is_none(text, half):
+    (half / LIVE).write_text(text)
+    now = status(half)
+    assert now["live"] is None
+    assert "By its own count" not in text_of(now, half, 1040)

@@ -20,12 +20,13 @@ from typer.testing import CliRunner
 from pipeline.__main__ import app
 from pipeline.dataset.finished import verify as verification
 from pipeline.dataset.finished.forget import forget
+from pipeline.dataset.finished.group.grouping import Wish, group
 from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.replay import replay
 from pipeline.dataset.finished.report import write_report
 from pipeline.dataset.finished.status import status
 from pipeline.dataset.finished.verify import foreign_files, verify
-from pipeline.dataset.out.forgotten import Forgotten
+from pipeline.dataset.out.forgotten import Forgotten, load
 from pipeline.dataset.out.forgotten import save as save_forgotten
 from pipeline.dataset.out.ledger import funnel, read_manifests
 from pipeline.dataset.out.output import Output, fingerprint
@@ -33,7 +34,7 @@ from schemas.columns import LEDGER_SCHEMA
 from schemas.digest import sha256_of_json
 from schemas.errors import CorruptShardError, OutputError
 from schemas.int8 import encode_int8, quantise
-from schemas.shard import UNCONDITIONAL, Manifest, encode_npy
+from schemas.shard import UNCONDITIONAL, Manifest, dataset_text, encode_npy
 from stages.settings import FilterSettings
 
 SHARD, FIRST = "a-00000", "a-000000000"
@@ -504,3 +505,29 @@ def test_a_plan_that_is_none_is_damage_for_every_reader(whole, tmp_path, section
     assert {file for file, _, _ in told(out)} == {"dataset.json"}
     with pytest.raises(CorruptShardError, match=r"dataset\.json"):
         write_card(out, funnel(out), read_manifests(out))
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"sources": [1]}, "sources.0"),
+        ({"planned": {"p": "x"}}, "planned.p"),
+        ({"files": [1]}, "files"),
+        ({"plan": 5}, "plan"),
+    ],
+)
+def test_a_dataset_json_that_was_edited_by_hand_is_one_sentence(changed, name, tmp_path):
+    out = fake.write(tmp_path / "out", {"p-00000": fake.mixed("p")})
+    path = out / "dataset.json"
+    path.write_bytes(dataset_text({**json.loads(path.read_bytes()), **changed}))
+    sentence = f"dataset.json.* {name} is of another type" if name != "plan" else "dataset.json"
+    for read in (status, lambda one: group([one], tmp_path / "grouped", Wish(), Console(quiet=True))):
+        with pytest.raises((CorruptShardError, OutputError), match=sentence):
+            read(out)
+    assert ("dataset.json", None) in [one[:2] for one in told(out)]
+
+
+def test_a_folder_called_forgotten_json_is_one_sentence(tmp_path):
+    (tmp_path / "forgotten.json").mkdir()
+    with pytest.raises(CorruptShardError, match="it is a folder"):
+        load(tmp_path)

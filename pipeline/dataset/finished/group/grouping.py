@@ -28,7 +28,7 @@ from pipeline.dataset.finished.group.persons import SIMILARITY, persons
 from pipeline.dataset.finished.group.photos import Photos, read_photos
 from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.report import write_report
-from pipeline.dataset.out.ledger import Funnel, read_manifests, shard_names, summary
+from pipeline.dataset.out.ledger import Funnel, read_dataset, read_manifests, shard_names, summary
 from pipeline.dataset.out.lost import lost_errors
 from pipeline.dataset.out.output import Output, ShardWriter, differences, fingerprint
 from pipeline.dataset.out.takedowns import blank
@@ -211,12 +211,12 @@ def _sources(folders: Sequence[AnyPath]) -> list[dict[str, Any]]:
     """dataset.json of each dataset, all of which must have ID vectors and have been made alike."""
     sources: list[dict[str, Any]] = []
     for folder in folders:
+        if not (folder / DATASET).exists():
+            raise OutputError(f"{folder} holds no dataset: give the OUT of a `dataset` run.")
         try:
-            content = dict(json.loads((folder / DATASET).read_bytes()))
+            content = read_dataset(folder)
             embeddings = content["plan"]["settings"].get("pack", {}).get("embeddings", True)
-        except FileNotFoundError:
-            raise OutputError(f"{folder} holds no dataset: give the OUT of a `dataset` run.") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (CorruptShardError, OSError, KeyError, TypeError) as error:
             raise OutputError(
                 f"{folder / DATASET} cannot be read ({first_line(error)}): `verify` tells more."
             ) from error

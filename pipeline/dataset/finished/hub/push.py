@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.hub.croissant import croissant
 from pipeline.dataset.finished.report import REPORT, write_report
-from pipeline.dataset.out.ledger import read_manifests
+from pipeline.dataset.out.ledger import read_manifests, shards_folder
 from pipeline.dataset.out.output import Output, fingerprint
 from pipeline.dataset.source.laion import OLD_LAION
 from pipeline.shared.files import AnyPath, RemotePath
@@ -55,11 +55,12 @@ def push(out: AnyPath, url: str, say: Callable[[str], None], *, gated: bool = Tr
         raise OutputError(f"{url!r} is no dataset of the hub: give hf://datasets/OWNER/NAME.")
     if not constants.ENDPOINT.startswith(("http://", "https://")):
         raise OutputError(f"HF_ENDPOINT is {constants.ENDPOINT!r}, no URL of a hub: let it begin with https://.")
-    manifests = read_manifests(out)
-    if not manifests:
-        raise OutputError(f"{out} holds no finished shard yet: let `dataset` finish one.")
+    shards_folder(out)
     repo, api = match[1], HfApi()
     with Output(out).locked(), TemporaryDirectory(prefix="faceshards-push-") as folder, _hub_errors(url):
+        manifests = read_manifests(out)
+        if not manifests:
+            raise OutputError(f"{out} holds no finished shard yet: let `dataset` finish one.")
         report = Path(folder) / REPORT
         counted = write_report(out, drops=False, target=report)
         about = write_card(out, counted, manifests)
