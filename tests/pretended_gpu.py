@@ -4,6 +4,7 @@ Tensors that were sent to `cuda` lie on the CPU and are known by their storage. 
 fails as it does on a GPU; what makes the host wait for it is counted; CUDA graphs record operations and repeat them.
 """
 
+import functools
 import importlib
 from contextlib import ExitStack, contextmanager
 
@@ -11,7 +12,6 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 GPU = torch.device("cuda")
 _READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.bincount", "aten.equal")
@@ -21,6 +21,21 @@ _MOVES = {torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.pin
 
 _THERE, _PINNED = {}, {}
 """Address of a storage -> it; of all pretended GPUs, as models outlive them in caches."""
+
+
+def _tensors(values):
+    """Those among what an operation is given or makes, which may be lists of them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+@functools.cache
+def _name(func):
+    """Without its overload."""
+    return str(func).rpartition(".")[0]
 
 
 def _is_gpu(device):
@@ -155,9 +170,9 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         gpu, kwargs = self._gpu, kwargs or {}
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        given = [*_tensors(args), *_tensors(kwargs.values())]
         there = [gpu.has(leaf) for leaf in given]
-        name = str(func).rpartition(".")[0]
+        name = _name(func)
         if any(there):
             gpu.touch(func)
             strangers = [leaf for leaf, is_there in zip(given, there, strict=True) if not is_there and leaf.ndim]
@@ -173,9 +188,8 @@ class _Operations(TorchDispatchMode):
                 gpu.wait(func)
         made = func(*args, **kwargs)
         if any(there) and name != "aten.copy_":
-            for leaf in tree_leaves(made):
-                if isinstance(leaf, torch.Tensor):
-                    gpu.mark(leaf)
+            for leaf in _tensors([made]):
+                gpu.mark(leaf)
         if gpu.recorded is not None:
             gpu.recorded.append((func, args, kwargs, made))
         return made
@@ -191,8 +205,8 @@ class Graph:
         with torch._C._DisableTorchDispatch():
             for func, args, kwargs, made in self.operations:
                 again = func(*args, **kwargs)
-                for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True):
-                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                for old, new in zip(_tensors([made]), _tensors([again]), strict=True):
+                    if old.data_ptr() != new.data_ptr():
                         old.copy_(new)
 
 

@@ -13,6 +13,7 @@ from train_made import VISION, write_shards
 import pipeline.train.loop as trainer
 from pipeline.shared.bases import find_base
 from pipeline.train.adapters.model import AdapterModel
+from pipeline.train.base_model import Base
 from pipeline.train.evaluate import evaluation
 from pipeline.train.evaluate.call import Call as Wish
 from pipeline.train.evaluate.call import prepared as granted
@@ -31,7 +32,10 @@ def forget_accelerate():
 
 @pytest.fixture
 def on_gpu(monkeypatch, tmp_path):
-    """Train two batches of precomputed samples over and over; gives the job, and what the host waited for by step."""
+    """Train two batches of precomputed samples over and over; gives the job, and what the host waited for by step.
+
+    Without steps, a run is begun and no more.
+    """
     forget_accelerate()
     waits = {}
 
@@ -50,8 +54,14 @@ def on_gpu(monkeypatch, tmp_path):
         if not shards.exists():
             write_shards(shards, find_base(base), 64, 4, VISION[True], hidden="int8")
         sets = ("adapter.lora_rank=4", "watch.tensorboard=false", "watch.log_every=2", "data.verify=size", *pairs)
-        job = prepared(Call((str(shards),), name, base, tmp_path / "run", pairs=sets, options={"steps": steps}))
+        options = {"steps": max(steps, 1)}
+        job = prepared(Call((str(shards),), name, base, tmp_path / "run", pairs=sets, options=options))
         with pretended_gpu(monkeypatch) as gpu:
+            monkeypatch.setattr("pipeline.train.session.ShardLoader", Pinning)
+            if not steps:
+                accelerator = trainer.make_accelerator(job.config.optim)
+                Session(job, accelerator, Base(job.base, accelerator.device, torch.bfloat16))
+                return job, waits
 
             class Counting(Session):
                 def count_step(self):
@@ -60,7 +70,6 @@ def on_gpu(monkeypatch, tmp_path):
                     return super().count_step()
 
             monkeypatch.setattr(trainer, "Session", Counting)
-            monkeypatch.setattr("pipeline.train.session.ShardLoader", Pinning)
             assert trainer.train(job) == ExitCode.OK
         return job, waits
 
@@ -98,7 +107,7 @@ def test_how_long_a_run_is_its_samples_say(samples, is_long, on_gpu, monkeypatch
     monkeypatch.setattr("pipeline.train.session.find_spec", lambda name: name)
     monkeypatch.setattr("shutil.which", lambda name: name)
     monkeypatch.setattr(AdapterModel, "compile_predict", lambda _, batch_size: compiled.append(batch_size))
-    on_gpu("ip-adapter", "tiny", "data.crops.full=0", "optim.accumulate=2", steps=1)
+    on_gpu("ip-adapter", "tiny", "data.crops.full=0", "optim.accumulate=2", steps=0)
     assert bool(compiled) == is_long  # one step of two batches of two
 
 
@@ -109,7 +118,7 @@ def test_precomputed_latents_have_many_shapes_whatever_buckets_are_set(pairs, is
     monkeypatch.setattr("pipeline.train.session.find_spec", lambda name: name)
     monkeypatch.setattr("shutil.which", lambda name: name)
     monkeypatch.setattr(AdapterModel, "compile_predict", lambda _, batch_size: compiled.append(batch_size))
-    on_gpu("ip-adapter", "tiny", "data.buckets=false", *pairs, steps=1)
+    on_gpu("ip-adapter", "tiny", "data.buckets=false", *pairs, steps=0)
     assert bool(compiled) == is_compiled
 
 
@@ -121,12 +130,12 @@ def test_by_itself_it_compiles_long_runs_where_that_works(compilers, on_gpu, mon
     monkeypatch.setattr("shutil.which", lambda name: name if compilers else None)
     monkeypatch.setattr(AdapterModel, "compile_predict", lambda _, batch_size: compiled.append(batch_size))
     monkeypatch.delenv("CC", raising=False)
-    on_gpu("ip-adapter", "tiny", "data.crops.full=0", steps=1)
+    on_gpu("ip-adapter", "tiny", "data.crops.full=0", steps=0)
     assert compiled == [2] * compilers
     assert ("not compiled" in capsys.readouterr().err) != compilers
     if not compilers:
         with pytest.raises(ConfigError, match="install gcc"):
-            on_gpu("ip-adapter", "tiny-sdxl", "optim.compile=true", steps=1)
+            on_gpu("ip-adapter", "tiny-sdxl", "optim.compile=true", steps=0)
 
 
 @pytest.mark.long
