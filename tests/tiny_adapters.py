@@ -19,17 +19,16 @@ KINDS = ("sd15", "sdxl")
 WITH_LORA = ("faceid", "faceid-plus", "faceid-plusv2")
 TOKENS = {"ip-adapter": 4, "plus": 16, "plus-face": 16, "full-face": 257}
 TOKENS |= {"faceid": 4, "faceid-portrait": 16, "faceid-plus": 4, "faceid-plusv2": 4}
-_ALWAYS_ON_SDXL = ("ip-adapter", "full-face", "faceid-plusv2")
+_ALWAYS = {
+    "sd15": ("ip-adapter", "plus", "full-face", "faceid", "faceid-portrait", "faceid-plusv2"),
+    "sdxl": ("faceid-plusv2",),
+}
 PAIRS = [
-    pytest.param(
-        (name, kind),
-        id=f"{name}-{kind}",
-        marks=[pytest.mark.long] if kind == "sdxl" and name not in _ALWAYS_ON_SDXL else [],
-    )
+    pytest.param((name, kind), id=f"{name}-{kind}", marks=[] if name in _ALWAYS[kind] else [pytest.mark.long])
     for kind in KINDS
     for name in TOKENS
 ]
-"""Every variant on SD1.5; on SDXL three that have the networks of all, and with -m long the others."""
+"""Every network on SD1.5, and on SDXL the one that has the parts of most; with -m long every variant on both."""
 EACH = [pytest.param(*pair.values[0], id=pair.id, marks=pair.marks) for pair in PAIRS]
 TEXT = 128
 """Text width of the tiny bases."""

@@ -290,7 +290,7 @@ def test_every_lora_pair_lands_in_its_layer_with_strength_one(case, loaded):
 # ----------------------------------------------------------------------------------------------- single families
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=["sd15", pytest.param("sdxl", marks=pytest.mark.long)])
 def make(request, bases, tmp_path):
     """Makes a case of the named variant, on each kind of base."""
 
