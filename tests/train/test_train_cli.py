@@ -23,7 +23,7 @@ from pipeline.train.settings import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
-QUICK = ("--base", "tiny", "--steps", "2", "--set", "adapter.lora_rank=4")
+QUICK = ("--base", "tiny", "--steps", "1", "--set", "adapter.lora_rank=4")
 FACEID = ("--variant", "faceid", *QUICK)
 NAME = "ip-adapter-faceid_sd15"
 
@@ -132,14 +132,22 @@ def test_the_collector_goes_on_but_not_among_what_was_imported(real):
 
 
 @pytest.mark.parametrize("how", ["--from-shards DIR", "--from-shards=DIR", "DIR", "--from-shards DIR COPY", "run DIR"])
-def test_shards_are_given_in_many_ways(how, cli, dataset, copy):
-    places = {"DIR": str(dataset), "COPY": str(copy)}
+def test_shards_are_given_in_many_ways(how, cli, dataset, copy, monkeypatch):
+    jobs, places = [], {"DIR": str(dataset), "COPY": str(copy)}
+    monkeypatch.setattr("pipeline.train.loop.train", lambda job: jobs.append(job) or 0)
     words = [re.sub("DIR|COPY", lambda found: places[found[0]], word) for word in how.split()]
-    code, out, err = cli(*words, *FACEID, "--out", "run")
+    code, _, err = cli(*words, *FACEID, "--out", "run")
+    assert code == 0, err
+    (job,) = jobs
+    assert job.dataset.samples == 9 * ("COPY" in how) + 9
+    assert job.run.root == Path("run")
+
+
+def test_two_datasets_are_trained_on_as_one(cli, dataset, copy):
+    code, out, err = cli("--from-shards", dataset, copy, *FACEID, "--out", "run")
     assert code == 0, err
     assert NAME in out
-    told = json.loads(Path("run", f"{NAME}.json").read_text())
-    assert told["dataset"]["samples"] == 9 * ("COPY" in how) + 9
+    assert json.loads(Path("run", f"{NAME}.json").read_text())["dataset"]["samples"] == 18
 
 
 def test_options_and_files_and_pairs_are_all_heard(cli, dataset):
