@@ -1,5 +1,6 @@
 """README.md of what was made: Markdown whose head the hub reads, and at whose end stands what is the user's."""
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ _TEMPLATES = jinja2.Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
+_compiled = functools.cache(_TEMPLATES.from_string)
 
 
 def write_readme(folder: AnyPath, template: Path, head: Mapping[str, Any], **values: Any) -> None:
@@ -35,7 +37,7 @@ def write_readme(folder: AnyPath, template: Path, head: Mapping[str, Any], **val
     if ours:
         plain = json.loads(json.dumps(head))  # what occurs twice in one object would be written as a reference
         lines = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
-        text = _TEMPLATES.from_string(template.read_text(encoding="utf-8")).render(json=json.dumps, **values)
+        text = _compiled(template.read_text(encoding="utf-8")).render(json=json.dumps, **values)
         write(path, f"---\n{lines}---\n\n{text}\n{_YOURS}{yours or chr(10)}".encode())
 
 

@@ -30,3 +30,10 @@ def loaded_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Base, "_model", model)
         yield
+
+
+@pytest.fixture
+def no_release(monkeypatch):
+    """Trainings write checkpoints and metrics, but neither the released files nor a page, at which nobody looks."""
+    monkeypatch.setattr("pipeline.train.loop.export", lambda *_: [])
+    monkeypatch.setattr("pipeline.train.run_page.run_page.write_page", lambda run: run.root)

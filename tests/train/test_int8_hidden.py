@@ -131,6 +131,7 @@ def weights(job):
 @pytest.mark.parametrize(
     "name", [name if name in _ALWAYS else pytest.param(name, marks=pytest.mark.long) for name in READS_HIDDEN]
 )
+@pytest.mark.usefixtures("no_release")
 def test_every_variant_is_given_nearly_the_same_from_either_form(dataset, int8, tmp_path, name, monkeypatch):
     given, prepare = [], Preparer.__call__
 
@@ -149,6 +150,7 @@ def test_every_variant_is_given_nearly_the_same_from_either_form(dataset, int8, 
         assert ((values - exact).norm(dim=-1) <= 0.0315 * exact.norm(dim=-1)).all()
 
 
+@pytest.mark.usefixtures("no_release")
 def test_both_forms_train_together_and_validation_reads_either(dataset, int8, tmp_path):
     assert open_dataset([str(dataset), str(int8)], DataSettings()).samples == 18
     pairs = ("watch.validate_every=2", "watch.validate_faces=1", "watch.validate_steps=1", "data.shuffle=18")
@@ -158,6 +160,7 @@ def test_both_forms_train_together_and_validation_reads_either(dataset, int8, tm
 
 
 @pytest.mark.parametrize("mixed", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.usefixtures("no_release")
 def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_interrupted(dataset, int8, tmp_path, mixed):
     shards = [int8, dataset] if mixed else [int8]
     whole = train(shards, tmp_path / "whole", "faceid-plusv2", 3)

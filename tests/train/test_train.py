@@ -203,6 +203,7 @@ def test_the_recogniser_of_the_id_loss_takes_part_and_so_does_its_licence(plain,
     assert "id_loss" not in {weight["task"] for weight in described(plain, kept.session.model)["sidecar"]["weights"]}
 
 
+@pytest.mark.usefixtures("no_release")
 def test_the_same_call_gives_the_same_weights_and_another_seed_others(plain, dataset, tmp_path):
     assert same(weights(train(dataset, tmp_path / "again")), weights(plain))
     assert not same(weights(train(dataset, tmp_path / "other", seed=1)), weights(plain))
@@ -222,18 +223,21 @@ def test_the_same_call_gives_the_same_weights_and_another_seed_others(plain, dat
         "augment.colour=1",
     ],
 )
+@pytest.mark.usefixtures("no_release")
 def test_what_a_batch_is_made_of_changes_the_loss(pair, plain, dataset, tmp_path):
     job = train(dataset, tmp_path / "out", pair)
     assert [line["loss"] for line in metrics(job)] != [line["loss"] for line in metrics(plain)]
 
 
 @pytest.mark.parametrize("pair", ["optim.lr=1e-3", "optim.weight_decay=0.5", "optim.betas=[0.5, 0.9]"])
+@pytest.mark.usefixtures("no_release")
 def test_how_weights_move_changes_the_weights_and_not_the_first_loss(pair, plain, dataset, tmp_path):
     job = train(dataset, tmp_path / "out", pair)
     assert metrics(job)[0]["loss"] == metrics(plain)[0]["loss"]
     assert not same(weights(job), weights(plain))
 
 
+@pytest.mark.usefixtures("no_release")
 def test_plusv2_leaves_the_image_branch_alone_where_it_is_always_dropped(dataset, tmp_path, kept):
     """The gradient of a dropped branch is zero; moments and weight decay are no reason to move either."""
     pairs = ("adapter.p_drop_clip=1", "optim.weight_decay=0", "guidance.p_uncond_image=0", "guidance.p_uncond_both=0")
@@ -245,6 +249,7 @@ def test_plusv2_leaves_the_image_branch_alone_where_it_is_always_dropped(dataset
         assert torch.equal(weight, start[key]) == ("perceiver_resampler" in key), key
 
 
+@pytest.mark.usefixtures("no_release")
 def test_the_gradient_is_clipped(plain, dataset, tmp_path):
     clipped = train(dataset, tmp_path / "clipped", "optim.max_grad_norm=1e-9")
     assert metrics(clipped)[0]["grad_norm"] == metrics(plain)[0]["grad_norm"], "the norm before clipping is told"
@@ -267,6 +272,7 @@ def test_the_average_is_exported_where_there_is_one(plain, dataset, tmp_path):
         export_run(job.run.root, None, tmp_path / "exported")
 
 
+@pytest.mark.usefixtures("no_release")
 def test_gradient_checkpointing_computes_the_same(plain, dataset, tmp_path, monkeypatch):
     calls = []
     real = torch.utils.checkpoint.checkpoint
@@ -283,6 +289,7 @@ def test_gradient_checkpointing_computes_the_same(plain, dataset, tmp_path, monk
     assert distance(weights(job), weights(plain)) < 1e-6
 
 
+@pytest.mark.usefixtures("no_release")
 def test_two_batches_of_one_are_a_batch_of_two(dataset, tmp_path, monkeypatch):
     def by_content(scheduler, latents, settings, generator):
         """Noise that follows from the sample alone, however samples are batched."""
@@ -313,6 +320,7 @@ def test_a_launcher_that_spreads_weights_over_processes_is_refused(name, monkeyp
         trainer.make_accelerator(OptimSettings())
 
 
+@pytest.mark.usefixtures("no_release")
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine(dataset, tmp_path):
     pairs = ("optim.schedule=cosine", "optim.warmup_steps=2", "optim.lr=1e-3")
     told = [line["lr"] for line in metrics(train(dataset, tmp_path / "out", *pairs, steps=6))]
@@ -321,6 +329,7 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine(dataset, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_release")
 def test_bf16_runs_without_a_gpu_and_trains_in_float32(plain, dataset, tmp_path, kept):
     job = train(dataset, tmp_path / "out", "optim.precision=bf16")
     assert kept.base.unet.conv_in.weight.dtype == torch.bfloat16
@@ -331,6 +340,7 @@ def test_bf16_runs_without_a_gpu_and_trains_in_float32(plain, dataset, tmp_path,
     assert 0 < distance(weights(job), weights(plain)) < 0.01
 
 
+@pytest.mark.usefixtures("no_release")
 def test_channels_last_computes_the_same(plain, dataset, tmp_path):
     job = train(dataset, tmp_path / "out", "optim.channels_last=true")
     assert metrics(job)[0]["loss"] == pytest.approx(metrics(plain)[0]["loss"], rel=1e-5)
@@ -377,6 +387,7 @@ GRID = (
 )
 
 
+@pytest.mark.usefixtures("no_release")
 def test_validation_draws_the_same_grids_each_time_and_disturbs_nothing(plain, dataset, tmp_path):
     jobs = [train(dataset, tmp_path / name, *GRID, "optim.ema_decay=0.5") for name in ("first", "second")]
     first, second = ({p.name: p.read_bytes() for p in (job.run.root / "validation").iterdir()} for job in jobs)
@@ -410,6 +421,7 @@ def encoded(tmp_path_factory):
     [(), ("watch.validate_every=2", "watch.validate_steps=1", "watch.validate_faces=1")],
     ids=["plain", "grids"],
 )
+@pytest.mark.usefixtures("no_release")
 def test_precomputed_targets_train_without_the_encoders(pairs, encoded, tmp_path, kept, monkeypatch):
     told = []
     monkeypatch.setattr(Base, "encode_images", lambda *_: pytest.fail("an image was encoded"))
@@ -421,6 +433,7 @@ def test_precomputed_targets_train_without_the_encoders(pairs, encoded, tmp_path
     assert [line["step"] for line in metrics(job)] == [1, 2]
 
 
+@pytest.mark.usefixtures("no_release")
 def test_precomputed_text_is_what_captions_give(encoded, tmp_path):
     pairs = ("data.latents=images", "augment.flip=0", "data.batch_size=1")
     shards, captions = (
@@ -430,6 +443,7 @@ def test_precomputed_text_is_what_captions_give(encoded, tmp_path):
     assert first == pytest.approx(second, rel=1e-3)
 
 
+@pytest.mark.usefixtures("no_release")
 def test_the_shards_of_another_base_are_not_used(encoded, tmp_path, capsys, kept):
     train(encoded, tmp_path / "out", base="tiny-sdxl")
     said = capsys.readouterr().err

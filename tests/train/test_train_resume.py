@@ -3,6 +3,7 @@
 Real processes: one server imports the trainer once, and forks a process for each command line.
 """
 
+import datetime
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,15 +32,16 @@ from pipeline.train.job import Call, hash_shards, prepared
 from pipeline.train.loader import dataset as dataset_module
 from pipeline.train.loader import reading
 from pipeline.train.run_folder import RunFolder
+from pipeline.train.settings import OptimSettings
 from pipeline.train.stop import StopSignal
 from pipeline.train.watch import METRICS
 from schemas.digest import sha256_of_file
-from schemas.errors import ExitCode, FaceShardsError, UserError
+from schemas.errors import ExitCode, FaceShardsError, OutputError, SourceError, UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("loaded_once")]
 
 WAIT_S = 150
-STEPS, EVERY = 8, 2
+STEPS, EVERY = 6, 2
 COMMON = ("adapter.lora_rank=4", f"watch.save_every={EVERY}", "watch.keep=2")
 PLANS = {
     "faceid": ("tiny", ("data.workers=2", "optim.accumulate=2", "optim.ema_decay=0.9", "objective.noise_offset=0.1")),
@@ -51,9 +54,14 @@ gc.disable()  # what is imported stays
 import pandas, torch  # pyarrow imports pandas once it is asked for numbers
 torch.set_num_threads(1)
 import pipeline.train.__main__ as trainer
+from pathlib import Path
 from pipeline.shared.bases import find_base
+from pipeline.shared.page import _templates
+from pipeline.shared.readme import _compiled
+from pipeline.train import adapter_card
 from pipeline.train.base_model import Base
 from pipeline.train.loader.batches import albumentations
+from pipeline.train.run_page import run_page
 from torch.utils.tensorboard import SummaryWriter
 import pipeline.train.loop
 albumentations()
@@ -64,7 +72,10 @@ def model(base, cls, part, dtype):
     return models[key]
 Base._model = model
 base = Base(find_base("tiny"), torch.device("cpu"), torch.float32)
-base.encode_text(["warm"]), base.vae
+base.encode_text(["warm"]), base.encode_images(torch.zeros(2, 3, 64, 64))
+base.unet(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 77, 128))  # no gradient: autograd's threads would not be forked
+_templates(Path(run_page.__file__).parent).get_template("run_page.html.jinja")
+_compiled(Path(adapter_card.__file__).with_name("adapter_card.md.jinja").read_text(encoding="utf-8"))
 gc.enable()
 gc.freeze()  # each training calls the collector, which would look at all modules in its fork, and so copy them
 print("ready", flush=True)
@@ -179,7 +190,7 @@ def words(dataset, name, out, *more, steps=STEPS):
 def whole(request, server, dataset, tmp_path_factory):
     """A variant, and its undisturbed run."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    done = server.start(*words(dataset, request.param, out), is_brief=False)
+    done = server.start(*words(dataset, request.param, out))
     assert done.end() == 0, done.said
     return request.param, RunFolder(out)
 
@@ -391,10 +402,10 @@ def refused(error):
     [
         ({"name": "faceid-portrait"}, "variant was 'faceid', now 'faceid-portrait'"),
         ({"base": "tiny-sdxl"}, "base was 'tiny', now 'tiny-sdxl'"),
-        ({"pairs": ["optim.lr=1e-3"]}, "optim.lr was 0.0001, now 0.001"),
+        pytest.param({"pairs": ["optim.lr=1e-3"]}, "optim.lr was 0.0001, now 0.001", marks=pytest.mark.long),
         ({"pairs": ["data.batch_size=1", "optim.lr=1e-3"]}, "data.batch_size was 2, now 1; optim.lr was 0.0001, now"),
-        ({"seed": 1}, "seed was 0, now 1"),
-        ({"pairs": ["optim.ema_decay=0.5"]}, "optim.ema_decay"),
+        pytest.param({"seed": 1}, "seed was 0, now 1", marks=pytest.mark.long),
+        pytest.param({"pairs": ["optim.ema_decay=0.5"]}, "optim.ema_decay", marks=pytest.mark.long),
     ],
 )
 def test_another_run_is_not_continued(short, dataset, changes, said):
@@ -407,6 +418,7 @@ def test_another_run_is_not_continued(short, dataset, changes, said):
     assert {path: path.read_bytes() for path in short.root.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.usefixtures("no_release")
 def test_what_a_short_of_memory_machine_needs_may_change(short, dataset, capsys):
     """The very advice of the loader when one of its processes died."""
     pairs = ("data.workers=1", "optim.gradient_checkpointing=true")
@@ -421,6 +433,7 @@ def test_what_a_short_of_memory_machine_needs_may_change(short, dataset, capsys)
     assert lines(short)[3]["epoch"] == lines(short)[2]["epoch"] + 1
 
 
+@pytest.mark.usefixtures("no_release")
 def test_other_weights_under_the_same_name_are_not_continued(dataset, tmp_path):
     bases = [Path(shutil.copytree(find_base("tiny").folder, tmp_path / parent / "mine")) for parent in ("a", "b")]
     unet = bases[1] / "unet" / "diffusion_pytorch_model.safetensors"
@@ -433,6 +446,7 @@ def test_other_weights_under_the_same_name_are_not_continued(dataset, tmp_path):
     refused(error)
 
 
+@pytest.mark.usefixtures("no_release")
 def test_a_step_that_the_scaler_skips_is_not_counted(dataset, tmp_path, monkeypatch):
     """fp16's scaler finds an infinite gradient now and then, and leaves the optimiser step out."""
     skips, batches = iter([True, True, False, True, False]), []
@@ -446,6 +460,7 @@ def test_a_step_that_the_scaler_skips_is_not_counted(dataset, tmp_path, monkeypa
     assert run.load(2)[2]["schedule"]["last_epoch"] == 2
 
 
+@pytest.mark.usefixtures("no_release")
 def test_a_scaler_that_skips_all_ends_the_run(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", True)
     monkeypatch.setattr("pipeline.train.session._MOST_SKIPPED", 5)
@@ -453,6 +468,7 @@ def test_a_scaler_that_skips_all_ends_the_run(dataset, tmp_path, monkeypatch):
         train(dataset, tmp_path / "run")
 
 
+@pytest.mark.usefixtures("no_release")
 def test_processes_of_a_machine_hash_the_dataset_once_and_a_resumed_run_not_again(dataset, tmp_path, monkeypatch):
     hashed, real = [], dataset_module._sha256
     monkeypatch.setattr(dataset_module, "_sha256", lambda shard: hashed.append(shard.name) or real(shard))
@@ -476,6 +492,7 @@ def test_processes_of_a_machine_hash_the_dataset_once_and_a_resumed_run_not_agai
     assert hashed == ["sample-00000"], "none of these was hashed before"
 
 
+@pytest.mark.usefixtures("no_release")
 def test_a_resumed_run_plans_what_it_reads_once(short, dataset, monkeypatch):
     """It hashes the encoders of the base for it."""
     plans, real = [], reading.plan_reading
@@ -507,6 +524,7 @@ def test_another_dataset_is_not_continued_on(short, dataset, tmp_path):
     refused(error)
 
 
+@pytest.mark.usefixtures("no_release")
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_good(short, dataset):
     state = short.folder(2) / "state.pt"
     state.write_bytes(state.read_bytes()[:-100])
@@ -533,6 +551,7 @@ def test_a_finished_run_that_is_resumed_exports_again(short, dataset):
     assert [line["step"] for line in lines(short)] == [1, 2]
 
 
+@pytest.mark.usefixtures("no_release")
 def test_a_finished_run_can_be_made_longer(short, dataset, tmp_path):
     assert train(dataset, short.root, steps=4, resume=True) == 0
     assert train(dataset, tmp_path / "straight", steps=4) == 0
@@ -557,6 +576,7 @@ def test_what_a_run_began_as_is_not_needed_to_go_on_and_may_be_another_file_by_t
         train(dataset, tmp_path / "anew", began_as, resume=True, steps=1)
 
 
+@pytest.mark.usefixtures("no_release")
 def test_resume_where_nothing_is_begins(dataset, tmp_path):
     assert train(dataset, tmp_path / "run", resume=True) == 0
     assert RunFolder(tmp_path / "run").steps() == [1, 2]
@@ -696,6 +716,17 @@ Validator.__init__ = lambda *given: note(judges=os.environ["RANK"]) or load_judg
 """
 
 
+@pytest.mark.usefixtures("no_release")
+def test_only_the_main_process_loads_judges_and_the_others_wait_for_it(dataset, tmp_path, monkeypatch):
+    """As if this were the second process; with -m long there is one."""
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    monkeypatch.setattr(trainer, "Validator", lambda *_: pytest.fail("judges were loaded"))
+    assert train(dataset, tmp_path / "run", "watch.validate_every=1", steps=1) == 0
+    assert not (tmp_path / "run").exists()
+    assert trainer.make_accelerator(OptimSettings()).init_handler.timeout == datetime.timedelta(hours=2)
+
+
+@pytest.mark.long
 def test_the_other_process_waits_for_a_grid_that_takes_long_and_loads_no_judges(server, dataset, tmp_path):
     grids = ("--set", "watch.validate_every=1", "--set", "watch.save_every=9")
     both = two(server, dataset, RunFolder(tmp_path / "run"), tmp_path / "seen", *grids, first=_SLOW_GRID, steps=2)
@@ -703,6 +734,35 @@ def test_the_other_process_waits_for_a_grid_that_takes_long_and_loads_no_judges(
     assert [sum("judges" in each for each in rank) for rank in notes(tmp_path / "seen")] == [1, 0]
 
 
+def seeds_of(ranks):
+    """Of the generators of all processes: for noise, and torch's own."""
+    seeds = []
+    for name in ("generator", "torch"):
+        generator = torch.Generator()
+        for rank in ranks:
+            generator.set_state(rank[name])
+            seeds.append((name, generator.initial_seed()))
+    return seeds
+
+
+@pytest.mark.usefixtures("no_release")
+def test_one_process_goes_on_with_the_next_epoch_of_two(pair, dataset, tmp_path, capsys):
+    run = RunFolder(Path(shutil.copytree(pair[0].root, tmp_path / "run")))
+    before = lines(run)[-1]["epoch"]
+    base, pairs = PLANS["faceid"]
+    pairs = (*pairs, "data.workers=0", "optim.accumulate=4")  # twice as much: a step has as many samples as before
+    assert train(dataset, run.root, *COMMON, *pairs, base=base, steps=DDP_STEPS + 1, resume=True) == 0
+    said = capsys.readouterr().err
+    assert "processes was 2 and is 1" in said
+    assert f"beginning of epoch {before + 1}" in said
+    assert "a step had" not in said
+    assert [line["step"] for line in lines(run)] == list(range(1, DDP_STEPS + 2))
+    # It draws other noise than at the beginning, and than either process.
+    seeds = seeds_of([*pair[0].load(DDP_STEPS)[2]["ranks"], *run.load(DDP_STEPS + 1)[2]["ranks"]])
+    assert len({*seeds}) == 6
+
+
+@pytest.mark.long
 def test_another_number_of_processes_goes_on_with_the_next_epoch(pair, server, dataset, tmp_path):
     run = RunFolder(Path(shutil.copytree(pair[0].root, tmp_path / "run")))
     before = lines(run)[-1]["epoch"]
@@ -721,13 +781,25 @@ def test_another_number_of_processes_goes_on_with_the_next_epoch(pair, server, d
     alone, last = (run.load(step)[2]["ranks"] for step in (DDP_STEPS + 1, DDP_STEPS + 2))
     assert (len(alone), len(last)) == (1, 2)
     # Whoever goes on draws other noise than at the beginning, and than the other process.
-    for name in ("generator", "torch"):
-        seeds = []
-        for rank in (*pair[0].load(DDP_STEPS)[2]["ranks"], *alone, *last):
-            generator = torch.Generator()
-            generator.set_state(rank[name])
-            seeds.append(generator.initial_seed())
-        assert len({*seeds}) == 5
+    assert len({*seeds_of([*pair[0].load(DDP_STEPS)[2]["ranks"], *alone, *last])}) == 10
+
+
+@pytest.mark.parametrize(
+    ("other", "error", "words"),
+    [
+        ((0, "digest"), OutputError, "(step of the last checkpoint: 2, none)"),
+        ((2, "another"), SourceError, "is not the same on all machines"),
+        ((2, "digest"), None, ""),
+    ],
+)
+def test_machines_that_see_other_things_are_refused(other, error, words, dataset, tmp_path, monkeypatch):
+    """As if another process had given what it saw; beside it, -m long has two processes."""
+    job = prepared(Call((str(dataset),), "faceid", "tiny", tmp_path / "run"))
+    seen = {"digest": job.dataset.digest, "another": "0" * 64}
+    monkeypatch.setattr(trainer, "gather_object", lambda mine: [*mine, (other[0], seen[other[1]])])
+    with pytest.raises(error) if error else nullcontext() as refusal:
+        trainer.require_agreement(Accelerator(cpu=True), job, 2)
+    assert not error or words in refused(refusal)
 
 
 _ELSEWHERE = """
@@ -736,6 +808,7 @@ if os.environ["RANK"] == "1":
 """
 
 
+@pytest.mark.long
 def test_machines_that_see_other_checkpoints_do_not_train_each_by_itself(pair, server, dataset, tmp_path):
     run = RunFolder(Path(shutil.copytree(pair[0].root, tmp_path / "run")))
     first = _ELSEWHERE.format(here=str(run.root), there=str(tmp_path / "there"))
@@ -746,6 +819,7 @@ def test_machines_that_see_other_checkpoints_do_not_train_each_by_itself(pair, s
     assert not (tmp_path / "there").exists()
 
 
+@pytest.mark.long
 def test_machines_that_see_other_datasets_do_not_train(server, dataset, tmp_path):
     run, other = RunFolder(tmp_path / "run"), other_dataset(dataset, tmp_path / "other")
     first = _ELSEWHERE.format(here=str(dataset), there=str(other))
