@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from itertools import islice, pairwise
 from pathlib import Path
@@ -52,6 +52,19 @@ def take(loader: ShardLoader, count: int) -> list[Batch]:
         return list(islice(batches, count))
     finally:
         batches.close()  # type: ignore[attr-defined]
+
+
+def observed(loader: ShardLoader, count: int, stops: Collection[int]) -> tuple[list[Batch], dict[int, Any]]:
+    """So many batches, and the states between them as a checkpoint holds them: after those numbers of batches."""
+    found, states, batches = [], {}, iter(loader)
+    try:
+        for number in range(1, count + 1):
+            found.append(next(batches))
+            if number in stops:
+                states[number] = json.loads(json.dumps(loader.state_dict()))
+    finally:
+        batches.close()  # type: ignore[attr-defined]
+    return found, states
 
 
 def resumed(loader: ShardLoader, state: Mapping[str, Any]) -> ShardLoader:
@@ -144,13 +157,13 @@ def test_a_resumed_loader_goes_on_with_the_very_next_batch(
     dataset: Dataset, workers: int, buckets: bool, reads: tuple[str, ...]
 ) -> None:
     told = config(workers=workers, buckets=buckets, uncond=0.2, augment={"flip": 0.5, "colour": 0.5})
-    whole = take(ShardLoader(dataset, reads, told), 24)
+    # Each place of an epoch, and two further on.
+    stops = (*range(1, 10), 15, 23) if workers == 0 else (1, 4, 7)
+    whole, states = observed(ShardLoader(dataset, reads, told), 24, stops)
     assert whole[-1].position.epoch >= 2
-    for stop in (*range(1, 10), 15, 23) if workers == 0 else (1, 4, 7):  # each place of an epoch, and two further on
-        before = ShardLoader(dataset, reads, told)
-        take(before, stop)
-        state = json.loads(json.dumps(before.state_dict()))
-        rest = take(resumed(ShardLoader(dataset, reads, told), state), min(24 - stop, 6))
+    for stop, state in states.items():
+        rest = take(resumed(ShardLoader(dataset, reads, told), state), min(24 - stop, 4))
+        assert rest
         assert all(map(same, whole[stop:], rest)), stop
 
 
@@ -178,7 +191,10 @@ def test_a_place_in_another_order_is_refused(dataset: Dataset, other: TrainConfi
     assert resumed(ShardLoader(dataset, ID, config(verify="sha256")), state).state_dict() == state
 
 
-@pytest.mark.parametrize("other", [config(shuffle=5), config(workers=2), config(workers=2, shuffle=1)])
+@pytest.mark.parametrize(
+    "other",
+    [config(shuffle=5), config(workers=2), pytest.param(config(workers=2, shuffle=1), marks=pytest.mark.long)],
+)
 def test_what_deals_out_samples_may_change_and_the_next_epoch_begins(dataset: Dataset, other: TrainConfig) -> None:
     loader = ShardLoader(dataset, ID, config())
     assert take(loader, 9)[-1].position.epoch == 1
@@ -391,10 +407,18 @@ DAMAGE = {
     "a missing file": {"clip_hidden.npy": None},
     "a missing json": {"json": None},
 }
+_OF_WORKERS = ("not finite", "half a picture", "a missing json")
+"""What a loader's process tells its parent, one of each kind; with -m long all."""
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("workers", "damage"),
+    [
+        pytest.param(workers, damage, marks=[pytest.mark.long] if workers and damage not in _OF_WORKERS else [])
+        for workers in (0, 1)
+        for damage in DAMAGE
+    ],
+)
 def test_a_damaged_sample_names_shard_and_key(tmp_path: Path, damage: str, workers: int) -> None:
     samples = fake.counted(0, 4)
     sound = opened(tmp_path, {"a-00000": samples, "a-00001": samples})

@@ -74,8 +74,15 @@ def stored(request: pytest.FixtureRequest, tmp_path: Path) -> Dataset:
     return opened((tmp_path / "a", other), (tmp_path / "b", in_int8))
 
 
-@pytest.mark.parametrize("encoder", ["clip-vit-h", "dinov2"])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("workers", "encoder"),
+    [
+        (0, "clip-vit-h"),
+        (0, "dinov2"),
+        (1, "clip-vit-h"),
+        pytest.param(1, "dinov2", marks=pytest.mark.long),
+    ],
+)
 def test_features_in_either_form_arrive_as_the_same_numbers(stored: Dataset, encoder: str, workers: int) -> None:
     forms, nothing = set(), -7 if encoder == "clip-vit-h" else -8
     for batch in batches(ShardLoader(stored, ALL, config(encoder, uncond=0.3, workers=workers)), 16):
@@ -180,8 +187,14 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("workers", "damage"),
+    [
+        pytest.param(workers, damage, marks=[pytest.mark.long] if workers and damage != "not finite" else [])
+        for workers in (0, 1)
+        for damage in DAMAGE
+    ],
+)
 def test_a_damaged_file_names_shard_and_key(tmp_path: Path, damage: str, workers: int) -> None:
     samples = [fake.in_int8(fake.sample(number)) for number in range(4)]
     samples[2]["clip_hidden.safetensors"] = DAMAGE[damage]

@@ -165,7 +165,7 @@ def test_pairs_are_as_often_as_they_were_set_and_move_no_other_draw(dataset: Dat
         loader = ShardLoader(dataset, ALL, config(pairs=pairs, flip=0.5, uncond=0.2))
         return epochs(loader, count)
 
-    plain, some = drawn(0, 2), drawn(0.25, 12)
+    plain, some = drawn(0, 1), drawn(0.25, 8)
     for one, other in zip(plain, some[: len(plain)], strict=True):
         assert one.keys == other.keys
         assert one.pixels is not None
@@ -190,14 +190,19 @@ def test_a_resumed_loader_draws_the_same(
     dataset: Dataset, workers: int, reads: tuple[str, ...], faces: int, balance: str
 ) -> None:
     told = config(pairs=0.7, workers=workers, uncond=0.2, flip=0.5, balance=balance)
-    whole = take(ShardLoader(dataset, reads, told, faces=faces), 36)
+    loader, states = ShardLoader(dataset, reads, told, faces=faces), {}
+    batches = iter(loader)
+    whole = []
+    for number in range(1, 37):
+        whole.append(next(batches))
+        if number in ((1, 9, 20, 30) if workers == 0 else (9,)):
+            states[number] = json.loads(json.dumps(loader.state_dict()))
+    batches.close()  # type: ignore[attr-defined]
     assert whole[-1].position.epoch >= 1
-    for stop in (1, 9, 20, 30) if workers == 0 else (9,):
-        before = ShardLoader(dataset, reads, told, faces=faces)
-        take(before, stop)
+    for stop, state in states.items():
         after = ShardLoader(dataset, reads, told, faces=faces)
-        after.load_state_dict(json.loads(json.dumps(before.state_dict())))
-        assert all(map(same, whole[stop:], take(after, min(6, 36 - stop)))), stop
+        after.load_state_dict(state)
+        assert all(map(same, whole[stop:], take(after, 4))), stop
 
 
 @pytest.mark.long
@@ -219,7 +224,7 @@ def test_reading_pairs_costs_at_most_1_3_of_reading_without(tmp_path: Path) -> N
 def test_several_photos_lie_side_by_side_equally_many_in_a_batch(dataset: Dataset) -> None:
     shapes = Counter[int]()
     loader = ShardLoader(dataset, ID, config(uncond=0.3), faces=5)
-    for batch in epochs(loader, 6):
+    for batch in epochs(loader, 4):
         values = batch.condition["arcface"]
         assert isinstance(values, torch.Tensor)
         faces = values.shape[1] if values.ndim == 3 else 1
@@ -236,7 +241,7 @@ def test_several_photos_lie_side_by_side_equally_many_in_a_batch(dataset: Datase
 
 
 def test_each_person_is_as_likely_as_another(dataset: Dataset) -> None:
-    count, drawn = 60, Counter[int]()
+    count, drawn = 25, Counter[int]()
     people = defaultdict[int, Counter[int]](Counter)
     for batch in epochs(ShardLoader(dataset, ID, config(pairs=0, balance="person")), count):
         drawn.update(numbers(batch))
@@ -244,7 +249,7 @@ def test_each_person_is_as_likely_as_another(dataset: Dataset) -> None:
     assert [*people.values()] == [dict.fromkeys(range(len(PEOPLE)), 2)] * count, "one photo of each in either shard"
     five = [drawn[number] for number, person in PERSON.items() if PEOPLE[person] == 5]
     assert sum(five) == 2 * count
-    assert 10 < min(five) <= max(five) < 40
+    assert 2 < min(five) <= max(five) < 20
 
 
 def test_shards_that_know_no_persons_are_refused(tmp_path: Path) -> None:

@@ -154,11 +154,12 @@ def test_points_follow_scaling_cut_and_mirror() -> None:
 def test_one_draw_decides_what_is_unconditional() -> None:
     count = 2000
     told = {"p_uncond_image": 0.1, "p_uncond_text": 0.2, "p_uncond_both": 0.3}
-    found = Counter((one.uncond_image, one.uncond_text) for one in planned(count=count, guidance=told))
+    samples = planned(count=count, guidance=told)
+    found = Counter((one.uncond_image, one.uncond_text) for one in samples)
     shares = {(True, False): 0.1, (False, True): 0.2, (True, True): 0.3, (False, False): 0.4}
     for which, share in shares.items():
         assert abs(found[which] / count - share) < 0.03, which
-    mirrored = sum(one.mirror for one in planned(count=count))
+    mirrored = sum(one.mirror for one in samples)
     assert abs(mirrored / count - 0.5) < 0.04
 
 
