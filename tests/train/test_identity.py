@@ -104,8 +104,19 @@ def test_points_that_fell_together_give_numbers():
     assert torch.isfinite(align(tensor(picture()), torch.full((1, 5, 2), 50.0))).all()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_layers():
+    """The recogniser with one block of each width; test_train trains with all 50 layers."""
+    from facexlib.recognition.arcface_arch import get_block
+
+    blocks = [get_block(*widths, num_units=1) for widths in ((64, 64), (64, 128), (128, 256), (256, 512))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("facexlib.recognition.arcface_arch.get_blocks", lambda layers: blocks)
+        yield
+
+
 @pytest.fixture(scope="module")
-def state():
+def state(_few_layers):
     """A random state dict of the recogniser."""
     from facexlib.recognition.arcface_arch import Backbone
 
