@@ -10,7 +10,13 @@ _UNNAMED = """() => [...document.querySelectorAll("button, input, select, a, img
   return !(label || one.alt || one.textContent.trim() || one.querySelector("img[alt]:not([alt=''])"));
 }).map((one) => one.outerHTML.slice(0, 80))"""
 
-in_every_window = pytest.mark.parametrize("window", [(w, s) for w in (1400, 390) for s in ("light", "dark")])
+in_every_window = pytest.mark.parametrize(
+    "window",
+    [
+        *((1400, "light"), (390, "dark")),
+        *(pytest.param(window, marks=pytest.mark.long) for window in ((1400, "dark"), (390, "light"))),
+    ],
+)
 
 
 def require_fit(visit: Any, path: Path, window: tuple[int, str]) -> None:

@@ -276,9 +276,13 @@ def test_with_clip_prompts_count_and_the_base_alone_stands_beside(page):
 
 
 @pytest.fixture(scope="module")
-def real(data, tmp_path_factory):
+def judge(data):
+    return IdJudge(str(data / "models" / "real"))
+
+
+@pytest.fixture(scope="module")
+def real(data, judge, tmp_path_factory):
     """Shards of five labelled photos of two men and three others: real pictures, with features that mean nothing."""
-    judge = IdJudge(str(data / "models" / "real"))
     files = {
         "obama": ["obama3", "obama-1080p", "obama1"],
         "kit": ["john2", "john1"],
@@ -306,8 +310,11 @@ def real(data, tmp_path_factory):
 
 
 @pytest.mark.real_data
-def test_copies_are_copies_other_photos_the_person_and_strangers_strangers(trained, real, data, tmp_path, monkeypatch):
+def test_copies_are_copies_other_photos_the_person_and_strangers_strangers(
+    trained, real, judge, data, tmp_path, monkeypatch
+):
     """In the adapter's stead, one that gives real photos, or nothing."""
+    monkeypatch.setattr("pipeline.train.validate.distances.IdJudge", lambda *_: judge)  # it takes seconds to load
     alien = cv2.resize(cv2.imread(str(data / "photos" / "face_recogniti__biden2.jpg"))[..., ::-1], (320, 320))
     gives = {
         "copy": lambda face: face.photo.crop,
