@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+from contextlib import contextmanager
+from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
 import diffusers
@@ -38,9 +40,18 @@ def numbers(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@contextmanager
+def shapes_alone():
+    """What is made within has no weights, on the meta device, and nobody draws their initial values."""
+    drawn = ("kaiming_uniform_", "uniform_", "normal_", "zeros_", "ones_")
+    as_it_is = dict.fromkeys(drawn, lambda tensor, *_, **__: tensor)
+    with torch.device("meta"), patch.multiple("torch.nn.init", **as_it_is):
+        yield
+
+
 def published_unet(kind):
-    """The real UNet without weights, on the meta device: for shapes, keys and sizes."""
-    with torch.device("meta"):
+    """The real UNet without weights: for shapes, keys and sizes."""
+    with shapes_alone():
         return diffusers.UNet2DConditionModel(**UNETS[kind])
 
 

@@ -76,7 +76,10 @@ def on_gpu(monkeypatch, tmp_path):
     return run
 
 
-@pytest.mark.parametrize(("name", "base"), [("faceid-plusv2", "tiny"), ("plus-face", "tiny-sdxl")])
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [("faceid-plusv2", "tiny"), pytest.param("plus-face", "tiny-sdxl", marks=pytest.mark.long)],
+)
 def test_between_logged_steps_nothing_waits_for_the_gpu(name, base, on_gpu):
     _, waits = on_gpu(name, base)
     # Of a step counted here belongs what was logged at the end of the one before: the loss and the gradient's norm.
@@ -93,7 +96,7 @@ def test_a_step_that_fp16s_scaler_leaves_out_is_noticed(on_gpu, monkeypatch):
     monkeypatch.setattr("accelerate.accelerator.get_grad_scaler", scaler)
     real = Session.optimizer_step
     monkeypatch.setattr(Session, "optimizer_step", lambda session: steps.append(session.step) or real(session))
-    job, _ = on_gpu("faceid", "tiny", "optim.precision=fp16", steps=2)
+    job, _ = on_gpu("faceid", "tiny-sdxl", "optim.precision=fp16", steps=2)
     skipped = (60 - math.log2(scalers[0].get_scale())) / 48
     assert skipped >= 1
     assert len(steps) == 2 + skipped

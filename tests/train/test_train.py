@@ -225,8 +225,8 @@ def test_the_same_call_gives_the_same_weights_and_another_seed_others(plain, dat
 )
 @pytest.mark.usefixtures("no_release")
 def test_what_a_batch_is_made_of_changes_the_loss(pair, plain, dataset, tmp_path):
-    job = train(dataset, tmp_path / "out", pair)
-    assert [line["loss"] for line in metrics(job)] != [line["loss"] for line in metrics(plain)]
+    job = train(dataset, tmp_path / "out", pair, steps=1)
+    assert metrics(job)[0]["loss"] != metrics(plain)[0]["loss"]
 
 
 @pytest.mark.parametrize("pair", ["optim.lr=1e-3", "optim.weight_decay=0.5", "optim.betas=[0.5, 0.9]"])

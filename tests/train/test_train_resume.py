@@ -16,6 +16,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -354,7 +355,7 @@ def test_sighup_is_a_wish_to_stop_unless_nohup_has_it_ignored():
 
 def test_a_second_ctrl_c_stops_at_once(server, dataset, tmp_path):
     run = RunFolder(tmp_path / "run")
-    child = server.start(*words(dataset, "faceid", run.root), first=_SLOW, is_brief=False)
+    child = server.start(*words(dataset, "faceid", run.root), first=_SLOW)
     child.until(lambda: Path(f"{child._log}.step").exists())
     os.kill(child.pid, signal.SIGINT)
     child.until(lambda: "stops at once" in child.said)
@@ -689,6 +690,29 @@ def test_two_processes_talk_over_loopback_alone(pair):
     assert {ip.removeprefix("::ffff:") for ip in used} <= {"127.0.0.1", "::1", "::", "0.0.0.0"}
 
 
+def test_two_processes_go_on_as_if_they_had_not_stopped(pair, server, dataset, tmp_path):
+    undisturbed = pair[0]
+    run = RunFolder(Path(shutil.copytree(undisturbed.root, tmp_path / "run")))
+    shutil.rmtree(run.folder(DDP_STEPS))
+    assert run.steps() == [DDP_STEPS - EVERY]
+    again = two(server, dataset, run, tmp_path / "observed", "--resume")
+    assert [process.end() for process in again] == [0, 0], again[0].said
+    final, twin = (each.load(DDP_STEPS)[0] for each in (run, undisturbed))
+    assert all(torch.equal(final[key], twin[key]) for key in twin)
+    assert lines(run) == lines(undisturbed)
+
+
+@pytest.mark.parametrize(("own", "other"), [(0, 0), (1, 0), (0, 1)])
+def test_a_signal_to_any_process_is_a_wish_to_stop_of_all(own, other):
+    """With -m long there are two of them."""
+    peers = SimpleNamespace(num_processes=2, device="cpu", reduce=lambda vote: vote + other)
+    with StopSignal() as stop:
+        if own:
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.is_wanted(peers) == bool(own or other)
+
+
+@pytest.mark.long
 def test_one_of_two_processes_hears_the_signal_and_both_stop_and_go_on(pair, server, dataset, tmp_path):
     undisturbed = pair[0]
     run = RunFolder(tmp_path / "run")

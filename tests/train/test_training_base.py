@@ -59,7 +59,7 @@ def test_encoders_load_when_they_are_needed_first_and_nothing_is_trained():
     assert not any(weight.requires_grad for part in parts for weight in part.parameters())
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [pytest.param("tiny", marks=pytest.mark.long), "tiny-sdxl"])
 def test_released_encoders_are_gone_and_come_back_the_same(name):
     base = load(name)
     text, latents = base.encode_text(CAPTIONS), base.encode_images(pixels())

@@ -10,7 +10,19 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from tiny_adapters import KINDS, PAIRS, TEXT, TOKENS, WITH_LORA, adapter, copy_of, numbers, set_scale, tiny_base
+from tiny_adapters import (
+    KINDS,
+    PAIRS,
+    TEXT,
+    TOKENS,
+    WITH_LORA,
+    adapter,
+    copy_of,
+    numbers,
+    set_scale,
+    shapes_alone,
+    tiny_base,
+)
 from torch.nn.functional import normalize
 
 from pipeline.train.adapters.attention import named_attention
@@ -387,7 +399,7 @@ COMFY = {
 def wide(bases):
     """UNets of full text width on the meta device, by kind: only keys and shapes matter."""
     widths = {"sd15": 768, "sdxl": 2048}
-    with torch.device("meta"):
+    with shapes_alone():
         return {
             kind: diffusers.UNet2DConditionModel.from_config(
                 {**bases[kind].unet.config, "cross_attention_dim": widths[kind]}
@@ -399,7 +411,7 @@ def wide(bases):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_comfyui_takes_each_file_for_what_it_is(wide, name, kind):
-    with torch.device("meta"):
+    with shapes_alone():
         model = adapter(wide[kind], name, kind, 4)
     parts = {part: getattr(model, part).state_dict() for part in ("image_proj", "ip_adapter")}
     rest = {"sdxl": kind == "sdxl", "v2": name == "faceid-plusv2", "unnorm": False}
