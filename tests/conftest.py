@@ -17,7 +17,7 @@ import hostile
 import hypothesis
 import pytest
 import servers
-from sample_runs import MEMORY, remembered_models, shared
+from sample_runs import MEMORY, make, remembered_models, shared
 from typer.testing import CliRunner
 
 # The suite tries the same examples each time: what turns red was changed. New ones are looked for with
@@ -131,6 +131,16 @@ def dataset(shared_folder: Path) -> Path:
             with remembered_models():
                 done = CliRunner().invoke(app, ["dataset", "--shards", "sample", "--out", str(out)])
             assert done.exit_code == 0, done.output
+    return out
+
+
+@pytest.fixture(scope="session")
+def whole(shared_folder: Path) -> Path:
+    """What an undisturbed run in one process makes of the sample, once for all; tests must not write to it."""
+    out = shared_folder / "whole"
+    with shared(shared_folder):
+        if not (out / "README.md").exists():  # what a run writes last
+            assert make(out)[0] == 0
     return out
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import hashlib
 import io
 import os
 import pickle
@@ -11,12 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import xxhash
 from filelock import FileLock
 from rich.console import Console
 
@@ -27,6 +27,7 @@ from pipeline.dataset.source.sample import FILES
 from schemas.errors import ExitCode
 from stages.models.detectors.haar import Haar
 from stages.models.segmenters.grabcut import GrabCut
+from stages.pixels import images
 
 REMEMBERING = Path(__file__).with_name("remembering.py")
 SHARDS = [f"sample-0000{n}" for n in range(8)]
@@ -54,8 +55,7 @@ def _remembering(compute: Callable[..., Any], pause_s: float = 0) -> Callable[..
 
     @functools.wraps(compute)
     def remembered(model: Any, *arrays: Any) -> Any:
-        pixels = (hashlib.blake2b(np.ascontiguousarray(array)).digest() for array in arrays)
-        key = compute.__qualname__, getattr(model, "_long_side", 0), *pixels
+        key = compute.__qualname__, getattr(model, "_long_side", 0), *map(_digest, arrays)
         if key not in _computed:
             _computed[key] = compute(model, *arrays)
         time.sleep(pause_s)
@@ -64,11 +64,22 @@ def _remembering(compute: Callable[..., Any], pause_s: float = 0) -> Callable[..
     return remembered
 
 
+def _digest(array: Any) -> tuple[Any, ...]:
+    return array.shape, xxhash.xxh3_128_digest(np.ascontiguousarray(array))
+
+
 def _card_of(sample: Any, content: Any, real: Callable[..., Card] = Card.of_sample) -> Card:
-    key = real.__qualname__, sample.key, hashlib.blake2b(b"".join(sample.files.values())).digest()
+    key = real.__qualname__, sample.key, *(xxhash.xxh3_128_digest(data) for data in sample.files.values())
     if key not in _computed:
         _computed[key] = real(sample, content)
     return copy.deepcopy(_computed[key])
+
+
+def _encoded(suffix: str, image: Any, options: Any, real: Callable[..., bytes] = images._encode) -> bytes:
+    key = real.__qualname__, suffix, *options, _digest(image)
+    if key not in _computed:
+        _computed[key] = real(suffix, image, options)
+    return _computed[key]
 
 
 @contextmanager
@@ -86,7 +97,7 @@ def shared(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def remembered_models(pause_s: float = 0) -> Iterator[None]:
-    """Within, all runs draw the sample's pictures, find faces, cut them out and reduce them for the report once.
+    """Within, all runs draw the sample's pictures, find faces, cut them out, encode them and reduce them only once.
 
     With a pause, a run that others interrupt takes as long as if it looked for faces, without their processor time.
     """
@@ -95,6 +106,16 @@ def remembered_models(pause_s: float = 0) -> Iterator[None]:
         patch.dict(FILES, _drawn),
         patch.object(Haar, "detect", _remembering(Haar.detect, pause_s)),
         patch.object(GrabCut, "segment", _remembering(GrabCut.segment)),
+        remembered_pictures(),
+    ):
+        yield
+
+
+@contextmanager
+def remembered_pictures() -> Iterator[None]:
+    """Within, what is cut out of a photo is encoded once, and a sample reduced for the report."""
+    with (
+        patch.object(images, "_encode", _encoded),
         patch.object(Card, "of_sample", staticmethod(_card_of)),
     ):
         yield
@@ -104,9 +125,10 @@ def make(
     out: Any, *pairs: str, shards: str = "sample", replan: bool = False, afresh: bool = False, **words: str
 ) -> tuple[ExitCode, str]:
     """A run in this process, and what it printed; the models do not see the same photo twice, unless `afresh`."""
+    _recall()
     screen = io.StringIO()
     config = load_config(None, [_SMALL, *pairs], shards=shards, **{"executor": "local", **words})
-    with nullcontext() if afresh else remembered_models(), prepared(shards, config) as job:
+    with patch.dict(FILES, _drawn) if afresh else remembered_models(), prepared(shards, config) as job:
         return make_dataset(job, out, Console(file=screen, width=200), replan=replan), screen.getvalue()
 
 

@@ -1,16 +1,11 @@
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
-from sample_runs import make, shared
-
-from schemas.errors import ExitCode
+from sample_runs import remembered_pictures
 
 
-@pytest.fixture(scope="session")
-def whole(shared_folder) -> Path:
-    """What an undisturbed run in one process makes of the sample, once for all; tests must not write to it."""
-    out = shared_folder / "whole"
-    with shared(shared_folder):
-        if not (out / "README.md").exists():  # what a run writes last
-            assert make(out)[0] is ExitCode.OK
-    return out
+@pytest.fixture(scope="session", autouse=True)
+def _pictures_once() -> Iterator[None]:
+    """Reports and runs show and write the same few pictures again and again."""
+    with remembered_pictures():
+        yield

@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from itertools import chain, count, islice, starmap
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,6 +55,10 @@ _NEAR = 0.15
 _BY_THRESHOLD = (DropReason.SEVERAL_FACES, DropReason.SMALL_FACE, *(quality.reason for quality in QUALITIES))
 _HOSTS = 15
 _PERSON_SHARDS = 4
+_COUNTED = 10_000
+"""Rows, of as many ledgers as it takes, that are counted at a time."""
+_OPEN = 16
+"""Ledgers that are held for further reasons; mostly these are looked for in the same shards."""
 _PICTURE_BYTES = 3_000_000
 _DROP_BYTES = 1_000_000
 """Bounds on the length of all pictures, as text."""
@@ -80,7 +85,7 @@ def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, tar
     with suppress(OutputError):  # nothing says by which thresholds the shards were made
         explorer = Explorer(*thresholds(out))
         limits = explorer.limits
-    for ledger in ledgers(out, [*replay.COLUMNS, *report_numbers.COLUMNS]):
+    for ledger in _gathered(ledgers(out, [*replay.COLUMNS, *report_numbers.COLUMNS])):
         numbers.add(ledger)
         if explorer:
             explorer.add(evidence(ledger))
@@ -122,6 +127,18 @@ def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, tar
     with storage.writing(path):
         storage.write(path, page)
     return counted
+
+
+def _gathered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in fewer tables: counting few rows takes nearly as long as counting ten thousand."""
+    held: list[pa.Table] = []
+    for table in tables:
+        if held and (sum(one.num_rows for one in held) >= _COUNTED or table.schema != held[0].schema):
+            yield pa.concat_tables(held)
+            held = []
+        held.append(table)
+    if held:
+        yield pa.concat_tables(held)
 
 
 def _parts(manifests: Sequence[Manifest]) -> list[tuple[str, Counter[str]]]:
@@ -201,22 +218,35 @@ def _reasons(
     Of what a threshold dropped there are more, and those that it barely dropped come first.
     """
     left = _DROP_BYTES
+
+    @lru_cache(_OPEN)
+    def ledger(shard: str) -> pa.Table:
+        return read_ledger(out, shard, ["url", "source_file", *_JUDGED])
+
+    @lru_cache(_OPEN)
+    def drops(shard: str) -> list[dict[str, Any]]:
+        with suppress(*UNREADABLE):  # the file is disposable
+            table = storage.parquet(out / "drops" / f"{shard}.parquet")
+            return list(table.read(columns=["key", "verdict", "thumbnail"]).to_pylist())
+        return []
+
     for name, dropped in counted.dropped.items():
         wanted = _BARELY if name in _BY_THRESHOLD else _DROPS
-        ranked: list[tuple[bool, float, int, Card]] = []
+        chosen: list[pa.Table] = []
+        shown: list[tuple[int, bytes | None]] = []
         for manifest in spread([manifest for manifest in manifests if manifest.dropped.get(name)], wanted):
-            thumbnails: dict[str, bytes] = {}
-            if left > 0:
-                with suppress(*UNREADABLE):  # the file is disposable
-                    drops = storage.parquet(out / "drops" / f"{manifest.shard}.parquet")
-                    table = drops.read(columns=["key", "verdict", "thumbnail"])
-                    thumbnails = {row["key"]: row["thumbnail"] for row in table.to_pylist() if row["verdict"] == name}
-            rows = read_ledger(out, manifest.shard, ["url", "source_file", *_JUDGED], name)
-            shown = pc.is_in(rows["key"], pa.array(list(thumbnails), pa.string()))
-            rows = pa.concat_tables([rows.filter(shown), rows.filter(pc.invert(shown))]).slice(0, wanted)
-            for rank, (record, (key, row, far)) in enumerate(zip(rows.to_pylist(), _judged(rows, limits), strict=True)):
-                card = replace(Card.of_drop(record, thumbnails.get(key)), row=row)
-                ranked.append((not card.pictures, far, rank, card))
+            own = drops(manifest.shard) if left > 0 else []
+            thumbnails = {row["key"]: row["thumbnail"] for row in own if row["verdict"] == name}
+            rows = ledger(manifest.shard)
+            rows = rows.filter(pc.equal(rows["verdict"], name))
+            first = pc.is_in(rows["key"], pa.array(list(thumbnails), pa.string()))
+            chosen.append(pa.concat_tables([rows.filter(first), rows.filter(pc.invert(first))]).slice(0, wanted))
+            shown += [(rank, thumbnails.get(key)) for rank, key in enumerate(chosen[-1]["key"].to_pylist())]
+        ranked: list[tuple[bool, float, int, Card]] = []
+        judged = chain(*(zip(rows.to_pylist(), _judged(rows, limits), strict=True) for rows in _gathered(chosen)))
+        for (record, (_, row, far)), (rank, thumbnail) in zip(judged, shown, strict=True):
+            card = replace(Card.of_drop(record, thumbnail), row=row)
+            ranked.append((not card.pictures, far, rank, card))
         cards = [card for *_, card in sorted(ranked, key=lambda entry: entry[:3])[:wanted]]
         left -= sum(card.length for card in cards)
         sentence = next((known.sentence for known in DropReason if known == name), "")

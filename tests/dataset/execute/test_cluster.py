@@ -1,5 +1,6 @@
 """A Ray cluster of two nodes, both on this machine, of which one is lost and not replaced."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -35,17 +37,30 @@ def cluster() -> Iterator[object]:
     made.shutdown()
 
 
+def first_worker(process: subprocess.Popen, nodes: list[Any], title: str) -> psutil.Process:
+    """The first process of these nodes whose title begins so."""
+    raylets = [psutil.Process(node.all_processes["raylet"][0].process.pid) for node in nodes]
+    while True:
+        for child in (child for raylet in raylets for child in raylet.children()):
+            with contextlib.suppress(psutil.Error):
+                if " ".join(child.cmdline()).startswith(title):
+                    return child
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
-def test_two_workers_make_the_same_bytes_and_go_on_when_the_node_of_one_is_gone(whole, tmp_path, cluster):
+def test_two_workers_make_the_same_bytes_though_each_is_killed_and_the_node_of_one_is_gone(whole, tmp_path, cluster):
     node = cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
     out = tmp_path / "out"
     words = ["--ray-address", cluster.address, "--set", "executor.workers=2", "--set", "executor.batch_rows=1"]
     words += ["--set", f"watch.events={out}/events.jsonl"]
-    process = begun(out, *words, shards=2)  # which inherits the token that the cluster has
-    (raylet,) = node.all_processes["raylet"]
-    while not any("ray::_Maker" in child.cmdline()[0] for child in psutil.Process(raylet.process.pid).children()):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
+    process = begun(out, *words)  # which inherits the token that the cluster has
+    for title in ("ray::_Models", "ray::_Maker"):
+        killed = first_worker(process, [cluster.head_node, node], title)
+        killed.kill()
+        killed.wait(60)  # or it would be found again
+    first_worker(process, [node], "ray::_Maker")
     cluster.remove_node(node, allow_graceful=False)
     said, errors = process.communicate(timeout=400)
     assert process.returncode == 0, said + errors

@@ -65,6 +65,7 @@ def told(folder: Path, name: str) -> list:
     return json.loads((folder / name).read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("unshare"), reason="there is no unshare here")
 def test_a_full_disk_ends_the_run_with_a_sentence_and_a_rerun_with_more_room_goes_on(whole, tmp_path):
     mounts(
@@ -258,8 +259,8 @@ def first_worker(process: subprocess.Popen, title: str) -> psutil.Process:
 ON_RAY = ["--executor", "ray", "--set", "executor.workers=1", "--set", "executor.batch_rows=1"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("freezes", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("freezes", [False, True])
 def test_workers_on_ray_that_are_killed_or_freeze_cost_time_only(whole, tmp_path, freezes):
     out = without(whole, tmp_path / "out", *SHARDS[4:])
     process = begun(out, *ON_RAY, "--set", "executor.shard_timeout_s=40")
@@ -294,29 +295,30 @@ def test_a_ray_node_that_dies_ends_the_run_with_a_sentence_and_a_rerun_goes_on(w
 GUARDED = """
 import socket, threading, time
 from pipeline.dataset.execute import cluster_node
-cluster_node._GRACE_S, cluster_node.TICK_S = {grace_s}, 0.1
-server = socket.create_server(("127.0.0.1", 0))
-guard = cluster_node.NodeGuard([server.getsockname()], lambda: [], {patience_s})
-time.sleep(1)
-assert not guard.is_lost
-server.close()
-begun = time.monotonic()
-while not guard.is_lost and time.monotonic() - begun < 60:
-    time.sleep(0.01)
-print("lost", flush=True)
-if {ends}:
-    guard.stop()
-else:
-    time.sleep(60)  # within Ray, which then ends the process with 1 and no word to the user
+cluster_node.TICK_S = 0.1
+for grace_s in (30, 0.1):
+    cluster_node._GRACE_S = grace_s
+    server = socket.create_server(("127.0.0.1", 0))
+    guard = cluster_node.NodeGuard([server.getsockname()], lambda: [], 0.5)
+    time.sleep(1)
+    assert not guard.is_lost
+    server.close()
+    begun = time.monotonic()
+    while not guard.is_lost and time.monotonic() - begun < 60:
+        time.sleep(0.01)
+    print("lost", flush=True)
+    if grace_s == 30:
+        guard.stop()
+        print("goes on", guard._thread.is_alive(), flush=True)
+time.sleep(60)  # within Ray, which then ends the process with 1 and no word to the user
 """
 
 
-@pytest.mark.parametrize(("ends", "code", "sentences"), [(True, 0, 0), (False, 3, 1)])
-def test_a_driver_that_waits_within_ray_is_ended_when_its_node_died(ends, code, sentences):
-    script = GUARDED.format(grace_s=30 if ends else 0.1, patience_s=0.5, ends=ends)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=200)
-    assert (done.returncode, done.stdout) == (code, "lost\n"), done.stderr
-    assert done.stderr.count("The Ray node of this run died") == sentences
+def test_a_driver_that_waits_within_ray_is_ended_when_its_node_died():
+    """But not where its guard was stopped in time, which is the end of an ordinary run."""
+    done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True, check=False, timeout=200)
+    assert (done.returncode, done.stdout) == (3, "lost\ngoes on False\nlost\n"), done.stderr
+    assert done.stderr.count("The Ray node of this run died") == 1
 
 
 def test_what_ends_all_before_anything_runs_ends_a_run_on_ray_too(monkeypatch):

@@ -5,14 +5,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from sample_runs import SHARDS, contents, make, manifests, stopped, without
+from sample_runs import SHARDS, command, contents, make, manifests, stopped, without
 
 from pipeline.dataset import job
 from pipeline.dataset.finished.verify import verify
@@ -91,13 +90,12 @@ Haar.__init__ = missing
 
 
 @pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.long)])
-def test_a_package_that_a_model_lacks_is_a_mistake_that_leaves_nothing(tmp_path, executor):
+def test_a_package_that_a_model_lacks_is_a_mistake_that_leaves_nothing(whole, tmp_path, executor):
     """Models import theirs when they are loaded, and by then OUT is there."""
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_A_PACKAGE)
-    words = ["dataset", "--shards", "sample", "--out", str(tmp_path / "out"), "--executor", executor]
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[3])])
     ended = subprocess.run(
-        [sys.executable, "-m", "pipeline", *words, "--set", "executor.workers=1"],
+        command(tmp_path / "out", "--executor", executor, "--set", "executor.workers=1"),
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
