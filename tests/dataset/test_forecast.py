@@ -103,7 +103,7 @@ def planted(seed: int) -> Planted:
     return Planted(fake.plan(), (), tuple(shards), fate)
 
 
-@pytest.mark.parametrize("trials", [5, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("trials", [3, pytest.param(20, marks=pytest.mark.long)])
 def test_the_ranges_hold_on_skewed_parts(tmp_path, monkeypatch, trials):
     monkeypatch.setattr("os.fsync", lambda number: None)
     hits = dict.fromkeys(("kept", "bytes_fetched", "bytes_on_disk", "wall_hours"), 0)
@@ -217,7 +217,7 @@ def test_a_sample_of_several_parts(tmp_path):
     assert (plan["parts"], plan["forecast"]["run"], plan["forecast"]["kept_of_run"]) == (2, 1, 0)
 
 
-def test_a_sample_of_all_rows_is_exact(tmp_path, monkeypatch, whole):
+def test_a_sample_of_all_rows_is_exact(tmp_path, monkeypatch, whole, remembered):
     def made_before(job, folder, *args, **words):
         shutil.copytree(whole, folder, dirs_exist_ok=True)
         return ExitCode.OK
@@ -231,7 +231,7 @@ def test_a_sample_of_all_rows_is_exact(tmp_path, monkeypatch, whole):
     assert causes["filter.min_image_px = 1024"] == 2  # small.jpg by its metadata, boasting.jpg by its header
 
 
-def test_of_rows_that_must_all_be_forgotten_nothing_is_forecast(tmp_path, whole):
+def test_of_rows_that_must_all_be_forgotten_nothing_is_forecast(tmp_path, whole, remembered):
     out = shutil.copytree(whole, tmp_path / "out")
     save(out, Forgotten().adding(domains=["sample.localhost"]))
     result = forecast_of("--out", str(out), "--sample", "1000")["forecast"]

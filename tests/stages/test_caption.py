@@ -343,7 +343,7 @@ def test_so_many_requests_at_a_time_and_no_more(chat):
     assert (chat.most, len(chat.requests)) == (3, 24)
 
 
-def test_a_run_with_an_endpoint_fails_whole_shards_and_a_rerun_finishes_them(chat, tmp_path):
+def test_a_run_with_an_endpoint_fails_whole_shards_and_a_rerun_finishes_them(whole, chat, tmp_path):
     words = (f"models.captioner={chat.url}", "caption.model=m", "caption.api_key_env=CAPTION_KEY", "caption.retries=0")
     chat.reply = lambda number: GOOD if number < 3 else BAD["500"]
     code, screen = make(tmp_path / "out", *words)
@@ -368,21 +368,19 @@ def test_a_run_with_an_endpoint_fails_whole_shards_and_a_rerun_finishes_them(cha
     assert KEY not in screen + again
 
 
-@pytest.mark.parametrize(
-    ("reply", "shown"),
-    [
-        ((401, {}, b"who?"), "HTTP 401, who?)"),
-        ((308, {"Location": "https://a/v1"}, b""), "HTTP 308, without a word)"),
-        ((400, {}, b"it sees no pictures"), "HTTP 400, it sees no pictures)"),
-        ((403, {}, b"not for you"), "HTTP 403, not for you)"),
-        ((413, {}, b"too large"), "HTTP 413, too large)"),
-    ],
-)
-def test_an_endpoint_that_will_answer_nothing_stops_the_run_at_its_first_photo(chat, tmp_path, reply, shown):
+def test_an_endpoint_that_will_answer_nothing_stops_the_run_at_its_first_photo(chat, tmp_path):
     words = (f"models.captioner={chat.url}", "caption.model=m", "caption.api_key_env=CAPTION_KEY")
-    chat.reply = lambda number: reply
-    with pytest.raises(LostError, match=rf"{re.escape(shown)}.*caption\.api_key_env"):
-        make(tmp_path / "out", *words)
-    assert not list((tmp_path / "out/shards").glob("*.json"))
+    replies = {
+        "HTTP 401, who?)": (401, {}, b"who?"),
+        "HTTP 308, without a word)": (308, {"Location": "https://a/v1"}, b""),
+        "HTTP 400, it sees no pictures)": (400, {}, b"it sees no pictures"),
+        "HTTP 403, not for you)": (403, {}, b"not for you"),
+        "HTTP 413, too large)": (413, {}, b"too large"),
+    }
+    for shown, reply in replies.items():
+        chat.reply = lambda number, reply=reply: reply
+        with pytest.raises(LostError, match=rf"{re.escape(shown)}.*caption\.api_key_env"):
+            make(tmp_path / "out", *words)
+        assert not list((tmp_path / "out/shards").glob("*.json"))
     chat.reply = lambda number: GOOD
     assert make(tmp_path / "out", *words)[0] == ExitCode.OK

@@ -5,13 +5,11 @@ import hashlib
 import io
 import os
 import re
-import subprocess
 import sys
-import textwrap
 import threading
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -241,37 +239,42 @@ def test_unwritable_cache_is_one_sentence(toy: Weight, places: Path, monkeypatch
         weights.fetch(toy)
 
 
-HUB = """
-    from schemas.errors import WeightsError
-    from stages.models import weights
-    from stages.models.papers import Weight, WeightFile
-    files = (
-        WeightFile("part/config.json", "", source="encoder/config.json"),
-        WeightFile("model.bin", "detector", 0, {sha256!r}, "encoder/model.bin"),
-    )
-    weight = Weight("hubtoy", files, "MIT", True, "page", {revision!r}, "paper", "pixels", "owner/toy")
-    try:
-        print(weights.fetch(weight))
-    except WeightsError as error:
-        print(error)
-"""
+@pytest.fixture
+def hub(server: Server, places: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """What is said of a weight of two files that is fetched from a hub on loopback."""
+    from huggingface_hub import constants
+
+    address = server.url.removesuffix("/weights.bin")
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
+    for name, value in {
+        "ENDPOINT": address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HOME": str(places / "hf"),
+        "HF_HUB_CACHE": str(places / "hf" / "hub"),
+        "HF_HUB_OFFLINE": False,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+
+    def fetched(sha256: str = SHA256) -> str:
+        files = (
+            WeightFile("part/config.json", "", source="encoder/config.json"),
+            WeightFile("model.bin", "detector", 0, sha256, "encoder/model.bin"),
+        )
+        weight = Weight("hubtoy", files, "MIT", True, "page", REVISION, "paper", "pixels", "owner/toy")
+        try:
+            return str(weights.fetch(weight))
+        except WeightsError as error:
+            return str(error)
+
+    return fetched
 
 
-def fetch_from_hub(server: Server, places: Path, sha256: str = SHA256, **environment: str) -> str:
-    """What a process says that fetches a weight of two files from a hub on loopback."""
-    hub = {"HF_ENDPOINT": server.url.removesuffix("/weights.bin"), "HF_HUB_OFFLINE": "0", "HF_HOME": str(places / "hf")}
-    program = textwrap.dedent(HUB).format(sha256=sha256, revision=REVISION)
-    done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **hub, **environment}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def test_files_of_the_hub_come_at_their_revision_and_go_on_where_they_broke(server: Server, places: Path) -> None:
+def test_files_of_the_hub_come_at_their_revision_and_go_on_where_they_broke(
+    server: Server, hub: Callable[..., str]
+) -> None:
     server.content, server.cut_after = CONTENT * 12, 11 << 20  # the hub's library writes 10 MiB at a time
     folder = weights.cache_root() / "hubtoy"
-    assert fetch_from_hub(server, places, hashlib.sha256(server.content).hexdigest()) == str(folder)
+    assert hub(hashlib.sha256(server.content).hexdigest()) == str(folder)
     assert files_of(weights.cache_root()) == {"hubtoy/part/config.json", "hubtoy/model.bin"}
     assert (folder / "model.bin").read_bytes() == server.content
     assert {path for _, path, _ in server.requests} == {
@@ -281,10 +284,13 @@ def test_files_of_the_hub_come_at_their_revision_and_go_on_where_they_broke(serv
 
 
 @pytest.mark.parametrize("trouble", ["other content", "404", "offline"])
-def test_trouble_with_the_hub_is_one_sentence(trouble: str, server: Server, places: Path) -> None:
+def test_trouble_with_the_hub_is_one_sentence(
+    trouble: str, server: Server, hub: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.status = 404 if trouble == "404" else 200
     sha256 = "f" * 64 if trouble == "other content" else SHA256
-    message = fetch_from_hub(server, places, sha256, HF_HUB_OFFLINE="1" if trouble == "offline" else "0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", trouble == "offline")
+    message = hub(sha256)
     url = f"https://huggingface.co/owner/toy/resolve/{REVISION}/encoder/model.bin"
     for fact in ("Cannot fetch hubtoy", "models fetch hubtoy", url, sha256, str(weights.cache_root() / "hubtoy")):
         assert fact in message
