@@ -17,6 +17,7 @@ import tiny_captioners
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
+from pipeline.dataset import check_models
 from pipeline.dataset.check_models import measured
 from pipeline.dataset.needed_weights import known_models
 from pipeline.shared.bases import BASES
@@ -181,7 +182,14 @@ def checked(*words: str, code: int = 0) -> list[dict[str, Any]]:
     return checks
 
 
-def test_check_loads_each_model_and_says_how_fast_it_is():
+@pytest.fixture
+def small(monkeypatch):
+    """What models are checked with has fewer pixels."""
+    for task in ("detector", "segmenter", "captioner"):
+        monkeypatch.setitem(check_models._SIDE, task, check_models._SIDE[task] // 4)
+
+
+def test_check_loads_each_model_and_says_how_fast_it_is(small):
     done = checked("--profile", "embedded")
     assert [(one["backend"], one["runtime"]) for one in done] == [
         ("haar", "opencv cpu"),
@@ -194,7 +202,7 @@ def test_check_loads_each_model_and_says_how_fast_it_is():
         assert one["batch_difference"] == 0
 
 
-def test_the_captioner_is_listed_and_loaded(tmp_path, remembered):
+def test_the_captioner_is_listed_and_loaded(tmp_path, small):
     words = ["--profile", "embedded", "--set", f"models.captioner={tiny_captioners.write(tmp_path / 'git', 'git')}"]
     words += ["--set", "caption.max_tokens=4"]
     (*_, check) = checked(*words)
@@ -211,7 +219,7 @@ def test_the_captioner_is_listed_and_loaded(tmp_path, remembered):
 
 
 @pytest.mark.real_data
-def test_check_tells_runtimes_and_providers_apart(data):
+def test_check_tells_runtimes_and_providers_apart(data, small):
     words = ["models.segmenter=grabcut", "models.image_embedder=patches", f"models.pack={data / 'models/real'}"]
     sets = [word for pair in [*words, "models.runtime.detector=torch"] for word in ("--set", pair)]
     on_torch, _, on_onnx, _ = checked(*sets)

@@ -185,7 +185,7 @@ def test_no_labelled_photo_that_is_kept_is_screened_out(labels, data, real, dete
 @pytest.mark.parametrize("pack", ["detector", pytest.param("extra", marks=pytest.mark.long)])
 def test_no_composed_photo_that_is_kept_is_screened_out(material, data, detector, real, pack):
     screen = Screen(settings(data, screen=pack if pack == "detector" else str(data / "models" / pack)), Runtime())
-    assert missed(material, detector, real, screen, 5, seed=1)[1:] == (pytest.approx(2, abs=1), [])
+    assert missed(material, detector, real, screen, 5, seed=1, side=(1100, 2000))[1:] == (pytest.approx(2, abs=1), [])
 
 
 @pytest.mark.real_data
@@ -207,10 +207,10 @@ def test_nor_are_faces_that_are_turned_dark_or_blurred(material, data, detector,
     assert (lost, kept > 100, dropped > 50) == ([], True, True), (kept, dropped)
 
 
-def missed(material, detector, real, screen, count, seed):
+def missed(material, detector, real, screen, count, seed, **sizes):
     """How many the screen drops, how many the full look keeps, and which of these the screen drops."""
     dropped, kept, lost = 0, 0, []
-    for number, (_, file) in enumerate(composed.compose(*material, count, seed)):
+    for number, (_, file) in enumerate(composed.compose(*material, count, seed, **sizes)):
         made = screen(table(file))
         is_dropped = made["drop"][0].is_valid
         dropped += is_dropped
@@ -222,11 +222,12 @@ def missed(material, detector, real, screen, count, seed):
 
 
 @pytest.mark.real_data
-def test_faces_pass_that_are_too_large_for_one_look(data, real, labels):
+@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.long)])
+def test_faces_pass_that_are_too_large_for_one_look(data, real, labels, step):
     """As in a photo of 8,000 px at 1/8, or of 2,000 px at 1/2 where smaller faces are wanted."""
     screen = Scrfd.screen(real.models, "cpu")
     large = [row["file"] for row in labels if row["expected"] == "keep" and int(row["face_short_px"]) > 400]
-    for name in large[::2]:
+    for name in large[::step]:
         file = (data / "photos" / name).read_bytes()
         for larger in (1, 2, 4):
             (look,) = screen([reduced(sha256(file), file, larger)])
@@ -234,10 +235,11 @@ def test_faces_pass_that_are_too_large_for_one_look(data, real, labels):
 
 
 @pytest.mark.real_data
-def test_tight_portraits_pass(material, real, detector):
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.long)])
+def test_tight_portraits_pass(material, real, detector, step):
     """A face that fills the photo."""
     (faces, _), screen = material, Screen(real, Runtime())
-    for face in faces:
+    for face in faces[::step]:
         side = min(face.pixels.shape[:2])
         inset = round(side * composed.AROUND / (1 + 2 * composed.AROUND) * 0.8)
         tight = np.ascontiguousarray(face.pixels[inset : side - inset, inset : side - inset])
@@ -298,10 +300,11 @@ def test_where_the_screen_saw_only_the_face_the_photo_is_looked_at_once(seen, re
 
 
 @pytest.mark.real_data
-def test_torch_shows_the_same_in_reduced_photos(labels, data, real):
+@pytest.mark.parametrize("count", [3, pytest.param(12, marks=pytest.mark.long)])
+def test_torch_shows_the_same_in_reduced_photos(labels, data, real, count):
     on_torch = real.models.model_copy(update={"runtime": {"detector": "torch"}})
     screens = [Scrfd.screen(models, "cpu") for models in (real.models, on_torch)]
-    for row in labels[:6]:
+    for row in labels[:count]:
         file = (data / "photos" / row["file"]).read_bytes()
         image = reduced(sha256(file), file, 4)
         # torch has both sides as long as the longer one

@@ -125,13 +125,13 @@ def test_captions_are_made_by_who_holds_the_device(kind, gpu, tmp_path) -> None:
     assert len(captioner.caption([np.zeros((32, 32, 3), np.uint8)] * 3)) == 3
 
 
-@pytest.mark.parametrize("base", ["tiny", "tiny-sdxl"])
+@pytest.mark.parametrize("base", ["tiny", pytest.param("tiny-sdxl", marks=pytest.mark.long)])
 def test_latents_and_texts_of_many_rows_go_together_by_who_holds_the_device(gpu, base) -> None:
     config = load_config(
         None, ["encode.latents=true", "encode.text=true", f"encode.base={base}", "encode.resolution=64"]
     )
     source = make_plan(config, dry_run=True).runtime.encoders
-    rows = [fake.record("a", row) for row in range(17)]  # more than a batch
+    rows = [fake.record("a", row, **fake.pictures(row % 4)) for row in range(17)]  # more than a batch
     for i, row in enumerate(rows):
         row["text"] = None if i == 3 else "word " * i
         if i % 3 == 0:
