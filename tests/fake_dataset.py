@@ -48,7 +48,7 @@ def drawn(width: int, height: int, seed: int = 0) -> np.ndarray:
 
 @cache
 def _crops(seed: int) -> dict[str, bytes]:
-    sizes = {"face": (224, 224), "portrait": (600, 600), "full": (1280, 1024)}
+    sizes = {"face": (224, 224), "portrait": (300, 300), "full": (640, 512)}
     return {name: encode_jpeg(drawn(*size, seed), 90) for name, size in sizes.items()}
 
 
@@ -64,9 +64,9 @@ def pictures(seed: int) -> dict[str, bytes]:
 
 
 CROPS = {
-    "portrait": {"box": [250, 100, 850, 700], "size": [600, 600], "face_share": 0.5},
+    "portrait": {"box": [250, 100, 850, 700], "size": [300, 300], "face_share": 0.5},
     "half": {"absent": "the photo is too small"},
-    "full": {"box": [0, 0, 1280, 1024], "size": [1280, 1024], "face_share": 0.4},
+    "full": {"box": [0, 0, 1280, 1024], "size": [640, 512], "face_share": 0.4},
 }
 
 

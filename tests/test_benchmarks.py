@@ -137,7 +137,7 @@ def test_more_nodes_help_until_something_shared_is_busy():
     assert scaling.cluster(cpu, 1000, gpus=1)[0] == pytest.approx(1e4, rel=0.02)  # what the driver manages
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd15", pytest.param("sdxl", marks=pytest.mark.long)])
 def test_a_base_of_a_published_layout_is_written_as_the_trainer_reads_it(kind, tmp_path, monkeypatch):
     narrow = {"block_out_channels": (32,) * (4 if kind == "sd15" else 3), "layers_per_block": 1}
     narrow |= {"attention_head_dim": 8} | ({"transformer_layers_per_block": 1} if kind == "sdxl" else {})

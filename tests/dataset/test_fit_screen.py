@@ -8,7 +8,10 @@ from pipeline.__main__ import app
 from schemas.errors import SourceError, WeightsError
 
 
-@pytest.mark.parametrize("more", [[], ["--set", "filter.min_fiqa=0.5", "--set", "models.fiqa=ediffiqa-t"]])
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param([], marks=pytest.mark.long), ["--set", "filter.min_fiqa=0.5", "--set", "models.fiqa=ediffiqa-t"]],
+)
 def test_a_screen_is_fitted_with_a_detector_and_no_other_weights(data, more):
     """The labelled photos: ten are kept, and the screen loses none of them."""
     words = ["screen", str(data / "photos"), "--set", f"models.pack={data / 'models' / 'real'}", *more]

@@ -58,11 +58,11 @@ def test_the_list_names_files_that_hold_what_the_shards_hold(out, samples, tmp_p
         assert told["face_image_file"].read_bytes() == files["face.jpg"]
         assert (np.load(told["id_embed_file"]) == decode_npy(files["arcface.npy"])).all()
         assert entry["id_embed_norm"] == 21.25
-    assert decode_jpeg((tmp_path / "list" / entries[0]["image_file"]).read_bytes()).shape == (1024, 1280, 3)
+    assert decode_jpeg((tmp_path / "list" / entries[0]["image_file"]).read_bytes()).shape == (512, 640, 3)
     assert not list((tmp_path / "list").rglob(".tmp-*"))
 
 
-@pytest.mark.parametrize(("crop", "sizes"), [("full", [1280, 600]), ("portrait", [600, 600]), ("half", [1280, 600])])
+@pytest.mark.parametrize(("crop", "sizes"), [("full", [640, 300]), ("portrait", [300, 300]), ("half", [640, 300])])
 def test_the_asked_crop_else_the_largest(out, tmp_path, crop, sizes):
     export_json(out, tmp_path / "list", crop)
     entries = json.loads((tmp_path / "list" / "data.json").read_text())

@@ -312,7 +312,7 @@ def test_a_model_of_copies_knows_what_was_edited_beyond_hashes(made, tmp_path, m
 
 def test_planted_persons_are_found_and_look_alikes_make_no_chain():
     """In small what `python benchmarks group` measures."""
-    given = planted_persons.planted(5000)
+    given = planted_persons.planted(2500)
     copy_of, pairs = without_copies(given.vectors, given.looks, np.zeros(len(given.person), np.float32), SIMILARITY)
     stays = copy_of == np.arange(len(copy_of))
     assert (~stays).sum() == given.copies

@@ -79,7 +79,7 @@ def card_of(record):
 def test_a_card_of_a_sample_shows_what_there_is_and_why_the_rest_is_absent():
     card = card_of(fake.record("a", 0, text="x" * 301))
     titles = [picture.title for picture in card.pictures]
-    assert titles == ["photo", "face", "mask", "portrait 600\N{NO-BREAK SPACE}px", "half"]
+    assert titles == ["photo", "face", "mask", "portrait 300\N{NO-BREAK SPACE}px", "half"]
     assert [bool(picture.uri) for picture in card.pictures] == [True, True, True, True, False]
     assert card.pictures[-1].absent == "the photo is too small"
     assert card.text == "x" * 300 + "…"

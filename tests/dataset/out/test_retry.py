@@ -44,7 +44,8 @@ class Server:
     def __init__(self) -> None:
         self.failing = {**FLAKY, GONE: 404}
         self.hits: Counter[int] = Counter()
-        face, plain = sample.FILES["astronaut.jpg"](), sample.FILES["small.jpg"]()
+        with remembered_models():
+            face, plain = sample.FILES["astronaut.jpg"](), sample.FILES["small.jpg"]()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
