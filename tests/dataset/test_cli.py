@@ -307,7 +307,7 @@ def test_config_lists_every_key_a_line_each():
     assert "crop.face_share.portrait" in rows
 
 
-@pytest.mark.parametrize("words", [["status", "--help"], ["verify", "nowhere"]])
+@pytest.mark.parametrize("words", [["status", "--help"], ["quality", "nowhere"]])
 def test_a_terminal_that_knows_no_width_is_written_to(words):
     """As some serial ones, editors and CI have it."""
     call = [sys.executable, "-m", "pipeline", *words]

@@ -378,6 +378,7 @@ EDITS = (
 """What becomes of photos in the web."""
 
 
+@pytest.mark.long
 @pytest.mark.real_data
 def test_labelled_photos_are_grouped_as_labelled(data, labels, tmp_path):
     """With a real recogniser, through the whole pipeline: all true pairs of a cosine of at least 0.5, and no other."""

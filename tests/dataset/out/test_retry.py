@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import threading
 import time
 from collections import Counter
@@ -71,12 +72,43 @@ class Server:
         pq.write_table(pa.table({"URL": urls, "TEXT": [f"caption {n}" for n in range(ROWS)]}), path)
 
 
-@pytest.fixture
-def server() -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def started() -> Iterator[Server]:
     server = Server()
     yield server
     server.http.shutdown()
     server.http.server_close()
+
+
+@pytest.fixture
+def server(started) -> Server:
+    started.failing = {**FLAKY, GONE: 404}
+    started.hits.clear()
+    return started
+
+
+@pytest.fixture(scope="module")
+def made(started, tmp_path_factory) -> tuple[Path, Path]:
+    """OUT of a run while rows fail, and after another one that gave them their second chance."""
+    folder = tmp_path_factory.mktemp("retry")
+    started.failing = {**FLAKY, GONE: 404}
+    started.write_part(folder / "part.parquet")
+    assert run(folder / "part.parquet", folder / "first", retry=False)[0] == ExitCode.OK
+    shutil.copytree(folder / "first", folder / "second")
+    started.failing = {GONE: 404}
+    assert run(folder / "part.parquet", folder / "second")[0] == ExitCode.OK
+    return folder / "first", folder / "second"
+
+
+@pytest.fixture
+def first(made, server, tmp_path) -> Path:
+    return Path(shutil.copytree(made[0], tmp_path / "out"))
+
+
+@pytest.fixture
+def second(made, server, tmp_path) -> Path:
+    server.failing = {GONE: 404}
+    return Path(shutil.copytree(made[1], tmp_path / "out"))
 
 
 @pytest.fixture
@@ -141,9 +173,8 @@ def check(out: Path) -> None:
     assert verify(out) == []
 
 
-def test_only_transient_failures_are_fetched_again_into_further_shards(server, part, tmp_path):
-    out = tmp_path / "out"
-    assert run(part, out, retry=False)[0] == ExitCode.OK
+def test_only_transient_failures_are_fetched_again_into_further_shards(server, part, first):
+    out = first
     before = contents(out)
     server.failing = {GONE: 404, 10: 500}
     server.hits.clear()
@@ -178,11 +209,8 @@ def test_each_call_is_a_round_for_what_failed_in_the_one_before(server, part, tm
     assert "no row failed for a reason that may have passed" in said
 
 
-def test_a_round_that_was_interrupted_goes_on_to_the_same_bytes(server, part, tmp_path):
-    out = tmp_path / "out"
-    run(part, out, retry=False)
-    server.failing = {GONE: 404}
-    run(part, out)
+def test_a_round_that_was_interrupted_goes_on_to_the_same_bytes(part, second):
+    out = second
     done = contents(out)
     for lost in ("part-r1_00000", "part-r1_00001"):
         Output(out).remove(lost)
@@ -191,11 +219,8 @@ def test_a_round_that_was_interrupted_goes_on_to_the_same_bytes(server, part, tm
     check(out)
 
 
-def test_rows_that_were_forgotten_in_the_middle_of_a_round_double_no_other(server, part, tmp_path):
-    out = tmp_path / "out"
-    run(part, out, retry=False)
-    server.failing = {GONE: 404}
-    run(part, out)
+def test_rows_that_were_forgotten_in_the_middle_of_a_round_double_no_other(server, part, second):
+    out = second
     Output(out).remove("part-r1_00000")
     forget(out, urls=(f"http://127.0.0.1:{server.http.server_port}/1.jpg",))
     server.hits.clear()
@@ -205,30 +230,23 @@ def test_rows_that_were_forgotten_in_the_middle_of_a_round_double_no_other(serve
     assert server.hits == Counter([4, 5, 8])
 
 
-def test_a_row_that_had_a_second_chance_is_forgotten_once(server, part, tmp_path):
-    out = tmp_path / "out"
-    run(part, out, retry=False)
-    server.failing = {GONE: 404}
-    run(part, out)
+def test_a_row_that_had_a_second_chance_is_forgotten_once(server, second):
+    out = second
     gone = forget(out, urls=(f"http://127.0.0.1:{server.http.server_port}/5.jpg",))
     assert str(gone) == "1 row, 1 of them samples, in 2 shards"
     check(out)
 
 
-def test_a_shard_that_is_made_anew_takes_the_place_of_its_rows_second_chances(server, part, tmp_path):
-    out = tmp_path / "out"
-    run(part, out, retry=False)
-    server.failing = {GONE: 404}
-    run(part, out)
+def test_a_shard_that_is_made_anew_takes_the_place_of_its_rows_second_chances(part, second):
+    out = second
     (out / "shards" / "part-00001.json").unlink()
     assert run(part, out, retry=False)[0] == ExitCode.OK
     check(out)
     assert verdicts(out)[5] == "kept"
 
 
-def test_a_part_that_holds_other_urls_now_is_told(server, part, tmp_path):
-    out = tmp_path / "out"
-    run(part, out, retry=False)
+def test_a_part_that_holds_other_urls_now_is_told(server, part, first):
+    out = first
     server.write_part(part, prefix="?changed")
     code, said = run(part, out)
     assert code == ExitCode.SHARDS_FAILED

@@ -136,7 +136,7 @@ def test_the_name_of_a_folder_is_cut_where_no_tar_holds_the_longest_name_of_its_
     assert "Forgotten: 1 row, 1 of them samples" in done.output
 
 
-def test_a_file_is_forgotten_by_its_folder_as_it_is_called_and_no_other_is(tmp_path):
+def test_a_file_is_forgotten_by_its_folder_as_it_is_called_and_no_other_is(tmp_path, remembered):
     """A part's name is made of its folder's: `a b` gives `a-b`, and a long one is cut."""
     long = "f" * 90
     put(tmp_path / "all", **{f"{name}/x.webp": FILES["warm.webp"]() for name in ("a b", "a-b", long)})
