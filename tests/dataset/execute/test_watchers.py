@@ -152,24 +152,24 @@ def test_a_run_whose_network_is_gone_says_so_early_and_at_its_end_why_it_kept_no
     monkeypatch.setattr(watching.Watchers, "take", watched)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    urls = [f"http://127.0.0.{n % 200 + 1}:{port}/{n}.jpg" for n in range(2_000)]
+    urls = [f"http://127.0.0.{n % 200 + 1}:{port}/{n}.jpg" for n in range(2_500)]
     pq.write_table(pa.table({"url": urls, "text": [""] * len(urls)}), part)
     pairs = {"download.allow_loopback": "true", "download.respect_robots": "false", "download.host_failures": 0}
-    pairs |= {"download.retries": 0, "source.rows_per_shard": 400, "watch.events": f"{out}/events.jsonl"}
+    pairs |= {"download.retries": 0, "source.rows_per_shard": 500, "watch.events": f"{out}/events.jsonl"}
     code, text = make(out, *(f"{name}={value}" for name, value in pairs.items()), shards=str(part), profile="embedded")
     assert code is ExitCode.OK
     found = lines(out / "events.jsonl")
     warnings = {event["about"]: event["text"] for event in found if event["kind"] == "warning"}
     assert sorted(warnings) == ["captions", "network", "nothing_kept"]
     assert all(text.count(f"WARNING: {words}") == 1 for words in warnings.values())
-    sentence = "NOTHING IS KEPT of 2,000 rows: 2,000 dropped as connection_error (the connection was refused, reset or"
+    sentence = "NOTHING IS KEPT of 2,500 rows: 2,500 dropped as connection_error (the connection was refused, reset or"
     assert text.splitlines()[-1].startswith(sentence)
     assert found[-1]["nothing_kept"].startswith(sentence)
     assert sentence in text_of(status(out), out, 0)
 
     assert [one["live"]["shards"]["made"] for one in seen][:: len(seen) - 1] == [0, 5]
     told = text_of(seen[-2], out, seen[-2]["live"]["time"])
-    assert "By its own count, 0:00:00 ago: 2,000 rows, kept 0" in told
+    assert "By its own count, 0:00:00 ago: 2,500 rows, kept 0" in told
     assert "WARNING: None of the first 1,000 rows has a caption" in told
     assert not (out / LIVE).exists()
     assert foreign_files(out) == []

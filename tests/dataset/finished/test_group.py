@@ -45,7 +45,7 @@ def record(part: str, row: int, seed: int, person: str, **changes):
     own, of_person = own / np.linalg.norm(own), of_person / np.linalg.norm(of_person)
     vector = np.sqrt(0.7) * of_person + np.sqrt(0.3) * own + 1e-3 * row
     quality = 90 - 5 * row
-    crops = {"portrait": (600, 600), "full": (1280, 1024), "face": (224, 224)}
+    crops = {"portrait": (300, 300), "full": (640, 512), "face": (224, 224)}
     pictures = {name: picture(seed, *size, quality) for name, size in crops.items()}
     vector = (vector / np.linalg.norm(vector)).astype(np.float32)
     return fake_dataset.record(part, row, arcface=encode_npy(vector), **{**pictures, **changes})
@@ -294,10 +294,10 @@ def test_a_model_of_copies_knows_what_was_edited_beyond_hashes(made, tmp_path, m
 
         def __call__(self, photo):
             red, green, _ = photo.mean((0, 1)).tolist()
-            return np.eye(512, dtype=np.float32)[0 if red > 2 * green else 1 + int(photo.sum()) % 511]
+            return np.eye(512, dtype=np.float32)[0 if red > 2 * green else 1 + int(photo.sum()) % 509]
 
     monkeypatch.setattr(grouping, "Sscd", Red)
-    red = {n: {"full": picture(n, 1280, 1024, tint=(1, 0, 0))} for n in (2, 3, 6)}
+    red = {n: {"full": picture(n, 640, 512, tint=(1, 0, 0))} for n in (2, 3, 6)}
     people = enumerate("abacdba")
     records = [record("part", n, n, person, text=f"{person}{n}", **red.get(n, {})) for n, person in people]
     folder = fake_dataset.write(tmp_path / "source", {"part-00000": records})

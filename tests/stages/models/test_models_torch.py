@@ -263,12 +263,12 @@ def test_the_real_detector_gives_the_same_boxes_in_batches_on_torch(size: int, d
 
 
 @pytest.mark.real_data
-def test_the_real_models_prove_themselves(data: Path) -> None:
+@pytest.mark.parametrize("file", [pytest.param("real/det_2.5g.onnx", marks=pytest.mark.long), "extra/det_500m.onnx"])
+def test_the_real_models_prove_themselves(data: Path, file: str) -> None:
     canvases = [_letterbox(photo, 640).canvas for photo in _proof_photos()]
-    for file in ("real/det_2.5g.onnx", "extra/det_500m.onnx"):
-        network = ScrfdTorch(data / "models" / file, "cpu", size=2)
-        network.require_same(canvases, 0.2)
-        assert all(found.scores.max() > 0.6 for found in network(canvases, 0.2)), "the proof needs a face"
+    network = ScrfdTorch(data / "models" / file, "cpu", size=2)
+    network.require_same(canvases, 0.2)
+    assert all(found.scores.max() > 0.6 for found in network(canvases, 0.2)), "the proof needs a face"
 
 
 @pytest.mark.real_data

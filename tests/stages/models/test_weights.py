@@ -86,7 +86,7 @@ def server() -> Iterator[Server]:
         server.shutdown()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # requests leaves the socket of a 404 to the collector
-        gc.collect()
+        gc.collect(1)  # all that is young; to look through whatever was imported takes half a second
 
 
 @pytest.fixture(autouse=True)
