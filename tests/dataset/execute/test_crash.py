@@ -19,11 +19,14 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from sample_runs import SHARDS, begun, command, contents, make, manifests, without
+from rich.console import Console
+from sample_runs import SHARDS, begun, command, contents, make, manifests, remembered_models, without
 
 from pipeline.dataset.config import load_config
 from pipeline.dataset.execute import watchdog
+from pipeline.dataset.execute.make_shard import Finished
 from pipeline.dataset.finished.verify import verify
+from pipeline.dataset.job import make_dataset, prepared
 from pipeline.dataset.plan import make_plan
 from schemas.errors import ExitCode, LostError, ShardError
 
@@ -127,8 +130,25 @@ def test_an_out_that_turns_read_only_ends_the_run_with_a_sentence_and_goes_on_la
     assert contents(tmp_path / "copy") == contents(whole)
 
 
-@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.long)])
-def test_an_out_that_vanishes_ends_the_run_with_a_sentence_and_is_not_made_again(whole, tmp_path, executor):
+def test_an_out_that_vanishes_ends_the_run_with_a_sentence_and_is_not_made_again(whole, tmp_path):
+    out = without(whole, tmp_path / "out", *SHARDS[1:])
+
+    def vanish(event):
+        if isinstance(event, Finished):
+            shutil.rmtree(out, ignore_errors=True)
+            shutil.rmtree(out, ignore_errors=True)
+
+    config = load_config(None, ["source.rows_per_shard=3"], shards="sample", executor="local")
+    with remembered_models(), prepared("sample", config) as job, pytest.raises(LostError) as caught:
+        make_dataset(job, out, Console(quiet=True), watch=vanish)
+    assert "cannot be written any more" in str(caught.value) or "there is no folder" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not out.exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("executor", ["local", "ray"])
+def test_an_out_that_vanishes_ends_the_process_of_the_run_too(whole, tmp_path, executor):
     out = without(whole, tmp_path / "out", *SHARDS[1:])
     process = begun(out, "--executor", executor, "--set", "executor.workers=1")
     shutil.rmtree(out, ignore_errors=True)
@@ -194,6 +214,7 @@ def test_what_does_not_hear_the_watchdog_is_left_by_ending_the_process(tmp_path)
 import ctypes, sys, time
 from pipeline.dataset.config import load_config
 from pipeline.dataset.execute import watchdog
+from pipeline.dataset.execute.make_shard import Finished
 watchdog._GRACE_S = 1
 dog = watchdog.Watchdog(1, lambda: sys.stderr.write("cleared\\n"))
 with dog.watching("part-00000"):

@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from sample_runs import SHARDS, command, contents, make, manifests, stopped, without
+from typer.testing import CliRunner
 
+from pipeline.__main__ import app
 from pipeline.dataset import job
 from pipeline.dataset.finished.verify import verify
 from schemas.errors import ExitCode, UserError
@@ -79,6 +81,20 @@ def test_a_run_that_is_interrupted_or_killed_again_and_again_ends_whole(whole, t
     assert not list(out.rglob(".tmp-*"))
 
 
+def test_a_package_that_a_model_lacks_is_a_mistake_that_leaves_nothing(tmp_path, monkeypatch, remembered):
+    """Models import theirs when they are loaded, and by then OUT is there."""
+
+    def missing(*_):
+        raise ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime")
+
+    monkeypatch.setattr(Haar, "__init__", missing)
+    words = ["dataset", "--shards", "sample", "--out", str(tmp_path / "out"), "--executor", "local"]
+    mistake = CliRunner().invoke(app, words).exception
+    assert isinstance(mistake, UserError)
+    assert "onnxruntime cannot be imported here (No module named 'onnxruntime'): install" in str(mistake)
+    assert not (tmp_path / "out").exists()
+
+
 WITHOUT_A_PACKAGE = """
 from stages.models.detectors.haar import Haar
 
@@ -89,9 +105,9 @@ Haar.__init__ = missing
 """
 
 
-@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.long)])
-def test_a_package_that_a_model_lacks_is_a_mistake_that_leaves_nothing(whole, tmp_path, executor):
-    """Models import theirs when they are loaded, and by then OUT is there."""
+@pytest.mark.long
+@pytest.mark.parametrize("executor", ["local", "ray"])
+def test_a_package_that_a_model_lacks_ends_the_process_of_a_run_as_a_mistake(whole, tmp_path, executor):
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_A_PACKAGE)
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[3])])
     ended = subprocess.run(
