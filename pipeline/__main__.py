@@ -162,7 +162,7 @@ def report(
     from pipeline.dataset.out.ledger import funnel_table
     from pipeline.shared.files import to_path
 
-    counted = write_report(to_path(folder), pictures=pictures)
+    counted = write_report(to_path(folder), pictures=pictures, shown_on=console)
     say(f"Report: {to_path(folder) / REPORT}")
     console.print(funnel_table(counted))
 

@@ -82,7 +82,7 @@ def show(job: "Job", out: str, sample: int | None, seed: int, cost_per_hour: flo
 
 def _show_steps(job: "Job") -> None:
     steps = Table("step", "runs", "drops for", title="Steps", title_justify="left", box=box.ASCII)
-    for step in job.plan.steps:
+    for step in (one for one in job.plan.steps if one.stage().name in job.plan.identity["stages"]):  # those that work
         steps.add_row(step.stage().name, step.at, ", ".join(step.stage().drops))
     console.print(steps)
     if job.plan.config.executor.name == "local":

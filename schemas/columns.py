@@ -4,6 +4,7 @@ A record is one image's row, from its URL to its sample in a tar. `LEDGER` colum
 stand in the ledger; all others are payload (pixels, captions, embeddings) and are lost with it.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -196,8 +197,8 @@ LATER = (
 """Columns that ledgers of earlier releases lack: nothing that decides reads them there, so SCHEMA_VERSION stays."""
 
 
-def complete(ledger: pa.Table) -> pa.Table:
-    """A ledger as this release writes it: with the columns that it lacks since an earlier one did, null.
+def complete(ledger: pa.Table, columns: Collection[str] = LEDGER) -> pa.Table:
+    """A ledger as this release writes it: with those of `columns` that it lacks since an earlier one did, null.
 
     Raises:
         pa.ArrowException: when a box or points are not lists of their sizes.
@@ -208,7 +209,7 @@ def complete(ledger: pa.Table) -> pa.Table:
             raise pa.ArrowInvalid(f"{name} holds lists of other sizes than {_SIZES[name]}")
         ledger = ledger.set_column(ledger.column_names.index(name), name, lists)
     for name in LATER:
-        if name not in ledger.column_names:
+        if name in columns and name not in ledger.column_names:
             nulls = pa.nulls(ledger.num_rows, COLUMNS[name].type)
             ledger = ledger.add_column(min(LEDGER.index(name), ledger.num_columns), name, nulls)
     return ledger

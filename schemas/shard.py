@@ -166,7 +166,7 @@ class Manifest:
         try:
             fields = json.loads(text)
             manifest = Manifest(**{name: fields[name] for name in Manifest.__dataclass_fields__})
-            manifest.to_json().encode()  # JSON may hold halves of surrogates, which are no text
+            json.dumps(fields, ensure_ascii=False).encode()  # JSON may hold halves of surrogates, which are no text
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorruptShardError(f"not a manifest: {type(error).__name__}: {error}") from error
         if not manifest._has_its_types():

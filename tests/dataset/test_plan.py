@@ -1,5 +1,6 @@
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -7,6 +8,7 @@ from pipeline.dataset.config import load_config
 from pipeline.dataset.needed_weights import known_models, needed
 from pipeline.dataset.plan import make_plan, prove
 from pipeline.models_command import fetch_models
+from pipeline.plan_command import _show_steps
 from pipeline.shared.bases import BASES, find_base
 from schemas.columns import LEDGER
 from schemas.digest import sha256_of_file
@@ -28,6 +30,15 @@ def plan_of(*sets: str):
 
 def test_the_steps_are_the_registry_in_its_order():
     assert [step.stage().name for step in plan_of().steps] == list(STAGES)
+
+
+def test_plan_shows_the_stages_that_work(capsys):
+    for sets, shown in (((), False), (("encode.latents=true", "encode.base=tiny"), True)):
+        _show_steps(SimpleNamespace(plan=plan_of(*sets)))
+        words = capsys.readouterr().out.split()
+        assert ("encode" in words) is shown
+        assert "caption" not in words
+        assert "pack" in words
 
 
 def test_a_step_that_reads_what_comes_later_is_refused():

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from rich import box
 from rich.table import Table
 
-from pipeline.dataset.out.ledger import Rounds, occurrences, read_ledger, shard_names, shards_folder
+from pipeline.dataset.out.ledger import Rounds, gathered, occurrences, read_ledger, shard_names, shards_folder
 from pipeline.shared.configfile import explain, merge, read_values
 from pipeline.shared.files import AnyPath
 from pipeline.shared.several import of_each
@@ -227,14 +227,14 @@ def other_thresholds(limits: FilterSettings, path: Path | None, pairs: Sequence[
 def replay(out: AnyPath, limits: FilterSettings, factor: int) -> tuple[Counter[str], Counter[str]]:
     """How many rows of OUT have each verdict, and become each of OUTCOMES under other thresholds.
 
-    One ledger is in memory at a time.
+    Few ledgers are in memory at a time.
 
     Raises:
         CorruptShardError: when a ledger cannot be read; names it.
         OutputError: when OUT is no dataset.
     """
     before, after = Counter[str](), Counter[str]()
-    for ledger in ledgers(out, COLUMNS):
+    for ledger in gathered(ledgers(out, COLUMNS)):
         judged = np.bincount(evidence(ledger).judged(limits, factor), minlength=len(OUTCOMES))
         after.update(dict(zip(OUTCOMES, judged.tolist(), strict=True)))
         before.update(occurrences(ledger["verdict"]))

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from rich.console import Console
 
 from pipeline.dataset.finished import replay, report_numbers
-from pipeline.dataset.finished.replay import evidence, ledgers, thresholds
+from pipeline.dataset.finished.replay import evidence, thresholds
 from pipeline.dataset.finished.report_cards import LABEL_COLOURS, Card
 from pipeline.dataset.finished.report_explorer import Explorer, distances, row_data
 from pipeline.dataset.finished.report_numbers import Numbers
@@ -23,6 +24,7 @@ from pipeline.dataset.out.ledger import (
     UNREADABLE,
     Funnel,
     funnel,
+    gathered,
     read_dataset,
     read_ledger,
     read_manifests,
@@ -55,8 +57,6 @@ _NEAR = 0.15
 _BY_THRESHOLD = (DropReason.SEVERAL_FACES, DropReason.SMALL_FACE, *(quality.reason for quality in QUALITIES))
 _HOSTS = 15
 _PERSON_SHARDS = 4
-_COUNTED = 10_000
-"""Rows, of as many ledgers as it takes, that are counted at a time."""
 _OPEN = 16
 """Ledgers that are held for further reasons; mostly these are looked for in the same shards."""
 _PICTURE_BYTES = 3_000_000
@@ -68,27 +68,38 @@ _JUDGED = ("key", "verdict", *replay.COLUMNS)
 T = TypeVar("T")
 
 
-def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, target: AnyPath | None = None) -> Funnel:
+def write_report(
+    out: AnyPath,
+    *,
+    pictures: bool = True,
+    drops: bool = True,
+    target: AnyPath | None = None,
+    shown_on: Console | None = None,
+) -> Funnel:
     """Write OUT/report.html from the finished shards of OUT, and return the funnel that it shows.
 
     Whatever the size of the dataset, all ledgers are counted, but few shards and few of their samples are opened.
-    Without `pictures`, no face is shown; without `drops`, no dropped row. It can be written to another `target`.
+    Without `pictures`, no face is shown; without `drops`, no dropped row. It can be written to another `target`;
+    `shown_on` is told how far it is.
 
     Raises:
         OutputError: when OUT is no dataset, or cannot be written.
         CorruptShardError: when a file of a shard that is read is damaged; names it.
     """
-    manifests, counted = read_manifests(out), funnel(out)
+    manifests = read_manifests(out)
     dataset = read_dataset(out) if (out / DATASET).exists() else {}  # it may not have been copied along
     plan = {**dataset, **vars(manifests[0])} if manifests else dataset
     explorer, limits, numbers = None, FilterSettings(), Numbers()
     with suppress(OutputError):  # nothing says by which thresholds the shards were made
         explorer = Explorer(*thresholds(out))
         limits = explorer.limits
-    for ledger in _gathered(ledgers(out, [*replay.COLUMNS, *report_numbers.COLUMNS])):
+
+    def add(ledger: pa.Table) -> None:
         numbers.add(ledger)
         if explorer:
             explorer.add(evidence(ledger))
+
+    counted = funnel(out, [*replay.COLUMNS, *report_numbers.COLUMNS], add, shown_on)
     grouped = "group" in dataset.get("plan", {}).get("settings", {})
     number = count()
     kept = _numbered(_kept_cards(out, manifests, limits), number, pictures)
@@ -127,18 +138,6 @@ def write_report(out: AnyPath, *, pictures: bool = True, drops: bool = True, tar
     with storage.writing(path):
         storage.write(path, page)
     return counted
-
-
-def _gathered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows in fewer tables: counting few rows takes nearly as long as counting ten thousand."""
-    held: list[pa.Table] = []
-    for table in tables:
-        if held and (sum(one.num_rows for one in held) >= _COUNTED or table.schema != held[0].schema):
-            yield pa.concat_tables(held)
-            held = []
-        held.append(table)
-    if held:
-        yield pa.concat_tables(held)
 
 
 def _parts(manifests: Sequence[Manifest]) -> list[tuple[str, Counter[str]]]:
@@ -243,7 +242,7 @@ def _reasons(
             chosen.append(pa.concat_tables([rows.filter(first), rows.filter(pc.invert(first))]).slice(0, wanted))
             shown += [(rank, thumbnails.get(key)) for rank, key in enumerate(chosen[-1]["key"].to_pylist())]
         ranked: list[tuple[bool, float, int, Card]] = []
-        judged = chain(*(zip(rows.to_pylist(), _judged(rows, limits), strict=True) for rows in _gathered(chosen)))
+        judged = chain(*(zip(rows.to_pylist(), _judged(rows, limits), strict=True) for rows in gathered(chosen)))
         for (record, (_, row, far)), (rank, thumbnail) in zip(judged, shown, strict=True):
             card = replace(Card.of_drop(record, thumbnail), row=row)
             ranked.append((not card.pictures, far, rank, card))

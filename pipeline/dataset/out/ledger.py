@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,11 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ValidationError
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import AnyPath, RemotePath, names, parquet
 from pipeline.shared.several import of_each
+from pipeline.shared.terminal import Screen
 from schemas.arrays import Integers, Mask
 from schemas.columns import KEPT, complete
 from schemas.drops import DropReason
@@ -27,6 +29,8 @@ from stages import STAGES
 
 LIVE = f"{TEMPORARY}progress.json"
 """Beside the shards' folder while a run goes on, and after one that was killed: what it came to so far."""
+_TOGETHER = 10_000
+"""Rows, at most those of one ledger more."""
 UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError)
 """What pyarrow raises for a file that is no such parquet."""
 
@@ -37,6 +41,8 @@ class FunnelRow:
     rows_in: int
     dropped: dict[str, int]
     """Reason -> count, the most frequent first; only reasons that occur."""
+    works: bool = True
+    """Whether it is part of the plan: some stages are off unless they are wanted."""
 
     @property
     def rows_left(self) -> int:
@@ -97,6 +103,7 @@ def read_manifests(out: AnyPath) -> list[Manifest]:
 
 
 class _Plan(BaseModel):
+    stages: list[str] = []
     settings: dict[str, dict[str, Any]] = {}
     models: list[dict[str, str]] = []
 
@@ -169,7 +176,8 @@ def read_ledger(out: AnyPath, shard: str, columns: Sequence[str], verdict: str |
     path = out / "shards" / f"{shard}.parquet"
     try:
         columns = list(dict.fromkeys(columns))
-        table = complete(parquet(path).read(columns=list({*columns, "verdict"})))
+        # Threads cost more than they save where a ledger has some thousand rows, as most have.
+        table = complete(parquet(path).read(columns=list({*columns, "verdict"}), use_threads=False), columns)
         table.validate(full=True)  # bytes that are no text would stop whoever reads them
         return (table if verdict is None else table.filter(pc.equal(table["verdict"], verdict))).select(columns)
     except RemoteError:
@@ -209,36 +217,66 @@ class Rounds:
         return mask
 
 
-def funnel(out: AnyPath) -> Funnel:
+def funnel(
+    out: AnyPath,
+    columns: Sequence[str] = (),
+    add: Callable[[pa.Table], None] = lambda ledger: None,
+    shown_on: Console | None = None,
+) -> Funnel:
     """The funnel of all finished shards, counted from their ledgers, of which few are in memory at a time.
 
-    Rows that had a second chance are counted once, with their last verdict.
+    Rows that had a second chance are counted once, with their last verdict. `add` gets all rows that are counted, in
+    these columns, with stage and verdict; `shown_on` is told how far it is.
     """
     total: Counter[tuple[str, str]] = Counter()
     shards = shard_names(out)
     rounds = Rounds(out, shards)
 
     def read(shard: str) -> tuple[pa.Table, Manifest]:
-        return read_ledger(out, shard, ("row", "stage", "verdict")), read_manifest(out, shard)
+        return read_ledger(out, shard, [*columns, "row", "stage", "verdict"]), read_manifest(out, shard)
 
-    for shard, (ledger, manifest) in zip(shards, of_each(out, read, shards), strict=True):
-        counted = by_stage_and_verdict(ledger)
-        if unknown := {stage for stage, _ in counted} - set(STAGES):
-            raise CorruptShardError(f"{shard}.parquet: the stage {min(map(str, unknown))!r} is not known")
-        by_verdict = occurrences(ledger["verdict"])
-        claimed = Counter({KEPT: manifest.kept, **manifest.dropped})
-        if by_verdict != claimed or by_verdict.total() != manifest.rows_in:
-            differing = sorted(str(v) for v in {*by_verdict, *claimed} if by_verdict[v] != claimed[v]) or ["rows_in"]
-            raise CorruptShardError(f"{shard}: ledger and manifest count {', '.join(differing)} differently")
-        total.update(counted)
-        total.subtract(by_stage_and_verdict(ledger.filter(pa.array(rounds.replaced(shard, ledger["row"])))))
+    def checked() -> Iterator[pa.Table]:
+        for shard, (ledger, manifest) in zip(shards, of_each(out, read, shards), strict=True):
+            if unknown := {*pc.unique(ledger["stage"]).to_pylist()} - {*STAGES}:
+                raise CorruptShardError(f"{shard}.parquet: the stage {min(map(str, unknown))!r} is not known")
+            by_verdict = occurrences(ledger["verdict"])
+            claimed = Counter({KEPT: manifest.kept, **manifest.dropped})
+            if by_verdict != claimed or by_verdict.total() != manifest.rows_in:
+                counts = {**by_verdict, **claimed}
+                differing = sorted(str(v) for v in counts if by_verdict[v] != claimed[v]) or ["rows_in"]
+                raise CorruptShardError(f"{shard}: ledger and manifest count {', '.join(differing)} differently")
+            if rounds.last(shard_origin(shard)[0]):
+                ledger = ledger.filter(pa.array(~rounds.replaced(shard, ledger["row"])))
+            screen.advance(1, f"{ledger.num_rows:,} rows in the last")
+            yield ledger
+
+    with Screen(shown_on or Console(quiet=True), "count", "{done:,} of {total} ledgers", len(shards)) as screen:
+        for ledger in gathered(checked()):
+            total.update(by_stage_and_verdict(ledger))
+            add(ledger)
+    plan = read_dataset(out).get("plan") if (out / DATASET).exists() else None  # it may not have been copied along
+    at_work = (plan or {}).get("stages") or STAGES
     left = rows_in = total.total()
     rows = []
     for stage in STAGES:
         dropped = [(verdict, n) for (at, verdict), n in total.items() if at == stage and verdict != KEPT and n]
-        rows.append(FunnelRow(stage, left, dict(sorted(dropped, key=lambda entry: (-entry[1], entry[0])))))
+        reasons = dict(sorted(dropped, key=lambda entry: (-entry[1], entry[0])))
+        rows.append(FunnelRow(stage, left, reasons, bool(reasons) or stage in at_work))
         left = rows[-1].rows_left
     return Funnel(len(shards), rows_in, tuple(rows))
+
+
+def gathered(ledgers: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Small ones together: what is computed of a table costs as much as a thousand rows, however few it has."""
+    some, rows = list[pa.Table](), 0
+    for ledger in ledgers:
+        some.append(ledger)
+        rows += ledger.num_rows
+        if rows >= _TOGETHER:
+            yield pa.concat_tables(some, promote_options="permissive").combine_chunks()
+            some, rows = [], 0
+    if some:
+        yield pa.concat_tables(some, promote_options="permissive").combine_chunks()
 
 
 def by_stage_and_verdict(ledger: pa.Table) -> Counter[tuple[str, str]]:
@@ -261,7 +299,7 @@ def funnel_table(funnel: Funnel) -> Table:
     table = Table("stage", "rows in", "%", title=title, title_justify="left", box=box.ASCII)
     table.columns[1].justify = table.columns[2].justify = "right"
     lines: list[tuple[str, int, str | None]] = []
-    for row in funnel.rows:
+    for row in (one for one in funnel.rows if one.works):
         lines.append((row.stage, row.rows_in, None))
         lines += [(f"  - {reason}", count, "dim") for reason, count in row.dropped.items()]
     for label, count, style in [*lines, ("kept", funnel.kept, "bold")]:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from pipeline.dataset.out import ledger as ledger_module
 from pipeline.dataset.out.ledger import counts, funnel, funnel_table, read_manifests, shard_names, summary
 from pipeline.shared.files import RemotePath, to_path
 from schemas.columns import LEDGER_SCHEMA
@@ -143,3 +144,24 @@ def test_manifests_of_a_store_are_asked_for_several_at_a_time(published, monkeyp
 
     monkeypatch.setattr(RemotePath, "read_bytes", waiting)
     assert read_manifests(store) == read_manifests(published)
+
+
+def test_a_report_reads_each_ledger_once_for_all_that_it_counts_and_says_how_far_it_is(out, monkeypatch):
+    read, parquet = [], ledger_module.parquet
+    monkeypatch.setattr(ledger_module, "parquet", lambda path: read.append(path.name) or parquet(path))
+    stream, tables = io.StringIO(), []
+    counted = funnel(out, ["url"], tables.append, Console(file=stream, force_terminal=False))
+    assert sorted(read) == ["a-00000.parquet", "a-00001.parquet", "b-00000.parquet"]
+    assert [table.num_rows for table in tables] == [counted.rows_in], "small ledgers are counted together"
+    assert {"url", "stage", "verdict"} <= {*tables[0].column_names}
+    assert "3 of 3 ledgers" in stream.getvalue()
+
+
+def test_stages_that_are_off_are_no_lines_of_the_table(out):
+    counted = funnel(out)
+    assert {row.stage for row in counted.rows if not row.works} == {"screen", "encode", "caption"}
+    stream = io.StringIO()
+    Console(file=stream, width=60).print(funnel_table(counted))
+    assert not {"screen", "encode", "caption"} & {*stream.getvalue().replace("|", " ").split()}
+    (out / "dataset.json").unlink()
+    assert all(row.works for row in funnel(out).rows), "nobody knows"
