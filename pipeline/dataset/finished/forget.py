@@ -179,7 +179,11 @@ def _take_down(out: AnyPath, takedowns: Takedowns) -> Gone:
         except CorruptShardError as error:
             del gone.rows[shard], gone.kept[shard]
             gone.damaged.append(str(error))
-    dataset = read_dataset(out)
+    try:
+        dataset = read_dataset(out)
+    except CorruptShardError as error:
+        dataset = {}
+        gone.damaged.append(str(error))
     if "shards" in dataset:  # the run came to its end: what the manifests add up to stands there
         write(out / DATASET, dataset_text({**dataset, **summary(read_manifests(out), out)}))
     try:

@@ -388,6 +388,14 @@ def test_a_run_in_the_same_folder_is_not_disturbed(out):
     assert not (out / FORGOTTEN).exists()
 
 
+def test_a_damaged_dataset_json_keeps_nothing_back_and_the_report_goes(out):
+    (out / "dataset.json").write_text('{"sources": [1]}')
+    gone = forget(out, domains=("photos.example",))
+    assert list(gone.rows) == [FIRST, SECOND]
+    assert ["dataset.json" in each for each in gone.damaged] == [True]
+    assert not (out / "report.html").exists()
+
+
 @pytest.mark.parametrize("suffix", ["tar", "parquet"])
 def test_damage_is_never_signed_as_whole_and_the_other_shards_are_done(out, suffix):
     path = out / "shards" / f"{FIRST}.{suffix}"
