@@ -214,7 +214,6 @@ def test_what_does_not_hear_the_watchdog_is_left_by_ending_the_process(tmp_path)
 import ctypes, sys, time
 from pipeline.dataset.config import load_config
 from pipeline.dataset.execute import watchdog
-from pipeline.dataset.execute.make_shard import Finished
 watchdog._GRACE_S = 1
 dog = watchdog.Watchdog(1, lambda: sys.stderr.write("cleared\\n"))
 with dog.watching("part-00000"):
