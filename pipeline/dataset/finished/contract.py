@@ -75,7 +75,7 @@ _ROUNDED = 1e-4
 
 
 def dataset_problems(dataset: dict[str, Any], text: bytes, sums: Mapping[str, Any] | None) -> Iterator[str]:
-    """What is wrong with dataset.json, whose text this is, and which has `plan` and IDENTITY.
+    """What is wrong with dataset.json, whose text this is; it has `plan` and IDENTITY, and the types of `read_dataset`.
 
     `sums` is what the manifests add up to (`ledger.summary`), None when nobody knows.
     """
@@ -97,11 +97,8 @@ def dataset_problems(dataset: dict[str, Any], text: bytes, sums: Mapping[str, An
     differing = [name for name, value in (sums or {}).items() if dataset.get(name) != value]
     if "shards" in dataset and differing:
         yield f"the manifests add up to other {', '.join(differing)}"
-    files = dataset.get("files", {})
-    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        yield "files is not an object of objects"
-    else:
-        yield from (f"it names the file {name!r}, which no dataset has" for name in files if name != UNCONDITIONAL)
+    foreign = [name for name in dataset.get("files", {}) if name != UNCONDITIONAL]
+    yield from (f"it names the file {name!r}, which no dataset has" for name in foreign)
 
 
 def manifest_problems(shard: str, manifest: Manifest, text: bytes) -> Iterator[str]:

@@ -128,8 +128,9 @@ def read_dataset(out: AnyPath) -> dict[str, Any]:
     except RemoteError:
         raise
     except ValidationError as error:  # edited by hand
-        name = ".".join(map(str, error.errors()[0]["loc"]))
-        raise CorruptShardError(f"{DATASET}: what a run writes as {name} is of another type") from error
+        name = error.errors()[0]["loc"][0]
+        what = "an object of objects" if name == "files" else "what a run writes"
+        raise CorruptShardError(f"{DATASET}: {name} is not {what}") from error
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CorruptShardError(f"{DATASET}: cannot be read: {first_line(error)}") from error
 

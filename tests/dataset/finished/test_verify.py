@@ -510,9 +510,9 @@ def test_a_plan_that_is_none_is_damage_for_every_reader(whole, tmp_path, section
 @pytest.mark.parametrize(
     ("changed", "name"),
     [
-        ({"sources": [1]}, "sources.0"),
-        ({"planned": {"p": "x"}}, "planned.p"),
-        ({"files": [1]}, "files"),
+        ({"sources": [1]}, "sources is not what a run writes"),
+        ({"planned": {"p": "x"}}, "planned is not what a run writes"),
+        ({"files": [1]}, "files is not an object of objects"),
         ({"plan": 5}, "plan"),
     ],
 )
@@ -520,7 +520,7 @@ def test_a_dataset_json_that_was_edited_by_hand_is_one_sentence(changed, name, t
     out = fake.write(tmp_path / "out", {"p-00000": fake.mixed("p")})
     path = out / "dataset.json"
     path.write_bytes(dataset_text({**json.loads(path.read_bytes()), **changed}))
-    sentence = f"dataset.json.* {name} is of another type" if name != "plan" else "dataset.json"
+    sentence = "dataset.json" if name == "plan" else f"dataset.json.* {name}"
     for read in (status, lambda one: group([one], tmp_path / "grouped", Wish(), Console(quiet=True))):
         with pytest.raises((CorruptShardError, OutputError), match=sentence):
             read(out)
