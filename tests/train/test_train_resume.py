@@ -191,7 +191,7 @@ def words(dataset, name, out, *more, steps=STEPS):
 def whole(request, server, dataset, tmp_path_factory):
     """A variant, and its undisturbed run."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    done = server.start(*words(dataset, request.param, out))
+    done = server.start(*words(dataset, request.param, out), is_brief=False)
     assert done.end() == 0, done.said
     return request.param, RunFolder(out)
 
@@ -355,7 +355,8 @@ def test_sighup_is_a_wish_to_stop_unless_nohup_has_it_ignored():
 
 def test_a_second_ctrl_c_stops_at_once(server, dataset, tmp_path):
     run = RunFolder(tmp_path / "run")
-    child = server.start(*words(dataset, "faceid", run.root), first=_SLOW)
+    # Not brief: what holds the loader's processes would live on while they are waited for, a minute long.
+    child = server.start(*words(dataset, "faceid", run.root), first=_SLOW, is_brief=False)
     child.until(lambda: Path(f"{child._log}.step").exists())
     os.kill(child.pid, signal.SIGINT)
     child.until(lambda: "stops at once" in child.said)
