@@ -95,10 +95,13 @@ def commands(code: str) -> list[list[str]]:
 def made(words: list[str]) -> list[list[str]]:
     """The commands of a call of make."""
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert {word.split("=")[0] for word in words if "=" in word} <= set(re.findall(r"^## (\w+)", text, re.M))
+    variables = set(re.findall(r"^## (\w+)", text, re.M))
+    assert {word.split("=")[0] for word in words if "=" in word} <= variables
     setups = [word for extra in ("cpu", "gpu") for word in ("-o", f".venv/.setup-{extra}")]
     call = ["make", "-n", *setups, *words[1:]]
-    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+    # What the `make test ARGS=…` that runs this was given is passed on to every make below it.
+    env = {name: value for name, value in os.environ.items() if name not in {*variables, "MAKEFLAGS", "MAKEOVERRIDES"}}
+    done = subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [shlex.split(line) for line in done.stdout.splitlines() if " -m pipeline" in line]
 

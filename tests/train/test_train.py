@@ -1,6 +1,7 @@
 """Real runs on the bundled sample's shards: what they write, that diffusers computes the same, that options count."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -305,7 +306,10 @@ def test_two_batches_of_one_are_a_batch_of_two(dataset, tmp_path, monkeypatch):
     for first, second in zip(metrics(whole), metrics(parts), strict=True):
         assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=1e-4)
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
-    assert distance(weights(whole), weights(parts)) < 1e-5
+    first, second = (torch.cat([weight.flatten() for weight in weights(job).values()]) for job in (whole, parts))
+    # AdamW divides by the gradient's size: a weight whose gradient is rounding alone may go anywhere, but few are.
+    farthest = 2 * OptimSettings().lr * math.sqrt(len(first))
+    assert (first - second).norm() < 1e-3 * farthest
 
 
 def test_a_variable_of_accelerate_s_changes_no_step(monkeypatch):
