@@ -32,6 +32,7 @@ from pipeline.dataset.source.parts import Part, find_parts
 from pipeline.dataset.source.sample import sample_server, write_sample
 from pipeline.dataset.source.seeds import Captions, Seeds, iter_shards
 from pipeline.shared.files import AnyPath, RemotePath, sizes
+from pipeline.shared.several import ahead
 from schemas.errors import ExitCode, LostError, OutputError, SourceError, UserError
 from schemas.names import SAMPLE, fitting_name, shard_origin, split_kind, split_spec
 from stages.runtime import Runtime
@@ -72,7 +73,8 @@ class Job:
         metadata = self.plan.steps[0].stage()
         for part in self.parts:
             stage = metadata(self.plan.config, self.plan.runtime)  # one per part: it remembers the URLs before
-            yield iter_shards(part, self.plan.config.source, partial(judge_seeds, stage))
+            # Of a large part, rows that are never fetched are most of what the process of the run has to do.
+            yield ahead(iter_shards(part, self.plan.config.source, partial(judge_seeds, stage)))
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""Several files at a time: those of a store are mostly waited for, and those on a disk may be work for all cores."""
+"""Work beside work: files of a store are mostly waited for, those on a disk may be work for all cores."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 from pipeline.shared.files import AnyPath, RemotePath
@@ -28,3 +29,15 @@ def of_each(folder: AnyPath, read: Callable[[str], T], names: Iterable[str], thr
             yield ahead.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same, each made in a thread while the one before is in use; whoever stops early does not wait for it."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        following = pool.submit(list, islice(items, 1))
+        while made := following.result():
+            following = pool.submit(list, islice(items, 1))
+            yield from made
+    finally:
+        pool.shutdown(wait=False)
