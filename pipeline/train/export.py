@@ -49,7 +49,7 @@ def loading(
     embedder = next((one for one in models if one["task"] == "face_embedder" and "arcface" in variant.reads), None)
     notes = {
         _LORA: variant.lora,
-        _SHORTCUT: variant.sidecar["shortcut"],
+        _SHORTCUT: variant.shortcut,
         _SEGMENTED: condition == "segmented" and variant.reads != ("arcface",),
         "Neither ComfyUI nor webui loads full-face on SDXL; diffusers does.": is_sdxl and variant.name == "full-face",
         "ComfyUI's and webui's presets leave faceid-plus on SDXL out: choose model and preprocessor by hand.": is_sdxl
@@ -116,7 +116,7 @@ def described(job: TrainJob, model: AdapterModel) -> dict[str, Any]:
         "condition": {role: _CONDITIONS[role].format(picture=picture) for role in variant.reads},
         "num_tokens": model.tokens(condition).shape[1],
         "lora_rank": config.adapter.lora_rank if variant.lora else 0,
-        **variant.sidecar,
+        "shortcut": variant.shortcut,
         "loading": loading(variant, base.kind, encoder, picture, job.dataset.models),
         "preset": job.preset,
         "recipe": recipe,

@@ -4,9 +4,8 @@ A projection turns the features of a face into image tokens. Its parameters carr
 its numbers of tokens are those that every program which reads such files has hard-wired.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -204,8 +203,8 @@ class Variant:
     """Whether a LoRA on every attention is trained along."""
     faces: int = 1
     """Most ID vectors side by side, (B, F, 512): at inference, and of F other photos of the person in training."""
-    sidecar: Mapping[str, Any] = field(default_factory=lambda: {"shortcut": False})
-    """What no file can say of itself: `shortcut`, whether the ID tokens are added to the image branch."""
+    shortcut: bool = False
+    """Whether the ID tokens are added to the image branch, which no file can say of itself."""
 
     def released_name(self, kind: BaseKind, image_encoder: str) -> str:
         """File name without suffix, as the published adapters are called.
@@ -244,7 +243,7 @@ _TABLE = (
         ("arcface", "hidden"),
         lambda widths, settings: ShortcutQueries(widths, settings.p_drop_clip, settings.rescale_clip),
         lora=True,
-        sidecar={"shortcut": True},
+        shortcut=True,
     ),
 )
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _TABLE}

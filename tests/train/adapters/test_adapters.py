@@ -376,7 +376,7 @@ def test_every_variant_is_registered_under_its_own_name():
         assert variant(name).name == name
         assert set(variant(name).reads) <= set(CONDITION)
         assert variant(name).lora is (name in WITH_LORA)
-        assert variant(name).sidecar == {"shortcut": name == "faceid-plusv2"}
+        assert variant(name).shortcut is (name == "faceid-plusv2")
 
 
 def test_an_unknown_variant_is_refused_with_the_known_ones():
