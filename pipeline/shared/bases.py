@@ -97,7 +97,9 @@ BASES = {
     ),
 }
 """Name -> where its files come from, of the bases that are known by name."""
-_NAMES = ("tiny", "tiny-sdxl", *BASES)
+TINY = ("tiny", "tiny-sdxl")
+"""Those that are made here, of random weights."""
+_NAMES = (*TINY, *BASES)
 _HASHED = (".json", ".safetensors", ".txt")
 _TOKENIZERS = {"sd15": ("tokenizer",), "sdxl": ("tokenizer", "tokenizer_2")}
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
@@ -129,7 +131,7 @@ def find_base(name: str, *, sdxl: bool = False) -> BaseSource:
         WeightsError: when it, or the weights of a part, are not on this machine; says what to fetch.
         SourceError: when a path is no diffusers folder of Stable Diffusion 1.5's or SDXL's layout.
     """
-    if name in ("tiny", "tiny-sdxl"):
+    if name in TINY:
         kind: BaseKind = "sdxl" if sdxl or name == "tiny-sdxl" else "sd15"
         return _described("tiny" if kind == "sd15" else "tiny-sdxl", _tiny(kind), "Apache-2.0 (random weights)")
     if name in BASES:

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.shared.bases import BASES
+from pipeline.shared.bases import BASES, TINY
 from pipeline.shared.configfile import leaves
 from pipeline.shared.readme import write_readme
-from pipeline.train.job import EMBEDDED, TINY
+from pipeline.train.job import EMBEDDED
 from pipeline.train.run_folder import writing
 from schemas.shard import CARD
 

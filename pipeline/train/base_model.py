@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from pipeline.shared.bases import BaseSource
+from pipeline.shared.bases import TINY, BaseSource
 from pipeline.train.adapters.released import DAMAGED
 from pipeline.train.objective import sent
 from schemas.arrays import Array
@@ -85,8 +85,8 @@ class Base:
 
     def _unusable(self, cls: Any, part: str, why: str) -> WeightsError:
         folder = self.source.folder
-        tiny = self.source.name in ("tiny", "tiny-sdxl")
-        advice = f"delete {folder}, and it is made again" if tiny else "fetch the base again"
+        is_tiny = self.source.name in TINY
+        advice = f"delete {folder}, and it is made again" if is_tiny else "fetch the base again"
         return WeightsError(f"{folder / part} cannot be loaded as {cls.__name__} ({why}): {advice}.")
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.shared.bases import BaseSource, find_base
+from pipeline.shared.bases import TINY, BaseSource, find_base
 from pipeline.shared.configfile import leaves
 from pipeline.train.adapters.variants import Variant, Widths, variant
 from pipeline.train.loader import Dataset, Features, check_hashes, features_of, open_dataset
@@ -16,7 +16,6 @@ from pipeline.train.settings import TrainConfig, load_train_config, without_free
 from schemas.errors import ConfigError, SourceError, WeightsError
 
 EMBEDDED = "embedded"
-TINY = ("tiny", "tiny-sdxl")
 DEFAULT_PRESETS = {"sd15": "sd15", "sdxl": "sdxl-512"}
 
 

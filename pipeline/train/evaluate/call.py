@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.shared.bases import BaseSource, find_base
+from pipeline.shared.bases import TINY, BaseSource, find_base
 from pipeline.train.evaluate.subject import Subject, read_subject
-from pipeline.train.job import DEFAULT_PRESETS, EMBEDDED, TINY, require_meaning
+from pipeline.train.job import DEFAULT_PRESETS, EMBEDDED, require_meaning
 from pipeline.train.loader import Dataset, Features, features_of, open_dataset
 from pipeline.train.settings import TrainConfig, load_train_config
 from schemas.errors import ConfigError, SourceError, first_line

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from rich.console import Console
 
 from pipeline.shared.atomic import write_atomically
-from pipeline.shared.bases import BaseSource
+from pipeline.shared.bases import TINY, BaseSource
 from pipeline.shared.terminal import Screen
 from pipeline.train.adapter_card import Results, write_adapter_card
 from pipeline.train.adapters.model import AdapterModel
@@ -25,7 +25,7 @@ from pipeline.train.base_model import Base
 from pipeline.train.evaluate.call import EvaluationJob
 from pipeline.train.evaluate.page import SHOWN, reduced, table, title, write_page
 from pipeline.train.evaluate.subject import Subject
-from pipeline.train.job import EMBEDDED, TINY
+from pipeline.train.job import EMBEDDED
 from pipeline.train.loader import Dataset, Face, first_faces
 from pipeline.train.loop import FROZEN, make_accelerator
 from pipeline.train.run_folder import writing
