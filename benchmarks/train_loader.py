@@ -10,7 +10,8 @@ from train_made import VISION, write_shards
 from webdataset import WebDataset
 
 from pipeline.shared.bases import find_base
-from pipeline.train.loader import ShardLoader, open_dataset
+from pipeline.train.loader.dataset import open_dataset
+from pipeline.train.loader.loader import ShardLoader
 from pipeline.train.settings import TrainConfig
 
 BATCH = 8

@@ -214,7 +214,7 @@ def main() -> None:
         _say(f"error: {trouble_of_machine(error, _LESS_MEMORY)}")
         sys.exit(ExitCode.SHARDS_FAILED)
     except RuntimeError as error:
-        from pipeline.train.loader import worker_died
+        from pipeline.train.loader.loader import worker_died
 
         if is_gpu_full(error):
             _say(f"error: {trouble_of_machine(error, _LESS_MEMORY)}", from_any_process=True)

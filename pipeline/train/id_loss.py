@@ -19,7 +19,7 @@ from schemas.errors import ConfigError, WeightsError, first_line
 
 if TYPE_CHECKING:
     from pipeline.train.base_model import Base
-    from pipeline.train.loader import Batch
+    from pipeline.train.loader.batches import Batch
 
 WEIGHTS_URL = "https://github.com/xinntao/facexlib/releases/download/v0.1.0/recognition_arcface_ir_se50.pth"
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.train.base_model import Base, TextEmbeds
-from pipeline.train.loader import Batch
+from pipeline.train.loader.batches import Batch
 from pipeline.train.objective import sent
 
 

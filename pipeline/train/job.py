@@ -10,7 +10,8 @@ from typing import Any
 from pipeline.shared.bases import TINY, BaseSource, find_base
 from pipeline.shared.configfile import leaves
 from pipeline.train.adapters.variants import Variant, Widths, variant
-from pipeline.train.loader import Dataset, Features, check_hashes, features_of, open_dataset
+from pipeline.train.loader.dataset import Dataset, check_hashes, open_dataset
+from pipeline.train.loader.reading import Features, features_of
 from pipeline.train.run_folder import RunFolder
 from pipeline.train.settings import TrainConfig, load_train_config, without_free_keys
 from schemas.errors import ConfigError, SourceError, WeightsError

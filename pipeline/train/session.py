@@ -20,7 +20,7 @@ from pipeline.train.adapters.released import read_released, require_fit
 from pipeline.train.base_model import Base
 from pipeline.train.inputs import Preparer
 from pipeline.train.job import TrainJob
-from pipeline.train.loader import ShardLoader
+from pipeline.train.loader.loader import ShardLoader
 from pipeline.train.watch import say
 from schemas.errors import ConfigError, FaceShardsError
 

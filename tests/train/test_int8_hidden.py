@@ -22,7 +22,7 @@ from pipeline.dataset.finished.verify import verify
 from pipeline.train.adapters.variants import VARIANTS
 from pipeline.train.inputs import Preparer
 from pipeline.train.job import Call, prepared
-from pipeline.train.loader import open_dataset
+from pipeline.train.loader.dataset import open_dataset
 from pipeline.train.settings import DataSettings
 from pipeline.train.watch import METRICS
 from schemas.errors import ExitCode, OutputError

@@ -18,7 +18,7 @@ from pipeline.train.evaluate import evaluation
 from pipeline.train.evaluate.call import Call as Wish
 from pipeline.train.evaluate.call import prepared as granted
 from pipeline.train.job import Call, prepared
-from pipeline.train.loader import ShardLoader
+from pipeline.train.loader.loader import ShardLoader
 from pipeline.train.session import Session
 from schemas.errors import ConfigError, ExitCode
 

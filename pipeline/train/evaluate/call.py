@@ -8,7 +8,8 @@ from typing import Any
 from pipeline.shared.bases import TINY, BaseSource, find_base
 from pipeline.train.evaluate.subject import Subject, read_subject
 from pipeline.train.job import DEFAULT_PRESETS, EMBEDDED, require_meaning
-from pipeline.train.loader import Dataset, Features, features_of, open_dataset
+from pipeline.train.loader.dataset import Dataset, open_dataset
+from pipeline.train.loader.reading import Features, features_of
 from pipeline.train.settings import TrainConfig, load_train_config
 from schemas.errors import ConfigError, SourceError, first_line
 

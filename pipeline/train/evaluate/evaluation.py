@@ -26,7 +26,8 @@ from pipeline.train.evaluate.call import EvaluationJob
 from pipeline.train.evaluate.page import SHOWN, reduced, table, title, write_page
 from pipeline.train.evaluate.subject import Subject
 from pipeline.train.job import EMBEDDED
-from pipeline.train.loader import Dataset, Face, first_faces
+from pipeline.train.loader.dataset import Dataset
+from pipeline.train.loader.faces import Face, first_faces
 from pipeline.train.loop import FROZEN, make_accelerator
 from pipeline.train.run_folder import writing
 from pipeline.train.validate.distances import View, Viewer, scale, spread

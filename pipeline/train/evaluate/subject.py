@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.train.adapters.released import read_released, read_sidecar
 from pipeline.train.adapters.variants import VARIANTS, Variant, variant
-from pipeline.train.loader import Dataset, models_of
+from pipeline.train.loader.dataset import Dataset, models_of
 from pipeline.train.run_folder import RunFolder
 from schemas.digest import sha256_of_file
 from schemas.errors import ConfigError, SourceError

@@ -10,7 +10,7 @@ from statistics import fmean
 import cv2
 import numpy as np
 
-from pipeline.train.loader import Face
+from pipeline.train.loader.faces import Face
 from pipeline.train.validate.judge import Clip, IdJudge
 from schemas.arcface import pose
 from schemas.arrays import Doubles, Image

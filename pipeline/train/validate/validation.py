@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 from pipeline.shared.atomic import write_atomically
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.base_model import Base
-from pipeline.train.loader import Face, first_faces
+from pipeline.train.loader.faces import Face, first_faces
 from pipeline.train.settings import TrainConfig
 from pipeline.train.validate.distances import DISTANCES, View, Viewer, copy_paste, scale
 from pipeline.train.validate.grid import GridRow, draw

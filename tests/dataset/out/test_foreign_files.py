@@ -9,7 +9,7 @@ from sample_runs import make
 from pipeline.dataset.out.ledger import funnel, read_manifests, shard_names
 from pipeline.dataset.out.output import Output
 from pipeline.shared.files import to_path
-from pipeline.train.loader import open_dataset
+from pipeline.train.loader.dataset import open_dataset
 from pipeline.train.settings import DataSettings
 from schemas.errors import CorruptShardError, ExitCode, LostError, SourceError
 

@@ -16,7 +16,8 @@ import pipeline.train.loop as trainer
 from pipeline.shared.bases import find_base
 from pipeline.train.base_model import Base
 from pipeline.train.job import Call, prepared
-from pipeline.train.loader import Dataset, ShardLoader, open_dataset
+from pipeline.train.loader.dataset import Dataset, open_dataset
+from pipeline.train.loader.loader import ShardLoader
 from pipeline.train.settings import TrainConfig
 from schemas.errors import ExitCode
 from schemas.shard import encode_npy

@@ -29,7 +29,7 @@ from pipeline.shared.bases import find_base
 from pipeline.train.evaluate import evaluation
 from pipeline.train.evaluate.evaluation import estimate
 from pipeline.train.evaluate.subject import read_subject
-from pipeline.train.loader import open_dataset
+from pipeline.train.loader.dataset import open_dataset
 from pipeline.train.settings import DataSettings
 from pipeline.train.validate.judge import IdJudge
 from pipeline.train.validate.validation import Sampler

@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.train.loader import Batch, Dataset, ShardLoader, open_dataset
+from pipeline.train.loader.batches import Batch
+from pipeline.train.loader.dataset import Dataset, open_dataset
+from pipeline.train.loader.loader import ShardLoader
 from pipeline.train.settings import TrainConfig
 from schemas.errors import ConfigError, CorruptShardError, SourceError
 from schemas.shard import encode_npy
@@ -477,7 +479,8 @@ _KILLS_ITS_WORKER = """
 import gc, multiprocessing, os, signal, sys
 gc.disable()
 from itertools import islice
-from pipeline.train.loader import ShardLoader, open_dataset, worker_died
+from pipeline.train.loader.dataset import open_dataset
+from pipeline.train.loader.loader import ShardLoader, worker_died
 from pipeline.train.settings import TrainConfig
 from schemas.errors import UserError
 told = {"resolution": 64, "batch_size": 2, "workers": 1, "shuffle": 4, "verify": "size"}

@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.train.loader import check_hashes, features_of, first_faces, open_dataset, plan_reading
 from pipeline.train.loader import dataset as dataset_module
+from pipeline.train.loader.dataset import check_hashes, open_dataset
+from pipeline.train.loader.faces import first_faces
+from pipeline.train.loader.reading import features_of, plan_reading
 from pipeline.train.settings import AdapterSettings, DataSettings, TrainConfig
 from schemas.errors import CorruptShardError, SourceError
 from schemas.shard import Manifest, dataset_digest

@@ -11,8 +11,11 @@ import pytest
 import torch
 from safetensors.numpy import save
 
-from pipeline.train.loader import Batch, Dataset, ShardLoader, features_of, first_faces, open_dataset
-from pipeline.train.loader.batches import MixedTokens, mixed
+from pipeline.train.loader.batches import Batch, MixedTokens, mixed
+from pipeline.train.loader.dataset import Dataset, open_dataset
+from pipeline.train.loader.faces import first_faces
+from pipeline.train.loader.loader import ShardLoader
+from pipeline.train.loader.reading import features_of
 from pipeline.train.settings import AdapterSettings, TrainConfig
 from schemas.errors import CorruptShardError, SourceError
 from schemas.int8 import Quantised, dequantise, encode_int8, quantise

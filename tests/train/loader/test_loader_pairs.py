@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.train.loader import Batch, Dataset, ShardLoader, open_dataset, plan_reading
-from pipeline.train.loader.batches import MixedTokens
+from pipeline.train.loader.batches import Batch, MixedTokens
+from pipeline.train.loader.dataset import Dataset, open_dataset
+from pipeline.train.loader.loader import ShardLoader
 from pipeline.train.loader.pairs import WINDOW, persons
 from pipeline.train.loader.plan_sample import Planner
+from pipeline.train.loader.reading import plan_reading
 from pipeline.train.loader.shards import Raw, Shard
 from pipeline.train.settings import TrainConfig
 from schemas.errors import ConfigError, SourceError

@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.train.loader import Batch, Dataset, ShardLoader, first_faces, open_dataset
+from pipeline.train.loader.batches import Batch
+from pipeline.train.loader.dataset import Dataset, open_dataset
+from pipeline.train.loader.faces import first_faces
+from pipeline.train.loader.loader import ShardLoader
 from pipeline.train.settings import AdapterSettings, TrainConfig
 from stages.pixels.geometry import norm_crop
 

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.train.loader import Features
 from pipeline.train.loader.plan_sample import Balance, Planned, Planner, TargetCrop, random_square
-from pipeline.train.loader.reading import Reading
+from pipeline.train.loader.reading import Features, Reading
 from pipeline.train.loader.shards import Raw, Shard
 from pipeline.train.settings import CropWeights, TrainConfig
 from schemas.buckets import bucketed, buckets, fit

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.train.loader import Face, Photo
+from pipeline.train.loader.faces import Face, Photo
 from pipeline.train.validate.distances import DISTANCES, Viewer, copy_paste, scale, spread
 
 SEEDS = st.integers(0, 10_000)
