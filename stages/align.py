@@ -6,10 +6,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from schemas.arcface import ARCFACE_SIZE
+from schemas.arcface import ARCFACE_SIZE, pose
 from stages.base import RowStage
 from stages.filter import reasons, require
-from stages.pixels.geometry import norm_crop, roll_degrees
+from stages.pixels.geometry import norm_crop
 from stages.pixels.images import encode_jpeg, photo_of
 
 FACE_SIZE = 224
@@ -34,7 +34,7 @@ class Align(RowStage):
         measured = {
             "sharpness": float(np.var(cv2.Laplacian(grey, cv2.CV_64F))),
             "brightness": float(grey.mean()),
-            "roll_deg": roll_degrees(kps),
+            "roll_deg": float(pose(np.array([kps], np.float64))[2][0]),
         }
         require(self.name, measured, self.settings.filter)
         face112 = norm_crop(image, kps, ARCFACE_SIZE)

@@ -115,12 +115,6 @@ def invert(matrix: Matrix) -> Matrix:
     return inverse
 
 
-def roll_degrees(kps: npt.ArrayLike) -> float:
-    """In-plane turn of the line from the left to the right eye, degrees, clockwise positive."""
-    left, right = np.asarray(kps, np.float64)[:2]
-    return float(np.degrees(np.arctan2(right[1] - left[1], right[0] - left[0])))
-
-
 class Box(NamedTuple):
     """A box in whole pixels: x0 <= x < x1, y0 <= y < y1."""
 

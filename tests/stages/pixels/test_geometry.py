@@ -132,7 +132,7 @@ def test_foreground_keeps_the_labels_asked_for() -> None:
 
 @pytest.mark.parametrize(("right_eye", "degrees"), [((10, 0), 0), ((10, 10), 45), ((0, 10), 90), ((10, -10), -45)])
 def test_roll_is_clockwise(right_eye: tuple[int, int], degrees: float) -> None:
-    assert geometry.roll_degrees([[0, 0], right_eye, [5, 5], [0, 9], [9, 9]]) == pytest.approx(degrees)
+    assert arcface.pose(np.array([[[0, 0], right_eye, [5, 5], [0, 9], [9, 9]]], float))[2] == pytest.approx(degrees)
 
 
 @st.composite
