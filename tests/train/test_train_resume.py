@@ -61,11 +61,9 @@ from pipeline.shared.page import _templates
 from pipeline.shared.readme import _compiled
 from pipeline.train import adapter_card
 from pipeline.train.base_model import Base
-from pipeline.train.loader.batches import albumentations
 from pipeline.train.run_page import run_page
 from torch.utils.tensorboard import SummaryWriter
 import pipeline.train.loop
-albumentations()
 models, load_model = {}, Base._model  # names that no `first` gives to something else
 def model(base, cls, part, dtype):
     key = base.source.name, part

@@ -188,7 +188,7 @@ def target_pixels(planned: Planned, suffix: str) -> Image:
         image = cv2.resize(image, resized, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
     image = image[top : top + height, left : left + width]
     if planned.mirror:
-        image = albumentations().augmentations.geometric.functional.hflip(image)
+        image = cv2.flip(image, 1)
     if planned.colour:
         functional, (brightness, contrast, saturation) = albumentations().augmentations.functional, planned.colour
         image = functional.adjust_brightness_torchvision(np.ascontiguousarray(image), brightness)
@@ -198,7 +198,7 @@ def target_pixels(planned: Planned, suffix: str) -> Image:
 
 
 def albumentations() -> Any:
-    """The library, which is slow to load, and which most variants never need."""
+    """The library, which is slow to load: for changes of colours alone."""
     import albumentations
 
     return albumentations

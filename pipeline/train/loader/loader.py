@@ -124,7 +124,7 @@ class ShardLoader:
             CorruptShardError: for a damaged sample; names shard and key.
             UserError: when a worker process was killed.
         """
-        if not self.reading.latents and (self.reading.flip or self.reading.colour):
+        if self.reading.colour:
             albumentations()  # before processes are forked that would each load it
         first, consumers = self._rank * self._streams, self._world * self._streams
         streams = [
