@@ -1,6 +1,6 @@
 """The Stage protocol, and what row-wise stages share."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
@@ -68,13 +68,7 @@ class RowStage(Stage):
         raise TypeError(f"{type(self).__name__} does not define row()")
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        rows = []
-        for record in records(table):
-            try:
-                rows.append(self.row(record))
-            except Dropped as dropped:
-                rows.append({**dropped.measured, DROP: dropped.reason})
-        return to_table(rows, self.writes, self.drops)
+        return to_table([_or_drop(self.row, record) for record in records(table)], self.writes, self.drops)
 
 
 class BatchStage(RowStage):
@@ -107,12 +101,16 @@ class BatchStage(RowStage):
                 except Dropped as dropped:
                     made[i] = {**dropped.measured, DROP: dropped.reason}
             for i, output in zip(given, self.computed(list(given.values())), strict=True):
-                try:
-                    made[i] = self.written(batch[i], output)
-                except Dropped as dropped:
-                    made[i] = {**dropped.measured, DROP: dropped.reason}
+                made[i] = _or_drop(self.written, batch[i], output)
             rows += made
         return to_table(rows, self.writes, self.drops)
+
+
+def _or_drop(row: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+    try:
+        return row(*given)
+    except Dropped as dropped:
+        return {**dropped.measured, DROP: dropped.reason}
 
 
 def to_table(rows: list[dict[str, Any]], writes: tuple[str, ...], drops: tuple[DropReason, ...]) -> pa.Table:
