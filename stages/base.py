@@ -68,7 +68,7 @@ class RowStage(Stage):
         raise TypeError(f"{type(self).__name__} does not define row()")
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return to_table([_or_drop(self.row, record) for record in records(table)], self.writes, self.drops)
+        return to_table([_or_drop(self.row, record) for record in records(table)], self)
 
 
 class BatchStage(RowStage):
@@ -103,7 +103,7 @@ class BatchStage(RowStage):
             for i, output in zip(given, self.computed(list(given.values())), strict=True):
                 made[i] = _or_drop(self.written, batch[i], output)
             rows += made
-        return to_table(rows, self.writes, self.drops)
+        return to_table(rows, self)
 
 
 def _or_drop(row: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
@@ -113,9 +113,9 @@ def _or_drop(row: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
         return {**dropped.measured, DROP: dropped.reason}
 
 
-def to_table(rows: list[dict[str, Any]], writes: tuple[str, ...], drops: tuple[DropReason, ...]) -> pa.Table:
-    """Rows of Python values as a table of `writes` (and `DROP` if the stage can drop); absent values are null."""
-    columns = {name: pa.array([row.get(name) for row in rows], COLUMNS[name].type) for name in writes}
-    if drops:
+def to_table(rows: list[dict[str, Any]], stage: Stage) -> pa.Table:
+    """Rows of Python values as a table of what a stage writes (and `DROP` if it can drop); absent values are null."""
+    columns = {name: pa.array([row.get(name) for row in rows], COLUMNS[name].type) for name in stage.writes}
+    if stage.drops:
         columns[DROP] = pa.array([row.get(DROP) for row in rows], pa.string())
     return pa.table(columns)

@@ -82,7 +82,7 @@ class Download(Stage):
                     for outcome in outcomes
                 ]
                 fetched = []
-                yield to_table(rows, self.writes, self.drops)
+                yield to_table(rows, self)
 
     def take_times(self) -> FetchTimes:
         return self._engine.take_times()

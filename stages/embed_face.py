@@ -46,4 +46,4 @@ class EmbedFace(Stage):
             normed = encode_npy((raw / norm).astype(np.float32)) if self._is_packed else None
             row = {"arcface": normed, "embedding_norm": norm, "fiqa": score}
             rows.append({**row, DROP: poor(self.name, row, self._limits)})
-        return to_table(rows, self.writes, self.drops)
+        return to_table(rows, self)

@@ -56,7 +56,7 @@ class EmbedImage(Stage):
 
     def __call__(self, table: pa.Table) -> pa.Table:
         if self._embedder is None:
-            return to_table([{}] * table.num_rows, self.writes, self.drops)
+            return to_table([{}] * table.num_rows, self)
         segment, images = self._settings.segment, {}
         faces = [decode_jpeg(face) for face in table["face"].to_pylist()]
         if segment.condition != "plain":
@@ -83,7 +83,7 @@ class EmbedImage(Stage):
                     else:
                         row[name] = encode_npy(column[i])
                 rows.append({**row, DROP: poor(self.name, row, self._settings.filter)})
-        return to_table(rows, self.writes, self.drops)
+        return to_table(rows, self)
 
     def _measured(self, features: Mapping[str, Halves], rows: pa.Table) -> list[dict[str, Any]]:
         """What heads give of each row: `photo` by the features of the face, the others by those of the whole photo."""
