@@ -9,10 +9,8 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, gather_object
 
 from pipeline.shared.events import Hook
-from pipeline.train import objective
 from pipeline.train.base_model import Base
 from pipeline.train.export import described, export
-from pipeline.train.id_loss import id_loss_of
 from pipeline.train.job import TrainJob, hash_shards
 from pipeline.train.run_folder import partly_done
 from pipeline.train.run_page.run_page import page_of
@@ -42,7 +40,6 @@ def train(job: TrainJob) -> ExitCode:
     accelerator = make_accelerator(config.optim)
     is_main = accelerator.is_main_process
     base = Base(job.base, accelerator.device, FROZEN.get(accelerator.mixed_precision, torch.float32))
-    id_loss = id_loss_of(config.objective, base)
     validator = Validator(job, base) if is_main else None  # its judges take gigabytes
     hook = Hook(config.watch.hook, warn_once()) if config.watch.hook and is_main else None
     session, last = Session(job, accelerator, base), job.last_step
@@ -74,14 +71,7 @@ def train(job: TrainJob) -> ExitCode:
         while session.step < config.steps and not stopping:
             batch = next(batches)
             with accelerator.accumulate(session.forward):
-                latents, text, condition, added = session.prepare(batch)
-                noised = objective.noised(base.scheduler, latents, config.objective, session.generator)
-                noise_pred = session.forward(noised.noisy_latents, noised.timesteps, text, condition, added)
-                weights = objective.weights(base.scheduler, noised.timesteps, config.objective.min_snr_gamma)
-                in_latents = objective.face_weights(batch.kps, latents, config.objective.face_weight)
-                loss = objective.denoising_loss(noise_pred, noised, weights, in_latents)
-                if id_loss is not None:
-                    loss = loss + id_loss(noise_pred, noised, latents, batch)
+                loss = session.loss(batch)
                 accelerator.backward(loss)
                 norm = session.optimizer_step()
             watch.batch(loss, samples=len(batch.keys) * accelerator.num_processes)

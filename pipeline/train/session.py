@@ -14,12 +14,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 
-from pipeline.train import optim
+from pipeline.train import objective, optim
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.adapters.released import read_released, require_fit
 from pipeline.train.base_model import Base
+from pipeline.train.id_loss import id_loss_of
 from pipeline.train.inputs import Preparer
 from pipeline.train.job import TrainJob
+from pipeline.train.loader.batches import Batch
 from pipeline.train.loader.loader import ShardLoader
 from pipeline.train.watch import say
 from schemas.errors import ConfigError, FaceShardsError
@@ -36,7 +38,8 @@ class Session:
     def __init__(self, job: TrainJob, accelerator: Accelerator, base: Base) -> None:
         """Everything at step 0; `base` is loaded on the accelerator's device."""
         config, rank, on_gpu = job.config, accelerator.process_index, accelerator.device.type == "cuda"
-        self._accelerator, self._job = accelerator, job
+        self._accelerator, self._job, self._scheduler = accelerator, job, base.scheduler
+        self._id_loss = id_loss_of(config.objective, base)
         self.step = 0
         self._samples = config.optim.accumulate * config.data.batch_size * accelerator.num_processes  # of a step
         self._skipped = 0
@@ -62,7 +65,18 @@ class Session:
         torch.manual_seed(config.seed + 1 + rank)
         self.generator = torch.Generator().manual_seed(config.seed + 1 + rank)
         self.forward, self.optimizer = accelerator.prepare(self.model, optimizer)
-        self.prepare = Preparer(base, self.generator)
+        self._prepare = Preparer(base, self.generator)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The loss of a batch, a scalar: of noise that is drawn for it, and the ID loss where that is on."""
+        settings = self._job.config.objective
+        latents, text, condition, added = self._prepare(batch)
+        noised = objective.noised(self._scheduler, latents, settings, self.generator)
+        noise_pred = self.forward(noised.noisy_latents, noised.timesteps, text, condition, added)
+        weights = objective.weights(self._scheduler, noised.timesteps, settings.min_snr_gamma)
+        in_latents = objective.face_weights(batch.kps, latents, settings.face_weight)
+        loss = objective.denoising_loss(noise_pred, noised, weights, in_latents)
+        return loss if self._id_loss is None else loss + self._id_loss(noise_pred, noised, latents, batch)
 
     def optimizer_step(self) -> torch.Tensor | None:
         """Clip the gradient, go down it, clear it; nothing while batches are accumulated.
