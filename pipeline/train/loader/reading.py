@@ -3,7 +3,7 @@
 Roles of a condition, the files that hold them, and what stands for "no face"; targets and texts; augmentation.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -170,53 +170,23 @@ def plan_reading(
         ConfigError: when there is nothing of another photo that the variant reads.
         SourceError: when the shards lack what the config or the variant asks for.
     """
-    notices = [*dataset.notices]
-    suffixes, augment = dataset.suffixes, config.augment
+    data, augment, notices = config.data, config.augment, [*dataset.notices]
     features = features_of(dataset, reads, config.adapter)
-    latents = _precomputed("latents", dataset, config.data, base, notices)
-    text = _precomputed("text", dataset, config.data, base, notices)
-    texts = first_shapes(dataset, [suffix for suffix in (_TEXT, _TEXT_POOLED) if text and suffix in suffixes])
-    if latents and not config.data.buckets:
+    latents = _precomputed("latents", dataset, data, base, notices)
+    text = _precomputed("text", dataset, data, base, notices)
+    texts = first_shapes(dataset, [suffix for suffix in (_TEXT, _TEXT_POOLED) if text and suffix in dataset.suffixes])
+    if latents and not data.buckets:
         notices.append("data.buckets = false has no effect: precomputed latents are cut to buckets already.")
-
-    if texts and config.data.alternatives:
-        notices.append("data.alternatives is off: texts are precomputed, of the first captions (data.text = captions).")
-    elif config.data.alternatives and not any(
-        meta(raw).get("text_alternatives") for raw in first_samples(dataset, LOOKED_AT)
-    ):
-        notices.append(
-            f"data.alternatives draws from nothing in the first {min(LOOKED_AT, dataset.samples):,} samples: they have "
-            "no further captions (text_alternatives)."
-        )
-
-    shares = config.data.kinds.model_dump()
-    for kind in shares.keys() - dataset.kinds if dataset.kinds else ():
-        why = (
-            f"no source of {dataset.folders} is marked as {kind} (`made:` before a word of SHARDS, or source.kind = "
-            "made, marks those of AI-made images)."
-        )
-        if not any(shares[other] for other in dataset.kinds):  # before all is read in vain
-            raise SourceError(f"data.kinds leaves nothing: {why}")
-        if shares[kind] < 1:
-            notices.append(f"data.kinds.{kind} takes a share of nothing: {why}")
-
-    paired = config.data.pair_features
-    if config.data.pairs and not any(paired == "both" or (role == "arcface") == (paired == "id") for role in reads):
-        raise ConfigError(
-            f"The variant reads {' and '.join(reads)} alone, so that data.pair_features = {paired} "
-            "pairs nothing: give --set data.pair_features=both."
-        )
-    if config.data.pairs or config.data.balance == "person":
-        photos, alone = lonely(dataset)
-        notices.append(
-            f"of {photos:,} photos that were looked at, {alone:,} ({alone / photos:.0%}) are the only one of their "
-            "person: their condition is always their own."
-        )
+    notices += [
+        *_alternatives_notices(dataset, data, texts),
+        *_kinds_notices(dataset, data),
+        *_pairs_notices(dataset, data, reads),
+    ]
 
     # The condition has to follow what is done to the target; what it cannot follow is left out.
     of_images = [suffix for suffix in features.shapes if suffix != _MIRRORS_FREELY]
     mirrored = {suffix: suffix.replace(".npy", "_mirror.npy") for suffix in of_images}
-    missing = [suffix for suffix in mirrored.values() if suffix not in suffixes]
+    missing = [suffix for suffix in mirrored.values() if suffix not in dataset.suffixes]
     against = {}
     if latents:
         against["flip"] = "precomputed latents cannot be mirrored (data.latents = images could be)"
@@ -232,15 +202,56 @@ def plan_reading(
     return Reading(
         features=features,
         mirrored=mirrored if flip else {},
-        crops=tuple(name for name in CROPS if getattr(config.data.crops, name)),
+        crops=tuple(name for name in CROPS if getattr(data.crops, name)),
         latents=latents,
         text=texts,
         flip=flip,
         colour=colour,
-        alternatives=0.0 if texts else config.data.alternatives,
+        alternatives=0.0 if texts else data.alternatives,
         faces=faces,
         notices=tuple(notices),
     )
+
+
+def _alternatives_notices(dataset: Dataset, data: DataSettings, texts: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """Where data.alternatives is without effect."""
+    if texts and data.alternatives:
+        yield "data.alternatives is off: texts are precomputed, of the first captions (data.text = captions)."
+    elif data.alternatives and not any(meta(raw).get("text_alternatives") for raw in first_samples(dataset, LOOKED_AT)):
+        yield (
+            f"data.alternatives draws from nothing in the first {min(LOOKED_AT, dataset.samples):,} samples: they have "
+            "no further captions (text_alternatives)."
+        )
+
+
+def _kinds_notices(dataset: Dataset, data: DataSettings) -> Iterator[str]:
+    """Where data.kinds names a kind that no source has; a SourceError where it leaves no other."""
+    shares = data.kinds.model_dump()
+    for kind in shares.keys() - dataset.kinds if dataset.kinds else ():
+        why = (
+            f"no source of {dataset.folders} is marked as {kind} (`made:` before a word of SHARDS, or source.kind = "
+            "made, marks those of AI-made images)."
+        )
+        if not any(shares[other] for other in dataset.kinds):  # before all is read in vain
+            raise SourceError(f"data.kinds leaves nothing: {why}")
+        if shares[kind] < 1:
+            yield f"data.kinds.{kind} takes a share of nothing: {why}"
+
+
+def _pairs_notices(dataset: Dataset, data: DataSettings, reads: Sequence[str]) -> Iterator[str]:
+    """Which photos data.pairs and data.balance find no other for; raises as `plan_reading` and `lonely` do."""
+    paired = data.pair_features
+    if data.pairs and not any(paired == "both" or (role == "arcface") == (paired == "id") for role in reads):
+        raise ConfigError(
+            f"The variant reads {' and '.join(reads)} alone, so that data.pair_features = {paired} "
+            "pairs nothing: give --set data.pair_features=both."
+        )
+    if data.pairs or data.balance == "person":
+        photos, alone = lonely(dataset)
+        yield (
+            f"of {photos:,} photos that were looked at, {alone:,} ({alone / photos:.0%}) are the only one of their "
+            "person: their condition is always their own."
+        )
 
 
 def _precomputed(
