@@ -26,18 +26,18 @@ class Fit(NamedTuple):
     size: Size
 
 
-def buckets(resolution: int, step: int = 64, max_aspect: float = 2.0) -> tuple[Size, ...]:
+def buckets(resolution: int, max_aspect: float = 2.0) -> tuple[Size, ...]:
     """The sizes that pictures of a resolution are cut to, sorted by aspect (width / height).
 
-    Sides are multiples of `step` (of 8 under 512), areas are at most resolution x resolution and as close to it as the
-    step allows, aspects lie within 1 / max_aspect and max_aspect. (resolution, resolution) is always among them.
+    Sides are multiples of 64 (of 8 under 512), areas are at most resolution x resolution and as close to it as these
+    allow, aspects lie within 1 / max_aspect and max_aspect. (resolution, resolution) is always among them.
 
     Raises:
         ValueError: when resolution is no positive multiple of 8.
     """
     if resolution < PIXELS_PER_LATENT or resolution % PIXELS_PER_LATENT:
         raise ValueError(f"a resolution is a positive multiple of {PIXELS_PER_LATENT}, not {resolution}")
-    step = step if resolution >= _COARSE_FROM else PIXELS_PER_LATENT
+    step = 64 if resolution >= _COARSE_FROM else PIXELS_PER_LATENT
     tall = []
     for width in range(step, resolution, step):
         height = resolution * resolution // width // step * step

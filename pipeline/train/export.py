@@ -42,7 +42,7 @@ _SEGMENTED = (
 
 
 def loading(
-    variant: Variant, kind: BaseKind, encoder: str, condition: str, models: Sequence[Mapping[str, str]] = ()
+    variant: Variant, kind: BaseKind, encoder: str, condition: str, models: Sequence[Mapping[str, str]]
 ) -> list[str]:
     """What whoever loads the files should know, a sentence each; `models` are those behind the condition."""
     is_sdxl = kind == "sdxl"

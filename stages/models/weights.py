@@ -201,15 +201,15 @@ def _remedy(weight: Weight, path: Path) -> str:
     return f"run `python -m pipeline models fetch {weight.name}`, or fetch {files} and {action} {folder}."
 
 
-def fetch(weight: Weight, root: Path | None = None) -> Path:
-    """Fetch what is missing or damaged of a weight into `root` (default: the cache); returns its path there.
+def fetch(weight: Weight) -> Path:
+    """Fetch what is missing or damaged of a weight into the cache; returns its path there.
 
     A file gets its name once it is whole and verified. Files of the hub go on where they were interrupted.
 
     Raises:
         WeightsError: when it cannot be fetched or is not what it should be; says what to do.
     """
-    root = root or cache_root()
+    root = cache_root()
     path, partial = weight.under(root), root / f".{weight.name}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -72,7 +72,7 @@ def main(link: socket.socket, file: int, canvas: int) -> None:
         link.send(json.dumps(answer).encode())
 
 
-def decode_into(data: bytes, canvas: Array, factor: int = 1) -> tuple[int, int]:
+def decode_into(data: bytes, canvas: Array, factor: int) -> tuple[int, int]:
     """Write the pixels of an image file into memory of the right length, and return height and width.
 
     (H, W, 3) uint8 RGB, EXIF turned, transparency over white, first frame; the sides divided by `factor` and rounded

@@ -77,15 +77,15 @@ class Perceiver(nn.Module):
 
 
 class Resampler(Perceiver):
-    """A Perceiver with learned latents."""
+    """A Perceiver with 16 learned latents."""
 
-    def __init__(self, dim: int, features: int, width_out: int, queries: int = 16) -> None:
+    def __init__(self, dim: int, features: int, width_out: int) -> None:
         """Latents are drawn with standard deviation 1 / sqrt(dim)."""
         super().__init__(dim, features, width_out)
-        self.latents = nn.Parameter(torch.randn(1, queries, dim) / dim**0.5)
+        self.latents = nn.Parameter(torch.randn(1, 16, dim) / dim**0.5)
 
     def forward(self, features: Tensor) -> Tensor:  # type: ignore[override]  # its latents are its own
-        """(B, N, features) -> (B, queries, width_out)."""
+        """(B, N, features) -> (B, 16, width_out)."""
         return super().forward(self.latents.expand(len(features), -1, -1), features)
 
 
@@ -105,13 +105,13 @@ class Widths:
 class ImageProjection(nn.Module):
     """Pooled features through one Linear; keys `proj`, `norm`."""
 
-    def __init__(self, widths: Widths, num_tokens: int = 4) -> None:
+    def __init__(self, widths: Widths) -> None:
         super().__init__()
-        self.proj = nn.Linear(widths.pooled, num_tokens * widths.text)
+        self.proj = nn.Linear(widths.pooled, 4 * widths.text)
         self.norm = nn.LayerNorm(widths.text)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """(B, pooled) -> (B, tokens, text)."""
+        """(B, pooled) -> (B, 4, text)."""
         tokens: Tensor = self.norm(self.proj(pooled).unflatten(-1, (-1, *self.norm.normalized_shape)))
         return tokens
 
@@ -175,7 +175,7 @@ class ShortcutQueries(IdQueries):
     is.
     """
 
-    def __init__(self, widths: Widths, p_drop: float = 0.5, rescale: bool = False) -> None:
+    def __init__(self, widths: Widths, p_drop: float, rescale: bool) -> None:
         super().__init__(widths)
         self.p_drop, self.rescale = p_drop, rescale
 

@@ -112,13 +112,13 @@ class Thinned(NamedTuple):
     lines: Doubles
 
 
-def thinned(steps: Doubles, values: Doubles, points: int = POINTS) -> Thinned:
-    """Lowest, mean and highest value of at most `points` stretches of steps; not finite ones do not count."""
+def thinned(steps: Doubles, values: Doubles) -> Thinned:
+    """Lowest, mean and highest value of at most POINTS stretches of steps; not finite ones do not count."""
     known = np.isfinite(values)
     steps, values = steps[known], values[known]
     if not len(steps):
         return Thinned(*[np.zeros(0)] * 6)
-    at = np.ceil(steps * (points / max(steps.max(), 1)))
+    at = np.ceil(steps * (POINTS / max(steps.max(), 1)))
     starts = np.flatnonzero(np.diff(at, prepend=-1))
     ends = np.append(starts[1:], len(at)) - 1
     low, high = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
