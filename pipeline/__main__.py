@@ -15,8 +15,8 @@ import typer
 
 from pipeline import models_command
 from pipeline.dataset.execute.watchdog import LESS_GPU_MEMORY, is_hanging
-from pipeline.options import AsJson, ConfigFile, Folder, NewFolder, Profile, ProfileName, Sets, console, errors, say
-from pipeline.shared.commands import Interrupted, application
+from pipeline.options import AsJson, Folder, NewFolder, Profile, ProfileName, Sets, console, errors, say
+from pipeline.shared.commands import ConfigFile, Interrupted, application
 from pipeline.shared.process import NO_TELEMETRY, interrupt, on_interrupt, standard_streams, trouble_of_machine
 from schemas.errors import CorruptShardError, ExitCode, LostError, UserError, WeightsError
 from schemas.names import SAMPLE

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.options import AsJson, ConfigFile, ProfileName, Sets, say
-from pipeline.shared.commands import application
+from pipeline.options import AsJson, ProfileName, Sets, say
+from pipeline.shared.commands import ConfigFile, application
 from schemas.errors import ExitCode, WeightsError, first_line
 
 if TYPE_CHECKING:

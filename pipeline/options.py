@@ -16,7 +16,6 @@ NewFolder = Annotated[
     Path,
     typer.Option("--out", parser=local_path, metavar="FOLDER", help="A new folder for the files and the list."),
 ]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with the keys that --set takes.")]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", help="A config key, such as filter.min_face_px=160; may be repeated.")
 ]

@@ -4,7 +4,7 @@ import os
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -17,6 +17,7 @@ _TRAINING = {
     **{name: f"`python -m pipeline.train {name} RUN`" for name in ("export", "evaluate")},
 }
 """Commands that are looked for beside `dataset`."""
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with the keys that --set takes.")]
 _UsageError: Any = typer.BadParameter.__mro__[1]
 """Of click, or of the copy of it that newer releases of typer hold."""
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.shared.commands import Interrupted, application, local_path
+from pipeline.shared.commands import ConfigFile, Interrupted, application, local_path
 from pipeline.shared.process import large_imports, standard_streams, trouble_of_machine
 from pipeline.train.adapters import NAMES, require_known
 from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, UserError, is_gpu_full
@@ -22,6 +22,7 @@ _LESS_MEMORY = (
     "data.batch_size."
 )
 _COMMANDS = ("run", "export", "evaluate", "report", "config")
+Run = Annotated[Path, typer.Argument(parser=local_path, metavar="RUN", help="The --out of a training run.")]
 
 
 @app.command(epilog="Example: python -m pipeline.train --from-shards faces --variant faceid-plusv2 --out adapter")
@@ -30,13 +31,7 @@ def run(
         list[str] | None, typer.Argument(metavar="[DIR]...", help="OUTs of `dataset`; `out` if none.")
     ] = None,
     from_shards: Annotated[bool, typer.Option("--from-shards", help="Train from the shards in DIR.")] = False,
-    name: Annotated[
-        str,
-        typer.Option(
-            "--variant",
-            help=f"One of: {', '.join(NAMES)}.",
-        ),
-    ] = "",
+    name: Annotated[str, typer.Option("--variant", help=f"One of: {', '.join(NAMES)}.")] = "",
     base: Annotated[
         str | None,
         typer.Option(
@@ -55,7 +50,7 @@ def run(
         Path | None, typer.Option(help="A released adapter to start from (.safetensors, .bin).")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, noise, order and augmentation. (Default: 0.)")] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="TOML file with the keys that --set takes.")] = None,
+    config: ConfigFile = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="One config key, such as optim.lr=1e-5; `config` lists all.")
     ] = None,
@@ -86,7 +81,7 @@ def run(
 
 @app.command("export", epilog="Example: python -m pipeline.train export adapter --step 2000")
 def export_command(
-    folder: Annotated[Path, typer.Argument(parser=local_path, metavar="RUN", help="The --out of a training run.")],
+    folder: Run,
     step: Annotated[int | None, typer.Option(help="The checkpoint. (Default: the last.)")] = None,
     out: Annotated[
         Path | None, typer.Option(parser=local_path, metavar="DIR", help="Where the files go. (Default: RUN.)")
@@ -102,9 +97,7 @@ def export_command(
 
 
 @app.command("report", epilog="Example: python -m pipeline.train report adapter")
-def report_command(
-    folder: Annotated[Path, typer.Argument(parser=local_path, metavar="RUN", help="The --out of a training run.")],
-) -> None:
+def report_command(folder: Run) -> None:
     """Write RUN/report.html again: curves, validation grids by step, the recipe, how it went."""
     from pipeline.train.run_folder import RunFolder
     from pipeline.train.run_page.run_page import write_page
@@ -142,7 +135,7 @@ def evaluate_command(
         Path | None, typer.Option(parser=local_path, metavar="DIR", help="(Default: RUN/evaluation, or beside FILE.)")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the noise. (Default: that of the training.)")] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="TOML file with the keys that --set takes.")] = None,
+    config: ConfigFile = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="One config key, such as watch.validate_steps=30.")
     ] = None,
