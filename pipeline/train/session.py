@@ -28,6 +28,7 @@ from schemas.errors import ConfigError, FaceShardsError
 
 _WORTH_COMPILING = 200_000
 """Samples of a process from which compiling is won back three times: it takes some 100 s, and saves 1.6 ms of each."""
+_DIVERGED = "the {} are not finite, the training diverged: go back to an earlier checkpoint with a lower optim.lr"
 _MOST_SKIPPED = 100
 """Optimiser steps in a row that the fp16 scaler may skip: it begins at 2^16 and halves its scale at each."""
 
@@ -99,10 +100,7 @@ class Session:
         """
         self._skipped = self._skipped + 1 if self._accelerator.optimizer_step_was_skipped else 0
         if self._skipped >= _MOST_SKIPPED:
-            raise FaceShardsError(
-                f"the gradients after step {self.step} are not finite, the training diverged: go back to an earlier "
-                "checkpoint with a lower optim.lr"
-            )
+            raise FaceShardsError(_DIVERGED.format(f"gradients after step {self.step}"))
         return self._skipped > 0
 
     def count_step(self) -> float:
@@ -135,10 +133,7 @@ class Session:
             FaceShardsError: when a weight is no longer finite; earlier checkpoints stay.
         """
         if not all(torch.isfinite(weight).all() for weight in self.trained.values()):
-            raise FaceShardsError(
-                f"the weights at step {self.step} are not finite, the training diverged: go back to an earlier "
-                "checkpoint with a lower optim.lr"
-            )
+            raise FaceShardsError(_DIVERGED.format(f"weights at step {self.step}"))
         device = self._accelerator.device
         mine = {
             "torch": torch.get_rng_state(),
