@@ -15,7 +15,6 @@ ARCFACE_TEMPLATE = (
 )
 """Its five points, x and y: eyes, nose, corners of the mouth, the image's left first (insightface, face_align.py)."""
 
-
 INSIGHTFACE_LICENCE = "insightface pretrained models: non-commercial research only"
 PACK_FILES = {
     "det_10g": (16_923_827, "5838f7fe053675b1c7a08b633df49e7af5495cee0493c7dcf6697200b85b5b91"),

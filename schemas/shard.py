@@ -56,8 +56,6 @@ EVENTS = "events.jsonl"
 """Of the run, where the user names it so: see docs/watching.md."""
 UNCONDITIONAL = "unconditional.safetensors"
 """Beside the shards' folder: clip_hidden or dino (float16, as in a sample) of "no face", for guidance."""
-
-
 _NPY_HEADER = re.compile(
     rb"\{'descr': '([<>|][A-Za-z]\d+)', 'fortran_order': (True|False), 'shape': \((|\d+,|\d+(?:, \d+)+)\), \} *\n"
 )

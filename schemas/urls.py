@@ -37,7 +37,6 @@ _UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\
 _DELIMITER = re.compile("%(2b|3d|26|3b)", re.IGNORECASE)
 _UNDECODED = re.compile("[\udc80-\udcff]")
 
-
 Origin = tuple[str, str, int]
 """Scheme, host and port: what has one robots.txt, and one set of connections."""
 

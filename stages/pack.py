@@ -20,8 +20,6 @@ REPEATED = (
     *("punsafe", "pwatermark", "crops", "targets"),
 )
 """Columns that the json repeats."""
-
-
 _WHERE_KNOWN = ("source_file", "text_alternatives", "ai_mark", "fiqa", "photo", "aesthetic", "nsfw_score")
 """Keys that only samples have of which there is something to say."""
 

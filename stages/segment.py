@@ -34,7 +34,6 @@ class Segment(BatchStage):
         super().__init__(settings, runtime)
         make = backend("segmenter", settings.models.segmenter)
         self._segmenter: Any = make(settings.models, runtime.device)
-
         if runtime.device == "cuda" and hasattr(self._segmenter, "segment_all"):
             self.batch = _GPU_BATCH
 

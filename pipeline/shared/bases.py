@@ -21,8 +21,6 @@ from schemas.targets import BaseKind
 
 _TINY_VERSION = 1
 """Part of the folder's name; to be raised when what `pipeline.shared.tiny` builds changes."""
-
-
 _SD2_WIDTH = 1024
 """Text width of Stable Diffusion 2, whose adapters no program knows."""
 

@@ -22,8 +22,6 @@ NATIVE = {plain: native for native, plain in PLAIN.items()}
 """Suffix in the plain layout -> the native one."""
 _LARGE = 64 << 20
 """Whether so many bytes are there at all is checked before they are read: their memory would be taken at once."""
-
-
 _PROBE, _CLOSE = 1 << 18, 2 << 20
 """Bytes of a request where a sample is looked for, and how near to it the tar is read rather than halved."""
 

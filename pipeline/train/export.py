@@ -25,8 +25,6 @@ _CONDITIONS = {
     "hidden": "token features of the {picture} 224x224 norm_crop, RGB",
 }
 """What a role was computed from."""
-
-
 _LORA = (
     "diffusers needs peft beside it, else it leaves the LoRA out with one line in its log; load_ip_adapter brings the "
     "LoRA along: _lora.safetensors is for ComfyUI and webui, and whoever loads both in diffusers has it twice."

@@ -118,8 +118,6 @@ class ImageEmbedder(Backend, Protocol):
 
 ONNX_FILES = {"fiqa": "ediffiqa-t"}
 """Task -> the backend of a file that is given by its path."""
-
-
 PACK_TASKS = {"detector": "scrfd", "face_embedder": "arcface"}
 """Task -> the backend that computes a file of `models.pack` for it."""
 

@@ -69,8 +69,6 @@ class PhotoCache:
 
 
 _CACHE = PhotoCache(_CACHE_BYTES)
-
-
 _first_choice: Callable[[bytes], Image | None] | None = None
 
 

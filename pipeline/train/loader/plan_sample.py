@@ -20,8 +20,6 @@ _OTHER_SIDE = [1, 0, 2, 4, 3]
 """Left and right eye and mouth corner change sides in a mirror."""
 _COLOUR_RANGE = 0.2
 """Largest relative change of brightness, contrast and saturation."""
-
-
 Box = Sequence[float]
 """x0, y0, x1, y1 in pixels."""
 

@@ -22,7 +22,6 @@ from schemas.arrays import Array, Doubles, Image
 if TYPE_CHECKING:
     from pipeline.train.job import TrainJob
 
-
 OTHERS = 4
 """Photos of a person, beside that of the condition, that images are compared with."""
 NAMES = (
