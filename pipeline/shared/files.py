@@ -282,8 +282,8 @@ def sizes(folder: AnyPath) -> dict[str, int]:
         listed = {name: entry["size"] for name, entry in folder.listing().items() if entry["type"] == "file"}
         silent = [name for name, size in listed.items() if size is None]  # the page by which a site lists files
         with ThreadPoolExecutor(16) as pool:
-            asked = pool.map(lambda name: (folder / name).stat().st_size, silent)
-            return {name: int(size) for name, size in {**listed, **dict(zip(silent, asked, strict=True))}.items()}
+            lengths = pool.map(lambda name: (folder / name).stat().st_size, silent)
+            return {name: int(size) for name, size in {**listed, **dict(zip(silent, lengths, strict=True))}.items()}
     try:
         with os.scandir(folder) as entries:
             return dict(sorted((entry.name, entry.stat().st_size) for entry in entries if entry.is_file()))

@@ -223,7 +223,7 @@ def _reduced_looks(network: Any, images: Sequence[Image], lowest: float, *, is_s
     for halves in pictures:
         while max(halves[-1].shape) > _LARGEST and min(halves[-1].shape[:2]) > 1:
             halves.append(cv2.resize(halves[-1], None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA))
-    canvases = [_padded(picture, is_square=is_square) for halves in pictures for picture in halves]
+    canvases = [_in_whole_cells(picture, is_square=is_square) for halves in pictures for picture in halves]
     seen = iter(network.screened(canvases, _DOUBTFUL))
     looks, crops = [], []
     for image, halves in zip(images, pictures, strict=True):
@@ -317,7 +317,7 @@ def _letterbox(image: Image, size: int) -> _View:
     return _View(_paste(image, new_width, new_height, 0, size), np.array([scale, scale], np.float32), 0)
 
 
-def _padded(image: Image, *, is_square: bool) -> Image:
+def _in_whole_cells(image: Image, *, is_square: bool) -> Image:
     """An RGB photo as BGR with black to its right and below, up to whole cells; as a square of few possible sizes."""
     cell = 64 if is_square else 32
     height, width = image.shape[:2]
