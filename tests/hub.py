@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
     def serve(self) -> None:
         hub, path = self.server, unquote(self.path).partition("?")[0]
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        name = next((word for word in PLACES if word in path), "?")
+        name = next((word for word in ENDPOINTS if word in path), "?")
         hub.asked[f"{self.command} {name}"] += 1
         if name not in ("/put/", "/resolve/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self.answer({"error": "Invalid username or password."}, 401)
@@ -79,7 +79,7 @@ class Handler(BaseHTTPRequestHandler):
             hub.commit([json.loads(line) for line in body.splitlines()])
             self.answer({"commitUrl": f"{hub.url}/datasets/ann/faces/commit/0", "commitOid": "0" * 40})
         else:
-            self.answer(PLACES[name](hub, json.loads(body) if body else {}))
+            self.answer(ENDPOINTS[name](hub, json.loads(body) if body else {}))
 
     do_GET = do_HEAD = do_POST = do_PUT = serve  # noqa: N815  # names that http.server looks for
 
@@ -122,7 +122,7 @@ def deleted(hub: Hub, wanted: dict) -> None:
         del hub.large[sha256], hub.names[sha256]
 
 
-PLACES = {
+ENDPOINTS = {
     "/put/": None,
     "/resolve/": None,
     "/commit/": None,

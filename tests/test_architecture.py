@@ -420,7 +420,7 @@ def files() -> tuple[Path, ...]:
 
 
 # in two halves, since this file is searched too
-PLACES = [
+ADDRESSES = [
     "".join(halves)
     for halves in (
         ("/wo", "rk/"),
@@ -435,7 +435,7 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_no_file_names_a_place_of_its_own_machine_or_a_package_index(place: str) -> None:
-    wrong = [str(path.relative_to(ROOT)) for path in files() if place.encode() in path.read_bytes()]
-    assert not wrong, f"{place} stands in {wrong}"
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_no_file_names_a_place_of_its_own_machine_or_a_package_index(address: str) -> None:
+    wrong = [str(path.relative_to(ROOT)) for path in files() if address.encode() in path.read_bytes()]
+    assert not wrong, f"{address} stands in {wrong}"

@@ -18,7 +18,7 @@ WEIGHTS = {"image_proj.w": torch.arange(6.0).view(2, 3), "ip_adapter.1.w": torch
 STATE = {"step": 3, "ranks": [{"torch": torch.arange(4, dtype=torch.uint8), "loader": {"positions": [[0, 1]]}}]}
 
 
-def told(**changes):
+def described(**changes):
     return {"identity": {**IDENTITY, **changes}, "name": "x"}
 
 
@@ -32,14 +32,14 @@ def sentence(error):
 @pytest.fixture
 def run(tmp_path):
     made = RunFolder(tmp_path / "deep" / "run")
-    made.start(told(), resume=False)
+    made.start(described(), resume=False)
     return made
 
 
 def test_a_dataset_is_no_folder_for_a_run(tmp_path):
     (tmp_path / "dataset.json").touch()
     with pytest.raises(OutputError) as error:
-        RunFolder(tmp_path).start(told(), resume=False)
+        RunFolder(tmp_path).start(described(), resume=False)
     assert "holds a dataset" in sentence(error)
     assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]
 
@@ -57,25 +57,25 @@ def test_a_new_folder_is_nothing_until_it_is_started(tmp_path):
     run = RunFolder(tmp_path / "run")
     assert (run.exists(), run.steps()) == (False, [])
     assert not run.root.exists()
-    run.start(told(), resume=False)
-    assert run.description() == told()
+    run.start(described(), resume=False)
+    assert run.description() == described()
     assert names(run.root) == ["checkpoints", "run.json"]
 
 
 def test_a_run_is_not_started_twice(run):
     save(run, 1)
     with pytest.raises(OutputError, match="--resume") as error:
-        run.start(told(), resume=False)
+        run.start(described(), resume=False)
     sentence(error)
-    run.start(told(), resume=True)
+    run.start(described(), resume=True)
     assert run.steps() == [1]
 
 
 def test_a_run_begun_before_a_key_was_there_goes_on_with_its_default(run):
     key, default = "objective.id_loss", leaves(TrainConfig().model_dump(mode="json"))["objective.id_loss"]
-    run.start(told(**{key: default}), resume=True)
+    run.start(described(**{key: default}), resume=True)
     with pytest.raises(OutputError, match=f"{key} was {default}, now 0.5"):
-        run.start(told(**{key: 0.5}), resume=True)
+        run.start(described(**{key: 0.5}), resume=True)
 
 
 def test_what_is_watched_may_change_and_what_is_computed_may_not():
@@ -100,7 +100,7 @@ def test_a_run_json_that_is_none_is_one_sentence(run, content):
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, place):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be") as error:
-        RunFolder(tmp_path / place).start(told(), resume=False)
+        RunFolder(tmp_path / place).start(described(), resume=False)
     assert str(tmp_path / place) in sentence(error)
 
 
@@ -150,7 +150,7 @@ def test_other_names_are_no_checkpoints(run):
     for name in (".tmp-step-00000009", "step-", "step-x", "step-00000003.old"):
         (run.checkpoints / name).mkdir()
     assert run.steps() == [2]
-    run.start(told(), resume=True)
+    run.start(described(), resume=True)
     assert ".tmp-step-00000009" not in names(run.checkpoints), "a torn checkpoint was kept"
 
 
@@ -192,7 +192,7 @@ def test_a_disk_that_is_full_is_one_sentence_and_the_last_checkpoint_stays(run):
     assert str(run.folder(2)) in sentence(error)
     assert run.steps() == [1]
     run.load(1)
-    run.start(told(), resume=True)
+    run.start(described(), resume=True)
     save(run, 2, weights=big)
     assert run.steps() == [1, 2]
 

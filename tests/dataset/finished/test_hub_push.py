@@ -113,7 +113,7 @@ def test_a_manifest_of_another_plan_replaces_the_one_there_though_the_files_are_
 
 
 def test_a_page_that_asks_for_a_login_is_no_hub(out, hub, monkeypatch):
-    monkeypatch.setitem(stand_in.PLACES, "/repos/create", lambda hub, wanted: b"<html>Welcome to our WLAN</html>")
+    monkeypatch.setitem(stand_in.ENDPOINTS, "/repos/create", lambda hub, wanted: b"<html>Welcome to our WLAN</html>")
     with pytest.raises(OutputError, match=f"{NAME}: no hub answers; .*HF_ENDPOINT"):
         push(out, NAME, print)
 

@@ -90,7 +90,7 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture(autouse=True)
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and no FACESHARDS_MODELS."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("FACESHARDS_MODELS", raising=False)
@@ -142,14 +142,14 @@ def test_unknown_name_names_the_nearest() -> None:
 # --- where weights are found
 
 
-def test_path_beats_environment_beats_cache(toy: Weight, places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_beats_environment_beats_cache(toy: Weight, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cached = put(weights.cache_root() / "toy.bin")
     assert weights.find(toy, ModelSettings()) == cached
-    monkeypatch.setenv("FACESHARDS_MODELS", str(places / "models"))
+    monkeypatch.setenv("FACESHARDS_MODELS", str(home / "models"))
     assert weights.find(toy, ModelSettings()) == cached
-    found = put(places / "models" / "toy.bin")
+    found = put(home / "models" / "toy.bin")
     assert weights.find(toy, ModelSettings()) == found
-    given = put(places / "mine.bin")
+    given = put(home / "mine.bin")
     assert weights.find(toy, ModelSettings(paths={"toy": str(given)})) == given
 
 
@@ -161,31 +161,31 @@ def test_missing_says_what_to_fetch_and_where_to_put_it(toy: Weight, server: Ser
     assert not server.requests, "nothing is fetched without leave"
 
 
-@pytest.mark.parametrize("place", ["cache", "environment"])
+@pytest.mark.parametrize("kind", ["cache", "environment"])
 def test_wrong_content_is_refused_where_it_was_not_given(
-    place: str, toy: Weight, places: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, toy: Weight, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = weights.cache_root() if place == "cache" else places / "models"
+    root = weights.cache_root() if kind == "cache" else home / "models"
     monkeypatch.setenv("FACESHARDS_MODELS", str(root))
     put(root / "toy.bin", b"other")
     with pytest.raises(WeightsError, match=f"not {SHA256}: delete it"):
         weights.find(toy, ModelSettings())
 
 
-def test_given_file_is_recorded_not_compared(toy: Weight, places: Path) -> None:
-    put(places / "mine.bin", b"other")
-    card = weights.card(toy, "detector", ModelSettings(paths={"toy": str(places / "mine.bin")}))
+def test_given_file_is_recorded_not_compared(toy: Weight, home: Path) -> None:
+    put(home / "mine.bin", b"other")
+    card = weights.card(toy, "detector", ModelSettings(paths={"toy": str(home / "mine.bin")}))
     assert card.sha256 == hashlib.sha256(b"other").hexdigest()
 
 
-def test_given_file_that_is_absent_is_an_error(toy: Weight, places: Path) -> None:
+def test_given_file_that_is_absent_is_an_error(toy: Weight, home: Path) -> None:
     put(weights.cache_root() / "toy.bin")
     with pytest.raises(WeightsError, match=r"models\.paths\.toy"):
-        weights.find(toy, ModelSettings(paths={"toy": str(places / "absent.bin")}))
+        weights.find(toy, ModelSettings(paths={"toy": str(home / "absent.bin")}))
 
 
-def test_sha256_is_computed_anew_when_the_file_changes(places: Path) -> None:
-    path = put(places / "file", b"one")
+def test_sha256_is_computed_anew_when_the_file_changes(home: Path) -> None:
+    path = put(home / "file", b"one")
     first = sha256_of_file(path)
     put(path, b"two")
     os.utime(path, ns=(0, 0))
@@ -232,15 +232,15 @@ def test_a_damaged_file_is_fetched_again(toy: Weight) -> None:
     assert weights.fetch(toy).read_bytes() == CONTENT
 
 
-def test_unwritable_cache_is_one_sentence(toy: Weight, places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put(places / "file")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(places / "file"))
+def test_unwritable_cache_is_one_sentence(toy: Weight, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(home / "file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "file"))
     with pytest.raises(WeightsError, match="Cannot write"):
         weights.fetch(toy)
 
 
 @pytest.fixture
-def hub(server: Server, places: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+def hub(server: Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """What is said of a weight of two files that is fetched from a hub on loopback."""
     from huggingface_hub import constants
 
@@ -249,8 +249,8 @@ def hub(server: Server, places: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     for name, value in {
         "ENDPOINT": address,
         "HUGGINGFACE_CO_URL_TEMPLATE": template,
-        "HF_HOME": str(places / "hf"),
-        "HF_HUB_CACHE": str(places / "hf" / "hub"),
+        "HF_HOME": str(home / "hf"),
+        "HF_HUB_CACHE": str(home / "hf" / "hub"),
         "HF_HUB_OFFLINE": False,
     }.items():
         monkeypatch.setattr(constants, name, value)
@@ -323,9 +323,9 @@ def pack(server: Server, monkeypatch: pytest.MonkeyPatch) -> Weight:
     return weight
 
 
-def test_takes_only_the_wanted_files_out_of_a_zip(pack: Weight, places: Path) -> None:
+def test_takes_only_the_wanted_files_out_of_a_zip(pack: Weight, home: Path) -> None:
     assert weights.fetch(pack) == weights.cache_root() / "toypack"
-    assert files_of(places) == {f"cache/faceshards/models/toypack/{name}.onnx" for name in ("det", "rec")}
+    assert files_of(home) == {f"cache/faceshards/models/toypack/{name}.onnx" for name in ("det", "rec")}
 
 
 @pytest.mark.parametrize("wrong", ["rec.onnx", "absent.onnx"])
@@ -352,35 +352,35 @@ def test_pack_that_is_nothing_lists_the_known_ones() -> None:
         packs.pack_file("detector", ModelSettings(pack="nothing"))
 
 
-def test_pack_without_the_task_says_so(monkeypatch: pytest.MonkeyPatch, places: Path) -> None:
-    put(places / "auraface_glintr100.onnx", b"any")
-    settings = ModelSettings(pack="auraface", paths={"auraface": str(places)})
-    assert packs.pack_file("face_embedder", settings) == places / "auraface_glintr100.onnx"
+def test_pack_without_the_task_says_so(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    put(home / "auraface_glintr100.onnx", b"any")
+    settings = ModelSettings(pack="auraface", paths={"auraface": str(home)})
+    assert packs.pack_file("face_embedder", settings) == home / "auraface_glintr100.onnx"
     with pytest.raises(WeightsError, match=r"has no detector"):
         packs.pack_file("detector", settings)
 
 
-def test_folder_with_known_names_is_not_opened(places: Path) -> None:
+def test_folder_with_known_names_is_not_opened(home: Path) -> None:
     for name in ("1k3d68.onnx", "aaa.onnx", "det_10g.onnx", "w600k_r50.onnx"):
-        put(places / "pack" / name, b"not even ONNX")
-    settings = ModelSettings(pack=str(places / "pack"))
+        put(home / "pack" / name, b"not even ONNX")
+    settings = ModelSettings(pack=str(home / "pack"))
     assert packs.pack_file("detector", settings).name == "det_10g.onnx"
     assert packs.pack_file("face_embedder", settings).name == "w600k_r50.onnx"
 
 
-def test_folder_with_garbage_or_nothing_is_one_sentence(places: Path) -> None:
-    (places / "pack").mkdir()
+def test_folder_with_garbage_or_nothing_is_one_sentence(home: Path) -> None:
+    (home / "pack").mkdir()
     with pytest.raises(WeightsError, match="holds no ONNX file for the detector"):
-        packs.pack_file("detector", ModelSettings(pack=str(places / "pack")))
-    put(places / "pack" / "a.onnx", b"garbage" * 9)
+        packs.pack_file("detector", ModelSettings(pack=str(home / "pack")))
+    put(home / "pack" / "a.onnx", b"garbage" * 9)
     with pytest.raises(WeightsError, match="is not an ONNX model"):
-        packs.pack_file("detector", ModelSettings(pack=str(places / "pack")))
+        packs.pack_file("detector", ModelSettings(pack=str(home / "pack")))
 
 
-def test_broken_manifest_of_a_pack_is_one_sentence(places: Path) -> None:
-    settings = ModelSettings(pack=str(places))
-    put(places / "det_10g.onnx")
-    put(places / "manifest.json", b'{"manifest_version": 1}')
+def test_broken_manifest_of_a_pack_is_one_sentence(home: Path) -> None:
+    settings = ModelSettings(pack=str(home))
+    put(home / "det_10g.onnx")
+    put(home / "manifest.json", b'{"manifest_version": 1}')
     assert packs.pack_file("detector", settings).name == "det_10g.onnx"
     for broken in (
         b"{",
@@ -388,15 +388,15 @@ def test_broken_manifest_of_a_pack_is_one_sentence(places: Path) -> None:
         b'{"manifest_version": 2}',
         b'{"manifest_version": 2, "tasks": {"detection": {"file": "x"}}}',
     ):
-        put(places / "manifest.json", broken)
+        put(home / "manifest.json", broken)
         with pytest.raises(WeightsError, match=r"manifest\.json names"):
             packs.pack_file("detector", settings)
 
 
-def test_unknown_file_of_a_folder_counts_as_non_commercial(places: Path, toy: Weight) -> None:
-    put(places / "pack" / "det_10g.onnx", b"any")
-    put(places / "pack" / "w600k_r50.onnx", CONTENT)
-    settings = ModelSettings(pack=str(places / "pack"))
+def test_unknown_file_of_a_folder_counts_as_non_commercial(home: Path, toy: Weight) -> None:
+    put(home / "pack" / "det_10g.onnx", b"any")
+    put(home / "pack" / "w600k_r50.onnx", CONTENT)
+    settings = ModelSettings(pack=str(home / "pack"))
     assert not packs.pack_card("detector", settings).commercial
     assert packs.pack_card("detector", settings).name == "pack/det_10g.onnx"
     assert packs.pack_card("face_embedder", settings).commercial, "the sha256 is that of a free weight"
@@ -426,7 +426,7 @@ def test_a_list_of_licences_is_a_gate_that_nothing_else_opens() -> None:
     assert "free" not in refusal
 
 
-def test_list_and_check_tell_the_state(toy: Weight, places: Path) -> None:
+def test_list_and_check_tell_the_state(toy: Weight, home: Path) -> None:
     def state(settings: ModelSettings) -> tuple[str, str]:
         listed, checked = (weights.weight_state(toy, settings, hashes=hashes).state for hashes in (False, True))
         return listed, checked
@@ -436,8 +436,8 @@ def test_list_and_check_tell_the_state(toy: Weight, places: Path) -> None:
     assert state(ModelSettings()) == ("found", "wrong sha256: toy.bin")
     put(weights.cache_root() / "toy.bin")
     assert state(ModelSettings()) == ("found", "verified")
-    put(places / "mine.bin", b"other")
-    given = ModelSettings(paths={"toy": str(places / "mine.bin")})
+    put(home / "mine.bin", b"other")
+    given = ModelSettings(paths={"toy": str(home / "mine.bin")})
     assert state(given) == ("given", "given, wrong sha256: mine.bin")
 
 
@@ -523,8 +523,8 @@ def test_a_damaged_weight_is_neither_used_nor_fetched_over_nor_loaded(server: Se
 
 
 @pytest.mark.usefixtures("newcomer")
-def test_models_fetch_leaves_out_what_a_path_gives(places: Path, server: Server) -> None:
-    path = put(places / "mine.bin")
+def test_models_fetch_leaves_out_what_a_path_gives(home: Path, server: Server) -> None:
+    path = put(home / "mine.bin")
     models("fetch", *SETS, "--set", f'models.paths={{newcomer-v1 = "{path}"}}')
     assert not server.requests
     assert not weights.cache_root().exists()
