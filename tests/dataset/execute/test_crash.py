@@ -64,7 +64,7 @@ def mounts(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def told(folder: Path, name: str) -> list:
+def answer(folder: Path, name: str) -> list:
     return json.loads((folder / name).read_text())
 
 
@@ -80,7 +80,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_a_rerun_with_more_room_goe
         """,
         tmp_path,
     )
-    code, out, err, files = told(tmp_path, "full")
+    code, out, err, files = answer(tmp_path, "full")
     assert code == 3, out + err
     assert "cannot be written any more (No space left on device)" in err
     assert "make room, and the same command goes on." in err
@@ -118,15 +118,15 @@ def test_an_out_that_turns_read_only_ends_the_run_with_a_sentence_and_goes_on_la
         """,
         tmp_path,
     )
-    code, out, err = told(tmp_path, "read-only")
+    code, out, err = answer(tmp_path, "read-only")
     assert "Traceback" not in out + err
     if code:  # the kernel found a moment without an open file
         assert code == 3, out + err
         assert "Read-only file system" in err
-        code, out, err = told(tmp_path, "again")
+        code, out, err = answer(tmp_path, "again")
         assert (code, err.count("\n")) == (2, 1)
         assert "cannot be written: Read-only file system" in err
-    assert told(tmp_path, "after")[0] == 0
+    assert answer(tmp_path, "after")[0] == 0
     assert contents(tmp_path / "copy") == contents(whole)
 
 

@@ -85,7 +85,7 @@ def edit_ledger(out, change, **manifest):
     seal(out, **manifest)
 
 
-def told(out):
+def problems_of(out):
     return [(problem.file, problem.key, problem.message) for problem in verify(out)]
 
 
@@ -107,13 +107,13 @@ def test_it_says_how_far_it_is_and_looks_at_several_shards_together(out, monkeyp
 def test_the_edits_of_this_file_are_themselves_harmless(out):
     edit_tar(out, lambda files: None)
     edit_ledger(out, lambda rows: None)
-    assert told(out) == []
+    assert problems_of(out) == []
 
 
 def test_clip_features_verify_too(tmp_path):
     clip = {"clip": encode_npy(np.ones(1024, np.float16)), "clip_hidden": encode_npy(np.ones((257, 1280), np.float16))}
     out = fake.write(tmp_path, {SHARD: [fake.record("a", 0, dino=None, **clip)]})
-    assert told(out) == []
+    assert problems_of(out) == []
 
 
 def in_int8(*shape: int) -> bytes:
@@ -125,7 +125,7 @@ def test_hidden_states_in_int8_verify_too(tmp_path):
     rows = [fake.record("a", 0, dino=None, **clip, clip_hidden_mirror_int8=in_int8(257, 1280))]
     rows += [fake.record("a", row, dino=None, dino_int8=in_int8(257, 70 + row)) for row in (1, 2)]
     out = fake.write(tmp_path, {SHARD: rows})
-    assert told(out) == []
+    assert problems_of(out) == []
 
 
 BAD_INT8 = {
@@ -147,7 +147,7 @@ BAD_INT8 = {
 def test_hidden_states_in_int8_that_are_something_else(tmp_path, name):
     data, message = BAD_INT8[name]
     out = fake.write(tmp_path, {SHARD: [fake.record("a", 0, dino=None, dino_int8=data)]})
-    ((_, key, found),) = told(out)
+    ((_, key, found),) = problems_of(out)
     assert key == FIRST
     assert found.startswith(message)
 
@@ -155,14 +155,14 @@ def test_hidden_states_in_int8_that_are_something_else(tmp_path, name):
 def test_hidden_states_in_both_forms_and_mirrored_ones_of_another_width(tmp_path):
     other = fake.record("a", 1, dino=None, dino_int8=in_int8(257, 2), dino_mirror_int8=in_int8(257, 3))
     out = fake.write(tmp_path, {SHARD: [fake.record("a", 0, dino_int8=in_int8(257, 2)), other]})
-    assert [message for *_, message in told(out)] == [
+    assert [message for *_, message in problems_of(out)] == [
         "dino.npy: there in int8 too",
         "dino_mirror.safetensors has not the shape of dino.safetensors",
     ]
 
 
 def test_a_shard_that_kept_nothing_verifies(tmp_path):
-    assert told(fake.write(tmp_path, {SHARD: [fake.dead("a", 0, "size", "small_image")]})) == []
+    assert problems_of(fake.write(tmp_path, {SHARD: [fake.dead("a", 0, "size", "small_image")]})) == []
 
 
 @pytest.fixture(scope="module")
@@ -228,18 +228,20 @@ def test_dataset_json_without_an_entry_or_with_another(whole, tmp_path):
     dataset = json.loads(path.read_text())
     for name in ("shards", "rows_in", "dataset_digest"):
         path.write_text(json.dumps({k: v for k, v in dataset.items() if k != name}, indent=2, sort_keys=True) + "\n")
-        assert ("dataset.json", None, f"it lacks {name}") in told(out)
+        assert ("dataset.json", None, f"it lacks {name}") in problems_of(out)
     path.write_text(json.dumps({**dataset, "more": 1}, indent=2, sort_keys=True) + "\n")
-    assert told(out) == [("dataset.json", None, "it has the unknown entries more")]
+    assert problems_of(out) == [("dataset.json", None, "it has the unknown entries more")]
     dataset["plan"]["settings"]["filter"]["min_face_px"] = 1.0
     path.write_text(json.dumps(dataset, indent=2, sort_keys=True) + "\n")
-    assert told(out) == [("dataset.json", None, "its plan is not the one of its plan_digest")]
+    assert problems_of(out) == [("dataset.json", None, "its plan is not the one of its plan_digest")]
 
 
 def test_a_sample_whose_files_fit_together_but_are_not_those_that_were_written(out):
     """Finite numbers of the right shape: nothing but the hash in the ledger tells."""
     edit_tar(out, lambda files: files.update({f"{FIRST}.dino.npy": encode_npy(np.full((257, 2), 2, np.float16))}))
-    assert told(out) == [(f"{SHARD}.tar", FIRST, "its files are not those that the ledger's sample_sha256 stands for")]
+    assert problems_of(out) == [
+        (f"{SHARD}.tar", FIRST, "its files are not those that the ledger's sample_sha256 stands for")
+    ]
 
 
 BLANK = {name: None for name in LEDGER_SCHEMA.names if name not in ("key", "part", "row")}
@@ -251,7 +253,7 @@ def forgotten(rows):
 
 def test_a_forgotten_row_may_lack_everything(out):
     edit_ledger(out, forgotten, dropped=recounted(out, unsafe=-1, forgotten=1))
-    assert told(out) == []
+    assert problems_of(out) == []
 
 
 def test_a_forgotten_row_of_which_something_is_known(out):
@@ -260,7 +262,7 @@ def test_a_forgotten_row_of_which_something_is_known(out):
         rows[1]["url"] = "http://photos.example/a/1.jpg"
 
     edit_ledger(out, change, dropped=recounted(out, unsafe=-1, forgotten=1))
-    assert told(out) == [(f"{SHARD}.parquet", None, "rows that must not be used still tell url")]
+    assert problems_of(out) == [(f"{SHARD}.parquet", None, "rows that must not be used still tell url")]
 
 
 def recounted(out, **changes):
@@ -270,7 +272,7 @@ def recounted(out, **changes):
 
 def test_a_row_that_was_to_be_forgotten_and_is_still_there(out):
     save_forgotten(out, Forgotten("salt").adding(urls=["https://PHOTOS.example/a/2.jpg"]))
-    ((file, key, message),) = told(out)
+    ((file, key, message),) = problems_of(out)
     assert (file, key) == (f"{SHARD}.parquet", "a-000000002")
     assert "was to be forgotten" in message
 
@@ -278,7 +280,7 @@ def test_a_row_that_was_to_be_forgotten_and_is_still_there(out):
 def test_a_row_that_was_to_be_forgotten_by_the_name_of_its_file(tmp_path):
     out = fake.write(tmp_path, {SHARD: [fake.record("a", 0, source_file="photos/x.jpg", url=None)]})
     save_forgotten(out, Forgotten("salt").adding(files=["photos/x.jpg"]))
-    assert [(key, "was to be forgotten" in message) for _, key, message in told(out)] == [("a-000000000", True)]
+    assert [(key, "was to be forgotten" in message) for _, key, message in problems_of(out)] == [("a-000000000", True)]
 
 
 def without_embeddings(out):
@@ -294,17 +296,17 @@ def without_embeddings(out):
 def test_embeddings_that_the_plan_leaves_out_are_a_problem(tmp_path):
     out = fake.write(tmp_path, {SHARD: [fake.record("a", 0)]}, finish=False)
     seal(out, plan_digest=without_embeddings(out))
-    ((file, key, message),) = told(out)
+    ((file, key, message),) = problems_of(out)
     assert (file, key) == (f"{SHARD}.tar", FIRST)
     assert message == "embeddings, which its plan leaves out: arcface.npy, dino.npy"
 
 
 def test_a_dataset_without_embeddings_verifies(tmp_path):
     out = fake.write(tmp_path, {SHARD: [fake.record("a", 0, arcface=None, dino=None)]}, finish=False)
-    assert {message[:19] for _, _, message in told(out)} == {"missing files: arcf", "no image features: "}
+    assert {message[:19] for _, _, message in problems_of(out)} == {"missing files: arcf", "no image features: "}
     seal(out, plan_digest=without_embeddings(out))
     (out / "dataset.json").write_text((out / "dataset.json").read_text())
-    assert told(out) == []
+    assert problems_of(out) == []
 
 
 @settings(max_examples=12, deadline=None)
@@ -347,7 +349,7 @@ def test_a_file_that_is_gone_or_short(out, suffix, damage):
 def test_files_without_a_manifest_are_strays(out):
     (out / "shards" / "a-00001.json").unlink()
     (out / "shards" / ".tmp-a-00002.tar.7").write_bytes(b"half")
-    strays = {file for file, _, message in told(out) if "no finished shard" in message}
+    strays = {file for file, _, message in problems_of(out) if "no finished shard" in message}
     assert strays == {"a-00001.parquet", "a-00001.tar"}
     assert foreign_files(out) == []
 
@@ -357,7 +359,7 @@ def test_files_of_others_are_no_problem_and_named(out):
     (out / "shards" / "a-00000.tar.idx").write_bytes(b"energon")
     (out / "shards" / ".nv-meta").mkdir()
     (out / "notes.txt").write_text("mine")
-    assert told(out) == []
+    assert problems_of(out) == []
     assert foreign_files(out) == ["notes.txt", "shards/.nv-meta", "shards/a-00000.tar.idx", "shards/index.json"]
     done = CliRunner().invoke(app, ["verify", str(out)])
     assert done.exit_code == 0
@@ -368,7 +370,7 @@ def test_files_of_others_are_no_problem_and_named(out):
 def test_a_lost_shard_is_missed_by_dataset_json(out):
     for path in (out / "shards").glob("a-00001.*"):
         path.unlink()
-    ((file, _, message),) = told(out)
+    ((file, _, message),) = problems_of(out)
     assert file == "dataset.json"
     assert "shards, rows_in, kept, dropped" in message
 
@@ -377,13 +379,13 @@ def test_a_lost_shard_is_missed_by_dataset_json(out):
 def test_dataset_json_that_is_gone_or_broken(out, text):
     path = out / "dataset.json"
     path.unlink() if text is None else path.write_text(text)
-    assert {file for file, _, _ in told(out)} == {"dataset.json"}
+    assert {file for file, _, _ in problems_of(out)} == {"dataset.json"}
 
 
 @pytest.mark.parametrize("field", ["profile", "plan_digest", "models"])
 def test_a_shard_of_another_plan(out, field):
     seal(out, **{field: [] if field == "models" else "other"})
-    assert told(out) == [(f"{SHARD}.json", None, f"{field} is not that of dataset.json")]
+    assert problems_of(out) == [(f"{SHARD}.json", None, f"{field} is not that of dataset.json")]
 
 
 @pytest.mark.parametrize(
@@ -397,7 +399,7 @@ def test_a_shard_of_another_plan(out, field):
 )
 def test_a_manifest_that_lies(out, changes, message):
     seal(out, **changes)
-    assert any(file == f"{SHARD}.json" and message in text for file, _, text in told(out))
+    assert any(file == f"{SHARD}.json" and message in text for file, _, text in problems_of(out))
 
 
 def test_a_folder_without_a_dataset_is_the_users_mistake(tmp_path):
@@ -426,7 +428,7 @@ def put(index, **values):
 )  # fmt: skip
 def test_a_ledger_that_lies(out, change, message):
     edit_ledger(out, change)
-    assert any(file == f"{SHARD}.parquet" and message in text for file, _, text in told(out)), told(out)
+    assert any(file == f"{SHARD}.parquet" and message in text for file, _, text in problems_of(out)), problems_of(out)
 
 
 def test_ledgers_of_earlier_releases_are_read_as_ever(out):
@@ -435,13 +437,13 @@ def test_ledgers_of_earlier_releases_are_read_as_ever(out):
     boxes = pa.array(old["bbox"].to_pylist(), pa.list_(pa.float32(), 4))
     pq.write_table(old.set_column(old.column_names.index("bbox"), "bbox", boxes), path)
     seal(out)
-    assert told(out) == []
+    assert problems_of(out) == []
     assert Output(out).is_done(SHARD, fake.plan())
     assert (status(out)["rows"], write_report(out).kept) == (12, 4)
     assert "are counted in 2 of 12 rows" in (out / "report.html").read_text(encoding="utf-8")
     assert replay(out, FilterSettings(), 0)[1]["kept"] == 4
     assert forget(out, urls=("http://photos.example/a/0.jpg",)).kept == {SHARD: 1}
-    assert told(out) == []
+    assert problems_of(out) == []
     assert pq.read_schema(path) == LEDGER_SCHEMA
 
 
@@ -450,7 +452,7 @@ def test_ledgers_of_earlier_releases_are_read_as_ever(out):
 )
 def test_boxes_and_points_of_another_size_are_no_ledger(name, value, out):
     edit_ledger(out, put(0, **{name: value}))
-    ((file, _, message),) = told(out)
+    ((file, _, message),) = problems_of(out)
     assert file == f"{SHARD}.parquet"
     assert message.startswith(f"not a ledger: {name} holds lists of other sizes")
     with pytest.raises(CorruptShardError, match=f"{name} holds lists of other sizes"):
@@ -463,37 +465,37 @@ def test_pyarrow_before_26_can_read_what_ledgers_hold():
 
 def test_crops_that_are_not_those_of_the_ledger(out):
     edit_ledger(out, put(0, crops_made=["portrait", "half"]))
-    assert told(out) == [(f"{SHARD}.tar", FIRST, "its crops are not those of the ledger's crops_made")]
+    assert problems_of(out) == [(f"{SHARD}.tar", FIRST, "its crops are not those of the ledger's crops_made")]
 
 
 def test_a_ledger_of_other_columns(out):
     path = out / "shards" / f"{SHARD}.parquet"
     pq.write_table(pq.read_table(path).drop_columns(["kps"]), path)
     seal(out)
-    assert told(out) == [(path.name, None, "its columns or types are not those of a ledger")]
+    assert problems_of(out) == [(path.name, None, "its columns or types are not those of a ledger")]
 
 
 def test_a_tar_whose_samples_are_others_than_the_ledgers(out):
     edit_tar(out, lambda files: {name.replace("a-000000004", "a-000000007"): data for name, data in files.items()})
-    assert (f"{SHARD}.tar", "a-000000004", "the ledger keeps it, but the tar has no such sample") in told(out)
-    assert (f"{SHARD}.tar", "a-000000007", "the ledger does not keep it") in told(out)
+    assert (f"{SHARD}.tar", "a-000000004", "the ledger keeps it, but the tar has no such sample") in problems_of(out)
+    assert (f"{SHARD}.tar", "a-000000007", "the ledger does not keep it") in problems_of(out)
 
 
 def test_samples_out_of_order(out):
     edit_tar(out, lambda files: dict(sorted(files.items(), key=lambda item: -int(item[0][2:11]))))
-    assert told(out) == [(f"{SHARD}.tar", None, "its keys are not sorted, or a key occurs twice")]
+    assert problems_of(out) == [(f"{SHARD}.tar", None, "its keys are not sorted, or a key occurs twice")]
 
 
 def test_a_tar_that_is_none(out):
     (out / "shards" / f"{SHARD}.tar").write_bytes(b"no tar" * 200)
     seal(out)
-    assert "not a readable tar" in told(out)[0][2]
+    assert "not a readable tar" in problems_of(out)[0][2]
 
 
 def test_a_sample_that_breaks_the_contract_is_named(out):
     edit_tar(out, lambda files: files.update({f"{FIRST}.face.jpg": b"junk"}))
-    assert (f"{SHARD}.tar", FIRST, "face.jpg is not a JPEG") in told(out)
-    assert {(file, key) for file, key, _ in told(out)} == {(f"{SHARD}.tar", FIRST)}
+    assert (f"{SHARD}.tar", FIRST, "face.jpg is not a JPEG") in problems_of(out)
+    assert {(file, key) for file, key, _ in problems_of(out)} == {(f"{SHARD}.tar", FIRST)}
 
 
 @pytest.mark.parametrize("sections", [{"filter": []}, {"filter": {"min_face_px": "\ud800"}}, [], None])
@@ -502,7 +504,7 @@ def test_a_plan_that_is_none_is_damage_for_every_reader(whole, tmp_path, section
     dataset = json.loads((out / "dataset.json").read_text())
     dataset["plan"]["settings"] = sections
     (out / "dataset.json").write_text(json.dumps(dataset, indent=2, sort_keys=True) + "\n")
-    assert {file for file, _, _ in told(out)} == {"dataset.json"}
+    assert {file for file, _, _ in problems_of(out)} == {"dataset.json"}
     with pytest.raises(CorruptShardError, match=r"dataset\.json"):
         write_card(out, funnel(out), read_manifests(out))
 
@@ -524,7 +526,7 @@ def test_a_dataset_json_that_was_edited_by_hand_is_one_sentence(changed, name, t
     for read in (status, lambda one: group([one], tmp_path / "grouped", Wish(), Console(quiet=True))):
         with pytest.raises((CorruptShardError, OutputError), match=sentence):
             read(out)
-    assert ("dataset.json", None) in [one[:2] for one in told(out)]
+    assert ("dataset.json", None) in [one[:2] for one in problems_of(out)]
 
 
 def test_a_folder_called_forgotten_json_is_one_sentence(tmp_path):

@@ -147,7 +147,7 @@ def test_nothing_kept_needs_no_file(tmp_path):
     assert verify(out) == []
 
 
-def told(out: Path) -> list[tuple[str, str]]:
+def problems_of(out: Path) -> list[tuple[str, str]]:
     return [(problem.file, problem.message) for problem in verify(out)]
 
 
@@ -156,11 +156,11 @@ def test_verify_finds_a_lost_a_longer_and_a_changed_file(out):
     path = out / UNCONDITIONAL
     good = path.read_bytes()
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    assert told(out) == [(UNCONDITIONAL, "its sha256 is not the one in dataset.json")]
+    assert problems_of(out) == [(UNCONDITIONAL, "its sha256 is not the one in dataset.json")]
     path.write_bytes(good + b"x")
-    assert [file for file, _ in told(out)] == [UNCONDITIONAL] * 2
+    assert [file for file, _ in problems_of(out)] == [UNCONDITIONAL] * 2
     path.unlink()
-    assert "cannot be read" in told(out)[0][1]
+    assert "cannot be read" in problems_of(out)[0][1]
 
 
 def republished(out: Path, data: bytes) -> list[tuple[str, str]]:
@@ -171,7 +171,7 @@ def republished(out: Path, data: bytes) -> list[tuple[str, str]]:
     content = json.loads((out / "dataset.json").read_text())
     content["files"] = {UNCONDITIONAL: fingerprint(out / UNCONDITIONAL)}
     (out / "dataset.json").write_text(as_written(content))
-    return told(out)
+    return problems_of(out)
 
 
 def as_written(content: dict) -> str:
@@ -214,6 +214,6 @@ def test_verify_never_raises_on_what_dataset_json_names(out):
         ({"../x": {}}, "which no dataset has"),
     ]:
         path.write_text(as_written({**content, "files": files}))
-        ((file, message),) = told(out)
+        ((file, message),) = problems_of(out)
         assert file == "dataset.json"
         assert expected in message
