@@ -198,14 +198,12 @@ def _fill(host: Any, images: Sequence[Image]) -> None:
         pixels[i] = image
 
 
-def on_device(module: Any, device: Device, dtype: Any = None) -> Any:
-    """A module for inference: on the CPU float32 as it is, on a GPU float16 (or `dtype`), channels last."""
+def on_device(module: Any, device: Device, dtype: Any) -> Any:
+    """A module for inference; on a GPU channels last."""
     import torch
 
     module = module.eval().requires_grad_(False)
-    if device == "cpu":
-        return module.to(dtype or torch.float32)
-    return module.to(device, dtype or torch.float16, memory_format=torch.channels_last)
+    return module.to(dtype) if device == "cpu" else module.to(device, dtype, memory_format=torch.channels_last)
 
 
 def normaliser(
