@@ -17,9 +17,9 @@ DROP = "drop"
 class Stage(Protocol):
     """One step of the pipeline: 1:1 in rows, same order.
 
-    The runner hands a stage exactly the columns that it `reads` (of living rows only), and accepts exactly
-    `writes`, and `DROP` if it declares `drops`. A dropped row keeps the ledger columns that were written for it;
-    the others may be null. Foreseen trouble with one image is a drop; anything else raises and stops the shard.
+    The runner hands a stage exactly the columns that it `reads` (of living rows only, one at least), and accepts
+    exactly `writes`, and `DROP` if it declares `drops`. A dropped row keeps the ledger columns that were written for
+    it; the others may be null. Foreseen trouble with one image is a drop; anything else raises and stops the shard.
     """
 
     name: ClassVar[str]

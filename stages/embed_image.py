@@ -65,7 +65,7 @@ class EmbedImage(Stage):
         if segment.condition != "segmented":
             images["_plain"] = faces
         # On a CPU a batch gains nothing, and its sums may depend on its size; on a GPU it gains 3 to 10 times.
-        step = max(1, len(faces)) if self._device == "cuda" else 1
+        step = len(faces) if self._device == "cuda" else 1
         rows: list[dict[str, Any]] = []
         for start in range(0, len(faces), step):
             features: dict[str, Halves] = {}

@@ -56,9 +56,8 @@ class Tower:
         return [card(cls.papers, "image_embedder", settings)]
 
     def embed(self, images: Image) -> Features:
-        # towers cannot run on nothing: a black image tells the shapes of an empty answer
-        given = images if len(images) else np.zeros((1, 224, 224, 3), np.uint8)
-        return {name: column[: len(images)] for name, column in self._run(given).items()}
+        columns = map(np.stack, zip(*self._batches(images), strict=True))
+        return {name: column.astype(np.float16) for name, column in zip(self._columns, columns, strict=True)}
 
     def batches(self, device: Device, size: int = 0, *, graphs: bool = True) -> Batches:
         """The tower as a function of (N, 224, 224, 3) RGB uint8 images; sets `_columns`, what its outputs are."""
@@ -79,19 +78,15 @@ class Tower:
             features = self._features(torch.zeros((1, 3, 224, 224), dtype=self._model.dtype, device=self._device))
         return {name: to_host(feature[0]).astype(np.float16) for name, feature in features.items() if name != "clip"}
 
-    def _run(self, images: Image) -> Features:
-        columns = map(np.stack, zip(*self._batches(images), strict=True))
-        return {name: column.astype(np.float16) for name, column in zip(self._columns, columns, strict=True)}
-
     def _features(self, pixels: Any) -> dict[str, Any]:
         """Column -> tensor, for normalised (N, 3, 224, 224) pixels."""
         raise TypeError(f"{type(self).__name__} does not define _features()")
 
     def _require_batches_equal_singles(self) -> None:
         images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8)
-        together = self._run(images)
+        together = self.embed(images)
         for i in range(2):
-            for column, alone in self._run(images[i : i + 1]).items():
+            for column, alone in self.embed(images[i : i + 1]).items():
                 difference = np.linalg.norm(together[column][i].astype(np.float32) - alone[0].astype(np.float32))
                 if difference > _TOLERANCE * np.linalg.norm(alone[0].astype(np.float32)):
                     name = self.papers.name

@@ -58,8 +58,6 @@ class ArcFace:
         return [pack_card("face_embedder", settings)]
 
     def embed(self, faces: Image) -> Floats:
-        if len(faces) == 0:
-            return np.zeros((0, 512), np.float32)
         if hasattr(self._model, "embed"):
             embedded: Floats = self._model.embed(faces)
             return embedded

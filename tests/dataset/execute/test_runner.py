@@ -49,6 +49,16 @@ def test_dropped_rows_become_tombstones_with_their_measurements():
     ]
 
 
+def test_a_stage_is_not_called_where_no_row_lives():
+    """Models cannot run on nothing."""
+
+    class Never(Fetch):
+        def __call__(self, table):
+            pytest.fail("called")
+
+    assert run(Never(Settings(), Runtime()), seeds(0)).alive.num_rows == 0
+
+
 class Look(RowStage):
     name = "look"
     reads = ("image",)

@@ -103,7 +103,6 @@ def test_features_do_not_depend_on_the_batch(clip: Path) -> None:
     assert sizes == [1, 1, 1, 1], "a larger model's sums may depend on the batch, this tiny one's do not"
     for column in together:
         assert together[column][1].tobytes() == alone[column][0].tobytes()
-    assert tower.embed(images[:0])["clip_hidden"].shape == (0, 257, 32)
 
 
 def test_card_holds_the_sha256_of_the_weights(clip: Path) -> None:
