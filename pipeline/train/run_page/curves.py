@@ -191,21 +191,24 @@ def _chart(name: str, kind: Kind, curve: Thinned, metrics: Metrics, last: int) -
     ]
     lost = metrics["step"][not_finite(name, metrics)]
     gone = thinned(lost, lost)
+    about = f"{kind.words(curve.mean[0])} throughout"
+    if curve.low.min() != curve.high.max():
+        about = (
+            f"from {kind.words(curve.mean[0])} to {kind.words(curve.mean[-1])}, lowest {kind.words(curve.low.min())}, "
+            f"highest {kind.words(curve.high.max())}{', on a logarithmic axis' if is_log else ''}"
+        )
     return Chart(
-        name,
-        kind.title,
-        f"{kind.words(curve.mean[0])} throughout"
-        if curve.low.min() == curve.high.max()
-        else f"from {kind.words(curve.mean[0])} to {kind.words(curve.mean[-1])}, lowest {kind.words(curve.low.min())}, "
-        f"highest {kind.words(curve.high.max())}{', on a logarithmic axis' if is_log else ''}",
-        [(float(at), kind.words(value)) for at, value in zip(down(axis), axis, strict=True)][::-1],
-        _path(np.append(x, x[::-1]), down(np.append(curve.high, curve.low[::-1]))) + "z",
-        _path(x, y),
-        _path(x, uniform_filter1d(y, _SMOOTH, mode="nearest")) if kind.smooth and len(x) > _FEW else "",
-        "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x, y, strict=True)) if len(x) <= _FEW else "",
-        [(round(a, 1), round(b - a, 1), text) for a, b, text in zip([0, *ends[:-1]], ends, words, strict=True)],
-        [(float(down(np.array(value))), f"{words} {kind.words(value)}") for words, value in levels.items()],
-        [(a, b - a + WIDTH / POINTS) for a, b in zip(across(gone.first), across(gone.last), strict=True)],
+        name=name,
+        title=kind.title,
+        about=about,
+        ticks=[(float(at), kind.words(value)) for at, value in zip(down(axis), axis, strict=True)][::-1],
+        band=_path(np.append(x, x[::-1]), down(np.append(curve.high, curve.low[::-1]))) + "z",
+        line=_path(x, y),
+        smooth=_path(x, uniform_filter1d(y, _SMOOTH, mode="nearest")) if kind.smooth and len(x) > _FEW else "",
+        dots="".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x, y, strict=True)) if len(x) <= _FEW else "",
+        spans=[(round(a, 1), round(b - a, 1), text) for a, b, text in zip([0, *ends[:-1]], ends, words, strict=True)],
+        levels=[(float(down(np.array(value))), f"{words} {kind.words(value)}") for words, value in levels.items()],
+        lost=[(a, b - a + WIDTH / POINTS) for a, b in zip(across(gone.first), across(gone.last), strict=True)],
     )
 
 
