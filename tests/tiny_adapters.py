@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
-import diffusers
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from train_made import UNETS
 
 from pipeline.shared.bases import find_base
@@ -42,7 +42,10 @@ def numbers(seed, *shape):
 
 @contextmanager
 def shapes_alone():
-    """What is made within has no weights, on the meta device, and nobody draws their initial values."""
+    """What is made within has no weights, on the meta device, and nobody draws their initial values.
+
+    Diffusers' models are imported before: with them comes transformers, which remembers what torch.nn.init is then.
+    """
     drawn = ("kaiming_uniform_", "uniform_", "normal_", "zeros_", "ones_")
     as_it_is = dict.fromkeys(drawn, lambda tensor, *_, **__: tensor)
     with torch.device("meta"), patch.multiple("torch.nn.init", **as_it_is):
@@ -52,7 +55,7 @@ def shapes_alone():
 def published_unet(kind):
     """The real UNet without weights: for shapes, keys and sizes."""
     with shapes_alone():
-        return diffusers.UNet2DConditionModel(**UNETS[kind])
+        return UNet2DConditionModel(**UNETS[kind])
 
 
 def tiny_base(kind):
@@ -60,7 +63,7 @@ def tiny_base(kind):
 
 
 def tiny_unet(kind):
-    return diffusers.UNet2DConditionModel.from_pretrained(tiny_base(kind).folder / "unet").eval()
+    return UNet2DConditionModel.from_pretrained(tiny_base(kind).folder / "unet").eval()
 
 
 class _Packer(pickle.Pickler):
