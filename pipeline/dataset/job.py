@@ -168,12 +168,11 @@ def make_dataset(
 def _finish(output: Output, plan: Plan) -> Funnel:
     try:
         with lost_errors(output.root):
-            manifests = read_manifests(output.root)
-            counts = summary(manifests, output.root)
+            counts = summary(read_manifests(output.root), output.root)
             files = write_unconditional(output.root, plan) if counts["kept"] else {}
             output.describe(plan, {**counts, "files": files})
             counted = write_report(output.root)
-            write_card(output.root, counted, manifests)
+            write_card(output.root, counted)
             return counted
     except OutputError as error:
         raise LostError(f"The shards were made, but then: {error}") from error

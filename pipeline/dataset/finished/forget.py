@@ -189,7 +189,7 @@ def _take_down(out: AnyPath, takedowns: Takedowns) -> Gone:
     try:
         counted = write_report(out) if (out / REPORT).exists() else None
         if (out / CARD).exists():
-            write_card(out, counted or funnel(out), read_manifests(out))
+            write_card(out, counted or funnel(out))
     except CorruptShardError:  # it must not go on showing what is gone
         (out / REPORT).unlink(missing_ok=True)
     return gone

@@ -27,7 +27,7 @@ from pipeline.dataset.out.ledger import (
     gathered,
     read_dataset,
     read_ledger,
-    read_manifests,
+    shards_folder,
 )
 from pipeline.shared import files as storage
 from pipeline.shared.configfile import leaves
@@ -86,9 +86,8 @@ def write_report(
         OutputError: when OUT is no dataset, or cannot be written.
         CorruptShardError: when a file of a shard that is read is damaged; names it.
     """
-    manifests = read_manifests(out)
+    shards_folder(out)
     dataset = read_dataset(out) if (out / DATASET).exists() else {}  # it may not have been copied along
-    plan = {**dataset, **vars(manifests[0])} if manifests else dataset
     explorer, limits, numbers = None, FilterSettings(), Numbers()
     with suppress(OutputError):  # nothing says by which thresholds the shards were made
         explorer = Explorer(*thresholds(out))
@@ -100,6 +99,8 @@ def write_report(
             explorer.add(evidence(ledger))
 
     counted = funnel(out, [*replay.COLUMNS, *report_numbers.COLUMNS], add, shown_on)
+    manifests = counted.manifests
+    plan = {**dataset, **vars(manifests[0])} if manifests else dataset
     grouped = "group" in dataset.get("plan", {}).get("settings", {})
     number = count()
     kept = _numbered(_kept_cards(out, manifests, limits), number, pictures)
@@ -170,7 +171,7 @@ def quotas(manifests: Sequence[Manifest], wanted: int) -> Counter[str]:
     return given
 
 
-def _kept_cards(out: AnyPath, manifests: list[Manifest], limits: FilterSettings) -> Iterator[Card]:
+def _kept_cards(out: AnyPath, manifests: Sequence[Manifest], limits: FilterSettings) -> Iterator[Card]:
     """Kept samples from all over the dataset, and some that are barely so; of tars behind a network few of these."""
     length, kept = 0, {manifest.shard: manifest.kept for manifest in manifests}
     chosen = quotas(manifests, _SAMPLES)
@@ -210,7 +211,7 @@ def _judged(ledger: pa.Table, limits: FilterSettings) -> list[tuple[str, list[fl
 
 
 def _reasons(
-    out: AnyPath, manifests: list[Manifest], limits: FilterSettings, counted: Funnel
+    out: AnyPath, manifests: Sequence[Manifest], limits: FilterSettings, counted: Funnel
 ) -> Iterator[dict[str, Any]]:
     """Name, sentence, count and `cards` of each reason: a few, from several shards, those with a picture first.
 

@@ -51,10 +51,15 @@ class FunnelRow:
 
 @dataclass(frozen=True)
 class Funnel:
-    shards: int
+    manifests: tuple[Manifest, ...]
+    """Of the shards that are counted, in the order of their names."""
     rows_in: int
     rows: tuple[FunnelRow, ...]
     """One per stage, in the pipeline's order."""
+
+    @property
+    def shards(self) -> int:
+        return len(self.manifests)
 
     @property
     def kept(self) -> int:
@@ -230,7 +235,7 @@ def funnel(
     these columns, with stage and verdict; `shown_on` is told how far it is.
     """
     total: Counter[tuple[str, str]] = Counter()
-    shards = shard_names(out)
+    shards, manifests = shard_names(out), list[Manifest]()
     rounds = Rounds(out, shards)
 
     def read(shard: str) -> tuple[pa.Table, Manifest]:
@@ -238,6 +243,7 @@ def funnel(
 
     def checked() -> Iterator[pa.Table]:
         for shard, (ledger, manifest) in zip(shards, of_each(out, read, shards), strict=True):
+            manifests.append(manifest)
             if unknown := {*pc.unique(ledger["stage"]).to_pylist()} - {*STAGES}:
                 raise CorruptShardError(f"{shard}.parquet: the stage {min(map(str, unknown))!r} is not known")
             by_verdict = occurrences(ledger["verdict"])
@@ -264,7 +270,7 @@ def funnel(
         reasons = dict(sorted(dropped, key=lambda entry: (-entry[1], entry[0])))
         rows.append(FunnelRow(stage, left, reasons, bool(reasons) or stage in at_work))
         left = rows[-1].rows_left
-    return Funnel(len(shards), rows_in, tuple(rows))
+    return Funnel(tuple(manifests), rows_in, tuple(rows))
 
 
 def gathered(ledgers: Iterable[pa.Table]) -> Iterator[pa.Table]:

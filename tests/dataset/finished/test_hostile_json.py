@@ -13,7 +13,7 @@ from pipeline.dataset.finished.group.grouping import Wish, group
 from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.report import write_report
 from pipeline.dataset.finished.verify import verify
-from pipeline.dataset.out.ledger import funnel, read_manifests
+from pipeline.dataset.out.ledger import funnel
 from schemas.errors import CorruptShardError
 from schemas.shard import SUFFIXES, sample_files, sample_sha256
 
@@ -51,7 +51,7 @@ def test_json_of_others_is_read_or_a_sentence(tmp_path, change):
         assert any(one.message.startswith("latents.full.npy is not an npy") for one in problems)
     for call in (
         lambda: write_report(out),
-        lambda: write_card(out, funnel(out), read_manifests(out)),
+        lambda: write_card(out, funnel(out)),
         lambda: export_json(out, tmp_path / "single"),
         lambda: group([out], tmp_path / "grouped", Wish(), Console(file=StringIO())),
     ):

@@ -36,13 +36,13 @@ def load(tmp_path, monkeypatch):
     )
 
 
-def counted(kept: int) -> Funnel:
-    return Funnel(1, kept, (FunnelRow("pack", kept, {}),))
+def counted(out: Path, kept: int) -> Funnel:
+    return Funnel(tuple(read_manifests(out)), kept, (FunnelRow("pack", kept, {}),))
 
 
 def test_croissant_names_a_reason_of_several_stages_once(dataset):
     rows = (FunnelRow("metadata", 9, {"small_image": 2}), FunnelRow("size", 7, {"small_image": 3, "no_face": 1}))
-    known = about.About.of(dataset, Funnel(1, 9, rows), read_manifests(dataset))
+    known = about.About.of(dataset, Funnel(tuple(read_manifests(dataset)), 9, rows))
     assert (
         json.loads(croissant(known))["rai:dataCollectionMissingData"]
         == "Rows that were dropped, by reason: small_image 5, no_face 1."
@@ -70,7 +70,7 @@ def test_what_is_computed_ahead_is_declared_and_large_rows_have_a_config_of_thei
     samples = [fake_shards.in_int8(fake_shards.encoded(n, mirror=True)) | mask for n in range(3)]
     out = Path(fake_shards.write(tmp_path / "out", {"part-00000": samples}))
     monkeypatch.setattr(about, "_VIEWED_BYTES", max(sum(map(len, files.values())) for files in samples) - 1)
-    write_card(out, counted(3), read_manifests(out))
+    write_card(out, counted(out, 3))
     light, whole = (next(iter(load(out, name, streaming=True))) for name in ("default", "everything"))
     assert {"clip_hidden.safetensors", "latents.full.npy", "text.npy"} <= set(whole) - set(light)
     assert {"clip.npy", "portrait.jpg", "json"} <= set(light)
@@ -81,7 +81,7 @@ def test_what_is_computed_ahead_is_declared_and_large_rows_have_a_config_of_thei
 
 def test_a_dataset_that_kept_nothing_says_so_and_has_no_rows(tmp_path, load):
     out = Path(fake_shards.write(tmp_path / "out", {"part-00000": []}))
-    write_card(out, counted(0), read_manifests(out))
+    write_card(out, counted(out, 0))
     assert "\n**No photo was kept: there is no sample to load.**" in (out / "README.md").read_text()
     assert list(load(out, streaming=True)) == []
 
@@ -129,7 +129,7 @@ def test_forget_counts_anew_and_what_the_user_wrote_stays(whole, tmp_path):
 def test_a_readme_of_somebody_else_is_left_alone(tmp_path):
     out = Path(fake_shards.write(tmp_path / "out", {"part-00000": fake_shards.counted(0, 2)}))
     (out / "README.md").write_text("mine")
-    write_card(out, counted(2), read_manifests(out))
+    write_card(out, counted(out, 2))
     assert (out / "README.md").read_text() == "mine"
     assert (out / "croissant.json").exists()
 
@@ -154,7 +154,7 @@ def test_old_lists_of_laion_are_warned_of_by_card_and_croissant(tmp_path, path, 
     )
     out = Path(fake_shards.write(tmp_path / "out", {f"{part.name}-00000": fake_shards.counted(0, 1)}))
     (out / "dataset.json").write_text(json.dumps({"sources": [origin], "profile": "insightface"}))
-    write_card(out, counted(1), read_manifests(out))
+    write_card(out, counted(out, 1))
     for name in ("README.md", "croissant.json"):
         text = (out / name).read_text()
         assert ("2,236 links" in text) is warned
@@ -199,4 +199,4 @@ def test_a_manifest_that_names_no_tar_is_damage(tmp_path):
     manifest = json.loads((out / "shards" / "a-00000.json").read_text())
     (out / "shards" / "a-00000.json").write_text(json.dumps({**manifest, "files": {}}))
     with pytest.raises(CorruptShardError, match=r"a-00000\.json: it names no tar"):
-        write_card(out, counted(1), read_manifests(out))
+        write_card(out, counted(out, 1))

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from pipeline.dataset.finished.forget import forget
 from pipeline.dataset.finished.hub.push import push
-from pipeline.dataset.out.ledger import read_ledger, read_manifest, read_manifests, shard_names
+from pipeline.dataset.out.ledger import Funnel, read_ledger, read_manifest, read_manifests, shard_names
 from pipeline.dataset.out.output import Output
 from pipeline.shared.files import RemotePath
 from schemas.errors import CorruptShardError, LostError, OutputError
@@ -197,11 +197,11 @@ def test_what_cannot_be_pushed_is_one_sentence(out, hub, monkeypatch, url, token
 
 
 def test_manifests_are_read_while_no_other_run_writes_them(out, monkeypatch):
-    def read(out):
+    def read(out, **words):
         with pytest.raises(OutputError, match="Another run is writing"), Output(out).locked():
             pass
-        return []
+        return Funnel((), 0, ())
 
-    monkeypatch.setattr("pipeline.dataset.finished.hub.push.read_manifests", read)
+    monkeypatch.setattr("pipeline.dataset.finished.hub.push.write_report", read)
     with pytest.raises(OutputError, match="holds no finished shard yet"):
         push(out, NAME, print)

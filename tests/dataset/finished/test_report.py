@@ -15,7 +15,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.dataset.finished import report
 from pipeline.dataset.finished.report import quotas, spread, write_report
-from pipeline.dataset.out.ledger import read_manifests
+from pipeline.dataset.out import ledger
+from pipeline.dataset.out.ledger import read_manifests, shard_names
 from pipeline.shared.files import to_path
 from schemas.errors import CorruptShardError, OutputError
 from schemas.shard import Manifest
@@ -312,6 +313,13 @@ def test_only_the_first_samples_of_a_few_shards_are_read(tmp_path, monkeypatch):
     assert len(read_manifests(out)) == 30
     write_report(out)
     assert len(opened) == 24
+
+
+def test_each_manifest_is_read_once(out, monkeypatch):
+    read, real = [], ledger.read_manifest
+    monkeypatch.setattr(ledger, "read_manifest", lambda out, shard: read.append(shard) or real(out, shard))
+    write_report(out)
+    assert read == shard_names(out)
 
 
 def test_what_is_barely_kept_or_dropped_is_shown_wherever_it_lies(tmp_path):

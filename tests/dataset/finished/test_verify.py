@@ -28,7 +28,7 @@ from pipeline.dataset.finished.status import status
 from pipeline.dataset.finished.verify import foreign_files, verify
 from pipeline.dataset.out.forgotten import Forgotten, load
 from pipeline.dataset.out.forgotten import save as save_forgotten
-from pipeline.dataset.out.ledger import funnel, read_manifests
+from pipeline.dataset.out.ledger import funnel
 from pipeline.dataset.out.output import Output, fingerprint
 from schemas.columns import LEDGER_SCHEMA
 from schemas.digest import sha256_of_json
@@ -506,7 +506,7 @@ def test_a_plan_that_is_none_is_damage_for_every_reader(whole, tmp_path, section
     (out / "dataset.json").write_text(json.dumps(dataset, indent=2, sort_keys=True) + "\n")
     assert {file for file, _, _ in problems_of(out)} == {"dataset.json"}
     with pytest.raises(CorruptShardError, match=r"dataset\.json"):
-        write_card(out, funnel(out), read_manifests(out))
+        write_card(out, funnel(out))
 
 
 @pytest.mark.parametrize(

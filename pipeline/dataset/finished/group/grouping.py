@@ -200,10 +200,9 @@ def group(folders: Sequence[AnyPath], out: AnyPath, wish: Wish, console: Console
                 if not files and source.get("files", {}).get(UNCONDITIONAL):
                     write(out / UNCONDITIONAL, (folder / UNCONDITIONAL).read_bytes())
                     files = {UNCONDITIONAL: fingerprint(out / UNCONDITIONAL)}
-            manifests = read_manifests(out)
-            output.describe(plan, {**summary(manifests), "files": files})
+            output.describe(plan, {**summary(read_manifests(out)), "files": files})
             counted = write_report(out)
-            write_card(out, counted, manifests)
+            write_card(out, counted)
         return counted
 
 

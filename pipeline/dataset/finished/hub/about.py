@@ -32,7 +32,6 @@ _HEAVY = re.compile(r"(clip_hidden|dino|latents\.|text\.)")
 @dataclass(frozen=True)
 class About:
     funnel: Funnel
-    manifests: list[Manifest]
     dataset: dict[str, Any]
     """dataset.json."""
     features: list[Feature]
@@ -42,23 +41,26 @@ class About:
     """When its first and its last shard were done."""
 
     @staticmethod
-    def of(out: AnyPath, counted: Funnel, manifests: list[Manifest]) -> "About":
+    def of(out: AnyPath, counted: Funnel) -> "About":
         """Read dataset.json and some samples; a CorruptShardError names the file that cannot be read."""
-        samples = list(peek(out, manifests))
+        samples = list(peek(out, counted.manifests))
         try:
             described = features(samples)
         except DECODER_ERRORS as error:  # of json that is none of ours
             raise CorruptShardError(f"the json of samples cannot be read: {first_line(error)}") from error
         written = times(out / "shards")
-        done = [datetime.fromtimestamp(written.get(f"{one.shard}.json", 0), UTC) for one in manifests]
+        done = [datetime.fromtimestamp(written.get(f"{one.shard}.json", 0), UTC) for one in counted.manifests]
         return About(
             funnel=counted,
-            manifests=manifests,
             dataset=read_dataset(out),
             features=described,
             row_bytes=max((sum(map(len, sample.files.values())) for sample in samples), default=0),
             made=(min(done), max(done)) if done else (datetime.now(UTC),) * 2,
         )
+
+    @property
+    def manifests(self) -> Sequence[Manifest]:
+        return self.funnel.manifests
 
     @property
     def sources(self) -> list[str]:

@@ -12,7 +12,7 @@ from pipeline.dataset.out.ledger import Funnel
 from pipeline.dataset.source.laion import OLD_LAION
 from pipeline.shared.files import AnyPath, write, writing
 from pipeline.shared.readme import write_readme
-from schemas.shard import CARD, CROISSANT, Manifest
+from schemas.shard import CARD, CROISSANT
 
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B")
 """By the digits of n, from three on."""
@@ -44,7 +44,7 @@ def front_matter(about: About) -> dict[str, Any]:
     return data
 
 
-def write_card(out: AnyPath, counted: Funnel, manifests: list[Manifest]) -> About:
+def write_card(out: AnyPath, counted: Funnel) -> About:
     """Write OUT/croissant.json and OUT/README.md of the finished shards. What the user added to the card stays.
 
     A README.md that is none of ours is left alone.
@@ -53,7 +53,7 @@ def write_card(out: AnyPath, counted: Funnel, manifests: list[Manifest]) -> Abou
         OutputError: when OUT cannot be written.
         CorruptShardError: names the file that is damaged.
     """
-    about = About.of(out, counted, manifests)
+    about = About.of(out, counted)
     settings = (about.dataset.get("plan") or {}).get("settings", {})
     thresholds = {f"{name}.{key}": value for name in _SECTIONS for key, value in settings.get(name, {}).items()}
     values = {"contents": CONTENTS, "thresholds": thresholds, "old_laion": OLD_LAION, "biases": BIASES}

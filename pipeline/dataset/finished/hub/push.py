@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.hub.croissant import croissant
 from pipeline.dataset.finished.report import REPORT, write_report
-from pipeline.dataset.out.ledger import read_manifests, shards_folder
+from pipeline.dataset.out.ledger import shards_folder
 from pipeline.dataset.out.output import Output, fingerprint
 from pipeline.dataset.source.laion import OLD_LAION
 from pipeline.shared.files import AnyPath, RemotePath
@@ -58,12 +58,11 @@ def push(out: AnyPath, url: str, say: Callable[[str], None], *, gated: bool = Tr
     shards_folder(out)
     repo, api = match[1], HfApi()
     with Output(out).locked(), TemporaryDirectory(prefix="faceshards-push-") as folder, _hub_errors(url):
-        manifests = read_manifests(out)
-        if not manifests:
-            raise OutputError(f"{out} holds no finished shard yet: let `dataset` finish one.")
         report = Path(folder) / REPORT
         counted = write_report(out, drops=False, target=report)
-        about = write_card(out, counted, manifests)
+        if not counted.manifests:
+            raise OutputError(f"{out} holds no finished shard yet: let `dataset` finish one.")
+        about = write_card(out, counted)
         others = {name: (out / name).read_bytes() for name in (CARD, DATASET, UNCONDITIONAL) if (out / name).exists()}
         if about.is_old_laion:
             say(f"WARNING: {OLD_LAION}")
@@ -84,7 +83,7 @@ def push(out: AnyPath, url: str, say: Callable[[str], None], *, gated: bool = Tr
             fetched = Path(api.hf_hub_download(repo, CARD, repo_type="dataset", local_dir=folder))
             page_card, card = (data.decode("utf-8", "replace") for data in (fetched.read_bytes(), others[CARD]))
             others[CARD] = with_text_of(page_card, card).encode()
-        missing = (one for one in manifests if not _is_there(one, there))
+        missing = (one for one in counted.manifests if not _is_there(one, there))
         while batch := list(islice(missing, _SHARDS)):
             with ExitStack() as opened:
                 files = [file for one in batch for file in _files(out, one, opened)]
@@ -94,7 +93,7 @@ def push(out: AnyPath, url: str, say: Callable[[str], None], *, gated: bool = Tr
         others |= {CROISSANT: croissant(about, f"{page}/resolve/main/").encode(), REPORT: report.read_bytes()}
         _commit(api, repo, list(others.items()), "Card, Croissant and report")
 
-        known = {one.shard for one in manifests}
+        known = {one.shard for one in counted.manifests}
         if strange := set(finished_shards(path.partition("/")[2] for path in there)) - known:
             say(
                 f"WARNING: shards that {out} has not stay ({len(strange):,}, such as {min(strange)}): readers get "
