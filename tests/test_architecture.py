@@ -222,12 +222,21 @@ def test_a_call_of_the_trainer_is_proved_before_diffusers_is_imported() -> None:
     assert not {"diffusers", "accelerate", "transformers"}.intersection(done.stdout.split())
 
 
-def test_a_variant_that_is_none_is_refused_before_torch_is_imported() -> None:
-    call = "sys.argv[1:] = ['--variant', 'faceidd']; runpy.run_module('pipeline.train', run_name='__main__')"
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--variant faceidd", "'faceidd' is not known"),
+        ("--variant faceid --preset sd16", "'sd16' is not known"),
+        ("--variant faceid --set optim.rl=1", "optim.lr"),
+        ("--variant faceid --base sd16", "did you mean sd15?"),
+    ],
+)
+def test_a_mistake_in_a_call_of_the_trainer_is_refused_before_torch_is_imported(words: str, named: str) -> None:
+    call = f"sys.argv[1:] = {words.split()}; runpy.run_module('pipeline.train', run_name='__main__')"
     script = f"import atexit, runpy, sys; atexit.register(lambda: print('torch' in sys.modules)); {call}"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
-    assert "'faceidd' is not known" in done.stderr
+    assert named in done.stderr
 
 
 def test_who_makes_shards_imports_the_stages_that_it_runs_and_no_model() -> None:

@@ -5,6 +5,7 @@ The loop is in `pipeline.train.loop`.
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ import typer
 from pipeline.shared.commands import ConfigFile, Interrupted, application, local_path
 from pipeline.shared.process import large_imports, standard_streams, trouble_of_machine
 from pipeline.train.adapters import NAMES, require_known
-from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, UserError, is_gpu_full
+from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, UserError, WeightsError, is_gpu_full
 
 # Each command imports what it needs: torch takes a second and a half, and `--help` is answered at once.
 app = application(help=__doc__)
@@ -59,14 +60,23 @@ def run(
 
     Other commands: `export RUN`, `evaluate RUN|FILE`, `report RUN`, `config`; each has its own --help.
     """
+    from pipeline.shared.bases import find_base
+    from pipeline.train.settings import load_train_config
+
+    adapter = {"image_encoder": image_encoder, "init_from": init_from and str(init_from)}
+    options, pairs = {"steps": steps, "seed": seed, "adapter": adapter}, tuple(sets or ())
+    # What is no variant, config or base is known before torch is imported, and before manifests are read, which may lie
+    # far away.
     require_known(name)
+    load_train_config(config, pairs, preset or "tiny", **options)
+    if base:
+        with suppress(WeightsError):
+            find_base(base, sdxl=(preset or "").startswith("sdxl"))
     with large_imports():
         from pipeline.train.job import EMBEDDED, Call, prepared
         from pipeline.train.watch import say
 
-    adapter = {"image_encoder": image_encoder, "init_from": init_from and str(init_from)}
-    options = {"steps": steps, "seed": seed, "adapter": adapter}
-    job = prepared(Call(tuple(shards or ["out"]), name, base, out, preset, config, tuple(sets or ()), resume, options))
+    job = prepared(Call(tuple(shards or ["out"]), name, base, out, preset, config, pairs, resume, options))
     if EMBEDDED in job.dataset.profiles:
         say(
             "warning: these shards are of the `embedded` profile: its features stand in for a face recogniser and CLIP,"

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,9 +77,6 @@ def prepared(call: Call) -> TrainJob:
     chosen = variant(call.variant)
     config = load_train_config(call.config_file, call.pairs, call.preset or "tiny", **call.options)
     is_sdxl = (call.preset or "").startswith("sdxl")
-    if call.base:  # a name that is none, before manifests are read, which may lie far away
-        with suppress(WeightsError):
-            find_base(call.base, sdxl=is_sdxl)
     dataset = open_dataset(call.shards, config.data)
     features = features_of(dataset, chosen.reads, config.adapter)
 
