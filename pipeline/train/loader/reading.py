@@ -4,7 +4,7 @@ Roles of a condition, the files that hold them, and what stands for "no face"; t
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Literal, cast
@@ -199,7 +199,7 @@ def plan_reading(
         against["colour"] = "the variant reads image features, which hold the colours of the face"
     notices += [f"augment.{name} is off: {why}." for name, why in against.items() if getattr(augment, name)]
     flip, colour = (0.0 if name in against else getattr(augment, name) for name in ("flip", "colour"))
-    return Reading(
+    reading = Reading(
         features=features,
         mirrored=mirrored if flip else {},
         crops=tuple(name for name in CROPS if getattr(data.crops, name)),
@@ -211,6 +211,16 @@ def plan_reading(
         faces=faces,
         notices=tuple(notices),
     )
+    fitting = {*map(reading.target, reading.crops)}
+    first = first_samples(dataset, LOOKED_AT, fitting)
+    # Of fewer, all are read soon.
+    if dataset.samples > LOOKED_AT and all(fitting.isdisjoint(raw.files) for raw in first):
+        lack = (
+            f"none of the first {LOOKED_AT:,} samples has a crop of data.crops ({', '.join(reading.crops)}): where no "
+            "other has one, training ends once all are read."
+        )
+        reading = replace(reading, notices=(*notices, lack))
+    return reading
 
 
 def _alternatives_notices(dataset: Dataset, data: DataSettings, texts: Mapping[str, tuple[int, ...]]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.train.loader import dataset as dataset_module
+from pipeline.train.loader import reading as reading_module
 from pipeline.train.loader.dataset import check_hashes, open_dataset
 from pipeline.train.loader.faces import first_faces
 from pipeline.train.loader.reading import features_of, plan_reading
@@ -328,6 +329,16 @@ def test_images_of_id_only_variants_are_augmented(tmp_path: Path) -> None:
     assert read.wanted == {"json", "arcface.npy", "portrait.jpg", "half.jpg", "full.jpg"}
     fewer = reading(tmp_path / "fewer", [fake.sample(0)], crops={"full": 0})
     assert fewer.wanted == read.wanted - {"full.jpg"}
+
+
+def test_crops_that_the_first_samples_lack_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading_module, "LOOKED_AT", 2)
+    samples = [fake.sample(number, has=("portrait", "full")) for number in range(3)]
+    none, some = {"portrait": 0, "full": 0}, {"portrait": 0}
+    (notice,) = reading(tmp_path / "none", samples, crops=none).notices
+    assert notice.startswith("none of the first 2 samples has a crop of data.crops (half): where no other has one, ")
+    assert reading(tmp_path / "some", samples, crops=some).notices == ()
+    assert reading(tmp_path / "few", samples[1:], crops=none).notices == ()
 
 
 def test_further_captions_that_no_sample_has_are_said(tmp_path: Path) -> None:
