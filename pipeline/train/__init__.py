@@ -2,6 +2,9 @@
 
 import os
 
-# Before any module of this package imports diffusers, transformers or albumentations: nothing is sent anywhere.
-os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", NO_ALBUMENTATIONS_UPDATE="1")
+from pipeline.shared.process import NO_TELEMETRY
+
+# Before any module of this package imports diffusers, transformers or albumentations: nothing is sent anywhere, but by
+# a hook of the user's own.
+os.environ.update({name: value for name, value in NO_TELEMETRY.items() if name != "WANDB_MODE"})
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

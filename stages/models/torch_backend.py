@@ -28,7 +28,8 @@ _FULL_PX = 1024 * 1024
 _MOST_SHAPES = 24
 """Of pictures, for which what computes them is kept; photos of strangers have any number of shapes."""
 
-_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+"""Telemetry is off by it too."""
 
 
 def prepare(device: Device) -> None:

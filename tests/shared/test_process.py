@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import pipeline.__main__ as pipeline_cli
 from pipeline.shared.commands import application
-from pipeline.shared.process import standard_streams
+from pipeline.shared.process import NO_TELEMETRY, standard_streams
 from pipeline.train import __main__ as trainer
 from schemas.errors import UserError
 
@@ -27,6 +27,17 @@ with open(sys.argv[1], "w") as file:
     assert file.fileno() > 2
     file.write("content")
 """
+
+
+def test_training_switches_off_the_same_telemetry_but_for_hooks():
+    script = """
+import os, pipeline.train
+from pipeline.shared.process import NO_TELEMETRY
+print([name for name, value in NO_TELEMETRY.items() if os.environ.get(name) != value])
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in NO_TELEMETRY}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "['WANDB_MODE']\n"
 
 
 def test_what_is_printed_into_closed_streams_lands_in_no_file(tmp_path):
