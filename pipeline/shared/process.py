@@ -8,14 +8,14 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from errno import EDQUOT, EFBIG, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC, EPIPE, EROFS
+from errno import EACCES, EDQUOT, EFBIG, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC, EPERM, EPIPE, EROFS
 from types import FrameType
 from typing import Any
 
 from schemas.errors import RemoteError, first_line, is_gpu_full
 
-_MACHINE = (EDQUOT, EFBIG, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC, EROFS)
-"""Errors of disks and tables that are full or broken: no bug, whoever meets them."""
+_MACHINE = (EACCES, EDQUOT, EFBIG, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC, EPERM, EROFS)
+"""Errors of disks and tables that are full, broken or closed to us: no bug, whoever meets them."""
 
 NO_TELEMETRY = {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -171,10 +171,11 @@ def test_a_machine_that_fails_is_one_sentence_and_a_bug_is_none(module, monkeypa
         monkeypatch.setattr(module, "app", app)
         module.main()
 
-    with pytest.raises(SystemExit) as end:
-        failing(errno.ENOSPC)
-    assert end.value.code == 3
-    assert capsys.readouterr().err.startswith("error: This machine fails: it failed (/a/log);")
+    for number in (errno.ENOSPC, errno.EACCES):
+        with pytest.raises(SystemExit) as end:
+            failing(number)
+        assert end.value.code == 3
+        assert capsys.readouterr().err.startswith("error: This machine fails: it failed (/a/log);")
     with pytest.raises(FileNotFoundError):
         failing(errno.ENOENT)
 
