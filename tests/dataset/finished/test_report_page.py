@@ -145,6 +145,14 @@ def test_a_slider_by_keyboard_changes_counts_photos_and_the_file(visit, dataset,
     assert page.inner_text("#command") == "python -m pipeline replay DIR"
 
 
+@pytest.mark.parametrize(("width", "is_phone"), [(390, True), (1400, False)])
+def test_on_a_phone_examples_stand_side_by_side(visit, dataset, width, is_phone):
+    page = visit(dataset / "report.html", width)
+    tops = page.evaluate("[...document.querySelectorAll('#kept-cards > *')].map((one) => one.offsetTop)")
+    assert len(tops) == 9
+    assert (len({*tops}) == 1) == is_phone
+
+
 def test_pictures_grow_on_a_click_and_arrows_go_on(visit, dataset):
     page = visit(dataset / "report.html", 390)
     page.locator("#kept-cards .zoom").first.click()
