@@ -210,10 +210,11 @@ class _Work:
         try:
             yield self
         except BaseException:
-            # Not once there is a shard: to `status` the run begins when this is written.
-            if not self.made | self.same:
-                self.output.sources = self.sources
-                with suppress(OSError):  # of an OUT that is gone or read-only, which ended the run
+            # Not once there is a shard: to `status` the run begins when this is written. Nor before OUT has any: what
+            # has no rows is of no source.
+            with suppress(OSError, OutputError):  # of an OUT that is gone or read-only, which ended the run
+                if not self.made | self.same and self.output.sources != self.sources and shard_names(self.output.root):
+                    self.output.sources = self.sources
                     self.output.describe(self.plan, planned)
             raise
 

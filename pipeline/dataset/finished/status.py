@@ -32,7 +32,7 @@ def status(out: AnyPath) -> dict[str, Any]:
     """
     manifests = read_manifests(out)
     dataset = read_dataset(out)
-    planned: dict[str, int | None] = dataset["planned"] if isinstance(dataset.get("planned"), dict) else {}
+    planned: dict[str, int | None] = dataset.get("planned", {})
     counted = summary(manifests, out)
     begun, files = times(out).get(DATASET), times(out / "shards")
     if begun is None:
@@ -44,6 +44,8 @@ def status(out: AnyPath) -> dict[str, Any]:
         with suppress(*_NO_SNAPSHOT):  # what manifests say stands without it
             read = json.loads((out / LIVE).read_bytes())
             _live_lines(read, read["time"])
+            for name in ("seconds_left", "input_rows"):
+                timedelta(seconds=read[name] or 0)  # a number, where it is known
             live = read
     drafts = {
         name.removeprefix(TEMPORARY).rsplit(".", 2)[0]: written

@@ -13,6 +13,7 @@ from sample_runs import SHARDS, begun, make, without
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
+from pipeline.dataset.execute.tally import Tally
 from pipeline.dataset.finished.status import status, text_of
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.out.ledger import LIVE
@@ -138,7 +139,22 @@ def test_a_folder_without_a_run_is_one_sentence(tmp_path):
         status(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "5", "{}", '{"time": 1e999, "rows": 1, "kept": 1}', "[" * 100_000])
+def snapshot(**changes):
+    return json.dumps({"time": 1030, **Tally(36).snapshot(), "warnings": {}, **changes})
+
+
+def test_a_snapshot_that_a_run_wrote_is_shown(half):
+    (half / LIVE).write_text(snapshot())
+    assert "By its own count" in text_of(status(half), half, 1040)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "5", "{}", '{"time": 1e999, "rows": 1, "kept": 1}', "[" * 100_000),
+        *(snapshot(seconds_left="x"), snapshot(input_rows=[1])),
+    ],
+)
 def test_a_snapshot_that_no_run_wrote_is_none(text, half):
     (half / LIVE).write_text(text)
     now = status(half)

@@ -301,6 +301,19 @@ def test_what_a_run_was_given_that_was_killed_before_it_made_a_shard_is_no_sourc
         run(other, out, retry=False)  # whose shards are there then
 
 
+def test_a_run_that_is_stopped_before_its_first_shard_began_when_it_did_and_not_when_it_stopped(server, part, tmp_path):
+    out, seen = tmp_path / "out", []
+
+    def interrupt(event: Event) -> None:
+        seen.append((out / "dataset.json").stat())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(part, out, watch=interrupt)
+    left = (out / "dataset.json").stat()
+    assert (left.st_ino, left.st_mtime_ns) == (seen[0].st_ino, seen[0].st_mtime_ns)
+
+
 @pytest.mark.parametrize("is_rerun", [False, True])
 def test_second_chances_come_on_top_of_the_rows_that_are_planned(server, part, tmp_path, monkeypatch, is_rerun):
     monkeypatch.setattr(terminal, "LINE_EVERY_S", 0.0)
