@@ -122,7 +122,8 @@ def forget(
             if (out / EVENTS).exists():  # no run may be writing to it: names of hosts go, and a line that is none
                 records = filter(None, map(parse_record, (out / EVENTS).read_bytes().splitlines()))
                 events = [{**one, **({"slowest_hosts": {}} if "slowest_hosts" in one else {})} for one in records]
-                write(out / EVENTS, "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in events).encode())
+                text = "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in events)
+                write(out / EVENTS, text.encode(errors="backslashreplace"))  # a path in it may be no Unicode
             return _take_down(out, Takedowns(forgotten))
         except OSError as error:
             raise LostError(
@@ -184,14 +185,16 @@ def _take_down(out: AnyPath, takedowns: Takedowns) -> Gone:
     except CorruptShardError as error:
         dataset = {}
         gone.damaged.append(str(error))
-    if "shards" in dataset:  # the run came to its end: what the manifests add up to stands there
-        write(out / DATASET, dataset_text({**dataset, **summary(read_manifests(out), out)}))
     try:
+        if "shards" in dataset:  # the run came to its end: what the manifests add up to stands there
+            write(out / DATASET, dataset_text({**dataset, **summary(read_manifests(out), out)}))
         counted = write_report(out) if (out / REPORT).exists() else None
         if (out / CARD).exists():
             write_card(out, counted or funnel(out))
-    except CorruptShardError:  # it must not go on showing what is gone
-        (out / REPORT).unlink(missing_ok=True)
+    except CorruptShardError as error:
+        (out / REPORT).unlink(missing_ok=True)  # it must not go on showing what is gone
+        if "shards" in dataset:  # else a run goes on, and makes what is damaged anew
+            gone.damaged = gone.damaged or [str(error)]
     return gone
 
 

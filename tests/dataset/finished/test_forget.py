@@ -113,7 +113,7 @@ def test_nothing_tells_of_it_any_more(out):
 
 
 def test_the_events_name_no_host_any_more(out):
-    lines = [{"kind": "start", "parts": ["a"]}, {"kind": "progress", "slowest_hosts": {"photos.example": 2.5}}]
+    lines = [{"kind": "start", "out": "/data/\udcff"}, {"kind": "progress", "slowest_hosts": {"photos.example": 2.5}}]
     (out / "events.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in lines) + '{"slowest_hosts": {"photos')
     forget(out, urls=(KEPT_URL,))
     left = (out / "events.jsonl").read_text()
@@ -393,6 +393,14 @@ def test_a_damaged_dataset_json_keeps_nothing_back_and_the_report_goes(out):
     gone = forget(out, domains=("photos.example",))
     assert list(gone.rows) == [FIRST, SECOND]
     assert ["dataset.json" in each for each in gone.damaged] == [True]
+    assert not (out / "report.html").exists()
+
+
+def test_the_damaged_manifest_of_another_shard_keeps_nothing_back_and_the_report_goes(out):
+    (out / "shards" / f"{SECOND}.json").write_text("{}")
+    gone = forget(out, urls=(KEPT_URL,))
+    assert list(gone.rows) == [FIRST]
+    assert [f"{SECOND}.json: not a manifest" in each for each in gone.damaged] == [True]
     assert not (out / "report.html").exists()
 
 
