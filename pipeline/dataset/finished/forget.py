@@ -35,13 +35,13 @@ from pipeline.dataset.out.ledger import (
     summary,
 )
 from pipeline.dataset.out.lost import lost_errors
-from pipeline.dataset.out.output import Output, fingerprint
+from pipeline.dataset.out.output import Output, fingerprint, is_whole
 from pipeline.dataset.out.takedowns import DROPS, Takedowns, blank, entries
 from pipeline.dataset.source.metadata_files import parse_record
 from pipeline.shared.files import AnyPath, Draft, parquet, write, writing
 from pipeline.shared.tars import BROKEN, created, members, read
 from schemas.columns import KEPT, LEDGER_SCHEMA, complete
-from schemas.errors import CorruptShardError, LostError, OutputError, RemoteError
+from schemas.errors import CorruptShardError, LostError, OutputError
 from schemas.shard import CARD, DATASET, EVENTS, dataset_text
 
 
@@ -228,17 +228,11 @@ def rewrite(out: AnyPath, shard: str, takedowns: Takedowns) -> None:
     shards = out / "shards"
     manifest = read_manifest(out, shard)
     for name, claimed in manifest.files.items():
-        try:
-            if fingerprint(shards / name) == claimed:
-                continue
-        except RemoteError:
-            raise
-        except OSError:
-            pass
-        raise CorruptShardError(
-            f"{name}: it is not what its manifest says, so nothing was taken out of its shard: remove the shard's "
-            "files, and a rerun makes it anew without what must not be used"
-        )
+        if not is_whole(shards / name, claimed):
+            raise CorruptShardError(
+                f"{name}: it is not what its manifest says, so nothing was taken out of its shard: remove the shard's "
+                "files, and a rerun makes it anew without what must not be used"
+            )
     ledger = complete(parquet(shards / f"{shard}.parquet").read())
     reasons = takedowns.reasons(ledger)
     rows = ledger.filter(pc.is_valid(reasons))

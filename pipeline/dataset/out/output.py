@@ -24,7 +24,16 @@ from pipeline.shared.atomic import TEMPORARY
 from pipeline.shared.files import AnyPath, Draft, RemotePath, fsync_names, names, times, write, writing
 from schemas.columns import KEPT, LEDGER_SCHEMA
 from schemas.digest import sha256_of_stream
-from schemas.errors import CorruptShardError, LostError, OutputError, ShardError, SourceError, UserError, first_line
+from schemas.errors import (
+    CorruptShardError,
+    LostError,
+    OutputError,
+    RemoteError,
+    ShardError,
+    SourceError,
+    UserError,
+    first_line,
+)
 from schemas.names import finished_shards, shard_origin
 from schemas.shard import DATASET, PLAIN, SUFFIXES, Manifest, dataset_text, sample_files
 from stages.pixels.images import thumbnail
@@ -338,4 +347,14 @@ class ShardWriter:
 def fingerprint(path: AnyPath) -> dict[str, Any]:
     """Length and sha256 of a file, as a manifest's `files` hold them."""
     with path.open("rb") as stream:
+
+
+def is_whole(path: AnyPath, claimed: Mapping[str, Any]) -> bool:
+    """Whether a file is there, and has the fingerprint that is claimed of it; a RemoteError where nobody knows."""
+    try:
+        return fingerprint(path) == claimed
+    except RemoteError:
+        raise
+    except OSError:
+        return False
         return {"bytes": path.stat().st_size, "sha256": sha256_of_stream(stream)}

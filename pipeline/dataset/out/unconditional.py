@@ -10,7 +10,7 @@ from safetensors.numpy import load, save
 
 from pipeline.dataset.out.output import fingerprint
 from pipeline.dataset.plan import Plan
-from pipeline.shared.files import AnyPath, write
+from pipeline.shared.files import AnyPath, write, writing
 from schemas.arrays import Halves
 from schemas.digest import sha256
 from schemas.shard import UNCONDITIONAL
@@ -26,6 +26,9 @@ def write_unconditional(root: AnyPath, plan: Plan) -> dict[str, dict[str, Any]]:
     """Write the file unless it is there, whole and of this plan's image embedder; returns dataset.json's entry of it.
 
     The embedder runs in this process, on the CPU, and is let go. A dataset without embeddings needs no such file.
+
+    Raises:
+        OutputError: when it cannot be written.
     """
     if not plan.config.pack.embeddings:
         return {}
@@ -42,7 +45,8 @@ def write_unconditional(root: AnyPath, plan: Plan) -> dict[str, dict[str, Any]]:
         settings = plan.config.models
         embedder: ImageEmbedder = backend("image_embedder", settings.image_embedder)(settings, "cpu")
         features = dict(embedder.unconditional())
-        write(path, save(features, metadata={_MADE: _made(features, plan)}))
+        with writing(path):
+            write(path, save(features, metadata={_MADE: _made(features, plan)}))
     return {UNCONDITIONAL: fingerprint(path)}
 
 

@@ -22,10 +22,11 @@ from pipeline.dataset.finished.group.persons import SIMILARITY, mutual_neighbour
 from pipeline.dataset.finished.report import write_report
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.out.ledger import read_manifests
+from pipeline.dataset.out.output import fingerprint
 from pipeline.shared.files import RemotePath
 from pipeline.shared.tars import unpack
 from schemas.errors import CorruptShardError, ExitCode, OutputError
-from schemas.shard import encode_npy
+from schemas.shard import UNCONDITIONAL, encode_npy
 from stages.pixels.images import encode_jpeg
 
 ROWS = "abacdbaa"
@@ -98,6 +99,21 @@ def test_photos_of_a_person_lie_side_by_side_and_the_rest_is_as_of_any_dataset(m
     assert contents(out) == contents(tmp_path / "again"), "same input, however often it is named, same bytes"
     assert sum(manifest.rows_in for manifest in read_manifests(out)) == len(ROWS)
     assert "(mean cosine of at least 0.48), lie side by side" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_features_of_no_face_that_are_not_those_of_dataset_json_are_not_copied(tmp_path, is_folder):
+    folder = source(tmp_path / "source")
+    path, described = folder / UNCONDITIONAL, folder / "dataset.json"
+    path.write_bytes(b"features")
+    described.write_text(json.dumps({**json.loads(described.read_text()), "files": {path.name: fingerprint(path)}}))
+    grouped(tmp_path / "whole", folder)
+    assert (tmp_path / "whole" / UNCONDITIONAL).read_bytes() == b"features"
+    path.unlink()
+    path.mkdir() if is_folder else path.write_bytes(b"featureZ")
+    with pytest.raises(OutputError, match=r"unconditional\.safetensors is not what dataset\.json says of it"):
+        grouped(tmp_path / "out", folder)
+    assert not (tmp_path / "out").exists()
 
 
 def test_drops_near_copy(made):

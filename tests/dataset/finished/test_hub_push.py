@@ -196,6 +196,14 @@ def test_what_cannot_be_pushed_is_one_sentence(out, hub, monkeypatch, url, token
     assert not hub.commits
 
 
+def test_features_of_no_face_that_are_not_those_of_dataset_json_are_not_sent(out, hub):
+    (out / "unconditional.safetensors").unlink()
+    (out / "unconditional.safetensors").mkdir()
+    with pytest.raises(CorruptShardError, match=r"it is not what dataset\.json says, so nothing is sent"):
+        push(out, NAME, print)
+    assert not hub.commits
+
+
 def test_manifests_are_read_while_no_other_run_writes_them(out, monkeypatch):
     def read(out, **words):
         with pytest.raises(OutputError, match="Another run is writing"), Output(out).locked():

@@ -17,7 +17,7 @@ from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.job import Job, make_dataset
 from pipeline.dataset.out.unconditional import write_unconditional
 from pipeline.dataset.plan import make_plan
-from schemas.errors import ExitCode
+from schemas.errors import ExitCode, OutputError
 from schemas.shard import UNCONDITIONAL
 from stages.models.backends import backend
 from stages.models.torch_backend import prepare
@@ -104,6 +104,12 @@ def test_what_is_there_and_whole_is_left_and_damage_is_made_good(tmp_path, damag
     assert write_unconditional(tmp_path, fake.plan()) == entry
     assert path.read_bytes() == good
     assert [place.name for place in tmp_path.iterdir()] == [UNCONDITIONAL]
+
+
+def test_a_folder_of_its_name_is_one_sentence(tmp_path):
+    (tmp_path / UNCONDITIONAL).mkdir()
+    with pytest.raises(OutputError, match=r"unconditional\.safetensors cannot be written: Is a directory"):
+        write_unconditional(tmp_path, fake.plan())
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.report import write_report
 from pipeline.dataset.out.ledger import Funnel, read_dataset, read_manifests, shard_names, summary
 from pipeline.dataset.out.lost import lost_errors
-from pipeline.dataset.out.output import Output, ShardWriter, differences, fingerprint
+from pipeline.dataset.out.output import Output, ShardWriter, differences, fingerprint, is_whole
 from pipeline.dataset.out.takedowns import blank
 from pipeline.dataset.plan import Plan
 from pipeline.dataset.rows import NO_WITNESSES, Rows, put
@@ -214,12 +214,17 @@ def _sources(folders: Sequence[AnyPath]) -> list[dict[str, Any]]:
             raise OutputError(f"{folder} holds no dataset: give the OUT of a `dataset` run.")
         try:
             content = read_dataset(folder)
-            embeddings = content["plan"]["settings"].get("pack", {}).get("embeddings", True)
-        except (CorruptShardError, OSError, KeyError, TypeError) as error:
+            now = {name: content["plan"][name] for name in _SAME}
+        except (CorruptShardError, OSError, KeyError) as error:
             raise OutputError(
                 f"{folder / DATASET} cannot be read ({first_line(error)}): `verify` tells more."
             ) from error
-        if not embeddings:
+        claimed = content.get("files", {}).get(UNCONDITIONAL)
+        if claimed is not None and not is_whole(folder / UNCONDITIONAL, claimed):
+            raise OutputError(
+                f"{folder / UNCONDITIONAL} is not what {DATASET} says of it: a rerun of `dataset` mends it."
+            )
+        if not now["settings"].get("pack", {}).get("embeddings", True):
             raise OutputError(f"{folder} was made without ID vectors (pack.embeddings = false): it cannot be grouped.")
         sources.append(content)
         first, now = ({name: one["plan"].get(name) for name in _SAME} for one in (sources[0], content))

@@ -19,7 +19,7 @@ from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.hub.croissant import croissant
 from pipeline.dataset.finished.report import REPORT, write_report
 from pipeline.dataset.out.ledger import shards_folder
-from pipeline.dataset.out.output import Output, fingerprint
+from pipeline.dataset.out.output import Output, is_whole
 from pipeline.dataset.source.laion import OLD_LAION
 from pipeline.shared.files import AnyPath, RemotePath
 from pipeline.shared.readme import with_text_of
@@ -63,7 +63,10 @@ def push(out: AnyPath, url: str, say: Callable[[str], None], *, gated: bool = Tr
         if not counted.manifests:
             raise OutputError(f"{out} holds no finished shard yet: let `dataset` finish one.")
         about = write_card(out, counted)
-        others = {name: (out / name).read_bytes() for name in (CARD, DATASET, UNCONDITIONAL) if (out / name).exists()}
+        claimed = about.dataset.get("files", {}).get(UNCONDITIONAL)
+        if claimed is not None and not is_whole(out / UNCONDITIONAL, claimed):
+            raise CorruptShardError(f"{UNCONDITIONAL}: it is not what {DATASET} says, so nothing is sent")
+        others = {name: (out / name).read_bytes() for name in (CARD, DATASET, UNCONDITIONAL) if (out / name).is_file()}
         if about.is_old_laion:
             say(f"WARNING: {OLD_LAION}")
 
@@ -134,7 +137,7 @@ def _files(out: AnyPath, manifest: Manifest, opened: ExitStack) -> Iterator[tupl
     Raises:
         CorruptShardError: when one is not what the manifest says.
     """
-    for name, claimed in manifest.files.items():
+    for name in (f"{manifest.shard}.tar", f"{manifest.shard}.parquet"):  # whatever else it may name
         path = out / "shards" / name
         if isinstance(path, RemotePath):
             copy = opened.enter_context(NamedTemporaryFile(prefix="faceshards-push-"))  # noqa: SIM115  # it is one
@@ -142,7 +145,7 @@ def _files(out: AnyPath, manifest: Manifest, opened: ExitStack) -> Iterator[tupl
                 shutil.copyfileobj(stream, copy)
             copy.flush()
             path = Path(copy.name)
-        if not path.is_file() or fingerprint(path) != claimed:
+        if not is_whole(path, manifest.files.get(name, {})):
             raise CorruptShardError(f"{name}: it is not what its manifest says, so it is not sent")
         yield f"shards/{name}", path
     yield f"shards/{manifest.shard}.json", manifest.to_json().encode()
