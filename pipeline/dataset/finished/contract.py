@@ -105,8 +105,6 @@ def manifest_problems(shard: str, manifest: Manifest, text: bytes) -> Iterator[s
     """What is wrong with a manifest, whose text this is."""
     if manifest.to_json().encode() != text:
         yield "the text is not that of a manifest as it was written"
-    if manifest.shard != shard:
-        yield f"it is the manifest of {manifest.shard}"
     if unknown := sorted(set(manifest.dropped) - set(DropReason)):
         yield f"it counts the unknown reasons {unknown}"
     if not manifest.conserves_rows():

@@ -201,7 +201,7 @@ def thresholds(out: AnyPath) -> tuple[FilterSettings, int]:
         return limits, int(settings["models"].get("screen", {}).get("factor", 0))
     except RemoteError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise OutputError(f"{out / DATASET} does not say by which thresholds the dataset was made.") from error
 
 

@@ -118,7 +118,7 @@ def write_report(
         },
         profile=plan.get("profile", ""),
         plan_digest=plan.get("plan_digest", ""),
-        models=plan.get("models", []),
+        models=manifests[0].models if manifests else [],
         finished="shards" in dataset,
         settings=leaves(dataset.get("plan", {}).get("settings", {})),
         funnel=counted,

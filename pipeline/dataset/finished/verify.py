@@ -1,6 +1,5 @@
 """`verify`: whether every file of a dataset is what its manifest says, and every sample what the contract says."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -67,7 +66,7 @@ def verify(out: AnyPath, shown_on: Console | None = None) -> list[Problem]:
         forgotten = None  # what is to be forgotten, nobody knows
         problems.append(Problem("", FORGOTTEN, None, str(error).removeprefix(f"{FORGOTTEN}: ")))
     embeddings = None
-    with suppress(CorruptShardError, OSError, KeyError, TypeError, AttributeError):  # a problem of dataset.json, below
+    with suppress(CorruptShardError, OSError, KeyError):  # a problem of dataset.json, below
         embeddings = read_dataset(out)["plan"]["settings"].get("pack", {}).get("embeddings", True)
 
     def checked(shard: str) -> tuple[Manifest | None, list[Problem]]:
@@ -112,14 +111,12 @@ def _shard_of(name: str) -> str | None:
 def _dataset_problems(out: AnyPath, manifests: list[Manifest]) -> Iterator[Problem]:
     """Where dataset.json, or a file that it names, is not what was written, or it contradicts the manifests."""
     try:
-        text = (out / DATASET).read_bytes()
-        dataset = json.loads(text)
+        dataset, text = read_dataset(out), (out / DATASET).read_bytes()
         same = {**{name: dataset[name] for name in IDENTITY}, "models": dataset["plan"]["models"]}
-        read_dataset(out)
     except CorruptShardError as error:
         yield Problem("", DATASET, None, str(error).removeprefix(f"{DATASET}: "))
         return
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, KeyError) as error:
         yield Problem("", DATASET, None, f"cannot be read: {type(error).__name__}: {error}")
         return
     sums = None
@@ -131,8 +128,7 @@ def _dataset_problems(out: AnyPath, manifests: list[Manifest]) -> Iterator[Probl
     for manifest in manifests:
         for name in (name for name, value in same.items() if getattr(manifest, name) != value):
             yield Problem(manifest.shard, f"{manifest.shard}.json", None, f"{name} is not that of {DATASET}")
-    files = dataset.get("files")
-    if isinstance(files, dict) and isinstance(claimed := files.get(UNCONDITIONAL), dict):
+    if (claimed := dataset.get("files", {}).get(UNCONDITIONAL)) is not None:
         damage = list(_file_problems(out / UNCONDITIONAL, claimed, DATASET))
         for message in damage or unconditional_problems(out / UNCONDITIONAL):
             yield Problem("", UNCONDITIONAL, None, message)

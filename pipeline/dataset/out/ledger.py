@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -95,7 +95,10 @@ def shard_names(out: AnyPath) -> list[str]:
 def read_manifest(out: AnyPath, shard: str) -> Manifest:
     path = out / "shards" / f"{shard}.json"
     try:
-        return Manifest.from_json(path.read_bytes())
+        manifest = Manifest.from_json(path.read_bytes())
+        if manifest.shard != shard:
+            raise CorruptShardError(f"it is the manifest of {manifest.shard}")
+        return manifest
     except RemoteError:  # nothing is known of the file: it is not damaged
         raise
     except (CorruptShardError, OSError) as error:
@@ -107,16 +110,40 @@ def read_manifests(out: AnyPath) -> list[Manifest]:
     return list(of_each(out, partial(read_manifest, out), shard_names(out)))
 
 
+class _Model(BaseModel):
+    task: str
+    name: str
+    sha256: str
+
+
+class _Pack(BaseModel):
+    layout: Literal["native", "plain"] = "native"
+    embeddings: bool = True
+
+
+class _Group(BaseModel):
+    of: list[str]
+    similarity: float
+
+
+class _Settings(BaseModel, extra="allow"):
+    __pydantic_extra__: dict[str, dict[str, Any]]
+    pack: _Pack = _Pack()
+    group: _Group | None = None
+
+
 class _Plan(BaseModel):
     stages: list[str] = []
-    settings: dict[str, dict[str, Any]] = {}
-    models: list[dict[str, str]] = []
+    settings: _Settings = _Settings()
+    models: list[_Model] = []
 
 
 class _Described(BaseModel):
     """What is read of dataset.json; each may be lacking."""
 
-    plan: _Plan | None = None
+    profile: str = ""
+    plan_digest: str = ""
+    plan: _Plan = _Plan()
     sources: list[str] = []
     sources_before: list[str] = []
     planned: dict[str, int | None] = {}
@@ -261,8 +288,8 @@ def funnel(
         for ledger in gathered(checked()):
             total.update(by_stage_and_verdict(ledger))
             add(ledger)
-    plan = read_dataset(out).get("plan") if (out / DATASET).exists() else None  # it may not have been copied along
-    at_work = (plan or {}).get("stages") or STAGES
+    dataset = read_dataset(out) if (out / DATASET).exists() else {}  # it may not have been copied along
+    at_work = dataset.get("plan", {}).get("stages") or STAGES
     left = rows_in = total.total()
     rows = []
     for stage in STAGES:

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -151,11 +150,11 @@ class Output:
     def refuse_other_plan(self, plan: Plan, *, replan: bool = False) -> None:
         """Check that OUT is new or was made under an equal plan."""
         try:
-            before = json.loads((self.root / DATASET).read_bytes())
+            if not (self.root / DATASET).exists():
+                return
+            before = read_dataset(self.root)
             identity: dict[str, Any] = before["plan"]
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (CorruptShardError, OSError, KeyError) as error:
             raise OutputError(
                 f"{self.root / DATASET} cannot be read ({first_line(error)}); choose another OUT."
             ) from error
@@ -347,6 +346,7 @@ class ShardWriter:
 def fingerprint(path: AnyPath) -> dict[str, Any]:
     """Length and sha256 of a file, as a manifest's `files` hold them."""
     with path.open("rb") as stream:
+        return {"bytes": path.stat().st_size, "sha256": sha256_of_stream(stream)}
 
 
 def is_whole(path: AnyPath, claimed: Mapping[str, Any]) -> bool:
@@ -357,4 +357,3 @@ def is_whole(path: AnyPath, claimed: Mapping[str, Any]) -> bool:
         raise
     except OSError:
         return False
-        return {"bytes": path.stat().st_size, "sha256": sha256_of_stream(stream)}

@@ -19,8 +19,8 @@ from pipeline.dataset.job import Job
 from pipeline.dataset.out.ledger import Funnel, FunnelRow, read_ledger, read_manifests, shard_names
 from pipeline.dataset.source.laion import is_old_laion
 from pipeline.dataset.source.parts import Part
-from pipeline.shared.tars import unpack
-from schemas.errors import CorruptShardError
+from pipeline.shared.tars import Sample, unpack
+from schemas.errors import CorruptShardError, OutputError
 from schemas.names import fitting_name, part_name
 from schemas.shard import SUFFIXES, decode_npy
 
@@ -191,6 +191,18 @@ def test_a_run_knows_which_part_is_of_which_list():
     old = Part("laion-part-1", "/data/lists/1.parquet", None, "metadata")
     assert Job(SimpleNamespace(), (re_laion, tar)).notes == []
     assert len(Job(SimpleNamespace(), (re_laion, tar, old)).notes) == 1
+
+
+def test_files_that_no_release_writes_are_no_features():
+    sample = Sample("a-000000000", {"json": b"{}", "face.jpg": b"", "note|.jpg": b"", "\udcff": b""})
+    assert [one["name"] for one in about.features([sample])] == ["__key__", "__url__", "face.jpg", "json"]
+
+
+def test_a_folder_in_the_way_is_named(tmp_path):
+    out = Path(fake_shards.write(tmp_path / "out", {"a-00000": fake_shards.counted(0, 1)}))
+    (out / "croissant.json").mkdir()
+    with pytest.raises(OutputError, match=r"croissant\.json cannot be written: Is a directory"):
+        write_card(out, counted(out, 1))
 
 
 def test_a_manifest_that_names_no_tar_is_damage(tmp_path):

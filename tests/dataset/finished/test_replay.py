@@ -131,6 +131,8 @@ def test_a_folder_that_is_no_dataset_is_said_to_be_none(tmp_path):
 
 
 def test_a_dataset_json_without_thresholds_is_named(tmp_path):
-    (fake.write(tmp_path, {}) / "dataset.json").write_text("{}")
-    with pytest.raises(OutputError, match=r"dataset\.json does not say"):
-        thresholds(tmp_path)
+    out = fake.write(tmp_path, {})
+    for text in ("{}", '{"plan": {"settings": {"filter": {}, "models": {"screen": {"factor": Infinity}}}}}'):
+        (out / "dataset.json").write_text(text)
+        with pytest.raises(OutputError, match=r"dataset\.json does not say"):
+            thresholds(tmp_path)

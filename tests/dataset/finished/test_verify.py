@@ -28,7 +28,7 @@ from pipeline.dataset.finished.status import status
 from pipeline.dataset.finished.verify import foreign_files, verify
 from pipeline.dataset.out.forgotten import Forgotten, load
 from pipeline.dataset.out.forgotten import save as save_forgotten
-from pipeline.dataset.out.ledger import funnel
+from pipeline.dataset.out.ledger import Funnel, funnel, read_manifests
 from pipeline.dataset.out.output import Output, fingerprint
 from schemas.columns import LEDGER_SCHEMA
 from schemas.digest import sha256_of_json
@@ -515,16 +515,27 @@ def test_a_plan_that_is_none_is_damage_for_every_reader(whole, tmp_path, section
         ({"sources": [1]}, "sources is not what a run writes"),
         ({"planned": {"p": "x"}}, "planned is not what a run writes"),
         ({"files": [1]}, "files is not an object of objects"),
-        ({"plan": 5}, "plan"),
+        ({"plan_digest": 5}, "plan_digest is not what a run writes"),
+        ({"plan": 5}, "plan is not what a run writes"),
+        ({"plan": None}, "plan is not what a run writes"),
+        ({"plan": {"models": [{"name": "x"}]}}, "plan is not what a run writes"),
+        ({"plan": {"settings": {"pack": {"layout": "x"}}}}, "plan is not what a run writes"),
+        ({"plan": {"settings": {"group": {}}}}, "plan is not what a run writes"),
     ],
 )
 def test_a_dataset_json_that_was_edited_by_hand_is_one_sentence(changed, name, tmp_path):
     out = fake.write(tmp_path / "out", {"p-00000": fake.mixed("p")})
     path = out / "dataset.json"
     path.write_bytes(dataset_text({**json.loads(path.read_bytes()), **changed}))
-    sentence = "dataset.json" if name == "plan" else f"dataset.json.* {name}"
-    for read in (status, lambda one: group([one], tmp_path / "grouped", Wish(), Console(quiet=True))):
-        with pytest.raises((CorruptShardError, OutputError), match=sentence):
+    manifests = tuple(read_manifests(out))
+    for read in (
+        status,
+        write_report,
+        lambda one: write_card(one, Funnel(manifests, 0, ())),
+        lambda one: Output(one).refuse_other_plan(fake.plan()),
+        lambda one: group([one], tmp_path / "grouped", Wish(), Console(quiet=True)),
+    ):
+        with pytest.raises((CorruptShardError, OutputError), match=rf"dataset\.json.* {name}"):
             read(out)
     assert ("dataset.json", None) in [one[:2] for one in problems_of(out)]
 

@@ -97,6 +97,12 @@ def test_a_manifest_with_other_types_is_named(out, change):
         read_manifests(out)
 
 
+def test_the_manifest_of_another_shard_is_named(out):
+    (out / "shards" / "a-00000.json").write_bytes((out / "shards" / "b-00000.json").read_bytes())
+    with pytest.raises(CorruptShardError, match=r"a-00000\.json: it is the manifest of b-00000"):
+        read_manifests(out)
+
+
 def test_a_folder_without_shards_is_the_users_mistake(tmp_path):
     with pytest.raises(OutputError, match="holds no dataset"):
         funnel(tmp_path)

@@ -157,7 +157,7 @@ def group(folders: Sequence[AnyPath], out: AnyPath, wish: Wish, console: Console
     sources = _sources(folders)
     if not any(source.get("kept", 1) for source in sources):
         raise OutputError("No photo was kept in what is to be grouped: there is nothing to group.")
-    if sources[0]["profile"] == "embedded":
+    if sources[0]["plan"]["profile"] == "embedded":
         console.print("The profile embedded is for trying out: its ID vectors tell no persons apart.")
     output, outcome, done = Output(out), "", []
     with suppress(OSError, ValueError, KeyError, TypeError):  # who is whose in OUT, where a run came to its end
@@ -227,8 +227,8 @@ def _sources(folders: Sequence[AnyPath]) -> list[dict[str, Any]]:
         if not now["settings"].get("pack", {}).get("embeddings", True):
             raise OutputError(f"{folder} was made without ID vectors (pack.embeddings = false): it cannot be grouped.")
         sources.append(content)
-        first, now = ({name: one["plan"].get(name) for name in _SAME} for one in (sources[0], content))
-        if len(folders) > 1 and "group" in content["plan"]["settings"]:
+        first = {name: sources[0]["plan"][name] for name in _SAME}
+        if len(folders) > 1 and "group" in now["settings"]:
             raise OutputError(f"{folder} was made by `group`: beside others, give the datasets that it was made of.")
         if first != now:
             raise OutputError(

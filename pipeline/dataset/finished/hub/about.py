@@ -26,6 +26,7 @@ Feature = dict[str, Any]
 
 _VIEWED_BYTES = 2_000_000
 """Larger rows are not shown by the hub's viewer."""
+_KNOWN = {*SUFFIXES, *PLAIN.values()}
 _HEAVY = re.compile(r"(clip_hidden|dino|latents\.|text\.)")
 
 
@@ -134,7 +135,7 @@ def features(samples: Sequence[Sample]) -> list[Feature]:
     contents = [json.loads(sample.files["json"]) for sample in samples]
     return [
         *({"name": name, "dtype": "string"} for name in ("__key__", "__url__")),
-        *({"name": name, **_of_file(name, data, contents)} for name, data in sorted(files.items())),
+        *({"name": name, **_of_file(name, files[name], contents)} for name in sorted(files.keys() & _KNOWN)),
     ]
 
 

@@ -54,10 +54,11 @@ def write_card(out: AnyPath, counted: Funnel) -> About:
         CorruptShardError: names the file that is damaged.
     """
     about = About.of(out, counted)
-    settings = (about.dataset.get("plan") or {}).get("settings", {})
+    settings = about.dataset.get("plan", {}).get("settings", {})
     thresholds = {f"{name}.{key}": value for name in _SECTIONS for key, value in settings.get(name, {}).items()}
     values = {"contents": CONTENTS, "thresholds": thresholds, "old_laion": OLD_LAION, "biases": BIASES}
-    with writing(out / CARD):
+    with writing(out / CROISSANT):
         write(out / CROISSANT, croissant(about).encode())
+    with writing(out / CARD):
         write_readme(out, Path(__file__).with_name("card.md.jinja"), front_matter(about), about=about, **values)
     return about
