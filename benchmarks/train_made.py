@@ -3,6 +3,7 @@
 Neither speed nor memory depends on what the weights and pictures are.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -81,8 +82,11 @@ def _picture(width: int, height: int, quality: int) -> bytes:
     return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
 
-FACE = _picture(224, 224, 95)
-PICTURES = {crop: _picture(*sizes) for crop, sizes in CROPS.items()}
+@functools.cache
+def _pictures() -> dict[str, bytes]:
+    """Suffix -> content."""
+    crops = {f"{crop}.jpg": _picture(*sizes) for crop, sizes in CROPS.items()}
+    return {"face.jpg": _picture(224, 224, 95), "mask.png": bytes(1000), **crops}
 
 
 @dataclass(frozen=True)
@@ -204,10 +208,6 @@ def _described(base: BaseSource, resolution: int) -> dict[str, Any]:
     }
 
 
-def _pictures() -> dict[str, bytes]:
-    return {"face.jpg": FACE, "mask.png": bytes(1000), **{f"{crop}.jpg": data for crop, data in PICTURES.items()}}
-
-
 def _arrays(rng: np.random.Generator, base: BaseSource, resolution: int, vision: Mapping[str, Any]) -> dict[str, bytes]:
     shapes: dict[str, tuple[int, ...]] = {
         "clip.npy": (vision["projection_dim"],),
@@ -225,6 +225,6 @@ def _arrays(rng: np.random.Generator, base: BaseSource, resolution: int, vision:
 def _write_photos(folder: Path, count: int) -> None:
     folder.mkdir(exist_ok=True)
     for number in range(count):
-        (folder / f"{number}.jpg").write_bytes(PICTURES["full"])
-        (folder / f"{number}.face.jpg").write_bytes(FACE)
+        (folder / f"{number}.jpg").write_bytes(_pictures()["full.jpg"])
+        (folder / f"{number}.face.jpg").write_bytes(_pictures()["face.jpg"])
         np.save(folder / f"{number}.npy", np.ones(512, np.float32))

@@ -133,7 +133,11 @@ def test_over_many_draws_no_condition_is_of_the_sample_itself(dataset: Dataset, 
 
 
 @pytest.mark.parametrize("world", [1, 31])
-def test_conditions_are_of_the_person_and_each_sample_comes_once(dataset: Dataset, world: int) -> None:
+def test_conditions_are_of_the_person_and_each_sample_comes_once(
+    dataset: Dataset, world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = plan_reading(dataset, ALL, config(flip=0.5))  # the same for every process, of which each would plan it
+    monkeypatch.setattr("pipeline.train.loader.loader.plan_reading", lambda *_: reading)
     loaders = [ShardLoader(dataset, ALL, config(flip=0.5), rank=rank, world=world) for rank in range(world)]
     batches = [batch for loader in loaders for batch in epochs(loader)]
     assert sorted(number for batch in batches for number in numbers(batch)) == sorted([*PERSON, *PERSON])
@@ -243,7 +247,7 @@ def test_several_photos_lie_side_by_side_equally_many_in_a_batch(dataset: Datase
 
 
 def test_each_person_is_as_likely_as_another(dataset: Dataset) -> None:
-    count, drawn = 25, Counter[int]()
+    count, drawn = 15, Counter[int]()
     people = defaultdict[int, Counter[int]](Counter)
     for batch in epochs(ShardLoader(dataset, ID, config(pairs=0, balance="person")), count):
         drawn.update(numbers(batch))
@@ -251,7 +255,7 @@ def test_each_person_is_as_likely_as_another(dataset: Dataset) -> None:
     assert [*people.values()] == [dict.fromkeys(range(len(PEOPLE)), 2)] * count, "one photo of each in either shard"
     five = [drawn[number] for number, person in PERSON.items() if PEOPLE[person] == 5]
     assert sum(five) == 2 * count
-    assert 2 < min(five) <= max(five) < 20
+    assert 0 < min(five) <= max(five) < 15
 
 
 def test_shards_that_know_no_persons_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The loader on a dataset that `make dataset` made of the bundled photos."""
 
-from itertools import islice
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from pipeline.train.loader.dataset import Dataset, open_dataset
 from pipeline.train.loader.faces import first_faces
 from pipeline.train.loader.loader import ShardLoader
 from pipeline.train.settings import AdapterSettings, TrainConfig
+from schemas.arrays import Image
 from stages.pixels.geometry import norm_crop
 
 
@@ -22,16 +23,18 @@ def made(dataset: Path) -> Dataset:
 def epoch(made: Dataset, reads: tuple[str, ...], buckets: bool, flip: float) -> list[Batch]:
     data = {"resolution": 256, "batch_size": 3, "workers": 0, "buckets": buckets, "latents": "images"}
     config = TrainConfig.model_validate({"data": data, "augment": {"flip": flip}})
-    found = islice(ShardLoader(made, reads, config), 2 * made.samples)
-    return [batch for batch in found if batch.position.epoch == 0]
+    return list(takewhile(lambda batch: batch.position.epoch == 0, ShardLoader(made, reads, config)))
+
+
+@pytest.fixture(scope="module")
+def faces(made: Dataset) -> dict[str, Image]:
+    every = first_faces(made, made.samples, ("arcface",), AdapterSettings())
+    return {face.photo.key: face.photo.face for face in every}
 
 
 @pytest.mark.parametrize("buckets", [True, False])
 @pytest.mark.parametrize("flip", [0.0, 1.0])
-def test_the_face_is_where_the_points_say(made: Dataset, buckets: bool, flip: float) -> None:
-    faces = {
-        face.photo.key: face.photo.face for face in first_faces(made, made.samples, ("arcface",), AdapterSettings())
-    }
+def test_the_face_is_where_the_points_say(made: Dataset, faces: dict[str, Image], buckets: bool, flip: float) -> None:
     batches = epoch(made, ("arcface",), buckets, flip)
     assert sorted(key for batch in batches for key in batch.keys) == sorted(faces)
     for batch in batches:

@@ -25,9 +25,9 @@ def rows(side, captions="", name="shard-00000"):
 
 def box(sheet, value):
     """Box (x0, y0, x1, y1) of the image of one colour."""
-    there = np.argwhere((sheet == (value, 0, 250)).all(-1))
-    (top, left), (bottom, right) = there.min(0), there.max(0) + 1
-    assert len(there) == (bottom - top) * (right - left), "something is drawn over the image"
+    there = (sheet[..., 0] == value) & (sheet[..., 1] == 0) & (sheet[..., 2] == 250)
+    (top, bottom), (left, right) = ((at[0], at[-1] + 1) for at in (np.flatnonzero(there.any(axis)) for axis in (1, 0)))
+    assert there.sum() == (bottom - top) * (right - left), "something is drawn over the image"
     return left, top, right, bottom
 
 
