@@ -90,23 +90,23 @@ def train(job: TrainJob) -> ExitCode:
             if validator is not None and is_due:
                 with session.averaged_weights():
                     watch.note(session.step, validator.run(session.model, session.step))
-            if is_checkpoint or is_due:
+            if (is_checkpoint or is_due) and not (done or stopping):  # at the end it is written anyway
                 write_page()
+        is_whole = session.step >= config.steps
+        released = export(run, description, session.step, run.root) if is_main and is_whole else []
 
     # What averages the gradients must not outlive the process group: it would end gloo's threads while holding Python's
     # lock, for which one of them may wait (seen: a process that hung after its last step).
     del session.forward
     accelerator.free_memory()
     accelerator.end_training()
-    if session.step < config.steps:
+    if not is_whole:
         say(f"Stopped at step {session.step}; the same command with --resume goes on.")
         return ExitCode.INTERRUPTED
-    with partly_done():
-        for path in export(run, description, session.step, run.root) if is_main else ():
-            show(path)
+    for path in released:
+        show(path)
     for note in description["sidecar"]["loading"] if is_main else ():
         say(note)
-    write_page()  # with those files
     return ExitCode.OK
 
 

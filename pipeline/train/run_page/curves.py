@@ -82,16 +82,30 @@ def read_metrics(path: Path) -> dict[str, Doubles]:
     try:
         lines = path.read_bytes() if path.exists() else b""
         lines = lines[: lines.rfind(b"\n") + 1]
-        table = read_json(BytesIO(lines), ReadOptions(use_threads=False)) if lines else pa.table({"step": []})
-        steps = table["step"].cast(pa.float64()).to_numpy()
+        if not lines:
+            return {"step": np.zeros(0)}
+        table = read_json(BytesIO(lines), ReadOptions(use_threads=False))
+        steps = _doubles(table["step"])
     except (OSError, LookupError, pa.ArrowException) as error:
         raise OutputError(f"{path} cannot be read ({first_line(error)}): --resume mends it.") from error
     numbers = {
-        column: table[column].cast(pa.float64()).to_numpy()
+        column: _doubles(table[column])
         for column in table.column_names
         if any(is_such(table[column].type) for is_such in (pa.types.is_integer, pa.types.is_floating, pa.types.is_null))
     }
     return {**numbers, "step": steps}
+
+
+def _doubles(column: pa.ChunkedArray) -> Doubles:
+    """(lines,) NaN where there is none. `to_numpy` has Arrow import pandas: half a second and 56 MB of a training."""
+    every = [np.zeros(0)]
+    for chunk in column.cast(pa.float64()).chunks:
+        valid, own = chunk.is_valid(), slice(chunk.offset, chunk.offset + len(chunk))
+        values = np.frombuffer(chunk.buffers()[1], np.float64)[own].copy()
+        bits = np.unpackbits(np.frombuffer(valid.buffers()[1], np.uint8), bitorder="little")
+        values[bits[valid.offset : valid.offset + len(chunk)] == 0] = np.nan
+        every.append(values)
+    return np.concatenate(every)
 
 
 def not_finite(name: str, metrics: Metrics) -> Mask:
