@@ -5,7 +5,6 @@ import json
 import re
 import resource
 import shutil
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -17,8 +16,12 @@ from accelerate.state import AcceleratorState, GradientState
 import pipeline.train.__main__ as trainer
 from pipeline.shared.bases import find_base
 from pipeline.train.adapters import NAMES as VARIANT_NAMES
+from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.adapters.released import read_released
 from pipeline.train.adapters.variants import VARIANTS
+from pipeline.train.base_model import Base
+from pipeline.train.export import described
+from pipeline.train.job import Call, prepared
 from pipeline.train.settings import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
@@ -74,61 +77,20 @@ def copy(dataset, tmp_path):
 
 @pytest.fixture(scope="module")
 def real(dataset, tmp_path_factory):
-    """A run of the real command, in a folder without anything else."""
-    folder = tmp_path_factory.mktemp("real")
-    (folder / "out").symlink_to(dataset)
-    words = ["--from-shards", "--variant", "faceid", "--steps", "2", "--set", "adapter.lora_rank=4"]
-    words += ["--set", "watch.save_every=1"]
-    script = [sys.executable, "-c", REAL.format(modules=folder.with_name("modules"))]
-    done = subprocess.run([*script, *words], cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder, done
-
-
-REAL = """
-import atexit, gc, json, pathlib, runpy, sys
-def note():
-    loaded = dict(modules=list(sys.modules), left_alone=gc.get_freeze_count(), collects=gc.isenabled())
-    pathlib.Path("{modules}").write_text(json.dumps(loaded))
-atexit.register(note)
-runpy.run_module("pipeline.train", run_name="__main__", alter_sys=True)
-"""
-"""`python -m pipeline.train`, and what it has loaded in the end."""
+    """A run of two steps, with a checkpoint of each; test_train_resume has one of the command in its own process."""
+    out = tmp_path_factory.mktemp("real") / "run"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    with pytest.MonkeyPatch.context() as patch:
+        words = ["--from-shards", str(dataset), *FACEID, "--steps", "2", "--set", "watch.save_every=1"]
+        patch.setattr(sys, "argv", ["faceshards-train", *words, "--out", str(out)])
+        with pytest.raises(SystemExit) as done:
+            trainer.main()
+    assert not done.value.code
+    return out
 
 
 # --- what works ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_without_dir_base_and_out_it_trains_the_tiny_base_on_out(real):
-    folder, done = real
-    run = folder / "runs" / "faceid-tiny"
-    listed = [folder / line for line in done.stdout.splitlines() if line.startswith("runs/")]
-    assert {path.name for path in listed} == {
-        f"{NAME}{end}" for end in (".safetensors", ".bin", ".json", "_lora.safetensors")
-    }
-    assert all(path.parent == run and path.is_file() for path in listed)
-    assert "step 2 of 2" in done.stdout
-    assert sorted(path.name for path in folder.iterdir()) == ["out", "runs"]
-
-
-def test_embedded_shards_are_warned_of_and_stderr_holds_nothing_else(real):
-    _, done = real
-    warning, need = done.stderr.splitlines()
-    assert warning.startswith("warning: these shards are of the `embedded` profile")
-    assert need.startswith("diffusers needs peft beside it")
-
-
-def test_the_trainer_loads_neither_ray_nor_stages(real):
-    loaded = json.loads(real[0].with_name("modules").read_text())["modules"]
-    assert "torch" in loaded
-    assert not {"ray", "stages"}.intersection(loaded)
-
-
-def test_the_collector_goes_on_but_not_among_what_was_imported(real):
-    loaded = json.loads(real[0].with_name("modules").read_text())
-    assert loaded["collects"]
-    assert loaded["left_alone"] > 500_000, "of torch and diffusers"
 
 
 @pytest.mark.parametrize("how", ["--from-shards DIR", "--from-shards=DIR", "DIR", "--from-shards DIR COPY", "run DIR"])
@@ -143,19 +105,15 @@ def test_shards_are_given_in_many_ways(how, cli, dataset, copy, monkeypatch):
     assert job.run.root == Path("run")
 
 
-def test_two_datasets_are_trained_on_as_one(cli, dataset, copy):
-    code, out, err = cli("--from-shards", dataset, copy, *FACEID, "--out", "run")
-    assert code == 0, err
-    assert NAME in out
-    assert json.loads(Path("run", f"{NAME}.json").read_text())["dataset"]["samples"] == 18
-
-
-def test_options_and_files_and_pairs_are_all_heard(cli, dataset):
+def test_two_datasets_are_trained_on_as_one_and_options_and_files_and_pairs_are_all_heard(cli, dataset, copy):
     Path("more.toml").write_text("seed = 5\n[optim]\nlr = 1e-3\nweight_decay = 0.5\n")
     words = ["--config", "more.toml", "--set", "optim.lr=2e-3", "--seed", "6", "--preset", "tiny"]
-    code, _, err = cli("--from-shards", dataset, *FACEID, "--out", "run", *words)
+    code, out, err = cli("--from-shards", dataset, copy, *FACEID, "--out", "run", *words)
     assert code == 0, err
-    told = json.loads(Path("run", f"{NAME}.json").read_text())["recipe"]
+    assert NAME in out
+    sidecar = json.loads(Path("run", f"{NAME}.json").read_text())
+    assert sidecar["dataset"]["samples"] == 18
+    told = sidecar["recipe"]
     assert (told["seed"], told["optim"]["lr"], told["optim"]["weight_decay"]) == (6, 2e-3, 0.5)
     assert told["data"]["resolution"] == 64
 
@@ -184,17 +142,19 @@ def test_embedded_shards_train_a_real_base_where_that_is_allowed(cli, dataset, m
 
 
 def test_a_released_adapter_is_a_starting_point(cli, dataset, real):
-    start = real[0] / "runs" / "faceid-tiny" / f"{NAME}.bin"
+    start = real / f"{NAME}.bin"
     words = ["--from-shards", dataset, *FACEID, "--init-from", start, "--set", "optim.lr=1e-12"]
     words += ["--set", "optim.weight_decay=0"]
     code, _, err = cli(*words, "--out", "run")
     assert code == 0, err
     before, after = read_released(start), read_released(Path("run", f"{NAME}.bin"))
     assert all((before[key].float() - after[key].float()).abs().max() < 1e-6 for key in before)
+    began_as = json.loads(Path("run", f"{NAME}.json").read_text())["init_from"]
+    assert (began_as["name"], began_as["is_known"]) == (start.name, True)
 
 
-def test_licences_and_lineage_of_a_starting_point_go_on(cli, dataset, real, tmp_path):
-    start = Path(shutil.copy(real[0] / "runs" / "faceid-tiny" / f"{NAME}.bin", tmp_path / "start.bin"))
+def test_licences_and_lineage_of_a_starting_point_go_on(dataset, real, tmp_path):
+    start = Path(shutil.copy(real / f"{NAME}.bin", tmp_path / "start.bin"))
     sha256 = hashlib.sha256(start.read_bytes()).hexdigest()
     papers = {
         "variant": "faceid",
@@ -203,24 +163,26 @@ def test_licences_and_lineage_of_a_starting_point_go_on(cli, dataset, real, tmp_
         "dataset": {"digest": "d", "lineage": ["x", "d"]},
     }
 
-    def sidecar(out, start):
-        words = ["--from-shards", dataset, *FACEID, "--init-from", start, "--out", out]
-        code, _, err = cli(*words)
-        assert code == 0, err
-        return json.loads(Path(out, f"{NAME}.json").read_text())
+    def sidecar(start):
+        adapter = {"init_from": str(start), "lora_rank": 4}
+        job = prepared(Call((str(dataset),), "faceid", "tiny", tmp_path / "run", options={"adapter": adapter}))
+        unet = Base(job.base, torch.device("cpu"), torch.float32).unet
+        return described(job, AdapterModel(unet, job.variant, job.widths, job.config.adapter))["sidecar"]
 
-    alone = sidecar("alone", start)
+    alone = sidecar(start)
     assert alone["init_from"] == {
         **{"name": "start.bin", "sha256": sha256, "licences": ["unknown (start.bin)"]},
         **{"lineage": [], "is_known": False},
     }
     start.with_suffix(".json").write_text(json.dumps(papers))
-    known = sidecar("known", start)
+    known = sidecar(start)
     assert {"not for sale", "Apache-2.0"} <= {*known["licences"]}
     assert known["dataset"]["lineage"] == [known["dataset"]["digest"], "x", "d"]
     assert known["init_from"]["is_known"]
     # Two stages: what was not known once stays so.
-    second = sidecar("second", Path("alone", f"{NAME}.safetensors"))
+    stage = Path(shutil.copy(start, tmp_path / "stage.bin"))
+    stage.with_suffix(".json").write_text(json.dumps(alone))
+    second = sidecar(stage)
     assert "unknown (start.bin)" in second["licences"]
     assert not second["init_from"]["is_known"]
 
@@ -248,7 +210,7 @@ def test_help_and_config_tell_everything(cli, monkeypatch):
 
 
 def test_export_writes_the_same_files_again(cli, real):
-    run = real[0] / "runs" / "faceid-tiny"
+    run = real
     before = {path.name: path.read_bytes() for path in run.glob("ip-adapter*")}
     assert len(before) == 4
     for path in run.glob("ip-adapter*"):
@@ -260,7 +222,7 @@ def test_export_writes_the_same_files_again(cli, real):
 
 
 def test_export_takes_an_earlier_checkpoint_and_another_folder(cli, real):
-    run = real[0] / "runs" / "faceid-tiny"
+    run = real
     code, _, err = cli("export", run, "--step", "1", "--out", "other/place")
     assert code == 0, err
     first = run / "checkpoints" / "step-00000001" / f"{NAME}.safetensors"
@@ -271,13 +233,13 @@ def test_export_takes_an_earlier_checkpoint_and_another_folder(cli, real):
 
 
 def test_export_names_the_files_of_a_folder_that_looks_like_markup(cli, real):
-    code, out, err = cli("export", real[0] / "runs" / "faceid-tiny", "--out", "[v2]/:cat:")
+    code, out, err = cli("export", real, "--out", "[v2]/:cat:")
     assert code == 0, err
     assert set(out.split()) == set(map(str, Path("[v2]/:cat:").glob("ip-adapter*")))
 
 
 def test_export_refuses_what_is_no_run(cli, real):
-    run = real[0] / "runs" / "faceid-tiny"
+    run = real
     assert "step 7" in cli.refused("export", run, "--step", "7")
     assert "1, 2" in cli.refused("export", run, "--step", "7")
     assert "holds no run" in cli.refused("export", "nowhere")
@@ -294,7 +256,7 @@ def test_export_refuses_what_is_no_run(cli, real):
 
 
 def test_report_writes_the_page_again_and_refuses_what_is_no_run(cli, real):
-    path = Path(shutil.copytree(real[0] / "runs" / "faceid-tiny", "run")) / "report.html"
+    path = Path(shutil.copytree(real, "run")) / "report.html"
     before = path.read_bytes()
     path.unlink()
     code, out, _ = cli("report", "run")
@@ -395,14 +357,14 @@ def test_each_machine_says_once_what_it_lacks(local, lines, cli, monkeypatch):
 
 
 def test_a_run_that_is_there_is_not_trained_over(cli, dataset, real):
-    run = real[0] / "runs" / "faceid-tiny"
+    run = real
     before = contents(run)
     assert "--resume" in cli.refused("--from-shards", dataset, *FACEID, "--out", run)
     assert contents(run) == before
 
 
 def test_an_adapter_of_another_variant_is_no_starting_point(cli, dataset, real):
-    start = real[0] / "runs" / "faceid-tiny" / f"{NAME}.safetensors"
+    start = real / f"{NAME}.safetensors"
     line = cli.refused("--from-shards", dataset, "--variant", "plus", *QUICK, "--init-from", start)
     assert str(start) in line
     assert "plus" in line

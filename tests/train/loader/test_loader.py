@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
@@ -160,7 +158,7 @@ def test_a_resumed_loader_goes_on_with_the_very_next_batch(
 ) -> None:
     told = config(workers=workers, buckets=buckets, uncond=0.2, augment={"flip": 0.5, "colour": 0.5})
     # Each place of an epoch, and two further on.
-    stops = (*range(1, 10), 15, 23) if workers == 0 else (1, 4, 7)
+    stops = (*range(1, 10), 15, 23) if workers == 0 else (1, 4)
     whole, states = observed(ShardLoader(dataset, reads, told), 24, stops)
     assert whole[-1].position.epoch >= 2
     for stop, state in states.items():
@@ -389,11 +387,9 @@ def test_a_dataset_in_memory(memory: str, tmp_path: Path, workers: int) -> None:
     shards = {"a-00000": fake.counted(0, 4), "a-00001": fake.counted(4, 3)}
     remote, local = opened(memory, shards), opened(tmp_path, shards)
     told = config(workers=workers)
-    batches = take(ShardLoader(remote, ALL, told), 6)
+    batches, states = observed(ShardLoader(remote, ALL, told), 6, (2,))
     assert all(map(same, batches, take(ShardLoader(local, ALL, told), 6)))
-    state = ShardLoader(remote, ALL, told)
-    take(state, 2)
-    assert all(map(same, batches[2:], take(resumed(ShardLoader(remote, ALL, told), state.state_dict()), 4)))
+    assert all(map(same, batches[2:], take(resumed(ShardLoader(remote, ALL, told), states[2]), 4)))
 
 
 DAMAGE = {
@@ -473,41 +469,6 @@ def test_a_vanished_tar_is_named(tmp_path: Path) -> None:
     (tmp_path / "shards/a-00000.tar").unlink()
     with pytest.raises(CorruptShardError, match=r"a-00000\.tar: not a readable tar: .*No such file"):
         take(loader, 1)
-
-
-_KILLS_ITS_WORKER = """
-import gc, multiprocessing, os, signal, sys
-gc.disable()
-from itertools import islice
-from pipeline.train.loader.dataset import open_dataset
-from pipeline.train.loader.loader import ShardLoader, worker_died
-from pipeline.train.settings import TrainConfig
-from schemas.errors import UserError
-told = {"resolution": 64, "batch_size": 2, "workers": 1, "shuffle": 4, "verify": "size"}
-config = TrainConfig.model_validate({"data": told, "augment": {"flip": 0, "colour": 0}})
-try:
-    batches = iter(ShardLoader(open_dataset([sys.argv[1]], config.data), ("arcface",), config))
-    next(batches)
-    (worker,) = multiprocessing.active_children()
-    for number in (signal.SIGINT, signal.SIGHUP):  # as a terminal sends to all: its parent may need another batch
-        os.kill(worker.pid, number)
-    list(islice(batches, 20))
-    print("lives")
-    os.kill(worker.pid, signal.SIGKILL)
-    list(islice(batches, 1000))
-except UserError as error:
-    print(error)
-except RuntimeError as error:
-    print(worker_died(error))
-"""
-
-
-def test_a_worker_leaves_a_terminal_to_its_parent_and_one_that_is_killed_is_told(dataset: Dataset) -> None:
-    # In a process of its own: torch tells of dead workers from a signal handler, at any later moment.
-    root = str(dataset.shards[0].tar.parent)
-    command = [sys.executable, "-c", _KILLS_ITS_WORKER, root]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.stdout.startswith("lives\nA loader process died"), done
 
 
 def test_workers_end_with_the_iteration(dataset: Dataset) -> None:
