@@ -36,6 +36,13 @@ TEXT = 128
 """Text width of the tiny bases."""
 
 
+def by_default(*names):
+    """Of the pairs these always, all with -m long: for what differs less than every network does."""
+    return [
+        pytest.param(*pair.values, id=pair.id, marks=() if pair.id in names else pytest.mark.long) for pair in PAIRS
+    ]
+
+
 def numbers(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from sample_runs import remembered_models
-from tiny_adapters import PAIRS, TOKENS, WITH_LORA
+from tiny_adapters import TOKENS, WITH_LORA, by_default
 
 import pipeline.train.loop as trainer
 from pipeline.train import objective
@@ -88,7 +88,8 @@ def distance(first, second):
 # --- every variant on both layouts ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=PAIRS)
+# Each kind of condition, with a LoRA and without, on both bases; adapters/ has network, gradients and files of each.
+@pytest.fixture(scope="module", params=by_default("ip-adapter-sd15", "full-face-sd15", "faceid-plusv2-sdxl"))
 def run(request, kept, dataset, tmp_path_factory):
     """Two steps of a variant on a base: in the first, what stands before zeros has no gradient yet."""
     name, kind = request.param
@@ -257,7 +258,7 @@ def test_the_gradient_is_clipped(plain, dataset, tmp_path):
     # AdamW divides by the gradient's size, except where that is as small as its epsilon.
     moved, held = (weights(job)["image_proj.norm.bias"].abs().max() for job in (plain, clipped))
     assert held < 0.5 * moved
-    free = train(dataset, tmp_path / "free", "optim.max_grad_norm=0")
+    free = train(dataset, tmp_path / "free", "optim.max_grad_norm=0", steps=1)
     assert "grad_norm" not in metrics(free)[0]
 
 
@@ -327,9 +328,9 @@ def test_a_launcher_that_spreads_weights_over_processes_is_refused(name, monkeyp
 @pytest.mark.usefixtures("no_release")
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine(dataset, tmp_path):
     pairs = ("optim.schedule=cosine", "optim.warmup_steps=2", "optim.lr=1e-3")
-    told = [line["lr"] for line in metrics(train(dataset, tmp_path / "out", *pairs, steps=6))]
+    told = [line["lr"] for line in metrics(train(dataset, tmp_path / "out", *pairs, steps=5))]
     # Of each step, the rate that it was made with: none at the very first, and none is left after the last.
-    assert told == pytest.approx([0, 5e-4, 1e-3, 8.5355e-4, 5e-4, 1.4645e-4], abs=1e-7)
+    assert told == pytest.approx([0, 5e-4, 1e-3, 7.5e-4, 2.5e-4], abs=1e-7)
 
 
 @pytest.mark.slow
@@ -374,19 +375,18 @@ def recogniser(tmp_path_factory):
 
 def test_the_id_loss_changes_the_gradients(plain, dataset, tmp_path, recogniser):
     pairs = ("objective.id_loss=10", "objective.id_loss_max_t=0.5", f"objective.id_loss_weights={recogniser}")
-    job = train(dataset, tmp_path / "out", *pairs)
+    job = train(dataset, tmp_path / "out", *pairs, steps=1)
     first, second = metrics(job)[0], metrics(plain)[0]
     assert first["loss"] > second["loss"]
     assert first["grad_norm"] != second["grad_norm"]
-    assert not same(weights(job), weights(plain))
     told = json.loads((job.run.root / "ip-adapter-faceid_sd15.json").read_text())
     assert told["recipe"]["objective"]["id_loss_weights"] == recogniser.name
 
 
 GRID = (
     "watch.validate_every=1",
-    "watch.validate_faces=2",
-    "watch.validate_steps=2",
+    "watch.validate_faces=1",
+    "watch.validate_steps=1",
     'watch.validate_prompts=["a face"]',
 )
 
@@ -422,8 +422,10 @@ def encoded(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "pairs",
-    [(), ("watch.validate_every=2", "watch.validate_steps=1", "watch.validate_faces=1")],
-    ids=["plain", "grids"],
+    [
+        pytest.param((), id="plain", marks=pytest.mark.long),
+        pytest.param(("watch.validate_every=2", "watch.validate_steps=1", "watch.validate_faces=1"), id="grids"),
+    ],
 )
 @pytest.mark.usefixtures("no_release")
 def test_precomputed_targets_train_without_the_encoders(pairs, encoded, tmp_path, kept, monkeypatch):

@@ -17,6 +17,7 @@ from tiny_adapters import (
     TOKENS,
     WITH_LORA,
     adapter,
+    by_default,
     copy_of,
     numbers,
     set_scale,
@@ -222,6 +223,8 @@ def test_diffusers_chooses_the_layer_and_computes_our_tokens_and_noise(case, loa
     assert_same_noise(case, loaded, condition)
 
 
+# What differs is the kind of base, and whether there is a LoRA.
+@pytest.mark.parametrize("case", by_default("ip-adapter-sd15", "faceid-plusv2-sdxl"), indirect=True)
 def test_containers_and_ways_of_loading_agree(case, loaded):
     condition = condition_of(case.name)
     assert torch.equal(case.theirs(case.pipeline(".bin", **STRICT), condition), case.theirs(loaded, condition))
@@ -268,6 +271,7 @@ def test_two_guided_steps_of_the_stock_pipeline_agree(case, loaded):
     assert off(ours, theirs, effect) <= NOISE_OFF
 
 
+@pytest.mark.parametrize("case", by_default("ip-adapter-sd15", "faceid-sd15", "faceid-plusv2-sdxl"), indirect=True)
 def test_lora_file_and_adapter_without_lora_make_the_adapter(case, tmp_path):
     lora = case.folder / f"{case.file}_lora.safetensors"
     assert lora.is_file() is (case.name in WITH_LORA)
@@ -339,7 +343,7 @@ def test_a_forgotten_shortcut_is_another_adapter(make):
 @pytest.mark.parametrize(
     ("name", "features", "length"),
     [
-        ("plus", 1024, 257),
+        pytest.param("plus", 1024, 257, marks=pytest.mark.long),
         pytest.param("plus", 1024, 261, marks=pytest.mark.long),
         ("plus-face", 384, 257),
         pytest.param("full-face", 1024, 257, marks=pytest.mark.long),
