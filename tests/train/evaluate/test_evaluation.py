@@ -138,16 +138,16 @@ def test_several_processes_share_the_persons_and_the_main_one_writes_the_same(tr
 
 
 def test_progress_is_a_bar_on_a_terminal_and_plain_lines_elsewhere(trained, tmp_path, monkeypatch, capsys):
-    words = [trained / "run", "--from-shards", trained / "other"]
+    words = [trained / "run", "--from-shards", trained / "other", *ONE_PROMPT]
     monkeypatch.setattr(terminal, "LINE_EVERY_S", 0.0)
     evaluated(tmp_path / "lines", *words)
     lines = [line for line in capsys.readouterr().out.splitlines() if " images, person " in line]
-    assert [line.partition(",")[0] for line in lines] == [f"{done} of 6 images" for done in range(1, 7)]
-    assert re.fullmatch(r"1 of 6 images, person 1, about \d+ (s|min) left", lines[0])
-    assert lines[-1] == "6 of 6 images, person 3"
+    assert [line.partition(",")[0] for line in lines] == [f"{done} of 3 images" for done in range(1, 4)]
+    assert re.fullmatch(r"1 of 3 images, person 1, about \d+ (s|min) left", lines[0])
+    assert lines[-1] == "3 of 3 images, person 3"
     monkeypatch.setattr(evaluation, "console", screen := Console(file=StringIO(), force_terminal=True, width=90))
     evaluated(tmp_path / "bar", *words)
-    assert "6/6 person 3" in Text.from_ansi(screen.file.getvalue()).plain
+    assert "3/3 person 3" in Text.from_ansi(screen.file.getvalue()).plain
 
 
 def test_shards_that_it_was_trained_on_are_called_so_also_once_they_are_grouped(trained, tmp_path):
@@ -197,7 +197,8 @@ def test_the_card_beside_what_was_evaluated_has_the_numbers(trained, tmp_path):
     for file in (trained / "run").glob("*.*"):
         shutil.copy(file, tmp_path)
     card, file = tmp_path / "README.md", tmp_path / f"{NAME}.safetensors"
-    words, before = ["evaluate", file, *QUICK, "--from-shards", trained / "other", "--faces", "2"], card.read_text()
+    words = ["evaluate", file, *QUICK, *ONE_PROMPT, "--from-shards", trained / "other", "--faces", "2"]
+    before = card.read_text()
     assert call([*words, "--out", tmp_path / "elsewhere"]) == 0
     assert card.read_text() == before
     assert call(words) == 0
