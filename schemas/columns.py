@@ -11,6 +11,10 @@ from functools import partial
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from schemas.arrow import spare_pandas
+
+spare_pandas()  # before the first array, which any of those who import this may make
+
 
 @dataclass(frozen=True)
 class Column:

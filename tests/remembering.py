@@ -5,18 +5,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-
-class WithoutPandas:
-    """pyarrow would load it, for nothing: a quarter of all that such a process imports."""
-
-    @staticmethod
-    def find_spec(name: str, path: object = None, target: object = None) -> None:
-        if name == "pandas":
-            raise ModuleNotFoundError(name=name)
-
-
-sys.meta_path.insert(0, WithoutPandas)
-
 if __name__ == "__main__":
     from sample_runs import remembered_models
 
