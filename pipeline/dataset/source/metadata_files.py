@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -187,6 +188,9 @@ def _given_back(file: Any) -> Iterator[None]:
     held = sys.getrefcount(file)
     try:
         yield
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # of a damaged file: those that were reading hold it too
+        raise
     finally:
         end = time.monotonic() + _GIVEN_BACK_S
         while sys.getrefcount(file) > held and time.monotonic() < end:
