@@ -21,7 +21,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from pipeline.dataset.config import load_config
-from pipeline.dataset.finished.report_cards import Card
+from pipeline.dataset.finished import contract, report_cards
 from pipeline.dataset.job import make_dataset, prepared
 from pipeline.dataset.source.sample import FILES
 from schemas.errors import ExitCode
@@ -36,7 +36,10 @@ _SMALL = "source.rows_per_shard=3"
 
 MEMORY = "FACESHARDS_TESTS_REMEMBER"
 """The variable that names the file in which the processes of a test run leave what they computed."""
-_drawn = {name: functools.cache(draw) for name, draw in FILES.items()}
+DRAWN = {name: functools.cache(draw) for name, draw in FILES.items()}
+"""The pictures of the bundled sample, each drawn once."""
+FRESH = dict(FILES)
+"""The same, drawn each time, as users have them."""
 _computed: dict[Any, Any] = {}
 _recalled: set[Path] = set()
 
@@ -46,7 +49,7 @@ def _recall() -> None:
     if file not in _recalled and file.exists():
         _recalled.add(file)
         pictures, computed = pickle.loads(file.read_bytes())
-        _drawn.update({name: lambda picture=picture: picture for name, picture in pictures.items()})
+        DRAWN.update({name: lambda picture=picture: picture for name, picture in pictures.items()})
         _computed.update(computed)
 
 
@@ -68,11 +71,29 @@ def _digest(array: Any) -> tuple[Any, ...]:
     return array.shape, xxhash.xxh3_128_digest(np.ascontiguousarray(array))
 
 
-def _card_of(sample: Any, content: Any, real: Callable[..., Card] = Card.of_sample) -> Card:
-    key = real.__qualname__, sample.key, *(xxhash.xxh3_128_digest(data) for data in sample.files.values())
-    if key not in _computed:
-        _computed[key] = real(sample, content)
-    return copy.deepcopy(_computed[key])
+def _once(compute: Callable[..., Any], gather: Callable[[Any], Any] = lambda result: result) -> Callable[..., Any]:
+    """A function that is called once for the same bytes, pixels and other values."""
+
+    @functools.wraps(compute)
+    def remembered(*given: Any) -> Any:
+        key = compute.__qualname__, *map(_key, given)
+        if key not in _computed:
+            _computed[key] = gather(compute(*given))
+        return _computed[key]
+
+    return remembered
+
+
+def _key(given: Any) -> Any:
+    if isinstance(given, bytes):
+        return xxhash.xxh3_128_digest(given)
+    return _digest(given) if isinstance(given, np.ndarray) else repr(given)
+
+
+_OF_CARDS = {
+    name: _once(getattr(report_cards, name)) for name in ("decode_jpeg", "decode_png", "marked", "masked", "reduced")
+}
+_image_problems = _once(contract._image_problems, tuple)
 
 
 def _encoded(suffix: str, image: Any, options: Any, real: Callable[..., bytes] = images._encode) -> bytes:
@@ -91,7 +112,7 @@ def shared(folder: Path) -> Iterator[None]:
         yield
         if not file.exists():
             draft = file.with_suffix(".new")
-            draft.write_bytes(pickle.dumps(({name: draw() for name, draw in _drawn.items()}, _computed)))
+            draft.write_bytes(pickle.dumps(({name: draw() for name, draw in DRAWN.items()}, _computed)))
             draft.rename(file)  # whole, for who reads without the lock
 
 
@@ -103,7 +124,6 @@ def remembered_models(pause_s: float = 0) -> Iterator[None]:
     """
     _recall()
     with (
-        patch.dict(FILES, _drawn),
         patch.object(Haar, "detect", _remembering(Haar.detect, pause_s)),
         patch.object(GrabCut, "segment", _remembering(GrabCut.segment)),
         remembered_pictures(),
@@ -113,10 +133,12 @@ def remembered_models(pause_s: float = 0) -> Iterator[None]:
 
 @contextmanager
 def remembered_pictures() -> Iterator[None]:
-    """Within, what is cut out of a photo is encoded once, and a sample reduced for the report."""
+    """Within, pictures of the sample are drawn once; any is encoded, reduced for the report and verified once."""
     with (
+        patch.dict(FILES, DRAWN),
         patch.object(images, "_encode", _encoded),
-        patch.object(Card, "of_sample", staticmethod(_card_of)),
+        patch.multiple(report_cards, **_OF_CARDS),
+        patch.object(contract, "_image_problems", _image_problems),
     ):
         yield
 
@@ -128,7 +150,7 @@ def make(
     _recall()
     screen = io.StringIO()
     config = load_config(None, [_SMALL, *pairs], shards=shards, **{"executor": "local", **words})
-    with patch.dict(FILES, _drawn) if afresh else remembered_models(), prepared(shards, config) as job:
+    with patch.dict(FILES, DRAWN) if afresh else remembered_models(), prepared(shards, config) as job:
         return make_dataset(job, out, Console(file=screen, width=200), replan=replan), screen.getvalue()
 
 

@@ -444,7 +444,10 @@ import gc, os, shutil, signal, sys
 from pathlib import Path
 from pipeline.dataset.finished.forget import forget
 
-published, work, urls = Path(sys.argv[1]), Path(sys.argv[2]), tuple(sys.argv[3:])
+sys.path.insert(0, sys.argv[4])
+from sample_runs import remembered_pictures
+
+published, work, urls = Path(sys.argv[1]), Path(sys.argv[2]), tuple(sys.argv[3].split())
 
 def deadly(function, left):
     def call(*args, **options):
@@ -454,7 +457,8 @@ def deadly(function, left):
         return function(*args, **options)
     return call
 
-# What a first call imports and compiles, the forked processes have.
+# What a first call imports, compiles and reduces for the report, the forked processes have.
+(remembering := remembered_pictures()).__enter__()
 forget(Path(shutil.copytree(published, work.with_name("once"))), urls=urls)
 gc.freeze()
 steps, killed = 0, True
@@ -476,7 +480,8 @@ while killed:
 def test_a_kill_at_any_step_leaves_the_old_shard_or_the_new_one(tmp_path):
     published = fake.write(tmp_path / "published", {shard: SHORT[shard] for shard in SHORT})
     urls = ("http://photos.example/a/0.jpg", "http://photos.example/a/1.jpg", "http://photos.example/a/2.jpg")
-    words = [sys.executable, "-c", KILLED, str(published), str(tmp_path / "states"), *urls]
+    tests = str(Path(__file__).parents[2])
+    words = [sys.executable, "-c", KILLED, str(published), str(tmp_path / "states"), " ".join(urls), tests]
     (tmp_path / "states").mkdir()
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 
 import pyarrow.parquet as pq
 import pytest
-from sample_runs import SHARDS, begun, command, contents, make
+from sample_runs import DRAWN, SHARDS, begun, command, contents, make
 from server import AWS_OF_NOBODY
 
 from pipeline.dataset.finished.verify import verify
-from pipeline.dataset.source.sample import FILES
 from pipeline.shared.files import RemotePath, locate, to_path
 from schemas.errors import ExitCode, OutputError
 from schemas.names import finished_shards
@@ -101,7 +100,7 @@ def test_a_lack_of_credentials_is_one_sentence_and_not_a_lack_of_a_dataset(out, 
 def test_a_folder_of_images_in_a_bucket_is_read_as_a_local_one(out, tmp_path):
     folder = tmp_path / "local" / "set"
     (folder / "sub").mkdir(parents=True)
-    files = {"a.jpg": FILES["astronaut.jpg"](), "a.txt": b"a", "sub/b #1.jpg": FILES["admiral.jpg"](), "empty.jpg": b""}
+    files = {"a.jpg": DRAWN["astronaut.jpg"](), "a.txt": b"a", "sub/b #1.jpg": DRAWN["admiral.jpg"](), "empty.jpg": b""}
     for name, content in {**files, "sub/b #1.txt": b"", "metadata.csv": b"file_name,text\nempty.jpg,e\n"}.items():
         (folder / name).write_bytes(content)
         (out.parent / f"set/{name}").write_bytes(content)

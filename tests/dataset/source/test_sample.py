@@ -5,17 +5,18 @@ import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from sample_runs import remembered_models
+from sample_runs import FRESH, remembered_models
 
 from pipeline.dataset.execute.runner import Loaded, apply_all
 from pipeline.dataset.rows import Rows
-from pipeline.dataset.source.sample import sample_server, write_sample
+from pipeline.dataset.source.sample import FILES, sample_server, write_sample
 from schemas.columns import COLUMNS, KEPT, SEED_SCHEMA
 from stages import STAGES
 from stages.pixels.images import decode_jpeg
@@ -110,7 +111,8 @@ def test_metadata_has_the_columns_of_laion_and_says_what_was_enlarged(table: pa.
 
 
 def test_the_same_bytes_every_time(folder: Path, tmp_path: Path) -> None:
-    write_sample(tmp_path)
+    with patch.dict(FILES, FRESH):
+        write_sample(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
         path.name: path.read_bytes() for path in folder.iterdir()
     }

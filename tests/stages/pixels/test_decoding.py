@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from sample_runs import SHARDS, make, without
+from sample_runs import DRAWN, SHARDS, make, without
 from skimage import data as samples
 
 from pipeline.dataset.finished.verify import verify
-from pipeline.dataset.source.sample import FILES, sample_rows
+from pipeline.dataset.source.sample import sample_rows
 from schemas.drops import Dropped, DropReason
 from schemas.errors import ExitCode, ShardError
 from stages.pixels import decoding, headers, images
@@ -304,7 +304,7 @@ def test_a_run_loses_the_row_and_keeps_its_neighbours(whole, tmp_path, monkeypat
 
 def signature(name: str) -> bytes:
     """Bytes from the middle of a picture of the sample, which no other has."""
-    content = FILES[name]()
+    content = DRAWN[name]()
     return content[len(content) // 2 :][:24]
 
 
