@@ -37,13 +37,14 @@ class Sscd:
             def forward(self, activations: Any) -> Any:
                 return activations.clamp(min=1e-6).pow(_POWER).mean((2, 3)).pow(1 / _POWER)
 
-        model = resnet50(num_classes=WIDTH)
+        with torch.device("meta"):  # no time on initial values
+            model = resnet50(num_classes=WIDTH)
         model.avgpool = Pooling()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # of TorchScript, which is refused
                 weights = torch.load(path, map_location="cpu", weights_only=True)
-            model.load_state_dict({name.removeprefix("backbone."): one for name, one in weights.items()})
+            model.load_state_dict({name.removeprefix("backbone."): one for name, one in weights.items()}, assign=True)
             sha256 = sha256_of_file(path)
         except OSError as error:
             raise WeightsError(f"The weights of SSCD, {path}, cannot be read ({first_line(error)}).") from error
@@ -53,7 +54,7 @@ class Sscd:
                 "its authors, not the TorchScript file, which holds code."
             ) from error
         self.stamp = {"name": path.stem, "task": "copies", "sha256": sha256, "licence": "not known; SSCD's are MIT"}
-        self._model = model.eval().requires_grad_(False).to(self.device)
+        self._model = model.float().eval().requires_grad_(False).to(self.device)
 
     def __call__(self, photo: Image) -> Floats:
         """The (512,) descriptor of unit length of a (H, W, 3) RGB photo, whose short side gets 288 pixels."""

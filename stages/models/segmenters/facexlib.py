@@ -47,9 +47,10 @@ class FacexlibParser:
 
         path = find(WEIGHTS[self._name], settings)
         is_bisenet = self._name == "bisenet"
-        model = bisenet.BiSeNet(num_class=19) if is_bisenet else parsenet.ParseNet(512, 512, parsing_ch=19)
+        with torch.device("meta"):  # no time on initial values
+            model = bisenet.BiSeNet(num_class=19) if is_bisenet else parsenet.ParseNet(512, 512, parsing_ch=19)
         try:
-            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
         except (UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
             raise WeightsError(
                 f"{path} holds no weights of facexlib's {self._name} ({error}): fetch it again."

@@ -19,14 +19,14 @@ def small(num_classes: int) -> ResNet:
     return ResNet(Bottleneck, [1, 1, 1, 1], num_classes=num_classes)
 
 
-@pytest.fixture
-def resnet(monkeypatch):
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
     monkeypatch.setattr(torchvision.models, "resnet50", small)
+
+
+def test_a_photo_is_described_as_published(tmp_path):
     torch.manual_seed(0)
-    return small(512).eval()
-
-
-def test_a_photo_is_described_as_published(resnet, tmp_path):
+    resnet = small(512).eval()
     path = tmp_path / "sscd_disc_mixup.torchvision.pt"
     torch.save({f"backbone.{name}": one for name, one in resnet.state_dict().items()}, path)
     model = Sscd(path)
@@ -52,7 +52,7 @@ def test_a_photo_is_described_as_published(resnet, tmp_path):
     assert not np.allclose(described, model(photo[:, ::-1]), atol=1e-3)
 
 
-def test_another_file_is_refused_in_a_sentence(resnet, tmp_path):
+def test_another_file_is_refused_in_a_sentence(tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other")
     (tmp_path / "text").write_bytes(b"no")
     (tmp_path / "empty").write_bytes(b"")
