@@ -43,9 +43,9 @@ def full_name(node: ast.expr, known: dict[str, str]) -> str:
 def harmful(source: str) -> Iterator[int]:
     """Lines of calls that run what they read."""
     tree = ast.parse(source)
-    known = names(tree)
+    known, never = names(tree), NEVER - {"compile"}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name | ast.Attribute) and full_name(node, known) in NEVER - {"compile"}:
+        if isinstance(node, ast.Name | ast.Attribute) and full_name(node, known) in never:
             yield node.lineno
         if not isinstance(node, ast.Call):
             continue

@@ -37,7 +37,7 @@ def test_similarity_refuses_points_that_determine_none(kps: np.ndarray) -> None:
 
 
 @given(matrices, jitters, st.sampled_from([112, 224]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_norm_crop_is_insightface_s(matrix: np.ndarray, jitter: np.ndarray, size: int) -> None:
     from insightface.utils import face_align
 
@@ -80,7 +80,7 @@ def test_a_photo_may_be_wider_than_opencv_warps(scale: int) -> None:
 
 
 @given(matrices, jitters, st.floats(0.1, 0.9), st.floats(0.1, 0.9))
-@settings(max_examples=100, deadline=None)
+@settings(deadline=None)
 def test_a_label_lands_where_its_pixel_lands(matrix: np.ndarray, jitter: np.ndarray, u: float, v: float) -> None:
     kps = geometry.transform_points(matrix, ARCFACE_TEMPLATE + jitter)
     in_face = np.array([u, v]) * 223
@@ -149,7 +149,7 @@ framings = st.tuples(st.floats(0.05, 1), st.floats(0, 0.5), st.floats(0, 1), st.
 
 
 @given(faces(), framings)
-@settings(max_examples=500)
+@settings(max_examples=150)
 def test_crop_boxes_keep_every_promise(
     face: tuple[tuple[float, ...], int, int], framing: tuple[float, float, float, int]
 ) -> None:
