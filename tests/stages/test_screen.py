@@ -286,11 +286,12 @@ def larger_faces(material, detector, screen, files):
 
 
 @pytest.mark.real_data
-def test_where_the_screen_saw_only_the_face_the_photo_is_looked_at_once(seen, real, detector, monkeypatch):
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.long)])
+def test_where_the_screen_saw_only_the_face_the_photo_is_looked_at_once(seen, real, detector, monkeypatch, step):
     looks, numbers, screen = [], [], Screen(real, Runtime())
     look = detector._look
     monkeypatch.setattr(detector, "_look", lambda views: (looks.append(len(views)), look(views))[1])
-    for file, image, full in seen.values():
+    for file, image, full in [*seen.values()][::step]:
         (points,) = screen(table(file))["screen_points"].to_pylist()
         looks.clear()
         (short,) = detector.detect_all([image], [points])
@@ -363,7 +364,7 @@ def test_what_is_no_face_when_seen_closer_is_no_second_face(material, oddities, 
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize("seed", [2, 4])
+@pytest.mark.parametrize("seed", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_a_poor_second_face_stays_one(material, once, detector, seed):
     first, closer = second_scores(once, detector, next(composed.with_others(*material, material[0], 1, seed)))
     assert 0.4 < first == closer < 0.7
