@@ -17,6 +17,7 @@ import hostile
 import hypothesis
 import pytest
 import servers
+from hypothesis.internal.conjecture import providers
 from sample_runs import MEMORY, make, remembered_models, shared
 from typer.testing import CliRunner
 
@@ -69,6 +70,12 @@ def pytest_xdist_auto_num_workers() -> int:
     A further one would import all that the tests do once more, and fill no core.
     """
     return len(os.sched_getaffinity(0)) + 1
+
+
+def pytest_sessionstart() -> None:
+    """Numbers and words of all sources would be among the examples: others after each change, and all were parsed."""
+    if hypothesis.settings.get_current_profile_name() == "suite":
+        providers._get_local_constants = lambda: providers._local_constants
 
 
 def pytest_collection_finish() -> None:
