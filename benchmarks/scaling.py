@@ -3,8 +3,8 @@
     FACESHARDS_DATA=folder python benchmarks/scaling.py   # costs by stage and process, and the table of docs/scaling.md
     make bench ARGS=scaling                               # what is simulated against what is measured, on this machine
 
-The driver looks at each row of the metadata; one of 30 is large enough to be fetched, by the process that makes its
-shard; what arrives goes to a worker with the models, and what is kept comes back to be written.
+A thread of the driver looks at each row of the metadata; one of 30 is large enough to be fetched, by the process that
+makes its shard; what arrives goes to a worker with the models, and what is kept comes back to be written.
 """
 
 import heapq
@@ -95,7 +95,8 @@ def cluster(
     features = KEPT / FETCHES * (VIT_S + PARSE_S)
     decoding = ALIVE * (REDUCED_S + WITH_FACE * DECODED_S)
     stages = {
-        "driver": Stage(nodes / drivers * cpu["driver"], ("driver",)),
+        "metadata": Stage(nodes / drivers * cpu["metadata"], ("metadata",)),
+        "driver": Stage(nodes / drivers * (cpu["driver"] - cpu["metadata"]), ("driver",)),
         "distance": Stage(1 / FETCHES_S, ("distance",)),
         "site's link": Stage(nodes * ALIVE * IMAGE_BYTES / SITE_BYTES_S, ("site's link",)),
         "node's link": Stage(ALIVE * IMAGE_BYTES / NODE_BYTES_S, ("node's link",)),
@@ -103,8 +104,8 @@ def cluster(
         "models": Stage(decoding if gpus else cpu["models"] + features, ("workers", "cores")),
         "GPU": Stage(ALIVE * (PHOTO_GPU_S + WITH_FACE * FACE_GPU_S) if gpus else 0.0, ("GPU",)),
     }
-    capacity = {"driver": 1, "distance": CORES + 1, "site's link": 1, "node's link": 1, "shards": CORES + 1}
-    capacity |= {"workers": CORES, "cores": CORES, "GPU": max(1, gpus)}
+    capacity = dict.fromkeys(("metadata", "driver", "site's link", "node's link"), 1)
+    capacity |= {"distance": CORES + 1, "shards": CORES + 1, "workers": CORES, "cores": CORES, "GPU": max(1, gpus)}
     batches = [Stage(BATCH * stage.seconds, stage.on) for stage in stages.values()]
     seconds, busy = simulate(batches, capacity, 600, ahead=8 * CORES)
     per_row = {"cores": stages["shard"].seconds + stages["models"].seconds, "GPU": stages["GPU"].seconds}
@@ -141,9 +142,10 @@ def main() -> None:
             print(f"| {name} | {rows} | {cost:.2f} |", flush=True)
         cpu = dict(scaling_costs.on_ray(material, 1, 50, 24).cpu)
         per_row, per_shard = scaling_costs.of_driver(tiny)
+        metadata = scaling_costs.of_metadata()
     print("\nCPU ms a fetched row on Ray: " + ", ".join(f"{kind} {1000 * value:.2f}" for kind, value in cpu.items()))
-    print(f"of the driver: {1000 * per_row:.3f} and {1000 * per_shard:.1f} a shard")
-    print(f"\n{table({**cpu, 'driver': per_row + per_shard / ROWS_PER_SHARD})}")
+    print(f"of the driver: {1000 * per_row:.3f} ({1000 * metadata:.3f} metadata), {1000 * per_shard:.1f} a shard")
+    print(f"\n{table({**cpu, 'driver': per_row + per_shard / ROWS_PER_SHARD, 'metadata': metadata})}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import statistics
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import count
@@ -61,6 +62,18 @@ def of_driver(material: Material) -> tuple[float, float]:
     few, many = (on_ray(material, 1, rows, 16).cpu["driver"] for rows in (small, large))
     per_shard = (few - many) / (1 / small - 1 / large)
     return many - per_shard / large, per_shard
+
+
+def of_metadata() -> float:
+    """CPU seconds per fetched row to read and judge the rows of its metadata, which a thread of the driver does."""
+    fetched = 20_000
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder, "part.parquet")
+        pq.write_table(laion_like([f"http://large.example/{n}.jpg" for n in range(fetched)]), part)
+        with prepared(str(part), load_config(None, [], shards=str(part)), dry_run=True) as job:
+            start = time.process_time()
+            assert sum(seeds.candidates for seeds in job.shards()) == fetched
+            return (time.process_time() - start) / fetched
 
 
 def check(material: Material, rounds: int) -> Iterator[dict[str, Any]]:

@@ -131,10 +131,12 @@ def test_stages_of_different_processes_share_the_cores():
 
 
 def test_more_nodes_help_until_something_shared_is_busy():
-    cpu = {"driver": 1e-4, "shard": 4e-3, "ray": 1e-3, "models": 3e-2}
+    cpu = {"driver": 1.5e-4, "metadata": 5e-5, "shard": 4e-3, "ray": 1e-3, "models": 3e-2}
     rates = {nodes: scaling.cluster(cpu, nodes, gpus=0)[0] for nodes in (1, 10, 100)}
     assert rates[10] == pytest.approx(10 * rates[1], rel=0.02)
     assert scaling.cluster(cpu, 1000, gpus=1)[0] == pytest.approx(1e4, rel=0.02)  # what the driver manages
+    slow = {**cpu, "driver": 2.5e-4, "metadata": 2e-4}
+    assert scaling.cluster(slow, 1000, gpus=1)[0] == pytest.approx(5e3, rel=0.02)  # what its thread of metadata does
 
 
 @pytest.mark.parametrize("kind", ["sd15", pytest.param("sdxl", marks=pytest.mark.long)])
