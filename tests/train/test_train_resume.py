@@ -47,7 +47,10 @@ STEPS, EVERY = 6, 2
 COMMON = ("adapter.lora_rank=4", f"watch.save_every={EVERY}", "watch.keep=2")
 PLANS = {
     "faceid": ("tiny", ("data.workers=2", "optim.accumulate=2", "optim.ema_decay=0.9", "objective.noise_offset=0.1")),
-    "faceid-plusv2": ("tiny-sdxl", ("data.workers=0", "optim.schedule=cosine", "optim.warmup_steps=3")),
+    "faceid-plusv2": (
+        "tiny-sdxl",
+        ("data.workers=0", "optim.accumulate=2", "optim.schedule=cosine", "optim.warmup_steps=3"),
+    ),
 }
 
 REAL = ["--from-shards", "--variant", "faceid", "--steps", "2", "--set", "adapter.lora_rank=4"]
