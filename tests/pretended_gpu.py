@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 GPU = torch.device("cuda")
+_COPIES = ("aten.copy_", "aten._foreach_copy_")
+"""Also from one device to another; a list whose tensors lie on several is copied one by one."""
 _READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.bincount", "aten.equal")
 _TO = torch._C._nn._parse_to
 _MOVES = {torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.pin_memory}
@@ -176,7 +178,7 @@ class _Operations(TorchDispatchMode):
         if any(there):
             gpu.touch(func)
             strangers = [leaf for leaf, is_there in zip(given, there, strict=True) if not is_there and leaf.ndim]
-            if name == "aten.copy_":
+            if name in _COPIES:
                 if not all(there) and not (kwargs.get("non_blocking") or args[2:] == (True,)):
                     gpu.wait(func)
             elif strangers and name in ("aten.index", "aten.index_put_") and there[0]:
@@ -187,7 +189,7 @@ class _Operations(TorchDispatchMode):
             if name in _READS or is_masked:
                 gpu.wait(func)
         made = func(*args, **kwargs)
-        if any(there) and name != "aten.copy_":
+        if any(there) and name not in _COPIES:
             for leaf in _tensors([made]):
                 gpu.mark(leaf)
         if gpu.recorded is not None:
