@@ -10,7 +10,10 @@ import pyarrow as pa
 
 
 class _Hidden:
-    """Stands before the finders of modules, and lets them find no pandas."""
+    """Stands before the finders of modules, and lets them find no pandas.
+
+    A None among sys.modules would do for Python, but Arrow's compiled import takes it for the module.
+    """
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> None:
         if name == "pandas":

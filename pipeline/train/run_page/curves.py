@@ -14,7 +14,10 @@ from pyarrow.json import ReadOptions, read_json
 from scipy.ndimage import uniform_filter1d
 
 from schemas.arrays import Doubles, Mask
+from schemas.arrow import spare_pandas
 from schemas.errors import OutputError, first_line
+
+spare_pandas()  # a training has no other arrays of Arrow
 
 Metrics = Mapping[str, Doubles]
 """Name -> values (lines,), NaN where a line has no finite one; `step` is among them."""
@@ -82,23 +85,16 @@ def read_metrics(path: Path) -> dict[str, Doubles]:
     try:
         lines = path.read_bytes() if path.exists() else b""
         lines = lines[: lines.rfind(b"\n") + 1]
-        if not lines:
-            return {"step": np.zeros(0)}
-        table = read_json(BytesIO(lines), ReadOptions(use_threads=False))
-        steps = _doubles(table["step"])
+        table = read_json(BytesIO(lines), ReadOptions(use_threads=False)) if lines else pa.table({"step": []})
+        steps = table["step"].cast(pa.float64()).to_numpy()
     except (OSError, LookupError, pa.ArrowException) as error:
         raise OutputError(f"{path} cannot be read ({first_line(error)}): --resume mends it.") from error
     numbers = {
-        column: _doubles(table[column])
+        column: table[column].cast(pa.float64()).to_numpy()
         for column in table.column_names
         if any(is_such(table[column].type) for is_such in (pa.types.is_integer, pa.types.is_floating, pa.types.is_null))
     }
     return {**numbers, "step": steps}
-
-
-def _doubles(column: pa.ChunkedArray) -> Doubles:
-    """(lines,) NaN where there is none. For `to_numpy` Arrow would import pandas, 56 MB of a training."""
-    return np.array(column.cast(pa.float64()).to_pylist(), np.float64)
 
 
 def not_finite(name: str, metrics: Metrics) -> Mask:
