@@ -19,14 +19,14 @@ def of_each(folder: AnyPath, read: Callable[[str], T], names: Iterable[str], thr
     if threads == 1:
         yield from map(read, names)
         return
-    pool, ahead = ThreadPoolExecutor(threads), deque[Future[T]]()
+    pool, begun = ThreadPoolExecutor(threads), deque[Future[T]]()
     try:
         for name in names:
-            ahead.append(pool.submit(read, name))
-            if len(ahead) == threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+            begun.append(pool.submit(read, name))
+            if len(begun) == threads:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
