@@ -7,6 +7,7 @@ A thread of the driver looks at each row of the metadata; one of 30 is large eno
 makes its shard; what arrives goes to a worker with the models, and what is kept comes back to be written.
 """
 
+import argparse
 import heapq
 import sys
 import tempfile
@@ -132,6 +133,7 @@ def table(cpu: Mapping[str, float]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     import scaling_costs
     from material import Material
 

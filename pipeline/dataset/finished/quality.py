@@ -76,7 +76,8 @@ def read_faces(out: AnyPath) -> Faces:
     columns = ("key", "person", "kps", *(name for name in _MEASURES if name not in FROM_POINTS))
     tables: list[pa.Table] = []
     vectors: list[Floats] = []
-    for shard, ledger in zip(shard_names(out), ledgers(out, columns), strict=True):
+    shards = shard_names(out)  # once: another run may finish more meanwhile
+    for shard, ledger in zip(shards, ledgers(out, columns, shards), strict=True):
         rows = ledger.filter(pc.and_(pc.equal(ledger["verdict"], KEPT), pc.is_valid(ledger["person"])))
         rows = rows.slice(0, _MOST - len(vectors))
         if rows.num_rows:

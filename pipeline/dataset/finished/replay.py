@@ -178,9 +178,12 @@ def floats(column: pa.ChunkedArray) -> Doubles:
     return values
 
 
-def ledgers(out: AnyPath, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """These columns and the verdict of every ledger of OUT, each row of a part once, with its last verdict."""
-    shards = shard_names(out)
+def ledgers(out: AnyPath, columns: Sequence[str], shards: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """These columns and the verdict of every ledger of OUT, each row of a part once, with its last verdict.
+
+    `shards` are the names of all that are finished, where they were listed before.
+    """
+    shards = shard_names(out) if shards is None else shards
     rounds = Rounds(out, shards)
     read = partial(read_ledger, out, columns=[*columns, "row", "verdict"])
     for shard, ledger in zip(shards, of_each(out, read, shards), strict=True):

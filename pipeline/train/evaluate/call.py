@@ -54,21 +54,28 @@ def prepared(call: Call) -> EvaluationJob:
     """
     subject = read_subject(call.path, call.variant, call.step)
     config = _config(call, subject, "tiny")
+    name = call.base or subject.sidecar.get("base")
+    # One that is named is looked for before manifests are read, which may lie far away.
+    source = _base(call, subject, name) if name else None
     dataset = open_dataset(call.shards, config.data.model_copy(update={"allow_no_captions": True}))
     subject.require_embedders(dataset)
-    name = call.base or subject.sidecar.get("base") or ("tiny" if EMBEDDED in dataset.profiles else subject.kind)
+    if source is None:
+        source = _base(call, subject, "tiny" if EMBEDDED in dataset.profiles else subject.kind or "sd15")
+    config = _config(call, subject, "tiny" if source.name in TINY else DEFAULT_PRESETS[source.kind])
+    require_meaning(source.name, dataset, config)
+    features = features_of(dataset, subject.variant.reads, config.adapter)
+    return EvaluationJob(call, subject, config, dataset, source, features)
+
+
+def _base(call: Call, subject: Subject, name: str) -> BaseSource:
     try:
-        source = find_base(name or "sd15", sdxl=subject.kind == "sdxl")
+        return find_base(name, sdxl=subject.kind == "sdxl")
     except SourceError as error:
         if call.base is not None or Path(name).exists():
             raise
         raise ConfigError(
             f"{call.path} was trained on the base {name}, of whose folder it knows the name alone: give it by --base."
         ) from error
-    config = _config(call, subject, "tiny" if source.name in TINY else DEFAULT_PRESETS[source.kind])
-    require_meaning(source.name, dataset, config)
-    features = features_of(dataset, subject.variant.reads, config.adapter)
-    return EvaluationJob(call, subject, config, dataset, source, features)
 
 
 def _config(call: Call, subject: Subject, preset: str) -> TrainConfig:

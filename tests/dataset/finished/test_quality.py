@@ -123,3 +123,10 @@ def test_a_vector_that_is_none_names_its_tar(tmp_path, vector):
     out = fake.write(tmp_path, {"a-00000": [*photos(2, 2)[:3], *photos(2, 2, arcface=vector)[3:]]})
     with pytest.raises(CorruptShardError, match=r"a-00000\.tar: an arcface\.npy is no ID vector"):
         read_faces(out)
+
+
+def test_shards_that_another_run_finishes_meanwhile_are_left_for_the_next_time(planted, monkeypatch):
+    listings = iter([["a-00000"], ["a-00000", "a-00001"]])
+    for module in ("quality", "replay"):
+        monkeypatch.setattr(f"pipeline.dataset.finished.{module}.shard_names", lambda out: next(listings))
+    assert len(read_faces(planted).vectors) == 150

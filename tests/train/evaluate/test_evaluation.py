@@ -433,6 +433,11 @@ def test_a_wrong_call_is_one_sentence_and_writes_nothing(words, parts, trained, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_base_that_is_none_is_refused_before_the_dataset_is_read(trained, capsys):
+    assert call(["evaluate", trained / "run", "--base", "sd16", "--from-shards", trained / "nowhere"]) == 2
+    assert "'sd16'" in capsys.readouterr().err
+
+
 def test_the_folder_of_its_base_is_to_be_given_where_only_its_name_is_known(trained, tmp_path, capsys):
     run = Path(shutil.copytree(trained / "run", tmp_path / "run"))
     described = json.loads((run / "run.json").read_text())
