@@ -134,12 +134,13 @@ class Output:
             os.close(handle)
 
     def clear(self) -> None:
-        """Remove temporary files: those of this run, or of one that was killed."""
+        """Remove temporary files: those of this run, or of one that was killed. A folder is none of ours."""
         if isinstance(self.root, RemotePath):
             return
         for folder in (self.root, self.shards, self.drops):
             for stray in folder.glob(f"{TEMPORARY}*"):
-                stray.unlink(missing_ok=True)
+                if not stray.is_dir():
+                    stray.unlink(missing_ok=True)
 
     def remove(self, shard: str) -> None:
         """Remove a shard, manifest first, so that no half of it ever counts as done."""

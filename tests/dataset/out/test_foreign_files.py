@@ -28,6 +28,7 @@ def test_files_of_others_stop_neither_a_rerun_nor_training_and_stay(whole, tmp_p
     before = {path.name: path.read_bytes() for path in shards.iterdir()}
     for name, data in FOREIGN.items():
         (shards / name).write_bytes(data)
+    (finished / ".tmp-mine").mkdir()
     (shards / ".nv-meta").mkdir()
     (shards / ".nv-meta" / "split.yaml").write_bytes(b"split_parts: {}")
     assert make(finished)[0] is ExitCode.OK
@@ -38,6 +39,7 @@ def test_files_of_others_stop_neither_a_rerun_nor_training_and_stay(whole, tmp_p
     assert {path.name for path in shards.iterdir()} >= {*FOREIGN, ".nv-meta"}
     assert {path.name for path in shards.iterdir()} <= {*before, *FOREIGN, ".nv-meta"}
     assert {name: (shards / name).read_bytes() for name in FOREIGN} == FOREIGN
+    assert (finished / ".tmp-mine").is_dir()
 
 
 @pytest.mark.parametrize("url", ["", "memory://foreign"])
