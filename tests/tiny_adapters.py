@@ -21,23 +21,14 @@ KINDS = ("sd15", "sdxl")
 WITH_LORA = ("faceid", "faceid-plus", "faceid-plusv2")
 TOKENS = {"ip-adapter": 4, "plus": 16, "plus-face": 16, "full-face": 257}
 TOKENS |= {"faceid": 4, "faceid-portrait": 16, "faceid-plus": 4, "faceid-plusv2": 4}
-_ALWAYS = {
-    "sd15": ("ip-adapter", "plus", "full-face", "faceid", "faceid-portrait", "faceid-plusv2"),
-    "sdxl": ("faceid-plusv2",),
-}
-PAIRS = [
-    pytest.param((name, kind), id=f"{name}-{kind}", marks=[] if name in _ALWAYS[kind] else [pytest.mark.long])
-    for kind in KINDS
-    for name in TOKENS
-]
-"""Every network on SD1.5, and on SDXL the one that has the parts of most; with -m long every variant on both."""
-EACH = [pytest.param(*pair.values[0], id=pair.id, marks=pair.marks) for pair in PAIRS]
+PAIRS = [pytest.param((name, kind), id=f"{name}-{kind}") for kind in KINDS for name in TOKENS]
+"""Every variant on both kinds of base."""
 TEXT = 128
 """Text width of the tiny bases."""
 
 
 def by_default(*names):
-    """Of the pairs these always, all with -m long: for what differs less than every network does."""
+    """Of the pairs these always, all with -m long."""
     return [
         pytest.param(*pair.values, id=pair.id, marks=() if pair.id in names else pytest.mark.long) for pair in PAIRS
     ]

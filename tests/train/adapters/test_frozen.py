@@ -33,7 +33,7 @@ def run(module, *inputs):
 
 
 @pytest.mark.parametrize("rewrite", REWRITES)
-@pytest.mark.parametrize("sides", [(16, 16), (13, 10)])
+@pytest.mark.parametrize("sides", [pytest.param((16, 16), marks=pytest.mark.long), (13, 10)])
 def test_a_rewritten_unet_computes_the_same_and_keeps_less(rewrite, sides):
     torch.manual_seed(0)
     unet = tiny_unet("sd15").double().requires_grad_(False)

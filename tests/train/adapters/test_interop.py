@@ -10,9 +10,9 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from tiny_adapters import (
     KINDS,
-    PAIRS,
     TEXT,
     TOKENS,
     WITH_LORA,
@@ -29,7 +29,8 @@ from torch.nn.functional import normalize
 from pipeline.train.adapters.attention import named_attention
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.adapters.released import read_released, write_released
-from pipeline.train.adapters.variants import VARIANTS, variant
+from pipeline.train.adapters.variants import VARIANTS, Widths, variant
+from pipeline.train.settings import AdapterSettings
 
 RANK, BATCH = 8, 2
 CLASSES = {
@@ -164,8 +165,13 @@ def layer_of(made):
 
 
 def given_to(made, name, condition):
+    """The condition as a caller hands it to a pipeline."""
+    return handed_to(layer_of(made), name, condition)
+
+
+def handed_to(layer, name, condition):
     """The condition as a caller hands it to diffusers: (B, faces, …), and CLIP features set on the layer."""
-    layer, reads = layer_of(made), variant(name).reads
+    reads = variant(name).reads
     if reads == ("arcface", "hidden"):
         layer.clip_embeds = condition["hidden"][:, None]
         layer.shortcut = name == "faceid-plusv2"
@@ -183,7 +189,8 @@ def make_case(bases, name, kind, folder, **widths):
     return Case(name, kind, base, model.eval(), folder, file)
 
 
-@pytest.fixture(scope="module", params=PAIRS)
+# Every variant's tokens are compared below, on both kinds; a UNet knows of a variant whether it has a LoRA.
+@pytest.fixture(scope="module", params=by_default("ip-adapter-sd15", "faceid-plusv2-sdxl"))
 def case(request, bases, tmp_path_factory):
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -223,8 +230,26 @@ def test_diffusers_chooses_the_layer_and_computes_our_tokens_and_noise(case, loa
     assert_same_noise(case, loaded, condition)
 
 
-# What differs is the kind of base, and whether there is a LoRA.
-@pytest.mark.parametrize("case", by_default("ip-adapter-sd15", "faceid-plusv2-sdxl"), indirect=True)
+@pytest.mark.parametrize("kind", ["sd15", pytest.param("sdxl", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_diffusers_chooses_the_layer_of_every_variant_and_computes_our_tokens(bases, name, kind):
+    """Of the file's image_proj alone, which diffusers recognises by its keys."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        ours = variant(name).image_proj(Widths(kind, TEXT), AdapterSettings()).eval()
+    for number, weight in enumerate(ours.parameters()):
+        weight.data = (weight + 0.1 * numbers(11 + number, *weight.shape)).half().float()
+    tensors = {key: tensor.half() for key, tensor in ours.state_dict().items()}
+    layer = bases[kind].unet._convert_ip_adapter_image_proj_to_diffusers(tensors, **STRICT).float()
+    assert type(layer).__name__ == CLASSES[name]
+    condition = condition_of(name, length=257 if name == "full-face" else 33)
+    embeds = handed_to(layer, name, condition)
+    tokens, theirs = ours(*condition.values()), MultiIPAdapterImageProjection([layer])([embeds])[0].flatten(1, 2)
+    assert tokens.shape == theirs.shape == (BATCH, TOKENS[name], TEXT)
+    assert off(tokens, theirs, tokens.abs().max()) <= TOKENS_OFF
+
+
 def test_containers_and_ways_of_loading_agree(case, loaded):
     condition = condition_of(case.name)
     assert torch.equal(case.theirs(case.pipeline(".bin", **STRICT), condition), case.theirs(loaded, condition))
@@ -271,7 +296,6 @@ def test_two_guided_steps_of_the_stock_pipeline_agree(case, loaded):
     assert off(ours, theirs, effect) <= NOISE_OFF
 
 
-@pytest.mark.parametrize("case", by_default("ip-adapter-sd15", "faceid-sd15", "faceid-plusv2-sdxl"), indirect=True)
 def test_lora_file_and_adapter_without_lora_make_the_adapter(case, tmp_path):
     lora = case.folder / f"{case.file}_lora.safetensors"
     assert lora.is_file() is (case.name in WITH_LORA)
@@ -345,10 +369,10 @@ def test_a_forgotten_shortcut_is_another_adapter(make):
     [
         pytest.param("plus", 1024, 257, marks=pytest.mark.long),
         pytest.param("plus", 1024, 261, marks=pytest.mark.long),
-        ("plus-face", 384, 257),
+        pytest.param("plus-face", 384, 257, marks=pytest.mark.long),
         pytest.param("full-face", 1024, 257, marks=pytest.mark.long),
         ("full-face", 1024, 261),
-        ("faceid-plusv2", 1024, 257),
+        pytest.param("faceid-plusv2", 1024, 257, marks=pytest.mark.long),
     ],
 )
 def test_dino_features(make, name, features, length):

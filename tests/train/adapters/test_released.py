@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_adapters import EACH, KINDS, WITH_LORA, adapter, copy_of, tiny_unet
+from tiny_adapters import KINDS, WITH_LORA, adapter, by_default, copy_of, tiny_unet
 
 from pipeline.train.adapters.attention import named_attention
 from pipeline.train.adapters.released import read_released, require_fit, write_released
@@ -86,8 +86,13 @@ def test_name_tells_another_image_encoder_where_it_matters(name):
     assert ("plusv2" in dino) is (name == "faceid-plusv2")
 
 
-@pytest.mark.parametrize(("name", "kind"), EACH)
-def test_both_containers_hold_the_weights_in_float16_and_nothing_else(known, tmp_path, name, kind):
+# What differs is whether there is a LoRA, and its form on SDXL.
+two_kinds_of_files = pytest.mark.parametrize("pair", by_default("ip-adapter-sd15", "faceid-plusv2-sdxl"))
+
+
+@two_kinds_of_files
+def test_both_containers_hold_the_weights_in_float16_and_nothing_else(known, tmp_path, pair):
+    name, kind = pair
     model = known(name, kind)
     files = released(tmp_path, model)
     ends = [".safetensors", ".bin", *["_lora.safetensors"] * (name in WITH_LORA), ".json"]
@@ -158,8 +163,9 @@ def start_from(path, model):
     model.load_trained(tensors)
 
 
-@pytest.mark.parametrize(("name", "kind"), EACH)
-def test_both_containers_are_a_starting_point(unets, known, tmp_path, name, kind):
+@two_kinds_of_files
+def test_both_containers_are_a_starting_point(unets, known, tmp_path, pair):
+    name, kind = pair
     model, other = known(name, kind), model_of(unets, name, kind, seed=2)
     mine = other.trained()
     for path in released(tmp_path, model)[:2]:
@@ -313,7 +319,8 @@ def nest(tensors):
     return parts
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+# What is read of either container is compared by the same lines.
+@pytest.mark.parametrize("suffix", [".safetensors", pytest.param(".bin", marks=pytest.mark.long)])
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_file_is_refused_in_one_sentence(known, tmp_path, case, suffix):
     name, change = WRONG[case]
