@@ -100,8 +100,13 @@ def same(one: Batch, other: Batch) -> bool:
     return all(equal(getattr(one, field.name), getattr(other, field.name)) for field in fields(Batch))
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 13])
-@pytest.mark.parametrize("buckets", [True, False])
+@pytest.mark.parametrize(
+    ("world", "buckets"),
+    [
+        *((1, True), (3, True), (13, True), (2, False)),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in ((2, True), (1, False), (3, False), (13, False))),
+    ],
+)
 def test_processes_share_every_epoch(dataset: Dataset, world: int, buckets: bool) -> None:
     for number in (0, 1):
         parts = [
@@ -150,7 +155,7 @@ def test_a_buffer_of_one_keeps_the_order_of_the_shards(dataset: Dataset) -> None
 
 @pytest.mark.parametrize(
     ("workers", "buckets", "reads"),
-    [(0, True, ID), (0, False, ALL), (2, True, ALL)],
+    [(0, True, ID), pytest.param(0, False, ALL, marks=pytest.mark.long), (2, True, ALL)],
     ids=["id", "squares", "processes"],
 )
 def test_a_resumed_loader_goes_on_with_the_very_next_batch(
@@ -193,7 +198,10 @@ def test_a_place_in_another_order_is_refused(dataset: Dataset, other: TrainConfi
 
 @pytest.mark.parametrize(
     "other",
-    [config(shuffle=5), config(workers=2), pytest.param(config(workers=2, shuffle=1), marks=pytest.mark.long)],
+    [
+        config(shuffle=5),
+        *(pytest.param(other, marks=pytest.mark.long) for other in (config(workers=2), config(workers=2, shuffle=1))),
+    ],
 )
 def test_what_deals_out_samples_may_change_and_the_next_epoch_begins(dataset: Dataset, other: TrainConfig) -> None:
     loader = ShardLoader(dataset, ID, config())
@@ -222,7 +230,7 @@ def test_another_number_of_processes_begins_the_next_epoch_and_shares_it(
     assert sorted(begun) == every_key(dataset)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_the_random_state_of_the_process_is_left_alone(dataset: Dataset, workers: int) -> None:
     before, numpy = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index,union-attr]
     take(ShardLoader(dataset, ID, config(workers=workers)), 3)
@@ -382,7 +390,7 @@ def memory() -> Iterator[str]:
     fsspec.filesystem("memory").rm("/loader-stream", recursive=True)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_a_dataset_in_memory(memory: str, tmp_path: Path, workers: int) -> None:
     shards = {"a-00000": fake.counted(0, 4), "a-00001": fake.counted(4, 3)}
     remote, local = opened(memory, shards), opened(tmp_path, shards)
@@ -405,8 +413,8 @@ DAMAGE = {
     "a missing file": {"clip_hidden.npy": None},
     "a missing json": {"json": None},
 }
-_OF_WORKERS = ("not finite", "half a picture", "a missing json")
-"""What a loader's process tells its parent, one of each kind; with -m long all."""
+_OF_WORKERS = ("not finite",)
+"""What a loader's process tells its parent by default; with -m long all."""
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def stored(request: pytest.FixtureRequest, tmp_path: Path) -> Dataset:
     ("workers", "encoder"),
     [
         (0, "clip-vit-h"),
-        (0, "dinov2"),
+        pytest.param(0, "dinov2", marks=pytest.mark.long),
         (1, "clip-vit-h"),
         pytest.param(1, "dinov2", marks=pytest.mark.long),
     ],
@@ -193,7 +193,7 @@ DAMAGE = {
 @pytest.mark.parametrize(
     ("workers", "damage"),
     [
-        pytest.param(workers, damage, marks=[pytest.mark.long] if workers and damage != "not finite" else [])
+        pytest.param(workers, damage, marks=[pytest.mark.long] if workers else [])
         for workers in (0, 1)
         for damage in DAMAGE
     ],

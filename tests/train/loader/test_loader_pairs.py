@@ -100,7 +100,7 @@ def same(one: Batch, other: Batch) -> bool:
     return one.keys == other.keys and all(map(torch.equal, tensors(one), tensors(other)))
 
 
-@pytest.mark.parametrize(("draws", "people"), [(10_000, 60), pytest.param(100_000, 300, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("draws", "people"), [(5_000, 60), pytest.param(100_000, 300, marks=pytest.mark.long)])
 def test_over_many_draws_no_condition_is_of_the_sample_itself(dataset: Dataset, draws: int, people: int) -> None:
     photos = np.random.default_rng(0).integers(2, 60, people).tolist()
     shard = Shard("out", Path("a.tar"), fake.manifest("a-00000", b"", sum(photos)))
@@ -132,7 +132,7 @@ def test_over_many_draws_no_condition_is_of_the_sample_itself(dataset: Dataset, 
     assert min(map(len, partners.values())) >= 1
 
 
-@pytest.mark.parametrize("world", [1, 31])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 7])
 def test_conditions_are_of_the_person_and_each_sample_comes_once(
     dataset: Dataset, world: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,7 +189,11 @@ def test_pairs_are_as_often_as_they_were_set_and_move_no_other_draw(dataset: Dat
 
 @pytest.mark.parametrize(
     ("workers", "reads", "faces", "balance"),
-    [(0, ALL, 1, "photo"), (0, ID, 5, "person"), (2, ID, 5, "photo")],
+    [
+        (0, ALL, 1, "photo"),
+        (0, ID, 5, "person"),
+        pytest.param(2, ID, 5, "photo", marks=pytest.mark.long),
+    ],
     ids=["features", "persons", "processes"],
 )
 def test_a_resumed_loader_draws_the_same(

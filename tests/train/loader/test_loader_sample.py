@@ -151,7 +151,7 @@ def test_points_follow_scaling_cut_and_mirror() -> None:
 
 
 def test_one_draw_decides_what_is_unconditional() -> None:
-    count = 2000
+    count = 1000
     told = {"p_uncond_image": 0.1, "p_uncond_text": 0.2, "p_uncond_both": 0.3}
     samples = planned(count=count, guidance=told)
     found = Counter((one.uncond_image, one.uncond_text) for one in samples)
@@ -163,7 +163,7 @@ def test_one_draw_decides_what_is_unconditional() -> None:
 
 
 def test_kinds_and_captions_are_mixed_by_their_weights() -> None:
-    count, data = 2000, {"resolution": 64, "kinds": {"web": 0.25}}
+    count, data = 1000, {"resolution": 64, "kinds": {"web": 0.25}}
     web, made = fake.sample(0), fake.sample(0, source_kind="made", text_alternatives=["b", "c"])
     mixing = replace(READING, alternatives=0.4)
     assert abs(sum(one is not None for one in planned(web, count, data=data)) / count - 0.25) < 0.03
