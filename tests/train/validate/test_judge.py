@@ -76,6 +76,7 @@ def people(data, judge):
     return photos, crops
 
 
+@pytest.mark.long
 @pytest.mark.real_data
 def test_the_judge_knows_the_same_photo_the_same_man_and_another(judge, people):
     (first, _second, other), crops = people
@@ -86,6 +87,7 @@ def test_the_judge_knows_the_same_photo_the_same_man_and_another(judge, people):
     assert another < 0.2
 
 
+@pytest.mark.long
 @pytest.mark.real_data
 def test_no_face_is_none_and_a_small_photo_will_do(judge, people):
     photos, crops = people
@@ -95,6 +97,7 @@ def test_no_face_is_none_and_a_small_photo_will_do(judge, people):
     assert similarity(judge, small, crops[0]) > 0.8
 
 
+@pytest.mark.long
 @pytest.mark.real_data
 def test_the_largest_face_counts(judge, people):
     photos, crops = people
@@ -108,6 +111,7 @@ def test_the_largest_face_counts(judge, people):
     assert similarity(judge, both, crops[2]) > 0.8
 
 
+@pytest.mark.long
 @pytest.mark.real_data
 def test_the_judge_takes_rgb(judge, people):
     photos, crops = people
@@ -116,6 +120,7 @@ def test_the_judge_takes_rgb(judge, people):
     assert (similarity(judge, swapped, crops[0]) or 0) < right - 0.02
 
 
+@pytest.mark.long
 @pytest.mark.real_data
 def test_a_face_that_fills_the_image_is_found(judge, people):
     photos, crops = people
@@ -126,6 +131,7 @@ def test_a_face_that_fills_the_image_is_found(judge, people):
     assert similarity(judge, tight, crops[2]) > 0.8
 
 
+@pytest.mark.long
 @pytest.mark.real_data
 def test_the_judge_s_licence_is_known_by_its_hash_and_else_not_known(judge):
     detector, recogniser = judge.weights

@@ -1,5 +1,7 @@
 """Validation on the tiny bases with real shards: images follow face, prompt and adapter, and nothing else changes."""
 
+from types import SimpleNamespace
+
 import cv2
 import fake_shards as fake
 import numpy as np
@@ -18,7 +20,7 @@ PROMPTS = ["a face", "a red house"]
 SETTINGS = (
     "watch.validate_every=1",
     "watch.validate_faces=2",
-    "watch.validate_steps=2",
+    "watch.validate_steps=1",
     f"watch.validate_prompts={PROMPTS!r}",
     "adapter.lora_rank=4",
 )
@@ -119,7 +121,7 @@ def test_an_image_is_what_the_model_s_own_predictions_lead_to(validator, model, 
             noise_pred = without + guidance * (with_face - without)
             latents = schedule.step(noise_pred, time, latents).prev_sample
     expected = base.decode(latents)[0].astype(int)
-    image = sample(validator, model, guidance_scale=guidance).astype(int)
+    image = sample(validator, model, guidance_scale=guidance, validate_steps=2).astype(int)
     assert expected.std() > 1
     assert np.abs(image - expected).max() <= 1
 
@@ -150,6 +152,7 @@ def test_modes_come_back_when_sampling_fails(validator, model, monkeypatch):
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.long
 def test_encoders_that_were_released_come_back(validator, model, base):
     before = sample(validator, model)
     base.release_encoders()
@@ -169,6 +172,16 @@ def test_a_missing_judge_is_refused_before_anything_is_sampled(dataset, tmp_path
     assert not (tmp_path / "validation").exists()
 
 
+def test_what_a_judge_sees_are_numbers(dataset, tmp_path, base, model, monkeypatch):
+    """With a judge that sees no face, as there is none in what a random base draws."""
+    judge = SimpleNamespace(look=lambda image: None, embed=lambda crop: np.ones(512), weights=[])
+    monkeypatch.setattr("pipeline.train.validate.distances.IdJudge", lambda *_: judge)
+    job = job_of(dataset, tmp_path, more=("watch.judge=pack", "watch.validate_faces=1"))
+    assert Validator(job, base).run(model, 3) == {"faces_found": 0.0}
+    assert (tmp_path / "validation" / "step-00000003.png").exists()
+
+
+@pytest.mark.long
 @pytest.mark.real_data
 def test_a_judge_adds_numbers(dataset, tmp_path, base, model, data):
     job = job_of(dataset, tmp_path, more=(f"watch.judge={data / 'models' / 'real'}", "watch.validate_faces=1"))
@@ -195,7 +208,11 @@ def test_where_persons_are_known_a_copy_shows_as_one(tmp_path, base, model, monk
 
 
 @pytest.mark.parametrize(
-    ("variant", "kind"), [("plus", "tiny"), ("faceid-plusv2", "tiny-sdxl"), ("ip-adapter", "tiny-sdxl")]
+    ("variant", "kind"),
+    [
+        ("faceid-plusv2", "tiny-sdxl"),
+        *(pytest.param(*pair, marks=pytest.mark.long) for pair in (("plus", "tiny"), ("ip-adapter", "tiny-sdxl"))),
+    ],
 )
 def test_other_variants_and_sdxl_are_sampled(dataset, tmp_path, variant, kind):
     job = job_of(dataset, tmp_path, variant, kind, ("watch.validate_faces=1",))
