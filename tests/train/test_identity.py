@@ -106,7 +106,7 @@ def test_points_that_fell_together_give_numbers():
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_layers():
-    """The recogniser with one block of each width; test_train trains with all 50 layers."""
+    """The recogniser with one block of each width; with -m long test_on_a_gpu trains with all 50 layers."""
     from facexlib.recognition.arcface_arch import get_block
 
     blocks = [get_block(*widths, num_units=1) for widths in ((64, 64), (64, 128), (128, 256), (256, 512))]
@@ -194,11 +194,11 @@ def asked(weights, **more):
 def step(base, timesteps, seed=0):
     """Latents, what they became at these timesteps, and a batch that knows the points."""
     count = len(timesteps)
-    latents = torch.randn(count, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+    latents = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
     made = noised(base.scheduler, latents, ObjectiveSettings(), torch.Generator().manual_seed(seed))
     timesteps = torch.tensor(timesteps)
     noisy = base.scheduler.add_noise(latents, made.noise, timesteps)
-    kps = torch.from_numpy(np.stack([points(0.7, at=(64.0, 64.0))] * count))
+    kps = torch.from_numpy(np.stack([points(0.35, at=(32.0, 32.0))] * count))
     batch = SimpleNamespace(kps=kps, uncond_image=torch.zeros(count, dtype=torch.bool))
     return latents, made._replace(noisy_latents=noisy, timesteps=timesteps), batch
 

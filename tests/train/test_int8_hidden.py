@@ -99,6 +99,7 @@ def test_a_finished_dataset_does_not_go_on_in_the_other_form(int8, tmp_path):
     assert make_dataset(out, "--set", "pack.hidden=int8").exit_code == 0
 
 
+@pytest.mark.long
 def test_a_take_down_leaves_the_other_samples_as_they_are(int8, tmp_path):
     out = Path(shutil.copytree(int8, tmp_path / "out"))
     before = members(out)
@@ -150,6 +151,7 @@ def test_every_variant_is_given_nearly_the_same_from_either_form(dataset, int8, 
         assert ((values - exact).norm(dim=-1) <= 0.0315 * exact.norm(dim=-1)).all()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("no_release")
 def test_both_forms_train_together_and_validation_reads_either(dataset, int8, tmp_path):
     assert open_dataset([str(dataset), str(int8)], DataSettings()).samples == 18
@@ -159,7 +161,8 @@ def test_both_forms_train_together_and_validation_reads_either(dataset, int8, tm
     assert (job.run.root / "validation" / "step-00000002.png").exists()
 
 
-@pytest.mark.parametrize("mixed", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.long
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.usefixtures("no_release")
 def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_interrupted(dataset, int8, tmp_path, mixed):
     shards = [int8, dataset] if mixed else [int8]

@@ -338,10 +338,10 @@ Session.save = save
 """
 
 
-others = pytest.mark.parametrize("whole", [pytest.param("faceid-plusv2", marks=pytest.mark.long)], indirect=True)
+with_plusv2 = pytest.mark.parametrize("whole", [pytest.param("faceid-plusv2", marks=pytest.mark.long)], indirect=True)
 
 
-@others
+@with_plusv2
 def test_killed_at_a_random_moment_and_resumed(whole, server, dataset, tmp_path):
     name, undisturbed = whole
     seed = random.SystemRandom().randrange(1000)
@@ -521,7 +521,7 @@ def test_a_worker_leaves_a_terminal_to_its_parent_and_one_that_is_killed_is_told
     assert child.said.startswith("lives\nA loader process died"), child.said
 
 
-@others
+@with_plusv2
 def test_stopped_by_a_signal_it_saves_and_goes_on(whole, server, dataset, tmp_path):
     """By Ctrl-C; the default test above has the other signals."""
     name, undisturbed = whole

@@ -94,9 +94,9 @@ def test_the_loss_of_one_sample_falls_by_a_third(name):
 def test_after_some_steps_another_condition_predicts_worse():
     """Of three samples that look alike, each by the condition of the next; with -m long every variant learns."""
     problem, (right, wrong) = Problem("faceid", "tiny", FACES), (torch.arange(FACES), torch.arange(FACES).roll(1))
-    losses = [problem.step(right) for _ in range(8)]
+    losses = [problem.step(right) for _ in range(5)]
     assert losses[-1] < losses[0]
-    assert problem.loss(wrong).item() > 1.1 * problem.loss(right).item()
+    assert problem.loss(wrong).item() > 1.3 * problem.loss(right).item()
 
 
 @pytest.mark.long

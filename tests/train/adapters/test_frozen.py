@@ -48,7 +48,7 @@ def test_a_rewritten_unet_computes_the_same_and_keeps_less(rewrite, sides):
         assert new_kept < 0.85 * kept
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     sides=st.tuples(st.integers(3, 12), st.integers(3, 12)),
     kernel=st.sampled_from([(1, 0), (3, 1), (3, 0)]),
