@@ -231,10 +231,11 @@ def test_the_same_call_gives_the_same_weights_and_another_seed_others(plain, dat
 @pytest.mark.parametrize(
     "pair",
     [
-        *("objective.min_snr_gamma=1", "objective.face_weight=5", "guidance.p_uncond_text=0.9"),
+        *("objective.face_weight=5", "guidance.p_uncond_text=0.9"),
         *(
             pytest.param(pair, marks=pytest.mark.long)
             for pair in (
+                "objective.min_snr_gamma=1",
                 "objective.noise_offset=0.5",
                 "guidance.p_uncond_image=0.9",
                 "data.crops={portrait=0, half=0, full=1}",
@@ -471,6 +472,7 @@ def test_precomputed_targets_train_without_the_encoders(pairs, encoded, tmp_path
     assert [line["step"] for line in metrics(job)] == [1, 2]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("no_release")
 def test_precomputed_text_is_what_captions_give(encoded, tmp_path):
     pairs = ("data.latents=images", "augment.flip=0", "data.batch_size=1")

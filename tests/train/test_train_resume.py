@@ -635,6 +635,7 @@ def test_another_run_is_not_continued(short, dataset, changes, said):
     assert {path: path.read_bytes() for path in short.root.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("no_release")
 def test_what_a_short_of_memory_machine_needs_may_change(short, dataset, capsys):
     """The very advice of the loader when one of its processes died."""
@@ -650,6 +651,7 @@ def test_what_a_short_of_memory_machine_needs_may_change(short, dataset, capsys)
     assert lines(short)[3]["epoch"] == lines(short)[2]["epoch"] + 1
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("no_release")
 def test_other_weights_under_the_same_name_are_not_continued(dataset, tmp_path):
     bases = [Path(shutil.copytree(find_base("tiny").folder, tmp_path / parent / "mine")) for parent in ("a", "b")]
@@ -677,6 +679,7 @@ def test_a_step_that_the_scaler_skips_is_not_counted(dataset, tmp_path, monkeypa
     assert run.load(2)[2]["schedule"]["last_epoch"] == 2
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("no_release")
 def test_a_scaler_that_skips_all_ends_the_run(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", True)
@@ -734,6 +737,7 @@ def test_another_dataset_is_not_continued_on(short, dataset, tmp_path):
     refused(error)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("no_release")
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_good(short, dataset):
     state = short.folder(2) / "state.pt"

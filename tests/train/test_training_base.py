@@ -117,7 +117,7 @@ def test_images_are_decoded_as_the_stock_pipeline_does(base, stock):
     assert np.abs(image[0].astype(float) - shown).max() <= 1
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [pytest.param("tiny", marks=pytest.mark.long), "tiny-sdxl"])
 def test_half_precision_is_for_all_but_sdxl_s_vae(name):
     base = load(name, torch.bfloat16)
     assert base.unet.dtype == base._texts["text_encoder"].dtype == torch.bfloat16
@@ -239,6 +239,7 @@ def test_names_of_older_files_load_the_same(tmp_path):
     assert torch.equal(base.encode_text(["a"]).embeds, expected.encode_text(["a"]).embeds)
 
 
+@pytest.mark.long
 def test_fp16_files_in_several_pieces_load(tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(find_base("tiny").folder, folder)

@@ -250,6 +250,11 @@ def test_diffusers_chooses_the_layer_of_every_variant_and_computes_our_tokens(ba
     assert off(tokens, theirs, tokens.abs().max()) <= TOKENS_OFF
 
 
+# What a file holds and how strong it is differs by the LoRA: one that has it and one base are enough.
+with_lora = pytest.mark.parametrize("case", by_default("faceid-plusv2-sdxl"), indirect=True)
+
+
+@with_lora
 def test_containers_and_ways_of_loading_agree(case, loaded):
     condition = condition_of(case.name)
     assert torch.equal(case.theirs(case.pipeline(".bin", **STRICT), condition), case.theirs(loaded, condition))
@@ -282,6 +287,7 @@ def sampled(made, **how):
     return made(**asked, latents=numbers(24, 1, 4, 8, 8), num_inference_steps=2, output_type="latent", **how).images
 
 
+@with_lora
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' Euler scheduler
 def test_two_guided_steps_of_the_stock_pipeline_agree(case, loaded):
     """Once with diffusers' own adapter, once with our UNet handed to the same pipeline."""
@@ -384,6 +390,7 @@ def test_dino_features(make, name, features, length):
     assert_same_noise(case, made, condition)
 
 
+@pytest.mark.long
 def test_pooled_features_of_another_width(make):
     case = make("ip-adapter", pooled=384)
     made, condition = case.pipeline(), {"pooled": numbers(9, BATCH, 384)}

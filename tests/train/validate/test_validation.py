@@ -221,6 +221,7 @@ def test_other_variants_and_sdxl_are_sampled(dataset, tmp_path, variant, kind):
     assert (tmp_path / "validation" / "step-00000000.png").exists()
 
 
+@pytest.mark.long
 def test_a_base_in_half_precision_is_sampled_with_float32_weights_of_the_adapter(dataset, tmp_path):
     job = job_of(dataset, tmp_path)
     base = Base(job.base, CPU, torch.bfloat16)
