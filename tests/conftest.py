@@ -147,7 +147,7 @@ def whole(shared_folder: Path) -> Path:
     out = shared_folder / "whole"
     with shared(shared_folder):
         if not (out / "README.md").exists():  # what a run writes last
-            assert make(out)[0] == 0
+            assert make(out, report=True)[0] == 0
     return out
 
 

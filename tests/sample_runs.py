@@ -3,14 +3,16 @@
 import copy
 import functools
 import io
+import json
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,9 +22,12 @@ import xxhash
 from filelock import FileLock
 from rich.console import Console
 
+from pipeline.dataset import job as running
 from pipeline.dataset.config import load_config
+from pipeline.dataset.execute.make_shard import Event
 from pipeline.dataset.finished import contract, report_cards
 from pipeline.dataset.job import make_dataset, prepared
+from pipeline.dataset.out.ledger import funnel
 from pipeline.dataset.source.sample import FILES
 from schemas.errors import ExitCode
 from stages.models.detectors.haar import Haar
@@ -143,15 +148,36 @@ def remembered_pictures() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def no_report() -> Iterator[None]:
+    """Within, runs count their funnel and write no page, which is a third of a small run that nobody looks at."""
+    with patch.object(running, "write_report", funnel):
+        yield
+
+
 def make(
-    out: Any, *pairs: str, shards: str = "sample", replan: bool = False, afresh: bool = False, **words: str
+    out: Any,
+    *pairs: str,
+    shards: str = "sample",
+    replan: bool = False,
+    afresh: bool = False,
+    report: bool = False,
+    watch: Callable[[Event], None] | None = None,
+    **words: str,
 ) -> tuple[ExitCode, str]:
-    """A run in this process, and what it printed; the models do not see the same photo twice, unless `afresh`."""
+    """A run in this process, and what it printed; the models do not see the same photo twice, unless `afresh`.
+
+    There is no page without `report`.
+    """
     _recall()
     screen = io.StringIO()
     config = load_config(None, [_SMALL, *pairs], shards=shards, **{"executor": "local", **words})
-    with patch.dict(FILES, DRAWN) if afresh else remembered_models(), prepared(shards, config) as job:
-        return make_dataset(job, out, Console(file=screen, width=200), replan=replan), screen.getvalue()
+    with (
+        patch.dict(FILES, DRAWN) if afresh else remembered_models(),
+        nullcontext() if report else no_report(),
+        prepared(shards, config) as job,
+    ):
+        return make_dataset(job, out, Console(file=screen, width=200), replan=replan, watch=watch), screen.getvalue()
 
 
 def command(out: object, *words: str) -> list[str]:
@@ -185,7 +211,7 @@ def begun(out: Any, *words: str, shards: int = 1, **options) -> subprocess.Popen
         command(out, *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
     while len(manifests(out)) < before + shards and process.poll() is None:
-        time.sleep(0.01)
+        time.sleep(0.03)
     return process
 
 
@@ -195,3 +221,23 @@ def stopped(out: Path, sign: signal.Signals, *words: str) -> tuple[int, str]:
     process.send_signal(sign)
     _, errors = process.communicate(timeout=120)
     return process.returncode, errors
+
+
+@contextmanager
+def forks() -> Iterator[Callable[..., int]]:
+    """`stopped`, which gives the exit code alone, by forks of one process: what all runs import is imported once."""
+    words = [sys.executable, str(REMEMBERING), "forks"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def stopped(out: Path, sign: signal.Signals, *words: str) -> int:
+            before = len(manifests(out))
+            print(json.dumps(command(out, *words)[2:]), file=process.stdin, flush=True)
+            run, is_over = int(process.stdout.readline()), False
+            while len(manifests(out)) == before and not is_over:
+                is_over = bool(select.select([process.stdout], [], [], 0.03)[0])
+            if not is_over:
+                os.kill(run, sign)
+            return int(process.stdout.readline())
+
+        yield stopped
+        process.stdin.close()

@@ -7,6 +7,8 @@ from typer.testing import CliRunner
 
 from pipeline.__main__ import app
 
+pytestmark = pytest.mark.usefixtures("pageless")
+
 
 @pytest.mark.parametrize(("at", "shard"), [(0, "part-00000"), (3, "part-00002")])
 def test_a_part_that_gives_other_rows_than_before_mixes_no_shards(tmp_path, at, shard):

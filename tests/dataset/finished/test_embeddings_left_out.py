@@ -69,7 +69,7 @@ def test_the_trainer_and_the_export_say_what_to_do(tmp_path):
     assert not (tmp_path / "list").exists()
 
 
-def test_a_dataset_without_embeddings(tmp_path, remembered):
+def test_a_dataset_without_embeddings(whole, tmp_path, remembered, pageless):
     words = ["dataset", "--out", str(tmp_path), "--executor", "local", "--set", "pack.embeddings=false"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output

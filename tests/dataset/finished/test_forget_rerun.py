@@ -54,7 +54,7 @@ def rows(out):
     return pa.concat_tables(tables).to_pylist()
 
 
-def test_a_rerun_asks_for_nothing_that_was_forgotten(server, tmp_path):
+def test_a_rerun_asks_for_nothing_that_was_forgotten(server, tmp_path, pageless):
     base, asked = server
     part, more, out = tmp_path / "part.parquet", tmp_path / "two.parquet", tmp_path / "out"
     pq.write_table(pa.table({"URL": [f"{base}{path}" for path in FILES]}), part)

@@ -63,7 +63,7 @@ def test_a_driver_killed_in_the_middle_leaves_only_whole_shards_and_a_rerun_fini
     for name in done:
         for suffix in ("tar", "parquet", "json"):
             assert found[f"{name}.{suffix}"] == local[f"{name}.{suffix}"]
-    assert make(out)[0] is ExitCode.OK
+    assert make(out, report=True)[0] is ExitCode.OK
     assert contents(out) == local
     assert verify(out) == []
     assert (out / "report.html").exists()

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
-from sample_runs import remembered_models
+from sample_runs import no_report, remembered_models
 
 from pipeline.dataset.config import load_config
 from pipeline.dataset.execute import watchers
@@ -128,11 +129,16 @@ SETS = (
 
 
 def run(
-    part: Path | str, out: Path, *, retry: bool = True, watch: Callable[[Event], None] | None = None
+    part: Path | str,
+    out: Path,
+    *,
+    retry: bool = True,
+    report: bool = False,
+    watch: Callable[[Event], None] | None = None,
 ) -> tuple[ExitCode, str]:
     config = load_config(None, SETS, shards=str(part), profile="embedded", executor="local")
     said = io.StringIO()
-    with remembered_models(), prepared(str(part), config) as job:
+    with remembered_models(), nullcontext() if report else no_report(), prepared(str(part), config) as job:
         return make_dataset(job, out, Console(file=said, width=200), retry=retry, watch=watch), said.getvalue()
 
 
@@ -178,7 +184,7 @@ def test_only_transient_failures_are_fetched_again_into_further_shards(server, p
     before = contents(out)
     server.failing = {GONE: 404, 10: 500}
     server.hits.clear()
-    assert run(part, out)[0] == ExitCode.OK
+    assert run(part, out, report=True)[0] == ExitCode.OK
     assert server.hits == Counter(FLAKY.keys())
     assert [name for name in shards(out) if shard_origin(name)[1]] == ["part-r1_00000", "part-r1_00001"]
     assert {name: data for name, data in contents(out).items() if name in before} == before
@@ -279,6 +285,7 @@ def test_what_a_refused_run_was_given_is_no_source(server, part, tmp_path):
     assert sources() == sorted([*own, "other"])
 
 
+@pytest.mark.long
 def test_what_a_run_was_given_that_was_killed_before_it_made_a_shard_is_no_source(server, part, tmp_path):
     out, other, left = tmp_path / "out", tmp_path / "other" / "zzz.parquet", []
     other.parent.mkdir()
@@ -314,7 +321,7 @@ def test_a_run_that_is_stopped_before_its_first_shard_began_when_it_did_and_not_
     assert (left.st_ino, left.st_mtime_ns) == (seen[0].st_ino, seen[0].st_mtime_ns)
 
 
-@pytest.mark.parametrize("is_rerun", [False, True])
+@pytest.mark.parametrize("is_rerun", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_second_chances_come_on_top_of_the_rows_that_are_planned(server, part, tmp_path, monkeypatch, is_rerun):
     monkeypatch.setattr(terminal, "LINE_EVERY_S", 0.0)
     monkeypatch.setattr(watchers, "_EVERY_S", -1.0)
@@ -337,6 +344,7 @@ def test_second_chances_come_on_top_of_the_rows_that_are_planned(server, part, t
     assert f"All {ROWS} rows are done; {len(FLAKY)} get a second chance" in last[1]
 
 
+@pytest.mark.long
 def test_a_part_that_was_changed_costs_no_other_part_its_second_chances(server, part, tmp_path):
     out, other = tmp_path / "out", tmp_path / "zzz.parquet"
     server.write_part(other)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
+from sample_runs import no_report
 
 from pipeline.dataset.config import load_config
 from pipeline.dataset.finished.verify import verify
@@ -44,7 +45,9 @@ def towered(tower: Path, name: str) -> list[str]:
     return [f"models.image_embedder={name}", f"models.paths.{name}={tower / name}"]
 
 
-@pytest.mark.parametrize(("name", "column"), [("clip-vit-h", "clip_hidden"), ("dinov2", "dino")])
+@pytest.mark.parametrize(
+    ("name", "column"), [("clip-vit-h", "clip_hidden"), pytest.param("dinov2", "dino", marks=pytest.mark.long)]
+)
 def test_a_tower_is_given_zeros_behind_its_preprocessing(tower, name, column):
     import transformers
 
@@ -124,7 +127,8 @@ def out(finished, tmp_path):
 
 
 def rerun(out: Path) -> None:
-    assert make_dataset(Job(fake.plan(), ()), out, Console(quiet=True)) is ExitCode.OK
+    with no_report():
+        assert make_dataset(Job(fake.plan(), ()), out, Console(quiet=True)) is ExitCode.OK
 
 
 def named(out: Path) -> dict[str, object]:

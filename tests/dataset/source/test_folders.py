@@ -101,7 +101,9 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def out(made, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    assert make(out, "source.rows_per_shard=2", shards=f"made:{made}", profile="embedded")[0] is ExitCode.OK
+    assert (
+        make(out, "source.rows_per_shard=2", shards=f"made:{made}", profile="embedded", report=True)[0] is ExitCode.OK
+    )
     return out
 
 
@@ -136,15 +138,13 @@ def test_the_name_of_a_folder_is_cut_where_no_tar_holds_the_longest_name_of_its_
     assert "Forgotten: 1 row, 1 of them samples" in done.output
 
 
-def test_a_file_is_forgotten_by_its_folder_as_it_is_called_and_no_other_is(tmp_path, remembered):
+def test_a_file_is_forgotten_by_its_folder_as_it_is_called_and_no_other_is(tmp_path):
     """A part's name is made of its folder's: `a b` gives `a-b`, and a long one is cut."""
     long = "f" * 90
     put(tmp_path / "all", **{f"{name}/x.webp": DRAWN["warm.webp"]() for name in ("a b", "a-b", long)})
     folders = ",".join(str(tmp_path / "all" / name) for name in ("a b", long))
-    words = ["--profile", "embedded", "--executor", "local", "--set", "filter.min_image_px=64"]
     for out, shards in (("parts", folders), ("whole", str(tmp_path / "all"))):
-        call = ["dataset", "--shards", shards, "--out", str(tmp_path / out), *words]
-        assert CliRunner().invoke(app, call).exit_code == 0
+        assert make(tmp_path / out, "filter.min_image_px=64", shards=shards, profile="embedded")[0] is ExitCode.OK
         for name in ("a b", long):
             done = CliRunner().invoke(app, ["forget", str(tmp_path / out), "--file", f"{name}/x.webp"])
             assert "Forgotten: 1 row, 1 of them samples" in done.output, (out, name)
@@ -158,7 +158,7 @@ def test_a_second_run_gives_the_same_bytes(made, out, tmp_path, executor):
     assert contents(tmp_path) == contents(out)
 
 
-def test_a_file_is_forgotten_by_its_name(made, out, tmp_path, remembered):
+def test_a_file_is_forgotten_by_its_name(made, out, tmp_path, remembered, pageless):
     words = ["dataset", "--shards", f"made:{made}", "--out", str(tmp_path), "--profile", "embedded"]
     words += ["--executor", "local", "--set", "source.rows_per_shard=2"]
     shutil.copytree(out, tmp_path, dirs_exist_ok=True)
