@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes, both on this machine, of which one is lost and not replaced."""
+"""Ray on one node; and a cluster of two, both on this machine, of which one is lost and not replaced."""
 
 import contextlib
 import json
@@ -6,14 +6,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
-from sample_runs import begun, contents
+from sample_runs import SHARDS, begun, contents, without
 
 from pipeline.dataset.config import Config, ExecutorSettings
 from pipeline.dataset.execute import cluster_node
@@ -37,11 +37,12 @@ def cluster() -> Iterator[object]:
     made.shutdown()
 
 
-def first_worker(process: subprocess.Popen, nodes: list[Any], title: str) -> psutil.Process:
-    """The first process of these nodes whose title begins so."""
-    raylets = [psutil.Process(node.all_processes["raylet"][0].process.pid) for node in nodes]
+def first_worker(process: subprocess.Popen, title: str, nodes: Sequence[Any] = ()) -> psutil.Process:
+    """The first process of these nodes, or of the run's own, whose title begins so."""
+    parents = [psutil.Process(node.all_processes["raylet"][0].process.pid) for node in nodes]
+    parents = parents or [psutil.Process(process.pid)]
     while True:
-        for child in (child for raylet in raylets for child in raylet.children()):
+        for child in (child for parent in parents for child in parent.children(recursive=True)):
             with contextlib.suppress(psutil.Error):
                 if " ".join(child.cmdline()).startswith(title):
                     return child
@@ -50,6 +51,22 @@ def first_worker(process: subprocess.Popen, nodes: list[Any], title: str) -> psu
 
 
 @pytest.mark.slow
+def test_a_run_on_ray_makes_the_same_bytes_though_its_worker_is_killed(whole, tmp_path):
+    out = without(whole, tmp_path / "out", *SHARDS[:5])
+    words = ["--executor", "ray", "--set", "executor.workers=1", "--set", "executor.batch_rows=1"]
+    process = begun(out, *words, "--set", f"watch.events={out}/events.jsonl")
+    first_worker(process, "ray::_Maker").kill()
+    said, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, said + errors
+    assert contents(out) == contents(whole)
+    *_, now, end = map(json.loads, (out / "events.jsonl").read_text().splitlines())
+    assert (end["kind"], now["rows"], now["kept"], now["shards"]["made"]) == ("end", 17, 9, 5)
+    # what stages took in the processes of the models and of the fetching, and the hosts there
+    assert min(now["stages"][name]["seconds"] for name in ("download", "detect", "embed_face", "pack")) > 0
+    assert now["slowest_hosts"].keys() == {"sample.localhost"}
+
+
+@pytest.mark.long
 def test_two_workers_make_the_same_bytes_though_each_is_killed_and_the_node_of_one_is_gone(whole, tmp_path, cluster):
     node = cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
     out = tmp_path / "out"
@@ -57,10 +74,10 @@ def test_two_workers_make_the_same_bytes_though_each_is_killed_and_the_node_of_o
     words += ["--set", f"watch.events={out}/events.jsonl"]
     process = begun(out, *words)  # which inherits the token that the cluster has
     for title in ("ray::_Models", "ray::_Maker"):
-        killed = first_worker(process, [cluster.head_node, node], title)
+        killed = first_worker(process, title, [cluster.head_node, node])
         killed.kill()
         killed.wait(60)  # or it would be found again
-    first_worker(process, [node], "ray::_Maker")
+    first_worker(process, "ray::_Maker", [node])
     cluster.remove_node(node, allow_graceful=False)
     said, errors = process.communicate(timeout=400)
     assert process.returncode == 0, said + errors

@@ -4,6 +4,7 @@ The kills are those of benchmarks/bench_kills.py, a few of them here; the long r
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -29,6 +30,7 @@ from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.job import make_dataset, prepared
 from pipeline.dataset.plan import make_plan
 from schemas.errors import ExitCode, LostError, ShardError
+from stages.download import Download
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -68,31 +70,58 @@ def answer(folder: Path, name: str) -> list:
     return json.loads((folder / name).read_text())
 
 
-@pytest.mark.slow
+def test_a_full_disk_ends_the_run_with_a_sentence_and_a_rerun_with_more_room_goes_on(whole, tmp_path, monkeypatch):
+    """As runs learn of it where space is given late: when what was written has to be there."""
+    out = without(whole, tmp_path / "out", *SHARDS[:3])
+
+    def fsync(descriptor):
+        if SHARDS[1] in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fsync)
+        with pytest.raises(LostError) as lost:
+            make(out)
+    assert "cannot be written any more (No space left on device)" in str(lost.value)
+    assert "make room, and the same command goes on." in str(lost.value)
+    assert "\n" not in str(lost.value)
+    require_next_run_goes_on(out, whole)
+
+
+def require_next_run_goes_on(out, whole):
+    assert not list(out.rglob(".tmp-*"))
+    done = manifests(out)
+    assert done == [SHARDS[0], *SHARDS[3:]]
+    code, text = make(out)
+    assert (code, f"{len(done)} done before" in text) == (ExitCode.OK, True), text
+    assert contents(out) == contents(whole)
+
+
+@pytest.mark.long
 @pytest.mark.skipif(not shutil.which("unshare"), reason="there is no unshare here")
-def test_a_full_disk_ends_the_run_with_a_sentence_and_a_rerun_with_more_room_goes_on(whole, tmp_path):
+def test_a_disk_that_is_really_full_ends_the_process_of_the_run(whole, tmp_path):
+    begun = without(whole, tmp_path / "begun", *SHARDS[:3])  # all that keep anything
+    files = [path for path in begun.rglob("*") if path.is_file()]
+    files += (whole / "shards").glob(f"{SHARDS[0]}.*")
+    room = sum(path.stat().st_size + 8192 for path in files)
+    room += (whole / "shards" / f"{SHARDS[1]}.tar").stat().st_size // 2
     mounts(
-        """
-        sh("mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", str(folder / "disk"))
+        f"""
+        sh("mount", "-t", "tmpfs", "-o", "size={room}", "tmpfs", str(folder / "disk"))
+        shutil.copytree(folder / "begun", folder / "disk" / "out")
         full = make()
         (folder / "full").write_text(json.dumps([*full, listing()]))
         shutil.copytree(folder / "disk" / "out", folder / "larger")
         """,
         tmp_path,
     )
-    code, out, err, files = answer(tmp_path, "full")
+    code, out, err, _ = answer(tmp_path, "full")
     assert code == 3, out + err
     assert "cannot be written any more (No space left on device)" in err
     assert "make room, and the same command goes on." in err
-    assert len(err.strip().splitlines()) == 1
     assert "Traceback" not in out + err
-    assert not [name for name in files if ".tmp-" in name]
-    done = {Path(name).stem for name in files if name.startswith("out/shards/")}
-    assert SHARDS[0] in done
-    assert len(done) < len(SHARDS)
-    code, out = make(tmp_path / "larger")
-    assert (code, f"{len(done)} done before" in out) == (ExitCode.OK, True), out
-    assert contents(tmp_path / "larger") == contents(whole)
+    assert len(err.strip().splitlines()) == 1
+    require_next_run_goes_on(tmp_path / "larger", whole)
 
 
 @pytest.mark.long
@@ -193,10 +222,34 @@ def hanging(out: Path, module: str, name: str, how: str = "time.sleep(10_000)", 
     return [sys.executable, "-c", script]
 
 
-@pytest.mark.parametrize(
-    ("module", "name"), [("download", "Download"), pytest.param("pack", "Pack", marks=pytest.mark.long)]
-)
-def test_a_stage_that_hangs_costs_its_shard_and_no_other(whole, tmp_path, module, name):
+def test_a_stage_that_hangs_costs_its_shard_and_no_other(whole, tmp_path, monkeypatch):
+    out, real, free = without(whole, tmp_path / "out", SHARDS[0], SHARDS[6]), Download.stream, threading.Event()
+
+    def look(table):
+        if "sample-000000000" in table["key"].to_pylist():
+            free.wait(10_000)
+        return table
+
+    monkeypatch.setattr(watchdog, "_hanging", threading.Event())  # it outlives the test, and ends `main` at once
+    monkeypatch.setattr(Download, "reads", ("key", *Download.reads))
+    with monkeypatch.context() as patched:
+        patched.setattr(Download, "stream", lambda self, tables, most_rows: real(self, map(look, tables), most_rows))
+        code, text = make(out, "executor.shard_timeout_s=6", "executor.batch_rows=2")
+    free.set()
+    assert code is ExitCode.SHARDS_FAILED, text
+    assert f"{SHARDS[0]}: FAILED" in text
+    assert "no batch got done for 6 s (executor.shard_timeout_s)" in text
+    assert watchdog.is_hanging()
+    assert manifests(out) == SHARDS[1:]
+    assert not list(out.rglob(".tmp-*"))
+    assert verify(out) == []
+    assert make(out)[0] is ExitCode.OK
+    assert contents(out) == contents(whole)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("module", "name"), [("download", "Download"), ("pack", "Pack")])
+def test_nor_does_the_process_of_such_a_run_stay(whole, tmp_path, module, name):
     out = without(whole, tmp_path / "out", SHARDS[0], SHARDS[6])
     done = subprocess.run(hanging(out, module, name), capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 3, done.stdout + done.stderr

@@ -51,9 +51,11 @@ def in_a_process(out, *words: str) -> list[str]:
     return [sys.executable, "-c", SCRIPT, *command(out, "--set", "executor.batch_rows=1", *words)[2:]]
 
 
-def test_threads_that_share_the_models_change_no_byte(whole, tmp_path, threads):
+@pytest.mark.parametrize("afresh", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_threads_that_share_the_models_change_no_byte(whole, tmp_path, threads, afresh):
+    """Faces are looked for and cut out once by all tests, but `afresh`."""
     out = without(whole, tmp_path / "out", *SHARDS[:2])
-    assert make(out, "executor.batch_rows=1", afresh=True)[0] is ExitCode.OK
+    assert make(out, "executor.batch_rows=1", afresh=afresh)[0] is ExitCode.OK
     assert contents(out) == contents(whole)
 
 

@@ -13,12 +13,14 @@ from sample_runs import SHARDS, begun, make, without
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
+from pipeline.dataset.execute import watchers
+from pipeline.dataset.execute.make_shard import Finished
 from pipeline.dataset.execute.tally import Tally
 from pipeline.dataset.finished.status import status, text_of
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.out.ledger import LIVE
 from pipeline.shared.files import times, to_path
-from schemas.errors import OutputError
+from schemas.errors import ExitCode, OutputError
 from schemas.shard import dataset_text
 
 ROWS = 29
@@ -78,6 +80,38 @@ def test_what_verify_thinks_of_a_run_that_goes_on(half):
     assert not [problem for problem in verify(half) if problem.file == "dataset.json"]
 
 
+def test_a_run_is_seen_while_it_goes_on_and_at_its_end(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(watchers, "_EVERY_S", -1.0)
+    out, seen = without(whole, tmp_path / "out", *SHARDS[6:]), []
+
+    def look(event):
+        if isinstance(event, Finished):
+            seen.append((status(out), text_of(status(out), out, time.time())))
+
+    assert make(out, watch=look)[0] is ExitCode.OK
+    for now, text in seen:
+        assert (now["planned_rows"], now["is_over"], now["live"]["shards"]["making"]) == (ROWS, False, 1)
+        assert "By its own count" in text
+        assert 0 < now["rows"] == now["planned_done"] <= ROWS
+    assert [now["shards"] for now, _ in seen] == [7, 8]
+    require_over(out)
+
+
+def require_over(out):
+    over = status(out)
+    assert (over["is_over"], over["rows"], over["in_the_making"], over["seconds_left"]) == (True, ROWS, {}, 0)
+    assert over["live"] is None
+    assert "The run is over" in text_of(over, out, time.time())
+    assert not verify(out)
+    result = CliRunner().invoke(app, ["status", str(out), "--json"])
+    assert set(json.loads(result.stdout)) == {
+        *("is_over", "shards", "rows", "kept", "dropped", "planned_rows", "planned_done", "begun", "last_shard"),
+        *("rows_per_second", "recent_rows_per_second", "in_the_making", "live", "seconds_left"),
+    }
+    assert "kept" in CliRunner().invoke(app, ["status", str(out)]).output
+
+
+@pytest.mark.long
 def test_a_real_run_is_seen_from_another_process_until_its_end(whole, tmp_path):
     out = without(whole, tmp_path / "out", *SHARDS[1:])
     process = begun(out)
@@ -91,17 +125,7 @@ def test_a_real_run_is_seen_from_another_process_until_its_end(whole, tmp_path):
     process.send_signal(signal.SIGCONT)
     process.communicate(timeout=120)
     make(out)
-    over = status(out)
-    assert (over["is_over"], over["rows"], over["in_the_making"], over["seconds_left"]) == (True, ROWS, {}, 0)
-    assert over["live"] is None
-    assert "The run is over" in text_of(over, out, time.time())
-    assert not verify(out)
-    result = CliRunner().invoke(app, ["status", str(out), "--json"])
-    assert set(json.loads(result.stdout)) == {
-        *("is_over", "shards", "rows", "kept", "dropped", "planned_rows", "planned_done", "begun", "last_shard"),
-        *("rows_per_second", "recent_rows_per_second", "in_the_making", "live", "seconds_left"),
-    }
-    assert "kept" in CliRunner().invoke(app, ["status", str(out)]).output
+    require_over(out)
 
 
 def test_a_remote_run_is_seen_too():
