@@ -49,14 +49,26 @@ def published(tmp_path_factory):
     again = fake.dead("a", 7, "filter", "no_face", photo, sha256="ab" * 32, n_faces=0)
     shards = {FIRST: rows(0), SECOND: rows(6, [(0, elsewhere), (1, again)])}
     out = fake.write(tmp_path_factory.mktemp("published"), shards)
-    write_report(out)
     assert verify(out) == []
+    return out
+
+
+@pytest.fixture(scope="module")
+def with_page(published, tmp_path_factory):
+    """The same with a report, which each take-down writes anew."""
+    out = Path(shutil.copytree(published, tmp_path_factory.mktemp("reported") / "out"))
+    write_report(out)
     return out
 
 
 @pytest.fixture
 def out(published, tmp_path):
     return Path(shutil.copytree(published, tmp_path / "out"))
+
+
+@pytest.fixture
+def reported(with_page, tmp_path):
+    return Path(shutil.copytree(with_page, tmp_path / "out"))
 
 
 def ledger(out, shard=FIRST):
@@ -100,7 +112,8 @@ def test_a_sample_goes_from_tar_ledger_manifest_and_report(out):
     assert (told["kept"], told["dropped"]["forgotten"]) == (3, 1)
 
 
-def test_nothing_tells_of_it_any_more(out):
+def test_nothing_tells_of_it_any_more(reported):
+    out = reported
     portrait = fake.pictures(0)["portrait"]
     secrets = [b"a/0.jpg", b"caption of row 0", b"a/3.jpg", portrait[len(portrait) // 2 :][:60]]
     pictures = {row["key"] for row in pq.read_table(out / "drops" / f"{FIRST}.parquet").to_pylist()}
@@ -120,7 +133,8 @@ def test_the_events_name_no_host_any_more(out):
     assert list(map(json.loads, left.splitlines())) == [lines[0], {"kind": "progress", "slowest_hosts": {}}]
 
 
-def test_only_the_shards_concerned_are_rewritten(out):
+def test_only_the_shards_concerned_are_rewritten(reported):
+    out = reported
     before = files(out)
     forget(out, urls=(DEAD_URL,))
     changed = {name for name, data in files(out).items() if before.get(name) != data}
@@ -211,15 +225,16 @@ def test_an_unfinished_dataset_is_forgotten_in_too(tmp_path):
 
 
 @pytest.fixture
-def remote(published):
+def remote(with_page):
     """The same dataset in an object store."""
-    there = to_path(f"memory://{published.name}-{time.time_ns()}/out")
-    for name, data in files(published).items():
+    there = to_path(f"memory://{with_page.name}-{time.time_ns()}/out")
+    for name, data in files(with_page).items():
         write(there / name, data)
     return there
 
 
-def test_a_remote_dataset_is_forgotten_in_too(out, remote):
+def test_a_remote_dataset_is_forgotten_in_too(reported, remote):
+    out = reported
     write(remote / LIVE, b'{"slowest_hosts": {"photos.example": 2.5}}')  # of a run that was killed
     wanted = {"urls": (KEPT_URL, DEAD_URL), "contents": ("cd" * 32,)}
     assert forget(remote, **wanted).rows == forget(out, **wanted).rows == {FIRST: [KEYS[0], KEYS[3]], SECOND: [KEYS[6]]}
@@ -368,7 +383,8 @@ def test_a_disk_that_fills_up_before_dataset_json_is_not_damage(out, monkeypatch
     assert verify(out) == []
 
 
-def test_a_report_that_cannot_be_written_is_partial_work(out, monkeypatch):
+def test_a_report_that_cannot_be_written_is_partial_work(reported, monkeypatch):
+    out = reported
     with monkeypatch.context() as patched:
         patched.setattr("pipeline.dataset.finished.report.storage.write", lambda *_: (out / "no" / "file").touch())
         with pytest.raises(LostError, match=r"report\.html cannot be written: No such file"):
@@ -388,7 +404,8 @@ def test_a_run_in_the_same_folder_is_not_disturbed(out):
     assert not (out / FORGOTTEN).exists()
 
 
-def test_a_damaged_dataset_json_keeps_nothing_back_and_the_report_goes(out):
+def test_a_damaged_dataset_json_keeps_nothing_back_and_the_report_goes(reported):
+    out = reported
     (out / "dataset.json").write_text('{"sources": [1]}')
     gone = forget(out, domains=("photos.example",))
     assert list(gone.rows) == [FIRST, SECOND]
@@ -396,7 +413,8 @@ def test_a_damaged_dataset_json_keeps_nothing_back_and_the_report_goes(out):
     assert not (out / "report.html").exists()
 
 
-def test_the_damaged_manifest_of_another_shard_keeps_nothing_back_and_the_report_goes(out):
+def test_the_damaged_manifest_of_another_shard_keeps_nothing_back_and_the_report_goes(reported):
+    out = reported
     (out / "shards" / f"{SECOND}.json").write_text("{}")
     gone = forget(out, urls=(KEPT_URL,))
     assert list(gone.rows) == [FIRST]
@@ -447,7 +465,7 @@ from pipeline.dataset.finished.forget import forget
 sys.path.insert(0, sys.argv[4])
 from sample_runs import remembered_pictures
 
-published, work, urls = Path(sys.argv[1]), Path(sys.argv[2]), tuple(sys.argv[3].split())
+published, work, urls, stride = Path(sys.argv[1]), Path(sys.argv[2]), tuple(sys.argv[3].split()), int(sys.argv[5])
 
 def deadly(function, left):
     def call(*args, **options):
@@ -472,21 +490,22 @@ while killed:
         forget(out, urls=urls)
         os._exit(0)
     killed = os.waitpid(forked, 0)[1] != 0
-    steps += 1
+    steps += stride
 """
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_step_leaves_the_old_shard_or_the_new_one(tmp_path):
+@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.long)])
+def test_a_kill_at_any_step_leaves_the_old_shard_or_the_new_one(tmp_path, stride):
     published = fake.write(tmp_path / "published", {shard: SHORT[shard] for shard in SHORT})
     urls = ("http://photos.example/a/0.jpg", "http://photos.example/a/1.jpg", "http://photos.example/a/2.jpg")
     tests = str(Path(__file__).parents[2])
-    words = [sys.executable, "-c", KILLED, str(published), str(tmp_path / "states"), " ".join(urls), tests]
+    words = [sys.executable, "-c", KILLED, str(published), str(tmp_path / "states"), " ".join(urls), tests, str(stride)]
     (tmp_path / "states").mkdir()
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
     states = sorted((tmp_path / "states").iterdir())
-    assert len(states) > 15
+    assert len(states) > 15 // stride
     states = list({tuple(nameless(files(state)).items()): state for state in states}.values())
     generations = shards_of(published), shards_of(states[-1])
     seen = [what_a_kill_left(state, generations, urls) for state in states]

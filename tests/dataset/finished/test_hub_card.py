@@ -49,7 +49,7 @@ def test_croissant_names_a_reason_of_several_stages_once(dataset):
     )
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_datasets_load_every_sample_whole_by_the_card(dataset, load, streaming):
     rows = list(load(dataset, streaming=streaming))
     samples = [one for shard in shard_names(dataset) for one in unpack(dataset / "shards" / f"{shard}.tar")]

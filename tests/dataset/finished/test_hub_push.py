@@ -7,17 +7,20 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
+import fake_dataset as fake
 import fsspec
 import hub as stand_in
 import pytest
 from huggingface_hub import constants
+from rich.console import Console
 
 from pipeline.dataset.finished.forget import forget
 from pipeline.dataset.finished.hub.push import push
-from pipeline.dataset.out.ledger import Funnel, read_ledger, read_manifest, read_manifests, shard_names
+from pipeline.dataset.job import Job, make_dataset
+from pipeline.dataset.out.ledger import Funnel, funnel, read_ledger, read_manifest, read_manifests, shard_names
 from pipeline.dataset.out.output import Output
 from pipeline.shared.files import RemotePath
-from schemas.errors import CorruptShardError, LostError, OutputError
+from schemas.errors import CorruptShardError, ExitCode, LostError, OutputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's
 
@@ -38,13 +41,31 @@ def hub(monkeypatch) -> Iterator[stand_in.Hub]:
         server.shutdown()
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Of five shards, with all that a run writes at its end."""
+    rows = {
+        f"a-0000{n}": [fake.record("a", 2 * n), fake.dead("a", 2 * n + 1, "download", "not_found")] for n in range(5)
+    }
+    made = fake.write(tmp_path_factory.mktemp("small") / "out", rows)
+    assert make_dataset(Job(fake.plan(), ()), made, Console(quiet=True)) is ExitCode.OK
+    return made
+
+
 @pytest.fixture
-def out(whole, tmp_path):
-    return shutil.copytree(whole, tmp_path / "out")
+def out(small, tmp_path, monkeypatch):
+    """Whose page nobody looks at."""
+
+    def write_report(out, *, drops, target):
+        target.write_text("a page")
+        return funnel(out)
+
+    monkeypatch.setattr("pipeline.dataset.finished.hub.push.write_report", write_report)
+    return shutil.copytree(small, tmp_path / "out")
 
 
-def test_a_pushed_dataset_is_gated_and_loads_and_shows_nothing_of_dropped_photos(out, hub, tmp_path):
-    said: list[str] = []
+def test_a_pushed_dataset_is_gated_and_loads_and_shows_nothing_of_dropped_photos(whole, hub, tmp_path):
+    out, said = shutil.copytree(whole, tmp_path / "out"), list[str]()
     assert push(out, NAME, said.append) == f"{hub.url}/datasets/ann/faces"
     assert hub.settings["gated"] == "manual"
     assert hub.settings.get("visibility") != "private"

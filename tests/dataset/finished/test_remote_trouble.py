@@ -22,8 +22,6 @@ from pipeline.shared.process import trouble_of_machine
 from schemas.errors import LostError, RemoteError, UserError
 
 OUT = "dyingstore://bucket/faces"
-_SOME = 12
-"""Of the moments at which it may die."""
 
 
 class DyingFS(MemoryFileSystem):
@@ -84,6 +82,7 @@ def make() -> Iterator[Callable[[], None]]:
     DyingFS.answers = float("inf")
 
 
+@pytest.mark.parametrize("moments", [3, pytest.param(12, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "words",
     [
@@ -97,11 +96,11 @@ def make() -> Iterator[Callable[[], None]]:
     ],
     ids=lambda words: words[0],
 )
-def test_a_store_that_stops_answering_is_one_sentence_and_no_damage(words, make, tmp_path):
+def test_a_store_that_stops_answering_is_one_sentence_and_no_damage(words, moments, make, tmp_path):
     make()
     CliRunner().invoke(app, [word.replace("FOLDER", str(tmp_path / "whole")) for word in words])
     total = DyingFS.requests
-    for answers in range(0, total, -(-total // _SOME)):
+    for answers in range(0, total, -(-total // moments)):
         make()
         DyingFS.answers = answers
         done = CliRunner().invoke(app, [word.replace("FOLDER", str(tmp_path / str(answers))) for word in words])

@@ -188,7 +188,7 @@ def test_every_flipped_bit_is_reported_with_its_file(whole, name):
     path = whole / name
     content = path.read_bytes()
 
-    @settings(max_examples=6, deadline=None)
+    @settings(max_examples=4, deadline=None)
     @given(place=st.integers(0, len(content) - 1), bit=st.integers(0, 7))
     def flipped(place, bit):
         damaged = bytearray(content)
@@ -309,7 +309,7 @@ def test_a_dataset_without_embeddings_verifies(tmp_path):
     assert problems_of(out) == []
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(name=st.sampled_from(["json", "face.jpg", "mask.png", "arcface.npy", "dino.npy"]), data=st.data())
 def test_no_damage_inside_a_sample_is_a_traceback(published, tmp_path_factory, name, data):
     out = Path(shutil.copytree(published, tmp_path_factory.mktemp("damaged") / "out"))
@@ -324,7 +324,7 @@ def test_no_damage_inside_a_sample_is_a_traceback(published, tmp_path_factory, n
     assert {problem.file for problem in verify(out)} <= {f"{SHARD}.tar"}
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(flips=st.lists(st.tuples(st.integers(0, 511), st.integers(1, 255)), min_size=1, max_size=3))
 def test_no_damage_of_a_tar_header_is_a_traceback(published, tmp_path_factory, flips):
     out = Path(shutil.copytree(published, tmp_path_factory.mktemp("damaged") / "out"))

@@ -1,11 +1,15 @@
 """pack.layout = plain: the names that other tools look for, and all of ours read them still."""
 
+import tarfile
+
 import pytest
 import webdataset
+from rich.console import Console
 from sample_runs import SHARDS, make
 
 from pipeline.dataset.config import load_config
 from pipeline.dataset.finished.export_json import export_json
+from pipeline.dataset.finished.group.grouping import Wish, group
 from pipeline.dataset.finished.verify import verify
 from pipeline.dataset.plan import make_plan
 from pipeline.shared.tars import unpack
@@ -49,6 +53,15 @@ def test_our_own_readers_know_it_by_the_native_names(plain, whole, tmp_path):
 
     rows = datasets.load_dataset(str(plain), split="train", streaming=True)
     assert all(row["jpg"] and row["txt"] == row["json"]["text"] for row in rows)
+
+
+def test_a_grouped_dataset_stays_in_it(plain, tmp_path):
+    group([plain], tmp_path / "out", Wish(), Console(quiet=True))
+    assert verify(tmp_path / "out") == []
+    with tarfile.open(tmp_path / "out" / "shards" / "persons-00000.tar") as tar:
+        suffixes = {name.partition(".")[2] for name in tar.getnames()}
+    assert {"jpg", "txt", "json"} < suffixes
+    assert "full.jpg" not in suffixes
 
 
 def test_the_layout_is_of_the_plan_where_it_is_not_native():
