@@ -10,16 +10,14 @@ _UNNAMED = """() => [...document.querySelectorAll("button, input, select, a, img
   return !(label || one.alt || one.textContent.trim() || one.querySelector("img[alt]:not([alt=''])"));
 }).map((one) => one.outerHTML.slice(0, 80))"""
 
+FURTHER_WINDOWS = ((1400, "dark"), (390, "light"))
 in_every_window = pytest.mark.parametrize(
     "window",
-    [
-        *((1400, "light"), (390, "dark")),
-        *(pytest.param(window, marks=pytest.mark.long) for window in ((1400, "dark"), (390, "light"))),
-    ],
+    [*((1400, "light"), (390, "dark")), *(pytest.param(window, marks=pytest.mark.long) for window in FURTHER_WINDOWS)],
 )
 
 
-def require_fit(visit: Any, path: Path, window: tuple[int, str]) -> None:
+def require_fit(visit: Any, path: Path, window: tuple[int, str]) -> Any:
     """The page fits its window, has its colours, and a name for everything that is used."""
     width, scheme = window
     page = visit(path, width, scheme)
@@ -27,3 +25,4 @@ def require_fit(visit: Any, path: Path, window: tuple[int, str]) -> None:
     assert page.evaluate(_UNNAMED) == []
     light = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(247, 247, 244)"
     assert light == (scheme == "light")
+    return page

@@ -30,10 +30,10 @@ def drawn_limits(rng: random.Random) -> FilterSettings:
     )
 
 
-@pytest.mark.parametrize("draws", [90, pytest.param(400, marks=pytest.mark.long)])
-def test_ledgers_are_judged_as_the_stages_would_judge_the_photos(draws):
+@pytest.mark.parametrize(("draws", "count"), [(90, 200), pytest.param(400, 300, marks=pytest.mark.long)])
+def test_ledgers_are_judged_as_the_stages_would_judge_the_photos(draws, count):
     rng = random.Random(0)
-    photos = [judged_rows.photo(rng) for _ in range(300)]
+    photos = [judged_rows.photo(rng) for _ in range(count)]
     seen = Counter()
     for _ in range(draws):
         before, after = drawn_limits(rng), drawn_limits(rng)

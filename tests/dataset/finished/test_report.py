@@ -267,14 +267,14 @@ def test_users_mistakes_are_one_sentence(tmp_path, out):
 
 
 def test_samples_come_from_all_over_the_dataset(tmp_path):
-    shards = {f"p{n:02d}-00000": [fake.record(f"p{n:02d}", row) for row in range(2)] for n in range(40)}
+    shards = {f"p{n:02d}-00000": [fake.record(f"p{n:02d}", row) for row in range(2)] for n in range(30)}
     page = page_of(fake.write(tmp_path, shards))
     shown = re.findall(r"p(\d\d)-00000000(\d)\b", page.text)
     assert len(shown) == 24
     numbers = [int(shard) for shard, _ in shown]
     assert numbers == sorted(set(numbers))
     assert max(np.diff(numbers)) <= 2
-    assert numbers[-1] >= 37
+    assert numbers[-1] >= 27
 
 
 def manifest(shard, kept):
@@ -339,8 +339,8 @@ def test_what_is_barely_kept_or_dropped_is_shown_wherever_it_lies(tmp_path):
 
 
 def test_noisy_pictures_do_not_make_an_endless_page(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (1024, 1280, 3), np.uint8)
-    noisy = {"full": encode_jpeg(noise, 95), "portrait": encode_jpeg(noise[:600, :600], 95)}
+    noise = np.random.default_rng(0).integers(0, 256, (512, 640, 3), np.uint8)
+    noisy = {"full": encode_jpeg(noise, 95), "portrait": encode_jpeg(noise[:480, :480], 95)}
     photo = encode_jpeg(noise[:300, :300], 95)
     rows = [fake.record("a", row, **noisy) for row in range(24)]
     reasons = [reason for reason in fake.plan().reasons for _ in range(2)]

@@ -35,14 +35,17 @@ COUNTS = """(settings) => settings.map((stops) => {
 })"""  # noqa: E501
 
 
-def drawn_photos():
+TOPS = "[...document.querySelectorAll('#kept-cards > *')].map((one) => one.offsetTop)"
+
+
+def drawn_photos(count):
     rng = random.Random(0)
-    return [judged_rows.photo(rng) for _ in range(300)]
+    return [judged_rows.photo(rng) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    made = judged_rows.write(tmp_path_factory.mktemp("judged"), drawn_photos())
+    made = judged_rows.write(tmp_path_factory.mktemp("judged"), drawn_photos(150))
     write_report(made)
     return made
 
@@ -85,7 +88,7 @@ def visit(visit):
 
 
 def test_sliders_count_what_replay_and_a_rerun_count(visit, out):
-    photos = [*drawn_photos(), *[judged_rows.truth(fake.record("a", row)) for row in range(3)]]
+    photos = [*drawn_photos(150), *[judged_rows.truth(fake.record("a", row)) for row in range(3)]]
     replayed, chosen = counted(out, judged_rows.FACTOR), [*settings(out, 0, 140)]
     shown = visit(out / "report.html").evaluate(COUNTS, [stops for stops, _ in chosen])
     reasons = set()
@@ -101,8 +104,9 @@ def test_sliders_count_what_replay_and_a_rerun_count(visit, out):
     assert replay(out, limits, thresholds(out)[1])[1]["kept"] == replayed(limits)["kept"]
 
 
+@pytest.mark.long
 def test_sliders_with_fewer_stops_count_as_exactly(visit, tmp_path, monkeypatch):
-    out = judged_rows.write(tmp_path / "out", drawn_photos())
+    out = judged_rows.write(tmp_path / "out", drawn_photos(300))
     monkeypatch.setattr(report_explorer, "_MOST_CELLS", 150)
     write_report(out)
     explorer = explorer_of(out)
@@ -116,13 +120,33 @@ def test_sliders_with_fewer_stops_count_as_exactly(visit, tmp_path, monkeypatch)
     assert shown == [replayed(limits) for _, limits in chosen]
 
 
-@pages.in_every_window
-def test_the_page_fits_its_window_and_everything_has_a_name(visit, dataset, window):
+@pytest.mark.long
+@pytest.mark.parametrize("window", pages.FURTHER_WINDOWS)
+def test_the_page_fits_other_windows_too(visit, dataset, window):
     pages.require_fit(visit, dataset / "report.html", window)
 
 
-def test_a_slider_by_keyboard_changes_counts_photos_and_the_file(visit, dataset, tmp_path):
-    page = visit(dataset / "report.html")
+def require_viewer(page):
+    """Pictures grow on a click, and arrows go on."""
+    page.locator("#kept-cards .zoom").first.click()
+    first = page.inner_text("#about")
+    assert first.startswith("photo of sample-000000000")
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#about").startswith("face of sample-000000000")
+    page.click("#before")
+    assert page.inner_text("#about") == first
+    page.keyboard.press("Escape")
+    assert not page.is_visible("#viewer")
+
+
+def test_on_a_wide_screen_sliders_chips_and_order_are_used_and_all_has_a_name(visit, dataset, tmp_path):
+    page = pages.require_fit(visit, dataset / "report.html", (1400, "light"))
+    examples = page.evaluate(TOPS)
+    assert (len(examples), len({*examples}) > 1) == (9, True)
+
+    require_viewer(page)
+
+    # a slider by keyboard changes counts, photos and the file
     assert "9 of 29 kept for certain" in page.inner_text("#kept-now")
     page.focus("#s-min_face_px")
     for _ in range(3):
@@ -144,38 +168,7 @@ def test_a_slider_by_keyboard_changes_counts_photos_and_the_file(visit, dataset,
     assert "9 of 29 kept for certain" in page.inner_text("#kept-now")
     assert page.inner_text("#command") == "python -m pipeline replay DIR"
 
-
-@pytest.mark.parametrize(("width", "is_phone"), [(390, True), (1400, False)])
-def test_on_a_phone_examples_stand_side_by_side(visit, dataset, width, is_phone):
-    page = visit(dataset / "report.html", width)
-    tops = page.evaluate("[...document.querySelectorAll('#kept-cards > *')].map((one) => one.offsetTop)")
-    assert len(tops) == 9
-    assert (len({*tops}) == 1) == is_phone
-
-
-def test_pictures_grow_on_a_click_and_arrows_go_on(visit, dataset):
-    page = visit(dataset / "report.html", 390)
-    page.locator("#kept-cards .zoom").first.click()
-    first = page.inner_text("#about")
-    assert first.startswith("photo of sample-000000000")
-    page.keyboard.press("ArrowRight")
-    assert page.inner_text("#about").startswith("face of sample-000000000")
-    page.click("#before")
-    assert page.inner_text("#about") == first
-    page.keyboard.press("Escape")
-    assert not page.is_visible("#viewer")
-
-
-def test_a_link_leads_to_its_section_whatever_pictures_come_before_it(visit, dataset):
-    page = visit(dataset / "report.html", 390)
-    page.click("a[href='#drops']")
-    page.wait_for_function(
-        "() => Math.abs(document.getElementById('drops').getBoundingClientRect().top) < 100", timeout=5000
-    )
-
-
-def test_drops_are_filtered_by_reason_and_samples_ordered_by_a_measurement(visit, dataset):
-    page = visit(dataset / "report.html")
+    # drops are filtered by reason, and samples ordered by a measurement
     page.locator("#chips [data-reason=small_face]").click()
     assert page.locator("section.reason:visible").count() == 1
     page.locator("#chips [data-reason='']").click()
@@ -185,8 +178,24 @@ def test_drops_are_filtered_by_reason_and_samples_ordered_by_a_measurement(visit
     assert len(sizes) == 9
     assert sizes == sorted(sizes, reverse=True)
 
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
-def test_without_javascript_nothing_is_shown_that_does_nothing_and_paper_is_white(browser, visit, tmp_path):
+
+@pytest.mark.long
+def test_on_a_phone_examples_stand_side_by_side_and_links_lead_to_their_section(visit, dataset):
+    page = pages.require_fit(visit, dataset / "report.html", (390, "dark"))
+    examples = page.evaluate(TOPS)
+    assert (len(examples), len({*examples})) == (9, 1)
+    page.click("a[href='#drops']")  # whatever pictures come before it
+    page.wait_for_function(
+        "() => Math.abs(document.getElementById('drops').getBoundingClientRect().top) < 100", timeout=5000
+    )
+    require_viewer(page)
+
+
+@pytest.mark.long
+def test_without_javascript_nothing_is_shown_that_does_nothing(browser, tmp_path):
     write_report(fake.write(tmp_path, {"a-00000": fake.mixed("a")}))
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
@@ -194,6 +203,3 @@ def test_without_javascript_nothing_is_shown_that_does_nothing_and_paper_is_whit
     assert "need JavaScript" in page.inner_text("body")
     assert [one for one in ("input", "select", ".mark", "#chips") if page.locator(f"{one}:visible").count()] == []
     context.close()
-    page = visit(tmp_path / "report.html")
-    page.emulate_media(media="print")
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
