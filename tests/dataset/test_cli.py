@@ -314,6 +314,7 @@ def test_config_lists_every_key_a_line_each():
     assert "crop.face_share.portrait" in rows
 
 
+@pytest.mark.long
 def test_a_terminal_that_knows_no_width_is_written_to():
     """As some serial ones, editors and CI have it; a mistake is said there too, as above."""
     call = [sys.executable, "-m", "pipeline", "status", "--help"]

@@ -103,7 +103,7 @@ def planted(seed: int) -> Planted:
     return Planted(fake.plan(), (), tuple(shards), fate)
 
 
-@pytest.mark.parametrize("trials", [3, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("trials", [1, pytest.param(20, marks=pytest.mark.long)])
 def test_the_ranges_hold_on_skewed_parts(tmp_path, monkeypatch, trials):
     monkeypatch.setattr("os.fsync", lambda number: None)
     hits = dict.fromkeys(("kept", "bytes_fetched", "bytes_on_disk", "wall_hours"), 0)
@@ -147,7 +147,7 @@ def test_every_row_has_the_same_chance_and_parts_their_share():
         sizes[seeds.part] = sizes.get(seeds.part, 0) + seeds.candidates
     for size in (4, 100, 10**6):  # fewer than parts, and more than rows
         drawn = []
-        for seed in range(10):
+        for seed in range(4):
             draw = Draw(size, seed)
             for seeds in job.shards():
                 draw.add(seeds)

@@ -73,7 +73,7 @@ def on_a_terminal(*words: str) -> str:
     return b"".join(pieces).decode().replace("\r\n", "\n")
 
 
-@pytest.mark.parametrize("read", [in_a_pipe, on_a_terminal])
+@pytest.mark.parametrize("read", [in_a_pipe, pytest.param(on_a_terminal, marks=pytest.mark.long)])
 def test_nothing_of_the_list_is_cut(read, nothing):
     lines = read("models", "list").splitlines()
     text = "\n".join(lines)
@@ -120,13 +120,13 @@ def shaped(value: dict[str, Any], shape: dict[str, Any]) -> None:
         assert isinstance(value[name], kind), name
 
 
-@pytest.mark.parametrize(("task", "name"), [(task, name) for task, names in REGISTRIES.items() for name in names])
-def test_every_registered_backend_is_listed_with_its_weights(task, name):
-    document = listed()
-    (entry,) = [one for one in document["backends"] if (one["task"], one["name"]) == (task, name)]
-    assert entry["weights"] == [weight.name for weight in backend(task, name).weights(ModelSettings())]
-    assert set(entry["weights"]) <= {one["name"] for one in document["models"]}
-    assert f"models.{task}={name}: " in CliRunner().invoke(app, ["models", "list"]).output
+def test_every_registered_backend_is_listed_with_its_weights():
+    document, output = listed(), CliRunner().invoke(app, ["models", "list"]).output
+    for task, name in [(task, name) for task, names in REGISTRIES.items() for name in names]:
+        (entry,) = [one for one in document["backends"] if (one["task"], one["name"]) == (task, name)]
+        assert entry["weights"] == [weight.name for weight in backend(task, name).weights(ModelSettings())]
+        assert set(entry["weights"]) <= {one["name"] for one in document["models"]}
+        assert f"models.{task}={name}: " in output
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -202,6 +202,7 @@ def test_check_loads_each_model_and_says_how_fast_it_is(small):
         assert one["batch_difference"] == 0
 
 
+@pytest.mark.long
 def test_the_captioner_is_listed_and_loaded(tmp_path, small):
     words = ["--profile", "embedded", "--set", f"models.captioner={tiny_captioners.write(tmp_path / 'git', 'git')}"]
     words += ["--set", "caption.max_tokens=4"]
@@ -218,6 +219,7 @@ def test_the_captioner_is_listed_and_loaded(tmp_path, small):
     assert "neither a folder of transformers" in broken["problem"]
 
 
+@pytest.mark.long
 @pytest.mark.real_data
 def test_check_tells_runtimes_and_providers_apart(data, small):
     words = ["models.segmenter=grabcut", "models.image_embedder=patches", f"models.pack={data / 'models/real'}"]
@@ -237,6 +239,7 @@ def test_a_pack_by_its_folder_is_listed_with_its_files(data):
     assert (card["name"], card["commercial"], card["sha256"][:16]) == ("real/det_2.5g.onnx", False, "041f73f47371333d")
 
 
+@pytest.mark.long
 @pytest.mark.real_data
 def test_check_without_words_looks_at_what_is_there(data, monkeypatch):
     assert checked() == []

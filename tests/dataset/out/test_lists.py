@@ -110,12 +110,12 @@ def test_several_lists_add_up(listed):
     assert holds(removed, sha256=SHA)
 
 
-def test_a_list_of_a_million_is_small_and_quick(tmp_path):
+def test_a_long_list_is_small_and_quick(tmp_path):
     path = tmp_path / "many.parquet"
-    pq.write_table(pa.table({"sha256": [f"{n:064x}" for n in range(200_000)]}), path)
+    pq.write_table(pa.table({"sha256": [f"{n:064x}" for n in range(50_000)]}), path)
     removed = Listed([str(path)])
-    assert (removed.hashes.nbytes, removed.hashes.dtype) == (200_000 * 8, np.uint64)
-    digests = [f"{n:064x}" for n in range(199_000, 201_000)]
+    assert (removed.hashes.nbytes, removed.hashes.dtype) == (50_000 * 8, np.uint64)
+    digests = [f"{n:064x}" for n in range(49_000, 51_000)]
     table = pa.table({"url": pa.nulls(2000, pa.string()), "sha256": digests})
     assert removed.rows_in(table).tolist() == [True] * 1000 + [False] * 1000
 

@@ -630,9 +630,9 @@ def plain_cut(alive, rows_per_shard):
     return [len(piece) for piece in [*pieces, *([held] if held else [])]] or [0]
 
 
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    runs=st.lists(st.tuples(st.booleans(), st.integers(1, 40)), max_size=6),
+    runs=st.lists(st.tuples(st.booleans(), st.integers(1, 15)), max_size=6),
     rows_per_shard=st.sampled_from([1, 2, 3, 50]),
     group=st.integers(1, 120),
     batch=st.sampled_from([1, 7, 100, 1000]),
@@ -683,7 +683,7 @@ def test_a_shard_carries_its_own_rows_only(tmp_path):
 
 
 def test_a_part_is_streamed(tmp_path):
-    (part,) = find_parts(parquet(tmp_path / "p.parquet", {"url": [f"http://a.org/{n}" for n in range(200_000)]}), HERE)
+    (part,) = find_parts(parquet(tmp_path / "p.parquet", {"url": [f"http://a.org/{n}" for n in range(50_000)]}), HERE)
     largest = 0
 
     def watched(table):
@@ -695,7 +695,7 @@ def test_a_part_is_streamed(tmp_path):
     stream = iter_shards(part, HERE, watched)
     next(stream)
     assert largest == metadata_files.BATCH_ROWS
-    assert sum(seeds.candidates for seeds in stream) == 199_000
+    assert sum(seeds.candidates for seeds in stream) == 49_000
 
 
 # existing downloads
