@@ -1,6 +1,7 @@
 """Blocks of README and docs: shell and Python run in one folder, TOML is a config; what cannot run here is parsed.
 
-`<!-- not run: why -->` right above a block says that it cannot. docs/readers.md has a test of its own.
+`<!-- not run: why -->` right above a block says that it cannot. docs/readers.md has a test of its own. README and the
+first page are run; of the others it is enough, but with -m long, that their commands and keys are known.
 """
 
 import ast
@@ -28,6 +29,7 @@ from pipeline.train.settings import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN_TEST = {"readers.md"}
+ALWAYS_RUN = {"README.md", "index.md"}
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- not run: (?P<why>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```", re.M | re.S)
 OTHER_PROGRAMS = {
@@ -184,23 +186,38 @@ def test_commands_and_keys_in_sentences_are_known(page):
             assert any(f"{one}.".startswith(f"{key[1]}.") or key[1].startswith(f"{one}.") for one in known), span
 
 
-@pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS}))
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves files open
-def test_what_a_page_says_can_be_done(page, folder, done, monkeypatch, remembered):
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("LAION_ROOT", str(folder))
+def do(page: str, run: bool, done: set[tuple[str, ...]]) -> None:
+    """Run, or parse, all that a page has."""
     names: dict[str, Any] = {}
     for block in BLOCKS:
         if block.page != page:
             continue
         if block.language == "sh":
             for words in commands(block.code):
-                call(words, run=block.why is None, done=done)
+                call(words, run=run and block.why is None, done=done)
         elif block.language == "python":
             check_imports(block.code)
-            if block.why is None:
+            if run and block.why is None:
                 exec(compile(block.code, page, "exec"), names)
         elif block.language == "toml":
             values = tomllib.loads(block.code)
             (Config if values.keys() <= Config.model_fields.keys() else TrainConfig).model_validate(values)
+
+
+RUN = sorted({block.page for block in BLOCKS}, key=lambda page: (page not in ALWAYS_RUN, page))
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[] if page in ALWAYS_RUN else [pytest.mark.long]) for page in RUN]
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves files open
+def test_what_a_page_says_can_be_done(page, folder, done, monkeypatch, remembered):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("LAION_ROOT", str(folder))
+    do(page, True, done)
     assert os.getcwd() == str(folder)
+
+
+@pytest.mark.parametrize("page", [page for page in RUN if page not in ALWAYS_RUN])
+def test_what_a_page_says_is_known(page):
+    do(page, False, set())

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.long
 def test_the_site_is_whole_and_loads_nothing_from_elsewhere(tmp_path):
     pytest.importorskip("zensical", reason="zensical is not installed: make setup, or the extra docs")
     shutil.copy(ROOT / ".zensical.toml", tmp_path)

@@ -15,6 +15,15 @@ BLOCKS = {
 }
 
 
+ALWAYS_READ = ("webdataset", "hugging face datasets")
+
+
+def test_blocks_are_named_and_are_python():
+    assert all(any(name.startswith(reader) for name in BLOCKS) for reader in ALWAYS_READ)
+    for name, code in BLOCKS.items():
+        compile(code, f"docs/readers.md: {name}", "exec")
+
+
 @pytest.fixture
 def folder(dataset, tmp_path, monkeypatch) -> Path:
     """A folder in which `out` is a dataset, as the working directory."""
@@ -29,7 +38,7 @@ def folder(dataset, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long] if name.startswith("ray") else []) for name in BLOCKS]
+    "name", [pytest.param(name, marks=[] if name.startswith(ALWAYS_READ) else [pytest.mark.long]) for name in BLOCKS]
 )
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # several leave files open
 def test_a_block_runs_as_it_stands(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
