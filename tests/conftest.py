@@ -21,9 +21,9 @@ from hypothesis.internal.conjecture import providers
 from sample_runs import MEMORY, make, remembered_models, shared
 from typer.testing import CliRunner
 
-# The suite tries the same fifty examples each time: what turns red was changed. New ones are looked for with
+# The suite tries the same examples each time: what turns red was changed. New ones, and more, are looked for with
 # --hypothesis-profile=default, which is asked for or not, but never waits in ambush.
-hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, max_examples=50)
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, max_examples=25)
 hypothesis.settings.load_profile("suite")
 
 for _name, _value in {
@@ -192,9 +192,9 @@ def server() -> Iterator[servers.HostileServer]:
     made.close()
 
 
-@pytest.fixture(params=["native", "img2dataset"])
+@pytest.fixture(params=["native", pytest.param("img2dataset", marks=pytest.mark.long)])
 def engine(request: pytest.FixtureRequest) -> str:
-    """Each download engine."""
+    """Each download engine; the second one's promises in short are in tests/stages/fetch/test_fetch_img2dataset.py."""
     return str(request.param)
 
 

@@ -22,7 +22,8 @@ from stages.fetch.stored import of_file
 from stages.runtime import Runtime
 from stages.settings import DownloadSettings, Settings
 
-NATIVE, IMG2DATASET = "native", "img2dataset"
+NATIVE = "native"
+BOTH = [NATIVE, pytest.param("img2dataset", marks=pytest.mark.long)]
 PRIVATE = {"intranet.test": "10.0.0.1", "metadata.test": "169.254.169.254", "mapped.test": "::ffff:192.168.0.1"}
 LOOPBACK = {"a.test": "127.0.0.1", "b.test": "127.0.0.1", "localhost": "127.0.0.1"}
 
@@ -69,11 +70,6 @@ def stage():
     yield make
     for download in made:
         download.close()
-
-
-@pytest.fixture(params=[NATIVE, IMG2DATASET])
-def engine(request):
-    return request.param
 
 
 def rows(urls=(), refs=None):
@@ -457,7 +453,7 @@ def test_one_outcome_per_row_in_order(shared, paths):
     assert fetch(download, *map(server.url, paths)) == [OUTCOMES[path] for path in paths]
 
 
-@pytest.mark.parametrize("name", [NATIVE, IMG2DATASET])
+@pytest.mark.parametrize("name", BOTH)
 def test_eight_threads_may_call_at_once(stage, hostile_server, name):
     download = stage(name, per_host=32)
 
@@ -469,7 +465,7 @@ def test_eight_threads_may_call_at_once(stage, hostile_server, name):
         assert all(pool.map(call, range(16)))
 
 
-@pytest.mark.parametrize("name", [NATIVE, IMG2DATASET])
+@pytest.mark.parametrize("name", BOTH)
 def test_trouble_of_this_machine_stops_the_shard(stage, hostile_server, name, monkeypatch):
     def connect(link, place):
         raise OSError(errno.EMFILE, "Too many open files")

@@ -23,13 +23,13 @@ says, redirects = servers.says, servers.redirects
 pytestmark = pytest.mark.usefixtures("names")
 
 
-@pytest.fixture(params=["native", "img2dataset"])
-def stage(request):
+@pytest.fixture
+def stage(engine):
     """A function that makes stages of either engine, and closes them in the end."""
     made = []
 
     def make(runtime=None, **told):
-        base = {"engine": request.param, "allow_loopback": True, "timeout_s": 2.0, "retries": 0}
+        base = {"engine": engine, "allow_loopback": True, "timeout_s": 2.0, "retries": 0}
         made.append(Download(Settings(download=DownloadSettings(**base | told)), runtime or Runtime()))
         return made[-1]
 

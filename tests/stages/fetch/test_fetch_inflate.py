@@ -42,8 +42,8 @@ def test_what_was_packed_comes_out_however_it_is_cut(packer, data, cuts):
 
 
 def test_a_bomb_unfolds_in_pieces():
-    sizes = [len(part) for part in Inflated(is_gzip=True).feed(gzip.compress(bytes(50_000_000)))]
-    assert sum(sizes) == 50_000_000
+    sizes = [len(part) for part in Inflated(is_gzip=True).feed(gzip.compress(bytes(20_000_000)))]
+    assert sum(sizes) == 20_000_000
     assert max(sizes) <= LARGE_PIECE
 
 
