@@ -182,10 +182,14 @@ def test_no_labelled_photo_that_is_kept_is_screened_out(labels, data, real, dete
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize("pack", ["detector", pytest.param("extra", marks=pytest.mark.long)])
-def test_no_composed_photo_that_is_kept_is_screened_out(material, data, detector, real, pack):
+@pytest.mark.parametrize(
+    ("pack", "count", "side"),
+    [("detector", 3, 1300), *(pytest.param(pack, 5, 2000, marks=pytest.mark.long) for pack in ("detector", "extra"))],
+)
+def test_no_composed_photo_that_is_kept_is_screened_out(material, data, detector, real, pack, count, side):
     screen = Screen(settings(data, screen=pack if pack == "detector" else str(data / "models" / pack)), Runtime())
-    assert missed(material, detector, real, screen, 5, seed=1, side=(1100, 2000))[1:] == (pytest.approx(2, abs=1), [])
+    found = missed(material, detector, real, screen, count, seed=1, side=(1100, side))
+    assert found[1:] == (pytest.approx(2, abs=1), [])
 
 
 @pytest.mark.real_data
@@ -222,12 +226,12 @@ def missed(material, detector, real, screen, count, seed, **sizes):
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.long)])
-def test_faces_pass_that_are_too_large_for_one_look(data, real, labels, step):
+@pytest.mark.long
+def test_faces_pass_that_are_too_large_for_one_look(data, real, labels):
     """As in a photo of 8,000 px at 1/8, or of 2,000 px at 1/2 where smaller faces are wanted."""
     screen = Scrfd.screen(real.models, "cpu")
     large = [row["file"] for row in labels if row["expected"] == "keep" and int(row["face_short_px"]) > 400]
-    for name in large[::step]:
+    for name in large:
         file = (data / "photos" / name).read_bytes()
         for larger in (1, 2, 4):
             (look,) = screen([reduced(sha256(file), file, larger)])
@@ -235,7 +239,7 @@ def test_faces_pass_that_are_too_large_for_one_look(data, real, labels, step):
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.long)])
 def test_tight_portraits_pass(material, real, detector, step):
     """A face that fills the photo."""
     (faces, _), screen = material, Screen(real, Runtime())
@@ -286,7 +290,7 @@ def larger_faces(material, detector, screen, files):
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.long)])
 def test_where_the_screen_saw_only_the_face_the_photo_is_looked_at_once(seen, real, detector, monkeypatch, step):
     looks, numbers, screen = [], [], Screen(real, Runtime())
     look = detector._look
@@ -301,7 +305,7 @@ def test_where_the_screen_saw_only_the_face_the_photo_is_looked_at_once(seen, re
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize("count", [3, pytest.param(12, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [2, pytest.param(12, marks=pytest.mark.long)])
 def test_torch_shows_the_same_in_reduced_photos(labels, data, real, count):
     on_torch = real.models.model_copy(update={"runtime": {"detector": "torch"}})
     screens = [Scrfd.screen(models, "cpu") for models in (real.models, on_torch)]
@@ -364,7 +368,8 @@ def test_what_is_no_face_when_seen_closer_is_no_second_face(material, oddities, 
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize("seed", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [2, 4])
 def test_a_poor_second_face_stays_one(material, once, detector, seed):
     first, closer = second_scores(once, detector, next(composed.with_others(*material, material[0], 1, seed)))
     assert 0.4 < first == closer < 0.7

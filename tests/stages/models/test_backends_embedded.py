@@ -73,7 +73,7 @@ def test_an_opencv_without_cascades_is_a_users_error(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("name", PHOTOS)
-@pytest.mark.parametrize("factor", [0.7, 1, 3])
+@pytest.mark.parametrize("factor", [0.7, 1, pytest.param(3, marks=pytest.mark.long)])
 def test_haar_finds_the_face_where_scrfd_does(haar: haar_module.Haar, name: str, factor: float) -> None:
     image = cv2.resize(PHOTOS[name], None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
     faces = haar.detect(image)
@@ -116,16 +116,10 @@ def test_haar_finds_nothing_in_strips_and_dots(haar: haar_module.Haar, shape: tu
     assert (faces.bbox.shape, faces.kps.shape, faces.score.shape) == ((0, 4), (0, 5, 2), (0,))
 
 
-def test_haar_is_not_certain_of_any_face_where_there_is_none(haar: haar_module.Haar) -> None:
-    noise = np.random.default_rng(1).integers(0, 256, (700, 900, 3), np.uint8)
-    for image in (
-        noise,
-        cv2.GaussianBlur(noise, (0, 0), 6),
-        data.coffee(),
-        data.chelsea(),
-        data.rocket(),
-        data.retina(),
-    ):
+@pytest.mark.parametrize("names", [("chelsea", "coffee"), pytest.param(("rocket", "retina"), marks=pytest.mark.long)])
+def test_haar_is_not_certain_of_any_face_where_there_is_none(haar: haar_module.Haar, names: tuple[str, ...]) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (350, 450, 3), np.uint8)
+    for image in (noise, cv2.GaussianBlur(noise, (0, 0), 6), *(getattr(data, name)() for name in names)):
         assert (haar.detect(image).score < 0.4).all()
 
 
@@ -145,7 +139,7 @@ def crop_of(haar: haar_module.Haar, name: str) -> tuple[np.ndarray, np.ndarray]:
     return ffhq_crop(PHOTOS[name], kps), transform_points(ffhq_matrix(kps), kps)
 
 
-@pytest.mark.parametrize("name", PHOTOS)
+@pytest.mark.parametrize("name", ["astronaut", pytest.param("hopper", marks=pytest.mark.long)])
 def test_grabcut_keeps_the_face_and_not_the_corners(haar, grabcut, name: str) -> None:  # type: ignore[no-untyped-def]
     image, kps = crop_of(haar, name)
     labels = grabcut.segment(image, kps)

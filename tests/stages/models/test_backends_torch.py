@@ -176,6 +176,7 @@ def test_bisenet_labels_as_facexlib_does(bisenet: Path, monkeypatch: pytest.Monk
     assert len(np.unique(found)) > 1
 
 
+@pytest.mark.long
 def test_parsenet_labels_as_facexlib_does(tmp_path: Path) -> None:
     from facexlib.parsing.parsenet import ParseNet
 

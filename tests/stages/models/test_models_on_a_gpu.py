@@ -117,7 +117,7 @@ def test_towers_parsers_and_jpegs(gpu) -> None:
     assert NvJpeg(decoded)(picture).shape == (16, 24, 3)
 
 
-@pytest.mark.parametrize("kind", ["git", "llava"])
+@pytest.mark.parametrize("kind", ["git", pytest.param("llava", marks=pytest.mark.long)])
 def test_captions_are_made_by_who_holds_the_device(kind, gpu, tmp_path) -> None:
     settings = load_config(None, [f"models.captioner={tiny_captioners.write(tmp_path, kind)}", "caption.max_tokens=3"])
     captioner = Folder(settings, "cuda")
@@ -125,7 +125,8 @@ def test_captions_are_made_by_who_holds_the_device(kind, gpu, tmp_path) -> None:
     assert len(captioner.caption([np.zeros((32, 32, 3), np.uint8)] * 3)) == 3
 
 
-@pytest.mark.parametrize("base", ["tiny", pytest.param("tiny-sdxl", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("base", ["tiny", "tiny-sdxl"])
 def test_latents_and_texts_of_many_rows_go_together_by_who_holds_the_device(gpu, base, monkeypatch) -> None:
     monkeypatch.setattr(encoders, "_GPU_CAPTIONS", 4)
     config = load_config(
@@ -162,7 +163,11 @@ def test_latents_and_texts_of_many_rows_go_together_by_who_holds_the_device(gpu,
 
 @pytest.mark.parametrize(
     ("base", "overflows", "dtype"),
-    [("tiny", True, "float16"), ("tiny-sdxl", True, "float32"), ("tiny-sdxl", False, "float16")],
+    [
+        ("tiny", True, "float16"),
+        ("tiny-sdxl", True, "float32"),
+        pytest.param("tiny-sdxl", False, "float16", marks=pytest.mark.long),
+    ],
 )
 def test_a_vae_is_in_half_precision_where_it_does_not_overflow(
     gpu, base, overflows, dtype, tmp_path, monkeypatch
