@@ -1,7 +1,7 @@
 """Caption: tiny random models of transformers, and a loopback server that speaks, and misspeaks, chat completions."""
 
 import base64
-import gzip
+import functools
 import json
 import re
 import shutil
@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import fake_dataset as fake
@@ -17,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny_captioners
-from sample_runs import make
+from sample_runs import DRAWN, make
+from servers import BOMB
 
 from pipeline.dataset.config import load_config
 from pipeline.dataset.plan import make_plan
@@ -49,10 +51,21 @@ def captioned(settings: Settings) -> list[dict[str, Any]]:
     return table.to_pylist()
 
 
+class Folders(dict[str, str]):
+    """A model of each kind, which is written when it is wanted."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self._root = root
+
+    def __missing__(self, kind: str) -> str:
+        self[kind] = str(tiny_captioners.write(self._root / kind, kind))
+        return self[kind]
+
+
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("captioners")
-    return {kind: str(tiny_captioners.write(root / kind, kind)) for kind in ("git", "llava")}
+def folders(tmp_path_factory) -> Folders:
+    return Folders(tmp_path_factory.mktemp("captioners"))
 
 
 def test_off_loads_nothing_and_is_no_part_of_the_plan():
@@ -95,7 +108,7 @@ def test_the_licence_of_a_folder_is_that_of_its_card(folders, tmp_path, card, li
     assert refused == refusals
 
 
-@pytest.mark.parametrize("kind", ["git", "llava"])
+@pytest.mark.parametrize("kind", ["git", pytest.param("llava", marks=pytest.mark.long)])
 def test_a_model_by_folder_captions_each_photo_by_itself(folders, tmp_path, kind):
     settings = Settings(models={"captioner": folders[kind]}, caption={"max_tokens": 8, "prompt": "describe this a"})
     rows = captioned(settings)
@@ -173,7 +186,7 @@ BAD: dict[str, Reply] = {
     "huge": (200, {}, GOOD[2] + b" " * (8 << 20)),
     "nothing": (200, {}, b""),
     "no UTF-8": (200, {}, GOOD[2].replace(b"photo", b"caf\xe9")),
-    "a bomb": (200, {"Content-Encoding": "gzip"}, gzip.compress(bytes(64 << 20))),
+    "a bomb": (200, {"Content-Encoding": "gzip"}, BOMB),
 }
 
 
@@ -343,14 +356,24 @@ def test_so_many_requests_at_a_time_and_no_more(chat):
     assert (chat.most, len(chat.requests)) == (3, 24)
 
 
-def test_a_run_with_an_endpoint_fails_whole_shards_and_a_rerun_finishes_them(whole, chat, tmp_path):
-    words = (f"models.captioner={chat.url}", "caption.model=m", "caption.api_key_env=CAPTION_KEY", "caption.retries=0")
-    chat.reply = lambda number: GOOD if number < 3 else BAD["500"]
-    code, screen = make(tmp_path / "out", *words)
+def of_photos(chat: Server, folder: Path, *more: str) -> Callable[[], tuple[ExitCode, str]]:
+    """A run of four photos of the sample in two shards, which has its captions from there."""
+    folder.mkdir()
+    for name in ("admiral.jpg", "close-up.jpg", "half-body.jpg", "tall.jpg"):
+        (folder / name).write_bytes(DRAWN[name]())
+    words = (f"models.captioner={chat.url}", "caption.model=m", "source.rows_per_shard=2", *more)
+    return functools.partial(make, folder.parent / "out", *words, shards=str(folder), profile="embedded")
+
+
+def test_a_run_with_an_endpoint_fails_whole_shards_and_a_rerun_finishes_them(chat, tmp_path):
+    run = of_photos(chat, tmp_path / "photos", "caption.api_key_env=CAPTION_KEY", "caption.retries=0")
+    chat.reply = lambda number: GOOD if number < 4 else BAD["500"]
+    code, screen = run()
     assert code == ExitCode.SHARDS_FAILED
     assert "HTTP 500" in screen
-    chat.reply = lambda number: completion(None) if number % 5 == 0 else GOOD
-    code, again = make(tmp_path / "out", *words)
+    assert len(list((tmp_path / "out/shards").glob("*.json"))) == 1
+    chat.reply = lambda number: completion(None) if number == 5 else GOOD
+    code, again = run()
     assert code == ExitCode.OK
     tars = sorted((tmp_path / "out/shards").glob("*.tar"))
     jsons = [json.loads(sample.files["json"]) for tar in tars for sample in unpack(tar)]
@@ -368,19 +391,25 @@ def test_a_run_with_an_endpoint_fails_whole_shards_and_a_rerun_finishes_them(who
     assert KEY not in screen + again
 
 
-def test_an_endpoint_that_will_answer_nothing_stops_the_run_at_its_first_photo(chat, tmp_path):
-    words = (f"models.captioner={chat.url}", "caption.model=m", "caption.api_key_env=CAPTION_KEY")
-    replies = {
-        "HTTP 401, who?)": (401, {}, b"who?"),
-        "HTTP 308, without a word)": (308, {"Location": "https://a/v1"}, b""),
-        "HTTP 400, it sees no pictures)": (400, {}, b"it sees no pictures"),
-        "HTTP 403, not for you)": (403, {}, b"not for you"),
-        "HTTP 413, too large)": (413, {}, b"too large"),
-    }
-    for shown, reply in replies.items():
-        chat.reply = lambda number, reply=reply: reply
-        with pytest.raises(LostError, match=rf"{re.escape(shown)}.*caption\.api_key_env"):
-            make(tmp_path / "out", *words)
-        assert not list((tmp_path / "out/shards").glob("*.json"))
-    chat.reply = lambda number: GOOD
-    assert make(tmp_path / "out", *words)[0] == ExitCode.OK
+WILL_NOT: dict[str, Reply] = {
+    "HTTP 401, who?)": (401, {}, b"who?"),
+    "HTTP 308, without a word)": (308, {"Location": "https://a/v1"}, b""),
+    "HTTP 400, it sees no pictures)": (400, {}, b"it sees no pictures"),
+    "HTTP 403, not for you)": (403, {}, b"not for you"),
+    "HTTP 413, too large)": (413, {}, b"too large"),
+}
+
+
+@pytest.mark.parametrize("words", WILL_NOT)
+def test_an_endpoint_that_will_answer_nothing_is_lost(chat, words):
+    chat.reply = lambda number: WILL_NOT[words]
+    with pytest.raises(LostError, match=rf"{re.escape(words)}.*caption\.api_key_env"):
+        captioned(settings_of(chat.url))
+
+
+def test_an_endpoint_that_is_lost_stops_the_run_at_its_first_photo(chat, tmp_path):
+    chat.reply = lambda number: WILL_NOT["HTTP 401, who?)"]
+    with pytest.raises(LostError, match="who"):
+        of_photos(chat, tmp_path / "photos")()
+    assert len(chat.requests) <= 2, "of the first shard"
+    assert not list((tmp_path / "out/shards").glob("*.json"))

@@ -27,7 +27,7 @@ from stages.encode import Encode, cut, fit_crop
 from stages.models.torch_backend import prepare
 from stages.pixels.images import decode_jpeg
 
-BASES = ("tiny", "tiny-sdxl")
+BASES = (pytest.param("tiny", marks=pytest.mark.long), "tiny-sdxl")
 ROWS = [fake.record("a", row) for row in range(3)]
 ROWS[1] |= {"text": None, "full": None}
 ROWS[2] |= {"text": "word " * 200}
@@ -280,7 +280,7 @@ def test_words_switch_on_and_leave_the_rest():
 
 
 def made_in(out: Path, *pairs: str, executor: str = "local") -> Path:
-    sets = ("encode.base=tiny-sdxl", "encode.resolution=64", *pairs)
+    sets = ("encode.base=tiny-sdxl", "encode.resolution=64", "source.rows_per_shard=12", *pairs)
     assert make(out, *sets, executor=executor, extras="latents,text,mirror")[0] is ExitCode.OK
     return out
 
@@ -290,7 +290,7 @@ def made(tmp_path_factory) -> Path:
     return made_in(tmp_path_factory.mktemp("made"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_writes_all_that_was_asked_for_and_it_verifies(made):
     assert verify(made) == []
     manifest = json.loads((made / "shards" / "sample-00000.json").read_text())
