@@ -88,6 +88,7 @@ def test_tiny_weights_are_the_same_each_time_and_disturb_no_random_numbers(kind,
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' Euler schedule
+@pytest.mark.long
 @pytest.mark.parametrize("kind", TINY)
 def test_tiny_draws_with_the_stock_pipeline(kind):
     import diffusers

@@ -46,13 +46,12 @@ def _put(file: RemotePath) -> None:
 @pytest.mark.parametrize(
     "request_of",
     [
-        lambda file: file.read_range(0, 9),
-        RemotePath.is_file,
-        RemotePath.listing,
-        lambda file: file.write_bytes(b"manifest"),
-        _put,
+        pytest.param(lambda file: file.read_range(0, 9), id="read"),
+        pytest.param(RemotePath.is_file, id="head", marks=pytest.mark.long),
+        pytest.param(RemotePath.listing, id="list", marks=pytest.mark.long),
+        pytest.param(lambda file: file.write_bytes(b"manifest"), id="write", marks=pytest.mark.long),
+        pytest.param(_put, id="put"),
     ],
-    ids=["read", "head", "list", "write", "put"],
 )
 def test_a_store_that_answers_nothing_is_given_up_after_eight_timeouts(request_of, store, monkeypatch):
     sent, send, begun = [], S3Session.send, time.monotonic()

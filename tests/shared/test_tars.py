@@ -131,7 +131,7 @@ def test_some_samples_with_some_of_their_files(tmp_path):
 
 def test_one_sample_of_many_is_read_without_the_others(tmp_path):
     noise, path = random.Random(0), tmp_path / "a.tar"
-    keys = [f"a-{number:09d}" for number in range(0, 4000, 2)]
+    keys = [f"a-{number:09d}" for number in range(0, 2000, 2)]
     files = {key: {"json": key.encode(), "face.jpg": noise.randbytes(noise.choice([10, 600, 99_999]))} for key in keys}
     with path.open("wb") as stream, created(stream) as tar:
         for key in keys:
@@ -154,8 +154,8 @@ def test_one_sample_of_many_is_read_without_the_others(tmp_path):
         def open(self, mode, buffering):
             return io.BufferedReader(Counting(self), buffering)
 
-    assert unpack_one(Remote(path), keys[1500]) == Sample(keys[1500], files[keys[1500]])
-    assert path.stat().st_size > 60e6 > 10 * sum(counted)
+    assert unpack_one(Remote(path), keys[750]) == Sample(keys[750], files[keys[750]])
+    assert path.stat().st_size > 30e6 > 10 * sum(counted)
 
 
 def test_one_sample_of_a_tar_that_is_none(tmp_path):
@@ -170,10 +170,10 @@ def test_a_tar_that_is_not_there(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_tar(tmp_path):
-    path = tar_of(tmp_path / "x.tar", [(f"k{n:05d}.bin", b"x" * 1000) for n in range(5000)])
+    path = tar_of(tmp_path / "x.tar", [(f"k{n:05d}.bin", b"x" * 1000) for n in range(2000)])
     tracemalloc.start()
     try:
-        assert sum(1 for _ in unpack(path)) == 5000
-        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+        assert sum(1 for _ in unpack(path)) == 2000
+        assert tracemalloc.get_traced_memory()[1] < 1_500_000 < path.stat().st_size / 2
     finally:
         tracemalloc.stop()
