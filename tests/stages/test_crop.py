@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ BBOX = [180.8, 55.7, 270.8, 178.4]
 """The astronaut's face, as SCRFD finds it: 122.7 px high."""
 
 
+@cache
 def enlarged(factor: int) -> tuple[np.ndarray, list[float]]:
     side = 512 * factor
     pixels = np.asarray(Image.fromarray(samples.astronaut()).resize((side, side)))

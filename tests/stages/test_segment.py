@@ -25,7 +25,7 @@ MODELS = ModelSettings(segmenter="grabcut")
 
 def segment(pixels: np.ndarray, kps: object = KPS, max_occlusion: float = 1, **options: Any) -> dict[str, Any]:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=0)
     data = buffer.getvalue()
     table = pa.table({"image": [data], "sha256": [hashlib.sha256(data).hexdigest()], "kps": [kps]})
     limits = FilterSettings(max_occlusion=max_occlusion)
@@ -78,6 +78,7 @@ def test_beyond_the_photo_there_is_only_background(monkeypatch: pytest.MonkeyPat
     assert not mask.all()
 
 
+@pytest.mark.usefixtures("remembered")
 def test_drops_empty_mask() -> None:
     row = segment(samples.astronaut(), keep=(16,))
     assert row == {"mask": None, "mask_share": 0, "occlusion": None, DROP: DropReason.EMPTY_MASK}

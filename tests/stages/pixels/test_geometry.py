@@ -37,7 +37,7 @@ def test_similarity_refuses_points_that_determine_none(kps: np.ndarray) -> None:
 
 
 @given(matrices, jitters, st.sampled_from([112, 224]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_norm_crop_is_insightface_s(matrix: np.ndarray, jitter: np.ndarray, size: int) -> None:
     from insightface.utils import face_align
 
@@ -149,7 +149,7 @@ framings = st.tuples(st.floats(0.05, 1), st.floats(0, 0.5), st.floats(0, 1), st.
 
 
 @given(faces(), framings)
-@settings(max_examples=150)
+@settings(max_examples=75)
 def test_crop_boxes_keep_every_promise(
     face: tuple[tuple[float, ...], int, int], framing: tuple[float, float, float, int]
 ) -> None:
