@@ -19,7 +19,7 @@ from stages.base import DROP
 from stages.download import Download
 from stages.fetch.body import Body
 from stages.fetch.engine import RESOLVER
-from stages.fetch.http import resolve
+from stages.fetch.http import client, resolve
 from stages.fetch.http.client import tls_context
 from stages.runtime import Runtime
 from stages.settings import DownloadSettings, Settings
@@ -257,7 +257,8 @@ def test_a_host_that_closed_a_resting_connection_is_not_to_blame(make, server):
     assert server.hits["/ok.jpg"] == 20
 
 
-def test_resting_connections_are_few_and_close_soon(make, server):
+def test_resting_connections_are_few_and_close_soon(make, server, monkeypatch):
+    monkeypatch.setattr(client, "_IDLE_S", 0.5)
     before = len(os.listdir("/proc/self/fd"))
     download = make(concurrency=8, per_host=8)
     fetch(download, *[f"http://h{n}.test:{server.port}/404.jpg" for n in range(60)])

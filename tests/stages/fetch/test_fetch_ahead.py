@@ -40,10 +40,10 @@ def release(server):
 
 
 def settled(count):
-    """A count that has not changed for half a second."""
+    """A count that has begun, and not changed for half a second."""
     last = None
     until = time.monotonic() + 60
-    while (now := count()) != last and time.monotonic() < until:
+    while ((now := count()) != last or not now) and time.monotonic() < until:
         last = now
         time.sleep(0.5)
     return last

@@ -86,8 +86,8 @@ def test_a_pack_is_proved_and_shared_by_threads(gpu, tmp_path, monkeypatch) -> N
         with gpu.modes():
             return detect.detect_all(photos), embed.embed(faces), screen(photos)
 
-    with ThreadPoolExecutor(3) as pool:
-        for found, vectors, looks in pool.map(all_of_it, range(3)):
+    with ThreadPoolExecutor(2) as pool:
+        for found, vectors, looks in pool.map(all_of_it, range(2)):
             for ours, theirs in zip(found, expected[0], strict=True):
                 assert abs(float(ours.score.max()) - float(theirs.score.max())) < 0.02
             np.testing.assert_allclose(vectors, expected[1], atol=0.05 * np.abs(expected[1]).max())

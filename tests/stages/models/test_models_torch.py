@@ -282,7 +282,7 @@ def test_the_int8_recogniser_takes_batches_because_each_face_has_its_own_scale(
     data: Path, labels: list[dict[str, str]]
 ) -> None:
     pack = str(data / "models" / "real")
-    photos = [read(data, row) for row in labels[:3]]
+    photos = [read(data, row) for row in labels[:2]]
     faces = np.stack([cv2.resize(photo, (112, 112), interpolation=cv2.INTER_AREA) for photo in photos])
     on_onnx = ArcFace(ModelSettings(pack=pack), "cpu")
     expected = on_onnx.embed(faces)
