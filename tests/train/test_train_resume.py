@@ -57,7 +57,7 @@ REAL = ["--from-shards", "--variant", "faceid", "--steps", str(STEPS)]
 REAL += [word for pair in (*COMMON, *PLANS["faceid"][1]) for word in ("--set", pair)]
 
 _SERVER = """
-import atexit, gc, importlib.util, json, os, runpy, sys
+import atexit, gc, importlib.util, json, os, runpy, sys, warnings
 from pathlib import Path
 folder = Path(os.environ["FOLDER"])
 def note():
@@ -79,7 +79,9 @@ class Once:  # what `python -m pipeline.train` calls, once all is imported for i
             train = module.train
             def here_or_there(job):
                 module.train = train
-                pid = os.fork()
+                with warnings.catch_warnings():  # Python 3.12 warns of torch's threads
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    pid = os.fork()
                 if not pid:
                     atexit.register(note)
                     on_to_file(folder / "real.out", 1)
