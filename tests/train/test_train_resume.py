@@ -653,7 +653,6 @@ def test_what_a_short_of_memory_machine_needs_may_change(short, dataset, capsys)
     assert lines(short)[3]["epoch"] == lines(short)[2]["epoch"] + 1
 
 
-@pytest.mark.long
 @pytest.mark.usefixtures("no_release")
 def test_other_weights_under_the_same_name_are_not_continued(dataset, tmp_path):
     bases = [Path(shutil.copytree(find_base("tiny").folder, tmp_path / parent / "mine")) for parent in ("a", "b")]
