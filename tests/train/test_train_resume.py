@@ -877,7 +877,6 @@ def pair(server, dataset, tmp_path_factory):
     return run, notes(folder / "observed"), processes, used
 
 
-@pytest.mark.long
 def test_two_processes_see_disjoint_samples_and_all_of_them_together(pair):
     _, seen, _, _ = pair
     keys = [[key for note in rank if note.get("epoch") == 0 for key in note["keys"]] for rank in seen]
@@ -886,7 +885,6 @@ def test_two_processes_see_disjoint_samples_and_all_of_them_together(pair):
     assert abs(len(keys[0]) - len(keys[1])) <= 1
 
 
-@pytest.mark.long
 def test_two_processes_hold_the_same_weights_after_every_step(pair):
     _, seen, _, _ = pair
     weights = [[(note["step"], note["weights"]) for note in rank if "step" in note] for rank in seen]
@@ -895,7 +893,6 @@ def test_two_processes_hold_the_same_weights_after_every_step(pair):
     assert len({digest for _, digest in weights[0]}) == DDP_STEPS
 
 
-@pytest.mark.long
 def test_two_processes_write_and_export_once(pair):
     run, _, (first, second), _ = pair
     assert [line["step"] for line in lines(run)] == list(range(1, DDP_STEPS + 1))
@@ -906,7 +903,6 @@ def test_two_processes_write_and_export_once(pair):
     assert len(run.load(DDP_STEPS)[2]["ranks"]) == 2
 
 
-@pytest.mark.long
 def test_two_processes_talk_over_loopback_alone(pair):
     *_, used = pair
     assert used, "nothing was seen of their connections"
