@@ -23,6 +23,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
+# else, where it is set, each process compiles thousands of modules of .venv once more: half of what a short command takes
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help setup dataset train plan report verify models test lint bench bench-gpu bench-gpu-wheels docs cluster-demo image clean
 
 PY    := .venv/bin/python

@@ -12,12 +12,16 @@ long is recorded there, and the next one begins.
 """
 
 import argparse
+import os
 import sys
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
+# Its processes would each compile what they import once more.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import bare
