@@ -51,9 +51,10 @@ $(STAMP): pyproject.toml constraints.txt docker/torchvision_beside_cpu_torch.py
 		fi; \
 		"$(PYTHON)" -m venv --clear .venv; \
 	fi
-	@# pip first: unlike uv it knows the local wheels that its own configuration names, and torch is the big one
+	@# pip first: unlike uv it knows the local wheels that its own configuration names, and torch is the big one; most of
+	@# its modules are never imported, so that to compile them all takes longer than to unpack them
 	$(PY) -m pip install --quiet --constraint constraints.txt uv
-	$(PY) -m pip install --quiet --constraint constraints.txt --no-deps $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch torchvision
+	$(PY) -m pip install --quiet --constraint constraints.txt --no-deps --no-compile $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch torchvision
 	@# uv does not read pip's configuration: hand it the main index, where pip has one
 	@set -e; index=$$($(PY) -m pip config list | sed -nE "s/^(global|install|:env:)\.index-url='(.*)'$$/\2/p" | tail -n 1); \
 	export UV_DEFAULT_INDEX=$${UV_DEFAULT_INDEX:-$$index}; [ -n "$$UV_DEFAULT_INDEX" ] || unset UV_DEFAULT_INDEX; \
