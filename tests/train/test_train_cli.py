@@ -296,6 +296,7 @@ def test_report_writes_the_page_again_and_refuses_what_is_no_run(cli, real):
         ([*FACEID, "--set", "guidance.p_uncond_both=1"], ["guidance.p_uncond_image", "more than 1"]),
         ([*FACEID, "--set", "data.crops={portrait=0, half=0, full=0}"], ["data.crops.portrait", "all 0"]),
         ([*FACEID, "--steps", "0"], ["steps"]),
+        (["--resume"], ["--variant", "with --resume too"]),
         ([*FACEID, "--config", "none.toml"], ["none.toml", "cannot be read"]),
         ([*FACEID, "--image-encoder", "clip"], ["adapter.image_encoder"]),
         ([*FACEID, "--set", "optim.precision=fp16"], ["fp16", "GPU"]),

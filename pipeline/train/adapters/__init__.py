@@ -8,6 +8,6 @@ NAMES = ("ip-adapter", "plus", "plus-face", "full-face", "faceid", "faceid-portr
 
 def require_known(name: str) -> None:
     if not name:
-        raise ConfigError(f"Say what to train, by --variant and one of: {', '.join(NAMES)}.")
+        raise ConfigError(f"Say what to train, with --resume too, by --variant and one of: {', '.join(NAMES)}.")
     if name not in NAMES:
         raise ConfigError(f"The variant {name!r} is not known; choose one of: {', '.join(NAMES)}.")

@@ -64,7 +64,8 @@ def read_folder(given: str, known: dict[str, DatasetFolder], *, manifests_may_di
     try:
         root = to_path(given)
         if not root.is_dir():
-            raise SourceError(f"{given} does not exist: --from-shards takes the OUT folders of `make dataset`.")
+            trouble = "is no folder" if root.exists() else "does not exist"
+            raise SourceError(f"{given} {trouble}: --from-shards takes the OUT folders of `make dataset`.")
         folder: AnyPath = root / "shards"
         if not folder.is_dir():
             root, folder = root.parent, root
@@ -79,8 +80,12 @@ def read_folder(given: str, known: dict[str, DatasetFolder], *, manifests_may_di
     except OSError as error:
         raise SourceError(f"{given} cannot be read: {first_line(error)}") from error
     if not any(shard.manifest.kept for shard in shards):
-        lack = "no sample was kept" if shards else "there is no finished shard"
-        raise SourceError(f"{given} holds nothing to train on ({lack}): run `make dataset` with OUT={given} first.")
+        lack, advice = "no sample was kept", "a dataset in which one was"
+        if not shards:
+            lack, advice = "there is no finished shard", "the OUT of a `make dataset` that has ended"
+        if (folder / "run.json").exists():
+            lack, advice = "it is a training run", f"a dataset, and --resume --out {given} to go on with the run"
+        raise SourceError(f"{given} holds nothing to train on ({lack}): give {advice}.")
     for tar, manifest in ((shard.tar, shard.manifest) for shard in shards if shard.manifest.kept):
         if tar.name not in manifest.files:
             raise SourceError(f"The manifest of {manifest.shard} names no {tar.name}: run `make dataset` again.")

@@ -118,8 +118,15 @@ def test_a_folder_without_anything_to_train_on(tmp_path: Path, data: DataSetting
         open_dataset([], data)
     with pytest.raises(SourceError, match="absent does not exist"):
         open_dataset([str(tmp_path / "absent")], data)
-    with pytest.raises(SourceError, match="no finished shard"):
+    with pytest.raises(SourceError, match=r"no finished shard.*give the OUT"):
         open_dataset([str(tmp_path)], data)
+    a_file = tmp_path / "run" / "run.json"
+    a_file.parent.mkdir()
+    a_file.write_text("{}")
+    with pytest.raises(SourceError, match=r"run\.json is no folder"):
+        open_dataset([str(a_file)], data)
+    with pytest.raises(SourceError, match=r"it is a training run.*--resume --out"):
+        open_dataset([str(a_file.parent)], data)
     empty = fake.write(tmp_path / "empty", {"a-00000": []})
     with pytest.raises(SourceError, match="no sample was kept"):
         open_dataset([empty], data)
