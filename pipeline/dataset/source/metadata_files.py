@@ -40,6 +40,8 @@ Those that are not decoded here stand among them, so that such a file is a drop 
 """
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "image_bytes", "bytes", "content", *IMAGE_SUFFIXES)
 """What a column of encoded images is called; one of structs with `bytes`, as HF's, may have any name."""
+_IMAGE = re.compile(rf"^\w+://|\.(?:{'|'.join(IMAGE_SUFFIXES)})$", re.IGNORECASE)
+"""A URL, or the name of an image."""
 BATCH_ROWS = 32_768
 _BUFFER = 4 << 20
 _GROUP = 64 << 20
@@ -171,15 +173,37 @@ def read_csv(path: str, aliases: Aliases) -> Iterator[pa.Table]:
         pa.csv.ParseOptions(delimiter=delimiter, quote_char=is_quoted and '"', newlines_in_values=is_quoted),
         pa.csv.ConvertOptions(
             # All as strings: a type guessed from the first block would fail on a later one.
-            column_types=dict.fromkeys(ours.values(), pa.string()),
-            include_columns=list(ours.values()),
+            column_types=dict.fromkeys(names, pa.string()),
             check_utf8=False,
             strings_can_be_null=False,
         ),
     )
     with open_binary(path, "infer") as file, _given_back(file):
         for batch in pa.csv.open_csv(file, *options):
-            yield pa.Table.from_batches([batch])
+            table = pa.Table.from_batches([batch])
+            if is_quoted:
+                _require_closed_quotes(path, table, names, delimiter)
+            yield table.select(list(ours.values()))
+
+
+def _require_closed_quotes(path: str, table: pa.Table, names: Sequence[str], delimiter: str) -> None:
+    """A quotation mark that is not closed takes the rows after it into its cell: nobody would see that they are lost.
+
+    Raises:
+        SourceError: for a cell in which further lines are rows of the file, each with its image.
+    """
+    image = next((names.index(seed) for seed in ("url", "source_file") if seed in names), 0)
+    for name in names:
+        cells = table[name].filter(pc.match_substring(table[name], "\n"))
+        for cell in cells.cast(pa.binary()).to_pylist():  # in any encoding
+            first, *lines = re.split(r"\r?\n|\r", cell.decode("utf-8", "replace"))
+            for line in lines:
+                row = next(csv.reader([line[: csv.field_size_limit()]], delimiter=delimiter), [])
+                if len(row) == len(names) and _IMAGE.search(row[image]):
+                    raise SourceError(
+                        f"{path} has a quotation mark that is not closed, at {first[:60]!r}: it would take the rows "
+                        'after it. Close it, or write it twice ("") where it is part of the text.'
+                    )
 
 
 @contextmanager

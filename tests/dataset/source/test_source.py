@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from pipeline.dataset.execute.runner import judge_seeds
 from pipeline.dataset.source import metadata_files
+from pipeline.dataset.source.aliases import ALIASES, FILE_ALIASES
 from pipeline.dataset.source.parts import Part, SourceSettings, find_parts
 from pipeline.dataset.source.seeds import iter_shards
 from pipeline.dataset.source.values import score, size
@@ -439,6 +440,28 @@ def test_csv_with_lines_in_captions_and_late_surprises(tmp_path):
     found = rows(tmp_path / "p.csv")
     assert [row["text"] for row in found] == ['a\nb "c"'] * 3 + ["x", "caf\ufffd"]
     assert [row["meta_width"] for row in found] == [1024] * 3 + [None, None]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("header", "row", "cell"),
+    [
+        ("url,caption", "http://a.org/{},{}", "caf\xe9{}and \r on"),
+        ("url,caption,note", "http://a.org/{},x,{}", "open{}" + 200_000 * "x"),
+        ("file_name,caption", "photos/{}.JPG,{}", "open{}and on, and on"),
+    ],
+)
+def test_a_mark_that_is_not_closed_takes_no_rows_of_a_csv(tmp_path, header, row, cell, end):
+    """Eight rows were part of the cell of the one before them, without a word."""
+    path, aliases = tmp_path / "p.csv", {**FILE_ALIASES, **ALIASES}
+    lines = [header, *(row.format(n, "x") for n in range(10))]
+    for mark in '"', "":
+        lines[2] = row.format(1, f'"{cell.format(end)}{mark}')
+        path.write_bytes(end.join(lines).encode("latin-1"))
+        if mark:
+            assert sum(table.num_rows for table in metadata_files.read_csv(str(path), aliases)) == 10
+    with pytest.raises(SourceError, match=r"a quotation mark that is not closed, at '(caf|open)"):
+        list(metadata_files.read_csv(str(path), aliases))
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
