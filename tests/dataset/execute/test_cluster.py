@@ -50,20 +50,24 @@ def first_worker(process: subprocess.Popen, title: str, nodes: Sequence[Any] = (
         time.sleep(0.1)
 
 
+def ends_whole(process: subprocess.Popen, whole: Path, out: Path, *, rows: int, made: int) -> None:
+    output, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, output + errors
+    assert contents(out) == contents(whole)
+    *_, now, end = map(json.loads, (out / "events.jsonl").read_text().splitlines())
+    assert (end["kind"], now["rows"], now["kept"], now["shards"]["made"]) == ("end", rows, 9, made)
+    # what stages took in the processes of the models and of the fetching, and the hosts there
+    assert min(now["stages"][name]["seconds"] for name in ("download", "detect", "embed_face", "pack")) > 0
+    assert now["slowest_hosts"].keys() == {"sample.localhost"}
+
+
 @pytest.mark.slow
 def test_a_run_on_ray_makes_the_same_bytes_though_its_worker_is_killed(whole, tmp_path):
     out = without(whole, tmp_path / "out", *SHARDS[:5])
     words = ["--executor", "ray", "--set", "executor.workers=1", "--set", "executor.batch_rows=1"]
     process = begun(out, *words, "--set", f"watch.events={out}/events.jsonl")
     first_worker(process, "ray::_Maker").kill()
-    said, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, said + errors
-    assert contents(out) == contents(whole)
-    *_, now, end = map(json.loads, (out / "events.jsonl").read_text().splitlines())
-    assert (end["kind"], now["rows"], now["kept"], now["shards"]["made"]) == ("end", 17, 9, 5)
-    # what stages took in the processes of the models and of the fetching, and the hosts there
-    assert min(now["stages"][name]["seconds"] for name in ("download", "detect", "embed_face", "pack")) > 0
-    assert now["slowest_hosts"].keys() == {"sample.localhost"}
+    ends_whole(process, whole, out, rows=17, made=5)
 
 
 @pytest.mark.long
@@ -79,14 +83,7 @@ def test_two_workers_make_the_same_bytes_though_each_is_killed_and_the_node_of_o
         killed.wait(60)  # or it would be found again
     first_worker(process, "ray::_Maker", [node])
     cluster.remove_node(node, allow_graceful=False)
-    said, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, said + errors
-    assert contents(out) == contents(whole)
-    *_, now, end = map(json.loads, (out / "events.jsonl").read_text().splitlines())
-    assert (end["kind"], now["rows"], now["kept"], now["shards"]["made"]) == ("end", 29, 9, 8)
-    # what stages took in the processes of the models and of the fetching, and the hosts there
-    assert min(now["stages"][name]["seconds"] for name in ("download", "detect", "embed_face", "pack")) > 0
-    assert now["slowest_hosts"].keys() == {"sample.localhost"}
+    ends_whole(process, whole, out, rows=29, made=8)
 
 
 def test_a_cluster_may_still_lack_nodes_but_not_for_the_first_worker_nor_reach_out_for_the_sample(monkeypatch, capsys):
