@@ -31,6 +31,7 @@ def show(job: "Job", out: str, sample: int | None, seed: int, cost_per_hour: flo
 
     output = Output(to_path(out))
     if not sample:  # a forecast is of SHARDS, whatever OUT holds
+        job.refuse_as_out(output.root)
         output.refuse_training_run()
         output.refuse_other_plan(job.plan)
     elif job.plan.refusal:  # as `dataset` does: fetch what is missing, where that is allowed, or refuse

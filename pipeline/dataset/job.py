@@ -2,6 +2,7 @@
 
 import os
 import secrets
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -34,7 +35,7 @@ from pipeline.dataset.source.seeds import Captions, Seeds, iter_shards
 from pipeline.shared.files import AnyPath, RemotePath, sizes
 from pipeline.shared.several import ahead
 from schemas.errors import ExitCode, LostError, OutputError, SourceError, UserError
-from schemas.names import SAMPLE, fitting_name, shard_origin, split_kind, split_spec
+from schemas.names import SAMPLE, finished_shards, fitting_name, shard_origin, split_kind, split_spec
 from stages.runtime import Runtime
 
 
@@ -64,6 +65,12 @@ class Job:
         notes = [note for part in self.parts if part.pictures for note in part.pictures.named.notes]
         is_old = any(is_old_laion([part.origin], [part.name]) for part in self.parts)
         return [*notes, *([f"WARNING: {OLD_LAION}"] if is_old else [])]
+
+    def refuse_as_out(self, out: AnyPath) -> None:
+        """Raises an OutputError where OUT is a folder of images: from then on that would count as a dataset."""
+        folders = [part.pictures.folder for part in self.parts if part.pictures]
+        if os.path.realpath(str(out)) in map(os.path.realpath, folders):
+            raise OutputError(f"OUT {out} is the folder of the images: give another, which may lie within it.")
 
     def shards(self) -> Iterator[Seeds]:
         """Seed rows of every shard, part after part."""
@@ -126,6 +133,7 @@ def make_dataset(
         CorruptShardError: when a finished shard is damaged.
     """
     plan, output = job.plan, Output(out)
+    job.refuse_as_out(out)
     if isinstance(out, RemotePath) and out.url.startswith("memory:") and plan.config.executor.name == "ray":
         raise OutputError(f"OUT {out} exists in one process alone: give --executor local, or another OUT.")
     screen = RunScreen(console, job.rows)
@@ -141,7 +149,7 @@ def make_dataset(
             watchers.begin(parts=len(job.parts), input_rows=job.rows, plan_digest=plan.digest)
             # A shard that is made anew takes those along that gave its rows a second chance.
             further = [name for name in shard_names(out) if shard_origin(name)[1]]
-            work.make(work.pending(job.shards_by_part(), further))
+            work.make(work.pending(job.shards_by_part(), further, whole=True))
             screen.say(str(work.captions))
             if retry and work.failed:
                 screen.say("Some shards failed: second chances wait until all are done.")
@@ -243,16 +251,24 @@ class _Work:
                         raise LostError(event.error)
         return True
 
-    def pending(self, parts: Iterable[Iterable[Seeds]], further: Sequence[str] = ()) -> Iterator[Seeds]:
+    def pending(
+        self, parts: Iterable[Iterable[Seeds]], further: Sequence[str] = (), *, whole: bool = False
+    ) -> Iterator[Seeds]:
         """The shards that are not done; a part that turns out unreadable in the middle fails, and the others go on.
 
-        Of `further`, the shards of second chances, those go that hold rows of a shard which is to be made.
+        Of `further`, the shards of second chances, those go that hold rows of a shard which is to be made. Where the
+        parts are `whole`, finished shards to which they give no rows any more are refused.
         """
         listed = sizes(self.output.shards)
+        surplus = defaultdict[str, set[str]](set)
+        for name in finished_shards(listed) if whole else ():
+            origin, round = shard_origin(name)
+            surplus[origin].update(() if round else (name,))
         for part, shards in zip(self.parts, parts, strict=True):
             try:
                 for seeds in shards:
                     self.captions.add(seeds)
+                    surplus[part.name].discard(seeds.name)
                     # What must not be used is marked after shards are cut, so that their borders stay.
                     seeds = replace(seeds, table=self.output.takedowns.judged(seeds.table))
                     with lost_errors(self.output.root):
@@ -265,6 +281,11 @@ class _Work:
                         self.screen.done_before(seeds.table.num_rows)
                     else:
                         yield seeds
+                if surplus[part.name]:
+                    raise SourceError(
+                        f"{min(surplus[part.name])} is finished, but its part gives it no rows any more: the part was "
+                        "changed, or is read otherwise; give the part that OUT was made of, or another OUT."
+                    )
             except UserError as error:
                 self.same.discard(part.name)
                 self.watchers.take(Finished.failed(METADATA, error))

@@ -202,6 +202,35 @@ def test_a_folder_that_changed_mixes_no_shards(made, out, tmp_path):
     assert described["sources"] == [f"made:{made.name}"], "what was refused gave no rows"
 
 
+def test_a_rerun_refuses_shards_of_images_that_are_gone(tmp_path):
+    """Those of the last shard, to which no row of the folder leads any more: it stayed in OUT, and the run was fine."""
+    folder, words = tmp_path / "set", {"shards": str(tmp_path / "set"), "profile": "embedded"}
+    put(folder, **{f"{number}.png": encoded(number) for number in range(3)})
+    for _ in range(2):
+        assert make(tmp_path / "out", "source.rows_per_shard=1", **words)[0] is ExitCode.OK
+    (folder / "2.png").unlink()
+    code, text = make(tmp_path / "out", "source.rows_per_shard=1", **words)
+    assert (code, "set-00002 is finished, but its part gives it no rows any more" in text) == (
+        ExitCode.SHARDS_FAILED,
+        True,
+    )
+    put(tmp_path / "more", **{"a.png": encoded()})
+    words["shards"] = str(tmp_path / "more")  # of parts that are not given nothing is known
+    assert make(tmp_path / "out", "source.rows_per_shard=1", **words)[0] is ExitCode.OK
+
+
+def test_the_folder_of_the_images_is_no_out(tmp_path):
+    """A rerun of an interrupted run would be refused: by then the folder is a dataset."""
+    put(tmp_path / "set", **{"a.png": encoded(), "b/c.png": encoded()})
+    (tmp_path / "link").symlink_to("set")
+    for command, out in (("plan", "set"), ("dataset", "set"), ("dataset", "link")):
+        given = [command, "--shards", str(tmp_path / "set"), "--out", str(tmp_path / out), *EMBEDDED]
+        done = CliRunner().invoke(app, given)
+        assert isinstance(done.exception, OutputError)
+        assert str(done.exception).endswith("is the folder of the images: give another, which may lie within it.")
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["a.png", "b"]
+
+
 # Layouts
 
 
