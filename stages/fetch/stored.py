@@ -2,7 +2,7 @@
 
 A reference is a path or fsspec URL, `#`, and what of it: `` (the file), `<offset>:<size>` (bytes of a tar), or
 `<column>@<row>` (a cell; the column's name is quoted as in URLs). References are made of listings, never of names
-that metadata gives.
+that metadata gives. `#` alone is a file whose name cannot be written so.
 """
 
 import errno
@@ -69,7 +69,8 @@ class Stored:
         Raises:
             SourceError: when a tar or parquet file, or the folder of a file, cannot be opened or read.
         """
-        outcomes: list[Outcome] = [Dropped(DropReason.NOT_IN_TAR)] * len(refs)
+        no_file, not_in_tar = Dropped(DropReason.NO_FILE), Dropped(DropReason.NOT_IN_TAR)
+        outcomes: list[Outcome] = [no_file if ref == of_file("") else not_in_tar for ref in refs]
         files: dict[int, str] = {}
         inside: dict[str, list[tuple[int, int, str, int]]] = defaultdict(list)
         for index, ref in enumerate(refs):

@@ -87,13 +87,18 @@ def require(path: str, columns: Sequence[str], chosen: Mapping[ColumnKey, str]) 
             raise SourceError(f"source.columns.{key} is {name!r}, which {path} does not have{hint}")
 
 
-def require_url(path: str, columns: Sequence[str], aliases: Aliases = ALIASES) -> None:
+def require_url(
+    path: str, columns: Sequence[str], aliases: Aliases = ALIASES, *, is_beside_images: bool = False
+) -> None:
     if "url" in resolve(columns, aliases):
         return
     hint = "the first line of a csv or tsv must name the columns"
     if files := resolve(columns, {"file": FILE_ALIASES["source_file"]}):
         hint = f"if {files['file']} names files, give a folder in which it and they lie; if it holds URLs, "
         hint += f"--set source.columns.url={files['file']}"
+    elif is_beside_images:
+        hint = "nor one that names the images beside it: --set source.columns.file=… says which does, if any; "
+        hint += "else move the table elsewhere"
     accepted = ", ".join(aliases["url"])
     raise SourceError(f"{path} has no URL column: it has {_shown(columns)}; accepted, in any case: {accepted}; {hint}.")
 

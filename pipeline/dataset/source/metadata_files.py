@@ -3,6 +3,7 @@
 Parquet files may hold images in a column: Hugging Face's (`image: struct<bytes, path>`), img2dataset's (`jpg`).
 """
 
+import codecs
 import csv
 import io
 import json
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 
 from pipeline.dataset.source.aliases import ALIASES, Aliases, resolve
 from pipeline.dataset.source.prompts import of_infotext
-from pipeline.dataset.source.values import distinct
+from pipeline.dataset.source.values import decoded, distinct
 from pipeline.shared.files import open_binary, reading
 from schemas.errors import SourceError
 from stages.fetch.stored import of_cell
@@ -137,13 +138,25 @@ def read_parquet(path: str, aliases: Aliases = ALIASES, image: pa.Field | None =
 
 
 def _csv_header(path: str) -> tuple[list[str], str, bool]:
-    """Names of the columns, what separates them, and whether rows may follow."""
+    """Names of the columns, what separates them, and whether rows may follow.
+
+    Where a comma is for decimals, programs separate the columns of a CSV by semicolons.
+    """
     delimiter = "\t" if re.search(r"\.tsv(\.gz)?$", path, re.IGNORECASE) else ","
     with reading(path), open_binary(path, "infer") as file:
         # Not readline with a limit, which fsspec's remote files do not know.
         line, end, _ = file.read(_CSV_HEADER).partition(b"\n")
-        names = next(csv.reader([line.decode("utf-8-sig", "replace")], delimiter=delimiter), [])
+        _refuse_utf16(path, line)
+        text = line.decode("utf-8-sig", "replace")
+        if delimiter not in text:
+            delimiter = next((one for one in ";\t" if one in text), delimiter)
+        names = next(csv.reader([text], delimiter=delimiter), [])
         return names, delimiter, bool(end) or len(line) == _CSV_HEADER
+
+
+def _refuse_utf16(path: str, data: bytes) -> None:
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise SourceError(f"{path} is UTF-16: save it as UTF-8.")
 
 
 def _is_quoted(path: str) -> bool:
@@ -165,7 +178,7 @@ def read_csv(path: str, aliases: Aliases) -> Iterator[pa.Table]:
     if not may_have_rows:  # pyarrow has no line to skip
         return
     # A CSV is written by programs that know its rules; what tabs separate is often written as it comes.
-    is_quoted = delimiter == "," or _is_quoted(path)
+    is_quoted = delimiter != "\t" or _is_quoted(path)
     ours = {header.index(name): seed for seed, name in resolve(header, aliases).items()}
     names = [ours.get(number, f"unused{number}") for number in range(len(header))]
     options = (
@@ -244,6 +257,7 @@ def read_jsonl(path: str, aliases: Aliases) -> Iterator[pa.Table]:
 def _by_lines(path: str) -> Iterator[io.BufferedReader]:
     """Splits lines by itself: fsspec's of a remote file copies a whole block, of 50 MB on S3, for each of them."""
     with open_binary(path, "infer") as file, io.BufferedReader(file, _BUFFER) as lines:
+        _refuse_utf16(path, lines.peek(2)[:2])
         yield lines
 
 
@@ -258,7 +272,7 @@ def _records(path: str, file: Iterable[bytes]) -> Iterator[dict[str, Any] | None
 def parse_record(data: bytes) -> dict[str, Any] | None:
     """A JSON object; None for what is none."""
     try:
-        record = json.loads(data.decode("utf-8-sig", "replace"))
+        record = json.loads(decoded(data))
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
@@ -294,11 +308,7 @@ def from_files(samples: Sequence[Mapping[str, bytes]], aliases: Aliases) -> pa.T
         distinct(
             [
                 known,
-                *(
-                    of_infotext(files[suffix].decode("utf-8-sig", "replace").strip())
-                    for suffix in BESIDE[1:]
-                    if suffix in files
-                ),
+                *(of_infotext(decoded(files[suffix]).strip()) for suffix in BESIDE[1:] if suffix in files),
             ]
         )
         for known, files in zip(table["text"].to_pylist(), samples, strict=True)

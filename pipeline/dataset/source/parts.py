@@ -71,6 +71,8 @@ class Part:
     """Of a folder of images, its listing."""
     image: pa.Field | None = field(default=None, compare=False)
     """Of a parquet file with images, their column."""
+    is_beside_images: bool = field(default=False, compare=False)
+    """Whether there are image files in the folder that was given."""
 
     @property
     def origin(self) -> str:
@@ -105,7 +107,7 @@ class Part:
             image = None
         aliases = mapped(FILE_ALIASES if image else ALIASES, self.columns)
         if image is None:
-            require_url(self.path, columns.names, aliases)
+            require_url(self.path, columns.names, aliases, is_beside_images=self.is_beside_images)
         names = [name for name in columns.names if image is None or name != image.name]
         first = {seed: columns.get_all_field_indices(name)[0] for seed, name in resolve(names, aliases).items()}
         # Types that cannot be read show without a row.
@@ -231,7 +233,7 @@ def _parts_in(word: str, settings: SourceSettings) -> list[Part]:
         links = " (links that lead out of it are not read)" if pictures.left_out else ""
         there = f"{_listing(word)}{links}.{_hint_for(listed)}"
         raise SourceError(f"{word} holds no images and no metadata ({_KINDS}); {there}")
-    return [_part(file, settings) for file in files]
+    return [replace(_part(file, settings), is_beside_images=bool(pictures.images)) for file in files]
 
 
 def _hint_for(paths: list[str]) -> str:

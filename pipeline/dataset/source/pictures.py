@@ -135,7 +135,8 @@ class Pictures:
             del columns["text_alternatives"]
             # A name that is no text (in another encoding than this system's) is shown as near as can be, and not read.
             shown = [as_text(image) for image in images]
-            refs = [of_file(self._path(one)) if one == image else "" for one, image in zip(shown, images, strict=True)]
+            pairs = zip(shown, images, strict=True)
+            refs = [of_file(self._path(one)) if one == image else of_file("") for one, image in pairs]
             yield pa.table({**columns, "source_file": pa.array(shown), "image_ref": pa.array(refs)})
 
     def _beside(self, images: Sequence[str]) -> Sequence[Mapping[str, bytes]]:
@@ -160,16 +161,22 @@ class Pictures:
         return samples
 
     def _file(self, name: str) -> str | None:
-        """The file of a name, however its accents are written."""
+        """The file beside an image that has a name, however its accents and the case of its suffix are written."""
         if name in self.files:
             return name
         form = unicodedata.normalize("NFC", name)
-        return form if form in self.files else self._taken_apart.get(form)
+        return form if form in self.files else self._otherwise.get(form)
 
     @cached_property
-    def _taken_apart(self) -> dict[str, str]:
-        """NFC -> the name of a file that is written otherwise."""
-        return {form: file for file in self.files if (form := unicodedata.normalize("NFC", file)) != file}
+    def _otherwise(self) -> dict[str, str]:
+        """NFC, with a suffix of BESIDE -> the name of a file that is written otherwise."""
+        splits = ((file, *posixpath.splitext(file)) for file in self.files)
+        forms = (
+            (unicodedata.normalize("NFC", stem) + suffix.lower(), file)
+            for file, stem, suffix in splits
+            if suffix[1:].lower() in BESIDE
+        )
+        return {form: file for form, file in forms if form != file}
 
     def _contents(self, names: Sequence[str]) -> Iterator[bytes | None]:
         """Contents of small files; None for a local one that cannot be opened."""
@@ -192,6 +199,8 @@ class Pictures:
             if self.left_out
             else []
         )
+        if unnamed := sum(as_text(image) != image for image in self.images):
+            notes.append(f"{self.folder}: images that are not read, as their names are no UTF-8: {unnamed:,}")
         for file in [*self.metadata, *self._lists]:
             first, names, hits = "", 0, 0
             for table in self._read(file):
@@ -238,7 +247,9 @@ class Pictures:
 
     def _image(self, base: str, name: str) -> str | None:
         """The image that metadata in a folder means: right there, or the only one below it whose name ends so."""
-        name, base = posixpath.normpath(_normal(name)), _normal(base)
+        name, base, folder = posixpath.normpath(_normal(name)), _normal(base), f"{_normal(self.folder)}/"
+        if name.startswith(folder):
+            name, base = name.removeprefix(folder), ""
         path = posixpath.normpath(posixpath.join(base, name))
         exact = bisect_left(self._by_form, (path,))
         for form, image in self._by_form[exact : exact + 1]:

@@ -36,23 +36,28 @@ class Seeds:
 
 @dataclass
 class Captions:
-    """How many candidates have a caption, and how many have several."""
+    """How many candidates have a caption, how many have several, and how many a damaged one."""
 
     rows: int = 0
     captions: int = 0
     several: int = 0
+    damaged: int = 0
 
     def add(self, seeds: Seeds) -> None:
         table = seeds.table.filter(seeds.table.column("verdict").is_null())
         self.rows += table.num_rows
         self.captions += pc.sum(pc.greater(table["caption_chars"], 0)).as_py() or 0
         self.several += table.num_rows - table["text_alternatives"].null_count
+        self.damaged += pc.sum(pc.match_substring(table["text"], "\ufffd")).as_py() or 0
 
     def __str__(self) -> str:
         several = f"; {self.several:,} have several, of which the first counts" if self.several else ""
+        damaged = f"; {self.damaged:,} hold \ufffd, which stands for bytes that are no UTF-8" if self.damaged else ""
         nowhere = "; they are read from .txt files beside images, or from a column, which source.columns.text may name"
         none = nowhere if self.rows and not self.captions else ""
-        return f"Captions: {self.captions:,} of {self.rows:,} rows that pass the metadata filter{several}{none}"
+        return (
+            f"Captions: {self.captions:,} of {self.rows:,} rows that pass the metadata filter{several}{damaged}{none}"
+        )
 
 
 def iter_shards(part: Part, settings: SourceSettings, metadata: JudgeSeeds) -> Iterator[Seeds]:

@@ -1,5 +1,6 @@
 """How the values of metadata files become seed columns: sizes, scores and texts in whatever types they came."""
 
+import codecs
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -12,6 +13,11 @@ from schemas.names import ROW_DIGITS
 
 _NUMBER = r"^[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?$"
 _INT32_MAX = 2**31 - 1
+_ENCODINGS = {
+    **dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-32"),
+    **dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "utf-16"),
+}
+"""By byte order mark; that of UTF-32 begins as one of UTF-16 does."""
 
 
 def to_seeds(raw: pa.Table, part: str = "", first_row: int = 0, path: str = "") -> pa.Table:
@@ -67,6 +73,12 @@ def text(values: pa.Array) -> pa.Array:
         raw = strings.cast(pa.binary()).to_pylist()
         return pa.array([None if item is None else item.decode("utf-8", "replace") for item in raw], pa.string())
     return strings
+
+
+def decoded(data: bytes) -> str:
+    """The text of a file: UTF-8, unless its byte order mark says otherwise; broken bytes become U+FFFD."""
+    encoding = next((encoding for mark, encoding in _ENCODINGS.items() if data.startswith(mark)), "utf-8-sig")
+    return data.decode(encoding, "replace")
 
 
 def as_text(name: str) -> str:

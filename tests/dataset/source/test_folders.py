@@ -387,6 +387,36 @@ def test_tables_that_name_nothing_there_are_refused(tmp_path):
         find_parts(str(tmp_path / "metadata.csv"), SourceSettings())
 
 
+def test_a_table_beside_images_that_names_none_is_refused_with_what_to_do(tmp_path):
+    put(tmp_path, **{"a.png": encoded(), "log.csv": "picture_file,loss\na.png,2\n"})
+    with pytest.raises(SourceError, match=r"nor one that names the images beside it: --set source\.columns\.file=…"):
+        find_parts(str(tmp_path), SourceSettings())
+    assert picked(rows(tmp_path, columns={"file": "picture_file"}), "source_file") == [("a.png",)]
+    put(tmp_path, **{"list/l.csv": "link\nhttp://a.org\n"})
+    with pytest.raises(SourceError, match=r"the first line of a csv or tsv must name the columns\.$"):
+        find_parts(str(tmp_path / "list"), SourceSettings())
+
+
+def test_a_table_may_name_images_by_their_whole_path(tmp_path):
+    folder = tmp_path / unicodedata.normalize("NFD", "ä")
+    table = f"file_name,text\n{tmp_path}/ä/sub/a.png,a\n{tmp_path}/a.png,outside\n"
+    put(folder, **{"sub/a.png": encoded(), "a.png": encoded(), "sub/metadata.csv": table})
+    assert picked(rows(folder)) == [("a.png", None, None), ("sub/a.png", "a", None)]
+
+
+def test_an_image_whose_name_is_no_text_is_a_row_and_said(tmp_path):
+    put(tmp_path, **{"set/a.png": encoded(1), "set/\ufffd.png": encoded(2)})
+    (tmp_path / "set" / os.fsdecode(b"\xe9")).mkdir()
+    for name in (b"set/\xe9.png", b"set/\xe9/b.png"):
+        (tmp_path / os.fsdecode(name)).write_bytes(encoded(3))
+    found = rows(tmp_path / "set")
+    assert sorted(picked(found, "source_file", DROP), key=str) == [
+        ("a.png", None), ("\ufffd.png", "no_file"), ("\ufffd.png", None), ("\ufffd/b.png", "no_file"),
+    ]  # fmt: skip
+    (part,) = find_parts(str(tmp_path / "set"), SourceSettings())
+    assert part.pictures.named.notes == (f"{tmp_path}/set: images that are not read, as their names are no UTF-8: 2",)
+
+
 # Parquet files with images
 
 
@@ -539,6 +569,19 @@ def test_a_caption_beside_an_image_is_its_own_however_accents_are_written(tmp_pa
     assert picked(rows(tmp_path, columns={"text": "mine"})) == [(f"{image}.png", "more", ["an umlaut"])]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_says_how_a_caption_is_written(tmp_path, encoding):
+    """As Windows writes it: UTF-16 became a caption of zeros and broken letters, and its JSON a drop."""
+    put(tmp_path, **{"a.png": encoded(), "a.txt": "Zoë".encode(encoding), "b.png": encoded()})
+    put(tmp_path, **{"b.json": json.dumps({"caption": "Zoë"}, ensure_ascii=False).encode(encoding)})
+    assert picked(rows(tmp_path), "text", "broken") == [("Zoë", None), ("Zoë", None)]
+
+
+def test_the_suffix_of_a_caption_may_be_in_capitals(tmp_path):
+    put(tmp_path, **{"a.JPG": encoded(), "a.TXT": "A", "b.jpg": encoded(), "b.txt": "b", "b.TXT": "other"})
+    assert picked(rows(tmp_path), "text", "text_alternatives") == [("A", None), ("b", None)]
+
+
 def test_captions_of_other_names_and_lists(tmp_path):
     table = {"url": ["http://a.org/1", "http://a.org/2"], "top_caption": ["t", ""], "all_captions": [["l", "m"], None]}
     pq.write_table(pa.table({**table, "laion_caption": ["t", "laion"]}), tmp_path / "p.parquet")
@@ -602,6 +645,12 @@ def test_plan_and_run_count_captions_and_links(tmp_path):
         assert "set: left out, as links that lead out of it or no files: 1" in text
         assert "m.csv: of 2 rows, 1 name no file that is there." in text
         assert text.startswith("Starting local: 1 part of 3 rows, profile embedded. ") is (command == "dataset")
+
+
+def test_captions_of_broken_letters_are_counted(tmp_path):
+    put(tmp_path, **{"a.png": encoded(), "a.txt": "Zoë".encode("latin-1"), "b.png": encoded(), "b.txt": "Zoë"})
+    said = CliRunner().invoke(app, ["plan", "--shards", str(tmp_path), *EMBEDDED]).output
+    assert "Captions: 2 of 2 rows that pass the metadata filter; 1 hold \ufffd, which stands for bytes that" in said
 
 
 def test_where_no_image_has_a_caption_it_is_said_where_captions_may_stand(tmp_path):

@@ -27,7 +27,7 @@ from pipeline.dataset.execute.runner import judge_seeds
 from pipeline.dataset.source import metadata_files
 from pipeline.dataset.source.aliases import ALIASES, FILE_ALIASES
 from pipeline.dataset.source.parts import Part, SourceSettings, find_parts
-from pipeline.dataset.source.seeds import iter_shards
+from pipeline.dataset.source.seeds import iter_shards, seed_tables
 from pipeline.dataset.source.values import score, size
 from schemas.columns import SEED, SEED_SCHEMA
 from schemas.errors import SourceError
@@ -440,6 +440,27 @@ def test_csv_with_lines_in_captions_and_late_surprises(tmp_path):
     found = rows(tmp_path / "p.csv")
     assert [row["text"] for row in found] == ['a\nb "c"'] * 3 + ["x", "caf\ufffd"]
     assert [row["meta_width"] for row in found] == [1024] * 3 + [None, None]
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_csv_may_be_separated_otherwise(tmp_path, separator):
+    """As programs write it where the comma is for decimals; it was one column of a long name, and refused."""
+    lines = [["url", "text", "width"], ["http://a.org/1", '"a; ""b"", c"', "9"], ["http://a.org/2", "d, e", "8"]]
+    (tmp_path / "p.csv").write_text("".join(f"{separator.join(line)}\n" for line in lines))
+    (part,) = find_parts(str(tmp_path / "p.csv"), SourceSettings())
+    (table,) = seed_tables(part)
+    assert table.select(["text", "meta_width"]).to_pylist() == [
+        {"text": 'a; "b", c', "meta_width": 9},
+        {"text": "d, e", "meta_width": 8},
+    ]
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.tsv", "p.jsonl"])
+def test_a_table_in_utf_16_is_refused_as_such(tmp_path, name):
+    content = '{"url": "http://a.org"}\n' if name == "p.jsonl" else "url\nhttp://a.org\n"
+    (tmp_path / name).write_bytes(content.encode("utf-16"))
+    with pytest.raises(SourceError, match=rf"/{name} is UTF-16: save it as UTF-8\.$"):
+        find_parts(str(tmp_path / name), SourceSettings())
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
