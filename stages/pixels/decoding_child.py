@@ -30,6 +30,8 @@ from stages.pixels.decoding import CPU_S, MEMORY, MESSAGE
 from stages.pixels.images import encode_jpeg, shrink, stderr_taken
 
 _MAX_THUMBNAIL_PIXELS = 100_000_000
+_PHOTOMETRIC = 262
+"""TIFF's tag."""
 _THUMBNAIL_QUALITY = 85
 _DAMAGE = re.compile(
     r"Corrupt JPEG data: (?:premature end|bad Huffman|found marker|(\d+) extraneous)|Premature end of JPEG"
@@ -142,6 +144,8 @@ def _pillow_pixels(image: ImageFile) -> Image:
         image.load()
         if image.mode in headers.DEEP_MODES:
             grey = np.asarray(image).astype(np.uint32)
+            if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # white is 0; Pillow sees to it where bits are 8
+                grey = 65535 - grey
             return np.repeat(((grey * 255 + 32767) // 65535).astype(np.uint8)[:, :, None], 3, axis=2)
         if not image.has_transparency_data:
             return np.array(image if image.mode == "RGB" else image.convert("RGB"))

@@ -14,7 +14,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pkgutil import resolve_name
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 from PIL import Image as Pillow
@@ -74,6 +74,8 @@ _JPEG_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
 _FRAMES, _APP1 = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}, 0xE1
 """JPEG's markers."""
 DEEP_MODES = frozenset({"I;16", "I;16B", "I;16L"})
+_BITS_PER_SAMPLE, _PLANAR_CONFIGURATION = 258, 284
+"""TIFF's tags."""
 
 DECODER_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, RuntimeError),
@@ -172,10 +174,18 @@ def read_stored(format: str, data: bytes) -> Stored:
         stored = reader(data)
     else:
         image = open_lazily(format, data)
-        stored = Stored(*image.size, image.mode, _orientation(image.info.get("exif") or b""))
+        mode = "" if format == "TIFF" and _has_deep_planes(image) else image.mode
+        stored = Stored(*image.size, mode, _orientation(image.info.get("exif") or b""))
     if min(stored.width, stored.height) < 1:
         raise ValueError(f"a {format} without pixels")
     return stored
+
+
+def _has_deep_planes(tiff: Any) -> bool:
+    """Whether each colour is by itself, of more than 8 bits and not compressed: Pillow would read bytes for pixels."""
+    codec, tags = tiff.tile[0][0], tiff.tag_v2
+    is_planar = bool(codec == "raw" and tags.get(_PLANAR_CONFIGURATION) == 2)
+    return is_planar and bool(max(tags.get(_BITS_PER_SAMPLE, (1,))) > 8)
 
 
 def open_lazily(format: str, data: bytes) -> ImageFile:
@@ -280,7 +290,9 @@ def chunks(format: str, data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def undecodable(format: str, data: bytes, error: Exception) -> Dropped:
-    """The drop that a decoder's error stands for: truncated_image or corrupt_image."""
+    """The drop that a decoder's error stands for: truncated_image, corrupt_image or unsupported_format."""
+    if "unknown pixel mode" in str(error):  # Pillow's, of a whole TIFF: of floats, say
+        return Dropped(DropReason.UNSUPPORTED_FORMAT)
     truncated = _ends_early(format, data) or "truncated" in str(error).lower()
     return Dropped(DropReason.TRUNCATED_IMAGE if truncated else DropReason.CORRUPT_IMAGE)
 

@@ -8,6 +8,7 @@ import cv2
 import heif
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, features
@@ -36,6 +37,12 @@ def picture() -> Image.Image:
 def saved(image: Image.Image, format: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def tiff(pixels: np.ndarray, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, pixels, **options)
     return buffer.getvalue()
 
 
@@ -99,6 +106,13 @@ FILES: dict[str, tuple[Callable[[], bytes], Callable[[], np.ndarray], float]] = 
     "tiff": (lambda: saved(picture(), "TIFF", compression="tiff_lzw"), colour, 0),
     "tiff cmyk": (lambda: saved(picture().convert("CMYK"), "TIFF"), colour, 1),
     "tiff I;16": (lambda: saved(sixteen_bit(), "TIFF"), grey, 0),
+    "tiff I;16 from white": (lambda: tiff(65535 - np.asarray(sixteen_bit()), photometric="miniswhite"), grey, 0),
+    "tiff of planes": (
+        lambda: tiff(np.moveaxis(colour(), -1, 0), photometric="rgb", planarconfig="separate"),
+        colour,
+        0,
+    ),
+    "tiff 16 bit": (lambda: tiff(colour().astype(np.uint16) * 257, photometric="rgb"), colour, 0),
     "heif": (lambda: heif.UPRIGHT, heif.drawn, 2),
 }
 if features.check("avif"):
@@ -263,6 +277,20 @@ def test_anything_else_is_not_an_image(data: bytes) -> None:
     assert reason_of(data) == DropReason.NOT_AN_IMAGE
     assert sniff(data) is None
     assert thumbnail(data, 32) is None
+
+
+@pytest.mark.parametrize("kind", ["float32", "uint16 planes", "uint16 grey alpha"])
+def test_a_tiff_that_no_decoder_here_reads_is_no_damaged_one(kind: str) -> None:
+    """Of planes of 16 bits Pillow makes another picture, in silence."""
+    deep = colour().astype(np.uint16) * 257
+    data = {
+        "float32": lambda: tiff((colour() / 255).astype(np.float32), photometric="rgb"),
+        "uint16 planes": lambda: tiff(np.moveaxis(deep, -1, 0), photometric="rgb", planarconfig="separate"),
+        "uint16 grey alpha": lambda: tiff(deep[..., :2], photometric="minisblack", extrasamples=["unassalpha"]),
+    }[kind]()
+    with pytest.raises(Dropped) as dropped:
+        read_header(data)
+    assert dropped.value.reason is DropReason.UNSUPPORTED_FORMAT
 
 
 HAS_AN_END = ["jpeg", "jpeg progressive", "jpeg cmyk", "png", "png P", "png I;16", "webp", "webp animated", "bmp"]
