@@ -33,7 +33,7 @@ BESIDE = ("json", "txt", "caption")
 """Suffixes of files that tell of the image of the same name; of captions, those of the first count."""
 IMAGE_SUFFIXES = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jxl"),
-    *("jfif", "jpe", "heif", "hif", "jp2"),
+    *("jfif", "jpe", "mpo", "apng", "heif", "hif", "jp2"),
 )
 """The image of a sample is its first file with one of these suffixes, in this order.
 

@@ -44,6 +44,11 @@ from stages.fetch.stored import of_file, read_many
 _ROWS = 1000
 """Images whose captions are read together."""
 _BESIDE_BYTES = 1 << 20
+_UNREAD = tuple(
+    f".{suffix}"
+    for suffix in ("dng", "cr2", "cr3", "nef", "arw", "orf", "raf", "rw2", "psd", "tga", "exr", "svg", "ico")
+)
+"""Suffixes of other images: cameras write theirs beside a JPEG, so that they are no rows, but said."""
 _LISTS = ("metadata", "data", "meta_cap", "meta_lat", "captions", "prompts")
 """JSON files of these names, `data` of export-json, or that of their folder, of DiffusionDB, list the images there."""
 _DESCRIBED = (
@@ -199,6 +204,8 @@ class Pictures:
             if self.left_out
             else []
         )
+        if unread := sum(file.lower().endswith(_UNREAD) for file in self.files):
+            notes.append(f"{self.folder}: left out, as files of cameras or drawings, which are not read: {unread:,}")
         if unnamed := sum(as_text(image) != image for image in self.images):
             notes.append(f"{self.folder}: images that are not read, as their names are no UTF-8: {unnamed:,}")
         for file in [*self.metadata, *self._lists]:

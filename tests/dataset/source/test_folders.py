@@ -70,9 +70,12 @@ def picked(found, *names):
 
 def test_images_of_rarer_suffixes_are_rows_too(tmp_path):
     """Also those that are not decoded here: a drop is seen, what is passed over is not."""
-    names = ["a.jfif", "b.JPE", "c.heic", "d.heif", "e.HIF", "f.jp2"]
-    put(tmp_path, **dict.fromkeys(names, encoded(format="JPEG")))
+    names = ["a.jfif", "b.JPE", "c.heic", "d.heif", "e.HIF", "f.jp2", "g.MPO", "h.apng"]
+    put(tmp_path, **dict.fromkeys([*names, "x.CR2", "y.dng"], encoded(format="JPEG")))
     assert [name for (name,) in picked(rows(tmp_path), "source_file")] == names
+    (part,) = find_parts(str(tmp_path), SourceSettings())
+    notes = (f"{tmp_path}: left out, as files of cameras or drawings, which are not read: 2",)
+    assert part.pictures.named.notes == notes
 
 
 # A whole run
