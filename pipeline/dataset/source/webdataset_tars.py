@@ -125,6 +125,8 @@ def scan(path: str, *, with_texts: bool = False) -> tuple[Samples, Texts]:
             if info.isreg():
                 name = as_text(info.name)
                 folder, slash, last = name.rpartition("/")
+                if last.startswith("."):  # macOS puts `._a.jpg` beside `a.jpg`; webdataset passes over them too
+                    continue
                 key = folder + slash + last.partition(".")[0]
                 suffix = suffix_of(name)
                 samples[key][suffix] = Member(name, info.offset_data, info.size)

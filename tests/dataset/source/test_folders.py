@@ -538,6 +538,7 @@ def test_tars_of_made_images(tmp_path):
         tmp_path / "t.tar",
         **{"./0.jpg": encoded(1), "./0.json": meta[0], "./0.txt": b"t", "d/1.png": encoded(2), "d/1.json": meta[1]},
         **{"d/1.txt": b"from the txt", "2.v1.jpg": encoded(3)},
+        **{"._0.jpg": b"\0\5\x16\7", "d/.1.png": encoded(4), ".jpg": encoded(5)},  # as macOS's tar has them, and none
     )
     found = rows(f"made:{path}")
     assert picked(found) == [("0.jpg", "p", ["t"]), (None, None, None), ("d/1.png", "from the txt", None)]
