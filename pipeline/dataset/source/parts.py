@@ -230,8 +230,9 @@ def _parts_in(word: str, settings: SourceSettings) -> list[Part]:
             whole = Part(part_name(folder), folder, None, "pictures", columns=settings.columns, pictures=pictures)
             return [whole, *(_part(file, settings) for file in files if file not in naming)]
     if not files:
-        links = " (links that lead out of it are not read)" if pictures.left_out else ""
-        there = f"{_listing(word)}{links}.{_hint_for(listed)}"
+        links = " (links that lead out of it are not read: give the folder that they lead to)"
+        hint = _hint_for([path for path in listed if not is_image(path)])
+        there = f"{_listing(word)}{links if pictures.left_out else ''}.{hint}"
         raise SourceError(f"{word} holds no images and no metadata ({_KINDS}); {there}")
     return [replace(_part(file, settings), is_beside_images=bool(pictures.images)) for file in files]
 

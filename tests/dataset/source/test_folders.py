@@ -379,6 +379,13 @@ def test_what_is_meant_otherwise_is_refused_with_the_other_word(tmp_path, out):
             find_parts(str(spec), SourceSettings())
 
 
+def test_a_folder_of_links_alone_is_refused_as_such(tmp_path):
+    put(tmp_path, **{"a.png": encoded(), "set/b/c.md": "x"})
+    (tmp_path / "set/a.png").symlink_to("../a.png")
+    with pytest.raises(SourceError, match=r"found there: a\.png, b \(links .*: give the folder that they lead to\)\.$"):
+        find_parts(str(tmp_path / "set"), SourceSettings())
+
+
 def test_tables_that_name_nothing_there_are_refused(tmp_path):
     put(tmp_path, **{"a.png": encoded(), "metadata.csv": "file_name,text\nb.png,x\n"})
     with pytest.raises(SourceError, match=r"metadata\.csv names no file that lies in .*: the first is 'b\.png'"):
