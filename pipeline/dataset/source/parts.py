@@ -251,9 +251,12 @@ def _hint_for(paths: list[str]) -> str:
 def _rows_among(paths: list[str], folder: str) -> list[str]:
     """The metadata files and tars of those below a folder; none in a `_folder`, or whose name begins so.
 
-    Of images, `_MG_0001.jpg` is what cameras write.
+    Of images, `_MG_0001.jpg` is what cameras write. Pipes and devices are none: who opens one waits for ever.
     """
-    return data_files([path for path in paths if "/_" not in path[len(folder.rstrip("/")) :]])
+    files = data_files([path for path in paths if "/_" not in path[len(folder.rstrip("/")) :]])
+    if not is_local(folder):
+        return files
+    return [path for path in files if os.path.isfile(path) or not os.path.exists(path)]  # what is gone is no pipe
 
 
 def listing(folder: str) -> list[str]:

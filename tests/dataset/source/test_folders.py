@@ -350,7 +350,8 @@ def test_links_and_names_lead_nowhere_outside(tmp_path):
     put(tmp_path, **{"set/_MG_1.png": encoded(3), "set/.thumbs/a.png": encoded(4)})
     for name, target in (("a.txt", "../secret.txt"), ("c.png", "../secret.png"), ("d.png", "b.png"), ("up", "..")):
         (tmp_path / "set" / name).symlink_to(target)
-    os.mkfifo(tmp_path / "set" / "pipe.png")
+    for name in ("pipe.png", "pipe.csv", "pipe.tar"):
+        os.mkfifo(tmp_path / "set" / name)
     lines = [["file_name", "text"], ["../secret.png", "x"], [str(tmp_path / "secret.png"), "y"], ["sub/../b.png", "b"]]
     put(tmp_path, **{"set/metadata.csv": "\n".join(map(",".join, lines))})
     assert picked(rows(tmp_path / "set")) == [
