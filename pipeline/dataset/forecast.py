@@ -22,7 +22,7 @@ from pipeline.dataset.finished.replay import COLUMNS, THRESHOLDS, code, evidence
 from pipeline.dataset.job import Job, make_dataset
 from pipeline.dataset.out.forgotten import load, save
 from pipeline.dataset.out.ledger import funnel, occurrences, shard_names
-from pipeline.dataset.out.output import Output
+from pipeline.dataset.out.output import Output, by_part, refuse_surplus
 from pipeline.dataset.rows import split_seeds
 from pipeline.dataset.source.seeds import Captions, Draw, Seeds
 from pipeline.shared.files import AnyPath, RemotePath, sizes
@@ -69,8 +69,13 @@ class Counted:
 
 
 def counted(job: Job, output: Output, screen: Console, draw: Draw | None) -> Counted:
-    """Go through the metadata of all parts once; with `draw`, draw from it as well."""
+    """Go through the metadata of all parts once; with `draw`, draw from it as well.
+
+    Raises:
+        SourceError: without `draw`, for finished shards of other rows than their part gives them now.
+    """
     counts, listed, begun = Counted(), sizes(output.shards), time.monotonic()
+    surplus = by_part(listed if draw is None else ())
     measured_rows = measured_bytes = 0
     with Screen(screen, "metadata", "{done:,} of {total} rows of metadata", job.rows) as bar:
         for seeds in job.shards():
@@ -78,7 +83,12 @@ def counted(job: Job, output: Output, screen: Console, draw: Draw | None) -> Cou
             counts.shards += 1
             counts.candidates += seeds.candidates
             counts.captions.add(seeds)
-            counts.done += output.is_done(seeds.name, job.plan, listed)
+            surplus[seeds.part].discard(seeds.name)
+            if draw is not None:  # a forecast is of SHARDS, whatever OUT holds
+                counts.done += output.is_done(seeds.name, job.plan, listed)
+            elif output.is_done(seeds.name, job.plan, listed, seeds.table.num_rows):
+                output.require_same_files(seeds.name, seeds.table)
+                counts.done += 1
             counts.dropped = dict(Counter(counts.dropped) + occurrences(seeds.table["verdict"].drop_null()))
             if draw is not None:
                 draw.add(seeds)
@@ -88,6 +98,8 @@ def counted(job: Job, output: Output, screen: Console, draw: Draw | None) -> Cou
                     measured_rows += dead.num_rows
                     measured_bytes += ledger.tell() if dead.num_rows else 0
             bar.advance(seeds.table.num_rows, f"{counts.candidates:,} pass")
+    for part in job.parts:
+        refuse_surplus(surplus[part.name])
     counts.seconds = time.monotonic() - begun
     counts.dead_bytes = (counts.rows - counts.candidates) * measured_bytes / max(1, measured_rows)
     return counts

@@ -2,7 +2,6 @@
 
 import os
 import secrets
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,7 @@ from pipeline.dataset.finished.hub.card import write_card
 from pipeline.dataset.finished.report import write_report
 from pipeline.dataset.out.ledger import Funnel, funnel_table, read_manifests, shard_names, summary, why_nothing
 from pipeline.dataset.out.lost import lost_errors
-from pipeline.dataset.out.output import Output
+from pipeline.dataset.out.output import Output, by_part, refuse_surplus
 from pipeline.dataset.out.retry import discard, second_chances
 from pipeline.dataset.out.unconditional import write_unconditional
 from pipeline.dataset.plan import Plan, make_plan
@@ -35,7 +34,7 @@ from pipeline.dataset.source.seeds import Captions, Seeds, iter_shards
 from pipeline.shared.files import AnyPath, RemotePath, sizes
 from pipeline.shared.several import ahead
 from schemas.errors import ExitCode, LostError, OutputError, SourceError, UserError
-from schemas.names import SAMPLE, finished_shards, fitting_name, shard_origin, split_kind, split_spec
+from schemas.names import SAMPLE, fitting_name, shard_origin, split_kind, split_spec
 from stages.runtime import Runtime
 
 
@@ -260,10 +259,7 @@ class _Work:
         parts are `whole`, finished shards to which they give no rows any more are refused.
         """
         listed = sizes(self.output.shards)
-        surplus = defaultdict[str, set[str]](set)
-        for name in finished_shards(listed) if whole else ():
-            origin, round = shard_origin(name)
-            surplus[origin].update(() if round else (name,))
+        surplus = by_part(listed if whole else ())
         for part, shards in zip(self.parts, parts, strict=True):
             try:
                 for seeds in shards:
@@ -281,11 +277,7 @@ class _Work:
                         self.screen.done_before(seeds.table.num_rows)
                     else:
                         yield seeds
-                if surplus[part.name]:
-                    raise SourceError(
-                        f"{min(surplus[part.name])} is finished, but its part gives it no rows any more: the part was "
-                        "changed, or is read otherwise; give the part that OUT was made of, or another OUT."
-                    )
+                refuse_surplus(surplus[part.name])
             except UserError as error:
                 self.same.discard(part.name)
                 self.watchers.take(Finished.failed(METADATA, error))

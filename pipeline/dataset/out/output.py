@@ -3,8 +3,8 @@
 import contextlib
 import fcntl
 import os
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +230,24 @@ class Output:
                     f"{shard} was made of {ledger[name][row]}, its part gives it {seeds[name][row]} in that row now: "
                     "give what OUT was made of, or another OUT."
                 )
+
+
+def by_part(files: Iterable[str]) -> defaultdict[str, set[str]]:
+    """Part -> its shards that are finished, by the files of OUT/shards; those of second chances are none."""
+    parts = defaultdict[str, set[str]](set)
+    for shard in finished_shards(files):
+        part, round = shard_origin(shard)
+        parts[part].update(() if round else (shard,))
+    return parts
+
+
+def refuse_surplus(shards: Collection[str]) -> None:
+    """Raises a SourceError where a part gives finished shards of its name no rows any more."""
+    if shards:
+        raise SourceError(
+            f"{min(shards)} is finished, but its part gives it no rows any more: the part was changed, or is read "
+            "otherwise; give the part that OUT was made of, or another OUT."
+        )
 
 
 def _sources(dataset: dict[str, Any], shards: list[str]) -> list[str]:

@@ -198,6 +198,9 @@ def test_a_folder_that_changed_mixes_no_shards(made, out, tmp_path):
     code, text = make(tmp_path / "out", "source.rows_per_shard=2", **(words | {"shards": str(folder)}))
     assert (code, "was made of made, its part gives it web" in text) == (ExitCode.SHARDS_FAILED, True)
     (folder / "a #1.jpg").rename(folder / "a #2.jpg")
+    plan = ["plan", "--shards", words["shards"], "--out", str(tmp_path / "out"), *EMBEDDED]
+    planned = CliRunner().invoke(app, [*plan, "--set", "source.rows_per_shard=2"])
+    assert "was made of a #1.jpg, its part gives it a #2.jpg" in str(planned.exception)
     code, text = make(tmp_path / "out", "source.rows_per_shard=2", **words)
     assert (code, "was made of a #1.jpg, its part gives it a #2.jpg" in text) == (ExitCode.SHARDS_FAILED, True)
     assert contents(tmp_path / "out") == before
@@ -212,6 +215,11 @@ def test_a_rerun_refuses_shards_of_images_that_are_gone(tmp_path):
     for _ in range(2):
         assert make(tmp_path / "out", "source.rows_per_shard=1", **words)[0] is ExitCode.OK
     (folder / "2.png").unlink()
+    plan = ["plan", "--shards", str(folder), "--out", str(tmp_path / "out"), *EMBEDDED]
+    plan += ["--set", "source.rows_per_shard=1"]
+    planned = CliRunner().invoke(app, plan)
+    assert "set-00002 is finished, but its part gives it no rows any more" in str(planned.exception)
+    assert CliRunner().invoke(app, [*plan, "--sample", "1"]).exit_code == 0
     code, text = make(tmp_path / "out", "source.rows_per_shard=1", **words)
     assert (code, "set-00002 is finished, but its part gives it no rows any more" in text) == (
         ExitCode.SHARDS_FAILED,
