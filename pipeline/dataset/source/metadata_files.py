@@ -301,18 +301,21 @@ def from_records(records: Sequence[dict[str, Any] | None], aliases: Aliases = AL
     return pa.Table.from_pylist(rows, schema=pa.schema(types))
 
 
-def from_files(samples: Sequence[Mapping[str, bytes]], aliases: Aliases) -> pa.Table:
-    """What the files with BESIDE's suffixes, beside an image, say of it: a row each, as `from_records`."""
+def from_files(
+    samples: Sequence[Mapping[str, bytes]], aliases: Aliases, prompt: Callable[[int], bytes] | None = None
+) -> pa.Table:
+    """What the files with BESIDE's suffixes, beside an image, say of it: a row each, as `from_records`.
+
+    Where they hold no caption, and none is one by its suffix, that is `prompt` of the sample's number: what a .txt
+    would hold.
+    """
     table = from_records([parse_record(files["json"]) if "json" in files else {} for files in samples], aliases)
-    texts = [
-        distinct(
-            [
-                known,
-                *(of_infotext(decoded(files[suffix]).strip()) for suffix in BESIDE[1:] if suffix in files),
-            ]
-        )
-        for known, files in zip(table["text"].to_pylist(), samples, strict=True)
-    ]
+    texts = []
+    for number, (known, files) in enumerate(zip(table["text"].to_pylist(), samples, strict=True)):
+        contents = [files[suffix] for suffix in BESIDE[1:] if suffix in files]
+        if prompt is not None and not known and not contents:
+            contents = [prompt(number)]
+        texts.append(distinct([known, *(of_infotext(decoded(content).strip()) for content in contents)]))
     return table.set_column(table.column_names.index("text"), "text", pa.array(texts, pa.list_(pa.string())))
 
 

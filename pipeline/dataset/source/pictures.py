@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,9 @@ class Pictures:
             images = self.images[start : start + _ROWS]
             numbers = [named.rows.get(image, ()) for image in images]
             lacking = [index for index, image in enumerate(images) if image not in named.captioned]
-            beside = to_seeds(from_files(self._beside([images[index] for index in lacking]), self.aliases))
+            own = [images[index] for index in lacking]
+            prompt = partial(self._prompt, own) if is_local(self.folder) else None  # of others it would fetch most
+            beside = to_seeds(from_files(self._beside(own), self.aliases, prompt))
             # First records of all images, second ones, …, what lies beside: of each column the first value counts.
             layers = [
                 named.table.take(pa.array([own[depth] if depth < len(own) else None for own in numbers], pa.int64()))
@@ -159,11 +161,13 @@ class Pictures:
                 samples[index]["json"] = b""  # which is no record: whatever it holds is not passed over
             else:
                 samples[index].setdefault(suffix, content)
-        for sample, image in zip(samples, images, strict=True) if is_local(self.folder) else ():
-            if not sample:
-                with suppress(OSError), Path(self._path(image)).open("rb") as opened:
-                    sample["txt"] = in_image(opened)
         return samples
+
+    def _prompt(self, images: Sequence[str], number: int) -> bytes:
+        """What a local image says that it was made by; empty where it cannot be opened."""
+        with suppress(OSError), Path(self._path(images[number])).open("rb") as opened:
+            return in_image(opened)
+        return b""
 
     def _file(self, name: str) -> str | None:
         """The file beside an image that has a name, however its accents and the case of its suffix are written."""

@@ -100,11 +100,15 @@ def tables(path: str, aliases: Aliases = STORED_ALIASES) -> Iterator[pa.Table]:
     else:  # of samples with an image (under a dotted suffix too, which is not read), or a json
         suffixes = {"json", *IMAGE_SUFFIXES}
         named = [key for key, files in samples.items() if any(one.rpartition(".")[2] in suffixes for one in files)]
-        if is_local(path):  # of a remote tar it would fetch most
-            with reading(path), open_binary(path) as file:
-                for key, image in ((key, _image(samples[key])) for key in named if key not in texts):
-                    texts[key] = {"txt": in_image(ContainerIO(file, image.offset, image.size)) if image else b""}
-        rows, keys = from_files([texts.get(key, {}) for key in named], aliases), pa.array(named, pa.string())
+        keys = pa.array(named, pa.string())
+        with reading(path), open_binary(path) as file:
+
+            def prompt(number: int) -> bytes:
+                image = _image(samples[named[number]])
+                return in_image(ContainerIO(file, image.offset, image.size)) if image else b""
+
+            # Of a remote tar it would fetch most.
+            rows = from_files([texts.get(key, {}) for key in named], aliases, prompt if is_local(path) else None)
     rows = rows.set_column(rows.column_names.index("image_key"), "image_key", keys).sort_by("image_key")
     images = [_image(samples.get(key, {})) for key in rows.column("image_key").to_pylist()]
     if any(map(_image, samples.values())) and not any(images):

@@ -116,11 +116,26 @@ def test_a_folder_of_generated_images_has_captions_and_a_file_beside_comes_first
     (tmp_path / "c.txt").write_text(f"a man\nNegative prompt: ugly\n{SETTINGS}")
     png(tmp_path / "d.png")
     with_exif(tmp_path / "e.webp", Model=f"prompt:{json.dumps(GRAPH)}")
+    for name, text in (("f", ""), ("g", '{"seed": 1}'), ("h", '{"seed": 1, "caption": "h"}')):  # a caption may be none
+        png(tmp_path / f"{name}.png", parameters=f"a woman\n{SETTINGS}")
+        (tmp_path / f"{name}.{'json' if text else 'txt'}").write_text(text)
     tar = tmp_path.with_suffix(".tar")
     with tarfile.open(tar, "w") as file:
-        for name in ("a.png", "c.png", "c.txt", "d.png", "e.webp"):
+        for name in (
+            "a.png",
+            "c.png",
+            "c.txt",
+            "d.png",
+            "e.webp",
+            "f.png",
+            "f.txt",
+            "g.png",
+            "g.json",
+            "h.png",
+            "h.json",
+        ):
             file.add(tmp_path / name, name)
-    for source, captions in ((tmp_path, "4 of 5"), (tar, "3 of 4")):
+    for source, captions in ((tmp_path, "6 of 8"), (tar, "5 of 7")):
         words = ["plan", "--shards", f"made:{source}", "--profile", "embedded", "--executor", "local"]
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0, done.output
