@@ -212,7 +212,7 @@ def complete(ledger: pa.Table, columns: Collection[str] = LEDGER) -> pa.Table:
         if not has_sizes(name, lists):
             raise pa.ArrowInvalid(f"{name} holds lists of other sizes than {_SIZES[name]}")
         ledger = ledger.set_column(ledger.column_names.index(name), name, lists)
-    for name in LATER:
+    for name in sorted(LATER, key=LEDGER.index):  # each goes behind those before it, which are there by then
         if name in columns and name not in ledger.column_names:
             nulls = pa.nulls(ledger.num_rows, COLUMNS[name].type)
             ledger = ledger.add_column(min(LEDGER.index(name), ledger.num_columns), name, nulls)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from schemas.columns import COLUMNS
+from schemas.columns import COLUMNS, LATER, LEDGER_SCHEMA, complete
 from schemas.digest import sha256_of_json
 from schemas.errors import CorruptShardError
 from schemas.shard import SUFFIXES, Manifest, decode_npy, encode_npy
@@ -45,6 +45,11 @@ def test_pickled_objects_are_refused(tmp_path):
 def test_any_other_bytes_are_a_corrupt_shard(data):
     with pytest.raises(CorruptShardError):
         decode_npy(data)
+
+
+@given(st.sets(st.sampled_from(LATER)))
+def test_a_ledger_of_any_earlier_release_gets_the_columns_of_this_one_in_their_order(lacking):
+    assert complete(LEDGER_SCHEMA.empty_table().drop_columns(sorted(lacking))).schema == LEDGER_SCHEMA
 
 
 def test_a_manifest_comes_back_equal_and_its_text_is_stable():
