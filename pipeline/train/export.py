@@ -11,7 +11,7 @@ from pipeline.train.adapter_card import write_adapter_card
 from pipeline.train.adapters.attention import named_attention
 from pipeline.train.adapters.model import AdapterModel
 from pipeline.train.adapters.released import read_sidecar, write_released
-from pipeline.train.adapters.variants import Variant
+from pipeline.train.adapters.variants import Variant, variant
 from pipeline.train.job import TrainJob
 from pipeline.train.run_folder import RunFolder, writing
 from schemas.arcface import LICENCES, PACK_FILES
@@ -149,8 +149,12 @@ def export(run: RunFolder, description: Mapping[str, Any], step: int, folder: Pa
     weights, average = run.weights(step)
     if average is None and description["sidecar"]["recipe"]["optim"]["ema_decay"]:
         raise OutputError(f"The checkpoint {run.folder(step)} lacks its averaged weights: remove it, then resume.")
-    name, sidecar = description["name"], {**description["sidecar"], "steps": step}
-    paths, kind = description["attention_paths"], description["identity"]["kind"]
+    name, kind, about = description["name"], description["identity"]["kind"], description["sidecar"]
+    if "loading" not in about:  # of a release that knew of no other picture than the segmented one
+        of = variant(about["variant"])
+        notes = loading(of, kind, about["image_encoder"], "segmented", about["weights"])
+        about = {"init_from": None, "loading": notes, **about}
+    paths, sidecar = description["attention_paths"], {**about, "steps": step}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         files = write_released(

@@ -242,6 +242,18 @@ def test_export_names_the_files_of_a_folder_that_looks_like_markup(cli, real):
     assert set(out.split()) == set(map(str, Path("[v2]/:cat:").glob("ip-adapter*")))
 
 
+def test_export_of_a_run_of_an_earlier_release_says_what_it_did_not(cli, real):
+    description = json.loads((real / "run.json").read_text())
+    notes = description["sidecar"].pop("loading")
+    del description["sidecar"]["init_from"], description["sidecar"]["dataset"]["lineage"], description["watch"]
+    (real / "run.json").write_text(json.dumps(description))
+    code, _, err = cli("export", real, "--out", "again")
+    assert code == 0, err
+    assert notes
+    assert json.loads(Path("again", f"{NAME}.json").read_text())["loading"] == notes
+    assert all(note in Path("again/README.md").read_text() for note in notes)
+
+
 def test_export_refuses_what_is_no_run(cli, real):
     run = real
     assert "step 7" in cli.refused("export", run, "--step", "7")
