@@ -118,7 +118,7 @@ def load_config(
     if profile:
         values["profile"] = profile
     name = values.setdefault("profile", "embedded" if is_sample else "insightface")
-    if name not in PROFILES:
+    if name not in [*PROFILES]:  # a list, since it may be one that has no hash
         raise ConfigError(f"profile = {name!r} is not known; choose one of: {', '.join(PROFILES)}.")
     if executor == "local" and ray_address:
         raise ConfigError("--executor local joins no cluster: leave out --ray-address, or give --executor ray.")

@@ -33,7 +33,7 @@ def read_values(path: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"The config file {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"The config file {path} is no text in UTF-8: save it as such.") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also what Python says of endless numbers and nesting
         raise ConfigError(f"The config file {path} is not valid TOML: {error}.") from error
     for pair in pairs:
         key, separator, text = pair.partition("=")
@@ -41,7 +41,7 @@ def read_values(path: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"--set {pair!r} is not of the form key=value, such as --set filter.min_face_px=128.")
         try:
             value: Any = tomllib.loads(f"value = {text.strip()}")["value"]
-        except (tomllib.TOMLDecodeError, KeyError):  # no TOML: the bare text
+        except (ValueError, KeyError, RecursionError):  # no TOML: the bare text
             value = text.strip()
         for name in reversed(key.strip().split(".")):
             value = {name: value}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -123,7 +123,7 @@ class AdapterSettings(Section):
     condition: ConditionChoice = "auto"
     """Of which picture these are: the face `segmented` from its background, the `plain` crop, or `both`, where a draw
     decides for each sample. auto: what the shards hold."""
-    lora_rank: int = Field(128, ge=1)
+    lora_rank: int = Field(128, ge=1, le=8192)
     """Rank of the FaceID family's LoRA."""
     p_drop_clip: float = Field(0.5, ge=0, le=1)
     """faceid-plusv2: probability per sample that the CLIP branch is left out."""
@@ -150,6 +150,9 @@ class ObjectiveSettings(Section):
     """facexlib's ArcFace weights (recognition_arcface_ir_se50.pth)."""
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimSettings(Section):
     """How weights move."""
 
@@ -157,7 +160,7 @@ class OptimSettings(Section):
     """Learning rate."""
     weight_decay: float = Field(0.01, ge=0)
     """AdamW's."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's."""
     eight_bit: bool = False
     """8-bit AdamW of bitsandbytes, which must be installed."""
@@ -196,10 +199,12 @@ class WatchSettings(Section):
     """Steps between grids of validation images; 0 is never."""
     validate_faces: int = Field(4, ge=1)
     """Faces in the grid: the first of the dataset, in the order of the shards."""
-    validate_prompts: tuple[str, ...] = ("a photo of a person", "a watercolour portrait", "a person in a spacesuit")
+    validate_prompts: tuple[str, ...] = Field(
+        ("a photo of a person", "a watercolour portrait", "a person in a spacesuit"), min_length=1
+    )
     """One column each."""
-    validate_steps: int = Field(20, ge=1)
-    """Denoising steps."""
+    validate_steps: int = Field(20, ge=1, le=1000)
+    """Denoising steps, up to the 1,000 that bases are trained on."""
     guidance_scale: float = Field(5.0, ge=1)
     """Classifier-free guidance of the grid."""
     judge: str = ""

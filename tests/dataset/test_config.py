@@ -53,6 +53,12 @@ def test_a_file_of_windows_editor_begins_with_a_mark(tmp_path):
         ("segment.keep=[1, 19]", "'segment.keep.1' has the value 19: input should be less than or equal to 18."),
         ("crop.max_long_side=100000", "'crop.max_long_side' has the value 100000: input should be less than"),
         (f"filter.min_image_px={10**30}", "'filter.min_image_px' has the value 1"),
+        (f"filter.min_image_px={'9' * 5000}", "filter.min_image_px"),
+        ("profile=['embedded']", "profile = ['embedded'] is not known; choose one of: embedded"),
+        ("profile.name='embedded'", "is not known; choose one of: embedded"),
+        ("filter={min_brightness=200, max_brightness=100}", "min_brightness is above filter.max_brightness: no face"),
+        ("filter.max_pixels=1_000_000", "filter.max_pixels is less than filter.min_image_px squared: no image would"),
+        ("segment.keep=[]", "segment.keep is empty: no face would be kept"),
         ("models.second_look=[true, 0.5]", "'models.second_look' has the value [True, 0.5]: give a number."),
     ],
 )
@@ -83,6 +89,10 @@ def test_an_unreadable_or_broken_file_is_one_sentence(tmp_path):
     broken.write_text("a = [")
     with pytest.raises(ConfigError, match="not valid TOML"):
         load_config(broken, [])
+    for text in (f"[filter]\nmin_image_px = {'9' * 5000}", f"a = {'[' * 3000}{']' * 3000}"):
+        broken.write_text(text)
+        with pytest.raises(ConfigError, match=r"broken\.toml is not valid TOML: .*\.$"):
+            load_config(broken, [])
     broken.write_bytes("# größer\n".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"is no text in UTF-8: save it as such\.$"):
         load_config(broken, [])
