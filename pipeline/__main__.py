@@ -17,8 +17,8 @@ from pipeline import models_command
 from pipeline.dataset.execute.watchdog import LESS_GPU_MEMORY, is_hanging
 from pipeline.options import AsJson, Folder, NewFolder, Profile, ProfileName, Sets, console, errors, say
 from pipeline.shared.commands import ConfigFile, Interrupted, application
-from pipeline.shared.process import NO_TELEMETRY, interrupt, on_interrupt, standard_streams, trouble_of_machine
-from schemas.errors import CorruptShardError, ExitCode, LostError, UserError, WeightsError
+from pipeline.shared.process import NO_TELEMETRY, home, interrupt, on_interrupt, standard_streams, trouble_of_machine
+from schemas.errors import CorruptShardError, ExitCode, LostError, ShardError, UserError, WeightsError
 from schemas.names import SAMPLE
 
 if TYPE_CHECKING:
@@ -368,7 +368,7 @@ app.add_typer(models_command.app, name="models")
 
 def main() -> None:
     standard_streams()
-    os.environ.update(NO_TELEMETRY)
+    os.environ.update(NO_TELEMETRY | home())
     on_interrupt(interrupt)
     try:
         try:
@@ -378,10 +378,10 @@ def main() -> None:
             if isinstance(error, WeightsError) and error.details:
                 say(f"\n{error.details}", errors)
             sys.exit(ExitCode.USER_ERROR)
-        except (CorruptShardError, LostError) as error:
+        except (CorruptShardError, LostError, ShardError) as error:
             say(f"error: {error}{'; `verify` tells more.' if isinstance(error, CorruptShardError) else ''}", errors)
             sys.exit(ExitCode.SHARDS_FAILED)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, MemoryError) as error:
             say(f"error: {trouble_of_machine(error, LESS_GPU_MEMORY)}", errors)
             sys.exit(ExitCode.SHARDS_FAILED)
         except (KeyboardInterrupt, Interrupted):

@@ -50,6 +50,11 @@ def standard_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def home() -> dict[str, str]:
+    """HOME as containers set it, where neither the environment nor the system's users name one; else nothing."""
+    return {"HOME": "/"} if os.path.expanduser("~") == "~" else {}
+
+
 def _is_pipe(stream: Any) -> bool:
     try:
         return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
@@ -109,15 +114,19 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def trouble_of_machine(error: OSError | RuntimeError, less_gpu_memory: str) -> str:
-    """One sentence on a full disk, a store out of reach, a full GPU; other errors are raised. A full stream is let go.
+def trouble_of_machine(error: OSError | RuntimeError | MemoryError, less_gpu_memory: str) -> str:
+    """One sentence on a full disk, memory or GPU and a store out of reach; other errors are raised.
 
+    A stream that is full is let go.
     `less_gpu_memory` says how a command needs less.
     """
     if is_gpu_full(error):
         return f"{first_line(error)}. {less_gpu_memory}"
     if isinstance(error, RemoteError):
         return f"{first_line(error)}; see to it, and give the same command again."
+    if isinstance(error, MemoryError):
+        why = first_line(error)
+        return f"This machine fails: there is no memory left ({why}); see to it, and give the same command again."
     if not isinstance(error, OSError) or error.errno not in _MACHINE:
         raise error
     for stream in (sys.stdout, sys.stderr):

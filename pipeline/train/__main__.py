@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from pipeline.shared.commands import ConfigFile, Interrupted, application, local_path
-from pipeline.shared.process import large_imports, standard_streams, trouble_of_machine
+from pipeline.shared.process import home, large_imports, standard_streams, trouble_of_machine
 from pipeline.train.adapters import NAMES, require_known
 from schemas.errors import CorruptShardError, ExitCode, FaceShardsError, UserError, WeightsError, is_gpu_full
 
@@ -198,6 +198,7 @@ def _say(text: str, *, from_any_process: bool = False) -> None:
 
 def main() -> None:
     standard_streams()
+    os.environ.update(home())
     # `--from-shards DIR …` as click understands it: a flag and arguments; training is what is done by default.
     words: list[str] = []
     for item in sys.argv[1:]:
@@ -213,7 +214,7 @@ def main() -> None:
     except FaceShardsError as error:
         _say(f"error: {error}")
         sys.exit(ExitCode.SHARDS_FAILED)
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         _say(f"error: {trouble_of_machine(error, _LESS_MEMORY)}")
         sys.exit(ExitCode.SHARDS_FAILED)
     except RuntimeError as error:

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pipeline.__main__ as pipeline_cli
 from pipeline.shared.commands import application
 from pipeline.shared.process import NO_TELEMETRY, standard_streams
 from pipeline.train import __main__ as trainer
-from schemas.errors import UserError
+from schemas.errors import ShardError, UserError
 
 CLOSED = """
 import os, sys
@@ -178,6 +179,44 @@ def test_a_machine_that_fails_is_one_sentence_and_a_bug_is_none(module, monkeypa
         assert capsys.readouterr().err.startswith("error: This machine fails: it failed (/a/log);")
     with pytest.raises(FileNotFoundError):
         failing(errno.ENOENT)
+
+
+@pytest.mark.usefixtures("signals")
+@pytest.mark.parametrize("module", [pipeline_cli, trainer])
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError("Unable to allocate 6.69 MiB"), "error: This machine fails: there is no memory left (Unable to"),
+        (ShardError("No process can be started."), "error: No process can be started."),
+    ],
+)
+def test_no_memory_and_no_process_are_one_sentence(module, error, expected, monkeypatch, capsys):
+    def app(*_):
+        raise error
+
+    monkeypatch.setattr(module, "app", app)
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    assert end.value.code == 3
+    assert capsys.readouterr().err.startswith(expected)
+
+
+@pytest.mark.usefixtures("signals")
+@pytest.mark.parametrize("module", [pipeline_cli, trainer])
+def test_a_user_without_a_home_has_the_one_that_containers_give(module, monkeypatch):
+    """Libraries would write into a folder `~` of the current one, or end in a trace."""
+
+    def nobody(number):
+        raise KeyError(number)
+
+    monkeypatch.setattr(module, "app", lambda *_: None)
+    module.main()
+    assert os.path.expanduser("~") == os.environ.get("HOME", pwd.getpwuid(os.getuid()).pw_dir)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setenv("HOME", "")  # to be put back
+    monkeypatch.delenv("HOME")
+    module.main()
+    assert os.path.expanduser("~") == "/"
 
 
 @pytest.mark.usefixtures("signals")
