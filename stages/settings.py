@@ -290,8 +290,6 @@ class Settings(Section):
     @model_validator(mode="after")
     def _something_may_be_kept(self) -> "Settings":
         limits = self.filter
-        if limits.min_image_px**2 > limits.max_pixels:
-            raise ValueError("filter.max_pixels is less than filter.min_image_px squared: no image would be kept")
         if limits.min_brightness > limits.max_brightness:
             raise ValueError("filter.min_brightness is above filter.max_brightness: no face would be kept")
         if not self.segment.keep:

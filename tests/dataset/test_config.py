@@ -57,7 +57,6 @@ def test_a_file_of_windows_editor_begins_with_a_mark(tmp_path):
         ("profile=['embedded']", "profile = ['embedded'] is not known; choose one of: embedded"),
         ("profile.name='embedded'", "is not known; choose one of: embedded"),
         ("filter={min_brightness=200, max_brightness=100}", "min_brightness is above filter.max_brightness: no face"),
-        ("filter.max_pixels=1_000_000", "filter.max_pixels is less than filter.min_image_px squared: no image would"),
         ("segment.keep=[]", "segment.keep is empty: no face would be kept"),
         ("models.second_look=[true, 0.5]", "'models.second_look' has the value [True, 0.5]: give a number."),
     ],
