@@ -1,17 +1,20 @@
 """The folder of a run: what it trains, its checkpoints, and where everything else lies.
 
 RUN/run.json                       what is trained, on what; compared before a run is resumed
+RUN/checkpoints/.lock              held by the training that writes to RUN
 RUN/checkpoints/step-00002000/     adapter.safetensors (float32), state.pt (the rest), and the released files
 RUN/metrics.jsonl  RUN/history.jsonl  RUN/tensorboard/  RUN/validation/  RUN/report.html
 RUN/<released name>.*  RUN/README.md   at the end
 """
 
+import fcntl
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from errno import EACCES, EINVAL, ENOTDIR
+from errno import EACCES, EAGAIN, EINVAL, ENOTDIR
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from schemas.shard import DATASET
 
 _STEP = "step-"
 _ADAPTER, _AVERAGE, _STATE, _RUN = "adapter.safetensors", "average.safetensors", "state.pt", "run.json"
+_LOCK = ".lock"
 
 
 class RunFolder:
@@ -60,7 +64,7 @@ class RunFolder:
         """See that a run may begin, or go on, in the directory, and write nothing.
 
         Raises:
-            OutputError: when another run, or a dataset, is there, or no directory can be.
+            OutputError: when another run, or a dataset, is there, a training writes to it, or no directory can be.
         """
         if not self.exists() and (self.root / DATASET).exists():
             raise OutputError(f"{self.root} holds a dataset, whose report this would replace: choose another --out.")
@@ -78,6 +82,8 @@ class RunFolder:
             ]
             if differing:
                 raise OutputError(f"{self.root} was trained otherwise ({'; '.join(differing)}): choose another --out.")
+            if (self.checkpoints / _LOCK).exists():
+                os.close(self._hold())
         with writing(self.root):
             try:
                 str(self.root).encode()
@@ -93,9 +99,29 @@ class RunFolder:
         self.check(description, resume=resume)
         with writing(self.root):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            weakref.finalize(self, os.close, self._hold())
             write_atomically(self.root / _RUN, (json.dumps(description, indent=2, sort_keys=True) + "\n").encode())
         for stray in self.checkpoints.glob(f"{TEMPORARY}*"):
             shutil.rmtree(stray, ignore_errors=True)
+
+    def _hold(self) -> int:
+        """The number of a file that is held until it is closed; an OutputError when another process holds it.
+
+        Of two trainings in RUN, each would remove the other's checkpoints and metrics. It is not flock, which processes
+        of the loader would inherit, and hold on after a kill of this one.
+        """
+        with writing(self.root):
+            lock = os.open(self.checkpoints / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (EACCES, EAGAIN):
+                os.close(lock)
+                raise OutputError(
+                    f"Another training is writing to {self.root}: wait for it, or interrupt it."
+                ) from None
+            # Some disks know no locks.
+        return lock
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, in order."""

@@ -5,6 +5,8 @@ In test_train_resume it is killed at each of its calls.
 
 import os
 import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -43,6 +45,35 @@ def test_a_dataset_is_no_folder_for_a_run(tmp_path):
         RunFolder(tmp_path).start(described(), resume=False)
     assert "holds a dataset" in sentence(error)
     assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from pipeline.train.run_folder import RunFolder
+run = RunFolder(Path(sys.argv[1]))
+run.start({"identity": {}}, resume=True)
+print("started", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_of_two_trainings_the_second_is_refused_until_the_first_ends_however(tmp_path):
+    root = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "started\n"
+        stray = root / "checkpoints" / ".tmp-step-00000003"
+        stray.mkdir()
+        for begin in (RunFolder(root).check, RunFolder(root).start):
+            with pytest.raises(OutputError) as error:
+                begin({"identity": {}}, resume=True)
+            assert sentence(error) == f"Another training is writing to {root}: wait for it, or interrupt it."
+        assert stray.exists()
+        other.kill()
+    RunFolder(root).start({"identity": {}}, resume=True)
+    assert not stray.exists()
 
 
 def save(run, step, keep=3, average=None, weights=WEIGHTS):
@@ -143,7 +174,7 @@ def test_only_the_last_checkpoints_stay(run):
     assert run.steps() == [20, 100], "by number, not by name or time"
     save(run, 101, keep=1)
     assert run.steps() == [101]
-    assert names(run.checkpoints) == ["step-00000101"]
+    assert names(run.checkpoints) == [".lock", "step-00000101"]
 
 
 def test_other_names_are_no_checkpoints(run):

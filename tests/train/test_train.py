@@ -118,7 +118,7 @@ def test_a_run_leaves_the_released_files_and_nothing_else(run):
     if run.name in WITH_LORA:
         files.add(f"{name}_lora.safetensors")
     assert {path.name for path in root.iterdir()} == files | RUN
-    assert [path.name for path in (root / "checkpoints").iterdir()] == ["step-00000002"]
+    assert {path.name for path in (root / "checkpoints").iterdir()} == {".lock", "step-00000002"}
     checkpoint = root / "checkpoints" / "step-00000002"
     assert {path.name for path in checkpoint.iterdir()} == files | {"adapter.safetensors", "state.pt"}
     for file in files:
