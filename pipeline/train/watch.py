@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -144,7 +144,8 @@ class Watch:
             from torch.utils.tensorboard import SummaryWriter
 
             # Without what was logged after `start` before.
-            self._board = SummaryWriter(str(root / "tensorboard"), purge_step=start + 1)
+            self._folder = root / "tensorboard"
+            self._board = SummaryWriter(str(self._folder), purge_step=start + 1)
 
     def __enter__(self) -> "Watch":
         if not self._quiet:
@@ -162,9 +163,19 @@ class Watch:
             self._happened("finished" if error is None and self._done >= self._config.steps else "stopped")
         else:
             self._happened("failed", first_line(error))
-        for log in (self._file, self._board, self._history, self._hook):
+        self._onto_board(lambda board: board.close())
+        for log in (self._file, self._history, self._hook):
             if log is not None:
                 log.close()
+
+    def _onto_board(self, write: Callable[[Any], object]) -> None:
+        """A board that cannot be written is given up: what it lacks stands in RUN/metrics.jsonl."""
+        try:
+            if self._board is not None:
+                write(self._board)
+        except OSError as error:
+            self._board = None
+            say(f"warning: {self._folder} cannot be written, and the run goes on without it: {first_line(error)}.")
 
     def _happened(self, kind: str, words: str = "") -> None:
         """A line of RUN/history.jsonl."""
@@ -205,5 +216,9 @@ class Watch:
             self._file.write({"step": step, **finite})
         if self._hook is not None:
             self._hook.call({"time": round(time.time(), 3), "kind": "metrics", "step": step, **values})
-        for name, value in values.items() if self._board is not None else ():
-            self._board.add_scalar(name, value, step)
+
+        def add(board: Any) -> None:
+            for name, value in values.items():
+                board.add_scalar(name, value, step)
+
+        self._onto_board(add)

@@ -1,5 +1,6 @@
 """Metrics of a run: lines, resume, pace, TensorBoard, the screen."""
 
+import errno
 import importlib
 import io
 import json
@@ -9,6 +10,7 @@ import time
 import pytest
 import torch
 from rich.console import Console
+from torch.utils import tensorboard
 
 from pipeline.shared.events import Hook
 from pipeline.train import watch as module
@@ -207,3 +209,26 @@ def test_a_full_disk_does_not_stop_the_training(tmp_path, capsys):
     assert capsys.readouterr().err.count("metrics.jsonl cannot be written, and the run goes on") == 1
     go(tmp_path, 5, 6, start=4)
     assert [line["step"] for line in lines(tmp_path)][-2:] == [5, 6]
+
+
+@pytest.mark.parametrize("fails", ["add_scalar", "close"])
+def test_a_board_that_cannot_be_written_does_not_stop_the_training(fails, tmp_path, monkeypatch, capsys):
+    class Board:
+        def __init__(self, *_, **__):
+            pass
+
+        def add_scalar(self, *_):
+            self.write("add_scalar")
+
+        def close(self):
+            self.write("close")
+
+        def write(self, what):
+            if what == fails:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tensorboard, "SummaryWriter", Board)
+    go(tmp_path, 1, 6, tensorboard=True)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    words = "cannot be written, and the run goes on without it: No space left on device."
+    assert capsys.readouterr().err == f"warning: {tmp_path / 'tensorboard'} {words}\n"
