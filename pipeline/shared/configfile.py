@@ -1,6 +1,7 @@
 """TOML files and `--set a.b=c` pairs as one mapping, and what pydantic says of it as one sentence."""
 
 import json
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ def read_values(path: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
     try:
         if path:
             # "sig": Windows' editor puts a byte order mark before the text.
-            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+            values = tomllib.loads(Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"The config file {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:

@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from pipeline.dataset.config import PROFILES, Config, load_config
+from pipeline.dataset.execute.metrics import write_metrics
 from pipeline.shared.configfile import keys
 from schemas.errors import ConfigError
 
@@ -95,6 +98,15 @@ def test_an_unreadable_or_broken_file_is_one_sentence(tmp_path):
     broken.write_bytes("# größer\n".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"is no text in UTF-8: save it as such\.$"):
         load_config(broken, [])
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """Shells leave `--config=~/my.toml` and `--set watch.metrics=~/run.prom` as they are."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.toml").write_text("filter.min_face_px = 200")
+    assert load_config(Path("~/my.toml"), []).filter.min_face_px == 200
+    write_metrics("~/run.prom", {"rows": 3})
+    assert "faceshards_rows 3.0" in (tmp_path / "run.prom").read_text()
 
 
 def test_every_key_explains_itself():

@@ -1,5 +1,6 @@
 """The numbers of a run in Prometheus' text format, for node_exporter's textfile collector."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,4 +27,4 @@ def write_metrics(path: str, now: Mapping[str, Any]) -> None:
                 put(f"stage_{fact}", one[fact], stage=key)
             for reason, rows in one["dropped"].items():
                 put("dropped", rows, stage=key, reason=reason)
-    write_to_textfile(path, registry)
+    write_to_textfile(os.path.expanduser(path), registry)
