@@ -243,11 +243,12 @@ def test_export_names_the_files_of_a_folder_that_looks_like_markup(cli, real):
 
 
 def test_export_of_a_run_of_an_earlier_release_says_what_it_did_not(cli, real):
-    description = json.loads((real / "run.json").read_text())
+    run = Path(shutil.copytree(real, "run"))
+    description = json.loads((run / "run.json").read_text())
     notes = description["sidecar"].pop("loading")
     del description["sidecar"]["init_from"], description["sidecar"]["dataset"]["lineage"], description["watch"]
-    (real / "run.json").write_text(json.dumps(description))
-    code, _, err = cli("export", real, "--out", "again")
+    (run / "run.json").write_text(json.dumps(description))
+    code, _, err = cli("export", run, "--out", "again")
     assert code == 0, err
     assert notes
     assert json.loads(Path("again", f"{NAME}.json").read_text())["loading"] == notes
