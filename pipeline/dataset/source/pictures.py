@@ -126,9 +126,9 @@ class Pictures:
             images = self.images[start : start + _ROWS]
             numbers = [named.rows.get(image, ()) for image in images]
             lacking = [index for index, image in enumerate(images) if image not in named.captioned]
-            own = [images[index] for index in lacking]
-            prompt = partial(self._prompt, own) if is_local(self.folder) else None  # of others it would fetch most
-            beside = to_seeds(from_files(self._beside(own), self.aliases, prompt))
+            bare = [images[index] for index in lacking]
+            prompt = partial(self._prompt, bare) if is_local(self.folder) else None  # of others it would fetch most
+            beside = to_seeds(from_files(self._beside(bare), self.aliases, prompt))
             # First records of all images, second ones, …, what lies beside: of each column the first value counts.
             layers = [
                 named.table.take(pa.array([own[depth] if depth < len(own) else None for own in numbers], pa.int64()))

@@ -101,14 +101,16 @@ def tables(path: str, aliases: Aliases = STORED_ALIASES) -> Iterator[pa.Table]:
         suffixes = {"json", *IMAGE_SUFFIXES}
         named = [key for key, files in samples.items() if any(one.rpartition(".")[2] in suffixes for one in files)]
         keys = pa.array(named, pa.string())
-        with reading(path), open_binary(path) as file:
 
-            def prompt(number: int) -> bytes:
-                image = _image(samples[named[number]])
-                return in_image(ContainerIO(file, image.offset, image.size)) if image else b""
+        def prompt(number: int) -> bytes:
+            image = _image(samples[named[number]])
+            if image is None:
+                return b""
+            with reading(path), open_binary(path) as file:
+                return in_image(ContainerIO(file, image.offset, image.size))
 
-            # Of a remote tar it would fetch most.
-            rows = from_files([texts.get(key, {}) for key in named], aliases, prompt if is_local(path) else None)
+        # Of a remote tar it would fetch most.
+        rows = from_files([texts.get(key, {}) for key in named], aliases, prompt if is_local(path) else None)
     rows = rows.set_column(rows.column_names.index("image_key"), "image_key", keys).sort_by("image_key")
     images = [_image(samples.get(key, {})) for key in rows.column("image_key").to_pylist()]
     if any(map(_image, samples.values())) and not any(images):
